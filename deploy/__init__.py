@@ -1,0 +1,1 @@
+"""What runs it: engines as child processes, the bundled model, the command line."""

@@ -1,0 +1,1 @@
+"""What measures: traces, load client, records, reports, the engine without a model."""

@@ -1,0 +1,1 @@
+"""What clients and operators touch: the gateway."""
