@@ -1,0 +1,167 @@
+"""The policies by name, with their options: what `--policy` and `--policy-option` accept."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from scheduler.fcfs import Fcfs
+from scheduler.gittins import Gittins
+from scheduler.mlfq import Mlfq
+from scheduler.policy import Order, Policy
+from scheduler.vtc import Vtc
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option of a policy.
+
+    parse: turns the text into the value, or raises ValueError with what is allowed.
+    default: as it would be typed.
+    unit: "" for a plain choice.
+    text: one line for `--help`.
+    """
+
+    name: str
+    parse: Callable[[str], Any]
+    default: str
+    unit: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One policy of the table. `order` builds its order from parsed options; None if it takes the one of `within`."""
+
+    text: str
+    options: tuple[Option, ...]
+    order: Callable[..., Order] | None
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        allowed = f"a whole number, {least} or more"
+        try:
+            value = int(text)
+        except ValueError:
+            raise ValueError(allowed) from None
+        if value < least:
+            raise ValueError(allowed)
+        return value
+
+    return parse
+
+
+def _number(least: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        allowed = f"a number, {least:g} or more"
+        try:
+            value = float(text)
+        except ValueError:
+            raise ValueError(allowed) from None
+        if not value >= least:
+            raise ValueError(allowed)
+        return value
+
+    return parse
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"one of {', '.join(choices)}")
+        return text
+
+    return parse
+
+
+_PREFILL = Option(
+    "prefill_tokens_per_step", _whole(1), "256", "tokens", "prompt tokens whose prefill takes as long as a decode step"
+)
+_CAP = Option("preemptions_per_s", _whole(0), "10", "1/s", "most running jobs displaced in any one second")
+
+POLICIES: Mapping[str, Entry] = {
+    "fcfs": Entry("first come, first served", (), Fcfs),
+    "mlfq": Entry(
+        "skip-join multi-level feedback queue (FastServe): least served first",
+        (
+            Option("quantum_steps", _whole(1), "16", "decode steps", "quantum of the highest level; doubles per level"),
+            Option("levels", _whole(1), "6", "levels", "how many"),
+            _PREFILL,
+            Option("patience_s", _number(0.0), "10", "s", "a job unserved for so long is promoted; inf for never"),
+            _CAP,
+        ),
+        Mlfq,
+    ),
+    "vtc": Entry(
+        "virtual token counter: fair between tenants",
+        (
+            Option("prompt_weight", _number(0.0), "1", "service/token", "service per prompt token (VTC's w_p)"),
+            Option("output_weight", _number(0.0), "2", "service/token", "service per output token (VTC's w_q)"),
+            Option("predict", _one_of("none", "last5"), "none", "", "charge the tenant's usual output in advance"),
+            Option("charge", _one_of("all", "computed"), "all", "", "computed: prompt tokens found in cache are free"),
+            Option(
+                "within", _one_of("fcfs", "mlfq", "gittins"), "fcfs", "", "order inside one tenant, with its options"
+            ),
+        ),
+        None,
+    ),
+    "gittins": Entry(
+        "learned from finished lengths: likeliest to end soon first",
+        (
+            _PREFILL,
+            Option("hysteresis", _number(1.25), "1.3", "ratio", "by how much an index must be higher to displace"),
+            Option("patience_s", _number(0.0), "60", "s", "a job unserved for so long goes first; inf for never"),
+            _CAP,
+            Option("min_samples", _whole(20), "50", "jobs", "finished jobs a class needs before it is trusted"),
+            Option("window", _whole(100), "2000", "jobs", "how many of the latest jobs a class remembers"),
+        ),
+        Gittins,
+    ),
+}
+
+
+def build(name: str, options: Mapping[str, str]) -> Policy:
+    """The policy `name` with its options as text; ValueError says what is wrong and what is allowed."""
+    entry = _entry(name)
+    if entry.order is not None:
+        return Policy(name, entry.order(**_parse(name, entry.options, options)))
+    within = options.get("within", "fcfs")
+    own = {option.name for option in entry.options}
+    inner = POLICIES.get(within)
+    inner_names = {option.name for option in inner.options} if inner is not None else set()
+    values = _parse(name, entry.options, {key: value for key, value in options.items() if key not in inner_names - own})
+    order = build(str(values.pop("within")), {key: value for key, value in options.items() if key in inner_names})
+    return Policy(name, order.order, Vtc(**values))
+
+
+def describe() -> str:
+    """The table of policies and options for `--help`."""
+    lines: list[str] = []
+    for name, entry in POLICIES.items():
+        lines.append(f"{name}: {entry.text}")
+        for option in entry.options:
+            unit = f" {option.unit}" if option.unit else ""
+            lines.append(f"  {option.name}={option.default}{unit}: {option.text}")
+    return "\n".join(lines)
+
+
+def _entry(name: str) -> Entry:
+    if name not in POLICIES:
+        raise ValueError(f"unknown policy {name!r}: choose one of {', '.join(POLICIES)}")
+    return POLICIES[name]
+
+
+def _parse(name: str, known: tuple[Option, ...], given: Mapping[str, str]) -> dict[str, Any]:
+    table = {option.name: option for option in known}
+    for key in given:
+        if key not in table:
+            choices = ", ".join(table) or "none at all"
+            raise ValueError(f"policy {name!r} has no option {key!r}: it takes {choices}")
+    values: dict[str, Any] = {}
+    for option in known:
+        text = given.get(option.name, option.default)
+        try:
+            values[option.name] = option.parse(text)
+        except ValueError as error:
+            raise ValueError(f"option {option.name}={text!r} of policy {name!r} must be {error}") from None
+    return values

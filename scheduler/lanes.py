@@ -1,0 +1,366 @@
+"""Everything that waits or runs under one policy: each job is in exactly one place, waiting or running."""
+
+from collections import deque
+from collections.abc import Iterator
+from heapq import heapify, heappop, heappush
+from math import isfinite
+
+from scheduler.jobs import Job, Outcome
+from scheduler.line import Line, Place, State
+from scheduler.policy import Account, Lane, Policy
+from scheduler.ranking import Ranking
+
+_BOOSTS_AT_ONCE = 64  # bounds the pause when thousands lose patience in the same moment
+_TENANTS_KEPT = 4096  # below this many, idle tenants are not looked at
+_SLACK = 64  # outdated entries that are not worth a clean-up
+
+
+class Lanes:
+    """The jobs of one queue and the batch it feeds; one owner, one thread.
+
+    The caller takes jobs with `peek`, and `pop` if the job fits. At the first head that does not fit it must stop, and
+    not try the next one: passing over a head would void the bounds of VTC and starve large jobs under any policy.
+
+    Times are seconds on one clock of the caller's that never goes back. With n jobs waiting, `push`, `pop`, `put_back`,
+    `preempt` and `finish` are O(log n); `serve` is O(1) except where a job changes its lane.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._places: dict[str, Place] = {}
+        self._seq = 0
+        self._start(policy)
+
+    def _start(self, policy: Policy) -> None:
+        self.policy = policy
+        self._order = policy.order
+        self._shares = policy.shares
+        self._waiting = 0
+        self._depths: dict[Lane, int] = {}
+        self._lines: dict[str, Line] = {}
+        self._ranking: Ranking[Line] = Ranking()
+        self._last_left: Account | None = None
+        self._sweep_at = _TENANTS_KEPT
+        self._waits: list[tuple[float, int, Place]] = []
+        self._waits_noted = 0
+        self._busy: dict[Line, None] = {}
+        self._displaced_at: deque[float] = deque(maxlen=policy.order.preemptions_per_s)
+        self._offered: Place | None = None
+        self._next: Place | None = None
+
+    def push(self, job: Job, now: float) -> None:
+        """The job arrives and waits. ValueError if its id is known, or its weight is not positive."""
+        if job.id in self._places:
+            raise ValueError(f"job {job.id!r} is already in: give every job an id of its own")
+        if job.weight <= 0:
+            raise ValueError(f"job {job.id!r} has weight {job.weight}: a weight must be above zero")
+        line = self._line(job.tenant)
+        line.account.weight = job.weight
+        self._seq += 1
+        place = self._places[job.id] = Place(job, line, self._seq, now)
+        self._arrive(place, front=False)
+
+    def peek(self, now: float) -> Job | None:
+        """The job that goes next, or None. Charges nothing; a `pop` that follows takes this very job."""
+        place = self._peek(now)
+        return None if place is None else place.job
+
+    def pop(self, now: float) -> Job:
+        """Takes the job that goes next: it runs, and its prompt is charged. IndexError if nothing waits."""
+        place = self._next or self._peek(now)
+        if place is None:
+            raise IndexError("nothing waits")
+        line = place.line
+        self._quit(place)
+        if self._shares is not None:
+            if place.bill is None:
+                place.bill = self._shares.take(line.account, place.job)
+            self._rank(line)
+        self._go(place)
+        return place.job
+
+    def put_back(self, job: Job, now: float) -> None:
+        """The job just popped could not start: what its pop charged is refunded, and it waits, first in its lane."""
+        place = self._running_place(job)
+        self._stop(place)
+        if self._shares is not None and place.bill is not None and place.bill.fresh:
+            self._shares.undo(place.account, place.bill)
+            place.bill = None
+        self._wait(place, front=True)
+
+    def computed(self, job: Job, cached_tokens: int, now: float) -> None:
+        """Of the job's prompt `cached_tokens` were found in the prefix cache. KeyError if the job is unknown."""
+        place = self._places[job.id]
+        job.cached_tokens = min(cached_tokens, job.prompt_tokens)
+        if self._shares is not None and place.bill is not None:
+            self._shares.credit(place.account, job, place.bill, job.cached_tokens)
+            self._rank(place.line)
+
+    def serve(self, job: Job, tokens: int, now: float) -> None:
+        """The job made `tokens` output tokens. KeyError if the job is unknown."""
+        place = self._places[job.id]
+        job.output_tokens = made = job.output_tokens + tokens
+        place.account.counter += tokens * place.price
+        self._next = None
+        if made >= place.until:
+            self._cross(place)
+
+    def displacement(self, now: float) -> tuple[Job, Job] | None:
+        """The waiting head and the running job it should replace while the batch is full, or None.
+
+        To do it, `preempt` the second and `pop`, which takes the first. Between tenants nobody is displaced: the
+        victim always belongs to the line that goes next.
+        """
+        times = self._displaced_at
+        if not times.maxlen or (len(times) == times.maxlen and now - times[0] < 1.0):
+            return None
+        head = self._peek(now)
+        if head is None:
+            return None
+        victim = head.line.worst()
+        if victim is None or not self._order.displaces(head.job, victim.job, head.lane, victim.lane):
+            return None
+        self._offered = victim
+        return head.job, victim.job
+
+    def preempt(self, job: Job, now: float) -> None:
+        """The running job yields and waits, first in its lane; nothing is refunded, its prompt is not charged again."""
+        place = self._running_place(job)
+        if place is self._offered:
+            self._displaced_at.append(now)
+        self._stop(place)
+        if place.bill is not None:
+            place.bill.fresh = False
+        place.since = now
+        self._arrive(place, front=True)
+
+    def victim(self, now: float) -> Job | None:
+        """The running job that yields first when KV memory is short: O(tenants that run) under VTC, else O(1)."""
+        line = max(self._busy, key=lambda line: line.account.counter, default=None)
+        place = None if line is None else line.worst()
+        return None if place is None else place.job
+
+    def finish(self, job: Job, outcome: Outcome, now: float) -> None:
+        """The job leaves from wherever it is. KeyError if it is unknown."""
+        place = self._places.pop(job.id)
+        if place.state is State.WAITING:
+            self._quit(place)
+        else:
+            self._stop(place)
+        if self._shares is not None and place.bill is not None:
+            self._shares.settle(place.account, job, place.bill, outcome)
+        self._order.learn(job, outcome)
+        self._rank(place.line)
+
+    def told(self, tenant: str, service: float, weight: float, now: float) -> None:
+        """Others have seen this much service of the tenant (weighted tokens): the larger of theirs and ours counts."""
+        if self._shares is None:
+            return
+        account = self._line(tenant).account
+        account.weight = weight
+        account.counter = max(account.counter, service / weight)
+        self._next = None
+
+    def service(self, tenant: str) -> float:
+        """The tenant's service as `told` takes it: its counter times its weight; 0 if no account is kept."""
+        line = self._lines.get(tenant)
+        return 0.0 if self._shares is None or line is None else line.account.counter * line.account.weight
+
+    def switch(self, policy: Policy, now: float) -> None:
+        """Another policy from here on: who waits keeps waiting, in order of arrival, and who runs keeps running."""
+        places = sorted(self._places.values(), key=lambda place: place.seq)
+        states = [place.state for place in places]
+        self._settle_all(places)
+        accounts = [] if self._shares is None else [line.account for line in self._lines.values()]
+        last_left = self._last_left
+        self._start(policy)
+        for old in accounts:
+            self.told(old.tenant, old.counter * old.weight, old.weight, now)
+        if self._shares is not None and last_left is not None:
+            self._last_left = self._line(last_left.tenant).account
+        for place, state in zip(places, states, strict=True):
+            self._move_in(place, running=state is State.RUNNING)
+
+    def depth(self) -> dict[str, int]:
+        """How many wait, by the label of their lane."""
+        labels: dict[str, int] = {}
+        for lane, count in self._depths.items():
+            label = self._order.label(lane)
+            labels[label] = labels.get(label, 0) + count
+        return labels
+
+    def running(self) -> int:
+        """How many run."""
+        return len(self._places) - self._waiting
+
+    def waiting_jobs(self) -> Iterator[Job]:
+        """All that wait, in order of arrival."""
+        return (place.job for place in self._places.values() if place.state is State.WAITING)
+
+    def __len__(self) -> int:
+        return self._waiting
+
+    def __contains__(self, job: Job) -> bool:
+        place = self._places.get(job.id)
+        return place is not None and place.job is job and place.state is State.WAITING
+
+    def _peek(self, now: float) -> Place | None:
+        if self._waits and self._waits[0][0] + self._order.patience_s <= now:
+            self._boost(now)
+        if self._next is None:
+            line = self._front()
+            self._next = None if line is None else line.first()
+        return self._next
+
+    def _front(self) -> Line | None:
+        """The line that goes next. Counters rise without a word to the ranking, so its first entry may be outdated."""
+        if self._shares is None:
+            return self._lines.get("")
+        while (entry := self._ranking.first()) is not None:
+            if entry.item.account.counter <= entry.rank:
+                return entry.item
+            self._rank(entry.item)
+        return None
+
+    def _rank(self, line: Line) -> None:
+        """Ranks the line anew; a line in which nothing waits is not ranked."""
+        self._next = None
+        if self._shares is None or not line.waiting:
+            return
+        head = line.first()
+        if head is not None:
+            self._ranking.post(line, line.account.counter, head.seq)
+
+    def _line(self, tenant: str) -> Line:
+        name = "" if self._shares is None else tenant
+        line = self._lines.get(name)
+        if line is None:
+            if len(self._lines) >= self._sweep_at:
+                self._sweep()
+            line = self._lines[name] = Line(self._order, Account(name), self._depths)
+        return line
+
+    def _sweep(self) -> None:
+        """Forgets idle tenants whom the lift would put, on their return, at least as high as they are now."""
+        level = self._level()
+        self._lines = {
+            name: line for name, line in self._lines.items() if not line.idle or line.account.counter > level
+        }
+        self._sweep_at = max(_TENANTS_KEPT, 2 * len(self._lines))
+
+    def _level(self) -> float:
+        """The lowest counter of those that wait; if none does, that of the last tenant that did."""
+        line = self._front()
+        if line is not None:
+            return line.account.counter
+        return 0.0 if self._last_left is None else self._last_left.counter
+
+    def _arrive(self, place: Place, *, front: bool) -> None:
+        if self._shares is not None and not place.line.waiting:
+            self._shares.lift(place.account, self._level())
+        self._wait(place, front=front)
+
+    def _wait(self, place: Place, *, front: bool) -> None:
+        place.line.wait(place, front=front)
+        self._waiting += 1
+        self._price(place)
+        self._note_wait(place)
+        self._rank(place.line)
+
+    def _quit(self, place: Place) -> None:
+        """The job waits no longer."""
+        line = place.line
+        line.leave(place)
+        self._waiting -= 1
+        self._next = None
+        if self._shares is not None and not line.waiting:
+            self._ranking.drop(line)
+            self._last_left = line.account
+
+    def _stop(self, place: Place) -> None:
+        """The job runs no longer."""
+        place.line.leave(place)
+        if not place.line.busy:
+            self._busy.pop(place.line, None)
+        if place is self._offered:
+            self._offered = None
+
+    def _go(self, place: Place) -> None:
+        """The job runs."""
+        place.line.run(place)
+        self._busy[place.line] = None
+        self._price(place)
+
+    def _running_place(self, job: Job) -> Place:
+        place = self._places[job.id]
+        if place.state is not State.RUNNING:
+            raise ValueError(f"job {job.id!r} waits: only a running job can stop running")
+        return place
+
+    def _cross(self, place: Place) -> None:
+        """The job reached a boundary: of its lane, or of the tokens charged in advance."""
+        bill = place.bill
+        if bill is not None and place.price == 0.0:
+            place.account.counter += max(0, place.job.output_tokens - bill.predicted_tokens) * bill.price
+        place.line.move(place)
+        self._price(place)
+        self._rank(place.line)
+
+    def _price(self, place: Place) -> None:
+        """Sets what the job's next token costs, and until when."""
+        bill = place.bill
+        if bill is None:
+            place.price = 0.0
+        elif place.job.output_tokens >= bill.predicted_tokens:
+            place.price = bill.price
+        else:
+            place.price = 0.0
+            place.until = min(place.until, bill.predicted_tokens)
+
+    def _boost(self, now: float) -> None:
+        """Moves forward those that have been unserved for too long, a bounded number of them at a time."""
+        waits, patience_s = self._waits, self._order.patience_s
+        self._next = None
+        for _ in range(_BOOSTS_AT_ONCE):
+            if not waits or waits[0][0] + patience_s > now:
+                return
+            since, _, place = heappop(waits)
+            if place.state is State.WAITING and place.since == since:
+                place.boosted_at = place.job.output_tokens
+                place.line.move(place)
+                self._price(place)
+
+    def _note_wait(self, place: Place) -> None:
+        if not isfinite(self._order.patience_s):
+            return
+        self._waits_noted += 1
+        heappush(self._waits, (place.since, self._waits_noted, place))
+        if len(self._waits) > 2 * self._waiting + _SLACK:
+            live = {
+                entry[2]: entry
+                for entry in self._waits
+                if entry[2].state is State.WAITING and entry[2].since == entry[0]
+            }
+            self._waits = list(live.values())
+            heapify(self._waits)
+
+    def _settle_all(self, places: list[Place]) -> None:
+        """Ends the accounts of all that were taken, for the policy that kept them goes."""
+        if self._shares is None:
+            return
+        for place in places:
+            if place.bill is not None:
+                self._shares.settle(place.account, place.job, place.bill, Outcome.ABORTED)
+
+    def _move_in(self, place: Place, *, running: bool) -> None:
+        """A job that was here under another policy: no arrival, so nothing is lifted."""
+        job = place.job
+        taken = running or place.bill is not None or job.output_tokens > 0
+        place.line = self._line(job.tenant)
+        place.account = place.line.account
+        place.account.weight = job.weight
+        place.boosted_at = None
+        place.bill = self._shares.adopt(job) if self._shares is not None and taken else None
+        if running:
+            self._go(place)
+        else:
+            self._wait(place, front=False)

@@ -1,0 +1,82 @@
+"""The lengths seen lately, and the Gittins index they give (Kaplan-Meier where jobs were cut before their end)."""
+
+from bisect import bisect_right
+from collections import deque
+
+_POINTS = 60  # quantile points at which the index looks for the best quantum
+_TAIL = 8  # samples above an age below which the index there is noise
+
+
+class Lengths:
+    """The latest `window` lengths of one class of jobs; `ready` from `min_samples` completed ones on."""
+
+    def __init__(self, window: int, min_samples: int) -> None:
+        self._samples: deque[tuple[int, bool]] = deque(maxlen=window)
+        self._min_samples = min_samples
+        self._unfitted = 0
+        self._ended = 0
+        self.ready = False
+        self._lengths: list[int] = []  # distinct completed lengths, ascending
+        self._shares: list[float] = []  # P(S <= length), one more at the front for length 0
+        self._means: list[float] = []  # E[min(S, length)], likewise
+        self._points: list[int] = []  # positions in the lists above
+        self._supported = 0
+
+    def add(self, tokens: int, *, ended: bool) -> bool:
+        """Notes one length; `ended` if the job reached its end. True if the index has changed."""
+        if len(self._samples) == self._samples.maxlen:
+            self._ended -= self._samples[0][1]
+        self._samples.append((tokens, ended))
+        self._ended += ended
+        self._unfitted += 1
+        if self._ended < self._min_samples or (self.ready and 10 * self._unfitted < len(self._samples)):
+            return False
+        self._fit()
+        return True
+
+    def index(self, age: int, prefill_steps: float) -> float:
+        """The index of a job that has made `age` tokens and must do `prefill_steps` before its next; needs `ready`."""
+        age = min(age, self._supported)
+        at = bisect_right(self._lengths, age)
+        share = self._shares[at]
+        alive = 1.0 - share
+        before = self._lengths[at - 1] if at else 0
+        mean = self._means[at] + alive * (age - before)
+        least = alive / _POINTS
+        best = 0.0
+        for point in reversed(self._points):
+            gain = self._shares[point] - share
+            if point <= at or gain < least:
+                break
+            best = max(best, gain / (alive * prefill_steps + self._means[point] - mean))
+        return best
+
+    def _fit(self) -> None:
+        self._unfitted = 0
+        self.ready = True
+        samples = sorted(self._samples, key=lambda sample: (sample[0], not sample[1]))
+        self._lengths, self._shares, self._means = [], [0.0], [0.0]
+        alive, mean, before = 1.0, 0.0, 0
+        for position, (tokens, ended) in enumerate(samples):
+            if not ended:
+                continue
+            mean += alive * (tokens - before)
+            alive *= 1.0 - 1.0 / (len(samples) - position)
+            if tokens == before and self._lengths:
+                self._shares[-1] = 1.0 - alive
+            else:
+                self._lengths.append(tokens)
+                self._shares.append(1.0 - alive)
+                self._means.append(mean)
+            before = tokens
+        self._supported = max(0, samples[max(0, len(samples) - _TAIL)][0] - 1)
+        self._thin()
+
+    def _thin(self) -> None:
+        """Keeps about `_POINTS` quantiles, and the largest length."""
+        total, kept = self._shares[-1], 0.0
+        self._points = []
+        for point in range(1, len(self._shares)):
+            if self._shares[point] - kept >= total / _POINTS or point == len(self._shares) - 1:
+                self._points.append(point)
+                kept = self._shares[point]

@@ -1,0 +1,162 @@
+"""One line of jobs under one order: the lanes that wait and the lanes that run (a tenant's own, or the only one)."""
+
+from collections import OrderedDict
+from enum import IntEnum
+
+from scheduler.jobs import Job
+from scheduler.policy import NEVER, Account, Bill, Lane, Order
+from scheduler.ranking import Ranking
+
+
+class State(IntEnum):
+    """Where a job is."""
+
+    WAITING = 0
+    RUNNING = 1
+    GONE = 2
+
+
+class Place:
+    """One job's place in its line.
+
+    seq: order of arrival.
+    since: unserved since then, in seconds.
+    boosted_at: output tokens when its patience ended.
+    until: output tokens at which lane or price must be looked at again.
+    price: counter units per output token at present.
+    """
+
+    __slots__ = ("account", "bill", "boosted_at", "job", "lane", "line", "price", "seq", "since", "state", "until")
+
+    def __init__(self, job: Job, line: "Line", seq: int, since: float) -> None:
+        self.job = job
+        self.line = line
+        self.account = line.account
+        self.seq = seq
+        self.since = since
+        self.state = State.GONE
+        self.lane: Lane = ()
+        self.until = NEVER
+        self.boosted_at: int | None = None
+        self.bill: Bill | None = None
+        self.price = 0.0
+
+
+class Line:
+    """Waiting lanes ranked by (rank, arrival of the head), and running lanes with the worst at hand.
+
+    Every step is O(log lanes), except that finding the worst running lane looks at all running lanes after one of
+    them opened or closed. `depths` counts waiting jobs by lane over all lines.
+    """
+
+    __slots__ = ("_epoch", "_order", "_ranking", "_running", "_waiting", "_worst", "account", "depths", "waiting")
+
+    def __init__(self, order: Order, account: Account, depths: dict[Lane, int]) -> None:
+        self._order = order
+        self.account = account
+        self.depths = depths
+        self.waiting = 0
+        self._epoch = order.epoch
+        self._waiting: dict[Lane, OrderedDict[int, Place]] = {}
+        self._running: dict[Lane, OrderedDict[int, Place]] = {}
+        self._ranking: Ranking[Lane] = Ranking()
+        self._worst: Lane | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits and nothing runs."""
+        return not self._waiting and not self._running
+
+    @property
+    def busy(self) -> bool:
+        """Something runs."""
+        return bool(self._running)
+
+    def wait(self, place: Place, *, front: bool) -> None:
+        """The job waits, first or last in its lane."""
+        self._settle(place, running=False)
+        lane = self._waiting.get(place.lane)
+        if lane is None:
+            lane = self._waiting[place.lane] = OrderedDict()
+        lane[place.seq] = place
+        if front:
+            lane.move_to_end(place.seq, last=False)
+        if front or len(lane) == 1:
+            self._ranking.post(place.lane, self._order.rank(place.lane), place.seq)
+        self.waiting += 1
+        self.depths[place.lane] = self.depths.get(place.lane, 0) + 1
+        place.state = State.WAITING
+
+    def run(self, place: Place) -> None:
+        """The job runs, as the latest of its lane."""
+        self._settle(place, running=True)
+        lane = self._running.get(place.lane)
+        if lane is None:
+            lane = self._running[place.lane] = OrderedDict()
+            self._worst = None
+        lane[place.seq] = place
+        place.state = State.RUNNING
+
+    def leave(self, place: Place) -> None:
+        """The job neither waits nor runs."""
+        if place.state is State.WAITING:
+            self._leave_waiting(place)
+        else:
+            lane = self._running[place.lane]
+            del lane[place.seq]
+            if not lane:
+                del self._running[place.lane]
+                self._worst = None
+        place.state = State.GONE
+
+    def _leave_waiting(self, place: Place) -> None:
+        lane = self._waiting[place.lane]
+        was_head = next(iter(lane)) == place.seq
+        del lane[place.seq]
+        if not lane:
+            del self._waiting[place.lane]
+            self._ranking.drop(place.lane)
+        elif was_head:
+            self._ranking.post(place.lane, self._order.rank(place.lane), next(iter(lane)))
+        self.waiting -= 1
+        self.depths[place.lane] -= 1
+        if not self.depths[place.lane]:
+            del self.depths[place.lane]
+
+    def move(self, place: Place) -> None:
+        """The job may belong in another lane by now: last there if it waits."""
+        spot = self._order.spot(place.job, running=place.state is State.RUNNING, boosted_at=place.boosted_at)
+        if spot.lane == place.lane:
+            place.until = spot.until
+        elif place.state is State.RUNNING:
+            self.leave(place)
+            self.run(place)
+        else:
+            self.leave(place)
+            self.wait(place, front=False)
+
+    def first(self) -> Place | None:
+        """The waiting job that goes next."""
+        self._refresh()
+        entry = self._ranking.first()
+        return None if entry is None else next(iter(self._waiting[entry.item].values()))
+
+    def worst(self) -> Place | None:
+        """The running job that yields first: the newest of the worst lane."""
+        self._refresh()
+        if not self._running:
+            return None
+        if self._worst is None:
+            self._worst = max(self._running, key=self._order.rank)
+        return next(reversed(self._running[self._worst].values()))
+
+    def _settle(self, place: Place, *, running: bool) -> None:
+        place.lane, place.until = self._order.spot(place.job, running=running, boosted_at=place.boosted_at)
+
+    def _refresh(self) -> None:
+        if self._epoch == self._order.epoch:
+            return
+        self._epoch = self._order.epoch
+        self._worst = None
+        for lane, places in self._waiting.items():
+            self._ranking.post(lane, self._order.rank(lane), next(iter(places)))

@@ -1,0 +1,135 @@
+"""What a policy is: an order inside one line of jobs and, where tenants share, the rules by which each is charged.
+
+A policy is pure: it reads no clock and does no I/O. `Lanes` owns the jobs and asks it. Two parts, so that they compose:
+an `Order` says who goes first inside one line, and `Shares`, if present, gives every tenant a line and an account of
+its own and chooses the line whose account is lowest.
+"""
+
+import sys
+from collections import deque
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from scheduler.jobs import Job, Outcome
+
+NEVER = sys.maxsize
+
+Lane = tuple[int, ...]
+
+
+class Spot(NamedTuple):
+    """The lane a job belongs in, and for how long.
+
+    lane: jobs of one lane are served first come, first served.
+    until: the lane holds while `output_tokens` is below this; `NEVER` if for good.
+    """
+
+    lane: Lane
+    until: int
+
+
+class Order(Protocol):
+    """Who goes first inside one line. A job's lane is piecewise constant in its output tokens."""
+
+    @property
+    def name(self) -> str:
+        """The policy's name."""
+
+    @property
+    def patience_s(self) -> float:
+        """A job unserved for so long is boosted to the front; infinity if never."""
+
+    @property
+    def preemptions_per_s(self) -> int:
+        """Most running jobs displaced in any one second; 0 if the order never displaces."""
+
+    @property
+    def epoch(self) -> int:
+        """Grows whenever `rank` has changed for lanes that exist."""
+
+    def spot(self, job: Job, *, running: bool, boosted_at: int | None) -> Spot:
+        """The job's lane. `boosted_at`: its output tokens when its patience ended, None if it has not."""
+
+    def rank(self, lane: Lane) -> float:
+        """The smallest goes first; lanes of equal rank are merged by arrival."""
+
+    def label(self, lane: Lane) -> str:
+        """The lane's name in metrics: one of a few."""
+
+    def displaces(self, head: Job, victim: Job, head_lane: Lane, victim_lane: Lane) -> bool:
+        """Whether the waiting `head` should take the slot of the running `victim`.
+
+        If so, `head` must also rank before `victim` once that waits, or the two would trade places for ever.
+        """
+
+    def learn(self, job: Job, outcome: Outcome) -> None:
+        """The job left."""
+
+
+class Account:
+    """What one tenant has been charged.
+
+    tenant: its name.
+    counter: service received in weighted tokens, divided by the tenant's weight.
+    weight: as last seen on a job.
+    recent: output tokens of its latest finished jobs.
+    """
+
+    __slots__ = ("counter", "recent", "tenant", "weight")
+
+    def __init__(self, tenant: str) -> None:
+        self.tenant = tenant
+        self.counter = 0.0
+        self.weight = 1.0
+        self.recent: deque[int] = deque(maxlen=5)
+
+
+class Bill:
+    """What one job was charged when it was taken, in units of its tenant's counter.
+
+    floor: the counter just before.
+    prompt: charged for the prompt.
+    predicted_tokens: output tokens charged in advance.
+    price: of one output token.
+    fresh: the job has not been preempted since it was taken for the first time.
+    """
+
+    __slots__ = ("floor", "fresh", "predicted_tokens", "price", "prompt")
+
+    def __init__(self, floor: float, prompt: float, predicted_tokens: int, price: float) -> None:
+        self.floor = floor
+        self.prompt = prompt
+        self.predicted_tokens = predicted_tokens
+        self.price = price
+        self.fresh = True
+
+
+class Shares(Protocol):
+    """How tenants are charged; the tenant with the lowest counter goes first."""
+
+    def lift(self, account: Account, level: float) -> None:
+        """A tenant that had nothing waiting is back. `level`: lowest counter of those that wait, in counter units."""
+
+    def take(self, account: Account, job: Job) -> Bill:
+        """The job starts for the first time: charges what is charged in advance."""
+
+    def undo(self, account: Account, bill: Bill) -> None:
+        """The job could not start after all: as if `take` had not been."""
+
+    def adopt(self, job: Job) -> Bill:
+        """A bill for a job that was started under another policy: only what it makes from here on is charged."""
+
+    def credit(self, account: Account, job: Job, bill: Bill, cached_tokens: int) -> None:
+        """`cached_tokens` of the job's prompt turned out to need no computing."""
+
+    def settle(self, account: Account, job: Job, bill: Bill, outcome: Outcome) -> None:
+        """The job left after it had been taken: refunds what was charged in advance and not used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """An order within a line, and what shares between the tenants' lines (None: all tenants stand in one line)."""
+
+    name: str
+    order: Order
+    shares: Shares | None = None

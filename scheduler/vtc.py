@@ -1,0 +1,72 @@
+"""Virtual token counter: the tenant with the least service goes first (Sheng et al., OSDI'24, arXiv 2401.00588).
+
+Algorithm 2, and Algorithm 3 with `predict="last5"`. What the paper leaves open is decided here: a preempted job is
+not charged its prompt again, an aborted one gets back only what was predicted and not made, prefix-cache hits may be
+free (`charge="computed"`), and counters are stored already divided by the tenant's weight.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from scheduler.jobs import Job, Outcome
+from scheduler.policy import Account, Bill
+
+
+@dataclass(frozen=True, slots=True)
+class Vtc:
+    """The rules of the counters; the counters themselves are the `Account`s that `Lanes` keeps.
+
+    prompt_weight, output_weight: service per prompt token and per output token (w_p and w_q; the paper's 1 and 2).
+    predict: "last5" charges in advance the mean output of the tenant's last five finished jobs.
+    charge: "computed" leaves out prompt tokens that the prefix cache held.
+    """
+
+    prompt_weight: float = 1.0
+    output_weight: float = 2.0
+    predict: Literal["none", "last5"] = "none"
+    charge: Literal["all", "computed"] = "all"
+
+    def lift(self, account: Account, level: float) -> None:
+        """Time away from the queue saves up nothing: the counter rises to the level of those that waited."""
+        account.counter = max(account.counter, level)
+
+    def take(self, account: Account, job: Job) -> Bill:
+        """Charges the whole prompt at once, or the tenant would stay lowest and fill the batch."""
+        tokens = job.prompt_tokens - (job.cached_tokens if self.charge == "computed" else 0)
+        prompt = self.prompt_weight * tokens / job.weight
+        price = self.output_weight / job.weight
+        bill = Bill(account.counter, prompt, self._predicted_tokens(account, job), price)
+        account.counter += prompt + bill.predicted_tokens * price
+        return bill
+
+    def undo(self, account: Account, bill: Bill) -> None:
+        """Gives back what `take` charged."""
+        account.counter -= bill.prompt + bill.predicted_tokens * bill.price
+
+    def adopt(self, job: Job) -> Bill:
+        """Nothing in advance, output tokens from here on."""
+        bill = Bill(0.0, 0.0, 0, self.output_weight / job.weight)
+        bill.fresh = False
+        return bill
+
+    def credit(self, account: Account, job: Job, bill: Bill, cached_tokens: int) -> None:
+        """Gives back the cached part of the prompt; not for a resumed job, whose cached tokens are its own."""
+        if self.charge != "computed" or not bill.fresh:
+            return
+        prompt = self.prompt_weight * (job.prompt_tokens - cached_tokens) / job.weight
+        account.counter = max(bill.floor, account.counter + prompt - bill.prompt)
+        bill.prompt = prompt
+
+    def settle(self, account: Account, job: Job, bill: Bill, outcome: Outcome) -> None:
+        """Gives back the output that was predicted and not made; tokens that were made stay charged."""
+        unused_tokens = bill.predicted_tokens - job.output_tokens
+        if unused_tokens > 0:
+            account.counter = max(min(bill.floor, account.counter), account.counter - unused_tokens * bill.price)
+        if outcome in (Outcome.DONE, Outcome.LENGTH):
+            account.recent.append(job.output_tokens)
+
+    def _predicted_tokens(self, account: Account, job: Job) -> int:
+        if self.predict == "none" or not account.recent:
+            return 0
+        mean = round(sum(account.recent) / len(account.recent))
+        return min(mean, job.max_tokens) if job.max_tokens else mean
