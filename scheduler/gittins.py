@@ -96,7 +96,8 @@ class Gittins:
             return False
         if head_lane == _BOOSTED:
             return True
-        if self.rank(head_lane) >= self.rank(victim_lane):
+        rank = self.rank(head_lane)
+        if rank >= self.rank(victim_lane) or rank >= self.rank(self.spot(victim, running=False, boosted_at=None).lane):
             return False
         steps = self._prefill_steps(head) + self._prefill_steps(victim)
         asked = (head_lane[0], _bucket(steps), head_lane[2])

@@ -4,7 +4,8 @@ from bisect import bisect_right
 from collections import deque
 
 _POINTS = 60  # quantile points at which the index looks for the best quantum
-_TAIL = 8  # samples above an age below which the index there is noise
+_LEAST_SHARE = 0.1  # of the jobs alive, how many must end in a quantum for its rate to count
+_LEAST_JOBS = 24  # and how many samples that must be: a rate from fewer is noise, and the largest of many noisy ones worse
 
 
 class Lengths:
@@ -42,11 +43,11 @@ class Lengths:
         alive = 1.0 - share
         before = self._lengths[at - 1] if at else 0
         mean = self._means[at] + alive * (age - before)
-        least = alive / _POINTS
+        least = max(_LEAST_SHARE * alive, _LEAST_JOBS / len(self._samples))
         best = 0.0
         for point in reversed(self._points):
             gain = self._shares[point] - share
-            if point <= at or gain < least:
+            if best and gain < least:
                 break
             best = max(best, gain / (alive * prefill_steps + self._means[point] - mean))
         return best
@@ -69,7 +70,7 @@ class Lengths:
                 self._shares.append(1.0 - alive)
                 self._means.append(mean)
             before = tokens
-        self._supported = max(0, samples[max(0, len(samples) - _TAIL)][0] - 1)
+        self._supported = max(0, samples[max(0, len(samples) - _LEAST_JOBS)][0] - 1)
         self._thin()
 
     def _thin(self) -> None:
