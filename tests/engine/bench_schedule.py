@@ -10,6 +10,7 @@ The clock of the policies advances 20 ms a step, so displacements come at the ra
 import argparse
 import gc
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -97,6 +98,11 @@ def compare(folder: Path, policy: str, waiting: int, blocks: int) -> str:
     return f"{policy:8} {waiting:8} | {cells[0]} | {cells[1]}"
 
 
+def say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--waiting", type=int, nargs="+", default=[0, 10_000, 100_000], help="requests in line")
@@ -104,12 +110,12 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=30, help=f"timed blocks of {STEPS_IN_BLOCK} steps")
     arguments = parser.parse_args()
     seed_block_hashes()
-    print("                  | schedule(): stock, ours (us), ratio | update_from_output(): stock, ours (us), ratio")
+    say("                  | schedule(): stock, ours (us), ratio | update_from_output(): stock, ours (us), ratio")
     with tempfile.TemporaryDirectory() as folder:
         model_folder(Path(folder))
         for waiting in arguments.waiting:
             for policy in arguments.policies:
-                print(compare(Path(folder), policy, waiting, arguments.blocks), flush=True)
+                say(compare(Path(folder), policy, waiting, arguments.blocks))
 
 
 if __name__ == "__main__":
