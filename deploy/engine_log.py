@@ -11,19 +11,19 @@ LINE = re.compile(
     r"(?P<text>.*)$"
 )
 
-# In the order in which they come; each is recognised by the first line that belongs to it.
+FIRST_STAGE = "importing the engine"
+# In the order in which they come, some left out on some machines; a line of an earlier stage may come again later.
 STAGES: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"(?!)"), FIRST_STAGE),
     (re.compile(r"non-default args: "), "reading the model's configuration"),
     (re.compile(r"Resolved architecture: "), "starting the engine's processes"),
     (re.compile(r"Initializing a V1 LLM engine"), "starting the model's processes"),
     (re.compile(r"Starting to load model "), "loading the model"),
-    (re.compile(r"Loading weights took |Model loading took |Initializing model took "), "loading the weights"),
     (re.compile(r"(Explicitly|Auto) set \(|KV cache size: "), "reserving the KV cache"),
-    (re.compile(r"Warming up|warmup|Compiling|Capturing CUDA graphs|torch\.compile takes"), "compiling and warming up"),
+    (re.compile(r"^Warming up model|^Start compiling|Capturing CUDA graph|torch\.compile took"), "warming up"),
     (re.compile(r"init engine \(profile"), "starting its HTTP server"),
     (re.compile(r"Starting vLLM server on |Application startup complete"), "answering"),
 )
-FIRST_STAGE = "importing the engine"
 
 # Said at every start, on every machine, and of no use to whoever runs it.
 NOISE = re.compile(
@@ -49,12 +49,12 @@ def parse(line: str) -> LogLine:
     return LogLine(found["process"] or "", found["level"] or "", found["text"])
 
 
-def stage(line: LogLine) -> str | None:
-    """The stage that begins with this line, None if none does."""
-    for pattern, name in STAGES:
-        if pattern.search(line.text):
-            return name
-    return None
+def stage(line: LogLine, reached: int = 0) -> int:
+    """The stage (its place in STAGES) that a start is in after this line, having `reached` one before."""
+    for place in range(reached + 1, len(STAGES)):
+        if STAGES[place][0].search(line.text):
+            return place
+    return reached
 
 
 def deserves_showing(line: LogLine) -> bool:
@@ -150,6 +150,7 @@ CAUSES: tuple[Cause, ...] = (
 # The last line of a Python stack: "package.SomeError: what happened".
 RAISED = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt)): (.+)$")
 # Said by the processes that noticed a death, not by the one that died.
+CORE_GONE = re.compile(r"engine core exited unexpectedly|Engine core proc \S+ died unexpectedly|WorkerProc.* died")
 ECHOES = re.compile(
     r"Engine core initialization failed|EngineDeadError|Executor failed|WorkerProc initialization failed"
 )
@@ -165,8 +166,8 @@ def cause(lines: Sequence[str], exit_code: int | None) -> str:
     raised = [found for text in texts if (found := RAISED.match(text.strip())) and not ECHOES.search(text)]
     if raised:
         return f"it failed with {raised[0][1]}: {shortened(raised[0][2])}"
-    if exit_code == 137:
-        return "it was killed (SIGKILL), on a busy machine most often for want of memory"
+    if exit_code == 137 or any(CORE_GONE.search(text) for text in texts):
+        return "one of its processes was killed, most often by the system for want of memory"
     return f"it ended with exit code {exit_code}" if exit_code is not None else "it stopped answering"
 
 

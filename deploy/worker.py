@@ -17,7 +17,7 @@ import httpx2
 from deploy.canary import CanaryError
 from deploy.child import Child, ChildEnded, running
 from deploy.engine_args import EngineCommand, Ports
-from deploy.engine_log import FIRST_STAGE, LogLine, cause, parse, stage
+from deploy.engine_log import STAGES, LogLine, cause, parse, stage
 from deploy.log_file import LogFile
 
 KEPT_LINES = 1000  # enough for the stacks of all of vLLM's processes, root cause included
@@ -60,6 +60,14 @@ class WorkerEvent:
     url: str
     detail: str
     elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """How one start of an engine went: why it ended, and for how long it was ready (None if it never was)."""
+
+    end: str
+    ready_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,20 +138,22 @@ class WorkerProcess:
         self._child: Child | None = None
         self._url = ""
         self._started_at_s = 0.0
+        self._stage = 0
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
 
     async def run(self) -> None:
         """Starts the engine and restarts it for ever. WorkerError if it did not become ready the first time."""
         deaths = 0
         try:
-            ready_s = await self._one_life()
             while True:
-                deaths = 1 if ready_s >= self._timing.stable_s else deaths + 1
-                await asyncio.sleep(self._timing.backoff_after(deaths))
-                self._move(State.STARTING, f"restarting ({deaths} in a row)" if deaths > 1 else "restarting")
-                with contextlib.suppress(WorkerError):  # told already, and tried again
-                    ready_s = 0.0
-                    ready_s = await self._one_life()
+                life = await self._one_life()
+                if deaths == 0 and life.ready_s is None:
+                    raise WorkerError(f"{self.name} did not start: {life.end} (its log: {self._log.path})")
+                deaths = 1 if (life.ready_s or 0.0) >= self._timing.stable_s else deaths + 1
+                pause_s = self._timing.backoff_after(deaths)
+                self._move(State.DEAD, f"{life.end}; it starts again in {pause_s:.0f} s")
+                await asyncio.sleep(pause_s)
+                self._move(State.STARTING, "restarting")
         finally:
             self._move(State.STOPPED, "stopped")
             self._log.close()
@@ -153,19 +163,17 @@ class WorkerProcess:
         if self._child is not None:
             self._child.kill()
 
-    async def _one_life(self) -> float:
-        """From start to death; returns how long it was ready. WorkerError, after telling it, if it never was."""
+    async def _one_life(self) -> Life:
+        """From start to death."""
         self._started_at_s = _now_s()
         try:
             async with self._process() as child, httpx2.AsyncClient(trust_env=False) as client:
                 await self._become_ready(child, client)
                 ready_at_s = _now_s()
-                why = await self._ready_until(child, client)
+                end = await self._ready_until(child, client)
         except WorkerError as error:
-            self._move(State.DEAD, str(error))
-            raise
-        self._move(State.DEAD, why)
-        return _now_s() - ready_at_s
+            return Life(str(error), None)
+        return Life(end, _now_s() - ready_at_s)
 
     async def _become_ready(self, child: Child, client: httpx2.AsyncClient) -> None:
         try:
@@ -219,6 +227,7 @@ class WorkerProcess:
     async def _process(self) -> AsyncIterator[Child]:
         """The engine with fresh ports and a fresh folder for its metrics, where a dead one's must not count."""
         self._lines.clear()
+        self._stage = 0
         metrics_folder = tempfile.mkdtemp(prefix="evenhand-metrics-")
         try:
             self._ports = usable_ports(self._ports)
@@ -228,7 +237,7 @@ class WorkerProcess:
             env |= {**command.env, "PROMETHEUS_MULTIPROC_DIR": metrics_folder}
             self._log.write(f"$ {' '.join(command.argv)}")
             async with running(command.argv, env, self._timing.grace_s, self._heard) as self._child:
-                self._tell(FIRST_STAGE)
+                self._tell(STAGES[0][1])
                 yield self._child
         except OSError as error:
             raise WorkerError(f"it could not be started: {error.strerror or error}") from error
@@ -241,8 +250,9 @@ class WorkerProcess:
         self._log.write(text)
         self._lines.append(text)
         self._listeners.line(self.name, line)
-        if self.state is State.STARTING and (reached := stage(line)):
-            self._tell(reached)
+        if self.state is State.STARTING and (reached := stage(line, self._stage)) != self._stage:
+            self._stage = reached
+            self._tell(STAGES[reached][1])
 
     def _move(self, state: State, detail: str) -> None:
         if state not in MOVES[self.state]:

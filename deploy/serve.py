@@ -1,0 +1,98 @@
+"""`evenhand serve`: the gateway and its engines on this machine; here its options and the checks before the start.
+
+Exit codes: 0 after SIGTERM to a server that was ready, 128 + the signal after any other stop (130 after Ctrl-C),
+2 for settings that cannot be, 1 for everything else that cannot work.
+"""
+
+import argparse
+import errno
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import uvloop
+from rich.console import Console
+
+from deploy.engine_args import EngineArgsError
+from deploy.model import ModelError, cache_folder
+from deploy.preflight import PreflightError, check
+from deploy.serving import Serving, Surroundings
+from deploy.settings import ServeSettings
+from deploy.worker import WorkerError
+from server.__main__ import add_arguments as add_gateway_arguments
+from server.__main__ import overrides as gateway_overrides
+from server.app import GatewayServer
+from server.settings import read_settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The gateway's options and those of its local engines; what is not given comes from EVENHAND_…, file, default."""
+    fields = ServeSettings.model_fields
+
+    def option(flag: str, name: str, metavar: str, kind: Callable[[str], object] = str) -> None:
+        setting = fields[name]
+        default = "" if setting.default is None else f" (default: {setting.default})"
+        parser.add_argument(flag, dest=name, metavar=metavar, type=kind, help=f"{setting.description}{default}")
+
+    option("--model", "model", "NAME|PATH|HF_ID")
+    option("--workers", "worker_count", "N", int)
+    option("--prefill-workers", "prefill_workers", "N", int)
+    option("--decode-workers", "decode_workers", "N", int)
+    option("--kv-cache-gib", "kv_cache_gib", "GIB", int)
+    option("--start-timeout", "start_timeout_s", "SECONDS", float)
+    option("--state-folder", "state_folder", "FOLDER", Path)
+    parser.add_argument(
+        "--engine-arg",
+        action="append",
+        dest="engine_args",
+        metavar="ARG",
+        help="handed to vLLM as it stands, e.g. --engine-arg=--max-num-seqs=8; wins over ours; may be repeated",
+    )
+    parser.add_argument("--verbose", action="store_true", default=None, help="show the engines' whole logs")
+    add_gateway_arguments(parser)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # the table of policies is laid out already
+
+
+def overrides(args: argparse.Namespace) -> dict[str, object]:
+    """What the command line says, as settings."""
+    ours = set(ServeSettings.model_fields) & set(vars(args))
+    given = {name: value for name in ours if (value := getattr(args, name)) is not None}
+    return given | gateway_overrides(args)
+
+
+def run(args: argparse.Namespace, surroundings: Surroundings | None = None) -> int:
+    """Serves until it is stopped; returns the exit code (see the module)."""
+    around = surroundings or Surroundings()
+    complain = Console(stderr=True)
+    try:
+        settings = read_settings(overrides(args), args.config, ServeSettings)
+        server = GatewayServer(settings)
+        sock = listen(server)
+        checked = check(settings, around.machine(), cache_folder())
+        serving = Serving(settings, checked, server, around)
+        exit_code: int = uvloop.run(serving.serve(sock))
+        return exit_code
+    except KeyboardInterrupt:  # before our own handler was in place
+        return 128 + signal.SIGINT
+    except (EngineArgsError, ModelError, PreflightError, WorkerError) as error:
+        complain.print(f"evenhand serve: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 1
+    except ValueError as error:
+        complain.print(f"evenhand serve: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+
+
+def listen(server: GatewayServer) -> socket.socket:
+    """Takes the gateway's port; PreflightError with a way out if it cannot be had."""
+    host, port = server.settings.host, server.settings.port
+    try:
+        return server.listen()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise PreflightError(
+                f"port {port} on {host} is taken, perhaps by another `evenhand serve`: stop that one, or choose "
+                f"another with --port, for example --port {port + 1 if port < 65535 else port - 1}"
+            ) from error
+        why = error.strerror or str(error)
+        raise PreflightError(f"cannot listen on {host}:{port} ({why}): choose another --host or --port") from error

@@ -1,0 +1,22 @@
+"""The settings of `evenhand serve`: the gateway's, and what its local engines need."""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from deploy.model import BUNDLED
+from server.settings import Positive, Settings
+
+
+class ServeSettings(Settings):
+    """A gateway and engines on one machine."""
+
+    model: str = Field(BUNDLED, description="model to serve: a name of ours, a folder, or a hub id")
+    worker_count: int = Field(1, ge=1, le=64, description="engines that do prefill and decode")
+    prefill_workers: int = Field(0, ge=0, le=64, description="engines that only read prompts")
+    decode_workers: int = Field(0, ge=0, le=64, description="engines that only write answers")
+    kv_cache_gib: int | None = Field(None, ge=1, description="KV cache of each CPU engine, GiB; default: by memory")
+    engine_args: list[str] = Field(default_factory=list, description="arguments handed to vLLM as they stand")
+    start_timeout_s: Positive = Field(900.0, description="until an engine must be ready, seconds")
+    state_folder: Path | None = Field(None, description="where the engines' logs go; default: the user's state folder")
+    verbose: bool = Field(False, description="show the engines' whole logs")

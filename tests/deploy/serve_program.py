@@ -1,0 +1,40 @@
+"""`evenhand serve` as a program whose engine and machine a test chooses.
+
+Environment: `TEST_ENGINE` is the engine's command line, with {port} and {model} filled in (default: the fake engine);
+`TEST_FREE_BYTES`, `TEST_VERSION` and `TEST_BUILD` change what the machine seems to be.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from dataclasses import replace
+
+from deploy import serve
+from deploy.engine_args import EngineCommand, EnginePlan, Ports
+from deploy.machine import Engine, Machine, look
+from deploy.serving import Surroundings
+from deploy.worker import Timing
+
+FAKE_ENGINE = "{python} -m loadtest.fake_engine --port {port} --model {model} --cost instant"
+
+
+def engine(plan: EnginePlan, ports: Ports, python: str) -> EngineCommand:
+    template = os.environ.get("TEST_ENGINE", FAKE_ENGINE)
+    argv = [part.format(python=python, port=ports.http, model=plan.served_name) for part in shlex.split(template)]
+    return EngineCommand((*argv, *plan.user_args), {}, f"http://127.0.0.1:{ports.http}")
+
+
+def machine() -> Machine:
+    seen = look(os.environ)
+    free = int(os.environ.get("TEST_FREE_BYTES", 32 * 1024**3))
+    build = os.environ.get("TEST_BUILD", "cpu")
+    version = os.environ.get("TEST_VERSION", "0.32.0")
+    return replace(seen, available_bytes=free, engine=Engine("vllm", version, "cuda" if build == "cuda" else "cpu"))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser("evenhand serve")
+    serve.add_arguments(parser)
+    timing = Timing(probe_every_s=0.05, watch_every_s=0.05, backoff_s=0.1, grace_s=2.0)
+    sys.exit(serve.run(parser.parse_args(), Surroundings(machine, engine, timing)))
