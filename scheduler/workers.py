@@ -1,0 +1,43 @@
+"""Workers as placement sees them: one vLLM engine behind its HTTP server, its role and its load."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Role(Enum):
+    """Which half of a request a worker takes."""
+
+    BOTH = "both"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """An engine that can be asked.
+
+    id: unique in the fleet, e.g. "worker-0".
+    url: where its HTTP server listens, e.g. "http://127.0.0.1:8101" (no trailing slash).
+    slots: sequences that its batch holds (vLLM's max_num_seqs).
+    plugin: whether our scheduler plug-in runs inside, so that tenant and service may travel with a request.
+    """
+
+    id: str
+    url: str
+    role: Role = Role.BOTH
+    slots: int = 256
+    plugin: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a worker is busy with, as last seen.
+
+    in_flight: sequences that this gateway has there.
+    pending_tokens: prompt and output tokens still to be computed for them (output bounded by max_tokens).
+    kv_usage: share of its KV cache in use, 0 to 1.
+    """
+
+    in_flight: int = 0
+    pending_tokens: int = 0
+    kv_usage: float = 0.0

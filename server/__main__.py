@@ -1,0 +1,103 @@
+"""`evenhand gateway`, and `python -m server`: read the settings, build the server, run it until a signal."""
+
+import argparse
+import asyncio
+import logging
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from scheduler.catalog import describe
+from server.app import GatewayServer
+from server.settings import Settings, read_settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The gateway's own options; whatever is not given comes from EVENHAND_…, the file, or the default."""
+    parser.add_argument("--host", help="address to listen on (default 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="port to listen on (default 8000)")
+    parser.add_argument(
+        "--worker",
+        action="append",
+        dest="workers",
+        metavar="URL[,role=…][,slots=N]",
+        help="an OpenAI-compatible engine, e.g. http://127.0.0.1:8101,slots=256; may be repeated",
+    )
+    parser.add_argument("--policy", help="fcfs, mlfq, vtc or gittins (default fcfs)")
+    parser.add_argument(
+        "--policy-option", action="append", metavar="KEY=VALUE", help="an option of the policy; may be repeated"
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of the settings")
+    parser.epilog = describe()
+
+
+def overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says, as settings. ValueError for a policy option that is not KEY=VALUE."""
+    given = {name: getattr(args, name) for name in ("host", "port", "workers", "policy")}
+    if args.policy_option:
+        given["policy_options"] = policy_options(args.policy_option)
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def policy_options(pairs: list[str]) -> dict[str, str]:
+    """`["key=value", …]` → mapping. ValueError with the pair that is not one."""
+    options = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--policy-option {pair!r}: write it as KEY=VALUE")
+        options[key] = value
+    return options
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves until SIGINT or SIGTERM. 2 for wrong settings, 1 for a port that is taken."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    try:
+        server = GatewayServer(read_settings(overrides(args), args.config, Settings))
+    except ValueError as error:
+        sys.stderr.write(f"evenhand gateway: {error}\n")
+        return 2
+    try:
+        sock = server.listen()
+    except OSError as error:
+        address = f"{server.settings.host}:{server.settings.port}"
+        sys.stderr.write(f"evenhand gateway: cannot listen on {address}: {error.strerror}. Choose another --port.\n")
+        return 1
+    uvloop.run(_serve(server, sock))
+    return 0
+
+
+async def _serve(server: GatewayServer, sock: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    signals = 0
+
+    def stop() -> None:
+        nonlocal signals
+        signals += 1
+        server.stop(at_once=signals > 1)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, stop)
+    host, port = sock.getsockname()[:2]
+    logging.getLogger("evenhand").info("listening on http://%s:%d, policy %s", host, port, server.settings.policy)
+    await server.serve(sock)
+
+
+def main() -> int:
+    """`python -m server`."""
+    parser = argparse.ArgumentParser(
+        "evenhand gateway", description="The gateway alone, over engines that run elsewhere."
+    )
+    add_arguments(parser)
+    return run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

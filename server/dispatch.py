@@ -1,0 +1,256 @@
+"""Who goes next, and where to: the waiting line in policy order, until a worker has room."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from types import TracebackType
+
+from scheduler.jobs import Job, Outcome
+from scheduler.lanes import Lanes
+from scheduler.workers import Worker
+from server.call import Ticket
+from server.errors import NoWorker, Overloaded, ServiceError, UnknownModel
+from server.fleet import Fleet, Member
+
+RATE_MEMORY_S = 20.0
+LONGEST_RETRY_S = 600.0
+
+
+class Pace:
+    """How many slots come free per second, averaged over the last `RATE_MEMORY_S` or so."""
+
+    __slots__ = ("count", "at")
+
+    def __init__(self, now: float) -> None:
+        self.count = 0.0
+        self.at = now
+
+    def _decay(self, now: float) -> None:
+        self.count *= 0.5 ** ((now - self.at) / RATE_MEMORY_S)
+        self.at = now
+
+    def freed(self, now: float) -> None:
+        self._decay(now)
+        self.count += 1.0
+
+    def per_s(self, now: float) -> float:
+        self._decay(now)
+        return self.count * 0.693 / RATE_MEMORY_S
+
+
+class Slot:
+    """The right to run on a worker; held for the length of a call, given back however that ends."""
+
+    __slots__ = ("dispatcher", "ticket", "member")
+
+    def __init__(self, dispatcher: "Dispatcher", ticket: Ticket) -> None:
+        self.dispatcher = dispatcher
+        self.ticket = ticket
+
+    async def __aenter__(self) -> Member:
+        self.member = await self.dispatcher.take(self.ticket)
+        return self.member
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            outcome = Outcome.LENGTH if self.ticket.tokens == self.ticket.call.max_tokens else Outcome.DONE
+        else:
+            outcome = Outcome.ABORTED if kind is asyncio.CancelledError else Outcome.FAILED
+        self.dispatcher.give_back(self.ticket, self.member, outcome)
+
+
+class Dispatcher:
+    """One model's line and the workers that serve it.
+
+    lanes: the policy's line. window: how many sequences a worker is given at a time. max_waiting: requests beyond which
+    newcomers are refused. queue_timeout_s: how long anybody waits, None for ever.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        lanes: Lanes,
+        fleet: Fleet,
+        *,
+        window: Callable[[Worker], int],
+        max_waiting: int,
+        queue_timeout_s: float | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self.model = model
+        self.lanes = lanes
+        self.fleet = fleet
+        self.window = window
+        self.max_waiting = max_waiting
+        self.queue_timeout_s = queue_timeout_s
+        self.clock = clock
+        self.pace = Pace(clock())
+        self.charge: list[Ticket] = []
+        self._waiters: dict[Job, tuple[asyncio.Future[Member], Ticket]] = {}
+        self._waiting_of: Counter[str] = Counter()
+
+    def slot(self, ticket: Ticket) -> Slot:
+        """`async with` this: waits in line, yields the worker, gives the place back."""
+        return Slot(self, ticket)
+
+    async def take(self, ticket: Ticket) -> Member:
+        """Waits for a place. Raises Overloaded if the line is full or the wait too long, NoWorker if nobody serves."""
+        now = self.clock()
+        if not self.fleet.ready(self.model):
+            raise NoWorker(f"No worker serves '{self.model}' right now.", retry_after_s=self.fleet.probe_s * 5)
+        if not len(self.lanes) and (member := self._room(ticket)) is not None:
+            self.settle(now)
+            self.lanes.push(ticket.job, now)
+            self.lanes.pop(now)
+            self._occupy(member, ticket)
+            return member
+        if len(self.lanes) >= self.max_waiting:
+            raise Overloaded(
+                f"{len(self.lanes)} requests already wait for '{self.model}'.",
+                retry_after_s=self.retry_after_s(ticket.call.tenant.name),
+            )
+        return await self._wait(ticket, now)
+
+    async def _wait(self, ticket: Ticket, now: float) -> Member:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Member] = loop.create_future()
+        tenant = ticket.call.tenant.name
+        self._waiters[ticket.job] = (future, ticket)
+        self._waiting_of[tenant] += 1
+        self.lanes.push(ticket.job, now)
+        patience = [s for s in (self.queue_timeout_s, ticket.call.deadline_s) if s is not None]
+        timer = loop.call_later(min(patience), self._expire, ticket) if patience else None
+        try:
+            self.advance()
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self.give_back(ticket, future.result(), Outcome.ABORTED)  # got its place in the moment it left
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+            if self._waiters.pop(ticket.job, None) is not None:
+                self.lanes.finish(ticket.job, Outcome.ABORTED, self.clock())
+            self._waiting_of[tenant] -= 1
+            if not self._waiting_of[tenant]:
+                del self._waiting_of[tenant]
+
+    def _expire(self, ticket: Ticket) -> None:
+        future, _ = self._waiters[ticket.job]
+        if not future.done():
+            waited = self.clock() - ticket.job.arrived_at
+            error: ServiceError = Overloaded(
+                f"No place came free within {waited:.0f} s.", retry_after_s=self.retry_after_s(ticket.call.tenant.name)
+            )
+            if not self.fleet.ready(self.model):
+                error = NoWorker(f"No worker served '{self.model}' within {waited:.0f} s.", retry_after_s=5.0)
+            future.set_exception(error)
+
+    def advance(self) -> None:
+        """Lets in whom the policy names, as long as a worker has room. The first who does not fit stops it: nobody is
+        skipped, or the policies' bounds would not hold."""
+        now = self.clock()
+        self.settle(now)
+        while (job := self.lanes.peek(now)) is not None:
+            future, ticket = self._waiters[job]
+            if future.done():  # it has just left or expired; its own `finally` will come, but its turn is now
+                self._forget(job, now)
+                continue
+            member = self._room(ticket)
+            if member is None:
+                return
+            self.lanes.pop(now)
+            del self._waiters[job]
+            self._occupy(member, ticket)
+            future.set_result(member)
+
+    def _forget(self, job: Job, now: float) -> None:
+        del self._waiters[job]
+        self.lanes.finish(job, Outcome.ABORTED, now)
+
+    def _room(self, ticket: Ticket) -> Member | None:
+        """The worker with the least work that has room. A request wider than a whole window runs alone."""
+        best: Member | None = None
+        for member in self.fleet.ready(self.model):
+            free = self.window(member.worker) - member.in_flight
+            if free >= ticket.call.sequences or (member.in_flight == 0 and free > 0):
+                if best is None or member.pending_tokens < best.pending_tokens:
+                    best = member
+        return best
+
+    def _occupy(self, member: Member, ticket: Ticket) -> None:
+        member.in_flight += ticket.call.sequences
+        member.pending_tokens += _size(ticket)
+        ticket.worker = member.worker.id
+
+    def give_back(self, ticket: Ticket, member: Member, outcome: Outcome) -> None:
+        """A call is over: its place is the next one's."""
+        now = self.clock()
+        member.in_flight -= ticket.call.sequences
+        member.pending_tokens -= _size(ticket)
+        self.settle(now)
+        missing = ticket.tokens - ticket.job.output_tokens
+        if missing > 0:  # tokens that were not seen one by one
+            self.lanes.serve(ticket.job, missing, now)
+        self.lanes.finish(ticket.job, outcome, now)
+        self.pace.freed(now)
+        self.advance()
+
+    def settle(self, now: float) -> None:
+        """Charges what streamed since the last decision. Exact whenever somebody must choose, and free between."""
+        for ticket in self.charge:
+            self.lanes.serve(ticket.job, ticket.uncharged, now)
+            ticket.uncharged = 0
+        self.charge.clear()
+
+    def retry_after_s(self, tenant: str) -> float:
+        """Seconds until one more request of this tenant would find a place: those ahead of it over the line's pace.
+
+        Ahead are all that wait, or, where tenants share, only as many rounds as it has waiting.
+        """
+        ahead = float(len(self.lanes)) + 1.0
+        if self.lanes.policy.shares is not None:
+            rounds = self._waiting_of[tenant] + 1
+            ahead = min(ahead, float(rounds * max(1, len(self._waiting_of))))
+        pace = self.pace.per_s(self.clock())
+        return min(LONGEST_RETRY_S, max(1.0, ahead / pace)) if pace > 0 else 5.0
+
+
+def _size(ticket: Ticket) -> int:
+    return ticket.call.prompt_tokens + ticket.call.max_tokens * ticket.call.sequences
+
+
+class Lines:
+    """A dispatcher for each served model; all under one policy."""
+
+    def __init__(self, build: Callable[[str], Dispatcher], fleet: Fleet) -> None:
+        self._build = build
+        self.fleet = fleet
+        self.by_model: dict[str, Dispatcher] = {}
+        fleet.changed.append(self.advance)
+
+    def of(self, model: str) -> Dispatcher:
+        """The line for a model. UnknownModel if a fleet that is up does not serve it, NoWorker if nothing is up."""
+        dispatcher = self.by_model.get(model)
+        if dispatcher is None:
+            served = [str(entry["id"]) for entry in self.fleet.models()]
+            if not served:
+                raise NoWorker("No worker is ready yet.", retry_after_s=5.0)
+            if model not in served:
+                raise UnknownModel(
+                    f"The model '{model}' is not served here; there is {', '.join(served)}.", param="model"
+                )
+            dispatcher = self.by_model[model] = self._build(model)
+        return dispatcher
+
+    def advance(self) -> None:
+        """A worker has come or gone: every line looks again."""
+        for dispatcher in self.by_model.values():
+            dispatcher.advance()
+
+    def depth(self) -> list[tuple[str, int]]:
+        """(model, waiting) for metrics."""
+        return [(model, len(dispatcher.lanes)) for model, dispatcher in self.by_model.items()]

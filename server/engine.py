@@ -1,0 +1,213 @@
+"""The only file that speaks HTTP to workers: a lean protocol for relayed answers, httpx2 for what may take its time.
+
+Why not one client for both: per relayed chunk a general client costs several times what reading the socket costs
+(docs/benchmarks/gateway.md). Here the bytes of an answer reach their `Sink` in the call that received them.
+"""
+
+import asyncio
+from collections import deque
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import httptools
+import httpx2
+
+from server.errors import EngineGone
+
+CONNECT_TIMEOUT_S = 5.0
+MAX_ERROR_BODY_BYTES = 64 * 1024
+
+_REQUEST = (
+    b"POST %b%b HTTP/1.1\r\nhost: %b\r\ncontent-type: application/json\r\nx-request-id: %b\r\n"
+    b"content-length: %d\r\n\r\n%b"
+)
+
+
+class Sink(Protocol):
+    """Who receives an answer. Called from within the socket's callback: it must not block and must not raise."""
+
+    def head(self, status: int, content_type: bytes, length: int | None) -> None: ...
+    def body(self, data: bytes) -> None: ...
+    def end(self) -> None: ...
+    def lost(self, error: EngineGone) -> None: ...
+
+
+class Connection(asyncio.Protocol):
+    """One keep-alive connection to a worker; it carries one answer at a time."""
+
+    __slots__ = (
+        "engine", "transport", "sink", "parser", "pieces", "complete", "length", "content_type", "begun", "reused",
+        "keep", "paused",
+    )  # fmt: skip
+
+    def __init__(self, engine: "Engine") -> None:
+        self.engine = engine
+        self.sink: Sink | None = None
+        self.reused = False
+        self.begun = False
+        self.paused = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport: asyncio.Transport = transport  # type: ignore[assignment]  # a TCP transport always is one
+
+    def ask(self, request: bytes, sink: Sink) -> None:
+        """Sends a whole request. The answer goes to `sink`."""
+        self.sink = sink
+        self.begun = False
+        self.complete = False
+        self.pieces: list[bytes] = []
+        self.length: int | None = None
+        self.content_type = b"application/json"
+        self.parser = httptools.HttpResponseParser(self)
+        self.transport.write(request)
+
+    def data_received(self, data: bytes) -> None:
+        sink = self.sink
+        if sink is None:  # bytes that nobody asked for: the connection cannot be trusted any more
+            self.transport.abort()
+            return
+        self.begun = True
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._drop(EngineGone(f"The engine's answer is not HTTP: {error}."))
+            return
+        pieces = self.pieces
+        if pieces:
+            if len(pieces) == 1:
+                sink.body(pieces[0])
+            else:
+                sink.body(b"".join(pieces))
+            self.pieces = []
+        if self.complete and self.sink is not None:
+            self._finish(sink)
+
+    def _finish(self, sink: Sink) -> None:
+        self.sink = None
+        if self.paused:
+            self.resume()
+        if self.keep and not self.transport.is_closing():
+            self.reused = True
+            self.engine.idle.append(self)
+        else:
+            self.transport.close()
+        sink.end()
+
+    # httptools callbacks
+    def on_header(self, name: bytes, value: bytes) -> None:
+        name = name.lower()
+        if name == b"content-length":
+            self.length = int(value)
+        elif name == b"content-type":
+            self.content_type = value
+
+    def on_headers_complete(self) -> None:
+        assert self.sink is not None
+        self.sink.head(self.parser.get_status_code(), self.content_type, self.length)
+
+    def on_body(self, data: bytes) -> None:
+        self.pieces.append(data)
+
+    def on_message_complete(self) -> None:
+        self.complete = True
+        self.keep = self.parser.should_keep_alive()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.engine.forget(self)
+        if self.sink is not None:
+            self._drop(EngineGone("The engine closed the connection before its answer was complete."))
+
+    def _drop(self, error: EngineGone) -> None:
+        sink, self.sink = self.sink, None
+        self.transport.abort()
+        if sink is not None:
+            sink.lost(error)
+
+    def pause(self) -> None:
+        """The client does not keep up: stop reading here, so that TCP makes the engine wait."""
+        if not self.paused and not self.transport.is_closing():
+            self.paused = True
+            self.transport.pause_reading()
+
+    def resume(self) -> None:
+        if self.paused:
+            self.paused = False
+            if not self.transport.is_closing():
+                self.transport.resume_reading()
+
+    def abandon(self) -> None:
+        """Gives up an answer that is not complete; vLLM aborts a generation whose connection is closed."""
+        if self.sink is not None:
+            self.sink = None
+            self.transport.abort()
+
+
+class Engine:
+    """A worker's HTTP server: a pool of connections for relayed answers, and small questions of our own."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme != "http" or not parts.hostname:
+            raise ValueError(f"{url!r} is not a worker's address: write it as http://HOST:PORT")
+        self.url = url.rstrip("/")
+        self.host = parts.hostname
+        self.port = parts.port or 80
+        self.prefix = parts.path.rstrip("/").encode()
+        self._host_header = parts.netloc.rpartition("@")[2].encode()
+        self.idle: deque[Connection] = deque()
+        self._client: httpx2.AsyncClient | None = None
+
+    async def ask(self, path: bytes, body: bytes, request_id: str, sink: Sink) -> Connection:
+        """POSTs a JSON body; the answer goes to `sink`. EngineGone if no connection can be had."""
+        request = _REQUEST % (self.prefix, path, self._host_header, request_id.encode(), len(body), body)
+        while self.idle:
+            connection = self.idle.pop()  # the one used last: its path is warm, and the oldest may time out in peace
+            if not connection.transport.is_closing():
+                connection.ask(request, sink)
+                return connection
+        connection = await self._connect()
+        connection.ask(request, sink)
+        return connection
+
+    async def _connect(self) -> Connection:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                _, connection = await loop.create_connection(lambda: Connection(self), self.host, self.port)
+        except TimeoutError:
+            raise EngineGone(
+                f"The engine at {self.url} did not take a connection within {CONNECT_TIMEOUT_S:g} s."
+            ) from None
+        except OSError as error:
+            raise EngineGone(f"The engine at {self.url} cannot be reached: {error.strerror or error}.") from None
+        return connection
+
+    def forget(self, connection: Connection) -> None:
+        """A connection was closed: it must not be handed out again."""
+        if connection in self.idle:
+            self.idle.remove(connection)
+
+    async def get(self, path: str, timeout_s: float = 5.0) -> httpx2.Response:
+        """A small question of our own (health, metrics, models). EngineGone if there is no answer."""
+        return await self._send("GET", path, None, timeout_s)
+
+    async def post(self, path: str, body: Any, timeout_s: float = 30.0) -> httpx2.Response:
+        """A small JSON question of our own. EngineGone if there is no answer."""
+        return await self._send("POST", path, body, timeout_s)
+
+    async def _send(self, method: str, path: str, body: Any, timeout_s: float) -> httpx2.Response:
+        if self._client is None:
+            self._client = httpx2.AsyncClient(base_url=self.url, trust_env=False)
+        try:
+            return await self._client.request(method, path, json=body, timeout=timeout_s)
+        except httpx2.HTTPError as error:
+            raise EngineGone(
+                f"The engine at {self.url} does not answer {path}: {error or type(error).__name__}."
+            ) from None
+
+    async def close(self) -> None:
+        """Closes every idle connection."""
+        while self.idle:
+            self.idle.pop().transport.close()
+        if self._client is not None:
+            await self._client.aclose()

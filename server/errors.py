@@ -1,0 +1,156 @@
+"""What can go wrong with a request, and how each dialect says it: one answer shape, written in one place."""
+
+from typing import ClassVar
+
+import orjson
+
+
+class ServiceError(Exception):
+    """A request ends with an error that its client is told about.
+
+    status: HTTP status when nothing has been answered yet.
+    kind, code: OpenAI's `type` and `code`.
+    retry_after_s: goes out as Retry-After when it is worth trying again.
+    """
+
+    status: ClassVar[int] = 500
+    kind: ClassVar[str] = "server_error"
+    code: str | None = None
+
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+        if code is not None:
+            self.code = code
+
+
+class BadRequest(ServiceError):
+    status = 400
+    kind = "invalid_request_error"
+
+
+class NotAllowed(ServiceError):
+    status = 403
+    kind = "permission_error"
+    code = "forbidden"
+
+
+class UnknownKey(ServiceError):
+    status = 401
+    kind = "authentication_error"
+    code = "invalid_api_key"
+
+
+class UnknownModel(ServiceError):
+    status = 404
+    kind = "invalid_request_error"
+    code = "model_not_found"
+
+
+class NotFound(ServiceError):
+    status = 404
+    kind = "invalid_request_error"
+    code = "unknown_url"
+
+
+class WrongMethod(ServiceError):
+    status = 405
+    kind = "invalid_request_error"
+    code = "method_not_allowed"
+
+
+class TooSlow(ServiceError):
+    status = 408
+    kind = "invalid_request_error"
+    code = "request_timeout"
+
+
+class TooLarge(ServiceError):
+    status = 413
+    kind = "invalid_request_error"
+    code = "request_too_large"
+
+
+class HeadTooLarge(ServiceError):
+    status = 431
+    kind = "invalid_request_error"
+    code = "headers_too_large"
+
+
+class Overloaded(ServiceError):
+    status = 429
+    kind = "overloaded_error"
+    code = "overloaded"
+
+
+class RateLimited(ServiceError):
+    status = 429
+    kind = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
+class EngineGone(ServiceError):
+    status = 502
+    kind = "server_error"
+    code = "engine_gone"
+
+
+class NoWorker(ServiceError):
+    status = 503
+    kind = "server_error"
+    code = "no_worker"
+
+
+class Refused(ServiceError):
+    """The engine answered with an error of its own; its words and status are passed on."""
+
+    def __init__(self, status: int, message: str, *, kind: str, param: str | None, code: str | None) -> None:
+        super().__init__(message, param=param, code=code)
+        self.refused_status = status
+        self.refused_kind = kind
+
+
+def status_of(error: ServiceError) -> int:
+    """The HTTP status of an error."""
+    return error.refused_status if isinstance(error, Refused) else error.status
+
+
+def error_object(error: ServiceError, *, anthropic: bool = False) -> bytes:
+    """The JSON body of an error, as OpenAI (or Anthropic) shapes it."""
+    kind = error.refused_kind if isinstance(error, Refused) else error.kind
+    if anthropic:
+        return orjson.dumps({"type": "error", "error": {"type": kind, "message": error.message}})
+    return orjson.dumps({"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}})
+
+
+def error_event(error: ServiceError, *, anthropic: bool = False) -> bytes:
+    """The last events of a stream that cannot go on: too late for a status."""
+    if anthropic:
+        return b"event: error\ndata: " + error_object(error, anthropic=True) + b"\n\n"
+    return b"data: " + error_object(error) + b"\n\ndata: [DONE]\n\n"
+
+
+def refusal(status: int, body: bytes) -> Refused:
+    """An engine's own error answer, in our shape. Whatever it sent, the client gets an OpenAI error object."""
+    message, kind, param, code = "", "invalid_request_error" if status < 500 else "server_error", None, None
+    try:
+        answer = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        answer = None
+    if isinstance(answer, dict):
+        inner = answer.get("error", answer)
+        if isinstance(inner, dict):
+            message = str(inner.get("message") or inner.get("detail") or "")
+            param = inner.get("param") if isinstance(inner.get("param"), str) else None
+            code = inner.get("code") if isinstance(inner.get("code"), str) else None
+        elif isinstance(inner, str):
+            message = inner
+    if "maximum context length" in message:
+        code = "context_length_exceeded"
+    if not message:
+        message = f"The engine answered with status {status}."
+    return Refused(status, message, kind=kind, param=param, code=code)

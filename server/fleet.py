@@ -1,0 +1,173 @@
+"""Who serves, in what state, how loaded: the gateway's picture of its workers, kept fresh by probes."""
+
+import asyncio
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+
+from scheduler.workers import Load, Role, Worker
+from server.engine import Engine
+from server.errors import EngineGone
+
+log = logging.getLogger("evenhand.fleet")
+
+_KV_USAGE = re.compile(r"^vllm:kv_cache_usage_perc(?:\{[^}]*\})?\s+(\S+)", re.MULTILINE)
+
+
+class State(Enum):
+    STARTING = "starting"  # known, not yet seen healthy
+    READY = "ready"
+    DOWN = "down"  # was ready, does not answer
+    DRAINING = "draining"  # finishes what it has, gets nothing new
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """A worker as the gateway sees it. Written by the fleet (state) and the dispatcher (load) only."""
+
+    worker: Worker
+    engine: Engine
+    state: State = State.STARTING
+    models: tuple[str, ...] = ()
+    in_flight: int = 0
+    pending_tokens: int = 0
+    kv_usage: float = 0.0
+    misses: int = 0
+    note: str = ""
+    models_json: list[dict[str, object]] = field(default_factory=list)
+
+    @property
+    def load(self) -> Load:
+        return Load(self.in_flight, self.pending_tokens, self.kv_usage)
+
+
+class Fleet:
+    """The workers. `changed` is called whenever a worker may take requests that it could not take before."""
+
+    def __init__(self, *, probe_s: float = 1.0, misses: int = 3) -> None:
+        self.members: dict[str, Member] = {}
+        self.starting: dict[str, str] = {}  # workers that are not there yet, and how far each is
+        self.probe_s = probe_s
+        self.misses = misses
+        self.changed: list[Callable[[], None]] = []
+        self._probes: dict[str, asyncio.Task[None]] = {}
+
+    def add(self, worker: Worker, *, note: str = "") -> Member:
+        """A worker joins; it gets requests once a probe has found it healthy. ValueError if its id is taken."""
+        if worker.id in self.members:
+            raise ValueError(f"a worker named {worker.id!r} is already in the fleet")
+        member = Member(worker, Engine(worker.url), note=note)
+        self.members[worker.id] = member
+        self._probes[worker.id] = asyncio.create_task(self._watch(member), name=f"probe {worker.id}")
+        return member
+
+    async def remove(self, worker_id: str) -> None:
+        """A worker leaves at once; what it still relays ends as its connections end. KeyError if unknown."""
+        member = self.members.pop(worker_id)
+        member.state = State.DOWN
+        probe = self._probes.pop(worker_id)
+        probe.cancel()
+        await asyncio.wait([probe])
+        await member.engine.close()
+        self._tell()
+
+    def drain(self, worker_id: str) -> None:
+        """A worker gets nothing new. KeyError if unknown."""
+        self.members[worker_id].state = State.DRAINING
+
+    def ready(self, model: str | None = None) -> list[Member]:
+        """Workers that may be given a request (for `model`)."""
+        return [
+            member
+            for member in self.members.values()
+            if member.state is State.READY and (model is None or model in member.models)
+        ]
+
+    def models(self) -> list[dict[str, object]]:
+        """The served models as /v1/models lists them, each once."""
+        listed: dict[object, dict[str, object]] = {}
+        for member in self.ready():
+            for entry in member.models_json:
+                listed.setdefault(entry.get("id"), entry)
+        return list(listed.values())
+
+    def rows(self) -> Iterator[tuple[str, Role, bool, int]]:
+        """(id, role, ready, sequences in flight) per worker, for metrics."""
+        for member in self.members.values():
+            yield member.worker.id, member.worker.role, member.state is State.READY, member.in_flight
+
+    def suspect(self, member: Member) -> None:
+        """A relayed request could not reach this worker: it is out until a probe finds it healthy."""
+        if member.state is State.READY:
+            member.state = State.DOWN
+            log.warning("worker %s does not take connections; it is out until it answers again", member.worker.id)
+
+    async def _watch(self, member: Member) -> None:
+        while True:
+            try:
+                await self._probe(member)
+            except EngineGone as error:
+                self._missed(member, error)
+            await asyncio.sleep(self.probe_s if member.state is not State.STARTING else min(self.probe_s, 0.25))
+
+    async def _probe(self, member: Member) -> None:
+        healthy = (await member.engine.get("/health")).status_code == 200
+        if not healthy:
+            raise EngineGone("its /health is not 200")
+        if not member.models:
+            await self._learn(member)
+        metrics = await member.engine.get("/metrics")
+        if metrics.status_code == 200 and (usage := _KV_USAGE.search(metrics.text)) is not None:
+            member.kv_usage = float(usage.group(1))
+        member.misses = 0
+        if member.state in (State.STARTING, State.DOWN):
+            member.state = State.READY
+            log.info("worker %s is ready: %s", member.worker.id, ", ".join(member.models))
+            self._tell()
+
+    async def _learn(self, member: Member) -> None:
+        answer = await member.engine.get("/v1/models")
+        listed = answer.json().get("data", []) if answer.status_code == 200 else []
+        if not listed:
+            raise EngineGone("it lists no model")
+        member.models_json = [_public(entry) for entry in listed]
+        member.models = tuple(str(entry["id"]) for entry in listed)
+
+    def _missed(self, member: Member, error: EngineGone) -> None:
+        member.misses += 1
+        if member.state is State.READY and member.misses >= self.misses:
+            member.state = State.DOWN
+            member.models = ()  # it may come back with another model
+            log.warning("worker %s is out: %s", member.worker.id, error.message)
+
+    def _tell(self) -> None:
+        for callback in self.changed:
+            callback()
+
+    async def close(self) -> None:
+        """Stops probing and closes every connection."""
+        for worker_id in list(self.members):
+            await self.remove(worker_id)
+
+
+def _public(entry: dict[str, object]) -> dict[str, object]:
+    """A model as clients may see it: no path of the machine that serves it."""
+    return {name: value for name, value in entry.items() if name not in ("root", "permission", "parent")}
+
+
+def described(members: Iterable[Member]) -> list[dict[str, object]]:
+    """Workers for /ready and /admin."""
+    return [
+        {
+            "id": member.worker.id,
+            "role": member.worker.role.value,
+            "state": member.state.value,
+            "models": list(member.models),
+            "in_flight": member.in_flight,
+            "slots": member.worker.slots,
+            **({"note": member.note} if member.note else {}),
+        }
+        for member in members
+    ]

@@ -1,0 +1,109 @@
+"""The story of a request, from its last body byte to its last token. Everything below is called from here."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from scheduler.jobs import Job
+from server.call import Call, Phase, Route, Ticket
+from server.dispatch import Dispatcher, Lines
+from server.errors import ServiceError
+from server.relay import Answer, Relay
+from server.schemas import call_from
+from server.telemetry import Telemetry
+from server.tenants import Tenants
+
+log = logging.getLogger("evenhand.gateway")
+
+BYTES_PER_TOKEN = 4.0  # English text under a modern tokenizer; each model's own ratio is learned from its answers
+
+
+class Request(Answer, Protocol):
+    """A complete request at the edge, and the way back to its client."""
+
+    route: Route
+
+    @property
+    def body(self) -> bytes: ...
+    def header(self, name: bytes) -> bytes | None: ...
+    def name_it(self) -> str: ...
+    def fail(self, error: ServiceError) -> None: ...
+
+
+class Gateway:
+    """Serves relayed requests."""
+
+    def __init__(
+        self, tenants: Tenants, lines: Lines, relay: Relay, telemetry: Telemetry, clock: Callable[[], float]
+    ) -> None:
+        self.tenants = tenants
+        self.lines = lines
+        self.relay = relay
+        self.telemetry = telemetry
+        self.clock = clock
+        self.bytes_per_token: dict[str, float] = {}
+        self._count = 0
+
+    async def answer(self, request: Request) -> None:
+        """One request from its body to its last byte. Never raises, but for the cancellation of a client that left."""
+        try:
+            call = self.read(request)
+            dispatcher = self.lines.of(call.model)
+        except ServiceError as error:
+            self.refused(request.route.path, error.code or "")
+            request.fail(error)
+            return
+        try:
+            await self.serve(call, dispatcher, request)
+        except ServiceError as error:
+            request.fail(error)
+        except asyncio.CancelledError:
+            raise
+        except Exception:  # the outermost border: whatever this is, the client gets an answer and the log the reason
+            log.exception("request %s failed inside the gateway", call.id)
+            request.fail(ServiceError("The gateway failed on this request; its log has the reason."))
+
+    def read(self, request: Request) -> Call:
+        """What is asked, and by whom."""
+        call_id = request.name_it()
+        tenant = self.tenants.identify(request.header(b"authorization"), request.header(b"x-api-key"))
+        return call_from(request.route, request.body, tenant, call_id, BYTES_PER_TOKEN)
+
+    async def serve(self, call: Call, dispatcher: Dispatcher, out: Answer) -> None:
+        """One call from admission to its last token: limits, a slot in policy order, a worker, the answer's flow."""
+        ticket = self.ticket(call)
+        try:
+            async with dispatcher.slot(ticket) as member:
+                ticket.move(Phase.PREFILLING)
+                await self.relay.pump(ticket, member, dispatcher.charge, out)
+                ticket.move(Phase.DONE)
+                outcome = "ok"
+        except asyncio.CancelledError:
+            ticket.move(Phase.CANCELLED)
+            outcome = "cancelled"
+            raise
+        except BaseException as error:
+            ticket.move(Phase.FAILED)
+            outcome = getattr(error, "code", None) or "internal_error"
+            raise
+        finally:
+            self.telemetry.ended(ticket, outcome)
+
+    def ticket(self, call: Call) -> Ticket:
+        """A call's record, with the job that the scheduler sees."""
+        self._count += 1
+        job = Job(
+            id=f"{self._count}",
+            tenant=call.tenant.name,
+            prompt_tokens=call.prompt_tokens,
+            arrived_at=self.clock(),
+            max_tokens=call.max_tokens,
+            weight=call.tenant.weight,
+            kind=call.kind,
+        )
+        return Ticket(call, job, self.clock)
+
+    def refused(self, path: str, code: str) -> None:
+        """A request ended before it became a call."""
+        self.telemetry.refused(path, code)

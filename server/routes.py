@@ -1,0 +1,108 @@
+"""What is not relayed: models, health, readiness, metrics, and the OpenAPI page (of the relayed routes too)."""
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+
+from server.errors import NotFound, ServiceError, UnknownModel, WrongMethod, error_object, status_of
+from server.fleet import Fleet, State, described
+from server.schemas import ROUTES
+from server.telemetry import Telemetry
+
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+
+
+def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(content), status, headers, "application/json")
+
+
+def _error(error: ServiceError) -> Response:
+    headers = {"retry-after": str(max(1, round(error.retry_after_s)))} if error.retry_after_s is not None else None
+    return Response(error_object(error), status_of(error), headers, "application/json")
+
+
+def public_app(fleet: Fleet, telemetry: Telemetry, lifespan: Lifespan) -> FastAPI:
+    """The ASGI application beside the relayed routes."""
+    app = FastAPI(title="Evenhand", summary="OpenAI-compatible serving, fairly shared.", lifespan=lifespan)
+
+    @app.get("/health", summary="The process is alive")
+    async def health() -> Response:
+        return _json({"status": "ok"})
+
+    @app.get("/ready", summary="At least one worker takes requests")
+    async def ready() -> Response:
+        workers = described(fleet.members.values())
+        if any(member.state is State.READY for member in fleet.members.values()):
+            return _json({"status": "ready", "workers": workers})
+        waiting = {"status": "not ready", "workers": workers, "starting": fleet.starting}
+        return _json(waiting, 503, {"retry-after": "5"})
+
+    @app.get("/metrics", summary="Prometheus metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(telemetry.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/models", summary="The models that are served")
+    async def models() -> Response:
+        return _json({"object": "list", "data": fleet.models()})
+
+    @app.get("/v1/models/{model:path}", summary="One model")
+    async def model(model: str) -> Response:
+        for entry in fleet.models():
+            if entry.get("id") == model:
+                return _json(entry)
+        return _error(UnknownModel(f"The model '{model}' is not served here.", param="model"))
+
+    @app.exception_handler(HTTPException)
+    async def no_such_route(request: Request, error: HTTPException) -> Response:
+        wrong_method = error.status_code == 405 or request.url.path.encode() in ROUTES
+        kind = WrongMethod if wrong_method else NotFound
+        return _error(kind(f"There is no {request.method} {request.url.path} here."))
+
+    describe_relayed(app)
+    return app
+
+
+def describe_relayed(app: FastAPI) -> None:
+    """Adds the relayed routes to the OpenAPI document; they are answered before ASGI."""
+    native = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = native()
+        for route in ROUTES.values():
+            document["paths"].setdefault(route.path, {"post": _operation(route.content_field)})
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the document
+
+
+def _operation(content_field: str) -> dict[str, Any]:
+    body = {
+        "type": "object",
+        "required": ["model"],
+        "properties": {
+            "model": {"type": "string"},
+            "stream": {"type": "boolean", "nullable": True},
+            content_field: {},
+        },
+        "additionalProperties": True,
+    }
+    answers = {
+        "200": "The engine's answer, or its stream of events",
+        "400": "The request is wrong",
+        "401": "The API key is unknown",
+        "404": "The model is not served",
+        "413": "The body is too large",
+        "429": "A limit is reached, or the line is full: see Retry-After",
+        "502": "The engine went away",
+        "503": "No worker is ready: see Retry-After",
+    }
+    return {
+        "summary": "Relayed to a worker; fields not named here pass through untouched",
+        "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
+        "responses": {status: {"description": text} for status, text in answers.items()},
+    }

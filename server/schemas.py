@@ -1,0 +1,151 @@
+"""From a request body to a `Call`: only the fields that we act on are parsed; all others pass through as they came."""
+
+from typing import Any
+
+import msgspec
+
+from server.call import Call, Route
+from server.errors import BadRequest
+from server.tenants import Tenant
+
+CHAT = Route(
+    "/v1/chat/completions",
+    usage_on_request=True,
+    xargs=True,
+    limit_fields=("max_completion_tokens", "max_tokens"),
+    role_first=True,
+)
+COMPLETIONS = Route("/v1/completions", usage_on_request=True, xargs=True, content_field="prompt")
+RESPONSES = Route("/v1/responses", xargs=True, limit_fields=("max_output_tokens",), content_field="input")
+MESSAGES = Route("/v1/messages", xargs=True, anthropic=True)
+EMBEDDINGS = Route("/v1/embeddings", content_field="input")
+TOKENIZE = Route("/tokenize", generates=False, content_field="prompt")
+ROUTES: dict[bytes, Route] = {
+    route.path.encode(): route for route in (CHAT, COMPLETIONS, RESPONSES, MESSAGES, EMBEDDINGS, TOKENIZE)
+}
+
+# Fields with which a client would steer the engine or its scheduler: refused unless the tenant is granted them.
+STEERING = ("vllm_xargs", "priority", "kv_transfer_params", "cache_salt", "request_id", "data_parallel_rank")
+
+MAX_SEQUENCES = 128  # OpenAI's own bound on `n`
+MAX_OUTPUT_TOKENS = 2**31
+
+
+ABSENT = msgspec.Raw(b"")
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+
+
+class Fields(msgspec.Struct):
+    """What we read of a body. `Raw` fields are not parsed, only measured or noticed."""
+
+    model: str
+    stream: bool | None = None
+    n: int | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    max_output_tokens: int | None = None
+    stream_options: StreamOptions | None = None
+    tools: msgspec.Raw = ABSENT
+    response_format: msgspec.Raw = ABSENT
+    messages: msgspec.Raw = ABSENT
+    prompt: msgspec.Raw = ABSENT
+    input: msgspec.Raw = ABSENT
+    vllm_xargs: msgspec.Raw = ABSENT
+    priority: msgspec.Raw = ABSENT
+    kv_transfer_params: msgspec.Raw = ABSENT
+    cache_salt: msgspec.Raw = ABSENT
+    request_id: msgspec.Raw = ABSENT
+    data_parallel_rank: msgspec.Raw = ABSENT
+
+
+_decode = msgspec.json.Decoder(Fields).decode
+
+
+def call_from(route: Route, body: bytes, tenant: Tenant, call_id: str, bytes_per_token: float) -> Call:
+    """Reads a body. Raises BadRequest with a sentence that names the field."""
+    fields = _parsed(body)
+    if not fields.model:
+        raise BadRequest("The field 'model' is empty: name one of the models that /v1/models lists.", param="model")
+    _refuse_steering(fields, tenant)
+    stream = bool(fields.stream)
+    max_tokens = next((v for name in route.limit_fields if (v := getattr(fields, name)) is not None), 0)
+    asked = fields.stream_options is not None and bool(fields.stream_options.include_usage)
+    return Call(
+        id=call_id,
+        route=route,
+        tenant=tenant,
+        model=fields.model,
+        stream=stream,
+        body=with_usage(body, fields) if stream and route.usage_on_request and not asked else body,
+        hide_usage=route.usage_on_request and stream and not asked,
+        prompt_tokens=estimate_tokens(getattr(fields, route.content_field), bytes_per_token),
+        max_tokens=_within(max_tokens, 0, MAX_OUTPUT_TOKENS, "max_tokens"),
+        sequences=_within(1 if fields.n is None else fields.n, 1, MAX_SEQUENCES, "n"),
+        kind=_kind(fields),
+    )
+
+
+def _parsed(body: bytes) -> Fields:
+    try:
+        return _decode(body)
+    except msgspec.ValidationError as error:
+        said = str(error)
+        where = said.rpartition("`$.")[2].rstrip("`") if "`$." in said else None
+        raise BadRequest(f"The request body does not fit: {said}.", param=where) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadRequest(f"The request body is not valid JSON: {error}.", code="invalid_json") from None
+    except RecursionError:
+        raise BadRequest("The request body is nested too deeply.", code="invalid_json") from None
+
+
+def _refuse_steering(fields: Fields, tenant: Tenant) -> None:
+    for name in STEERING:
+        if bytes(getattr(fields, name)) not in (b"", b"null") and name not in tenant.grants:
+            raise BadRequest(
+                f"The field '{name}' steers the engine and is not open to clients: remove it, or ask the operator to "
+                "grant it to your tenant.",
+                param=name,
+                code="field_not_allowed",
+            )
+
+
+def _within(value: int, least: int, most: int, name: str) -> int:
+    if not least <= value <= most:
+        raise BadRequest(f"'{name}' must lie between {least} and {most}, not {value}.", param=name)
+    return value
+
+
+def _kind(fields: Fields) -> str:
+    if bytes(fields.tools) not in (b"", b"null", b"[]"):
+        return "tools"
+    return "json" if b"json" in bytes(fields.response_format) else ""
+
+
+def with_usage(body: bytes, fields: Fields) -> bytes:
+    """The body with `stream_options.include_usage` asked for, so that the answer ends with the exact count."""
+    if fields.stream_options is None and b'"stream_options"' not in body:
+        return splice(body, b'"stream_options":{"include_usage":true}')
+    parsed: dict[str, Any] = msgspec.json.decode(body)
+    options = parsed.get("stream_options") or {}
+    parsed["stream_options"] = {**options, "include_usage": True}
+    return msgspec.json.encode(parsed)
+
+
+def splice(body: bytes, members: bytes) -> bytes:
+    """A JSON object with more members before its own; `body` holds at least one member."""
+    start = body.index(b"{") + 1
+    return b"{" + members + b"," + body[start:]
+
+
+def estimate_tokens(content: msgspec.Raw, bytes_per_token: float) -> int:
+    """Prompt tokens before any tokenizer saw them: exact for token ids, else from the length in bytes."""
+    raw = bytes(content)
+    if raw[:1] == b"[" and raw[1:2].isdigit():
+        return raw.count(b",") + 1
+    size = len(raw)
+    if b";base64," in raw:  # an image's bytes are not its tokens: a few hundred each is what vision models make of them
+        size = sum(min(len(part), 4096) for part in raw.split(b'"'))
+    return max(1, round(size / bytes_per_token))

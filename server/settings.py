@@ -1,0 +1,84 @@
+"""Every knob of the gateway in one typed tree: command line > EVENHAND_… > YAML file > default."""
+
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+class EdgeSettings(BaseModel):
+    """What a client may send before it is refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_head_bytes: int = Field(32 * 1024, ge=1024, description="request line and headers together, bytes")
+    max_body_bytes: int = Field(32 * 1024 * 1024, ge=1024, description="request body, bytes")
+    head_timeout_s: Positive = Field(15.0, description="until a connection's request head is complete, seconds")
+    body_timeout_s: Positive = Field(60.0, description="until a request's body is complete, seconds")
+    keep_alive_s: Positive = Field(75.0, description="an idle connection is kept open, seconds")
+
+
+class AdmissionSettings(BaseModel):
+    """Who waits, how long, and how far ahead of its batch an engine is filled."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_waiting: int = Field(10_000, ge=0, description="requests that may wait per model; beyond it 429")
+    queue_timeout_s: Positive | None = Field(600.0, description="longest wait for a worker, seconds")
+    ahead: int | None = Field(
+        None, ge=0, description="sequences given to a worker beyond its batch; default: the policy's choice"
+    )
+
+
+class Settings(BaseSettings):
+    """The gateway's settings."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="EVENHAND_", env_nested_delimiter="__", extra="forbid", nested_model_default_partial_update=True
+    )
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on")
+    policy: str = Field("fcfs", description="order of the waiting line: fcfs, mlfq, vtc or gittins")
+    policy_options: dict[str, str] = Field(default_factory=dict, description="options of the policy, key: value")
+    workers: list[str] = Field(default_factory=list, description="engines: URL[,role=prefill|decode|both][,slots=N]")
+    probe_s: Positive = Field(1.0, description="between two probes of a worker, seconds")
+    shutdown_s: Positive = Field(30.0, description="running answers may finish after a stop signal, seconds")
+    edge: EdgeSettings = EdgeSettings()
+    admission: AdmissionSettings = AdmissionSettings()
+
+
+Read = TypeVar("Read", bound=Settings)
+
+
+def read_settings(overrides: dict[str, Any], config: Path | None, kind: type[Read]) -> Read:
+    """The settings, of this kind, with what the command line said. ValueError with a sentence for each thing that is wrong."""
+    if config is not None and not config.is_file():
+        raise ValueError(f"the settings file {config} does not exist")
+
+    class FromFile(kind):  # type: ignore[misc, valid-type]  # a class made for this one file
+        @classmethod
+        def settings_customise_sources(  # noqa: PLR0913 - pydantic's own signature
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            file = YamlConfigSettingsSource(settings_cls, yaml_file=config)
+            return init_settings, env_settings, file
+
+    try:
+        read: Read = FromFile(**overrides)
+        return read
+    except ValidationError as error:
+        raise ValueError("\n".join(_sentence(dict(problem)) for problem in error.errors())) from None
+
+
+def _sentence(problem: dict[str, Any]) -> str:
+    name = ".".join(str(part) for part in problem["loc"])
+    return f"setting {name!r}: {problem['msg']} (got {problem.get('input')!r})"

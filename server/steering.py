@@ -1,0 +1,34 @@
+"""What travels to an engine beside the client's own body: tenant, job, weight and service, for the plug-in inside."""
+
+import orjson
+
+from scheduler.workers import Worker
+from server.call import Ticket
+from server.dispatch import Lines
+from server.schemas import splice
+
+
+class Steering:
+    """Writes `vllm_xargs` into request bodies."""
+
+    def __init__(self, lines: Lines) -> None:
+        self.lines = lines
+
+    def body_for(self, ticket: Ticket, worker: Worker) -> bytes:
+        """The body that a worker gets: the client's own bytes, and the scheduler's words in front."""
+        call = ticket.call
+        if not (worker.plugin and call.route.xargs):
+            return call.body
+        tenant = call.tenant
+        lanes = self.lines.by_model[call.model].lanes
+        words = {
+            "evenhand_tenant": tenant.name,
+            "evenhand_job": ticket.job.id,
+            "evenhand_weight": tenant.weight,
+            "evenhand_service": lanes.service(tenant.name),
+        }
+        if "vllm_xargs" in tenant.grants and b"vllm_xargs" in call.body:
+            body = orjson.loads(call.body)
+            body["vllm_xargs"] = {**(body.get("vllm_xargs") or {}), **words}
+            return orjson.dumps(body)
+        return splice(call.body, b'"vllm_xargs":' + orjson.dumps(words))

@@ -1,0 +1,119 @@
+"""Every metric of the gateway, declared once.
+
+Histograms are our own accumulators, read by Prometheus when it scrapes: observing costs 0.2 µs, a tenth of
+prometheus_client's, and one is observed for every token that passes.
+"""
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector, CollectorRegistry
+
+from scheduler.workers import Role
+from server.call import Phase, Ticket
+
+# 1 ms to 10 min: a token of a small model, and the longest wait that anybody has patience for.
+SECONDS = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5,
+    10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0,
+)  # fmt: skip
+
+
+class Distribution:
+    """A histogram that costs next to nothing to feed."""
+
+    __slots__ = ("name", "help", "bounds", "counts", "sum")
+
+    def __init__(self, name: str, help: str, bounds: tuple[float, ...] = SECONDS) -> None:
+        self.name = name
+        self.help = help
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def family(self) -> HistogramMetricFamily:
+        sums = list(accumulate(self.counts))
+        names = [*(repr(bound) for bound in self.bounds), "+Inf"]
+        buckets = [(name, float(count)) for name, count in zip(names, sums, strict=True)]
+        return HistogramMetricFamily(self.name, self.help, buckets=buckets, sum_value=self.sum)
+
+
+class Telemetry(Collector):
+    """What happened, for `/metrics`. Reads the present state (queue depth, workers) when it is asked."""
+
+    def __init__(
+        self,
+        depth: Callable[[], Iterable[tuple[str, int]]],
+        workers: Callable[[], Iterable[tuple[str, Role, bool, int]]],
+    ) -> None:
+        self.depth = depth
+        self.workers = workers
+        self.ttft = Distribution("evenhand_request_ttft_seconds", "Arrival to the first bytes of the answer.")
+        self.itl = Distribution("evenhand_request_itl_seconds", "Gap between two streamed chunks of one answer.")
+        self.tpot = Distribution("evenhand_request_tpot_seconds", "(E2E - TTFT) / (output tokens - 1).")
+        self.e2e = Distribution("evenhand_request_e2e_seconds", "Arrival to the end of the answer.")
+        self.queue = Distribution("evenhand_request_queue_seconds", "Wait in line until a worker had room.")
+        self.outcomes: Counter[tuple[str, str]] = Counter()
+        self.tokens: Counter[str] = Counter()
+        self.retries: Counter[str] = Counter()
+        self.registry = CollectorRegistry(auto_describe=False)
+        self.registry.register(self)
+
+    def refused(self, path: str, code: str) -> None:
+        """A request that was answered before it became a call (bad body, unknown key)."""
+        self.outcomes[path, code] += 1
+
+    def ended(self, ticket: Ticket, outcome: str) -> None:
+        """A call is over: its phases become latencies."""
+        self.outcomes[ticket.call.route.path, outcome] += 1
+        waited = ticket.since(Phase.WAITING, Phase.PREFILLING)
+        if waited is not None:
+            self.queue.observe(waited)
+        if not ticket.call.route.generates:
+            return
+        self.tokens["completion"] += ticket.tokens
+        if ticket.exact:
+            self.tokens["prompt"] += ticket.prompt_tokens
+            self.tokens["cached"] += ticket.cached_tokens
+        first = ticket.since(Phase.WAITING, Phase.DECODING)
+        total = ticket.since(Phase.WAITING, Phase.DONE)
+        if first is not None and ticket.call.stream:
+            self.ttft.observe(first)
+            if total is not None and ticket.tokens > 1:
+                self.tpot.observe((total - first) / (ticket.tokens - 1))
+        if total is not None:
+            self.e2e.observe(total)
+
+    def collect(self) -> Iterator[Metric]:
+        for distribution in (self.ttft, self.itl, self.tpot, self.e2e, self.queue):
+            yield distribution.family()
+        requests = CounterMetricFamily("evenhand_requests", "Requests by how they ended.", labels=("route", "outcome"))
+        for (path, outcome), count in self.outcomes.items():
+            requests.add_metric((path, outcome), count)
+        yield requests
+        tokens = CounterMetricFamily(
+            "evenhand_tokens", "Tokens of finished requests; cached ones are part of the prompt.", labels=("kind",)
+        )
+        for kind in ("prompt", "completion", "cached"):
+            tokens.add_metric((kind,), self.tokens[kind])
+        yield tokens
+        depth = GaugeMetricFamily("evenhand_queue_depth", "Requests that wait for a worker.", labels=("model",))
+        for model, waiting in self.depth():
+            depth.add_metric((model,), waiting)
+        yield depth
+        up = GaugeMetricFamily("evenhand_worker_up", "Whether a worker takes requests.", labels=("worker", "role"))
+        busy = GaugeMetricFamily(
+            "evenhand_worker_in_flight", "Sequences that a worker has from us.", labels=("worker", "role")
+        )
+        for worker, role, ready, in_flight in self.workers():
+            up.add_metric((worker, role.value), float(ready))
+            busy.add_metric((worker, role.value), in_flight)
+        yield up
+        yield busy
