@@ -124,7 +124,7 @@ def prepare(cache: Path, say: Say, gguf_file: Path | None = None) -> Path:
         check_sha256(source)
         if (free_bytes := shutil.disk_usage(cache).free) < BUNDLED_BYTES:
             raise ModelError(_no_space(cache, f"{free_bytes / 1e6:.0f} MB are free"))
-        _convert(source, part, say)
+        _convert(source, part, cache, say)
     say(f"model {BUNDLED} is ready in {folder}")
     return folder
 
@@ -217,7 +217,7 @@ def _no_space(cache: Path, why: str) -> str:
     )
 
 
-def _convert(gguf_file: Path, folder: Path, say: Say) -> None:
+def _convert(gguf_file: Path, folder: Path, cache: Path, say: Say) -> None:
     """Runs the conversion as a program of its own and tells how far it is."""
     command = [sys.executable, "-m", "deploy.gguf_folder", str(gguf_file), str(folder)]
     with tempfile.TemporaryFile("w+") as complaints:
@@ -261,10 +261,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        print(line, flush=True)  # noqa: T201
+
     try:
-        folder = MADE_HERE[arguments.name](arguments.cache, lambda line: print(line, flush=True))  # noqa: T201
+        folder = MADE_HERE[arguments.name](arguments.cache, say)
     except ModelError as error:
         print(f"evenhand: {error}", file=sys.stderr)  # noqa: T201
         return 1
-    print(folder)  # noqa: T201
+    if not said:
+        print(f"model {arguments.name} is there already, in {folder}")  # noqa: T201
     return 0

@@ -1,0 +1,40 @@
+# `make` shows what there is. Everything lives in .venv; nothing else on the machine is touched.
+PYTHON ?= python3
+ENGINE ?= auto
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(PYTHON) -m deploy.install --engine $(ENGINE)
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve test lint bench lock clean
+
+help:  ## show this
+	@echo "usage: make TARGET"; echo
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name what; do printf '  %-9s %s\n' "$$name" "$$what"; done
+
+install:  ## make .venv and the model; ENGINE=cpu|cuda|none, else by the GPU
+	@$(INSTALL)
+
+serve: install  ## install if needed, then serve; ARGS="--policy vtc --port 9000"
+	@exec $(BIN)/evenhand serve $(ARGS)
+
+test:  ## install if needed, lint, run all tests; TESTS="tests/server -k vtc"
+	@$(INSTALL) --tests
+	@$(MAKE) --no-print-directory lint
+	@$(BIN)/python -m pytest $(TESTS)
+
+lint:  ## style, types and import rules
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check .
+	@$(BIN)/mypy --no-error-summary
+	@said="$$($(BIN)/lint-imports --no-logo)" || { echo "$$said"; exit 1; }
+
+bench: install  ## every figure in docs/benchmarks
+	@exec $(BIN)/evenhand bench $(ARGS)
+
+lock:  ## make the lock files anew from pyproject.toml; UPGRADE=1: newest versions
+	@$(PYTHON) -m deploy.lock $(if $(UPGRADE),--upgrade)
+
+clean:  ## remove .venv and everything else that was made here
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info build runs
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,87 @@
+"""The `evenhand` command: a table of subcommands, each of which is imported only when it is called."""
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+USAGE_ERROR = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+class Command(NamedTuple):
+    """A module with `add_arguments(parser)` and `run(arguments) -> int` (the exit code), and what it does in a line."""
+
+    module: str
+    purpose: str
+
+
+COMMANDS: Mapping[str, Command] = {
+    "serve": Command("deploy.serve", "serve a model on this machine: the gateway and its workers"),
+    "gateway": Command("server.__main__", "the gateway alone, before OpenAI-compatible engines that run already"),
+    "model": Command("deploy.model", "make the bundled model ready"),
+    "doctor": Command("deploy.doctor", "say what would go wrong on this machine, and what to do about it"),
+}
+
+
+def help_text(commands: Mapping[str, Command]) -> str:
+    width = max(map(len, commands)) + 2
+    lines = "\n".join(f"  {name:<{width}}{command.purpose}" for name, command in commands.items())
+    return (
+        "usage: evenhand COMMAND [option …]\n\n"
+        "An OpenAI-compatible server that shares LLM engines fairly.\n\n"
+        f"commands:\n{lines}\n\n"
+        "`evenhand COMMAND --help` shows a command's options with their defaults and units.\n"
+        "`evenhand --version` shows the version.\n"
+    )
+
+
+def unknown(name: str, commands: Mapping[str, Command]) -> str:
+    near = difflib.get_close_matches(name, commands, n=1, cutoff=0.5)
+    hint = f"did you mean `evenhand {near[0]}`?" if near else "`evenhand --help` lists the commands."
+    return f"evenhand: there is no command {name!r}; {hint}\n"
+
+
+def version() -> str:
+    from importlib import metadata
+
+    return metadata.version("evenhand")
+
+
+def call(name: str, rest: Sequence[str], command: Command) -> int:
+    module = importlib.import_module(command.module)
+    parser = argparse.ArgumentParser(
+        f"evenhand {name}", description=f"{command.purpose[0].upper()}{command.purpose[1:]}."
+    )
+    module.add_arguments(parser)
+    code: int = module.run(parser.parse_args(rest))
+    return code
+
+
+def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = COMMANDS) -> int:
+    """Returns the exit code: the command's own, 2 for a wrong call, 130 after Ctrl-C."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help", "help"):
+        sys.stdout.write(help_text(commands))
+        return 0
+    if name in ("-V", "--version"):
+        sys.stdout.write(f"evenhand {version()}\n")
+        return 0
+    if name not in commands:
+        sys.stderr.write(unknown(name, commands))
+        return USAGE_ERROR
+    try:
+        return call(name, rest, commands[name])
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone, as in `| head`; what is left in the buffer must not complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
