@@ -126,8 +126,7 @@ class FakeEngine:
         self._choices: dict[Job, Choice] = {}
         self._server: asyncio.Server | None = None
         self._tick: asyncio.Handle | None = None
-        self._stalled = False
-        self._late = asyncio.Event()
+        self.stalled = False
         self._posts: Mapping[str, Callable[[Exchange], None]] = {
             "/v1/chat/completions": self._generate,
             "/v1/completions": self._generate,
@@ -169,7 +168,7 @@ class FakeEngine:
             lambda: Exchange(self._serve, self._connections), "127.0.0.1", self.port
         )
         self.port = self._server.sockets[0].getsockname()[1]
-        self._stalled = False
+        self.stalled = False
         self._wake()
 
     def refuse(self) -> None:
@@ -283,7 +282,7 @@ class FakeEngine:
     # iterations
 
     def _wake(self) -> None:
-        if self._tick is None and not self._stalled:
+        if self._tick is None and not self.stalled:
             # Not at once: all that arrives in this turn of the loop starts together.
             self._tick = self._loop.call_soon(self._begin, self._loop.time())
 
@@ -308,7 +307,7 @@ class FakeEngine:
             choice = self._choices.get(job)
             if choice is not None:  # else a fault took it in this very iteration
                 self._emit(choice, end)
-        if self._stalled or self._tick is None:
+        if self.stalled or self._tick is None:
             self._tick = None
             return
         now = self._loop.time()
@@ -409,7 +408,7 @@ class FakeEngine:
             self._strike()
             (self._die or self.die)()
         elif made == faults.stall_after_tokens:
-            self._stalled = True
+            self.stalled = True
         elif made == faults.cut_after_tokens:
             self._strike()
             choice.answer.exchange.cut(vllm_wire.event({"cut": "in the middle of a chunk"}))
@@ -417,7 +416,7 @@ class FakeEngine:
             self._strike()
             self._break(choice.answer)
         else:
-            return self._stalled
+            return self.stalled
         return True
 
     def _strike(self) -> None:
@@ -441,7 +440,7 @@ class FakeEngine:
     def heal(self) -> None:
         """All faults over; what stalled goes on."""
         self.faults = HEALTHY
-        self._stalled = False
+        self.stalled = False
         self._wake()
 
     def _set_faults(self, exchange: Exchange) -> None:

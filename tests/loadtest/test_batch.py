@@ -1,0 +1,132 @@
+import pytest
+
+from loadtest.batch import ContinuousBatch
+from loadtest.costmodel import CostModel
+from scheduler.catalog import build
+from scheduler.jobs import Job, Outcome
+from scheduler.lanes import Lanes
+
+COST = CostModel(iteration_s=1.0, prefill_s_per_token=0.1, decode_s_per_sequence=0.01, max_seqs=2, max_batched_tokens=8)
+
+
+def batch_of(cost: CostModel = COST, policy: str = "fcfs") -> ContinuousBatch:
+    return ContinuousBatch(cost, Lanes(build(policy, {})))
+
+
+def job(name: str, prompt_tokens: int = 4, *, arrived_at: float = 0.0) -> Job:
+    return Job(name, "tenant", prompt_tokens, arrived_at)
+
+
+def run(batch: ContinuousBatch, lengths: dict[Job, int], most_iterations: int = 1000) -> dict[str, float]:
+    """Iterate until all jobs have their length; when each ended."""
+    now, ended = 0.0, {}
+    for _ in range(most_iterations):
+        iteration = batch.schedule(now)
+        if iteration is None:
+            break
+        now += iteration.duration_s
+        for done in batch.complete(iteration, now):
+            if done.output_tokens == lengths[done]:
+                batch.finish(done, Outcome.DONE, now)
+                ended[done.id] = now
+    return ended
+
+
+def test_an_idle_engine_has_no_iteration() -> None:
+    assert batch_of().schedule(0.0) is None
+
+
+def test_a_prefill_ends_with_the_first_token_and_takes_what_the_cost_model_says() -> None:
+    batch = batch_of()
+    first = job("a", 4)
+    batch.add(first, 0.0)
+    iteration = batch.schedule(0.0)
+    assert iteration is not None
+    assert iteration.duration_s == pytest.approx(1.0 + 0.4)
+    assert batch.complete(iteration, 1.4) == [first]
+
+
+def test_a_prompt_longer_than_the_budget_is_computed_in_chunks() -> None:
+    batch = batch_of()
+    batch.add(job("a", 20), 0.0)
+    chunks = []
+    for now in range(3):
+        iteration = batch.schedule(float(now))
+        assert iteration is not None
+        chunks.append((iteration.prefill_tokens, len(iteration.producing)))
+        batch.complete(iteration, now + 1.0)
+    assert chunks == [(8, 0), (8, 0), (4, 1)]
+
+
+def test_no_more_run_than_there_are_slots() -> None:
+    batch = batch_of()
+    for name in "abc":
+        batch.add(job(name, 1), 0.0)
+    batch.schedule(0.0)
+    assert (batch.running(), batch.waiting()) == (2, 1)
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "mlfq", "vtc", "gittins"])
+def test_every_job_ends_and_all_memory_comes_back_when_kv_is_short(policy: str) -> None:
+    cost = CostModel(iteration_s=1.0, max_seqs=4, max_batched_tokens=64, kv_capacity_tokens=40)
+    batch = batch_of(cost, policy)
+    lengths = {job(str(at), 6 + at): 25 for at in range(8)}
+    for one in lengths:
+        batch.add(one, 0.0)
+    ended = run(batch, lengths)
+    assert len(ended) == 8
+    assert batch.counts.preemptions > 0
+    assert batch.kv_used_tokens == 0
+    assert batch.counts.generation_tokens == 8 * 25
+
+
+def test_a_preempted_job_is_computed_again_with_what_it_said() -> None:
+    cost = CostModel(iteration_s=1.0, max_seqs=2, max_batched_tokens=64, kv_capacity_tokens=21)
+    batch = batch_of(cost)
+    lengths = {job("a", 8): 10, job("b", 8, arrived_at=0.1): 10}
+    for one in lengths:
+        batch.add(one, 0.0)
+    run(batch, lengths)
+    assert batch.counts.preemptions == 1
+    assert batch.counts.prompt_tokens > 16
+
+
+def test_an_aborted_job_gets_no_token_of_the_iteration_it_was_in() -> None:
+    batch = batch_of()
+    one = job("a")
+    batch.add(one, 0.0)
+    iteration = batch.schedule(0.0)
+    assert iteration is not None
+    batch.finish(one, Outcome.ABORTED, 0.5)
+    assert batch.complete(iteration, 1.0) == []
+    assert batch.kv_used_tokens == 0
+
+
+def test_a_transferred_prompt_costs_no_prefill() -> None:
+    cost = CostModel(iteration_s=1.0, prefill_s_per_token=1.0, transfer_s_per_token=0.01)
+    batch = batch_of(cost)
+    batch.add(job("a", 100), 0.0, transferred=True)
+    iteration = batch.schedule(0.0)
+    assert iteration is not None
+    assert iteration.duration_s == pytest.approx(2.0)
+
+
+def test_a_prompt_that_can_never_fit_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="KV capacity"):
+        batch_of(CostModel(kv_capacity_tokens=10)).add(job("a", 10), 0.0)
+
+
+def test_a_short_job_displaces_a_long_one_under_mlfq() -> None:
+    batch = batch_of(CostModel(iteration_s=0.1, max_seqs=1), "mlfq")
+    long, short = job("long"), job("short", arrived_at=5.0)
+    batch.add(long, 0.0)
+    now = 0.0
+    for _ in range(60):
+        iteration = batch.schedule(now)
+        assert iteration is not None
+        now += iteration.duration_s
+        batch.complete(iteration, now)
+    batch.add(short, now)
+    iteration = batch.schedule(now)
+    assert iteration is not None
+    assert [one.job for one in iteration.producing] == [short]
