@@ -127,6 +127,7 @@ class FakeEngine:
         self._server: asyncio.Server | None = None
         self._tick: asyncio.Handle | None = None
         self.stalled = False
+        self.accepted = 0
         self._posts: Mapping[str, Callable[[Exchange], None]] = {
             "/v1/chat/completions": self._generate,
             "/v1/completions": self._generate,
@@ -164,12 +165,20 @@ class FakeEngine:
 
     async def listen(self) -> None:
         """Accept connections, on the port of before if it had one: also how a dead engine comes back."""
-        self._server = await self._loop.create_server(
-            lambda: Exchange(self._serve, self._connections), "127.0.0.1", self.port
-        )
+        self._server = await self._loop.create_server(self._accept, "127.0.0.1", self.port)
         self.port = self._server.sockets[0].getsockname()[1]
         self.stalled = False
         self._wake()
+
+    def _accept(self) -> Exchange:
+        self.accepted += 1
+        return Exchange(self._serve, self._connections)
+
+    def close_idle(self) -> None:
+        """Close the connections on which nothing is being answered, as a server's keep-alive limit does."""
+        for connection in list(self._connections):
+            if not connection.busy:
+                connection.cut()
 
     def refuse(self) -> None:
         """Refuse new connections; open ones go on. `listen` ends it."""

@@ -26,7 +26,7 @@ class Exchange(asyncio.Protocol):
         self._connections = connections
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpRequestParser(self)
-        self._busy = False
+        self.busy = False
         self._reset()
 
     def _reset(self) -> None:
@@ -80,10 +80,10 @@ class Exchange(asyncio.Protocol):
         self._parts.append(body)
 
     def on_message_complete(self) -> None:
-        if self._busy:  # a second request before the first is answered: nobody we know sends one
+        if self.busy:  # a second request before the first is answered: nobody we know sends one
             self.fail(HTTPStatus.BAD_REQUEST)
             return
-        self._busy = True
+        self.busy = True
         self.method = self._parser.get_method().decode()
         self.path = httptools.parse_url(self._url).path.decode()
         self.body = b"".join(self._parts)
@@ -138,7 +138,7 @@ class Exchange(asyncio.Protocol):
     def _answered(self) -> None:
         keep = self._parser.should_keep_alive()
         self._reset()
-        self._busy = False
+        self.busy = False
         if not keep and self._transport is not None:
             self._transport.close()
 
