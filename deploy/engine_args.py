@@ -84,16 +84,21 @@ Options = dict[str, str | None]
 
 def engine_command(plan: EnginePlan, ports: Ports, python: str) -> EngineCommand:
     """The vLLM server of `plan`, run by the interpreter `python`; EngineArgsError for an argument that we must give."""
+    check_user_args(plan.user_args)
     options = _options(plan, ports)
     extra = (*plan.model_args, *plan.user_args)
     for name in option_names(extra):
-        if name in RESERVED:
-            raise EngineArgsError(f"--engine-arg={name} cannot be given: {RESERVED[name]}")
         options.pop(name, None)
     ours = [part for name, value in options.items() for part in ((name,) if value is None else (name, value))]
     # -P: a folder called `scheduler` or `vllm` where the user stands must not be imported in place of the real one.
     argv = (python, "-P", "-m", MODULE, *ours, *extra)
     return EngineCommand(argv, _environment(plan, ports), f"http://127.0.0.1:{ports.http}")
+
+
+def check_user_args(user_args: Sequence[str]) -> None:
+    """EngineArgsError for an argument that the supervisor decides."""
+    for name in sorted(option_names(user_args) & set(RESERVED)):
+        raise EngineArgsError(f"--engine-arg={name} cannot be given: {RESERVED[name]}")
 
 
 def _options(plan: EnginePlan, ports: Ports) -> Options:
@@ -166,6 +171,11 @@ def option_names(args: Sequence[str]) -> set[str]:
     """The long options that `args` set, spelt with dashes as vLLM does; `--no-x` sets `--x` too."""
     names = {arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("--")}
     return names | {"--" + name.removeprefix("--no-") for name in names if name.startswith("--no-")}
+
+
+def has_plugin(plan: EnginePlan) -> bool:
+    """Whether the engine of `plan` runs our scheduler, and not one that the user chose."""
+    return "--scheduler-cls" not in option_names(plan.user_args)
 
 
 def slots(plan: EnginePlan) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from deploy.engine_args import (
     EnginePlan,
     build_in_use,
+    check_user_args,
     default_kv_cache_gib,
     divide_cores,
     divide_gpus,
@@ -52,6 +53,9 @@ def check(settings: ServeSettings, machine: Machine, cache: Path) -> Checked:
 
     EngineArgsError, ModelError, PreflightError or ValueError says what is wrong.
     """
+    if settings.workers:
+        raise ValueError("`evenhand serve` starts its own workers: leave --worker out, or use `evenhand gateway`")
+    check_user_args(settings.engine_args)
     build = build_in_use(machine)
     workers = len(worker_roles(settings))
     weights = weights_bytes(settings.model, cache, in_float32=build == "cpu" and not machine.bf16)

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from deploy.canary import Canary
 from deploy.child import ChildEnded, running
-from deploy.engine_args import EngineCommand, EnginePlan, Ports, engine_command, slots
+from deploy.engine_args import EngineCommand, EnginePlan, Ports, engine_command, has_plugin, slots
 from deploy.log_file import LogFile
 from deploy.machine import Machine, look
 from deploy.model import ModelError, ModelSource, cache_folder, resolve
@@ -161,9 +161,12 @@ class Serving:
         """A worker's move, told to the screen and to the gateway's fleet."""
         self._screen.worker(event)
         fleet, plan = self._server.fleet, self._plans[event.worker]
+        fleet.starting.pop(event.worker, None)
         if event.state is State.READY:
-            fleet.add(Worker(event.worker, event.url, plan.role, slots(plan), plugin=True))
-        elif event.worker in fleet.members:
+            fleet.add(Worker(event.worker, event.url, plan.role, slots(plan), has_plugin(plan)))
+        elif event.state is not State.STOPPED:
+            fleet.starting[event.worker] = event.detail
+        if event.state is not State.READY and event.worker in fleet.members:
             task = asyncio.get_running_loop().create_task(fleet.remove(event.worker))
             self._leaving.add(task)
             task.add_done_callback(self._leaving.discard)
@@ -204,8 +207,18 @@ class Serving:
             await asyncio.sleep(BEAT_S)
             self._screen.beat()
 
-    async def _when_ready(self, source: ModelSource) -> None:
+    async def _taking_requests(self) -> None:
+        """Returns when every worker is ready, and the gateway has seen that it is."""
         await self._all_ready.wait()
+        fleet, changed = self._server.fleet, asyncio.Event()
+        fleet.changed.append(changed.set)
+        while len(fleet.ready()) < len(self._workers):
+            await changed.wait()
+            changed.clear()
+        fleet.changed.remove(changed.set)
+
+    async def _when_ready(self, source: ModelSource) -> None:
+        await self._taking_requests()
         settings = self._settings
         host = "127.0.0.1" if settings.host in {"0.0.0.0", "::"} else settings.host
         url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"

@@ -1,0 +1,205 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deploy.engine_args import (
+    EngineArgsError,
+    EnginePlan,
+    Ports,
+    build_in_use,
+    check_version,
+    default_kv_cache_gib,
+    divide_cores,
+    divide_gpus,
+    engine_command,
+    has_plugin,
+    option_names,
+    slots,
+)
+from deploy.machine import GIB, Build, Engine, Machine
+from scheduler.workers import Role
+
+PORTS = Ports(9001, 9002)
+
+
+def plan(build: Build = "cpu", *, bf16: bool = False, user_args: tuple[str, ...] = (), **more: object) -> EnginePlan:
+    fields: dict[str, object] = {"model": "/models/toy", "served_name": "toy", "local": True, "cores": (2, 3), **more}
+    return EnginePlan(build=build, bf16=bf16, user_args=user_args, **fields)  # type: ignore[arg-type]
+
+
+def value_of(argv: tuple[str, ...], option: str) -> str:
+    return argv[argv.index(option) + 1]
+
+
+def test_the_server_listens_on_loopback_only_at_the_port_it_was_given_and_under_its_name() -> None:
+    command = engine_command(plan(), PORTS, "/venv/python")
+    assert command.argv[:4] == ("/venv/python", "-P", "-m", "vllm.entrypoints.openai.api_server")
+    assert value_of(command.argv, "--host") == "127.0.0.1"
+    assert value_of(command.argv, "--port") == "9001"
+    assert value_of(command.argv, "--model") == "/models/toy"
+    assert value_of(command.argv, "--served-model-name") == "toy"
+    assert command.url == "http://127.0.0.1:9001"
+
+
+def test_a_cpu_without_bfloat16_computes_in_float32_eagerly() -> None:
+    argv = engine_command(plan(), PORTS, "python").argv
+    assert value_of(argv, "--dtype") == "float32"
+    assert "--enforce-eager" in argv
+
+
+def test_a_cpu_with_bfloat16_and_a_gpu_are_left_to_vllm() -> None:
+    for chosen in (plan(bf16=True), plan("cuda", gpu="0")):
+        argv = engine_command(chosen, PORTS, "python").argv
+        assert "--dtype" not in argv
+        assert "--enforce-eager" not in argv
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "mlfq", "vtc", "gittins"])
+def test_every_policy_travels_to_the_plug_in_with_its_options(policy: str) -> None:
+    argv = engine_command(plan(policy=policy, policy_options={"levels": "4"}), PORTS, "python").argv
+    assert value_of(argv, "--scheduler-cls") == "scheduler.vllm_plugin.PolicyScheduler"
+    told = json.loads(value_of(argv, "--additional-config"))
+    assert told == {"evenhand": {"policy": policy, "options": {"levels": "4"}}}
+    assert value_of(argv, "--block-size") == "32"
+
+
+@pytest.mark.parametrize(
+    ("given_arg", "ours"),
+    [
+        ("--dtype=bfloat16", "--dtype"),
+        ("--max_num_seqs=8", "--max-num-seqs"),
+        ("--no-enforce-eager", "--enforce-eager"),
+        ("--scheduler-cls=mine.Scheduler", "--scheduler-cls"),
+    ],
+)
+def test_an_engine_argument_of_the_user_replaces_ours_and_stands_as_given(given_arg: str, ours: str) -> None:
+    argv = engine_command(plan(user_args=(given_arg,)), PORTS, "python").argv
+    assert ours not in argv
+    assert argv[-1] == given_arg
+
+
+@pytest.mark.parametrize(
+    "name", ["--port", "--host", "--model", "--served-model-name", "--api-key", "--served_model_name"]
+)
+def test_what_the_supervisor_decides_is_refused_with_the_reason(name: str) -> None:
+    with pytest.raises(EngineArgsError, match="cannot be given: "):
+        engine_command(plan(user_args=(f"{name}=1",)), PORTS, "python")
+
+
+def test_a_local_model_asks_no_hub_and_a_hubs_model_may() -> None:
+    assert engine_command(plan(), PORTS, "python").env["HF_HUB_OFFLINE"] == "1"
+    assert "HF_HUB_OFFLINE" not in engine_command(plan(local=False), PORTS, "python").env
+
+
+def test_cores_and_kv_cache_of_a_cpu_engine_are_told_by_environment() -> None:
+    env = engine_command(plan(kv_cache_gib=3), PORTS, "python").env
+    assert env["VLLM_CPU_OMP_THREADS_BIND"] == "2,3"
+    assert env["VLLM_CPU_KVCACHE_SPACE"] == "3"
+
+
+def test_engines_apart_hand_over_kv_and_compute_again_what_does_not_arrive() -> None:
+    prefill = engine_command(plan(role=Role.PREFILL), PORTS, "python")
+    transfer = json.loads(value_of(prefill.argv, "--kv-transfer-config"))
+    assert transfer["kv_role"] == "kv_producer"
+    assert transfer["kv_buffer_device"] == "cpu"
+    assert transfer["kv_load_failure_policy"] == "recompute"
+    assert prefill.env["VLLM_NIXL_SIDE_CHANNEL_PORT"] == "9002"
+    decode = engine_command(plan("cuda", role=Role.DECODE, gpu="1"), PORTS, "python")
+    transfer = json.loads(value_of(decode.argv, "--kv-transfer-config"))
+    assert transfer["kv_role"] == "kv_consumer"
+    assert "kv_buffer_device" not in transfer
+    assert "--kv-transfer-config" not in engine_command(plan(), PORTS, "python").argv
+
+
+def test_an_engine_on_a_gpu_sees_that_one_only_and_shares_its_memory() -> None:
+    command = engine_command(plan("cuda", gpu="1", gpu_share=0.5), PORTS, "python")
+    assert command.env["CUDA_VISIBLE_DEVICES"] == "1"
+    assert value_of(command.argv, "--gpu-memory-utilization") == "0.45"
+    assert "VLLM_CPU_KVCACHE_SPACE" not in command.env
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "expected"),
+    [
+        ([0], 1, [(0,)]),
+        ([0, 1], 1, [(1,)]),
+        ([0, 1], 2, [(0,), (1,)]),
+        ([0, 1, 2, 3], 1, [(1, 2, 3)]),
+        ([0, 1, 2, 3, 4], 2, [(1, 2), (3, 4)]),
+        ([0, 1], 3, [(0,), (1,), (0,)]),
+    ],
+)
+def test_cores_are_divided_and_one_is_left_to_the_gateway_where_there_are_enough(
+    cores: list[int], workers: int, expected: list[tuple[int, ...]]
+) -> None:
+    assert divide_cores(cores, workers) == expected
+
+
+@given(st.integers(1, 200), st.integers(1, 64))
+def test_every_engine_gets_a_core_and_none_gets_two_more_than_another(cores: int, workers: int) -> None:
+    parts = divide_cores(range(cores), workers)
+    assert len(parts) == workers
+    sizes = [len(part) for part in parts]
+    assert min(sizes) >= 1
+    assert max(sizes) - min(sizes) <= 1
+    if cores >= workers:
+        assert len({core for part in parts for core in part}) == sum(sizes)
+
+
+def test_gpus_are_taken_in_turn_and_shared_when_there_are_too_few() -> None:
+    assert divide_gpus(["0", "1"], 2) == [("0", 1.0), ("1", 1.0)]
+    assert divide_gpus(["4", "6"], 3) == [("4", 0.5), ("6", 1.0), ("4", 0.5)]
+    assert divide_gpus(["0", "1", "2"], 1) == [("0", 1.0)]
+
+
+def test_the_kv_cache_follows_the_free_memory_within_bounds() -> None:
+    assert default_kv_cache_gib(-5 * GIB, 1) == 1
+    assert default_kv_cache_gib(8 * GIB, 1) == 2
+    assert default_kv_cache_gib(8 * GIB, 4) == 1
+    assert default_kv_cache_gib(1000 * GIB, 1) == 4
+
+
+def test_option_names_know_both_spellings_and_negations() -> None:
+    assert option_names(["--max_num_seqs=8", "--no-enforce-eager", "8", "-tp"]) == {
+        "--max-num-seqs",
+        "--no-enforce-eager",
+        "--enforce-eager",
+    }
+
+
+@pytest.mark.parametrize("args", [("--max-num-seqs=8",), ("--max-num-seqs", "8"), ("--max_num_seqs=8",)])
+def test_the_batch_that_the_user_chose_is_what_the_gateway_learns(args: tuple[str, ...]) -> None:
+    assert slots(plan(user_args=args)) == 8
+    assert value_of(engine_command(plan(), PORTS, "python").argv, "--max-num-seqs") == str(slots(plan()))
+
+
+def test_a_scheduler_of_the_users_own_is_not_taken_for_our_plug_in() -> None:
+    assert has_plugin(plan())
+    assert not has_plugin(plan(user_args=("--scheduler-cls=mine.Scheduler",)))
+
+
+@pytest.mark.parametrize("version", ["0.26.0", "0.32.0", "0.33.1", "0.32.0+cpu", "0.33.0rc1"])
+def test_versions_in_the_range_are_taken(version: str) -> None:
+    check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.25.9", "0.34.0", "1.0.0", "0.9.1", "dev"])
+def test_versions_outside_the_range_are_refused_by_name(version: str) -> None:
+    with pytest.raises(EngineArgsError, match=f"vLLM {version} is installed.*0.26.*0.34.*make install"):
+        check_version(version)
+
+
+def machine(engine: Engine | None, gpus: tuple[str, ...] = ()) -> Machine:
+    return Machine((0,), False, 8 * GIB, gpus, engine)
+
+
+def test_the_cuda_build_needs_a_gpu_and_a_missing_engine_is_said() -> None:
+    cuda = Engine("vllm", "0.33.0", "cuda")
+    assert build_in_use(machine(cuda, ("0",))) == "cuda"
+    assert build_in_use(machine(Engine("vllm-cpu", "0.32.0", "cpu"), ("0",))) == "cpu"
+    with pytest.raises(EngineArgsError, match="no NVIDIA GPU is visible"):
+        build_in_use(machine(cuda))
+    with pytest.raises(EngineArgsError, match="vLLM is not installed here: run `make install`"):
+        build_in_use(machine(None))

@@ -1,0 +1,56 @@
+from pathlib import Path
+
+import pytest
+
+from deploy.machine import available_bytes, cpu_flags, installed_engine, look, usable_cores, visible_gpus
+
+
+def put(root: Path, path: str, text: str) -> None:
+    (root / path).parent.mkdir(parents=True, exist_ok=True)
+    (root / path).write_text(text)
+
+
+def test_a_second_hardware_thread_of_a_core_is_not_another_core(tmp_path: Path) -> None:
+    for core, siblings in enumerate(["0,2", "1,3", "0,2", "1,3"]):
+        put(tmp_path, f"sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list", f"{siblings}\n")
+    assert usable_cores([0, 1, 2, 3], tmp_path) == (0, 1)
+    assert usable_cores([2, 3], tmp_path) == (2, 3)
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("150000 100000", 2), ("50000 100000", 1), ("max 100000", 4), ("", 4)])
+def test_a_containers_cpu_quota_bounds_the_cores(quota: str, cores: int, tmp_path: Path) -> None:
+    put(tmp_path, "sys/fs/cgroup/cpu.max", quota)
+    assert len(usable_cores([0, 1, 2, 3], tmp_path)) == cores
+
+
+def test_a_containers_memory_limit_bounds_the_memory(tmp_path: Path) -> None:
+    put(tmp_path, "proc/meminfo", "MemTotal: 9 kB\nMemAvailable:    8388608 kB\n")
+    assert available_bytes(tmp_path) == 8 * 1024**3
+    put(tmp_path, "sys/fs/cgroup/memory.max", f"{4 * 1024**3}\n")
+    put(tmp_path, "sys/fs/cgroup/memory.current", f"{1024**3}\n")
+    assert available_bytes(tmp_path) == 3 * 1024**3
+
+
+def test_flags_are_read_as_x86_and_as_arm_spell_them(tmp_path: Path) -> None:
+    put(tmp_path, "proc/cpuinfo", "processor: 0\nflags\t\t: fpu avx2 avx512_bf16\n")
+    assert "avx512_bf16" in cpu_flags(tmp_path)
+    put(tmp_path, "proc/cpuinfo", "processor: 0\nFeatures\t: asimd bf16\n")
+    assert "bf16" in cpu_flags(tmp_path)
+    assert cpu_flags(tmp_path / "nothing") == frozenset()
+
+
+def test_gpus_are_those_a_child_would_see(tmp_path: Path) -> None:
+    assert visible_gpus({}, tmp_path) == ()
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        put(tmp_path, f"dev/{name}", "")
+    assert visible_gpus({}, tmp_path) == ("0", "1")
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "3, 5"}, tmp_path) == ("3", "5")
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}, tmp_path) == ()
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "-1"}, tmp_path) == ()
+
+
+def test_this_machine_can_be_looked_at_without_importing_an_engine() -> None:
+    machine = look({})
+    assert machine.cores
+    assert machine.available_bytes > 0
+    assert machine.engine == installed_engine()
