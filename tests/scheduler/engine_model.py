@@ -46,7 +46,7 @@ class Life:
 
 
 class Engine:
-    """Runs requests to the end. `watch(event, life)` is told of push, pop, preempt, tokens, finish and step."""
+    """Runs requests to the end. `watch(event, life)` is told of push, pop, admitted, displaced, preempt, token, finish and step."""
 
     def __init__(
         self,
@@ -79,7 +79,9 @@ class Engine:
             while coming and coming[0].at <= self.now:
                 self._push(coming.popleft())
             self._admit()
+            self.watch("admitted", None)
             self._displace()
+            self.watch("displaced", None)
             self._make_room()
             self._step()
         return list(self.lives.values())
