@@ -1,0 +1,143 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from loadtest.traces import READERS, Skipped, TraceRow, read, recognise
+
+REAL = Path(os.environ.get("EVENHAND_TRACES", Path(__file__).parents[3] / "shared" / "traces"))
+
+SAMPLES = {
+    "azure": (
+        "TIMESTAMP,ContextTokens,GeneratedTokens\r\n"
+        "2023-11-16 18:15:46.6805900,374,44\r\n"
+        "2023-11-16 18:15:50.9951690,396,109\r\n"
+        "2023-11-16 18:15:51.2224670,many,55\r\n"
+        "2023-11-16 18:15:51.3910170,91,16"
+    ),
+    "vtc-arena": (
+        "req_id,adapter_dir,prompt_len,output_len,req_time\n"
+        "0,adapter-8,13,199,0.5\n1,adapter-2,36,137,0.7\n2,adapter-2,0,1,0.8\n"
+    ),
+    "mooncake": (
+        '{"timestamp": 3000, "input_length": 6758, "output_length": 500, "hash_ids": [0, 1, 2]}\n'
+        '{"timestamp": 6000, "input_length": 7322, "output_length": 490, "hash_ids": [0, 14]}\n'
+        '{"timestamp": 6000, "input_length": 10}\nnot json\n'
+    ),
+    "sharegpt-lengths": (
+        "conv_id,turn,role,num_chars,num_tokens\n"
+        "a,0,human,190,33\na,1,gpt,1298,256\na,2,human,188,35\na,3,gpt,1659,329\n"
+        "a,0,gpt,10,5\na,1,human,10,7\na,2,gpt,10,9\n"
+    ),
+    "sharegpt": (
+        '[{"id": "x", "conversations": [{"from": "human", "value": "How are you today, my friend?"},'
+        ' {"from": "gpt", "value": "Well."}]},\n'
+        ' {"id": "x", "conversations": []}, {"id": "y"},\n'
+        ' {"id": "z", "conversations": [{"from": "gpt", "value": "Hello"}, {"from": "system", "value": "Be kind."},'
+        ' {"from": "user", "value": "Why?"}, {"from": "bing", "value": "Because."}]}]'
+    ),
+    "jsonl": (
+        '{"at_s": 2.0, "tenant": "a", "prompt_tokens": 5, "output_tokens": 6}\n'
+        '{"prompt": "Tell me a story.", "output_tokens": 7, "session": "s", "turn": 1}\n'
+        '{"prompt_tokens": 5}\n'
+    ),
+}
+
+
+def rows_of(form: str, tmp_path: Path, content: str = "") -> tuple[list[TraceRow], Skipped]:
+    path = tmp_path / "trace"
+    path.write_bytes((content or SAMPLES[form]).encode())
+    skipped = Skipped()
+    return list(read(path, skipped=skipped)), skipped
+
+
+@pytest.mark.parametrize("form", SAMPLES)
+def test_every_form_is_recognised_by_its_content(form: str, tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    path.write_bytes(SAMPLES[form].encode())
+    assert recognise(path) == form
+
+
+def test_there_is_a_sample_of_every_form() -> None:
+    assert set(SAMPLES) == set(READERS)
+
+
+def test_azure_times_count_from_the_first_row_and_a_bad_row_is_named(tmp_path: Path) -> None:
+    rows, skipped = rows_of("azure", tmp_path)
+    assert [row.prompt_tokens for row in rows] == [374, 396, 91]
+    assert rows[0].at_s == 0.0
+    assert rows[1].at_s == pytest.approx(4.314579, abs=1e-5)
+    assert str(skipped) == "1 rows skipped (line 4: ContextTokens is 'many', no whole number)"
+
+
+def test_each_adapter_of_the_arena_is_a_tenant(tmp_path: Path) -> None:
+    rows, skipped = rows_of("vtc-arena", tmp_path)
+    assert [(row.tenant, row.at_s) for row in rows] == [("adapter-8", 0.0), ("adapter-2", pytest.approx(0.2))]
+    assert skipped.count == 1
+
+
+def test_mooncake_counts_milliseconds_and_keeps_its_prefixes(tmp_path: Path) -> None:
+    rows, skipped = rows_of("mooncake", tmp_path)
+    assert [row.at_s for row in rows] == [0.0, 3.0]
+    assert rows[0].prefix_hashes == (0, 1, 2)
+    assert skipped.examples == ["3: output_length is missing", "4: no JSON"]
+
+
+def test_each_answer_of_a_conversation_is_a_row_with_all_that_was_said_before(tmp_path: Path) -> None:
+    rows, _ = rows_of("sharegpt-lengths", tmp_path)
+    assert [(row.prompt_tokens, row.output_tokens, row.turn) for row in rows] == [
+        (33, 256, 0),
+        (324, 329, 1),
+        (12, 9, 0),
+    ]
+    assert len({row.session for row in rows}) == 2  # the id repeats, the conversation does not
+
+
+def test_sharegpt_takes_roles_of_all_products_and_skips_the_empty(tmp_path: Path) -> None:
+    rows, skipped = rows_of("sharegpt", tmp_path)
+    assert [row.prompt for row in rows] == ["How are you today, my friend?", "Why?"]
+    assert rows[1].prompt_tokens > rows[1].output_tokens
+    assert skipped.count == 2
+
+
+def test_a_truncated_sharegpt_file_gives_what_it_has_and_says_so(tmp_path: Path) -> None:
+    rows, skipped = rows_of("sharegpt", tmp_path, SAMPLES["sharegpt"][:150])
+    assert len(rows) == 1
+    assert "breaks here" in skipped.examples[0]
+
+
+def test_our_own_form_needs_no_times(tmp_path: Path) -> None:
+    rows, skipped = rows_of("jsonl", tmp_path)
+    assert [(row.at_s, row.prompt_tokens) for row in rows] == [(0.0, 5), (None, 4)]
+    assert skipped.examples == ["3: output_tokens is missing"]
+
+
+def test_a_file_that_is_no_trace_is_refused_with_what_is_known(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="azure, sharegpt"):
+        rows_of("azure", tmp_path, "a,b\n1,2\n")
+    with pytest.raises(ValueError, match="Unknown trace form 'nope'"):
+        read(tmp_path / "trace", form="nope")
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="no folder of real traces (EVENHAND_TRACES)")
+@pytest.mark.parametrize(
+    ("name", "rows", "skipped_rows", "mean_prompt", "mean_output"),
+    [
+        ("AzureLLMInferenceTrace_conv.csv", 19_366, 0, 1155, 211),
+        ("AzureLLMInferenceTrace_code.csv", 8_819, 0, 2048, 28),
+        ("mooncake_conversation_trace.first2000.jsonl", 2_000, 0, None, None),
+        ("vtc_arena_real_trace.csv", 1_500, 0, 136, 256),
+        ("sharegpt_lmbenchmark_55conv.json", None, 0, None, None),
+        ("sharegpt_v3_lengths.first2000convs.csv", None, 0, None, None),
+    ],
+)
+def test_real_traces_are_read_whole(
+    name: str, rows: int | None, skipped_rows: int, mean_prompt: int | None, mean_output: int | None
+) -> None:
+    skipped = Skipped()
+    seen = list(read(REAL / name, skipped=skipped))
+    assert skipped.count == skipped_rows, str(skipped)
+    assert len(seen) == rows or (rows is None and len(seen) > 50)
+    if mean_prompt is not None and mean_output is not None:
+        assert sum(row.prompt_tokens for row in seen) / len(seen) == pytest.approx(mean_prompt, abs=1)
+        assert sum(row.output_tokens for row in seen) / len(seen) == pytest.approx(mean_output, abs=1)
