@@ -1,6 +1,6 @@
-"""Serves the same mixed traffic with stock vLLM and then under each policy, and writes down the answers.
+"""Serves the same mixed traffic under each policy in one engine, and writes down the answers.
 
-python -m tests.engine.answers MODEL_FOLDER COMBINATION POLICY…
+python -m tests.engine.answers MODEL_FOLDER COMBINATION POLICY…      ("stock" alone: vLLM without the plug-in)
 """
 
 import json
@@ -96,12 +96,12 @@ def preemptions(policy: str) -> dict[str, float]:
 def main() -> None:
     folder, combination, *policies = sys.argv[1:]
     with_twice = combination != "drafted_by_ngram"  # vLLM 0.32 fails on a CPU when ngram meets top_k
-    with engine(Path(folder), None, **COMBINATIONS[combination]) as stock:
-        seen: dict[str, Any] = {"stock": {"answers": serve(stock, "stock", with_twice)}}
-    with engine(Path(folder), "fcfs", **COMBINATIONS[combination]) as ours:
+    seen = {}
+    with engine(Path(folder), None if policies == ["stock"] else "fcfs", **COMBINATIONS[combination]) as running:
         for policy in policies:
-            switch(ours, policy)
-            seen[policy] = {"answers": serve(ours, policy, with_twice), "preemptions": preemptions(policy)}
+            if policy != "stock":
+                switch(running, policy)
+            seen[policy] = {"answers": serve(running, policy, with_twice), "preemptions": preemptions(policy)}
     sys.stdout.write("\n" + json.dumps(seen) + "\n")
 
 
