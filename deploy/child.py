@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 LEASH = Path(__file__).with_name("leash.py")
 COLLECTING_S = 5.0  # what the leash may take, after its grace, to collect all that it killed
+DYING_S = 1.0  # how long after a failed request its child may turn out to be the cause
 
 T = TypeVar("T")
 
@@ -47,7 +48,7 @@ class Child:
 
     async def _ends_soon(self, ended: asyncio.Task[int]) -> bool:
         """A dying engine refuses connections before it is gone, and its own last words say more than the refusal."""
-        await asyncio.wait({ended}, timeout=COLLECTING_S)
+        await asyncio.wait({ended}, timeout=DYING_S)
         return ended.done()
 
     async def _ended(self) -> int:

@@ -68,7 +68,7 @@ Cause = tuple[re.Pattern[str], Callable[[re.Match[str]], str]]
 
 CAUSES: tuple[Cause, ...] = (
     (
-        re.compile(r"^api_server\.py: error: (.+)"),
+        re.compile(r"^[\w. -]+: error: ((?:unrecognized|argument|the following|ambiguous).+)"),
         lambda found: f"vLLM refuses an engine argument ({found[1]}): correct the --engine-arg",
     ),
     (

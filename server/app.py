@@ -1,6 +1,5 @@
 """The composition root: the only place that builds long-lived objects."""
 
-import asyncio
 import logging
 import socket
 from collections.abc import AsyncIterator
@@ -130,11 +129,8 @@ class GatewayServer:
     async def serve(self, sock: socket.socket | None = None) -> None:
         """Serves until `stop` is called. Signals are the caller's business."""
         await self.uvicorn._serve([sock or self.listen()])
-
-    async def started(self) -> None:
-        """Returns when requests are taken."""
-        while not self.uvicorn.started:
-            await asyncio.sleep(0.01)
+        if self.uvicorn.force_exit:  # uvicorn then leaves the lifespan to be cancelled, with a stack in the log
+            await self.uvicorn.lifespan.shutdown()
 
     def stop(self, *, at_once: bool = False) -> None:
         """Takes no new connection, lets running answers finish (unless `at_once`), and makes `serve` return."""

@@ -2,6 +2,7 @@
 
 Environment: `TEST_ENGINE` is the engine's command line, with {port} and {model} filled in (default: the fake engine);
 `TEST_FREE_BYTES`, `TEST_VERSION` and `TEST_BUILD` change what the machine seems to be.
+`TEST_GRACE_S` is the engine's grace.
 """
 
 import argparse
@@ -36,5 +37,6 @@ def machine() -> Machine:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser("evenhand serve")
     serve.add_arguments(parser)
-    timing = Timing(probe_every_s=0.05, watch_every_s=0.05, backoff_s=0.1, grace_s=2.0)
+    grace_s = float(os.environ.get("TEST_GRACE_S", "2"))
+    timing = Timing(probe_every_s=0.05, watch_every_s=0.05, backoff_s=0.1, grace_s=grace_s)
     sys.exit(serve.run(parser.parse_args(), Surroundings(machine, engine, timing)))

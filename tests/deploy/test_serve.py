@@ -1,0 +1,246 @@
+"""`evenhand serve` as a program: what it says and does with good and bad input, and that it leaves nothing running."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.deploy.processes import MARK, eventually, marked, new_mark
+
+HANGING = f"{sys.executable} -c 'import time; time.sleep(600)'"
+# Importing the gateway is the larger part of it; on a quiet machine it is well under a second.
+ALIVE_S = 2.0
+
+
+@dataclass
+class Program:
+    """`evenhand serve` with an engine of the test's choice, and everything that it started, found by a mark."""
+
+    folder: Path
+    mark: str = field(default_factory=new_mark)
+    processes: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        model = self.folder / "toy"
+        model.mkdir()
+        (model / "config.json").write_text("{}")
+
+    def start(self, *args: str, **environ: str) -> subprocess.Popen[str]:
+        argv = ["--model", str(self.folder / "toy"), "--port", str(self.port), "--state-folder", str(self.folder)]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.deploy.serve_program", *argv, *args],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, MARK: self.mark, **environ},
+        )
+        self.processes.append(process)
+        return process
+
+    def refused(self, *args: str, **environ: str) -> str:
+        """Runs to the end, which must be an error of one sentence; returns that sentence."""
+        process = self.start(*args, **environ)
+        out, err = process.communicate(timeout=30)
+        assert process.returncode in (1, 2)
+        assert "Traceback" not in out + err
+        assert err.startswith("evenhand serve: ")
+        assert err.count("\n") == 1, err
+        assert marked(self.mark) == {}
+        return err
+
+    def ready(self, *args: str, **environ: str) -> subprocess.Popen[str]:
+        process = self.start(*args, **environ)
+        assert eventually(lambda: self.status("/ready") == 200 or process.poll() is not None, 20)
+        assert process.poll() is None, process.communicate()
+        return process
+
+    def status(self, path: str) -> int:
+        """0 while nobody answers."""
+        return self.get(path)[0]
+
+    def get(self, path: str) -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+        except OSError:
+            return 0, ""
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Iterator[Program]:
+    one = Program(tmp_path)
+    yield one
+    left = marked(one.mark)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    for process in one.processes:
+        process.communicate()
+    assert left == {}
+
+
+def ended(process: subprocess.Popen[str], within_s: float = 20) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=within_s)
+    assert "Traceback" not in out + err
+    return process.returncode, out, err
+
+
+def test_it_serves_says_how_to_ask_and_after_ctrl_c_leaves_nothing(program: Program) -> None:
+    process = program.ready("--policy", "vtc")
+    body = json.dumps({"model": "toy", "messages": [{"role": "user", "content": "What is the capital of France?"}]})
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{program.port}/v1/chat/completions", body.encode(), {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        assert "Paris" in json.load(answer)["choices"][0]["message"]["content"]
+    process.send_signal(signal.SIGINT)
+    code, out, err = ended(process)
+    assert (code, err) == (130, "")
+    assert f"Ready: toy at http://127.0.0.1:{program.port}/v1, policy vtc" in out
+    assert re.search(r"curl http://127\.0\.0\.1:\d+/v1/chat/completions", out)
+    assert "\x1b" not in out
+
+
+def test_sigterm_to_a_ready_server_is_a_clean_end(program: Program) -> None:
+    process = program.ready()
+    process.terminate()
+    assert ended(process)[0] == 0
+
+
+def test_a_closed_terminal_stops_it(program: Program) -> None:
+    process = program.ready()
+    process.send_signal(signal.SIGHUP)
+    assert ended(process)[0] == 129
+
+
+def test_a_killed_supervisor_leaves_no_engine_behind(program: Program) -> None:
+    process = program.ready("--workers", "2")
+    assert len(marked(program.mark)) == 5
+    process.kill()
+    assert eventually(lambda: not marked(program.mark))
+
+
+def test_an_engine_that_dies_is_replaced_and_requests_are_taken_again(program: Program) -> None:
+    process = program.ready()
+    engine = next(
+        pid for pid, command in marked(program.mark).items() if command.count("fake_engine") and "leash" not in command
+    )
+    os.kill(engine, signal.SIGKILL)
+    assert eventually(lambda: program.status("/ready") != 200)
+    assert eventually(lambda: program.status("/ready") == 200)
+    process.terminate()
+    assert "died: one of its processes was killed" in ended(process)[1]
+
+
+def test_it_is_alive_at_once_and_tells_the_stage_until_it_is_ready(program: Program) -> None:
+    process = program.start(TEST_ENGINE=HANGING)
+    assert eventually(lambda: program.status("/health") == 200)
+    assert eventually(lambda: program.get("/ready")[1] and "importing the engine" in program.get("/ready")[1])
+    assert program.status("/ready") == 503
+    process.send_signal(signal.SIGINT)
+    code, out, _ = ended(process)
+    assert code == 130
+    assert "Nothing is left running" in out
+
+
+def test_ctrl_c_at_any_moment_of_the_start_leaves_nothing(program: Program) -> None:
+    for tenth in range(0, 12, 3):
+        process = program.start("--workers", "2")
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.communicate(timeout=0.05 + tenth / 10)
+        process.send_signal(signal.SIGINT)
+        code, _, _ = ended(process)
+        assert code in (130, -signal.SIGINT)
+        assert marked(program.mark) == {}
+
+
+def test_a_second_ctrl_c_stops_at_once_what_does_not_want_to_stop(program: Program) -> None:
+    stubborn = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(600)"
+    )
+    process = program.start(TEST_ENGINE=f"{sys.executable} -c '{stubborn}'", TEST_GRACE_S="600")
+    assert eventually(lambda: "1" in log_of(program))
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.communicate(timeout=0.5)
+    process.send_signal(signal.SIGINT)
+    assert ended(process, within_s=10)[0] == 130
+
+
+def log_of(program: Program) -> list[str]:
+    path = program.folder / str(program.port) / "worker-0.log"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_a_taken_port_is_said_with_a_way_out(program: Program) -> None:
+    with socket.create_server(("127.0.0.1", program.port)):
+        said = program.refused()
+    assert f"port {program.port} on 127.0.0.1 is taken" in said
+    assert "--port" in said
+
+
+def test_a_second_serve_says_that_the_port_is_taken_and_the_first_goes_on(program: Program) -> None:
+    first = program.ready()
+    second = program.start()
+    _, err = second.communicate(timeout=20)
+    assert second.returncode == 1
+    assert "perhaps by another `evenhand serve`" in err
+    assert program.status("/ready") == 200
+    first.terminate()
+    ended(first)
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["--model", "/no/such/model"], "there is no model folder at /no/such/model"),
+        (["--model", "/tmp"], "has no config.json"),
+        (["--policy", "best"], "unknown policy 'best'"),
+        (["--policy-option", "levels=4"], "policy 'fcfs' has no option 'levels'"),
+        (["--prefill-workers", "1"], "give both --prefill-workers and --decode-workers"),
+        (["--engine-arg=--port=1"], "--engine-arg=--port cannot be given"),
+        (["--workers", "0"], "worker_count"),
+        (["--config", "/no/such/file.yaml"], "/no/such/file.yaml does not exist"),
+        (["--host", "192.0.2.1"], "cannot listen on 192.0.2.1"),
+    ],
+)
+def test_bad_options_are_refused_in_one_sentence(args: list[str], sentence: str, program: Program) -> None:
+    assert sentence in program.refused(*args)
+
+
+def test_too_little_memory_is_refused_in_one_sentence(program: Program) -> None:
+    assert "too little memory" in program.refused(TEST_FREE_BYTES=str(1024**3))
+
+
+def test_an_unsupported_engine_version_is_refused_in_one_sentence(program: Program) -> None:
+    assert "vLLM 0.12.0 is installed" in program.refused(TEST_VERSION="0.12.0")
+
+
+def test_a_cuda_build_without_a_gpu_is_refused_in_one_sentence(program: Program) -> None:
+    assert "no NVIDIA GPU is visible" in program.refused(TEST_BUILD="cuda", CUDA_VISIBLE_DEVICES="")
+
+
+def test_an_engine_that_dies_at_start_is_one_sentence_with_its_cause(program: Program) -> None:
+    said = program.refused("--engine-arg=--nonsense")  # the fake engine refuses it as vLLM does
+    assert "worker-0 did not start" in said
+    assert "--nonsense" in said
+    assert str(program.folder) in said
+
+
+def test_of_two_engines_one_that_cannot_start_stops_both(program: Program) -> None:
+    assert "did not start" in program.refused("--workers", "2", "--engine-arg=--nonsense")
