@@ -340,7 +340,7 @@ def use_supported_python() -> None:
         return
     for minor in range(NEWEST[1], OLDEST[1] - 1, -1):
         found = shutil.which(f"python3.{minor}")
-        if found:
+        if found and subprocess.run([found, "-c", ""], capture_output=True, check=False).returncode == 0:
             os.execv(found, [found, "-m", "deploy.install", *sys.argv[1:]])
     raise InstallError(
         "evenhand needs Python 3.11 or 3.12, this is {}.{}: install one, or name one with "

@@ -1,0 +1,261 @@
+"""`evenhand doctor`: what would go wrong on this machine, in plain words, and what to do; it starts nothing."""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from deploy.engine_args import EngineArgsError, build_in_use
+from deploy.machine import GIB, Machine, cpu_flags, look
+from deploy.model import BUNDLED, BUNDLED_BYTES, MADE_HERE, ModelError, cache_folder, is_complete, resolve
+from deploy.preflight import PreflightError, check, worker_roles
+from deploy.settings import ServeSettings
+from deploy.worker import is_free
+from server.settings import read_settings
+
+Level = Literal["ok", "warn", "bad"]
+MARKS: dict[Level, tuple[str, str]] = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "bad": ("✗", "bold red")}
+
+# A stream holds two sockets, one to the client and one to the engine; the rest is files and libraries.
+FILES_PER_STREAM, FILES_BESIDE = 2, 200
+FEW_STREAMS = 1000
+# An engine of several processes passes its batches through /dev/shm; a container has 64 MiB unless told otherwise.
+SHARED_MEMORY_BYTES = 128 * 1024**2
+REDIS_PATIENCE_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at: what was found, and what to do unless it is as it should be."""
+
+    level: Level
+    subject: str
+    found: str
+    advice: str = ""
+
+
+def check_engine(machine: Machine) -> Finding:
+    try:
+        build_in_use(machine)
+    except EngineArgsError as error:
+        found, _, advice = str(error).partition(": ")
+        return Finding("bad", "engine", found, advice)
+    engine = machine.engine
+    assert engine is not None  # build_in_use raises otherwise
+    return Finding("ok", "engine", f"vLLM {engine.version}, {engine.build.upper()} build ({engine.distribution})")
+
+
+def check_cpu(machine: Machine, flags: frozenset[str], architecture: str) -> Finding:
+    """Whether the CPU build has the instructions it is compiled for, and which number format is quick."""
+    cores = f"{len(machine.cores)} core{'s' if len(machine.cores) != 1 else ''}"
+    if architecture == "x86_64" and "avx2" not in flags:
+        return Finding(
+            "bad", "CPU", f"{cores} without AVX2", "vLLM's CPU build needs AVX2: use a newer machine or a GPU"
+        )
+    if machine.bf16:
+        return Finding("ok", "CPU", f"{cores}, computes in bfloat16")
+    widest = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else architecture
+    return Finding("ok", "CPU", f"{cores}, {widest}, no bfloat16: engines compute in float32")
+
+
+def check_gpu(machine: Machine) -> Finding:
+    build = machine.engine.build if machine.engine else None
+    if not machine.gpus:
+        return Finding("ok", "GPU", "none, and none is needed")
+    seen = f"{len(machine.gpus)} from NVIDIA"
+    if build == "cpu":
+        return Finding("warn", "GPU", f"{seen}, not used by the CPU build", "to use it: `make install ENGINE=cuda`")
+    return Finding("ok", "GPU", seen)
+
+
+def check_workers(settings: ServeSettings, machine: Machine) -> Finding:
+    try:
+        workers = len(worker_roles(settings))
+    except ValueError as error:
+        return Finding("bad", "workers", str(error))
+    if machine.engine and machine.engine.build == "cpu" and workers > len(machine.cores):
+        found = f"{workers} workers on {len(machine.cores)} cores"
+        return Finding("warn", "workers", found, "each takes a core for itself; more only slow each other down")
+    return Finding("ok", "workers", f"{workers}")
+
+
+def check_memory(settings: ServeSettings, machine: Machine, cache: Path) -> Finding:
+    """Weights, KV cache and engine of every worker against what is free. Other findings tell why it cannot be known."""
+    free = f"{machine.available_bytes / GIB:.1f} GiB free"
+    try:
+        checked = check(settings, machine, cache)
+    except PreflightError as error:
+        found, _, advice = str(error).rpartition(": ")
+        return Finding("bad", "memory", found, advice)
+    except (EngineArgsError, ModelError, ValueError):
+        return Finding("warn", "memory", f"{free}; how much is needed cannot be said", "mend the rest first")
+    if checked.build == "cuda":
+        return Finding("ok", "memory", f"{free}; the model lives on the GPU")
+    return Finding("ok", "memory", f"{free}, enough with {checked.kv_cache_gib} GiB KV cache for each worker")
+
+
+def check_model(name: str, cache: Path) -> Finding:
+    if name in MADE_HERE and not is_complete(cache / name):
+        return Finding(
+            "warn", "model", f"{name} is not prepared", f"`evenhand model prepare {name}`; serve does it too"
+        )
+    try:
+        source = resolve(name, cache)
+    except ModelError as error:
+        found, _, advice = str(error).rpartition(": ")
+        return Finding("bad", "model", found, advice)
+    if Path(source.path).is_dir():
+        return Finding("ok", "model", f"{source.served_name} in {source.path}")
+    return Finding("warn", "model", f"{name}: a hub's model", "the engine fetches it when it starts, unless it has it")
+
+
+def check_disk(free_bytes: int, place: Path, needed_bytes: int) -> Finding:
+    found = f"{free_bytes / 1e9:.1f} GB free in {place}"
+    if free_bytes < needed_bytes:
+        return Finding(
+            "bad", "disk", found, f"{needed_bytes / 1e9:.1f} GB are needed: free some, or set EVENHAND_CACHE"
+        )
+    return Finding("ok", "disk", found)
+
+
+def check_port(host: str, port: int, free: Callable[[str, int], bool]) -> Finding:
+    if port == 0 or free(host, port):
+        return Finding("ok", "port", f"{host}:{port} can be had")
+    return Finding("bad", "port", f"{host}:{port} cannot be had", "stop what listens there, or choose another --port")
+
+
+def check_redis(url: str | None, ping: Callable[[str], str]) -> Finding:
+    """`ping` returns what the server says of itself, or raises OSError or ValueError."""
+    if not url:
+        return Finding("ok", "Redis", "not asked for: state stays in this process")
+    try:
+        return Finding("ok", "Redis", f"{without_password(url)}: {ping(url)}")
+    except (OSError, ValueError) as error:
+        advice = "start it or correct --redis-url; without it each gateway keeps its own state"
+        return Finding("bad", "Redis", f"{without_password(url)}: {error}", advice)
+
+
+def without_password(url: str) -> str:
+    scheme, separator, rest = url.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+
+
+def check_open_files(limit: int) -> Finding:
+    """The soft limit on open files bounds how many streams can be open at once."""
+    streams = max(0, limit - FILES_BESIDE) // FILES_PER_STREAM
+    found = f"{limit} open files: {streams} streams at once"
+    if streams < FEW_STREAMS:
+        return Finding("warn", "open files", found, f"raise it before starting: `ulimit -n {2**16}`")
+    return Finding("ok", "open files", found)
+
+
+def check_shared_memory(size_bytes: int) -> Finding:
+    found = f"{size_bytes / 1024**2:.0f} MiB in /dev/shm"
+    if size_bytes < SHARED_MEMORY_BYTES:
+        advice = "an engine on several GPUs needs more: start the container with --shm-size=1g"
+        return Finding("warn", "shared memory", found, advice)
+    return Finding("ok", "shared memory", found)
+
+
+def ping_redis(url: str) -> str:
+    """The server's version; OSError when it cannot be reached, ValueError for an address that is none."""
+    import redis
+
+    try:
+        with redis.Redis.from_url(
+            url, socket_timeout=REDIS_PATIENCE_S, socket_connect_timeout=REDIS_PATIENCE_S
+        ) as client:
+            return f"version {client.info('server')['redis_version']}"
+    except redis.RedisError as error:
+        raise OSError(str(error)) from error
+
+
+def existing(folder: Path) -> Path:
+    """`folder`, or the nearest folder above it that exists."""
+    return next(place for place in (folder, *folder.parents) if place.exists())
+
+
+def examine(settings: ServeSettings, redis_url: str | None) -> Iterator[Finding]:
+    """Everything, the most basic first."""
+    machine, cache = look(os.environ), cache_folder()
+    yield check_engine(machine)
+    yield check_cpu(machine, cpu_flags(Path("/")), platform.machine())
+    yield check_gpu(machine)
+    yield check_model(settings.model, cache)
+    yield check_workers(settings, machine)
+    yield check_memory(settings, machine, cache)
+    needed_bytes = 0 if settings.model not in MADE_HERE or is_complete(cache / BUNDLED) else BUNDLED_BYTES
+    yield check_disk(shutil.disk_usage(existing(cache)).free, existing(cache), needed_bytes)
+    if (shared := Path("/dev/shm")).is_dir():
+        yield check_shared_memory(shutil.disk_usage(shared).total)
+    yield check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    yield check_port(settings.host, settings.port, is_free)
+    yield check_redis(redis_url, ping_redis)
+
+
+def render(findings: list[Finding]) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(width=1)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in findings:
+        mark, style = MARKS[finding.level]
+        said = Text(finding.found)
+        if finding.advice:
+            said.append(f"\n→ {finding.advice}", style="cyan")
+        table.add_row(Text(mark, style), Text(finding.subject, "bold"), said)
+    return table
+
+
+def verdict(findings: list[Finding]) -> str:
+    bad = sum(finding.level == "bad" for finding in findings)
+    warnings = sum(finding.level == "warn" for finding in findings)
+    if bad:
+        return f"{bad} thing{'s' if bad > 1 else ''} must be mended before `evenhand serve` can work."
+    return "`evenhand serve` should work here" + (", with a remark above." if warnings else ".")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What one would say to `evenhand serve`; what is not given comes from EVENHAND_…, file, default, as there."""
+    parser.add_argument("--model", metavar="NAME|PATH|HF_ID", help=f"model to serve (default: {BUNDLED})")
+    parser.add_argument("--workers", type=int, metavar="N", dest="worker_count", help="engines (default: 1)")
+    parser.add_argument(
+        "--kv-cache-gib", type=int, metavar="GIB", help="KV cache of each CPU engine, GiB (default: by memory)"
+    )
+    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="port to listen on (default: 8000)")
+    parser.add_argument(
+        "--redis-url", default=os.environ.get("EVENHAND_REDIS_URL"), metavar="URL", help="default: no Redis"
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of the settings")
+    parser.add_argument("--json", action="store_true", help="findings as a JSON list, for programs")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """1 if something must be mended, 2 for settings that cannot be."""
+    names = ("model", "worker_count", "kv_cache_gib", "host", "port")
+    overrides = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    try:
+        settings = read_settings(overrides, arguments.config, ServeSettings)
+    except ValueError as error:
+        sys.stderr.write(f"evenhand doctor: {error}\n")
+        return 2
+    findings = list(examine(settings, arguments.redis_url))
+    if arguments.json:
+        sys.stdout.write(json.dumps([asdict(finding) for finding in findings], indent=2, ensure_ascii=False) + "\n")
+    else:
+        console = Console(highlight=False)
+        console.print(render(findings))
+        console.print(f"\n{verdict(findings)}")
+    return int(any(finding.level == "bad" for finding in findings))
