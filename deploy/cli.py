@@ -34,7 +34,7 @@ def help_text(commands: Mapping[str, Command]) -> str:
         "usage: evenhand COMMAND [option …]\n\n"
         "An OpenAI-compatible server that shares LLM engines fairly.\n\n"
         f"commands:\n{lines}\n\n"
-        "`evenhand COMMAND --help` shows a command's options with their defaults and units.\n"
+        "`evenhand COMMAND --help` shows its options with their defaults and units.\n"
         "`evenhand --version` shows the version.\n"
     )
 

@@ -226,21 +226,21 @@ def pip(place: Place, line: Line, *arguments: str) -> None:
 
 
 def _run_logged(command: list[str], environment: dict[str, str], log: TextIO, read: Callable[[str], None]) -> int:
-    process = subprocess.Popen(
+    popen = subprocess.Popen(
         command, env=environment, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    try:
-        for text in process.stdout or ():
-            read(text)
-            if not text.startswith("Progress "):
-                log.write(text)
-                log.flush()
-        return process.wait()
-    finally:
-        # Alive here only when we were interrupted: it must not go on writing into the environment by itself.
-        if process.poll() is None:
+    with popen as process:
+        try:
+            for text in process.stdout or ():
+                read(text)
+                if not text.startswith("Progress "):
+                    log.write(text)
+                    log.flush()
+        except BaseException:
+            # We were interrupted: pip must not go on writing into the environment by itself.
             process.terminate()
-            process.wait()
+            raise
+    return process.returncode
 
 
 def requirements_in(arguments: tuple[str, ...]) -> int:

