@@ -36,6 +36,12 @@ TINY_CONFIG = {
 }
 TINY_KEEPS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
+# The bundled model writes tool calls in the Hermes form; without a parser vLLM refuses every request with tools.
+ENGINE_ARGS = {
+    BUNDLED: ("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+    TINY: ("--load-format", "dummy"),
+}
+
 Say = Callable[[str], None]
 
 
@@ -66,7 +72,7 @@ def resolve(name: str, cache: Path) -> ModelSource:
         folder = cache / name
         if not is_complete(folder):
             raise ModelError(f"the model {name!r} is not in {cache} yet: run `evenhand model prepare {name}`")
-        return ModelSource(str(folder), name, ("--load-format", "dummy") if name == TINY else ())
+        return ModelSource(str(folder), name, ENGINE_ARGS[name])
     folder = Path(name).expanduser()
     if folder.exists():
         return ModelSource(str(_checked(folder.resolve())), folder.resolve().name)

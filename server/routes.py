@@ -5,7 +5,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import orjson
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
@@ -29,33 +29,8 @@ def _error(error: ServiceError) -> Response:
 def public_app(fleet: Fleet, telemetry: Telemetry, lifespan: Lifespan) -> FastAPI:
     """The ASGI application beside the relayed routes."""
     app = FastAPI(title="Evenhand", summary="OpenAI-compatible serving, fairly shared.", lifespan=lifespan)
-
-    @app.get("/health", summary="The process is alive")
-    async def health() -> Response:
-        return _json({"status": "ok"})
-
-    @app.get("/ready", summary="At least one worker takes requests")
-    async def ready() -> Response:
-        workers = described(fleet.members.values())
-        if any(member.state is State.READY for member in fleet.members.values()):
-            return _json({"status": "ready", "workers": workers})
-        waiting = {"status": "not ready", "workers": workers, "starting": fleet.starting}
-        return _json(waiting, 503, {"retry-after": "5"})
-
-    @app.get("/metrics", summary="Prometheus metrics")
-    async def metrics() -> Response:
-        return Response(generate_latest(telemetry.registry), media_type=CONTENT_TYPE_LATEST)
-
-    @app.get("/v1/models", summary="The models that are served")
-    async def models() -> Response:
-        return _json({"object": "list", "data": fleet.models()})
-
-    @app.get("/v1/models/{model:path}", summary="One model")
-    async def model(model: str) -> Response:
-        for entry in fleet.models():
-            if entry.get("id") == model:
-                return _json(entry)
-        return _error(UnknownModel(f"The model '{model}' is not served here.", param="model"))
+    app.include_router(operations(fleet, telemetry))
+    app.include_router(models(fleet))
 
     @app.exception_handler(HTTPException)
     async def no_such_route(request: Request, error: HTTPException) -> Response:
@@ -65,6 +40,47 @@ def public_app(fleet: Fleet, telemetry: Telemetry, lifespan: Lifespan) -> FastAP
 
     describe_relayed(app)
     return app
+
+
+def operations(fleet: Fleet, telemetry: Telemetry) -> APIRouter:
+    """What operators and load balancers ask."""
+    router = APIRouter(tags=["operations"])
+
+    @router.get("/health", summary="The process is alive")
+    async def health() -> Response:
+        return _json({"status": "ok"})
+
+    @router.get("/ready", summary="At least one worker takes requests")
+    async def ready() -> Response:
+        workers = described(fleet.members.values())
+        if any(member.state is State.READY for member in fleet.members.values()):
+            return _json({"status": "ready", "workers": workers})
+        waiting = {"status": "not ready", "workers": workers, "starting": fleet.starting}
+        return _json(waiting, 503, {"retry-after": "5"})
+
+    @router.get("/metrics", summary="Prometheus metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(telemetry.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return router
+
+
+def models(fleet: Fleet) -> APIRouter:
+    """OpenAI's list of models."""
+    router = APIRouter(tags=["models"])
+
+    @router.get("/v1/models", summary="The models that are served")
+    async def listed() -> Response:
+        return _json({"object": "list", "data": fleet.models()})
+
+    @router.get("/v1/models/{model:path}", summary="One model")
+    async def one(model: str) -> Response:
+        for entry in fleet.models():
+            if entry.get("id") == model:
+                return _json(entry)
+        return _error(UnknownModel(f"The model '{model}' is not served here.", param="model"))
+
+    return router
 
 
 def describe_relayed(app: FastAPI) -> None:

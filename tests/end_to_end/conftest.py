@@ -1,0 +1,118 @@
+"""The whole system as a user starts it, once for all tests here: `evenhand serve` with the bundled model."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2
+import pytest
+from openai import OpenAI
+
+START_S = 400.0
+MODEL = "smollm2"
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A running `evenhand serve`."""
+
+    url: str
+    engine_url: str
+    model: str
+    client: OpenAI
+
+    def engine_running(self) -> float:
+        """Requests that the engine itself says it runs or holds waiting."""
+        text = httpx2.get(f"{self.engine_url}/metrics").text
+        counts = re.findall(r"^vllm:num_requests_(?:running|waiting)\{[^}]*\} (\S+)", text, re.MULTILINE)
+        assert counts
+        return sum(map(float, counts))
+
+    def metric(self, name: str) -> float:
+        """The sum of a gateway metric over its labels."""
+        text = httpx2.get(f"{self.url}/metrics").text
+        return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name))
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def until(condition: Callable[[], bool], limit_s: float, what: str) -> float:
+    """Seconds until the condition held; fails when it does not within the limit."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < limit_s, f"after {limit_s} s still not: {what}"
+        time.sleep(0.02)  # between two looks at another process, not a wait for luck
+    return time.monotonic() - began
+
+
+def engine_port(pid: int) -> int:
+    """The port of the API server among a process's descendants."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            words = (entry / "cmdline").read_bytes().decode().split("\0")
+            session = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+        except (OSError, ValueError):
+            continue
+        if "vllm.entrypoints.openai.api_server" in words and "--port" in words and _descends(session, pid):
+            return int(words[words.index("--port") + 1])
+    raise AssertionError("no engine process found")
+
+
+def _descends(pid: int, ancestor: int) -> bool:
+    while pid > 1:
+        if pid == ancestor:
+            return True
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    return False
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """`evenhand serve --policy vtc`: gateway, plug-in, real vLLM, bundled model."""
+    port = free_port()
+    log = tmp_path_factory.mktemp("serve") / "serve.log"
+    command = [str(Path(sys.executable).with_name("evenhand")), "serve", "--port", str(port), "--policy", "vtc"]
+    with log.open("wb") as out:
+        process = subprocess.Popen([*command, "--engine-arg=--max-model-len=2048"], stdout=out, stderr=out)
+    url = f"http://127.0.0.1:{port}"
+
+    def ready() -> bool:
+        assert process.poll() is None, f"evenhand serve ended with {process.returncode}:\n{log.read_text()}"
+        try:
+            return httpx2.get(f"{url}/ready").status_code == 200
+        except httpx2.HTTPError:
+            return False
+
+    try:
+        until(ready, START_S, f"ready; its log is {log}")
+        yield Stack(
+            url,
+            f"http://127.0.0.1:{engine_port(process.pid)}",
+            MODEL,
+            OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0),
+        )
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            code = process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+    assert code == 0, log.read_text()
+
+
+def in_ci() -> bool:
+    return os.environ.get("CI", "") not in ("", "0", "false")

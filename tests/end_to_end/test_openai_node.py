@@ -1,0 +1,41 @@
+"""The official openai client for Node against the whole system with a real engine."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.conftest import Stack, in_ci, until
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(500)]
+
+FOLDER = Path(__file__).parent / "node"
+
+
+@pytest.fixture(scope="module")
+def node() -> str:
+    """The node program, with the client's package installed beside the script."""
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if node is None or npm is None:
+        assert not in_ci(), "CI must have node and npm"
+        pytest.skip("node and npm are not installed: the openai client for Node is not tried")
+    if not (FOLDER / "node_modules" / "openai" / "package.json").exists():
+        done = subprocess.run([npm, "ci", "--no-audit", "--no-fund"], cwd=FOLDER, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    return node
+
+
+def test_the_node_client_chats_streams_aborts_and_sees_errors(stack: Stack, node: str) -> None:
+    done = subprocess.run(
+        [node, "client.mjs", f"{stack.url}/v1", stack.model], cwd=FOLDER, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    answer = "The capital of France is Paris."
+    assert (seen["whole"], seen["stream"], seen["helper"], seen["response"]) == (answer,) * 4
+    assert seen["usage"]["completion_tokens"] == seen["streamUsage"]["completion_tokens"] == 8
+    assert seen["error"] == {"status": 404, "code": "model_not_found", "name": "NotFoundError"}
+    assert seen["models"] == [stack.model]
+    until(lambda: stack.engine_running() == 0, 1.0, "the aborted stream is gone from the engine")
