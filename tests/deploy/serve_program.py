@@ -10,23 +10,28 @@ import os
 import shlex
 import sys
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from deploy import serve
-from deploy.engine_args import EngineCommand, EnginePlan, Ports
-from deploy.machine import Engine, Machine, look
-from deploy.serving import Surroundings
-from deploy.worker import Timing
+from deploy import cli
+
+if TYPE_CHECKING:
+    from deploy.engine_args import EngineCommand, EnginePlan, Ports
+    from deploy.machine import Machine
 
 FAKE_ENGINE = "{python} -m loadtest.fake_engine --port {port} --model {model} --cost instant"
 
 
-def engine(plan: EnginePlan, ports: Ports, python: str) -> EngineCommand:
+def engine(plan: "EnginePlan", ports: "Ports", python: str) -> "EngineCommand":
+    from deploy.engine_args import EngineCommand
+
     template = os.environ.get("TEST_ENGINE", FAKE_ENGINE)
     argv = [part.format(python=python, port=ports.http, model=plan.served_name) for part in shlex.split(template)]
     return EngineCommand((*argv, *plan.user_args), {}, f"http://127.0.0.1:{ports.http}")
 
 
-def machine() -> Machine:
+def machine() -> "Machine":
+    from deploy.machine import Engine, look
+
     seen = look(os.environ)
     free = int(os.environ.get("TEST_FREE_BYTES", 32 * 1024**3))
     build = os.environ.get("TEST_BUILD", "cpu")
@@ -34,9 +39,22 @@ def machine() -> Machine:
     return replace(seen, available_bytes=free, engine=Engine("vllm", version, "cuda" if build == "cuda" else "cpu"))
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser("evenhand serve")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from deploy import serve
+
     serve.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from deploy import serve
+    from deploy.serving import Surroundings
+    from deploy.worker import Timing
+
     grace_s = float(os.environ.get("TEST_GRACE_S", "2"))
     timing = Timing(probe_every_s=0.05, watch_every_s=0.05, backoff_s=0.1, grace_s=grace_s)
-    sys.exit(serve.run(parser.parse_args(), Surroundings(machine, engine, timing)))
+    return serve.run(args, Surroundings(machine, engine, timing))
+
+
+if __name__ == "__main__":
+    # As the `evenhand` command does it: what is slow to import comes after it is ready for a Ctrl-C.
+    sys.exit(cli.main(["serve", *sys.argv[1:]], {"serve": cli.Command(__name__, "serve with a test's engine")}))

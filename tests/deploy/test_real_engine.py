@@ -1,0 +1,115 @@
+"""The supervisor over a real vLLM with the bundled model."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from deploy.canary import QUESTION, Canary
+from deploy.engine_args import EngineCommand, EnginePlan, Ports, divide_cores, engine_command
+from deploy.log_file import LogFile
+from deploy.machine import look
+from deploy.model import BUNDLED, cache_folder, obtain
+from deploy.worker import Listeners, State, Timing, WorkerEvent, WorkerProcess
+from tests.deploy.processes import MARK, marked, new_mark
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+
+async def test_a_real_engine_is_tested_survives_the_death_of_its_core_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    mark, events = new_mark(), list[WorkerEvent]()
+
+    async def until(state: State, times: int) -> WorkerEvent:
+        async with asyncio.timeout(240):
+            while True:
+                found = [event for event in events if event.state is state]
+                if len(found) >= times:
+                    return found[times - 1]
+                await asyncio.sleep(0.1)
+
+    worker = WorkerProcess(
+        "worker-0",
+        command_for(mark),
+        Canary(BUNDLED),
+        Listeners(events.append, lambda name, line: None),
+        LogFile(tmp_path / "worker-0.log"),
+        Timing(start_s=240, backoff_s=0.1),
+    )
+    running = asyncio.create_task(worker.run())
+    try:
+        ready = await until(State.READY, 1)
+        assert ready.detail.startswith("The capital of France is Paris")
+        assert "loading the model" in [event.detail for event in events]
+        os.kill(engine_core(mark), signal.SIGKILL)
+        await until(State.DEAD, 1)
+        again = await until(State.READY, 2)
+        assert again.url == ready.url
+        assert "Paris" in await answer(again.url)
+    finally:
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+    assert worker.state is State.STOPPED
+    assert marked(mark) == {}
+
+
+def command_for(mark: str) -> Callable[[Ports], EngineCommand]:
+    source, machine = obtain(BUNDLED, cache_folder(), lambda line: None), look(os.environ)
+    plan = EnginePlan(
+        model=source.path,
+        served_name=source.served_name,
+        local=True,
+        build="cpu",
+        bf16=machine.bf16,
+        policy="mlfq",
+        cores=divide_cores(machine.cores, 1)[0],
+        model_args=source.engine_args,
+    )
+
+    def build(ports: Ports) -> EngineCommand:
+        command = engine_command(plan, ports, sys.executable)
+        return replace(command, env={**command.env, MARK: mark})
+
+    return build
+
+
+def engine_core(mark: str) -> int:
+    return next(pid for pid, command in marked(mark).items() if "EngineCore" in command)
+
+
+async def answer(url: str) -> str:
+    body = {"model": BUNDLED, "messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 12}
+    async with httpx2.AsyncClient(trust_env=False, timeout=60) as client:
+        reply = await client.post(f"{url}/v1/chat/completions", json=body)
+        return str(reply.json()["choices"][0]["message"]["content"])
+
+
+def test_an_argument_that_vllm_refuses_is_one_sentence_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    mark = new_mark()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    obtain(BUNDLED, cache_folder(), lambda line: None)
+    done = subprocess.run(
+        [sys.executable, "-m", "deploy.cli", "serve", "--port", str(port), "--engine-arg=--max-num-seqs=many"]
+        + ["--state-folder", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, MARK: mark},
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("evenhand serve: worker-0 did not start: vLLM refuses an engine argument")
+    assert "--max-num-seqs: invalid int value: 'many'" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    assert marked(mark) == {}
