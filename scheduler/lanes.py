@@ -157,8 +157,32 @@ class Lanes:
             return
         account = self._line(tenant).account
         account.weight = weight
-        account.counter = max(account.counter, service / weight)
+        self._raise(account, service / weight)
         self._next = None
+
+    def merge(self, tenant: str, more: float, floor: float, *, elsewhere: bool) -> None:
+        """What the other queues of a replicated gateway did for a tenant since the last time, in counter units.
+
+        more: they charged it so much (less than zero for a refund). floor: where the highest of their counters stands,
+        which takes over their lifts. elsewhere: it waits in one of them, so its next job here is no return.
+
+        A sum for charges and a maximum for lifts: so the counters of all queues meet, wherever a tenant was served.
+        Counters that differed for good would not do: one queue would serve only this tenant, the other only that.
+        """
+        if self._shares is None:
+            return
+        line = self._line(tenant)
+        account = line.account
+        account.counter += more
+        account.heard += more
+        self._raise(account, floor)
+        account.elsewhere = elsewhere
+        self._rank(line)
+
+    def standings(self) -> Iterator[tuple[Account, bool]]:
+        """Each tenant's account, and whether it waits; nothing where tenants do not share."""
+        if self._shares is not None:
+            yield from ((line.account, line.waiting > 0) for line in self._lines.values())
 
     def service(self, tenant: str) -> float:
         """The tenant's service as `told` takes it: its counter times its weight; 0 if no account is kept."""
@@ -254,9 +278,18 @@ class Lanes:
             return line.account.counter
         return 0.0 if self._last_left is None else self._last_left.counter
 
+    @staticmethod
+    def _raise(account: Account, floor: float) -> None:
+        if floor > account.counter:
+            account.lifted += floor - account.counter
+            account.counter = floor
+
     def _arrive(self, place: Place, *, front: bool) -> None:
-        if self._shares is not None and not place.line.waiting:
-            self._shares.lift(place.account, self._level())
+        account = place.account
+        if self._shares is not None and not place.line.waiting and not account.elsewhere:
+            before = account.counter
+            self._shares.lift(account, self._level())
+            account.lifted += account.counter - before
         self._wait(place, front=front)
 
     def _wait(self, place: Place, *, front: bool) -> None:

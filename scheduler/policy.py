@@ -71,15 +71,20 @@ class Account:
 
     tenant: its name.
     counter: service received in weighted tokens, divided by the tenant's weight.
+    lifted, heard: parts of the counter that were not charged here: lifts, and what other queues charged.
+    elsewhere: the tenant waits in another queue, so it is not back when it begins to wait in this one.
     weight: as last seen on a job.
     recent: output tokens of its latest finished jobs.
     """
 
-    __slots__ = ("counter", "recent", "tenant", "weight")
+    __slots__ = ("counter", "elsewhere", "heard", "lifted", "recent", "tenant", "weight")
 
     def __init__(self, tenant: str) -> None:
         self.tenant = tenant
         self.counter = 0.0
+        self.lifted = 0.0
+        self.heard = 0.0
+        self.elsewhere = False
         self.weight = 1.0
         self.recent: deque[int] = deque(maxlen=5)
 
