@@ -23,6 +23,8 @@ COMMANDS: Mapping[str, Command] = {
     "serve": Command("deploy.serve", "serve a model on this machine: the gateway and its workers"),
     "gateway": Command("server.__main__", "the gateway alone, before OpenAI-compatible engines that run already"),
     "model": Command("deploy.model", "make the bundled model ready"),
+    "replay": Command("loadtest.replay", "send a trace or a workload, record how each request went"),
+    "report": Command("loadtest.report_command", "latencies, goodput and fairness of recorded runs"),
     "doctor": Command("deploy.doctor", "say what would go wrong on this machine, and what to do about it"),
 }
 

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from loadtest.records import Record
 
 PROMPT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0
-WINDOW_S = 30.0  # to each side of a tick, as in the paper
+WINDOW_S = 30.0  # to each side of a tick, as in the paper; less where the run is short, else all windows were one
+_WINDOWS = 8.0
 TICK_S = 1.0
 
 Floats = NDArray[np.float64]
@@ -30,14 +31,17 @@ class ServiceDifference:
 
 @dataclass(frozen=True, slots=True)
 class Fairness:
-    """service: weighted tokens by tenant. accumulated_gap: largest difference between two tenants' service at any time.
+    """service, demand: weighted tokens by tenant, received and asked for.
 
+    window_s: to each side of a tick of the service difference.
+    accumulated_gap: largest difference between two tenants' service at any time.
     jain: Jain's index of the share of its demand that each tenant received; 1 is even.
     """
 
     service: Mapping[str, float]
     demand: Mapping[str, float]
     difference: ServiceDifference
+    window_s: float
     accumulated_gap: float
     jain: float
 
@@ -60,12 +64,14 @@ def jain(values: Sequence[float]) -> float:
     return sum(values) ** 2 / (len(values) * squares) if squares else 1.0
 
 
-def fairness(records: Sequence[Record], *, tick_s: float = TICK_S, window_s: float = WINDOW_S) -> Fairness | None:
+def fairness(records: Sequence[Record], *, tick_s: float = TICK_S) -> Fairness | None:
     """All of it over one run; None where there are no records."""
     if not records:
         return None
     tenants = sorted({record.tenant for record in records})
     end_s = max(record.sent_s + record.e2e_s for record in records)
+    window_s = min(WINDOW_S, end_s / _WINDOWS)
+    tick_s = min(tick_s, max(window_s / 4, 1e-3))
     ticks: Floats = np.arange(0.0, end_s + tick_s, tick_s, dtype=np.float64)
     of = {tenant: [record for record in records if record.tenant == tenant] for tenant in tenants}
     served = np.stack([_served(of[tenant], ticks) for tenant in tenants])
@@ -77,6 +83,7 @@ def fairness(records: Sequence[Record], *, tick_s: float = TICK_S, window_s: flo
         service,
         demand,
         _difference(_rates(served, ticks, window_s), _rates(asked, ticks, window_s)),
+        window_s,
         float(np.max(served.max(axis=0) - served.min(axis=0))),
         jain(shares),
     )
