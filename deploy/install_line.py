@@ -81,6 +81,8 @@ class PipProgress:
         if self._unpacking:
             done = min(self._present() - self._present_before, self._unpacking)
             return f"unpacking {done} of {self._unpacking}"
+        if not self._seen:
+            return ""
         of = f" of {self._requirements}" if self._requirements else ""
         return f"fetching {self._seen}{of}" + (f", {self._fetching}{self._share}" if self._fetching else "")
 

@@ -176,9 +176,8 @@ def test_a_cache_that_cannot_be_written_is_one_clear_sentence(tmp_path: Path) ->
 def test_a_name_resolves_to_the_bundled_model_a_folder_or_a_hub_id(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "my-model").mkdir()
     (tmp_path / "my-model" / "config.json").write_text("{}")
-    assert model.resolve("smollm2", cache) == ModelSource(
-        str(cache / "smollm2", model.ENGINE_ARGS["smollm2"]), "smollm2"
-    )
+    args = model.ENGINE_ARGS["smollm2"]
+    assert model.resolve("smollm2", cache) == ModelSource(str(cache / "smollm2"), "smollm2", args)
     assert model.resolve("tiny-random", cache).engine_args == ("--load-format", "dummy")
     assert model.resolve(f"{tmp_path}/my-model/", cache) == ModelSource(str(tmp_path / "my-model"), "my-model")
     assert model.resolve("Qwen/Qwen3-0.6B", cache) == ModelSource("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B")
