@@ -46,7 +46,10 @@ class Life:
 
 
 class Engine:
-    """Runs requests to the end. `watch(event, life)` is told of push, pop, admitted, displaced, preempt, token, finish and step."""
+    """Runs requests to the end.
+
+    `watch(event, life)` is told of push, pop, admitted, displaced, preempt, token, finish and step.
+    """
 
     def __init__(
         self,

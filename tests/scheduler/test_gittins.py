@@ -3,6 +3,12 @@
 import random
 
 import pytest
+
+from scheduler.catalog import build
+from scheduler.gittins import Gittins
+from scheduler.jobs import Job, Outcome
+from scheduler.lanes import Lanes
+from scheduler.policy import Order, Policy, Spot
 from tests.scheduler.engine_model import Request
 from tests.scheduler.workloads import (
     Sizes,
@@ -14,12 +20,6 @@ from tests.scheduler.workloads import (
     simulate,
     with_reasoning,
 )
-
-from scheduler.catalog import build
-from scheduler.gittins import Gittins
-from scheduler.jobs import Job, Outcome
-from scheduler.lanes import Lanes
-from scheduler.policy import Order, Policy, Spot
 
 
 class Oracle:

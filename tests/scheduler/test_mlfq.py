@@ -4,14 +4,14 @@ import random
 from collections.abc import Callable
 
 import pytest
-from tests.scheduler.engine_model import Engine, Request
-from tests.scheduler.mlfq_reference import Auditor
 
 from scheduler.catalog import build
 from scheduler.jobs import Job
 from scheduler.lanes import Lanes
 from scheduler.mlfq import Mlfq
 from scheduler.policy import NEVER, Policy, Spot
+from tests.scheduler.engine_model import Engine, Request
+from tests.scheduler.mlfq_reference import Auditor
 
 SEEDS = range(20)
 QUANTUM, LEVELS, PREFILL, PATIENCE_S = 4, 5, 50, 2.0

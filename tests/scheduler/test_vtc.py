@@ -4,8 +4,6 @@ import random
 from collections.abc import Callable
 
 import pytest
-from tests.scheduler.engine_model import Engine, Request
-from tests.scheduler.vtc_reference import Auditor
 
 from scheduler.catalog import build
 from scheduler.fcfs import Fcfs
@@ -13,6 +11,8 @@ from scheduler.jobs import Job, Outcome
 from scheduler.lanes import Lanes
 from scheduler.policy import Account, Bill, Policy
 from scheduler.vtc import Vtc
+from tests.scheduler.engine_model import Engine, Request
+from tests.scheduler.vtc_reference import Auditor
 
 SEEDS = range(20)
 

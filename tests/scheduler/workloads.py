@@ -3,9 +3,8 @@
 import random
 from collections.abc import Callable
 
-from tests.scheduler.engine_model import Engine, Life, Request
-
 from scheduler.policy import Policy
+from tests.scheduler.engine_model import Engine, Life, Request
 
 Sizes = Callable[[random.Random], tuple[int, int]]
 

@@ -1,0 +1,286 @@
+"""Whatever is called in whatever order, every job that enters is in one place and leaves once."""
+
+import random
+import sys
+from collections.abc import Callable
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from scheduler.catalog import build
+from scheduler.jobs import Job, Outcome
+from scheduler.lanes import Lanes
+
+POLICIES: dict[str, tuple[str, dict[str, str]]] = {
+    "fcfs": ("fcfs", {}),
+    "mlfq": ("mlfq", {"quantum_steps": "2", "patience_s": "3"}),
+    "gittins": ("gittins", {"min_samples": "20", "patience_s": "3"}),
+    "vtc": ("vtc", {"predict": "last5", "charge": "computed"}),
+    "vtc of mlfq": ("vtc", {"within": "mlfq", "quantum_steps": "2", "patience_s": "3"}),
+    "vtc of gittins": ("vtc", {"within": "gittins", "min_samples": "20", "patience_s": "3", "predict": "last5"}),
+}
+NAMES = st.sampled_from(sorted(POLICIES))
+
+
+class Machine(RuleBasedStateMachine):
+    """Calls everything at random and keeps its own, obvious, books."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.count = 0
+        self.lanes = Lanes(build("fcfs", {}))
+        self.waiting: dict[str, Job] = {}
+        self.running: dict[str, Job] = {}
+        self.made: dict[str, int] = {}
+
+    def pick(self, jobs: dict[str, Job], number: int) -> Job:
+        return list(jobs.values())[number % len(jobs)]
+
+    @rule(name=NAMES)
+    def switch(self, name: str) -> None:
+        self.lanes.switch(build(*POLICIES[name]), self.now)
+
+    @rule(name=NAMES, lengths=st.lists(st.integers(1, 400), min_size=25, max_size=40))
+    def teach(self, name: str, lengths: list[int]) -> None:
+        policy = build(*POLICIES[name])
+        for length in lengths:
+            policy.order.learn(Job("", "t0", 10, 0.0, output_tokens=length), Outcome.DONE)
+        self.lanes.switch(policy, self.now)
+
+    @rule(tenant=st.integers(0, 3), prompt=st.integers(0, 4000), weight=st.sampled_from([0.5, 1.0, 3.0]))
+    def push(self, tenant: int, prompt: int, weight: float) -> None:
+        self.count += 1
+        job = Job(f"j{self.count}", f"t{tenant}", prompt, self.now, weight=weight, max_tokens=self.count % 3 * 100)
+        self.lanes.push(job, self.now)
+        with pytest.raises(ValueError, match="already in"):
+            self.lanes.push(job, self.now)
+        self.waiting[job.id] = job
+        self.made[job.id] = 0
+
+    @rule(steps=st.floats(0, 2))
+    def time_passes(self, steps: float) -> None:
+        self.now += steps
+
+    @rule(late=st.floats(0, 5))
+    def pop(self, late: float) -> None:
+        head = self.lanes.peek(self.now)
+        assert head is self.lanes.peek(self.now)
+        self.now += late
+        if head is None:
+            assert not self.waiting
+            with pytest.raises(IndexError):
+                self.lanes.pop(self.now)
+            return
+        assert self.lanes.pop(self.now) is head
+        self.running[head.id] = self.waiting.pop(head.id)
+
+    @precondition(lambda self: self.waiting)
+    @rule()
+    def pop_and_put_back(self) -> None:
+        tenants = {job.tenant for job in self.waiting.values()}
+        before = {tenant: self.lanes.service(tenant) for tenant in tenants}
+        job = self.lanes.pop(self.now)
+        self.lanes.put_back(job, self.now)
+        for tenant in tenants:
+            assert self.lanes.service(tenant) == pytest.approx(before[tenant])
+
+    @precondition(lambda self: self.running)
+    @rule(number=st.integers(0, 99), tokens=st.integers(0, 60))
+    def serve(self, number: int, tokens: int) -> None:
+        job = self.pick(self.running, number)
+        self.lanes.serve(job, tokens, self.now)
+        self.made[job.id] += tokens
+
+    @precondition(lambda self: self.waiting)
+    @rule(number=st.integers(0, 99), tokens=st.integers(1, 60))
+    def late_tokens_of_one_that_waits(self, number: int, tokens: int) -> None:
+        job = self.pick(self.waiting, number)
+        self.lanes.serve(job, tokens, self.now)
+        self.made[job.id] += tokens
+
+    @precondition(lambda self: self.running)
+    @rule(number=st.integers(0, 99), cached=st.integers(0, 5000))
+    def computed(self, number: int, cached: int) -> None:
+        self.lanes.computed(self.pick(self.running, number), cached, self.now)
+
+    @precondition(lambda self: self.running)
+    @rule(number=st.integers(0, 99))
+    def preempt(self, number: int) -> None:
+        job = self.pick(self.running, number)
+        self.lanes.preempt(job, self.now)
+        self.waiting[job.id] = self.running.pop(job.id)
+        with pytest.raises(ValueError, match="waits"):
+            self.lanes.preempt(job, self.now)
+
+    @precondition(lambda self: self.running)
+    @rule()
+    def yield_to_memory_shortage(self) -> None:
+        job = self.lanes.victim(self.now)
+        assert job is not None and job.id in self.running
+        self.lanes.preempt(job, self.now)
+        self.waiting[job.id] = self.running.pop(job.id)
+
+    @rule()
+    def displace(self) -> None:
+        pair = self.lanes.displacement(self.now)
+        if pair is None:
+            return
+        head, victim = pair
+        assert head.id in self.waiting and victim.id in self.running
+        self.lanes.preempt(victim, self.now)
+        assert self.lanes.pop(self.now) is head
+        self.running[head.id] = self.waiting.pop(head.id)
+        self.waiting[victim.id] = self.running.pop(victim.id)
+
+    @precondition(lambda self: self.waiting or self.running)
+    @rule(number=st.integers(0, 99), outcome=st.sampled_from(list(Outcome)))
+    def finish(self, number: int, outcome: Outcome) -> None:
+        job = self.pick({**self.waiting, **self.running}, number)
+        self.lanes.finish(job, outcome, self.now)
+        self.waiting.pop(job.id, None)
+        self.running.pop(job.id, None)
+        with pytest.raises(KeyError):
+            self.lanes.finish(job, outcome, self.now)
+
+    @rule(tenant=st.integers(0, 5), service=st.floats(0, 1e6), weight=st.sampled_from([0.5, 1.0, 3.0]))
+    def told(self, tenant: int, service: float, weight: float) -> None:
+        self.lanes.told(f"t{tenant}", service, weight, self.now)
+        shared = self.lanes.policy.shares is not None
+        assert self.lanes.service(f"t{tenant}") >= service * (1 - 1e-9) * shared
+
+    @invariant()
+    def every_job_is_in_one_place(self) -> None:
+        assert len(self.lanes) == len(self.waiting)
+        assert self.lanes.running() == len(self.running)
+        assert sum(self.lanes.depth().values()) == len(self.waiting)
+        listed = [job.id for job in self.lanes.waiting_jobs()]
+        assert sorted(listed) == sorted(self.waiting)
+        assert all(job in self.lanes for job in self.waiting.values())
+        assert not any(job in self.lanes for job in self.running.values())
+        assert all(job.output_tokens == self.made[job.id] for job in [*self.waiting.values(), *self.running.values()])
+
+    def teardown(self) -> None:
+        for job in self.running.values():
+            self.lanes.finish(job, Outcome.DONE, self.now)
+        left = []
+        while len(self.lanes):
+            left.append(self.lanes.pop(self.now).id)
+            self.lanes.finish(self.waiting[left[-1]], Outcome.DONE, self.now)
+        assert sorted(left) == sorted(self.waiting)
+        assert self.lanes.running() == 0
+        assert self.lanes.victim(self.now) is None
+        assert self.lanes.depth() == {}
+
+
+Machine.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+)
+test_random_interleavings = Machine.TestCase
+
+
+def filled(name: str, waiting: int, tenants: int) -> Lanes:
+    rng = random.Random(1)
+    kind, options = POLICIES[name]
+    policy = build(kind, {key: "1e6" if key == "patience_s" else value for key, value in options.items()})
+    for _ in range(200):
+        policy.order.learn(Job("", "t1", 1, 0.0, output_tokens=int(rng.lognormvariate(4, 1.5)) + 1), Outcome.DONE)
+    lanes = Lanes(policy)
+    for number in range(waiting):
+        lanes.push(Job(f"f{number}", f"t{rng.randrange(tenants)}", rng.randrange(2000), 0.0), number * 1e-6)
+    for _ in range(64):
+        lanes.pop(1.0)
+    return lanes
+
+
+def churn(lanes: Lanes, aborts: list[Job], tenants: int) -> None:
+    """One of everything, the way an engine calls it, and aborts from the middle of the line."""
+    rng = random.Random(2)
+    running = []
+    for number, aborted in enumerate(aborts):
+        lanes.push(Job(f"c{number}", f"t{rng.randrange(tenants)}", rng.randrange(2000), 2.0), 2.0)
+        lanes.peek(2.0)
+        running.append(lanes.pop(2.0))
+        for job in running[-8:]:
+            lanes.serve(job, 3, 2.0)
+        if (pair := lanes.displacement(2.0)) is not None:
+            lanes.preempt(pair[1], 2.0)
+            running = [job for job in running if job is not pair[1]]
+        if len(running) > 32:
+            lanes.finish(running.pop(0), Outcome.DONE, 2.0)
+        if aborted in lanes:
+            lanes.finish(aborted, Outcome.ABORTED, 2.0)
+
+
+def lines_executed(work: Callable[[], object]) -> int:
+    count = 0
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:  # noqa: ANN401
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_work_per_job_hardly_grows_from_a_thousand_to_a_hundred_thousand_waiting(name: str) -> None:
+    """Executed lines, not seconds, so that a busy machine does not matter."""
+    lines = []
+    for waiting, tenants in ((1000, 100), (100_000, 10_000)):
+        lanes = filled(name, waiting, tenants)
+        aborts = random.Random(3).sample(list(lanes.waiting_jobs()), 300)
+        lines.append(lines_executed(partial(churn, lanes, aborts, tenants)))
+    assert lines[1] < 2 * lines[0], lines
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_serving_a_token_is_a_handful_of_lines(name: str) -> None:
+    lanes = filled(name, 100, 10)
+    job = lanes.pop(1.0)
+    lanes.serve(job, 1700, 1.0)
+
+    def work() -> None:
+        for _ in range(100):
+            lanes.serve(job, 1, 1.0)
+
+    assert lines_executed(work) < 100 * 12
+
+
+def test_thousands_losing_patience_at_once_do_not_stop_the_line() -> None:
+    lanes = Lanes(build("mlfq", {"patience_s": "1"}))
+    for number in range(20_000):
+        lanes.push(Job(str(number), "t", 10_000, 0.0), 0.0)
+    assert lines_executed(partial(lanes.displacement, 100.0)) < 10_000
+
+
+def test_switching_keeps_the_order_of_arrival_and_the_counters() -> None:
+    lanes = Lanes(build("vtc", {}))
+    jobs = [Job(str(number), f"t{number % 2}", 100, 0.0) for number in range(6)]
+    for job in jobs:
+        lanes.push(job, 0.0)
+    running = lanes.pop(0.0)
+    lanes.switch(build("vtc", {"within": "mlfq"}), 1.0)
+    assert (lanes.service("t0"), lanes.service("t1")) == (100.0, 0.0)
+    assert lanes.running() == 1
+    lanes.switch(build("fcfs", {}), 2.0)
+    assert [lanes.pop(2.0) for _ in range(5)] == jobs[1:]
+    lanes.switch(build("vtc", {}), 3.0)
+    lanes.serve(running, 5, 3.0)
+    assert lanes.service("t0") == 10.0
+
+
+def test_weight_must_be_above_zero() -> None:
+    with pytest.raises(ValueError, match="weight"):
+        Lanes(build("vtc", {})).push(Job("1", "t", 1, 0.0, weight=0.0), 0.0)
