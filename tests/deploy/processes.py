@@ -26,6 +26,21 @@ def marked(mark: str) -> dict[int, str]:
     return found
 
 
+def in_session(session: int) -> dict[int, str]:
+    """As `marked`, but by session: vLLM's processes rename themselves, which overwrites their environment in /proc."""
+    found: dict[int, str] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, rest = stat.read_text().rpartition(")")
+            state, _, _, sid, *_ = rest.split()
+            if int(sid) == session and state != "Z":
+                command = (stat.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                found[int(stat.parent.name)] = command or name
+        except OSError:
+            continue
+    return found
+
+
 def eventually(holds: Callable[[], object], within_s: float = 10.0) -> bool:
     """Whether `holds` becomes true in time."""
     deadline = time.monotonic() + within_s

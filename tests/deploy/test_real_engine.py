@@ -20,7 +20,7 @@ from deploy.log_file import LogFile
 from deploy.machine import look
 from deploy.model import BUNDLED, cache_folder, obtain
 from deploy.worker import Listeners, State, Timing, WorkerEvent, WorkerProcess
-from tests.deploy.processes import MARK, marked, new_mark
+from tests.deploy.processes import MARK, in_session, marked, new_mark
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -49,17 +49,20 @@ async def test_a_real_engine_is_tested_survives_the_death_of_its_core_and_leaves
         ready = await until(State.READY, 1)
         assert ready.detail.startswith("The capital of France is Paris")
         assert "loading the model" in [event.detail for event in events]
-        os.kill(engine_core(mark), signal.SIGKILL)
+        sessions = {leash_of(mark)}
+        os.kill(engine_core(*sessions), signal.SIGKILL)
         await until(State.DEAD, 1)
         again = await until(State.READY, 2)
         assert again.url == ready.url
         assert "Paris" in await answer(again.url)
+        sessions.add(leash_of(mark))
     finally:
         running.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await running
     assert worker.state is State.STOPPED
-    assert marked(mark) == {}
+    assert len(sessions) == 2
+    assert [in_session(session) for session in sessions] == [{}, {}]
 
 
 def command_for(mark: str) -> Callable[[Ports], EngineCommand]:
@@ -82,8 +85,15 @@ def command_for(mark: str) -> Callable[[Ports], EngineCommand]:
     return build
 
 
-def engine_core(mark: str) -> int:
-    return next(pid for pid, command in marked(mark).items() if "EngineCore" in command)
+def leash_of(mark: str) -> int:
+    """The leash leads the session of all that one start has started."""
+    return next(os.getsid(pid) for pid in marked(mark))
+
+
+def engine_core(session: int) -> int:
+    processes = in_session(session)
+    assert len(processes) >= 4, processes  # leash, server, core, model's worker
+    return next(pid for pid, command in processes.items() if "EngineCore" in command)
 
 
 async def answer(url: str) -> str:
