@@ -1,0 +1,25 @@
+"""`evenhand bench`: the commands that print the figures of docs/benchmarks."""
+
+import argparse
+import importlib
+from collections.abc import Mapping
+
+# name: (module with `add_arguments` and `run`, what it measures)
+BENCHMARKS: Mapping[str, tuple[str, str]] = {
+    "start": ("deploy.benchmarks.start", "seconds from the command to the gateway's first answer"),
+    "ttft": ("deploy.benchmarks.ttft", "what the gateway adds to the time to the first token of a real engine"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One sub-command per benchmark."""
+    chosen = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
+    for name, (module, purpose) in BENCHMARKS.items():
+        one = chosen.add_parser(name, help=purpose, description=purpose.capitalize() + ".")
+        importlib.import_module(module).add_arguments(one)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the chosen benchmark; returns its exit code."""
+    code: int = importlib.import_module(BENCHMARKS[args.benchmark][0]).run(args)
+    return code

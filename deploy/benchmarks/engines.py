@@ -1,0 +1,111 @@
+"""Engines and gateways that a benchmark starts, and stops whatever happens."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from deploy.engine_args import EnginePlan, Ports, engine_command
+from deploy.machine import look
+from deploy.model import cache_folder, obtain
+
+START_S = 400.0
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on at this moment."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def answers(url: str) -> bool:
+    """Whether `url` answers with 200."""
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def cores() -> tuple[int, int]:
+    """(core for an engine, core for everything else): the last and the first that this process may use."""
+    mine = sorted(os.sched_getaffinity(0))
+    return mine[-1], mine[0]
+
+
+@contextmanager
+def running(argv: Sequence[str], env: dict[str, str], health: str, limit_s: float = START_S) -> Iterator[Path]:
+    """A program that answers at `health` when it is ready; yields its log. RuntimeError if it ends before."""
+    with tempfile.TemporaryDirectory(prefix="evenhand-bench-") as folder:
+        log = Path(folder) / "log"
+        with log.open("wb") as out:
+            process = subprocess.Popen(argv, env=env, stdout=out, stderr=out, start_new_session=True)
+        try:
+            began = time.monotonic()
+            while not answers(health):
+                if process.poll() is not None or time.monotonic() - began > limit_s:
+                    raise RuntimeError(f"{' '.join(argv[:6])} … did not start:\n{log.read_text()[-3000:]}")
+                time.sleep(0.05)
+            yield log
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGINT)
+                try:
+                    process.wait(20)
+                except subprocess.TimeoutExpired:
+                    pass
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+@contextmanager
+def engine(model: str, *, policy: str | None, args: Sequence[str] = (), kv_cache_gib: int = 1) -> Iterator[str]:
+    """One real engine on the last core; yields its URL. `policy` None: stock vLLM, without the plug-in."""
+    machine = look(os.environ)
+    if machine.engine is None:
+        raise RuntimeError("vLLM is not installed here: run `make install`")
+    source = obtain(model, cache_folder(), lambda text: None)
+    plan = EnginePlan(
+        model=source.path,
+        served_name=source.served_name,
+        local=True,
+        build=machine.engine.build,
+        bf16=machine.bf16,
+        policy=policy or "fcfs",
+        cores=(cores()[0],),
+        kv_cache_gib=kv_cache_gib,
+        gpu=machine.gpus[0] if machine.gpus else "",
+        model_args=source.engine_args,
+        user_args=tuple(args),
+    )
+    command = engine_command(plan, Ports(free_port(), free_port()), sys.executable)
+    argv = list(command.argv)
+    if policy is None:
+        for option in ("--scheduler-cls", "--additional-config"):
+            at = argv.index(option)
+            del argv[at : at + 2]
+    with tempfile.TemporaryDirectory(prefix="evenhand-metrics-") as metrics:
+        env = {**os.environ, **command.env, "PROMETHEUS_MULTIPROC_DIR": metrics}
+        with running(argv, env, f"{command.url}/health"):
+            yield command.url
+
+
+@contextmanager
+def gateway(*args: str) -> Iterator[str]:
+    """A gateway on the first core; yields its URL once a worker is ready."""
+    port = free_port()
+    argv = ["taskset", "-c", str(cores()[1]), sys.executable, "-m", "deploy.cli", "gateway", "--port", str(port), *args]
+    url = f"http://127.0.0.1:{port}"
+    with running(argv, dict(os.environ), f"{url}/ready", 30):
+        yield url
