@@ -10,6 +10,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from loadtest.costmodel import CostModel
+from loadtest.prefix_cache import PrefixCache
 from scheduler.jobs import Job, Outcome
 from scheduler.lanes import Lanes
 
@@ -64,6 +65,9 @@ class ContinuousBatch:
         self.kv_used_tokens = 0
         self._running: dict[Job, Running] = {}
         self._transferred: set[Job] = set()
+        self._blocks: dict[Job, Seq[int]] = {}
+        cached = cost.prefix_block_tokens > 0
+        self._prefixes = PrefixCache(cost.kv_capacity_tokens, cost.prefix_block_tokens) if cached else None
 
     def running(self) -> int:
         return len(self._running)
@@ -75,12 +79,17 @@ class ContinuousBatch:
         """Share of the KV capacity in use, 0 to 1."""
         return min(1.0, self.kv_used_tokens / self.cost.kv_capacity_tokens)
 
-    def add(self, job: Job, now: float, *, transferred: bool = False) -> None:
-        """A job arrives; `transferred` if a prefill worker has computed its prompt. ValueError if it can never fit."""
+    def add(self, job: Job, now: float, *, transferred: bool = False, blocks: Seq[int] = ()) -> None:
+        """A job arrives. ValueError if it can never fit.
+
+        transferred: a prefill worker has computed its prompt. blocks: hashes of its prompt's blocks.
+        """
         if job.prompt_tokens + 1 > self.cost.kv_capacity_tokens:
             raise ValueError(f"A prompt of {job.prompt_tokens} tokens exceeds the KV capacity.")
         if transferred:
             self._transferred.add(job)
+        if blocks:
+            self._blocks[job] = blocks
         self.lanes.push(job, now)
 
     def schedule(self, now: float) -> Iteration | None:
@@ -133,6 +142,7 @@ class ContinuousBatch:
         """A job leaves, from wherever it is. KeyError if it is not here."""
         self.lanes.finish(job, outcome, now)
         self._transferred.discard(job)
+        self._blocks.pop(job, None)
         running = self._running.pop(job, None)
         if running is not None:
             self._free(running)
@@ -151,7 +161,21 @@ class ContinuousBatch:
         self._transferred.discard(job)
         self._running[job] = running
         self.kv_used_tokens += to_compute
+        self._reuse(running, now)
         return running
+
+    def _reuse(self, running: Running, now: float) -> None:
+        """Skip what the prefix cache holds; at least one token is computed, as in vLLM, to have logits."""
+        blocks = self._blocks.get(running.job)
+        if self._prefixes is None or blocks is None:
+            return
+        running.computed = min(self._prefixes.match(blocks), running.to_compute - 1)
+        self._prefixes.keep(blocks)
+        self.counts.prefix_queries += running.job.prompt_tokens
+        self.counts.prefix_hits += running.computed
+        self.counts.prompt_tokens += running.computed
+        if running.computed:
+            self.lanes.computed(running.job, running.computed, now)
 
     def _prefill(self, running: Running, budget: int, producing: list[Running]) -> int:
         chunk = min(budget, running.to_compute - running.computed)

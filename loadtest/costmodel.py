@@ -16,6 +16,7 @@ class CostModel:
     max_seqs: batch slots (vLLM's --max-num-seqs).
     max_batched_tokens: tokens of one iteration, decode and prefill chunks together (--max-num-batched-tokens).
     kv_capacity_tokens: tokens whose keys and values fit into memory.
+    prefix_block_tokens: of one block of the prefix cache; 0 for none.
     """
 
     iteration_s: float = 0.002
@@ -26,6 +27,7 @@ class CostModel:
     max_seqs: int = 256
     max_batched_tokens: int = 2048
     kv_capacity_tokens: int = 1 << 18
+    prefix_block_tokens: int = 32
 
     def __post_init__(self) -> None:
         if min(self.max_seqs, self.max_batched_tokens, self.kv_capacity_tokens) < 1:

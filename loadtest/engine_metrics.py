@@ -34,6 +34,8 @@ class _Snapshot(Collector):
         counters = {
             "vllm:prompt_tokens": ("Number of prefill tokens processed.", counts.prompt_tokens),
             "vllm:generation_tokens": ("Number of generation tokens processed.", counts.generation_tokens),
+            "vllm:prefix_cache_queries": ("Prefix cache queries, in number of tokens.", counts.prefix_queries),
+            "vllm:prefix_cache_hits": ("Prefix cache hits, in number of cached tokens.", counts.prefix_hits),
             "vllm:num_preemptions": ("Cumulative number of preemption from the engine.", counts.preemptions),
         }
         for name, (text, total) in counters.items():

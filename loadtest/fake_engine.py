@@ -24,10 +24,14 @@ import orjson
 from loadtest import hash_model, vllm_wire
 from loadtest.batch import ContinuousBatch, Iteration
 from loadtest.costmodel import PRESETS, CostModel
+from loadtest.embedding import embeddings
 from loadtest.engine_metrics import exposition
 from loadtest.faults import HEALTHY, Faults, faults_from
 from loadtest.http_server import Exchange
-from loadtest.vllm_wire import Ask, Refused, Said, StreamShape
+from loadtest.messages_wire import MessagesWire, anthropic_error, ask_messages
+from loadtest.prefix_cache import block_hashes
+from loadtest.responses_wire import ResponsesWire, ask_responses
+from loadtest.vllm_wire import Ask, Json, OpenAIWire, Refused, Said, Wire, ask_chat, ask_completion
 from scheduler.catalog import build
 from scheduler.jobs import Job, Outcome
 from scheduler.lanes import Lanes
@@ -90,17 +94,34 @@ class Answer:
     """One request being answered."""
 
     exchange: Exchange
-    shape: StreamShape
+    wire: Wire
     choices: list[Choice] = field(default_factory=list)
     started: bool = False
 
     @property
     def ask(self) -> Ask:
-        return self.shape.ask
+        return self.wire.ask
 
-    @property
-    def made_tokens(self) -> int:
-        return sum(len(choice.ids) for choice in self.choices)
+    def said(self) -> list[Said]:
+        """Its choices, once all have finished."""
+        return [Said(choice.prompt, choice.ids, _text(choice.ids), choice.finish) for choice in self.choices]
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """One API: the prefix of its ids, how its requests are read, and its bytes."""
+
+    prefix: str
+    ask: Callable[[Json, int], Ask]
+    wire: Callable[[str, int, str, Ask], Wire]
+
+
+_APIS: Mapping[str, Api] = {
+    "/v1/chat/completions": Api("chatcmpl-", ask_chat, OpenAIWire),
+    "/v1/completions": Api("cmpl-", ask_completion, OpenAIWire),
+    "/v1/responses": Api("resp_", ask_responses, ResponsesWire),
+    "/v1/messages": Api("chatcmpl-", ask_messages, MessagesWire),
+}
 
 
 class FakeEngine:
@@ -129,8 +150,8 @@ class FakeEngine:
         self.stalled = False
         self.accepted = 0
         self._posts: Mapping[str, Callable[[Exchange], None]] = {
-            "/v1/chat/completions": self._generate,
-            "/v1/completions": self._generate,
+            **dict.fromkeys(_APIS, self._generate),
+            "/v1/embeddings": self._embed,
             "/tokenize": self._tokenize,
             "/detokenize": self._detokenize,
             "/fake/faults": self._set_faults,
@@ -216,10 +237,11 @@ class FakeEngine:
                 raise Refused(status, status.phrase, status.phrase)
             route(exchange)
         except Refused as refused:
-            exchange.respond(refused.status, refused.body, _JSON)
+            anthropic = exchange.path == "/v1/messages"
+            exchange.respond(refused.status, anthropic_error(refused.body) if anthropic else refused.body, _JSON)
 
     def _generate(self, exchange: Exchange) -> None:
-        chat = exchange.path == "/v1/chat/completions"
+        api = _APIS[exchange.path]
         body = vllm_wire.parse_body(exchange.body)
         self.seen.append(Seen(exchange.path, dict(exchange.headers), body))
         if self.faults.error_status:
@@ -227,12 +249,9 @@ class FakeEngine:
             self._strike()
             raise Refused(status, "InternalServerError", "EngineCore encountered an issue.")
         self._check_model(body)
-        ask = (vllm_wire.ask_chat if chat else vllm_wire.ask_completion)(body, self._context_tokens())
-        request_id = exchange.headers.get("x-request-id") or uuid.uuid4().hex
-        shape = StreamShape(
-            ("chatcmpl-" if chat else "cmpl-") + request_id, int(self._wall_clock()), self.setup.model, ask
-        )
-        self._admit(Answer(exchange, shape))
+        ask = api.ask(body, self._context_tokens())
+        request_id = api.prefix + (exchange.headers.get("x-request-id") or uuid.uuid4().hex)
+        self._admit(Answer(exchange, api.wire(request_id, int(self._wall_clock()), self.setup.model, ask)))
 
     def _check_model(self, body: Mapping[str, Any]) -> None:
         model = body.get("model")
@@ -247,12 +266,13 @@ class FakeEngine:
         ask = answer.ask
         self._learn_service(ask, now)
         transferred = bool(ask.transfer and ask.transfer.get("do_remote_prefill"))
-        for at in range(len(ask.prompts)):
+        for at, prompt in enumerate(ask.prompts):
+            blocks = block_hashes(prompt, self.setup.cost.prefix_block_tokens)
             for sample in range(ask.n):
                 choice = self._choice(answer, at, sample, now)
                 answer.choices.append(choice)
                 self._choices[choice.job] = choice
-                self.batch.add(choice.job, now, transferred=transferred)
+                self.batch.add(choice.job, now, transferred=transferred, blocks=blocks)
         answer.exchange.gone = lambda: self._abort(answer)
         self._wake()
 
@@ -263,7 +283,7 @@ class FakeEngine:
         room_tokens = self._context_tokens() - len(prompt)
         max_tokens = room_tokens if ask.max_tokens is None else ask.max_tokens
         job = Job(
-            id=f"{answer.shape.request_id}-{index}-{uuid.uuid4().hex[:8]}",
+            id=f"{answer.wire.request_id}-{index}-{uuid.uuid4().hex[:8]}",
             tenant=str(ask.extra.get("evenhand_tenant", "default")),
             prompt_tokens=len(prompt),
             arrived_at=now,
@@ -273,8 +293,8 @@ class FakeEngine:
         salt = sample + (0x5EED if self.faults.wrong_answers else 0)
         said = hash_model.continuation(prompt, mean_tokens=self.setup.mean_answer_tokens, salt=salt)
         choice = Choice(answer, index, at, job, said, max_tokens)
-        if ask.stream and not (ask.return_token_ids or ask.logprobs or ask.continuous_usage):
-            choice.before, choice.after = answer.shape.plain(index)
+        if ask.stream:
+            choice.before, choice.after = answer.wire.plain(index)
         return choice
 
     def _learn_service(self, ask: Ask, now: float) -> None:
@@ -353,9 +373,9 @@ class FakeEngine:
     def _start_stream(self, answer: Answer) -> None:
         answer.started = True
         answer.exchange.begin_stream(_SSE)
-        if answer.ask.chat:
-            for choice in answer.choices:
-                answer.exchange.send(answer.shape.first(choice.index))
+        opening = answer.wire.opening(len(answer.choices))
+        if opening:
+            answer.exchange.send(opening)
 
     def _rich_chunk(self, choice: Choice, token: int) -> bytes:
         ask, first = choice.answer.ask, len(choice.ids) == 1
@@ -369,8 +389,7 @@ class FakeEngine:
                 more["prompt_token_ids"] = ask.prompts[choice.prompt]
         if ask.logprobs:
             more["logprobs"] = (vllm_wire.chat_logprobs if ask.chat else vllm_wire.text_logprobs)([token])
-        completion = len(choice.ids) if ask.continuous_usage else None
-        return choice.answer.shape.token(choice.index, text, choice.finish or None, more, completion)
+        return choice.answer.wire.token(choice.index, text, choice.finish or None, more, len(choice.ids))
 
     def _close(self, answer: Answer) -> None:
         """Send what ends the answer, once its last choice has finished."""
@@ -379,13 +398,10 @@ class FakeEngine:
         exchange, ask = answer.exchange, answer.ask
         exchange.gone = None
         if ask.stream:
-            if ask.include_usage:
-                exchange.send(answer.shape.last(answer.made_tokens))
-            exchange.send(vllm_wire.DONE)
+            exchange.send(answer.wire.closing(answer.said()))
             exchange.end_stream()
             return
-        said = [Said(choice.prompt, choice.ids, _text(choice.ids), choice.finish) for choice in answer.choices]
-        exchange.respond(200, vllm_wire.whole(answer.shape, said, self._handoff(ask)), _JSON)
+        exchange.respond(200, answer.wire.whole(answer.said(), self._handoff(ask)), _JSON)
 
     def _handoff(self, ask: Ask) -> dict[str, Any] | None:
         """What a decode worker needs to fetch the KV of this prompt, where the client asked to keep it."""
@@ -443,7 +459,7 @@ class FakeEngine:
             return
         if not answer.started:
             self._start_stream(answer)
-        answer.exchange.send(b"data: " + error + b"\n\n" + vllm_wire.DONE)
+        answer.exchange.send(answer.wire.failed(error))
         answer.exchange.end_stream()
 
     def heal(self) -> None:
@@ -489,11 +505,18 @@ class FakeEngine:
     def _load(self, exchange: Exchange) -> None:
         exchange.respond(200, orjson.dumps({"server_load": self.running + self.waiting}), _JSON)
 
+    def _embed(self, exchange: Exchange) -> None:
+        body = vllm_wire.parse_body(exchange.body)
+        self.seen.append(Seen(exchange.path, dict(exchange.headers), body))
+        self._check_model(body)
+        ask = ask_completion({"prompt": body.get("input"), "max_tokens": 1}, self._context_tokens())
+        exchange.respond(200, embeddings(body, ask, self.setup.model, int(self._wall_clock())), _JSON)
+
     def _tokenize(self, exchange: Exchange) -> None:
         body = vllm_wire.parse_body(exchange.body)
         self._check_model(body)
         if "messages" in body:
-            ids = vllm_wire.ask_chat({"messages": body["messages"]}, self._context_tokens()).prompts[0]
+            ids = ask_chat({"messages": body["messages"]}, self._context_tokens()).prompts[0]
         else:
             ids = hash_model.encode(str(body.get("prompt", "")))
         strings = [hash_model.decode([token]) for token in ids] if body.get("return_token_strs") else None

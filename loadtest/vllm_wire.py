@@ -4,9 +4,9 @@ Field order, the explicit nulls and the wording of errors are those of vLLM's `e
 against this works against that.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 
@@ -217,11 +217,49 @@ def event(body: Json) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class StreamShape:
-    """The chunks of one streamed answer.
+class Said:
+    """One finished choice. prompt: which of the request's prompts it answers."""
 
-    `plain` is built once per choice, since between two tokens only their text differs: the fast path is three joins.
-    """
+    prompt: int
+    ids: list[int]
+    text: str
+    finish: str
+
+
+class Wire(Protocol):
+    """One API's bytes for one answer: OpenAI's chat and completions below, Responses and Messages beside this file."""
+
+    @property
+    def request_id(self) -> str: ...
+
+    @property
+    def ask(self) -> Ask: ...
+
+    def opening(self, choices: int) -> bytes:
+        """What a stream begins with, before any token."""
+
+    def plain(self, index: int) -> tuple[bytes, bytes]:
+        """What stands before and after a token's text in a chunk with nothing but text; empty if chunks differ more.
+
+        Built once per choice, so that a token costs no more than joining three pieces.
+        """
+
+    def token(self, index: int, text: str, finish: str | None, more: Json, made: int) -> bytes:
+        """One token's chunk. more: token_ids, logprobs or prompt_token_ids where asked for; made: tokens so far."""
+
+    def closing(self, said: Sequence[Said]) -> bytes:
+        """What a stream ends with, after its last token."""
+
+    def failed(self, error: bytes) -> bytes:
+        """What a stream ends with when the engine fails; error: OpenAI's error object."""
+
+    def whole(self, said: Sequence[Said], transfer: Json | None) -> bytes:
+        """The answer to a request that does not stream."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAIWire:
+    """/v1/chat/completions and /v1/completions."""
 
     request_id: str
     created: int
@@ -233,8 +271,10 @@ class StreamShape:
         kind = "chat.completion.chunk" if self.ask.chat else "text_completion"
         return {"id": self.request_id, "object": kind, "created": self.created, "model": self.model}
 
-    def first(self, index: int) -> bytes:
-        """The chunk that carries only the role (chat)."""
+    def opening(self, choices: int) -> bytes:
+        return b"".join(self._role_chunk(index) for index in range(choices)) if self.ask.chat else b""
+
+    def _role_chunk(self, index: int) -> bytes:
         delta = {"role": self.ask.role, "content": ""}
         body = self._head
         body["choices"] = [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
@@ -245,13 +285,14 @@ class StreamShape:
         return event(body)
 
     def plain(self, index: int) -> tuple[bytes, bytes]:
-        """What stands before and after the text of a token in a chunk with nothing but text."""
-        marked = self.token(index, "\x00", None, {}, None)
+        ask = self.ask
+        if ask.return_token_ids or ask.logprobs or ask.continuous_usage:
+            return b"", b""
+        marked = self.token(index, "\x00", None, {}, 0)
         before, after = marked.split(b"\\u0000")
         return before, after
 
-    def token(self, index: int, text: str, finish: str | None, more: Json, completion_tokens: int | None) -> bytes:
-        """One token's chunk. more: token_ids, logprobs or prompt_token_ids where asked for."""
+    def token(self, index: int, text: str, finish: str | None, more: Json, made: int) -> bytes:
         choice: Json = {"index": index}
         if self.ask.chat:
             choice["delta"] = {"content": text}
@@ -266,47 +307,39 @@ class StreamShape:
         choice["token_ids"] = more.get("token_ids")
         body = self._head
         body["choices"] = [choice]
-        if completion_tokens is not None:
-            body["usage"] = usage(self.ask.prompt_tokens, completion_tokens)
+        if self.ask.continuous_usage:
+            body["usage"] = usage(self.ask.prompt_tokens, made)
         return event(body)
 
-    def last(self, completion_tokens: int) -> bytes:
-        """The chunk with no choice that carries the usage."""
+    def closing(self, said: Sequence[Said]) -> bytes:
+        if not self.ask.include_usage:
+            return DONE
         body = self._head
         body["choices"] = []
-        body["usage"] = usage(self.ask.prompt_tokens, completion_tokens)
-        return event(body)
+        body["usage"] = usage(self.ask.prompt_tokens, sum(len(one.ids) for one in said))
+        return event(body) + DONE
 
+    def failed(self, error: bytes) -> bytes:
+        return b"data: " + error + b"\n\n" + DONE
 
-@dataclass(frozen=True, slots=True)
-class Said:
-    """One finished choice."""
-
-    prompt: int
-    ids: list[int]
-    text: str
-    finish: str
-
-
-def whole(shape: StreamShape, said: list[Said], transfer: Json | None) -> bytes:
-    """The answer to a request that does not stream."""
-    ask = shape.ask
-    choices = [_chat_choice(at, one, ask) if ask.chat else _text_choice(at, one, ask) for at, one in enumerate(said)]
-    body: Json = {
-        "id": shape.request_id,
-        "object": "chat.completion" if ask.chat else "text_completion",
-        "created": shape.created,
-        "model": shape.model,
-        "choices": choices,
-        "service_tier": None,
-        "system_fingerprint": None,
-        "usage": usage(ask.prompt_tokens, sum(len(one.ids) for one in said)) | {"prompt_tokens_details": None},
-        "kv_transfer_params": transfer,
-    }
-    if ask.chat:
-        body["prompt_logprobs"] = None
-        body["prompt_token_ids"] = ask.prompts[0] if ask.return_token_ids else None
-    return orjson.dumps(body)
+    def whole(self, said: Sequence[Said], transfer: Json | None) -> bytes:
+        ask = self.ask
+        shape = _chat_choice if ask.chat else _text_choice
+        body: Json = {
+            "id": self.request_id,
+            "object": "chat.completion" if ask.chat else "text_completion",
+            "created": self.created,
+            "model": self.model,
+            "choices": [shape(at, one, ask) for at, one in enumerate(said)],
+            "service_tier": None,
+            "system_fingerprint": None,
+            "usage": usage(ask.prompt_tokens, sum(len(one.ids) for one in said)) | {"prompt_tokens_details": None},
+            "kv_transfer_params": transfer,
+        }
+        if ask.chat:
+            body["prompt_logprobs"] = None
+            body["prompt_token_ids"] = ask.prompts[0] if ask.return_token_ids else None
+        return orjson.dumps(body)
 
 
 def _chat_choice(index: int, said: Said, ask: Ask) -> Json:
