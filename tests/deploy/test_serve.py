@@ -18,8 +18,6 @@ import pytest
 from tests.deploy.processes import MARK, eventually, marked, new_mark
 
 HANGING = f"{sys.executable} -c 'import time; time.sleep(600)'"
-# Importing the gateway is the larger part of it; on a quiet machine it is well under a second.
-ALIVE_S = 2.0
 
 
 @dataclass
@@ -159,10 +157,10 @@ def test_it_is_alive_at_once_and_tells_the_stage_until_it_is_ready(program: Prog
 
 
 def test_ctrl_c_at_any_moment_of_the_start_leaves_nothing(program: Program) -> None:
-    for tenth in range(0, 12, 3):
+    for moment_s in (0.4, 0.7, 1.0, 1.3):  # from the imports to the engines' first stage
         process = program.start("--workers", "2")
         with pytest.raises(subprocess.TimeoutExpired):
-            process.communicate(timeout=0.05 + tenth / 10)
+            process.communicate(timeout=moment_s)
         process.send_signal(signal.SIGINT)
         code, _, _ = ended(process)
         assert code in (130, -signal.SIGINT)
