@@ -242,6 +242,7 @@ class Tenants:
     from_file: tuple[TenantRecord, ...] = ()
     from_store: Mapping[str, TenantRecord] = field(default_factory=dict)
     _index: dict[bytes, Credential] = field(default_factory=dict)
+    _named: dict[str, Tenant] = field(default_factory=dict)
 
     def identify(self, authorization: bytes | None, api_key: bytes | None) -> Tenant:
         """The tenant of a request's credentials. Raises UnknownKey; its message holds nothing of the key."""
@@ -280,13 +281,15 @@ class Tenants:
 
     def _build(self) -> None:
         index = index_of(self.from_file)
-        named = {record.name for record in self.from_file}
         for record in self.from_store.values():
-            if record.name in named:
-                log.warning("tenant %s of the store is not used: the tenant file has one of this name", record.name)
-                continue
-            index = index_of((record,)) | index
+            if record.name not in self.names_in_file():
+                index = index_of((record,)) | index
         self._index = index
+        self._named = {record.name: record.tenant() for record in self.all()}
+
+    def named(self, name: str) -> Tenant | None:
+        """The tenant of this name that is in force."""
+        return self._named.get(name)
 
     def names_in_file(self) -> frozenset[str]:
         """The tenants that only the file can change."""

@@ -1,0 +1,129 @@
+"""Fairness over replicas: what tenants got from other gateways counts in this one's lanes too."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from scheduler.lanes import Lanes
+from scheduler.policy import Account
+
+
+class Queue(Protocol):
+    """A model's line."""
+
+    @property
+    def lanes(self) -> Lanes: ...
+
+    def settle(self, now: float) -> None: ...
+
+
+@dataclass(slots=True)
+class _Told:
+    """What was last told of a tenant, and how it follows from its account.
+
+    offset: charged on accounts before this one; `Lanes` forgets an account that is idle, and a change of policy
+    begins new ones, but what others were told may not fall back.
+    """
+
+    account: Account
+    offset: float = 0.0
+    charged: float = 0.0
+    lifted: float = 0.0
+    waits: bool = False
+
+
+@dataclass(slots=True)
+class _Heard:
+    """Another replica's word on a tenant: charged there in all, its whole counter, whether the tenant waits there."""
+
+    charged: float
+    counter: float
+    waits: bool
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Shares the accounts of every model's lanes between replicas, under keys `tenant model`.
+
+    How far shares may be off: two replicas know of each other's charges one exchange late or two, so a tenant may be
+    ahead by what was served in that time, once; the counters themselves meet exactly.
+    """
+
+    queues: Callable[[], Mapping[str, Queue]]
+    clock: Callable[[], float]
+    prefix: str = "service:"
+    _told: dict[str, _Told] = field(default_factory=dict)
+    _heard: dict[str, dict[str, _Heard]] = field(default_factory=dict)  # by key, then replica
+    _known: dict[str, Lanes] = field(default_factory=dict)
+
+    def changed(self, *, everything: bool) -> dict[str, str]:
+        rows: dict[str, str] = {}
+        for model, queue in self.queues().items():
+            queue.settle(self.clock())
+            if self._known.get(model) is not queue.lanes:
+                self._catch_up(model, queue.lanes)
+            for account, waits in queue.lanes.standings():
+                key = f"{account.tenant} {model}"
+                if self._note(key, account, waits) or everything:
+                    rows[key] = f"{self._told[key].charged!r} {account.counter!r} {int(waits)}"
+        return rows
+
+    def _note(self, key: str, account: Account, waits: bool) -> bool:
+        """Whether others do not know this yet. What they did themselves they know."""
+        told = self._told.get(key)
+        if told is None:
+            told = self._told[key] = _Told(account)
+        elif told.account is not account:
+            told.account, told.offset = account, told.charged
+        charged = told.offset + account.counter - account.lifted - account.heard
+        if charged == told.charged and account.lifted == told.lifted and waits == told.waits:
+            return False
+        told.charged, told.lifted, told.waits = charged, account.lifted, waits
+        return True
+
+    def _catch_up(self, model: str, lanes: Lanes) -> None:
+        """A line that is new here begins where the tenants stand elsewhere."""
+        self._known[model] = lanes
+        queues = self.queues()
+        for key, by_replica in self._heard.items():
+            if key.partition(" ")[2] == model:
+                self._merge(queues, key, 0.0, max(word.counter for word in by_replica.values()))
+
+    def heard(self, rows: Mapping[str, Mapping[str, str]], newborn: Collection[str]) -> None:
+        more: dict[str, float] = {}
+        floors: dict[str, float] = {}
+        for replica, told in rows.items():
+            for key, row in told.items():
+                charged, counter, waits = row.split()
+                word = _Heard(float(charged), float(counter), waits == "1")
+                by_replica = self._heard.setdefault(key, {})
+                before = by_replica.get(replica)
+                begin = before.charged if before is not None else 0.0 if replica in newborn else word.charged
+                by_replica[replica] = word
+                more[key] = more.get(key, 0.0) + word.charged - begin
+                floors[key] = max(floors.get(key, 0.0), word.counter)
+        # All charges before any counter: one replica's counter may hold what another one charged.
+        queues = self.queues()
+        for key, amount in more.items():
+            self._merge(queues, key, amount, floors[key])
+
+    def gone(self, replica: str) -> None:
+        queues = self.queues()
+        for key, by_replica in self._heard.items():
+            word = by_replica.get(replica)
+            if word is not None and word.waits:
+                word.waits = False
+                self._merge(queues, key, 0.0, 0.0)
+
+    def forget(self, replica: str) -> None:
+        for key in list(self._heard):
+            self._heard[key].pop(replica, None)
+            if not self._heard[key]:
+                del self._heard[key]
+
+    def _merge(self, queues: Mapping[str, Queue], key: str, more: float, floor: float) -> None:
+        tenant, _, model = key.partition(" ")
+        queue = queues.get(model)
+        if queue is not None:
+            elsewhere = any(word.waits for word in self._heard[key].values())
+            queue.lanes.merge(tenant, more, floor, elsewhere=elsewhere)
