@@ -1,0 +1,264 @@
+"""Policies side by side: workloads S, C and R at several loads and batch sizes, as ratios with their spread.
+
+    python -m loadtest.policies_bench --out runs/policies \
+        --target 'fcfs=python -m loadtest.fake_engine --port {port} --max-seqs {slots} --policy fcfs' \
+        --target 'gittins=python -m loadtest.fake_engine --port {port} --max-seqs {slots} --policy gittins'
+
+The first target is the baseline. Within one repetition every target gets the very same calls, and ratios are taken
+there, so that what changes on the machine from minute to minute falls out.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from random import Random
+from statistics import median
+
+from rich.console import Console
+
+from loadtest import arrivals, report
+from loadtest.bench_target import BenchTarget, CannotStart, running
+from loadtest.call import Call
+from loadtest.client import Target
+from loadtest.prompts import token_prompts
+from loadtest.records import Record
+from loadtest.replay import CannotReplay, Prepared, measure, served
+from loadtest.traces import Skipped
+from loadtest.workload import MIXES, Fit, Maker, parse_shares, shapes
+
+# Enough requests to fill every slot several times over; their rate is what the engine can do.
+_SATURATING_ROUNDS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What one comparison is made under. load: offered rate ÷ the baseline's saturation."""
+
+    workload: str
+    slots: int
+    load: float
+
+
+# Summaries by target, one per repetition, in the same order.
+Results = dict[Setting, dict[str, list[report.Summary]]]
+
+MEASURES: Mapping[str, Callable[[report.Summary], float]] = {
+    "mean JCT": lambda summary: summary.e2e.mean,
+    "P99 JCT": lambda summary: summary.e2e.p99,
+    "mean time per token": lambda summary: summary.per_token.mean,
+    "P99 TTFT": lambda summary: summary.ttft.p99,
+    "P99 longest gap": lambda summary: summary.longest_gap.p99,
+    "max service difference": lambda summary: summary.fairness.difference.maximum if summary.fairness else 0.0,
+    "span": lambda summary: summary.duration_s,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--target", action="append", required=True, metavar="NAME=URL|COMMAND",
+        help="what to measure, the baseline first; a command is started with {port} and {slots} filled in",
+    )  # fmt: skip
+    parser.add_argument("--workloads", default="S,C,R", help="of S, C, R (default: all)")
+    parser.add_argument("--loads", default="0.7,1.0,1.2", help="offered rate by saturation (default: 0.7,1.0,1.2)")
+    parser.add_argument("--slots", default="8,16", help="batch slots, filled into {slots} (default: 8,16)")
+    parser.add_argument("--repetitions", type=int, default=3, help="of every run, interleaved (default: 3)")
+    parser.add_argument("--limit", type=int, default=300, help="requests per run (default: 300)")
+    parser.add_argument("--length-scale", type=float, default=1.0, help="multiply all lengths (default: 1)")
+    parser.add_argument(
+        "--context", type=int, default=8192, help="tokens that a request may have in all (default: 8192)"
+    )
+    parser.add_argument("--shares", default="heavy=3,light=1", help="requests by tenant (default: heavy=3,light=1)")
+    parser.add_argument("--saturation", type=float, help="requests per second at saturation (default: measured)")
+    parser.add_argument("--traces", type=Path, help="folder of trace files (default: quantiles of the same traces)")
+    parser.add_argument("--ready", type=float, default=300.0, help="seconds a command may take to serve (default: 300)")
+    parser.add_argument("--timeout", type=float, default=600.0, help="patience per request, seconds (default: 600)")
+    parser.add_argument(
+        "--one-at-a-time", action="store_true", help="restart for every run, one engine alive at a time"
+    )
+    parser.add_argument(
+        "--tenant-xargs", action="store_true", help="name the tenant in vllm_xargs (engine, no gateway)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/policies"), help="records and logs (default: runs/policies)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """0, or 2 when a target cannot be started or asked."""
+    screen = Console(stderr=True)
+    try:
+        bench = Bench(args, [BenchTarget.parse(text) for text in args.target], screen)
+        results = bench.run()
+    except (CannotStart, CannotReplay, ValueError, OSError) as error:
+        screen.print(f"policies_bench: {error}", style="red", markup=False, highlight=False)
+        return 2
+    page = page_of(results)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "policies.md").write_text(page)
+    sys.stdout.write(page)
+    return 0
+
+
+class Bench:
+    """All runs of one benchmark."""
+
+    def __init__(self, args: argparse.Namespace, targets: Sequence[BenchTarget], screen: Console) -> None:
+        self._args = args
+        self._targets = targets
+        self._screen = screen
+        self._workloads = args.workloads.split(",")
+        self._loads = [float(load) for load in args.loads.split(",")]
+        self._slots = [int(slots) for slots in args.slots.split(",")]
+        self._shares = parse_shares(args.shares)
+        unknown = set(self._workloads) - set(MIXES)
+        if unknown:
+            raise ValueError(f"There is no workload {', '.join(sorted(unknown))}: choose of {', '.join(MIXES)}.")
+
+    def run(self) -> Results:
+        """Repetitions outside, targets inside: neighbours in time are compared."""
+        results: Results = {}
+        for slots in self._slots:
+            if self._args.one_at_a_time:
+                self._under(slots, results, {})
+                continue
+            with ExitStack() as stack:
+                urls = {target.name: stack.enter_context(self._running(target, slots)) for target in self._targets}
+                self._under(slots, results, urls)
+        return results
+
+    def _under(self, slots: int, results: Results, urls: Mapping[str, str]) -> None:
+        for workload in self._workloads:
+            rate = self._saturation(workload, slots, urls)
+            for load in self._loads:
+                setting = Setting(workload, slots, load)
+                results[setting] = {target.name: [] for target in self._targets}
+                for repetition in range(self._args.repetitions):
+                    for target in self._targets:
+                        summary = self._one(target, setting, repetition, rate * load, urls)
+                        results[setting][target.name].append(summary)
+
+    def _running(self, target: BenchTarget, slots: int) -> AbstractContextManager[str]:
+        return running(target, {"slots": slots}, self._args.out, self._args.ready)
+
+    def _saturation(self, workload: str, slots: int, urls: Mapping[str, str]) -> float:
+        """Requests per second that the baseline ends when it is never without work."""
+        if self._args.saturation:
+            return float(self._args.saturation)
+        baseline = self._targets[0]
+        setting = Setting(workload, slots, 0.0)
+        calls = self._calls(workload, 1.0, -1, _SATURATING_ROUNDS * slots)
+        records = self._measure(baseline, setting, urls, calls, f"{workload}-{slots}-saturation")
+        summary = report.summarize(records)
+        if not summary.requests_per_s:
+            raise CannotReplay(f"{baseline.name} ended no request well: {records[0].error if records else 'none sent'}")
+        self._say(f"{workload} slots={slots}: saturated at {summary.requests_per_s:.2f} requests/s")
+        return summary.requests_per_s
+
+    def _one(
+        self, target: BenchTarget, setting: Setting, repetition: int, rate: float, urls: Mapping[str, str]
+    ) -> report.Summary:
+        calls = self._calls(setting.workload, rate, repetition, self._args.limit)
+        name = f"{setting.workload}-{setting.slots}-{setting.load}-{target.name}-{repetition}"
+        records = self._measure(target, setting, urls, calls, name)
+        summary = report.summarize(records)
+        self._say(
+            f"{name}: JCT {report.seconds(summary.e2e.mean)}  TTFT p99 {report.seconds(summary.ttft.p99)}  "
+            f"{summary.endings}"
+        )
+        return summary
+
+    def _calls(self, workload: str, rate: float, repetition: int, number: int) -> Iterator[Call]:
+        seed = self._args.seed * 1000 + repetition
+        maker = Maker(token_prompts(seed), Fit(self._args.length_scale, self._args.context), self._shares)
+        drawn = shapes(workload, Random(seed + 1), self._args.traces)
+        return islice(maker.calls(drawn, arrivals.poisson(rate, Random(seed + 2)), Random(seed + 3)), number)
+
+    def _measure(
+        self, target: BenchTarget, setting: Setting, urls: Mapping[str, str], calls: Iterator[Call], name: str
+    ) -> Sequence[Record]:
+        """One run; a load of 0 is a closed loop that never leaves the engine without work."""
+        alive = nullcontext(urls[target.name]) if target.name in urls else self._running(target, setting.slots)
+        with alive as url:
+            model, context_tokens = served(url, "", None)
+            if 0 < context_tokens < self._args.context:
+                raise CannotReplay(
+                    f"{target.name} takes {context_tokens} tokens: give --context {context_tokens} or less."
+                )
+            prepared = Prepared(
+                target=Target(url, model, tenant_xargs=self._args.tenant_xargs, timeout_s=self._args.timeout),
+                calls=calls,
+                total=0,
+                concurrency=None if setting.load else 2 * setting.slots,
+                drain_s=self._args.timeout,
+                out=self._args.out / f"{name}.jsonl",
+                name=name,
+                objective=None,
+                skipped=Skipped(),
+                quiet=True,
+            )
+            return measure(prepared, self._screen)[0]
+
+    def _say(self, line: str) -> None:
+        self._screen.print(line, markup=False, highlight=False)
+
+
+# The page: baseline ÷ target, so that larger is better for the target.
+
+
+def ratio_rows(results: Results, measure: Callable[[report.Summary], float]) -> report.Rows:
+    """One row per setting, one column per target but the baseline: median ratio over the repetitions, and its range."""
+    baseline, *others = next(iter(results.values()))
+    rows: report.Rows = [["workload", "slots", "load", f"{baseline}", *others]]
+    for setting, by_target in results.items():
+        base = [measure(summary) for summary in by_target[baseline]]
+        cells = [_ratio(base, [measure(summary) for summary in by_target[other]]) for other in others]
+        rows.append([setting.workload, str(setting.slots), f"{setting.load:g}", f"{median(base):.3g}", *cells])
+    return rows
+
+
+def _ratio(base: Sequence[float], other: Sequence[float]) -> str:
+    ratios = [one / two for one, two in zip(base, other, strict=True) if one > 0 and two > 0]
+    if not ratios:
+        return "-"
+    return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def page_of(results: Results) -> str:
+    """The whole comparison in Markdown."""
+    baseline = next(iter(next(iter(results.values()))))
+    head = (
+        f"Baseline {baseline} as measured (seconds; service in weighted tokens/s); the others as {baseline} ÷ target."
+    )
+    parts = [f"{head} Larger is better. Median over the repetitions, smallest to largest in brackets."]
+    for name, measured in MEASURES.items():
+        parts.append(f"## {name}\n\n{report.markdown(ratio_rows(results, measured))}")
+    bad = _failures(results)
+    parts.append(f"## Requests that did not end well\n\n{bad or 'None.'}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _failures(results: Results) -> str:
+    lines = []
+    for setting, by_target in results.items():
+        for name, summaries in by_target.items():
+            bad = sum(summary.requests - summary.endings.get("ok", 0) for summary in summaries)
+            if bad:
+                lines.append(f"- {setting.workload}, {setting.slots} slots, load {setting.load:g}, {name}: {bad}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.policies_bench", description=(__doc__ or "").partition("\n")[0]
+    )
+    add_arguments(parser)
+    return run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
