@@ -4,6 +4,7 @@ import logging
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from time import monotonic
 
 import uvicorn
@@ -27,6 +28,10 @@ from server.tenants import Tenants
 log = logging.getLogger("evenhand")
 
 FAR_AHEAD = 4096  # a preempting policy wants newcomers inside the engine, where they can displace a running job
+
+
+def _wall_clock() -> float:
+    return datetime.now(UTC).timestamp()
 
 
 def window_for(policy: Policy, ahead: int | None) -> int:
@@ -66,10 +71,12 @@ class GatewayServer:
         self.lines = Lines(self._dispatcher, self.fleet)
         self.telemetry = Telemetry(self.lines.depth, self.fleet.rows)
         relay = Relay(self.telemetry.itl, Steering(self.lines).body_for)
-        self.gateway = Gateway(Tenants(), self.lines, relay, self.telemetry, monotonic)
+        self.gateway = Gateway(Tenants(_wall_clock), self.lines, relay, self.telemetry, monotonic)
         self.app = public_app(self.fleet, self.telemetry, self._lifespan)
         edge = settings.edge
-        bounds = Bounds(edge.max_head_bytes, edge.max_body_bytes, edge.head_timeout_s, edge.body_timeout_s)
+        bounds = Bounds(
+            edge.max_head_bytes, edge.max_body_bytes, edge.head_timeout_s, edge.body_timeout_s, edge.stall_timeout_s
+        )
         self.uvicorn = uvicorn.Server(
             uvicorn.Config(
                 self.app,

@@ -19,7 +19,9 @@ class Route:
     anthropic: errors are shaped as Anthropic shapes them.
     limit_fields: names of the field that bounds the output, the first one present counts.
     content_field: the field that holds the prompt.
-    role_first: the first event of a stream carries no token.
+    prompts: the prompt field may hold several prompts, each a sequence of its own.
+    role_first: a stream's first event of each choice carries no token.
+    token_mark: occurs once for every event that carries tokens. It has a line break, which JSON strings cannot have.
     """
 
     path: str
@@ -29,7 +31,9 @@ class Route:
     anthropic: bool = False
     limit_fields: tuple[str, ...] = ("max_tokens",)
     content_field: str = "messages"
+    prompts: bool = False
     role_first: bool = False
+    token_mark: bytes = b"\n\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +107,14 @@ class Ticket:
     def __post_init__(self) -> None:
         self.times[Phase.WAITING] = self.job.arrived_at
         self.prompt_tokens = self.call.prompt_tokens
+
+    def learn(self, prompt_tokens: int | None, cached_tokens: int | None) -> None:
+        """The engine's own count of the prompt, None where it does not say."""
+        if prompt_tokens is not None:
+            self.prompt_tokens = prompt_tokens
+            self.exact = True
+        if cached_tokens is not None:
+            self.cached_tokens = cached_tokens
 
     def move(self, phase: Phase) -> None:
         """Notes that a phase is reached. ValueError for a move that is not in the table."""

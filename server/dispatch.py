@@ -3,13 +3,14 @@
 import asyncio
 from collections import Counter
 from collections.abc import Callable
+from math import exp2, log
 from types import TracebackType
 
 from scheduler.jobs import Job, Outcome
 from scheduler.lanes import Lanes
 from scheduler.workers import Worker
 from server.call import Ticket
-from server.errors import NoWorker, Overloaded, ServiceError, UnknownModel
+from server.errors import EngineUnreachable, NoWorker, Overloaded, ServiceError, UnknownModel
 from server.fleet import Fleet, Member
 
 RATE_MEMORY_S = 20.0
@@ -19,14 +20,15 @@ LONGEST_RETRY_S = 600.0
 class Pace:
     """How many slots come free per second, averaged over the last `RATE_MEMORY_S` or so."""
 
-    __slots__ = ("count", "at")
+    __slots__ = ("count", "at", "since")
 
     def __init__(self, now: float) -> None:
         self.count = 0.0
         self.at = now
+        self.since = now
 
     def _decay(self, now: float) -> None:
-        self.count *= 0.5 ** ((now - self.at) / RATE_MEMORY_S)
+        self.count *= exp2((self.at - now) / RATE_MEMORY_S)
         self.at = now
 
     def freed(self, now: float) -> None:
@@ -35,7 +37,8 @@ class Pace:
 
     def per_s(self, now: float) -> float:
         self._decay(now)
-        return self.count * 0.693 / RATE_MEMORY_S
+        seen = 1.0 - exp2(-max(1.0, now - self.since) / RATE_MEMORY_S)  # a young average has seen only part of it
+        return self.count * log(2.0) / (RATE_MEMORY_S * seen)
 
 
 class Slot:
@@ -58,6 +61,8 @@ class Slot:
             outcome = Outcome.LENGTH if self.ticket.tokens == self.ticket.call.max_tokens else Outcome.DONE
         else:
             outcome = Outcome.ABORTED if kind is asyncio.CancelledError else Outcome.FAILED
+        if isinstance(error, EngineUnreachable):
+            self.dispatcher.fleet.suspect(self.member)
         self.dispatcher.give_back(self.ticket, self.member, outcome)
 
 
@@ -98,8 +103,11 @@ class Dispatcher:
     async def take(self, ticket: Ticket) -> Member:
         """Waits for a place. Raises Overloaded if the line is full or the wait too long, NoWorker if nobody serves."""
         now = self.clock()
-        if not self.fleet.ready(self.model):
+        ready = self.fleet.ready(self.model)
+        if not ready:
             raise NoWorker(f"No worker serves '{self.model}' right now.", retry_after_s=self.fleet.probe_s * 5)
+        if not ticket.call.route.generates:
+            return self._aside(ticket, ready)
         if not len(self.lanes) and (member := self._room(ticket)) is not None:
             self.settle(now)
             self.lanes.push(ticket.job, now)
@@ -112,6 +120,12 @@ class Dispatcher:
                 retry_after_s=self.retry_after_s(ticket.call.tenant.name),
             )
         return await self._wait(ticket, now)
+
+    def _aside(self, ticket: Ticket, ready: list[Member]) -> Member:
+        """A request that needs no place in a batch: nobody waits for it, and it waits for nobody."""
+        member = min(ready, key=lambda member: member.in_flight)
+        ticket.worker = member.worker.id
+        return member
 
     async def _wait(self, ticket: Ticket, now: float) -> Member:
         loop = asyncio.get_running_loop()
@@ -132,15 +146,16 @@ class Dispatcher:
         finally:
             if timer is not None:
                 timer.cancel()
-            if self._waiters.pop(ticket.job, None) is not None:
-                self.lanes.finish(ticket.job, Outcome.ABORTED, self.clock())
             self._waiting_of[tenant] -= 1
             if not self._waiting_of[tenant]:
                 del self._waiting_of[tenant]
+            if self._waiters.pop(ticket.job, None) is not None:
+                self.lanes.finish(ticket.job, Outcome.ABORTED, self.clock())
+                self.advance()  # who stood behind it may fit where it did not
 
     def _expire(self, ticket: Ticket) -> None:
-        future, _ = self._waiters[ticket.job]
-        if not future.done():
+        future, _ = self._waiters.get(ticket.job, (None, ticket))
+        if future is not None and not future.done():  # else it was let in within this very turn of the loop
             waited = self.clock() - ticket.job.arrived_at
             error: ServiceError = Overloaded(
                 f"No place came free within {waited:.0f} s.", retry_after_s=self.retry_after_s(ticket.call.tenant.name)
@@ -188,6 +203,8 @@ class Dispatcher:
 
     def give_back(self, ticket: Ticket, member: Member, outcome: Outcome) -> None:
         """A call is over: its place is the next one's."""
+        if not ticket.call.route.generates:
+            return
         now = self.clock()
         member.in_flight -= ticket.call.sequences
         member.pending_tokens -= _size(ticket)
@@ -241,7 +258,7 @@ class Lines:
                 raise NoWorker("No worker is ready yet.", retry_after_s=5.0)
             if model not in served:
                 raise UnknownModel(
-                    f"The model '{model}' is not served here; there is {', '.join(served)}.", param="model"
+                    f"The model '{model[:100]}' is not served here; there is {', '.join(served)}.", param="model"
                 )
             dispatcher = self.by_model[model] = self._build(model)
         return dispatcher

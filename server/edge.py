@@ -6,11 +6,13 @@ takes the place of its ASGI cycle.
 
 import asyncio
 import http
+import logging
 import os
 import re
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.call import Route
@@ -19,6 +21,7 @@ from server.errors import (
     BadRequest,
     HeadTooLarge,
     ServiceError,
+    Stopping,
     TooLarge,
     TooSlow,
     error_event,
@@ -27,39 +30,46 @@ from server.errors import (
 )
 from server.schemas import ROUTES
 
+log = logging.getLogger("evenhand.edge")
+
 _SAFE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _STATUS = {
     code: b"HTTP/1.1 %d %b\r\n" % (code, http.HTTPStatus(code).phrase.encode()) for code in map(int, http.HTTPStatus)
 }
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_KNOCKS_S = (0.25, 1.0, 4.0, 16.0)  # pauses between the signs of life that a half-closed connection gets
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What a client may send.
+    """What a client may send, and how long it may take.
 
     head_bytes: of request line and headers together. body_bytes: of a body.
     head_s: seconds for a connection's first byte and for a head to be complete. body_s: for a body.
+    stall_s: seconds that a client may leave its answer unread; after that its place goes to somebody else.
     """
 
     head_bytes: int = 32 * 1024
     body_bytes: int = 32 * 1024 * 1024
     head_s: float = 15.0
     body_s: float = 60.0
+    stall_s: float = 120.0
 
 
 class Serves(Protocol):
     """What the edge hands a complete request to."""
 
     async def answer(self, exchange: "Exchange") -> None: ...
-    def refused(self, path: str, code: str) -> None: ...
+    def refused(self, path: str, error: ServiceError) -> None: ...
 
 
 class Exchange:
     """One relayed request on its connection: what came, and the way back. Stands where uvicorn keeps a cycle."""
 
     __slots__ = (
-        "edge", "route", "headers", "pieces", "size", "complete", "task", "begun", "chunked", "keep_alive",
-        "engine_side", "disconnected", "response_complete", "message_event", "request_id", "http10", "extra_headers", "queued",
+        "edge", "route", "headers", "received", "complete", "task", "begun", "chunked", "events", "keep_alive",
+        "engine_side", "disconnected", "response_complete", "message_event", "request_id", "http10", "extra_headers",
+        "queued", "expects_continue",
     )  # fmt: skip
 
     _unused_event = asyncio.Event()  # uvicorn sets its cycle's event when a connection is lost; nobody waits on ours
@@ -68,15 +78,16 @@ class Exchange:
         self.edge = edge
         self.route = route
         self.headers = edge.headers
-        self.pieces: list[bytes] = []
-        self.size = 0
+        self.received: bytes | bytearray = b""
         self.queued = False
         self.complete = False
         self.task: asyncio.Task[None] | None = None
         self.begun = False
         self.chunked = False
+        self.events = False
         self.keep_alive = keep_alive
         self.http10 = http10
+        self.expects_continue = edge.expect_100_continue
         self.engine_side: Connection | None = None
         self.disconnected = False
         self.response_complete = False
@@ -92,20 +103,29 @@ class Exchange:
                 return value
         return None
 
+    def receive(self, data: bytes) -> None:
+        """A piece of the body. Many small pieces become one buffer: a list of them would weigh ten times the body."""
+        if not self.received:
+            self.received = data
+        elif isinstance(self.received, bytearray):
+            self.received += data
+        else:
+            self.received = bytearray(self.received) + data
+
     @property
     def body(self) -> bytes:
-        return self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
+        return bytes(self.received)
 
     def name_it(self) -> str:
         """The request id: the client's own if it is harmless, else a fresh one."""
-        given = self.header(b"x-request-id")
-        self.request_id = given.decode() if given and _SAFE_ID.fullmatch(given) else os.urandom(16).hex()
+        self.request_id = request_id_in(self.headers)
         return self.request_id
 
     # the answer
     def begin(self, status: int, content_type: bytes, length: int | None) -> None:
         """Writes the head. Without a length the body is chunked (HTTP/1.0: ended by closing)."""
         self.begun = True
+        self.events = content_type.startswith(b"text/event-stream")
         head = [
             _STATUS.get(status) or b"HTTP/1.1 %d \r\n" % status,
             b"content-type: ", content_type,
@@ -138,6 +158,8 @@ class Exchange:
     def end(self) -> None:
         """The answer is complete."""
         edge = self.edge
+        self.engine_side = None  # its connection may carry somebody else's answer from here on
+        self.received = b""  # this object stays until the connection's next request
         if edge.transport.is_closing():
             return
         last = edge.hold + (b"0\r\n\r\n" if self.chunked else b"")
@@ -154,12 +176,7 @@ class Exchange:
         if self.disconnected or self.response_complete:
             return
         if self.begun:
-            if self.chunked:
-                self.write(error_event(error, anthropic=self.route.anthropic))
-                self.end()
-            else:
-                self.response_complete = True
-                self.edge.transport.abort()
+            self._break_off(error)
             return
         if error.retry_after_s is not None:
             self.extra_headers += b"retry-after: %d\r\n" % max(1, round(error.retry_after_s))
@@ -167,6 +184,27 @@ class Exchange:
         self.begin(status_of(error), b"application/json", len(body))
         self.write(body)
         self.end()
+
+    def _break_off(self, error: ServiceError) -> None:
+        if self.chunked and self.events:
+            self.write(error_event(error, anthropic=self.route.anthropic))
+            self.end()
+            return
+        self.edge.transport.abort()  # a body cut short must not look like a whole one
+
+    def settled(self, task: asyncio.Task[None]) -> None:
+        """The task has ended. Whatever happened in it, a client that is still there has its answer."""
+        self.edge.tasks.discard(task)
+        self.task = None
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            log.error("request %s failed inside the gateway", self.request_id, exc_info=error)
+        if self.disconnected or self.response_complete or self.edge.transport.is_closing():
+            return
+        if error is None:
+            self.fail(Stopping("The gateway is stopping: ask again.", retry_after_s=5.0))
+        else:
+            self.fail(ServiceError("The gateway failed on this request; its log has the reason."))
 
     def flows_from(self, connection: Connection | None) -> None:
         """Which engine connection feeds the answer: it is paused while the client does not keep up."""
@@ -176,7 +214,12 @@ class Exchange:
 
 
 class Edge(HttpToolsProtocol):
-    """One client connection."""
+    """One client connection.
+
+    in_message: a request has begun to arrive and is not complete; in_head: nor is its head.
+    current: what is being answered; uvicorn's `cycle` is the newest, which may still be arriving or wait behind it.
+    last_words: the refusal of bytes that made no request, while answers before it are on their way.
+    """
 
     gateway: Serves
     bounds: Bounds
@@ -185,31 +228,86 @@ class Edge(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # uvicorn's own arguments, handed through
         super().__init__(*args, **kwargs)
         self.hold = b""
-        self.head_size = 0
-        self.deadline: asyncio.TimerHandle | None = None
         self.in_message = False
-        self.active: Exchange | None = None  # the one that is being answered; `cycle` is the newest
+        self.in_head = False
+        self.head_size = 0
+        self.unread_size = 0
+        self.body_size = 0
+        self.declared_size = 0
+        self.current: Any = None
+        self.last_words = b""
+        self.deadline: asyncio.TimerHandle | None = None
+        self.deadline_s = 0.0
+        self.stall: asyncio.TimerHandle | None = None
 
+    # the connection
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]  # uvicorn's protocol narrows it as well
-        self.deadline = self.loop.call_later(self.bounds.head_s, self._too_slow)
+        self._await_rest()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._no_deadline()
+        if self.stall is not None:
+            self.stall.cancel()
+        self._unset_keepalive_if_required()
         super().connection_lost(exc)
-        exchange = self.active
-        if exchange is not None and not exchange.response_complete:
+        exchange = self.current
+        if isinstance(exchange, Exchange) and not exchange.response_complete:
             exchange.disconnected = True
             if exchange.task is not None:
                 exchange.task.cancel()
 
+    def eof_received(self) -> bool | None:  # type: ignore[override]  # uvicorn's own narrows asyncio's
+        """The client sends no more. Some shut down their side and still want their answer, most are gone: only what is
+        written to them tells one from the other (RFC 9110, 15.2: any answer may have interim ones before it)."""
+        cycle = self.cycle
+        if self.in_message or self._idle() or getattr(cycle, "http10", False):
+            return None
+        cycle.keep_alive = False
+        self._knock(0)
+        return True
+
+    def _knock(self, count: int) -> None:
+        self.deadline = None
+        exchange = self.current
+        if self.transport.is_closing() or not isinstance(exchange, Exchange) or exchange.begun:
+            return  # what is streamed is knocking enough
+        self.transport.write(_CONTINUE)  # a client that is gone answers with a reset, which the next write meets
+        if count < len(_KNOCKS_S):
+            self.deadline = self.loop.call_later(_KNOCKS_S[count], self._knock, count + 1)
+
     def data_received(self, data: bytes) -> None:
+        if self.last_words:
+            return
+        was_in_head = self.in_head
         super().data_received(data)
-        if self.in_message:
-            if self.deadline is None:
-                self.deadline = self.loop.call_later(self.bounds.body_s, self._too_slow)
+        if self.in_message or self._idle():
+            if was_in_head and self.in_head:  # a header without an end shows only in the bytes that arrive
+                self.unread_size += len(data)
+                self._bound_head(self.unread_size)
+            self._await_rest()
         elif self.deadline is not None:
             self._no_deadline()
+
+    def _idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """An offer of HTTP/2 or WebSocket is passed over in silence: some clients make it with every request."""
+
+    # time
+    def _await_rest(self) -> None:
+        """Sees to it that what is missing of a request comes in time. One limit for the head, one for the body."""
+        if self.pipeline or self.transport.is_closing():  # behind a queued request it is us who do not read
+            self._no_deadline()
+            return
+        limit_s = self.bounds.body_s if self.in_message and not self.in_head else self.bounds.head_s
+        if self.deadline is not None:
+            if self.deadline_s == limit_s:
+                return
+            self.deadline.cancel()
+        self.deadline_s = limit_s
+        self.deadline = self.loop.call_later(limit_s, self._too_slow)
 
     def _no_deadline(self) -> None:
         if self.deadline is not None:
@@ -225,80 +323,123 @@ class Edge(HttpToolsProtocol):
         else:
             self.transport.close()
 
+    # what is no request
     def _refuse(self, error: ServiceError) -> None:
         """Answers bytes that do not become a request (not HTTP, too much, too slow) and closes."""
-        self.in_message = False
-        self.gateway.refused("", error.code or "")
-        if self.active is not None and not self.active.response_complete:
-            self.transport.abort()  # an earlier answer is on its way: nothing may be written into it
+        if self.transport.is_closing() or self.last_words:
             return
+        self.gateway.refused("", error)
+        if self.in_message and not self.in_head:
+            self._forget_newest()
+        self.in_message = self.in_head = False
         body = error_object(error)
-        self.transport.write(
-            _STATUS[status_of(error)]
-            + b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
-        )
+        words = (
+            b"%bcontent-type: application/json\r\nx-request-id: %b\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"
+        ) % (_STATUS[status_of(error)], request_id_in(self.headers or []).encode(), len(body), body)
+        self.last_words = words
+        if self.current is None or self.current.response_complete:
+            self._say_last()
+
+    def _forget_newest(self) -> None:
+        """The request whose body cannot be had: its place in the pipeline goes, an application that waits is told."""
+        cycle = self.cycle
+        if self.pipeline and self.pipeline[0][0] is cycle:
+            self.pipeline.popleft()
+        if isinstance(cycle, Exchange):
+            cycle.response_complete = True
+            cycle.received = b""
+        elif cycle is self.current:
+            if cycle.response_started:
+                return
+            cycle.disconnected = cycle.response_complete = True
+            cycle.message_event.set()
+
+    def _say_last(self) -> None:
+        self.transport.write(self.last_words)
         self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
         """uvicorn calls this for bytes that are not HTTP."""
-        if not self.transport.is_closing():
-            self._refuse(BadRequest("The request is not valid HTTP/1.1."))
+        self._refuse(BadRequest("The request is not valid HTTP/1.1."))
 
     # httptools callbacks
     def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self.head_size = 0
-        self.in_message = True
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
+        self.head_size = self.unread_size = self.body_size = self.declared_size = 0
+        self.in_message = self.in_head = not (self.last_words or self.transport.is_closing())
 
     def on_url(self, url: bytes) -> None:
-        super().on_url(url)
-        self._grown(len(url))
+        self.url += url
+        self._bound_head(len(self.url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        super().on_header(name, value)
-        self._grown(len(name) + len(value) + 4)
+        name = name.lower()
+        if name == b"content-length":
+            self.declared_size = int(value)
+        elif name == b"expect":
+            self.expect_100_continue = value.lower() == b"100-continue"
+        self.headers.append((name, value))
+        self.head_size += len(name) + len(value) + 4
+        if self.head_size > self.bounds.head_bytes:
+            self._bound_head(self.head_size)
 
-    def _grown(self, size: int) -> None:
-        self.head_size += size
-        if self.head_size > self.bounds.head_bytes and self.in_message:
+    def _bound_head(self, size: int) -> None:
+        if size > self.bounds.head_bytes and self.in_message:
             self._refuse(HeadTooLarge(f"Request line and headers exceed {self.bounds.head_bytes} bytes."))
 
     def on_headers_complete(self) -> None:
         if not self.in_message:
             return
-        route = ROUTES.get(self.url) if self.parser.get_method() == b"POST" else None
-        if route is None and b"?" in self.url and self.parser.get_method() == b"POST":
-            route = ROUTES.get(self.url.partition(b"?")[0])
-        if route is None:
-            super().on_headers_complete()
+        if self.declared_size > self.bounds.body_bytes:
+            allowed = self.bounds.body_bytes
+            self._refuse(TooLarge(f"The body has {self.declared_size} bytes; {allowed} are allowed."))
             return
-        size = next((int(value) for name, value in self.headers if name == b"content-length"), 0)
-        if size > self.bounds.body_bytes:
-            self._refuse(TooLarge(f"The body has {size} bytes; {self.bounds.body_bytes} are allowed."))
+        self.in_head = False
+        route = self._route()
+        if route is None:
+            self._hand_on()
             return
         http10 = self.parser.get_http_version() == "1.0"
         exchange = Exchange(self, route, keep_alive=not http10 and self.parser.should_keep_alive(), http10=http10)
-        exchange.queued = self.cycle is not None and not self.cycle.response_complete
+        exchange.queued = not self._idle()
+        self.cycle = exchange
         if exchange.queued:  # pipelined: its turn comes when the answer before it is complete
             self.flow.pause_reading()
             self.pipeline.appendleft((exchange, None))  # type: ignore[arg-type]  # an exchange stands for a cycle
-        self.cycle = exchange
-        if self.expect_100_continue and not exchange.queued:
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        elif exchange.expects_continue:
+            self.transport.write(_CONTINUE)
+
+    def _route(self) -> Route | None:
+        if self.parser.get_method() != b"POST":
+            return None
+        route = ROUTES.get(self.url)
+        if route is None and (self.url.startswith(b"http") or b"?" in self.url):
+            route = ROUTES.get(httptools.parse_url(self.url).path or b"")
+        return route
+
+    def _hand_on(self) -> None:
+        """To FastAPI. uvicorn makes the scope when a message begins; only here it is known to be needed."""
+        url, headers, expects = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()
+        self.url, self.expect_100_continue = url, expects
+        self.headers.extend(headers)
+        super().on_headers_complete()
+        self.cycle.default_headers = [
+            *self.cycle.default_headers, (b"x-request-id", request_id_in(headers).encode())
+        ]  # fmt: skip
 
     def on_body(self, body: bytes) -> None:
         if not self.in_message:
             return
-        exchange = self.cycle
-        if not isinstance(exchange, Exchange):
-            super().on_body(body)
-            return
-        exchange.size += len(body)
-        if exchange.size > self.bounds.body_bytes:
-            exchange.pieces.clear()
+        self.body_size += len(body)
+        if self.body_size > self.bounds.body_bytes:
             self._refuse(TooLarge(f"The body exceeds {self.bounds.body_bytes} bytes."))
-            return
-        exchange.pieces.append(body)
+        elif isinstance(self.cycle, Exchange):
+            self.cycle.receive(body)
+        else:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         if not self.in_message:
@@ -312,31 +453,59 @@ class Edge(HttpToolsProtocol):
         if not exchange.queued:
             self._start(exchange)
 
+    # answers
     def _start(self, exchange: Exchange) -> None:
-        self.active = exchange
-        task = self.loop.create_task(self.gateway.answer(exchange))
-        exchange.task = task
-        task.add_done_callback(self.tasks.discard)
+        self.current = exchange
+        task = exchange.task = self.loop.create_task(self.gateway.answer(exchange))
+        task.add_done_callback(exchange.settled)
         self.tasks.add(task)
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         """uvicorn calls this for the next one in a pipeline too: `app` is an ASGI application, or None."""
         if not isinstance(cycle, Exchange):
+            self.current = cycle
             super()._start_asgi_task(cycle, app)
             return
         cycle.queued = False
         if cycle.complete:
             self._start(cycle)
+        elif cycle.expects_continue:
+            self.transport.write(_CONTINUE)
 
+    def on_response_complete(self) -> None:
+        if self.last_words and not self.pipeline and not self.transport.is_closing():
+            self._say_last()
+            return
+        super().on_response_complete()
+        if self.in_message:
+            self._await_rest()
+
+    # a client that does not keep up
     def pause_writing(self) -> None:
         super().pause_writing()
-        if self.active is not None and self.active.engine_side is not None:
-            self.active.engine_side.pause()
+        self.stall = self.loop.call_later(self.bounds.stall_s, self._stalled)
+        if isinstance(self.current, Exchange) and self.current.engine_side is not None:
+            self.current.engine_side.pause()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self.active is not None and self.active.engine_side is not None:
-            self.active.engine_side.resume()
+        if self.stall is not None:
+            self.stall.cancel()
+            self.stall = None
+        if isinstance(self.current, Exchange) and self.current.engine_side is not None:
+            self.current.engine_side.resume()
+
+    def _stalled(self) -> None:
+        log.info("a client has not read its answer for %g s: its connection is closed", self.bounds.stall_s)
+        self.transport.abort()
+
+
+def request_id_in(headers: list[tuple[bytes, bytes]]) -> str:
+    """The id that a request goes by: its own x-request-id if that is harmless, else a fresh one."""
+    for name, value in headers:
+        if name == b"x-request-id":
+            return value.decode() if _SAFE_ID.fullmatch(value) else os.urandom(16).hex()
+    return os.urandom(16).hex()
 
 
 def edge_for(gateway: Serves, bounds: Bounds) -> type[asyncio.Protocol]:

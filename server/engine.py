@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import httptools
 import httpx2
 
-from server.errors import EngineGone
+from server.errors import EngineGone, EngineUnreachable
 
 CONNECT_TIMEOUT_S = 5.0
 MAX_ERROR_BODY_BYTES = 64 * 1024
@@ -33,16 +33,20 @@ class Sink(Protocol):
 
 
 class Connection(asyncio.Protocol):
-    """One keep-alive connection to a worker; it carries one answer at a time."""
+    """One keep-alive connection to a worker; it carries one answer at a time.
+
+    begun: bytes of the present answer have come; headed: its whole head. reused: it has carried an answer before.
+    """
 
     __slots__ = (
         "engine", "transport", "sink", "parser", "pieces", "complete", "length", "content_type", "begun", "reused",
-        "keep", "paused",
+        "keep", "paused", "headed", "chunked",
     )  # fmt: skip
 
     def __init__(self, engine: "Engine") -> None:
         self.engine = engine
         self.sink: Sink | None = None
+        self.parser = httptools.HttpResponseParser(self)
         self.reused = False
         self.begun = False
         self.paused = False
@@ -55,10 +59,11 @@ class Connection(asyncio.Protocol):
         self.sink = sink
         self.begun = False
         self.complete = False
+        self.headed = False
+        self.chunked = False
         self.pieces: list[bytes] = []
         self.length: int | None = None
         self.content_type = b"application/json"
-        self.parser = httptools.HttpResponseParser(self)
         self.transport.write(request)
 
     def data_received(self, data: bytes) -> None:
@@ -84,8 +89,7 @@ class Connection(asyncio.Protocol):
 
     def _finish(self, sink: Sink) -> None:
         self.sink = None
-        if self.paused:
-            self.resume()
+        self.resume()
         if self.keep and not self.transport.is_closing():
             self.reused = True
             self.engine.idle.append(self)
@@ -100,9 +104,13 @@ class Connection(asyncio.Protocol):
             self.length = int(value)
         elif name == b"content-type":
             self.content_type = value
+        elif name == b"transfer-encoding":
+            self.chunked = True
 
     def on_headers_complete(self) -> None:
-        assert self.sink is not None
+        if self.complete or self.sink is None:
+            raise ValueError("more than one answer came to one request")
+        self.headed = True
         self.sink.head(self.parser.get_status_code(), self.content_type, self.length)
 
     def on_body(self, data: bytes) -> None:
@@ -114,7 +122,13 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.engine.forget(self)
-        if self.sink is not None:
+        sink = self.sink
+        if sink is None:
+            return
+        if error is None and self.headed and self.length is None and not self.chunked:
+            self.sink = None
+            sink.end()  # neither length nor chunks: closing the connection is how such an answer ends
+        else:
             self._drop(EngineGone("The engine closed the connection before its answer was complete."))
 
     def _drop(self, error: EngineGone) -> None:
@@ -125,7 +139,7 @@ class Connection(asyncio.Protocol):
 
     def pause(self) -> None:
         """The client does not keep up: stop reading here, so that TCP makes the engine wait."""
-        if not self.paused and not self.transport.is_closing():
+        if self.sink is not None and not self.paused and not self.transport.is_closing():
             self.paused = True
             self.transport.pause_reading()
 
@@ -135,9 +149,9 @@ class Connection(asyncio.Protocol):
             if not self.transport.is_closing():
                 self.transport.resume_reading()
 
-    def abandon(self) -> None:
-        """Gives up an answer that is not complete; vLLM aborts a generation whose connection is closed."""
-        if self.sink is not None:
+    def abandon(self, sink: Sink) -> None:
+        """Gives up this sink's answer if it is not complete; vLLM aborts a generation whose connection is closed."""
+        if self.sink is sink:  # else the connection carries another's by this time
             self.sink = None
             self.transport.abort()
 
@@ -157,10 +171,13 @@ class Engine:
         self.idle: deque[Connection] = deque()
         self._client: httpx2.AsyncClient | None = None
 
-    async def ask(self, path: bytes, body: bytes, request_id: str, sink: Sink) -> Connection:
-        """POSTs a JSON body; the answer goes to `sink`. EngineGone if no connection can be had."""
+    async def ask(self, path: bytes, body: bytes, request_id: str, sink: Sink, *, fresh: bool = False) -> Connection:
+        """POSTs a JSON body; the answer goes to `sink`. `fresh` forbids a kept-alive connection.
+
+        EngineUnreachable if no connection can be had.
+        """
         request = _REQUEST % (self.prefix, path, self._host_header, request_id.encode(), len(body), body)
-        while self.idle:
+        while self.idle and not fresh:
             connection = self.idle.pop()  # the one used last: its path is warm, and the oldest may time out in peace
             if not connection.transport.is_closing():
                 connection.ask(request, sink)
@@ -175,11 +192,11 @@ class Engine:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 _, connection = await loop.create_connection(lambda: Connection(self), self.host, self.port)
         except TimeoutError:
-            raise EngineGone(
+            raise EngineUnreachable(
                 f"The engine at {self.url} did not take a connection within {CONNECT_TIMEOUT_S:g} s."
             ) from None
         except OSError as error:
-            raise EngineGone(f"The engine at {self.url} cannot be reached: {error.strerror or error}.") from None
+            raise EngineUnreachable(f"The engine at {self.url} cannot be reached: {error.strerror or error}.") from None
         return connection
 
     def forget(self, connection: Connection) -> None:

@@ -99,10 +99,20 @@ class EngineGone(ServiceError):
     code = "engine_gone"
 
 
+class EngineUnreachable(EngineGone):
+    """Not even a connection: nothing of the request has left."""
+
+
 class NoWorker(ServiceError):
     status = 503
     kind = "server_error"
     code = "no_worker"
+
+
+class Stopping(ServiceError):
+    status = 503
+    kind = "server_error"
+    code = "stopping"
 
 
 class Refused(ServiceError):
@@ -117,6 +127,13 @@ class Refused(ServiceError):
 def status_of(error: ServiceError) -> int:
     """The HTTP status of an error."""
     return error.refused_status if isinstance(error, Refused) else error.status
+
+
+def outcome_of(error: BaseException) -> str:
+    """What metrics call this end of a request: few words, none of them an engine's or a client's own."""
+    if isinstance(error, Refused):
+        return f"engine_{error.refused_status}"
+    return (error.code or error.kind) if isinstance(error, ServiceError) else "internal_error"
 
 
 def error_object(error: ServiceError, *, anthropic: bool = False) -> bytes:
@@ -134,8 +151,14 @@ def error_event(error: ServiceError, *, anthropic: bool = False) -> bytes:
     return b"data: " + error_object(error) + b"\n\ndata: [DONE]\n\n"
 
 
+# How engines say that a prompt is too long: vLLM twice, SGLang, llama.cpp.
+_TOO_LONG = ("maximum context length", "maximum model length", "model's context length", "available context size")
+
+
 def refusal(status: int, body: bytes) -> Refused:
     """An engine's own error answer, in our shape. Whatever it sent, the client gets an OpenAI error object."""
+    if status < 400:  # neither an answer nor a refusal: a redirection, which is not for the client to follow
+        return Refused(502, f"The engine answered with status {status}.", kind="server_error", param=None, code=None)
     message, kind, param, code = "", "invalid_request_error" if status < 500 else "server_error", None, None
     try:
         answer = orjson.loads(body)
@@ -149,7 +172,7 @@ def refusal(status: int, body: bytes) -> Refused:
             code = inner.get("code") if isinstance(inner.get("code"), str) else None
         elif isinstance(inner, str):
             message = inner
-    if "maximum context length" in message:
+    if any(words in message for words in _TOO_LONG):
         code = "context_length_exceeded"
     if not message:
         message = f"The engine answered with status {status}."

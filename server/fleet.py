@@ -13,7 +13,7 @@ from server.errors import EngineGone
 
 log = logging.getLogger("evenhand.fleet")
 
-_KV_USAGE = re.compile(r"^vllm:kv_cache_usage_perc(?:\{[^}]*\})?\s+(\S+)", re.MULTILINE)
+_KV_USAGE = re.compile(r"^vllm:kv_cache_usage_perc(?:\{[^}]*\})?\s+([0-9.eE+-]+)$", re.MULTILINE)
 
 
 class State(Enum):
@@ -113,10 +113,10 @@ class Fleet:
             await asyncio.sleep(self.probe_s if member.state is not State.STARTING else min(self.probe_s, 0.25))
 
     async def _probe(self, member: Member) -> None:
-        healthy = (await member.engine.get("/health")).status_code == 200
-        if not healthy:
-            raise EngineGone("its /health is not 200")
-        if not member.models:
+        health = (await member.engine.get("/health")).status_code
+        if health not in (200, 404):  # where nothing tells its health, the list of models does
+            raise EngineGone(f"its /health answers {health}")
+        if not member.models or health == 404:
             await self._learn(member)
         metrics = await member.engine.get("/metrics")
         if metrics.status_code == 200 and (usage := _KV_USAGE.search(metrics.text)) is not None:
@@ -129,11 +129,14 @@ class Fleet:
 
     async def _learn(self, member: Member) -> None:
         answer = await member.engine.get("/v1/models")
-        listed = answer.json().get("data", []) if answer.status_code == 200 else []
-        if not listed:
+        try:
+            listed = [_public(entry) for entry in answer.json()["data"]]
+            names = tuple(str(entry["id"]) for entry in listed)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise EngineGone(f"its /v1/models answers {answer.status_code} and is not a list of models") from None
+        if not names:
             raise EngineGone("it lists no model")
-        member.models_json = [_public(entry) for entry in listed]
-        member.models = tuple(str(entry["id"]) for entry in listed)
+        member.models_json, member.models = listed, names
 
     def _missed(self, member: Member, error: EngineGone) -> None:
         member.misses += 1

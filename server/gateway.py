@@ -8,7 +8,7 @@ from typing import Protocol
 from scheduler.jobs import Job
 from server.call import Call, Phase, Route, Ticket
 from server.dispatch import Dispatcher, Lines
-from server.errors import ServiceError
+from server.errors import ServiceError, outcome_of
 from server.relay import Answer, Relay
 from server.schemas import call_from
 from server.telemetry import Telemetry
@@ -51,7 +51,7 @@ class Gateway:
             call = self.read(request)
             dispatcher = self.lines.of(call.model)
         except ServiceError as error:
-            self.refused(request.route.path, error.code or "")
+            self.refused(request.route.path, error)
             request.fail(error)
             return
         try:
@@ -85,7 +85,7 @@ class Gateway:
             raise
         except BaseException as error:
             ticket.move(Phase.FAILED)
-            outcome = getattr(error, "code", None) or "internal_error"
+            outcome = outcome_of(error)
             raise
         finally:
             self.telemetry.ended(ticket, outcome)
@@ -104,6 +104,6 @@ class Gateway:
         )
         return Ticket(call, job, self.clock)
 
-    def refused(self, path: str, code: str) -> None:
+    def refused(self, path: str, error: ServiceError) -> None:
         """A request ended before it became a call."""
-        self.telemetry.refused(path, code)
+        self.telemetry.refused(path, outcome_of(error))

@@ -12,8 +12,10 @@ from server.call import Phase, Ticket
 from server.engine import MAX_ERROR_BODY_BYTES, Connection
 from server.errors import EngineGone, ServiceError, refusal
 from server.fleet import Member
-from server.sse import is_usage_only, usage_in, without_usage
+from server.sse import USAGE_BYTES, is_usage_only, usage_in, without_usage
 from server.telemetry import Distribution
+
+MAX_EVENT_BYTES = 64 * 1024 * 1024
 
 
 class Answer(Protocol):
@@ -28,26 +30,23 @@ class Answer(Protocol):
 
 
 class _Pipe:
-    """Receives one answer; `done` ends it. An answer that is not a success is collected and raised as an error."""
+    """Receives one answer; `done` ends it, with an error if the answer could not be had.
+
+    instead: who receives it once its head has shown that it is not what was expected.
+    """
 
     def __init__(self, ticket: Ticket, out: Answer) -> None:
         self.ticket = ticket
         self.out = out
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.status = 0
-        self.refused: list[bytes] | None = None
+        self.instead: Whole | Refusal | None = None
 
     def head(self, status: int, content_type: bytes, length: int | None) -> None:
         self.status = status
         self.content_type = content_type
         self.length = length
         if not 200 <= status < 300:
-            self.refused = []
-
-    def collect(self, data: bytes) -> None:
-        assert self.refused is not None
-        if sum(map(len, self.refused)) < MAX_ERROR_BODY_BYTES:
-            self.refused.append(data)
+            self.instead = Refusal(self, status)
 
     def fail(self, error: ServiceError) -> None:
         if not self.done.done():
@@ -60,35 +59,70 @@ class _Pipe:
     def lost(self, error: EngineGone) -> None:
         self.fail(error)
 
+    def begin(self, length: int | None) -> None:
+        """The answer gets its head."""
+        self.ticket.move(Phase.DECODING)
+        self.out.begin(self.status, self.content_type, length)
+
+    def leave(self) -> None:
+        """Nobody waits for `done` any more: an error in it is no news."""
+        if not self.done.cancel() and not self.done.cancelled():
+            self.done.exception()
+
+
+class Refusal:
+    """The body of an answer that is not a success: collected, and raised as an error."""
+
+    def __init__(self, pipe: _Pipe, status: int) -> None:
+        self.pipe = pipe
+        self.status = status
+        self.said = b""
+
+    def body(self, data: bytes) -> None:
+        if len(self.said) < MAX_ERROR_BODY_BYTES:
+            self.said += data
+
+    def end(self) -> None:
+        self.pipe.fail(refusal(self.status, self.said))
+
 
 class Whole(_Pipe):
-    """An answer in one piece. Forwarded as it comes; its usage is read from its last bytes."""
+    """An answer in one piece. Forwarded as it comes; its usage is picked out as it passes."""
 
     def __init__(self, ticket: Ticket, out: Answer) -> None:
         super().__init__(ticket, out)
         self.tail = b""
+        self.usage = b""
 
     def body(self, data: bytes) -> None:
-        if self.refused is not None:
-            self.collect(data)
+        if self.instead is not None:
+            self.instead.body(data)
             return
         if not self.out.begun:
-            self.ticket.move(Phase.DECODING)
-            self.out.begin(self.status, self.content_type, self.length)
-        # usage follows the choices; what is behind it (metadata) is short
-        self.tail = data if len(data) >= 4096 else (self.tail + data)[-8192:]
+            self.begin(self.length)
+        self._look(data)
         self.out.write(data)
 
+    def _look(self, data: bytes) -> None:
+        """Keeps the bytes from the last usage on; a long prompt's token ids may come behind it."""
+        data = self.tail + data if self.tail else data
+        at = data.rfind(b'"usage"')
+        if at >= 0:
+            self.usage = data[at : at + USAGE_BYTES]
+            self.tail = b""
+        elif len(self.usage) < USAGE_BYTES:
+            self.usage += data[len(self.tail) :][:USAGE_BYTES]
+        self.tail = data[-6:]
+
     def end(self) -> None:
-        if self.refused is not None:
-            self.fail(refusal(self.status, b"".join(self.refused)))
+        if self.instead is not None:
+            self.instead.end()
             return
         if not self.out.begun:
-            self.ticket.move(Phase.DECODING)
-            self.out.begin(self.status, self.content_type, self.length)
-        if (usage := usage_in(self.tail)) is not None:
-            self.ticket.prompt_tokens, self.ticket.tokens, self.ticket.cached_tokens = usage
-            self.ticket.exact = True
+            self.begin(self.length)
+        if (usage := usage_in(self.usage)) is not None:
+            self.ticket.learn(usage.prompt_tokens, usage.cached_tokens)
+            self.ticket.tokens = usage.output_tokens or 0
         self.out.end()
         self.finish()
 
@@ -103,63 +137,92 @@ class Stream(_Pipe):
         self.rest = b""
         self.clock = ticket.clock
         self.hide_usage = ticket.call.hide_usage
+        route = ticket.call.route
+        self.mark = route.token_mark
+        self.last = b"[DONE]\n\n" if self.mark == b"\n\n" else b"\0"  # an event that carries no token
+        self.openings = ticket.call.sequences if route.role_first else 0
+
+    def head(self, status: int, content_type: bytes, length: int | None) -> None:
+        super().head(status, content_type, length)
+        if self.instead is None and not content_type.startswith(b"text/event-stream"):
+            whole = self.instead = Whole(self.ticket, self.out)  # an engine that does not stream here
+            whole.done = self.done
+            whole.head(status, content_type, length)
 
     def body(self, data: bytes) -> None:
-        if self.refused is not None:
-            self.collect(data)
+        if self.instead is not None:
+            self.instead.body(data)
             return
-        if self.rest:
-            data = self.rest + data
-            self.rest = b""
-        if not data.endswith(b"\n\n"):
-            data = self._whole(data)
-            if not data:
-                return
+        if self.rest or not data.endswith(b"\n\n"):
+            data = self._whole(self.rest + data)
+        if data:
+            self._forward(data)
+
+    def _forward(self, data: bytes) -> None:
+        """Whole events: counted, timed, and on their way."""
         ticket = self.ticket
         now = self.clock()
-        count = data.count(b"\ndata:") + 1
         if self.out.begun:
             self.itl.observe(now - ticket.last_at)
         else:
-            ticket.move(Phase.DECODING)
-            self.out.begin(self.status, self.content_type, None)
-            count -= ticket.call.route.role_first
+            self.begin(None)
         ticket.last_at = now
+        made = self._made(data)
         if b'"usage"' in data:
-            data = self._usage(data)
-        elif data.endswith(b"[DONE]\n\n"):
-            count -= 1
-        if count and not ticket.exact:
+            made, data = self._usage(made, data)
+        if made > 0:
             if not ticket.uncharged:
                 self.charge.append(ticket)
-            ticket.uncharged += count
-            ticket.tokens += count
+            ticket.uncharged += made
+            ticket.tokens += made
         if data:
             self.out.write(data)
 
+    def _made(self, data: bytes) -> int:
+        """How many of these events carry tokens."""
+        made = data.count(self.mark)
+        if self.openings:  # each choice of a chat begins with an event that says who speaks
+            skipped = min(made, self.openings)
+            self.openings -= skipped
+            made -= skipped
+        return made - 1 if data.endswith(self.last) else made
+
     def _whole(self, data: bytes) -> bytes:
+        """The whole events of `data`; the rest waits. An engine's CR LF becomes LF: neither can be inside an event."""
+        if b"\r\n" in data:
+            data = data.replace(b"\r\n", b"\n")
         cut = data.rfind(b"\n\n") + 2
         if cut == 1:
+            if len(data) > MAX_EVENT_BYTES:
+                self.fail(EngineGone(f"The engine sent more than {MAX_EVENT_BYTES} bytes without the end of an event."))
+                data = b""
             self.rest = data
             return b""
         self.rest = data[cut:]
         return data[:cut]
 
-    def _usage(self, data: bytes) -> bytes:
+    def _usage(self, made: int, data: bytes) -> tuple[int, bytes]:
+        """(tokens that are new in `data` by the engine's own count, `data` as the client is to see it)."""
+        ticket = self.ticket
+        alone = is_usage_only(data)
         if (usage := usage_in(data)) is not None:
-            self.ticket.prompt_tokens, self.ticket.tokens, self.ticket.cached_tokens = usage
-            self.ticket.exact = True
-        return without_usage(data) if self.hide_usage and is_usage_only(data) else data
+            ticket.learn(usage.prompt_tokens, usage.cached_tokens)
+            counted = usage.output_tokens
+            if counted is not None:
+                made = counted - ticket.tokens if alone else max(made, counted - ticket.tokens)
+                if made < 0:
+                    ticket.tokens = counted
+        return made, without_usage(data) if self.hide_usage and alone else data
 
     def end(self) -> None:
-        if self.refused is not None:
-            self.fail(refusal(self.status, b"".join(self.refused)))
+        if self.instead is not None:
+            self.instead.end()
             return
+        if self.rest:
+            self.body(b"\n\n")
         if not self.out.begun:
             self.fail(EngineGone("The engine ended its stream before the first event."))
             return
-        if self.rest:
-            self.out.write(self.rest + b"\n\n")
         self.out.end()
         self.finish()
 
@@ -181,16 +244,17 @@ class Relay:
         path = call.route.path.encode()
         for last_try in (False, True):
             pipe = Stream(ticket, out, self.itl, charge) if call.stream else Whole(ticket, out)
-            connection = await member.engine.ask(path, body, call.id, pipe)
-            fresh = not connection.reused
+            connection = await member.engine.ask(path, body, call.id, pipe, fresh=last_try)
+            stale = connection.reused
             out.flows_from(connection)
             try:
                 await pipe.done
                 return
             except EngineGone:
                 # A kept-alive connection may have been closed just as we wrote: the engine never saw the request.
-                if fresh or connection.begun or last_try:
+                if not stale or connection.begun or last_try:
                     raise
             finally:
+                pipe.leave()
                 out.flows_from(None)
-                connection.abandon()
+                connection.abandon(pipe)

@@ -1,7 +1,5 @@
 """From a request body to a `Call`: only the fields that we act on are parsed; all others pass through as they came."""
 
-from typing import Any
-
 import msgspec
 
 from server.call import Call, Route
@@ -15,10 +13,16 @@ CHAT = Route(
     limit_fields=("max_completion_tokens", "max_tokens"),
     role_first=True,
 )
-COMPLETIONS = Route("/v1/completions", usage_on_request=True, xargs=True, content_field="prompt")
-RESPONSES = Route("/v1/responses", xargs=True, limit_fields=("max_output_tokens",), content_field="input")
-MESSAGES = Route("/v1/messages", xargs=True, anthropic=True)
-EMBEDDINGS = Route("/v1/embeddings", content_field="input")
+COMPLETIONS = Route("/v1/completions", usage_on_request=True, xargs=True, content_field="prompt", prompts=True)
+RESPONSES = Route(
+    "/v1/responses",
+    xargs=True,
+    limit_fields=("max_output_tokens",),
+    content_field="input",
+    token_mark=b".delta\n",
+)
+MESSAGES = Route("/v1/messages", xargs=True, anthropic=True, token_mark=b"block_delta\n")
+EMBEDDINGS = Route("/v1/embeddings", content_field="input", prompts=True)
 TOKENIZE = Route("/tokenize", generates=False, content_field="prompt")
 ROUTES: dict[bytes, Route] = {
     route.path.encode(): route for route in (CHAT, COMPLETIONS, RESPONSES, MESSAGES, EMBEDDINGS, TOKENIZE)
@@ -61,7 +65,10 @@ class Fields(msgspec.Struct):
     data_parallel_rank: msgspec.Raw = ABSENT
 
 
+# A member that comes twice counts as its last: here and in engines.
 _decode = msgspec.json.Decoder(Fields).decode
+_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 
 def call_from(route: Route, body: bytes, tenant: Tenant, call_id: str, bytes_per_token: float) -> Call:
@@ -71,21 +78,31 @@ def call_from(route: Route, body: bytes, tenant: Tenant, call_id: str, bytes_per
         raise BadRequest("The field 'model' is empty: name one of the models that /v1/models lists.", param="model")
     _refuse_steering(fields, tenant)
     stream = bool(fields.stream)
-    max_tokens = next((v for name in route.limit_fields if (v := getattr(fields, name)) is not None), 0)
     asked = fields.stream_options is not None and bool(fields.stream_options.include_usage)
+    hide_usage = route.usage_on_request and stream and not asked
+    content = bytes(getattr(fields, route.content_field))
     return Call(
         id=call_id,
         route=route,
         tenant=tenant,
         model=fields.model,
         stream=stream,
-        body=with_usage(body, fields) if stream and route.usage_on_request and not asked else body,
-        hide_usage=route.usage_on_request and stream and not asked,
-        prompt_tokens=estimate_tokens(getattr(fields, route.content_field), bytes_per_token),
-        max_tokens=_within(max_tokens, 0, MAX_OUTPUT_TOKENS, "max_tokens"),
-        sequences=_within(1 if fields.n is None else fields.n, 1, MAX_SEQUENCES, "n"),
+        body=with_usage(body) if hide_usage else body,
+        hide_usage=hide_usage,
+        prompt_tokens=estimate_tokens(content, bytes_per_token),
+        max_tokens=_output_limit(route, fields),
+        sequences=(1 if fields.n is None else _within(fields.n, 1, MAX_SEQUENCES, "n"))
+        * (_prompts(content) if route.prompts else 1),
         kind=_kind(fields),
     )
+
+
+def _output_limit(route: Route, fields: Fields) -> int:
+    for name in route.limit_fields:
+        value: int | None = getattr(fields, name)
+        if value is not None:
+            return _within(value, 0, MAX_OUTPUT_TOKENS, name)
+    return 0
 
 
 def _parsed(body: bytes) -> Fields:
@@ -124,28 +141,44 @@ def _kind(fields: Fields) -> str:
     return "json" if b"json" in bytes(fields.response_format) else ""
 
 
-def with_usage(body: bytes, fields: Fields) -> bytes:
-    """The body with `stream_options.include_usage` asked for, so that the answer ends with the exact count."""
-    if fields.stream_options is None and b'"stream_options"' not in body:
+def with_usage(body: bytes) -> bytes:
+    """The body with `stream_options.include_usage` asked for, so that the answer ends with the exact count. Every other
+    member keeps its bytes."""
+    if b'"stream_options"' not in body:
         return splice(body, b'"stream_options":{"include_usage":true}')
-    parsed: dict[str, Any] = msgspec.json.decode(body)
-    options = parsed.get("stream_options") or {}
-    parsed["stream_options"] = {**options, "include_usage": True}
-    return msgspec.json.encode(parsed)
+    members = raw_members(body)
+    options = members.get("stream_options")
+    told = raw_members(options) if options is not None and bytes(options)[:1] == b"{" else {}
+    told["include_usage"] = msgspec.Raw(b"true")
+    members["stream_options"] = msgspec.Raw(msgspec.json.encode(told))
+    return msgspec.json.encode(members)
+
+
+def raw_members(body: bytes | msgspec.Raw) -> dict[str, msgspec.Raw]:
+    """A JSON object's members by name, each value as its own bytes. BadRequest for a name that is not UTF-8."""
+    try:
+        return _members(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadRequest(f"The request body is not valid JSON: {error}.", code="invalid_json") from None
 
 
 def splice(body: bytes, members: bytes) -> bytes:
-    """A JSON object with more members before its own; `body` holds at least one member."""
-    start = body.index(b"{") + 1
-    return b"{" + members + b"," + body[start:]
+    """A JSON object with more members behind its own, where they count even if it has such members already."""
+    return body[: body.rindex(b"}")] + b"," + members + b"}"
 
 
-def estimate_tokens(content: msgspec.Raw, bytes_per_token: float) -> int:
+def _prompts(content: bytes) -> int:
+    """How many prompts a prompt field holds: several only if it is a list of texts or of lists of token ids."""
+    if content[:1] != b"[" or content[1:64].lstrip()[:1] not in (b'"', b"["):
+        return 1
+    return len(_list(content))
+
+
+def estimate_tokens(content: bytes, bytes_per_token: float) -> int:
     """Prompt tokens before any tokenizer saw them: exact for token ids, else from the length in bytes."""
-    raw = bytes(content)
-    if raw[:1] == b"[" and raw[1:2].isdigit():
-        return raw.count(b",") + 1
-    size = len(raw)
-    if b";base64," in raw:  # an image's bytes are not its tokens: a few hundred each is what vision models make of them
-        size = sum(min(len(part), 4096) for part in raw.split(b'"'))
+    if content[:1] == b"[" and content[1:64].lstrip(b"[ \t\r\n")[:1].isdigit():
+        return content.count(b",") + 1
+    size = len(content)
+    if b";base64," in content:  # an image's bytes are not its tokens: a few hundred each is what vision models make
+        size = sum(min(len(part), 4096) if part.startswith(b"data:") else len(part) for part in content.split(b'"'))
     return max(1, round(size / bytes_per_token))

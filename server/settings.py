@@ -18,6 +18,7 @@ class EdgeSettings(BaseModel):
     max_body_bytes: int = Field(32 * 1024 * 1024, ge=1024, description="request body, bytes")
     head_timeout_s: Positive = Field(15.0, description="until a connection's request head is complete, seconds")
     body_timeout_s: Positive = Field(60.0, description="until a request's body is complete, seconds")
+    stall_timeout_s: Positive = Field(120.0, description="a client may leave its answer unread, seconds")
     keep_alive_s: Positive = Field(75.0, description="an idle connection is kept open, seconds")
 
 
@@ -55,7 +56,7 @@ Read = TypeVar("Read", bound=Settings)
 
 
 def read_settings(overrides: dict[str, Any], config: Path | None, kind: type[Read]) -> Read:
-    """The settings, of this kind, with what the command line said. ValueError with a sentence for each thing that is wrong."""
+    """The settings, of this kind, with what the command line said. ValueError with a sentence for each wrong one."""
     if config is not None and not config.is_file():
         raise ValueError(f"the settings file {config} does not exist")
 

@@ -1,34 +1,44 @@
-"""Server-sent events as bytes: what of a stream is whole, and what the count of tokens is. Pure."""
+"""Server-sent events as bytes: what they say of tokens. Pure."""
 
 import re
+from typing import NamedTuple
 
 _USAGE = re.compile(rb'"usage"\s*:\s*\{')
-_PROMPT = re.compile(rb'"(?:prompt_tokens|input_tokens)"\s*:\s*(\d+)')
-_OUTPUT = re.compile(rb'"(?:completion_tokens|output_tokens)"\s*:\s*(\d+)')
-_CACHED = re.compile(rb'"(?:cached_tokens|cache_read_input_tokens)"\s*:\s*(\d+)')
+_PROMPT = re.compile(rb'"(?:prompt_tokens|input_tokens)"\s*:\s*(\d{1,15})')
+_OUTPUT = re.compile(rb'"(?:completion_tokens|output_tokens)"\s*:\s*(\d{1,15})')
+_CACHED = re.compile(rb'"(?:cached_tokens|cache_read_input_tokens)"\s*:\s*(\d{1,15})')
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+_FIELDS = (_PROMPT, _OUTPUT, _CACHED)
+
+USAGE_BYTES = 1024  # a usage object with all its details is shorter
 
 
-def usage_in(data: bytes) -> tuple[int, int, int] | None:
-    """(prompt, output, cached) tokens that the last usage object in `data` tells, None without one.
+class Usage(NamedTuple):
+    """Tokens as an engine counts them; None where it does not say."""
+
+    prompt_tokens: int | None
+    output_tokens: int | None
+    cached_tokens: int | None
+
+
+def usage_in(data: bytes) -> Usage | None:
+    """What the last usage object in `data` tells, None without one.
 
     A quote inside a JSON string is escaped, so the key cannot be forged by what a model says.
     """
-    starts = [match.start() for match in _USAGE.finditer(data)]
-    if not starts:
+    start = -1
+    for match in _USAGE.finditer(data):
+        start = match.start()
+    if start < 0:
         return None
-    tail = data[starts[-1] :]
-    prompt, output, cached = _PROMPT.search(tail), _OUTPUT.search(tail), _CACHED.search(tail)
-    return (
-        int(prompt.group(1)) if prompt else 0,
-        int(output.group(1)) if output else 0,
-        int(cached.group(1)) if cached else 0,
-    )
+    told = data[start : start + USAGE_BYTES]
+    usage = Usage(*(int(found.group(1)) if (found := field.search(told)) else None for field in _FIELDS))
+    return None if usage.prompt_tokens is None and usage.output_tokens is None else usage
 
 
 def is_usage_only(event: bytes) -> bool:
     """Whether an event is the closing one that `stream_options.include_usage` asks for: usage and no choices."""
-    return b'"usage"' in event and _NO_CHOICES.search(event) is not None
+    return _USAGE.search(event) is not None and _NO_CHOICES.search(event) is not None
 
 
 def without_usage(events: bytes) -> bytes:

@@ -66,9 +66,9 @@ class Telemetry(Collector):
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
 
-    def refused(self, path: str, code: str) -> None:
+    def refused(self, path: str, outcome: str) -> None:
         """A request that was answered before it became a call (bad body, unknown key)."""
-        self.outcomes[path, code] += 1
+        self.outcomes[path, outcome] += 1
 
     def ended(self, ticket: Ticket, outcome: str) -> None:
         """A call is over: its phases become latencies."""
