@@ -36,7 +36,8 @@ class Gittins:
 
     prefill_tokens_per_step: prompt tokens whose prefill takes as long as one decode step.
     hysteresis: the head displaces a running job only if its index is this many times higher, at least 1.25.
-    patience_s: a job unserved for so long goes first, for 64 decode steps; under overload they take turns.
+    patience_s: a job unserved for so long goes first, for 64 decode steps, and displaces one that came after it; under
+        overload they take turns.
     preemptions_per_s: cap on displacements.
     min_samples: completed jobs that a class needs.
     window: how many of the latest jobs a class remembers.
@@ -95,7 +96,7 @@ class Gittins:
         if victim_lane == _BOOSTED or not self._all.ready:
             return False
         if head_lane == _BOOSTED:
-            return True
+            return victim.arrived_at > head.arrived_at  # it was overtaken; else it only waits for its turn
         rank = self.rank(head_lane)
         if rank >= self.rank(victim_lane) or rank >= self.rank(self.spot(victim, running=False, boosted_at=None).lane):
             return False

@@ -1,4 +1,4 @@
-"""The policies compared in simulation: `python -m tests.scheduler.policy_table` prints the table of docs/policies.md."""
+"""The policies in simulation: `python -m tests.scheduler.policy_table` prints the table of docs/policies.md."""
 
 import sys
 from collections.abc import Callable

@@ -213,3 +213,10 @@ def test_lane_is_constant_up_to_its_end() -> None:
         assert order.spot(job, running=True, boosted_at=None) == spot
         job.output_tokens = spot.until
         assert order.spot(job, running=True, boosted_at=None).lane != spot.lane
+
+
+def test_patience_does_not_make_jobs_of_alike_lengths_take_turns() -> None:
+    requests = open_loop(chat, 600, 1.3, 1)
+    engine, lives = simulate(build("gittins", {"patience_s": "10"}), requests)
+    assert max(life.first_token_at - life.request.at for life in lives) > 30
+    assert engine.preemptions <= 6
