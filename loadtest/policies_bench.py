@@ -28,10 +28,11 @@ from loadtest.prompts import token_prompts
 from loadtest.records import Record
 from loadtest.replay import CannotReplay, Prepared, measure, served
 from loadtest.traces import Skipped
-from loadtest.workload import MIXES, Fit, Maker, parse_shares, shapes
+from loadtest.workload import MIXES, Fit, Maker, mean_lengths, parse_shares, shapes
 
 # Enough requests to fill every slot several times over; their rate is what the engine can do.
-_SATURATING_ROUNDS = 6
+_SATURATING_ROUNDS = 8
+_MEAN_OF = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,11 +154,13 @@ class Bench:
         setting = Setting(workload, slots, 0.0)
         calls = self._calls(workload, 1.0, -1, _SATURATING_ROUNDS * slots)
         records = self._measure(baseline, setting, urls, calls, f"{workload}-{slots}-saturation")
-        summary = report.summarize(records)
-        if not summary.requests_per_s:
+        if not any(record.ok for record in records):
             raise CannotReplay(f"{baseline.name} ended no request well: {records[0].error if records else 'none sent'}")
-        self._say(f"{workload} slots={slots}: saturated at {summary.requests_per_s:.2f} requests/s")
-        return summary.requests_per_s
+        fit = Fit(self._args.length_scale, self._args.context)
+        drawn = islice(shapes(workload, Random(0), self._args.traces), _MEAN_OF)
+        rate = saturation_per_s(records, mean_lengths(map(fit, drawn))[1])
+        self._say(f"{workload} slots={slots}: saturated at {rate:.2f} requests/s")
+        return rate
 
     def _one(
         self, target: BenchTarget, setting: Setting, repetition: int, rate: float, urls: Mapping[str, str]
@@ -205,6 +208,19 @@ class Bench:
 
     def _say(self, line: str) -> None:
         self._screen.print(line, markup=False, highlight=False)
+
+
+def saturation_per_s(records: Sequence[Record], mean_output_tokens: float) -> float:
+    """Requests per second of an engine that was never without work, from a closed loop's records.
+
+    Counted up to the last request sent, for then the batch begins to empty; a request that was on its way counts by
+    the part of its time that had passed. Corrected for a sample of shorter or longer answers than the workload's mean.
+    """
+    ok = [record for record in records if record.ok]
+    until_s = max(record.sent_s for record in ok)
+    ended = sum(min(1.0, (until_s - record.sent_s) / record.e2e_s) for record in ok)
+    sample_tokens = sum(record.output_tokens for record in ok) / len(ok)
+    return ended / until_s * sample_tokens / mean_output_tokens
 
 
 # The page: baseline ÷ target, so that larger is better for the target.

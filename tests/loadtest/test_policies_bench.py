@@ -6,7 +6,7 @@ import pytest
 
 from loadtest import policies_bench
 from loadtest.bench_target import BenchTarget, CannotStart, running
-from loadtest.policies_bench import MEASURES, Setting, page_of, ratio_rows
+from loadtest.policies_bench import MEASURES, Setting, page_of, ratio_rows, saturation_per_s
 from loadtest.records import Record, read
 from loadtest.report import Summary, summarize
 
@@ -27,6 +27,14 @@ def test_ratios_are_taken_within_a_repetition_and_keep_their_spread() -> None:
     rows = ratio_rows(results, MEASURES["mean JCT"])
     assert rows == [["workload", "slots", "load", "base", "new"], ["S", "8", "1", "4", "2.00 (1.00 to 4.00)"]]
     assert "## P99 longest gap" in page_of(results)
+
+
+def test_saturation_is_the_rate_while_there_was_work_for_all() -> None:
+    # Two at a time, one second each, and at the end one that is alone for ten.
+    records = [Record(str(at), "t", 0.0, at // 2 * 1.0, 1.0, 10, 5) for at in range(20)]
+    records.append(Record("long", "t", 0.0, 10.0, 10.0, 10, 5))
+    assert saturation_per_s(records, 5) == pytest.approx(2.0)
+    assert saturation_per_s(records, 10) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("text", ["nothing", "a=python -m server", "=python {port}"])
