@@ -421,3 +421,83 @@ def test_the_line_and_the_longest_stall_are_shown(hollow_model: Path) -> None:
     scheduler._report(clock.now)
     scheduler._report(clock.now)
     assert metric(scheduler, "longest_stall_seconds") == 0
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_streaming_session_goes_as_in_stock_vllm_and_leaves_nothing_behind(hollow_model: Path, policy: str) -> None:
+    def talk(name: str | None) -> Engine:
+        engine = Engine(build_scheduler(hollow_model, name, slots=2))
+        engine.add(request("other", 10, 40))
+        for prompt, is_last in ((10, False), (4, False), (1, True)):
+            turn = request("session", prompt, 5)
+            turn.resumable = not is_last
+            engine.add(turn)
+            for _ in range(12):
+                engine.step()
+        engine.run()
+        return engine
+
+    ours, stock = talk(policy), talk(None)
+    assert (ours.answers, ours.finished) == (stock.answers, stock.finished)
+    assert ours.finished.count("session") == 2
+    assert (ours.scheduler.waiting.entries, ours.scheduler.waiting.lanes.running()) == ({}, 0)
+
+
+class ArrivingBlocks:
+    """A stand-in for a KV connector, as a decode worker has one: prompts of `remote` come from elsewhere, later."""
+
+    supports_divergent_local_hybrid_hits = False
+    requires_kv_delivery = False
+
+    def __init__(self, remote: dict[str, int]) -> None:
+        self.remote = remote
+        self.loading: list[str] = []
+
+    def get_num_new_matched_tokens(self, wanted: Request, computed: int) -> tuple[int, bool]:
+        tokens = self.remote.pop(wanted.request_id, 0)
+        return tokens, tokens > 0
+
+    def update_state_after_alloc(self, wanted: Request, blocks: object, external_tokens: int) -> None:
+        if external_tokens:
+            self.loading.append(wanted.request_id)
+
+    def request_finished(self, gone: Request, block_ids: object) -> tuple[bool, None]:
+        return False, None
+
+    request_finished_all_groups = request_finished
+
+    def take_events(self) -> tuple[()]:
+        return ()
+
+    def get_loaded_kv_cache_group_ids(self, wanted: Request) -> tuple[()]:
+        return ()
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_request_whose_blocks_arrive_from_a_prefill_worker_runs_when_they_are_there(
+    hollow_model: Path, policy: str
+) -> None:
+    clock = Clock()
+    scheduler = build_scheduler(hollow_model, policy, slots=3, clock=clock)
+    scheduler.connector = connector = ArrivingBlocks({"far": 32, "lost": 32})
+    engine = Engine(scheduler, clock=clock)
+    engine.add(request("long", 10, 120, tenant="a"))
+    engine.step()
+    engine.add(request("far", 33, 20, tenant="b"), request("lost", 33, 20, tenant="b"), request("near", 10, 20))
+    for _ in range(5):
+        engine.step()
+    assert connector.loading == ["far", "lost"]
+    assert len(engine.answers["near"]) > 0
+    engine.abort("lost")
+    scheduler.finished_recving_kv_req_ids.add("far")
+    scheduler._free_blocks(scheduler.requests["lost"])  # what vLLM does when the blocks of the aborted one are there
+    engine.run()
+    assert engine.answers == {
+        "long": expected("long", 10, 120),
+        "far": expected("far", 33, 20),
+        "near": expected("near", 10, 20),
+    }
+    assert (scheduler.waiting.entries, scheduler.waiting.lanes.running()) == ({}, 0)
