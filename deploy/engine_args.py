@@ -190,8 +190,9 @@ def slots(plan: EnginePlan) -> int:
 def divide_cores(cores: Sequence[int], workers: int) -> list[tuple[int, ...]]:
     """Cores for each of `workers` engines, as even as may be.
 
-    Where every engine gets one anyway, the first core is left to the gateway and the engines' own HTTP servers, whose
-    work would otherwise delay each step of the engine that shares it. Engines without a core of their own take turns.
+    Where every engine gets one anyway, the first core is left to the gateway and the engines' own HTTP servers: a step
+    waits for its slowest thread, and one that shares its core is slower than a step with one thread less. Engines
+    without a core of their own take turns.
     """
     mine = list(cores[1:]) if len(cores) > workers else list(cores)
     if len(mine) < workers:
@@ -207,11 +208,12 @@ def divide_gpus(gpus: Sequence[str], workers: int) -> list[tuple[str, float]]:
 
 
 def default_kv_cache_gib(free_bytes: int, workers: int) -> int:
-    """KV cache for one CPU engine: a quarter of what the weights left free, shared by the workers, from 1 to 4 GiB.
+    """KV cache for one CPU engine: an eighth of what engines and weights leave free, shared, from 1 to 4 GiB.
 
-    vLLM takes whole GiB only. `free_bytes` may be negative: whether anything fits is another check.
+    vLLM fills all of it at its start, so it is taken from the rest of the machine, and knows whole GiB only.
+    `free_bytes` may be negative: whether anything fits is another check.
     """
-    return max(1, min(4, free_bytes // 4 // workers // GIB))
+    return max(1, min(4, free_bytes // 8 // workers // GIB))
 
 
 def check_version(version: str) -> None:

@@ -156,7 +156,7 @@ def test_gpus_are_taken_in_turn_and_shared_when_there_are_too_few() -> None:
 
 def test_the_kv_cache_follows_the_free_memory_within_bounds() -> None:
     assert default_kv_cache_gib(-5 * GIB, 1) == 1
-    assert default_kv_cache_gib(8 * GIB, 1) == 2
+    assert default_kv_cache_gib(16 * GIB, 1) == 2
     assert default_kv_cache_gib(8 * GIB, 4) == 1
     assert default_kv_cache_gib(1000 * GIB, 1) == 4
 
