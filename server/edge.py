@@ -24,6 +24,7 @@ from server.errors import (
     Stopping,
     TooLarge,
     TooSlow,
+    WrongMethod,
     error_event,
     error_object,
     status_of,
@@ -280,7 +281,7 @@ class Edge(HttpToolsProtocol):
         if self.last_words:
             return
         was_in_head = self.in_head
-        super().data_received(data)
+        self._feed(data)
         if self.in_message or self._idle():
             if was_in_head and self.in_head:  # a header without an end shows only in the bytes that arrive
                 self.unread_size += len(data)
@@ -292,8 +293,26 @@ class Edge(HttpToolsProtocol):
     def _idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
 
-    def _unsupported_upgrade_warning(self) -> None:
-        """An offer of HTTP/2 or WebSocket is passed over in silence: some clients make it with every request."""
+    def _feed(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as stopped:
+            self._pass_over_upgrade(data[stopped.args[0] :])
+        except httptools.HttpParserError:
+            self._refuse(BadRequest("The request is not valid HTTP/1.1."))
+
+    def _pass_over_upgrade(self, rest: bytes) -> None:
+        """An offer of HTTP/2 or WebSocket, which some clients make with every request. The parser stops at it, and with
+        it the body would be lost: the head is read again without the offer."""
+        method = self.parser.get_method()
+        if method == b"CONNECT" or not self.in_message:
+            self._refuse(WrongMethod("There is no CONNECT here."))
+            return
+        head = [b"%b %b HTTP/1.1\r\n" % (method, self.url)]
+        head += [b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade"]
+        self.parser = httptools.HttpRequestParser(self)
+        self._feed(b"".join(head) + b"\r\n" + rest)
 
     # time
     def _await_rest(self) -> None:
@@ -358,10 +377,6 @@ class Edge(HttpToolsProtocol):
         self.transport.write(self.last_words)
         self.transport.close()
 
-    def send_400_response(self, msg: str) -> None:
-        """uvicorn calls this for bytes that are not HTTP."""
-        self._refuse(BadRequest("The request is not valid HTTP/1.1."))
-
     # httptools callbacks
     def on_message_begin(self) -> None:
         self.url = b""
@@ -390,7 +405,7 @@ class Edge(HttpToolsProtocol):
             self._refuse(HeadTooLarge(f"Request line and headers exceed {self.bounds.head_bytes} bytes."))
 
     def on_headers_complete(self) -> None:
-        if not self.in_message:
+        if not self.in_message or self.parser.should_upgrade():
             return
         if self.declared_size > self.bounds.body_bytes:
             allowed = self.bounds.body_bytes
@@ -442,7 +457,7 @@ class Edge(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if not self.in_message:
+        if not self.in_message or self.in_head:
             return
         self.in_message = False
         exchange = self.cycle

@@ -25,11 +25,10 @@ SLOW = EngineSetup(cost=replace(PRESETS["quick"], iteration_s=0.02))
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """The loop that the gateway runs on in production; the connection's own tests on asyncio's as well."""
-    loops: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"uvloop": uvloop.new_event_loop}
-    if item.path.name == "test_edge.py":
-        loops["asyncio"] = asyncio.new_event_loop
-    return loops
+    """The loop that the gateway runs on in production; what depends on the loop on asyncio's own as well."""
+    if item.path.name == "test_edge_on_asyncio.py":
+        return {"asyncio": asyncio.new_event_loop}
+    return {"uvloop": uvloop.new_event_loop}
 
 
 async def eventually(condition: Callable[[], object], what: str = "", limit_s: float = 10.0) -> None:
@@ -303,15 +302,13 @@ class Running:
 
     def at_rest(self) -> bool:
         """Nothing waits, runs or is kept of requests that are over."""
-        dispatchers = self.server.lines.by_model.values()
+        lines = self.server.lines.by_model.values()
         members = self.server.fleet.members.values()
         return (
             not self.in_flight
             and not self.waiting
-            and not any(
-                dispatcher._waiters or dispatcher._waiting_of or dispatcher.charge for dispatcher in dispatchers
-            )
-            and not any(dispatcher.lanes.running() for dispatcher in dispatchers)
+            and not any(line._waiters or line._waiting_of or line.charge for line in lines)
+            and not any(line.lanes.running() for line in lines)
             and not any(member.pending_tokens for member in members)
             and not self.server.uvicorn.server_state.tasks
         )
