@@ -31,13 +31,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy-option", action="append", metavar="KEY=VALUE", help="an option of the policy; may be repeated"
     )
+    parser.add_argument("--tenants", type=Path, metavar="FILE", help="YAML file with tenants, their keys and limits")
+    parser.add_argument(
+        "--allow-open",
+        action="store_true",
+        default=None,
+        help="serve anybody, without keys, on an address that others can reach",
+    )
+    parser.add_argument(
+        "--redis-url",
+        metavar="URL",
+        help="Redis that several gateways share; with a password in it, set EVENHAND_REDIS_URL instead",
+    )
+    parser.add_argument(
+        "--replica", metavar="NAME", help="this gateway's name among its replicas (default: the host's)"
+    )
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of the settings")
     parser.epilog = describe()
 
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
     """What the command line says, as settings. ValueError for a policy option that is not KEY=VALUE."""
-    given = {name: getattr(args, name) for name in ("host", "port", "workers", "policy")}
+    names = ("host", "port", "workers", "policy", "tenants", "allow_open", "redis_url", "replica")
+    given = {name: getattr(args, name) for name in names}
     if args.policy_option:
         given["policy_options"] = policy_options(args.policy_option)
     return {name: value for name, value in given.items() if value is not None}

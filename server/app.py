@@ -10,36 +10,28 @@ from time import monotonic
 import uvicorn
 from fastapi import FastAPI
 
-from scheduler.catalog import build
 from scheduler.lanes import Lanes
-from scheduler.policy import Policy
 from scheduler.workers import Role, Worker
+from server.admin import Admin, admin_routes
 from server.dispatch import Dispatcher, Lines
 from server.edge import Bounds, edge_for
 from server.fleet import Fleet
 from server.gateway import Gateway
+from server.live_policy import LivePolicy
 from server.relay import Relay
 from server.routes import public_app
 from server.settings import Settings
+from server.shared import Shared
+from server.sharing import Sharing
 from server.steering import Steering
 from server.telemetry import Telemetry
-from server.tenants import Tenants
 
 log = logging.getLogger("evenhand")
 
-FAR_AHEAD = 4096  # a preempting policy wants newcomers inside the engine, where they can displace a running job
 
-
-def _wall_clock() -> float:
+def wall_clock() -> float:
+    """Seconds since 1970, for what follows the calendar."""
     return datetime.now(UTC).timestamp()
-
-
-def window_for(policy: Policy, ahead: int | None) -> int:
-    """Sequences given to a worker beyond its batch: few for policies that never preempt, so that what waits here can
-    still be re-ordered, re-routed or shed; many for those that do."""
-    if ahead is not None:
-        return ahead
-    return FAR_AHEAD if policy.order.preemptions_per_s else 4
 
 
 def parse_worker(text: str, number: int) -> Worker:
@@ -66,13 +58,18 @@ class GatewayServer:
         """Raises ValueError with a clear sentence for a policy, an option or a worker that cannot be."""
         self.settings = settings
         self.workers = [parse_worker(text, number) for number, text in enumerate(settings.workers)]
-        build(settings.policy, settings.policy_options)  # refuse nonsense before anything listens
+        self.policy = LivePolicy(settings.policy, settings.policy_options, settings.admission.ahead, monotonic)
         self.fleet = Fleet(probe_s=settings.probe_s)
         self.lines = Lines(self._dispatcher, self.fleet)
+        self.shared = Shared(settings, self.fleet, self.lines, self.policy, clock=monotonic, wall=wall_clock)
+        gate, tenants = self.shared.gate, self.shared.tenants
         self.telemetry = Telemetry(self.lines.depth, self.fleet.rows)
         relay = Relay(self.telemetry.itl, Steering(self.lines).body_for)
-        self.gateway = Gateway(Tenants(_wall_clock), self.lines, relay, self.telemetry, monotonic)
-        self.app = public_app(self.fleet, self.telemetry, self._lifespan)
+        sharing = Sharing(gate.refusals, self.shared.store_state, monotonic, settings.tenant_labels)
+        self.telemetry.registry.register(sharing)
+        self.gateway = Gateway(tenants, gate, self.lines, relay, self.telemetry, sharing, monotonic)
+        self.app = public_app(self.fleet, self.telemetry, tenants, self.shared.notes, self._lifespan)
+        self.app.include_router(admin_routes(self._admin()))
         edge = settings.edge
         bounds = Bounds(
             edge.max_head_bytes, edge.max_body_bytes, edge.head_timeout_s, edge.body_timeout_s, edge.stall_timeout_s
@@ -96,15 +93,26 @@ class GatewayServer:
             )
         )
 
+    def _admin(self) -> Admin:
+        key, shared = self.settings.admin_key, self.shared
+        return Admin(
+            key.get_secret_value() if key is not None else None,
+            shared.tenants,
+            shared.gate,
+            self.policy,
+            self.lines,
+            self.fleet,
+            shared.records,
+            wall_clock,
+        )
+
     def _dispatcher(self, model: str) -> Dispatcher:
         admission = self.settings.admission
-        policy = build(self.settings.policy, self.settings.policy_options)
-        ahead = window_for(policy, admission.ahead)
         return Dispatcher(
             model,
-            Lanes(policy),
+            Lanes(self.policy.build()),
             self.fleet,
-            window=lambda worker: worker.slots + ahead,
+            window=self.policy.window,
             max_waiting=admission.max_waiting,
             queue_timeout_s=admission.queue_timeout_s,
             clock=monotonic,
@@ -115,7 +123,8 @@ class GatewayServer:
         for worker in self.workers:
             self.fleet.add(worker)
         try:
-            yield
+            async with self.shared.running():
+                yield
         finally:
             await self.fleet.close()
 

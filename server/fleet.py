@@ -77,6 +77,12 @@ class Fleet:
         """A worker gets nothing new. KeyError if unknown."""
         self.members[worker_id].state = State.DRAINING
 
+    def resume(self, worker_id: str) -> None:
+        """A drained worker is given requests again once a probe finds it healthy. KeyError if unknown."""
+        member = self.members[worker_id]
+        if member.state is State.DRAINING:
+            member.state = State.STARTING
+
     def ready(self, model: str | None = None) -> list[Member]:
         """Workers that may be given a request (for `model`)."""
         return [

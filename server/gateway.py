@@ -9,8 +9,10 @@ from scheduler.jobs import Job
 from server.call import Call, Phase, Route, Ticket
 from server.dispatch import Dispatcher, Lines
 from server.errors import ServiceError, outcome_of
+from server.limits import Gate, permitted
 from server.relay import Answer, Relay
 from server.schemas import call_from
+from server.sharing import Sharing
 from server.telemetry import Telemetry
 from server.tenants import Tenants
 
@@ -23,6 +25,7 @@ class Request(Answer, Protocol):
     """A complete request at the edge, and the way back to its client."""
 
     route: Route
+    extra_headers: bytes
 
     @property
     def body(self) -> bytes: ...
@@ -35,10 +38,19 @@ class Gateway:
     """Serves relayed requests."""
 
     def __init__(
-        self, tenants: Tenants, lines: Lines, relay: Relay, telemetry: Telemetry, clock: Callable[[], float]
+        self,
+        tenants: Tenants,
+        limits: Gate,
+        lines: Lines,
+        relay: Relay,
+        telemetry: Telemetry,
+        sharing: Sharing,
+        clock: Callable[[], float],
     ) -> None:
         self.tenants = tenants
+        self.limits = limits
         self.lines = lines
+        self.sharing = sharing
         self.relay = relay
         self.telemetry = telemetry
         self.clock = clock
@@ -68,13 +80,14 @@ class Gateway:
         """What is asked, and by whom."""
         call_id = request.name_it()
         tenant = self.tenants.identify(request.header(b"authorization"), request.header(b"x-api-key"))
-        return call_from(request.route, request.body, tenant, call_id, BYTES_PER_TOKEN)
+        return permitted(call_from(request.route, request.body, tenant, call_id, BYTES_PER_TOKEN))
 
-    async def serve(self, call: Call, dispatcher: Dispatcher, out: Answer) -> None:
+    async def serve(self, call: Call, dispatcher: Dispatcher, out: Request) -> None:
         """One call from admission to its last token: limits, a slot in policy order, a worker, the answer's flow."""
         ticket = self.ticket(call)
         try:
-            async with dispatcher.slot(ticket) as member:
+            async with self.limits.admit(ticket, out), self.sharing.watch(ticket), dispatcher.slot(ticket) as member:
+                self.sharing.started(ticket)
                 ticket.move(Phase.PREFILLING)
                 await self.relay.pump(ticket, member, dispatcher.charge, out)
                 ticket.move(Phase.DONE)

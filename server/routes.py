@@ -13,6 +13,7 @@ from server.errors import NotFound, ServiceError, UnknownModel, WrongMethod, err
 from server.fleet import Fleet, State, described
 from server.schemas import ROUTES
 from server.telemetry import Telemetry
+from server.tenants import Tenants
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
@@ -26,11 +27,17 @@ def _error(error: ServiceError) -> Response:
     return Response(error_object(error), status_of(error), headers, "application/json")
 
 
-def public_app(fleet: Fleet, telemetry: Telemetry, lifespan: Lifespan) -> FastAPI:
-    """The ASGI application beside the relayed routes."""
+def public_app(
+    fleet: Fleet, telemetry: Telemetry, tenants: Tenants, notes: Callable[[], dict[str, Any]], lifespan: Lifespan
+) -> FastAPI:
+    """The ASGI application beside the relayed routes. notes: what /ready says beside the workers."""
     app = FastAPI(title="Evenhand", summary="OpenAI-compatible serving, fairly shared.", lifespan=lifespan)
-    app.include_router(operations(fleet, telemetry))
-    app.include_router(models(fleet))
+    app.include_router(operations(fleet, telemetry, notes))
+    app.include_router(models(fleet, tenants))
+
+    @app.exception_handler(ServiceError)
+    async def refused(request: Request, error: ServiceError) -> Response:
+        return _error(error)
 
     @app.exception_handler(HTTPException)
     async def no_such_route(request: Request, error: HTTPException) -> Response:
@@ -42,7 +49,7 @@ def public_app(fleet: Fleet, telemetry: Telemetry, lifespan: Lifespan) -> FastAP
     return app
 
 
-def operations(fleet: Fleet, telemetry: Telemetry) -> APIRouter:
+def operations(fleet: Fleet, telemetry: Telemetry, notes: Callable[[], dict[str, Any]]) -> APIRouter:
     """What operators and load balancers ask."""
     router = APIRouter(tags=["operations"])
 
@@ -54,8 +61,8 @@ def operations(fleet: Fleet, telemetry: Telemetry) -> APIRouter:
     async def ready() -> Response:
         workers = described(fleet.members.values())
         if any(member.state is State.READY for member in fleet.members.values()):
-            return _json({"status": "ready", "workers": workers})
-        waiting = {"status": "not ready", "workers": workers, "starting": fleet.starting}
+            return _json({"status": "ready", "workers": workers, **notes()})
+        waiting = {"status": "not ready", "workers": workers, "starting": fleet.starting, **notes()}
         return _json(waiting, 503, {"retry-after": "5"})
 
     @router.get("/metrics", summary="Prometheus metrics")
@@ -65,17 +72,22 @@ def operations(fleet: Fleet, telemetry: Telemetry) -> APIRouter:
     return router
 
 
-def models(fleet: Fleet) -> APIRouter:
-    """OpenAI's list of models."""
+def models(fleet: Fleet, tenants: Tenants) -> APIRouter:
+    """OpenAI's list of models: those that the tenant may use."""
     router = APIRouter(tags=["models"])
 
+    def allowed(request: Request) -> list[dict[str, object]]:
+        sent = {name: value for name, value in reversed(request.headers.raw)}
+        tenant = tenants.identify(sent.get(b"authorization"), sent.get(b"x-api-key"))
+        return [entry for entry in fleet.models() if tenant.models is None or entry.get("id") in tenant.models]
+
     @router.get("/v1/models", summary="The models that are served")
-    async def listed() -> Response:
-        return _json({"object": "list", "data": fleet.models()})
+    async def listed(request: Request) -> Response:
+        return _json({"object": "list", "data": allowed(request)})
 
     @router.get("/v1/models/{model:path}", summary="One model")
-    async def one(model: str) -> Response:
-        for entry in fleet.models():
+    async def one(model: str, request: Request) -> Response:
+        for entry in allowed(request):
             if entry.get("id") == model:
                 return _json(entry)
         return _error(UnknownModel(f"The model '{model}' is not served here.", param="model"))

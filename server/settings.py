@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
 
 Positive = Annotated[float, Field(gt=0)]
@@ -48,6 +48,17 @@ class Settings(BaseSettings):
     workers: list[str] = Field(default_factory=list, description="engines: URL[,role=prefill|decode|both][,slots=N]")
     probe_s: Positive = Field(1.0, description="between two probes of a worker, seconds")
     shutdown_s: Positive = Field(30.0, description="running answers may finish after a stop signal, seconds")
+    tenants: Path | None = Field(
+        None, description="YAML file with the tenants, their keys and limits; read anew when it changes"
+    )
+    allow_open: bool = Field(
+        False, description="serve without any tenant on an address that others can reach: anybody may ask"
+    )
+    admin_key: SecretStr | None = Field(None, min_length=16, description="opens /admin; without one /admin refuses")
+    redis_url: SecretStr | None = Field(None, description="Redis that replicas share, e.g. redis://127.0.0.1:6379/0")
+    replica: str = Field("", max_length=64, description="this gateway's name among its replicas; default: the host's")
+    sync_s: Positive = Field(0.1, le=5.0, description="between two exchanges with the replicas, seconds")
+    tenant_labels: int = Field(20, ge=1, le=1000, description="tenants named in metrics; the rest is `other`")
     edge: EdgeSettings = EdgeSettings()
     admission: AdmissionSettings = AdmissionSettings()
 
@@ -82,4 +93,6 @@ def read_settings(overrides: dict[str, Any], config: Path | None, kind: type[Rea
 
 def _sentence(problem: dict[str, Any]) -> str:
     name = ".".join(str(part) for part in problem["loc"])
+    if name in ("admin_key", "redis_url"):
+        return f"setting {name!r}: {problem['msg']}"
     return f"setting {name!r}: {problem['msg']} (got {problem.get('input')!r})"

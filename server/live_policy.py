@@ -1,0 +1,72 @@
+"""The policy that holds at present: it can be changed while requests wait and run."""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
+
+from scheduler.catalog import build
+from scheduler.lanes import Lanes
+from scheduler.policy import Policy
+from scheduler.workers import Worker
+
+log = logging.getLogger("evenhand.policy")
+
+FAR_AHEAD = 4096  # a preempting policy wants newcomers inside the engine, where they can displace a running job
+
+
+def window_for(policy: Policy, ahead: int | None) -> int:
+    """Sequences given to a worker beyond its batch: few for policies that never preempt, so that what waits here can
+    still be re-ordered, re-routed or shed; many for those that do."""
+    if ahead is not None:
+        return ahead
+    return FAR_AHEAD if policy.order.preemptions_per_s else 4
+
+
+class Line(Protocol):
+    """A waiting line whose policy may change."""
+
+    @property
+    def lanes(self) -> Lanes: ...
+
+    def settle(self, now: float) -> None: ...
+    def advance(self) -> None: ...
+
+
+class LivePolicy:
+    """Name and options of the policy of all lines; every line gets an instance of its own."""
+
+    def __init__(self, name: str, options: Mapping[str, str], ahead: int | None, clock: Callable[[], float]) -> None:
+        """ValueError if there is no such policy or option."""
+        self._configured = (name, dict(options))
+        self._ahead = ahead
+        self._clock = clock
+        self._set(name, options)
+
+    def _set(self, name: str, options: Mapping[str, str]) -> None:
+        policy = build(name, options)
+        self.name, self.options = name, dict(options)
+        self._beyond = window_for(policy, self._ahead)
+
+    def build(self) -> Policy:
+        """The policy for one more line."""
+        return build(self.name, self.options)
+
+    def window(self, worker: Worker) -> int:
+        """How many sequences a worker is given at a time."""
+        return worker.slots + self._beyond
+
+    def switch(self, name: str, options: Mapping[str, str], lines: Iterable[Line]) -> None:
+        """Another policy for all lines from here on; nobody loses a place. ValueError, and no change, if none such."""
+        if (name, dict(options)) == (self.name, self.options):
+            return
+        self._set(name, options)
+        now = self._clock()
+        for line in lines:
+            line.settle(now)
+            line.lanes.switch(self.build(), now)
+            line.advance()
+        log.warning("policy is %s from here on%s", name, f", with {dict(options)}" if options else "")
+
+    def as_configured(self, lines: Iterable[Line]) -> None:
+        """The policy that the gateway was started with."""
+        self.switch(*self._configured, lines)

@@ -1,0 +1,95 @@
+"""What operators change while gateways run (tenants, policy, drained workers): records of the store, put in force."""
+
+import logging
+from collections.abc import Callable, Iterable
+
+import msgspec
+
+from server.fleet import Fleet, State
+from server.live_policy import Line, LivePolicy
+from server.store import Store, StoreAway
+from server.tenants import TenantRecord, Tenants, read_record
+
+log = logging.getLogger("evenhand.records")
+
+TENANT, POLICY, DRAINED = "tenant", "policy", "drained"
+LIVE = "live"  # the name of the one policy record
+
+
+class PolicyRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A policy by name, with its options as text."""
+
+    policy: str
+    options: dict[str, str] = {}
+
+
+class Records:
+    """Reads the store's records and puts them in force. `stale` is set by whoever knows that there are other ones."""
+
+    def __init__(
+        self, store: Store, tenants: Tenants, policy: LivePolicy, fleet: Fleet, lines: Callable[[], Iterable[Line]]
+    ) -> None:
+        self.stale = True
+        self.store = store
+        self._tenants = tenants
+        self._policy = policy
+        self._fleet = fleet
+        self._lines = lines
+        self._drained: frozenset[str] = frozenset()
+        self._policy_text: str | None = None
+
+    def are_stale(self) -> None:
+        """They have changed."""
+        self.stale = True
+
+    async def follow(self) -> None:
+        """Reads them if they are stale. While the store is away nothing changes."""
+        self._drain_newcomers()
+        if not self.stale:
+            return
+        self.stale = False
+        try:
+            await self.read()
+        except StoreAway:
+            self.stale = True
+
+    async def read(self) -> None:
+        """Reads them and puts them in force. StoreAway."""
+        tenants = await self.store.records(TENANT)
+        policies = await self.store.records(POLICY)
+        drained = frozenset(await self.store.records(DRAINED))
+        self._tenants.set_stored(_tenants_in(tenants))
+        self._set_policy(policies.get(LIVE))
+        for worker_id in self._drained - drained:
+            if worker_id in self._fleet.members:
+                self._fleet.resume(worker_id)
+        self._drained = drained
+        self._drain_newcomers()
+
+    def _drain_newcomers(self) -> None:
+        for worker_id in self._drained & self._fleet.members.keys():
+            if self._fleet.members[worker_id].state is not State.DRAINING:
+                self._fleet.drain(worker_id)
+
+    def _set_policy(self, text: str | None) -> None:
+        if text == self._policy_text:
+            return
+        self._policy_text = text
+        if text is None:
+            self._policy.as_configured(self._lines())
+            return
+        try:
+            record = msgspec.json.decode(text, type=PolicyRecord)
+            self._policy.switch(record.policy, record.options, self._lines())
+        except (msgspec.ValidationError, ValueError) as error:
+            log.error("the store's policy is not used: %s", error)
+
+
+def _tenants_in(texts: dict[str, str]) -> dict[str, TenantRecord]:
+    records: dict[str, TenantRecord] = {}
+    for name, text in texts.items():
+        try:
+            records[name] = read_record(msgspec.json.decode(text))
+        except ValueError as error:
+            log.error("tenant %s of the store is not used: %s", name, error)
+    return records

@@ -1,0 +1,138 @@
+"""What outlives a request and may be shared with other gateways: tenants, limits, fairness, operators' changes."""
+
+import asyncio
+import ipaddress
+import logging
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from secrets import token_hex
+from typing import Any
+
+from server.dispatch import Lines
+from server.fleet import Fleet
+from server.ledger import Ledger
+from server.limits import ALONE, Gate
+from server.live_policy import LivePolicy
+from server.records import Records
+from server.redis_store import RedisStore
+from server.registry import Registry
+from server.replicas import Replicas
+from server.settings import Settings
+from server.store import MemoryStore, Store
+from server.tenants import TenantFile, Tenants
+
+log = logging.getLogger("evenhand.shared")
+
+FOLLOW_S = 0.25
+REGISTRY_S = 1.0
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class Shared:
+    """The shared state of one gateway. Without a Redis it is the state of this process alone, and ends with it."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        fleet: Fleet,
+        lines: Lines,
+        policy: LivePolicy,
+        *,
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+    ) -> None:
+        """ValueError for a tenant file or an address that cannot be, and for an open gateway that others can reach."""
+        self._redis = settings.redis_url is not None
+        if not (self._redis or settings.tenants or settings.allow_open or is_loopback(settings.host)):
+            raise ValueError(
+                f"without tenants anybody who reaches {settings.host} could use this gateway: give --tenants FILE, "
+                "listen on 127.0.0.1, or say --allow-open if that is what you want"
+            )
+        self._may_be_open = settings.allow_open or is_loopback(settings.host)
+        self.tenants = Tenants(wall, open=self._may_be_open, learned=not self._redis)
+        self.file = TenantFile(settings.tenants, self.tenants) if settings.tenants is not None else None
+        self.store: Store = _store(settings, clock)
+        name = f"{settings.replica or socket.gethostname()}-{token_hex(4)}"
+        self.replicas = Replicas(name, self.store, clock=clock, sync_s=settings.sync_s)
+        ring = self.replicas if self._redis else ALONE
+        self.gate = Gate(name, self.tenants.named, clock=clock, wall=wall, ring=ring)
+        self.replicas.parts = [self.gate, Ledger(lambda: lines.by_model, clock)]
+        self.replicas.kept = [self.gate]
+        self.records = Records(self.store, self.tenants, policy, fleet, lambda: lines.by_model.values())
+        self.replicas.on_records.append(self.records.are_stale)
+        self._registry = Registry(self.store, fleet, clock)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Keeps everything fresh while the block runs. What the store has is known before it begins, if it answers."""
+        if self._redis:
+            await self.replicas.exchange()
+        await self.records.follow()
+        if self.tenants.open and self.tenants.learned:
+            log.warning("no tenant is configured: this gateway is OPEN, whoever reaches it may use it without a key")
+        tasks = [asyncio.create_task(self._follow(), name="follow shared state")]
+        if self._redis:
+            tasks.append(asyncio.create_task(self.replicas.run(), name="exchange with replicas"))
+            tasks.append(asyncio.create_task(self._follow_registry(), name="follow worker registry"))
+        for task in tasks:
+            task.add_done_callback(_report)
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            if self._redis:
+                await self.replicas.exchange()  # what was used last is told, too
+            await self.store.close()
+
+    async def _follow(self) -> None:
+        while True:
+            if self.file is not None:
+                self.file.look()
+            await self.records.follow()
+            await asyncio.sleep(FOLLOW_S)
+
+    async def _follow_registry(self) -> None:
+        while True:
+            await self._registry.follow()
+            await asyncio.sleep(REGISTRY_S)
+
+    def store_state(self) -> tuple[bool, int]:
+        """Whether the store answers, and how many gateways share it."""
+        return (self.replicas.up, self.replicas.count) if self._redis else (True, 1)
+
+    def notes(self) -> dict[str, Any]:
+        """What /ready says: a gateway whose store is away or whose tenant file is broken serves on what it knows."""
+        notes: dict[str, Any] = {}
+        if self._redis:
+            notes["store"] = {
+                "up": self.replicas.up,
+                "replicas": self.replicas.count,
+                **({} if self.replicas.up else {"problem": self.replicas.problem}),
+            }
+        if self.file is not None and self.file.problem:
+            notes["tenants"] = {"problem": self.file.problem}
+        return notes
+
+
+def _store(settings: Settings, clock: Callable[[], float]) -> Store:
+    if settings.redis_url is None:
+        return MemoryStore(clock)
+    try:
+        return RedisStore(settings.redis_url.get_secret_value())
+    except ValueError:
+        raise ValueError("the Redis address is none: write it as redis://HOST:PORT/0, or rediss:// for TLS") from None
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.critical("the task %r has ended; restart this gateway", task.get_name(), exc_info=error)
