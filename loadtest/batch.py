@@ -84,6 +84,8 @@ class ContinuousBatch:
 
         transferred: a prefill worker has computed its prompt. blocks: hashes of its prompt's blocks.
         """
+        if job.prompt_tokens < 1:
+            raise ValueError("A prompt has at least one token.")
         if job.prompt_tokens + 1 > self.cost.kv_capacity_tokens:
             raise ValueError(f"A prompt of {job.prompt_tokens} tokens exceeds the KV capacity.")
         if transferred:

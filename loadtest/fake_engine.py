@@ -284,11 +284,11 @@ class FakeEngine:
         max_tokens = room_tokens if ask.max_tokens is None else ask.max_tokens
         job = Job(
             id=f"{answer.wire.request_id}-{index}-{uuid.uuid4().hex[:8]}",
-            tenant=str(ask.extra.get("evenhand_tenant", "default")),
+            tenant=ask.tenant,
             prompt_tokens=len(prompt),
             arrived_at=now,
             max_tokens=max_tokens,
-            weight=float(ask.extra.get("evenhand_weight", 1.0)),
+            weight=ask.number("evenhand_weight") or 1.0,
         )
         salt = sample + (0x5EED if self.faults.wrong_answers else 0)
         said = hash_model.continuation(prompt, mean_tokens=self.setup.mean_answer_tokens, salt=salt)
@@ -298,10 +298,9 @@ class FakeEngine:
         return choice
 
     def _learn_service(self, ask: Ask, now: float) -> None:
-        tenant, service = ask.extra.get("evenhand_tenant"), ask.extra.get("evenhand_service")
-        if tenant is not None and service is not None:
-            weight = float(ask.extra.get("evenhand_weight", 1.0))
-            self.batch.lanes.told(str(tenant), float(service), weight, now)
+        service = ask.number("evenhand_service")
+        if service is not None:
+            self.batch.lanes.told(ask.tenant, service, ask.number("evenhand_weight") or 1.0, now)
 
     def _abort(self, answer: Answer) -> None:
         for choice in answer.choices:

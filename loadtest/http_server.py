@@ -4,11 +4,14 @@ Starlette costs more per chunk than the engine that is imitated on top of it may
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import cast
 
 import httptools
+
+log = logging.getLogger("loadtest.http_server")
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _MAX_BODY_BYTES = 64 << 20
@@ -55,9 +58,10 @@ class Exchange(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self.fail(HTTPStatus.BAD_REQUEST)
-        except httptools.HttpParserError:
+        except httptools.HttpParserCallbackError:
+            log.exception("A request broke the server that answers it")
+            self.fail(HTTPStatus.INTERNAL_SERVER_ERROR)
+        except (httptools.HttpParserUpgrade, httptools.HttpParserError):
             self.fail(HTTPStatus.BAD_REQUEST)
 
     # httptools callbacks

@@ -1,7 +1,7 @@
 """OpenAI's Responses API, as vLLM serves it, over the fake engine's answers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import orjson
 
@@ -21,7 +21,8 @@ def ask_responses(body: Json, max_model_tokens: int) -> Ask:
     known: Json = {name: body[name] for name in ("vllm_xargs", "kv_transfer_params") if name in body}
     if body.get("max_output_tokens") is not None:
         known["max_tokens"] = body["max_output_tokens"]
-    return ask_chat(known | {"messages": turns, "stream": body.get("stream", False)}, max_model_tokens)
+    ask = ask_chat(known | {"messages": turns, "stream": body.get("stream", False)}, max_model_tokens)
+    return ask if ask.max_tokens is not None else replace(ask, max_tokens=max_model_tokens - ask.prompt_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class ResponsesWire:
         status = "incomplete" if said.finish == "length" else "completed"
         usage = {
             "input_tokens": self.ask.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": 0},
+            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
             "output_tokens": len(said.ids),
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": self.ask.prompt_tokens + len(said.ids),
@@ -102,16 +103,18 @@ class ResponsesWire:
             "created_at": self.created,
             "status": status,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
-            "error": None,
+            "background": False,
             "instructions": None,
             "metadata": None,
             "model": self.model,
             "output": output,
             "parallel_tool_calls": True,
+            "service_tier": "auto",
             "temperature": 0.0,
             "tool_choice": "auto",
             "tools": [],
             "top_p": 1.0,
+            "truncation": "disabled",
             "max_output_tokens": self.ask.max_tokens,
             "usage": usage,
         }

@@ -57,6 +57,20 @@ class Ask:
     transfer: Mapping[str, Any] | None = None
 
     @property
+    def tenant(self) -> str:
+        return str(self.extra.get("evenhand_tenant", "default"))
+
+    def number(self, name: str) -> float | None:
+        """A number of `vllm_xargs`, None if it is not there."""
+        value = self.extra.get(name)
+        if value is None:
+            return None
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise _invalid("vllm_xargs", f"{name} should be a number") from None
+
+    @property
     def prompt_tokens(self) -> int:
         return sum(len(prompt) for prompt in self.prompts)
 
@@ -139,7 +153,7 @@ def _turn(message: object) -> tuple[str, str]:
 
 def _ask(body: Json, *, chat: bool, prompts: list[list[int]], prompt_text: str, max_tokens: object, role: str) -> Ask:
     stream = bool(body.get("stream", False))
-    options = body.get("stream_options") or {}
+    options = _mapping(body.get("stream_options"), "stream_options")
     if options and not stream:
         raise _invalid("stream_options", "Stream options can only be defined when `stream=True`.")
     include_usage = bool(options.get("include_usage", False))
@@ -183,6 +197,8 @@ def _count(value: object, param: str, *, least: int) -> int:
 
 def _checked(ask: Ask, max_model_tokens: int) -> Ask:
     longest = max(len(prompt) for prompt in ask.prompts)
+    if not all(ask.prompts):
+        raise Refused(400, "BadRequestError", "The decoder prompt cannot be empty")
     limit = f"This model's maximum context length is {max_model_tokens} tokens. However, "
     if ask.max_tokens is not None and longest + ask.max_tokens > max_model_tokens:
         message = (

@@ -137,6 +137,9 @@ async def test_token_ids_come_with_every_chunk_and_the_prompts_with_the_first(cl
         ("/v1/completions", {"prompt": [5] * 9000}, 400, "BadRequestError"),
         ("/v1/completions", {"prompt": "a", "max_tokens": "many"}, 400, "Bad Request"),
         ("/v1/completions", {"prompt": [99_999_999]}, 400, "BadRequestError"),
+        ("/v1/completions", {"prompt": ""}, 400, "BadRequestError"),
+        ("/v1/completions", {"prompt": "a", "stream": True, "stream_options": 3}, 400, "Bad Request"),
+        ("/v1/completions", {"prompt": "a", "vllm_xargs": {"evenhand_weight": "much"}}, 400, "Bad Request"),
         ("/v1/completions", {"prompt": "a", "stream_options": {"include_usage": True}}, 400, "Bad Request"),
         ("/v1/nothing", {}, 404, "Not Found"),
     ],
@@ -148,6 +151,17 @@ async def test_what_vllm_refuses_is_refused_in_its_words(
     assert answer.status_code == status
     error = answer.json()["error"]
     assert (error["type"], error["code"]) == (kind, status)
+
+
+async def test_it_listens_only_after_its_slow_start() -> None:
+    engine = FakeEngine(faults=Faults(start_delay_s=0.2))
+    starting = asyncio.create_task(engine.__aenter__())
+    await asyncio.sleep(0)
+    assert engine.port == 0
+    await starting
+    async with client_of(engine) as client:
+        assert (await client.get("/health")).status_code == 200
+    await engine.__aexit__(None, None, None)
 
 
 async def test_a_body_that_is_no_json_is_a_400(client: httpx2.AsyncClient) -> None:
