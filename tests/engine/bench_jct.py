@@ -3,7 +3,8 @@
 python -m tests.engine.bench_jct [--rounds 3] [-- vLLM engine arguments as name=value, for example block_size=128]
 
 Stock vLLM runs in one engine, our policies in another, switched live; each round runs every policy once. Shown are
-medians over rounds: mean job completion time of all, of the short and of the long, the span of the whole, preemptions.
+medians over rounds: mean job completion time of all, of the short and of the long, the span of the whole, the tokens
+that were computed (what exceeds FCFS is recomputation after preemptions), preemptions.
 """
 
 import argparse
@@ -36,6 +37,7 @@ def burst(running: LLMEngine, tag: str) -> dict[str, float]:
     for name, tokens, tenant, seed in work:
         running.add_request(name, prompt(seed, 24), greedy(tokens, extra_args={"evenhand_tenant": tenant}))
     took = {}
+    computed = sum(running.engine_core.engine_core.scheduler.computed)
     while running.has_unfinished_requests():
         for output in running.step():
             took[output.request_id] = time.monotonic() - begun
@@ -46,7 +48,22 @@ def burst(running: LLMEngine, tag: str) -> dict[str, float]:
         "short_s": statistics.mean(short),
         "long_s": statistics.mean(long),
         "span_s": max(short + long),
+        "tokens": sum(running.engine_core.engine_core.scheduler.computed) - computed,
     }
+
+
+def count_computed_tokens(running: LLMEngine) -> None:
+    """Notes the tokens of every step at the scheduler, stock or ours."""
+    scheduler = running.engine_core.engine_core.scheduler
+    scheduler.computed = []
+    schedule = scheduler.schedule
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        output = schedule(*args, **kwargs)
+        scheduler.computed.append(output.total_num_scheduled_tokens)
+        return output
+
+    scheduler.schedule = counted
 
 
 def measure(model: Path, policies: list[str], rounds: int, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -54,6 +71,7 @@ def measure(model: Path, policies: list[str], rounds: int, arguments: dict[str, 
     stock = policies == ["stock"]
     seen: dict[str, list[dict[str, float]]] = {policy: [] for policy in policies}
     with engine(model, None if stock else "fcfs", **arguments) as running:
+        count_computed_tokens(running)
         burst(running, "warm-up")
         for number in range(rounds):
             for policy in policies:
