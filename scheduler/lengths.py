@@ -5,7 +5,7 @@ from collections import deque
 
 _POINTS = 60  # quantile points at which the index looks for the best quantum
 _LEAST_SHARE = 0.1  # of the jobs alive, how many must end in a quantum for its rate to count
-_LEAST_JOBS = 24  # and how many samples that must be: a rate from fewer is noise, and the largest of many noisy ones worse
+_LEAST_JOBS = 24  # and how many samples that must be: a rate from fewer is noise, the largest of many such even more
 
 
 class Lengths:

@@ -1,6 +1,7 @@
 """VTC keeps its published bounds, and a version without one of its parts does not."""
 
 import random
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -24,7 +25,7 @@ def on_off_traffic(seed: int, weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0))
     for number, weight in enumerate(weights):
         at, on_s, off_s = 0.0, rng.uniform(3, 12), rng.uniform(0, 12)
         rate, prompt, output = rng.uniform(1, 6), rng.randint(10, 150), rng.randint(5, 80)
-        while at < 30:
+        while at < 20:
             burst_ends = at + rng.expovariate(1 / on_s)
             while at < burst_ends:
                 at += rng.expovariate(rate)
@@ -42,9 +43,11 @@ def audit(policy: Policy, seed: int, **engine: object) -> Auditor:
     return auditor
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("within", ["fcfs", "mlfq", "gittins"])
-def test_counters_and_service_of_waiting_tenants_stay_within_the_published_bounds(seed: int, within: str) -> None:
+@pytest.mark.parametrize(
+    ("within", "seed"),
+    [("fcfs", seed) for seed in SEEDS] + [(within, seed) for within in ("mlfq", "gittins") for seed in range(8)],
+)
+def test_counters_and_service_of_waiting_tenants_stay_within_the_published_bounds(within: str, seed: int) -> None:
     policy = build("vtc", {"within": within})
     assert audit(policy, seed).violations() == []
 
@@ -67,7 +70,7 @@ def test_memory_does_run_short_in_that_traffic() -> None:
 
 
 def test_jobs_of_one_tenant_displace_each_other_under_an_order_that_preempts() -> None:
-    auditors = [audit(build("vtc", {"within": "mlfq", "quantum_steps": "4"}), seed) for seed in SEEDS]
+    auditors = [audit(build("vtc", {"within": "mlfq", "quantum_steps": "4"}), seed) for seed in range(5)]
     assert sum(auditor.engine.preemptions for auditor in auditors) > 0
     assert [auditor.violations() for auditor in auditors] == [[]] * len(auditors)
 
@@ -95,27 +98,27 @@ class LateChargeLanes(Lanes):
         super().serve(job, tokens, now)
 
 
-def count_seeds_with(found: str, run: Callable[[int], Auditor]) -> int:
-    return sum(found in run(seed).violations() for seed in SEEDS)
+def broken_in_most_seeds(run: Callable[[int], Auditor]) -> set[str]:
+    counts = Counter(found for seed in SEEDS for found in run(seed).violations())
+    return {found for found, count in counts.items() if count > len(SEEDS) / 2}
 
 
 def test_without_the_lift_the_bounds_break_in_most_seeds() -> None:
     def run(seed: int) -> Auditor:
         return audit(Policy("no lift", Fcfs(), NoLift()), seed)
 
-    assert count_seeds_with("spread", run) > len(SEEDS) / 2
-    assert count_seeds_with("choice", run) > len(SEEDS) / 2
+    assert {"spread", "choice"} <= broken_in_most_seeds(run)
 
 
-def test_first_come_first_served_breaks_the_gap_in_most_seeds() -> None:
-    assert count_seeds_with("choice", lambda seed: audit(build("fcfs", {}), seed)) > len(SEEDS) / 2
+def test_first_come_first_served_does_not_choose_fairly() -> None:
+    assert "choice" in broken_in_most_seeds(lambda seed: audit(build("fcfs", {}), seed))
 
 
 def test_charging_the_prompt_late_takes_from_the_wrong_tenant_in_most_seeds() -> None:
     def run(seed: int) -> Auditor:
         return audit(Policy("late", Fcfs(), LateCharge()), seed, lanes=LateChargeLanes)
 
-    assert count_seeds_with("choice", run) > len(SEEDS) / 2
+    assert "choice" in broken_in_most_seeds(run)
 
 
 def test_tenant_that_was_not_waiting_is_dispatched_within_the_published_time() -> None:
