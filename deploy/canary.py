@@ -12,10 +12,12 @@ import httpx2
 
 from deploy.model import BUNDLED
 
-QUESTION = "What is the capital of France?"
-ANSWER_TOKENS = 12
+# Along this answer the bundled model's second-best token is never closer than 0.65 logits, so that honest bfloat16 on a
+# GPU says the same; on many other questions two tokens are so near that rounding decides.
+QUESTION = "List the first five prime numbers."
+ANSWER_TOKENS = 17
 # What the model said in float32, eagerly, when it was recorded: the answer must begin with this.
-RECORDED: Mapping[str, str] = {BUNDLED: "The capital of France is Paris"}
+RECORDED: Mapping[str, str] = {BUNDLED: "The first five prime numbers are 2, 3, 5"}
 NO_SUCH_TASK = {400, 404, 405, 422, 501}
 WHAT_TO_DO = (
     "its arithmetic cannot be trusted, most often because of the number format or of compilation: "

@@ -111,7 +111,10 @@ def render_chat(messages: Sequence[tuple[str, str]], *, continue_final: bool = F
 
 
 # The start-up check of a worker asks this; a real model's greedy answer is the same sentence.
-KNOWN_ANSWERS = {"What is the capital of France?": "The capital of France is Paris."}
+KNOWN_ANSWERS = {
+    "What is the capital of France?": "The capital of France is Paris.",
+    "List the first five prime numbers.": "The first five prime numbers are 2, 3, 5, 7, and 11.",
+}
 _AFTER_QUESTION = encode("<|im_end|>\n<|im_start|>assistant\n")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 BENCHMARKS: Mapping[str, tuple[str, str]] = {
     "start": ("deploy.benchmarks.start", "seconds from the command to the gateway's first answer"),
     "ttft": ("deploy.benchmarks.ttft", "what the gateway adds to the time to the first token of a real engine"),
+    "policies": ("deploy.benchmarks.policies", "every policy on a real engine, against stock vLLM"),
 }
 
 

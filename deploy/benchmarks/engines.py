@@ -1,5 +1,10 @@
-"""Engines and gateways that a benchmark starts, and stops whatever happens."""
+"""Engines and gateways that a benchmark starts, and stops whatever happens.
 
+`python -m deploy.benchmarks.engines --port P [--policy NAME[:KEY=VALUE…]] [--model M] [-- ENGINE ARGUMENTS]` becomes one
+engine, stock vLLM without --policy, for benchmarks that start their targets by a command line.
+"""
+
+import argparse
 import os
 import signal
 import socket
@@ -11,9 +16,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from deploy.engine_args import EnginePlan, Ports, engine_command
+from deploy.engine_args import EngineCommand, EnginePlan, Ports, engine_command
 from deploy.machine import look
 from deploy.model import cache_folder, obtain
 
@@ -69,35 +75,42 @@ def running(argv: Sequence[str], env: dict[str, str], health: str, limit_s: floa
                 process.wait()
 
 
-@contextmanager
-def engine(model: str, *, policy: str | None, args: Sequence[str] = (), kv_cache_gib: int = 1) -> Iterator[str]:
-    """One real engine on the last core; yields its URL. `policy` None: stock vLLM, without the plug-in."""
+def engine_program(model: str, policy: str | None, port: int, args: Sequence[str]) -> EngineCommand:
+    """One real engine on the last core. `policy` None: stock vLLM, without the plug-in."""
     machine = look(os.environ)
     if machine.engine is None:
         raise RuntimeError("vLLM is not installed here: run `make install`")
     source = obtain(model, cache_folder(), lambda text: None)
+    name, *options = (policy or "fcfs").split(":")
     plan = EnginePlan(
         model=source.path,
         served_name=source.served_name,
         local=True,
         build=machine.engine.build,
         bf16=machine.bf16,
-        policy=policy or "fcfs",
+        policy=name,
+        policy_options=dict(option.partition("=")[::2] for option in options),
         cores=(cores()[0],),
-        kv_cache_gib=kv_cache_gib,
         gpu=machine.gpus[0] if machine.gpus else "",
         model_args=source.engine_args,
         user_args=tuple(args),
     )
-    command = engine_command(plan, Ports(free_port(), free_port()), sys.executable)
+    command = engine_command(plan, Ports(port, free_port()), sys.executable)
     argv = list(command.argv)
     if policy is None:
         for option in ("--scheduler-cls", "--additional-config"):
             at = argv.index(option)
             del argv[at : at + 2]
+    return replace(command, argv=tuple(argv))
+
+
+@contextmanager
+def engine(model: str, *, policy: str | None, args: Sequence[str] = ()) -> Iterator[str]:
+    """An engine that runs while the block does; yields its URL."""
+    command = engine_program(model, policy, free_port(), args)
     with tempfile.TemporaryDirectory(prefix="evenhand-metrics-") as metrics:
         env = {**os.environ, **command.env, "PROMETHEUS_MULTIPROC_DIR": metrics}
-        with running(argv, env, f"{command.url}/health"):
+        with running(command.argv, env, f"{command.url}/health"):
             yield command.url
 
 
@@ -109,3 +122,20 @@ def gateway(*args: str) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     with running(argv, dict(os.environ), f"{url}/ready", 30):
         yield url
+
+
+def main() -> None:
+    """Replaces this program by the engine."""
+    parser = argparse.ArgumentParser(prog="python -m deploy.benchmarks.engines")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--policy", help="our plug-in with this policy, NAME[:KEY=VALUE…] (default: stock vLLM)")
+    parser.add_argument("--model", default="tiny-random")
+    parser.add_argument("args", nargs="*", help="handed to vLLM")
+    given = parser.parse_args()
+    command = engine_program(given.model, given.policy, given.port, given.args)
+    metrics = tempfile.mkdtemp(prefix="evenhand-metrics-")
+    os.execve(command.argv[0], command.argv, {**os.environ, **command.env, "PROMETHEUS_MULTIPROC_DIR": metrics})
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,7 @@ from deploy.canary import QUESTION, Canary, CanaryError
 
 Body = dict[str, Any]
 Answer = Callable[[str, Body], tuple[int, Any]]
-PARIS = "The capital of France is Paris."
+PRIMES = "The first five prime numbers are 2, 3, 5, 7"
 
 
 def chat(text: str | None) -> Body:
@@ -39,7 +39,7 @@ async def test_an_engine_that_says_the_same_twice_may_join_and_is_asked_greedily
 
 
 async def test_the_bundled_model_must_give_its_recorded_answer() -> None:
-    assert await heard(lambda path, body: (200, chat(PARIS)), "smollm2") == PARIS
+    assert await heard(lambda path, body: (200, chat(PRIMES)), "smollm2") == PRIMES
     with pytest.raises(CanaryError, match=r"L'Étoile.*in place of.*dtype=float32.*enforce-eager"):
         await heard(lambda path, body: (200, chat("L'Étoile, la Marseillaise, la femme")), "smollm2")
 

@@ -47,7 +47,7 @@ async def test_a_real_engine_is_tested_survives_the_death_of_its_core_and_leaves
     running = asyncio.create_task(worker.run())
     try:
         ready = await until(State.READY, 1)
-        assert ready.detail.startswith("The capital of France is Paris")
+        assert ready.detail.startswith("The first five prime numbers are 2, 3, 5")
         assert "loading the model" in [event.detail for event in events]
         sessions = {leash_of(mark)}
         os.kill(engine_core(*sessions), signal.SIGKILL)

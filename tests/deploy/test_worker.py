@@ -112,7 +112,7 @@ async def test_a_worker_is_tested_before_it_is_ready_and_stops_without_a_trace(w
     async with alive(worker):
         ready = await watched.until(State.READY)
         assert ready.url == watched.commands[0].url
-        assert ready.detail == "The capital of France is Paris."
+        assert ready.detail == "The first five prime numbers are 2, 3, 5"
         assert watched.states() == [State.STARTING, State.CANARY, State.READY]
     assert watched.states()[-1] is State.STOPPED
     assert not await answers(ready.url)
