@@ -38,6 +38,7 @@ _STATUS = {
     code: b"HTTP/1.1 %d %b\r\n" % (code, http.HTTPStatus(code).phrase.encode()) for code in map(int, http.HTTPStatus)
 }
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_COMMENT = b":\n\n"
 _KNOCKS_S = (0.25, 1.0, 4.0, 16.0)  # pauses between the signs of life that a half-closed connection gets
 
 
@@ -269,11 +270,15 @@ class Edge(HttpToolsProtocol):
         return True
 
     def _knock(self, count: int) -> None:
+        """Writes what means nothing. A client that is gone answers with a reset, which the next write meets."""
         self.deadline = None
         exchange = self.current
-        if self.transport.is_closing() or not isinstance(exchange, Exchange) or exchange.begun:
-            return  # what is streamed is knocking enough
-        self.transport.write(_CONTINUE)  # a client that is gone answers with a reset, which the next write meets
+        if not isinstance(exchange, Exchange) or exchange.response_complete or self.transport.is_closing():
+            return
+        if not exchange.begun:
+            self.transport.write(_CONTINUE)
+        elif exchange.events:
+            exchange.write(_COMMENT)
         if count < len(_KNOCKS_S):
             self.deadline = self.loop.call_later(_KNOCKS_S[count], self._knock, count + 1)
 

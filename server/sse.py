@@ -8,8 +8,6 @@ _PROMPT = re.compile(rb'"(?:prompt_tokens|input_tokens)"\s*:\s*(\d{1,15})')
 _OUTPUT = re.compile(rb'"(?:completion_tokens|output_tokens)"\s*:\s*(\d{1,15})')
 _CACHED = re.compile(rb'"(?:cached_tokens|cache_read_input_tokens)"\s*:\s*(\d{1,15})')
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
-_FIELDS = (_PROMPT, _OUTPUT, _CACHED)
-
 USAGE_BYTES = 1024  # a usage object with all its details is shorter
 
 
@@ -22,18 +20,22 @@ class Usage(NamedTuple):
 
 
 def usage_in(data: bytes) -> Usage | None:
-    """What the last usage object in `data` tells, None without one.
+    """What the usage objects in `data` tell, the later before the earlier; None if they tell nothing.
 
     A quote inside a JSON string is escaped, so the key cannot be forged by what a model says.
     """
-    start = -1
-    for match in _USAGE.finditer(data):
-        start = match.start()
-    if start < 0:
-        return None
-    told = data[start : start + USAGE_BYTES]
-    usage = Usage(*(int(found.group(1)) if (found := field.search(told)) else None for field in _FIELDS))
-    return None if usage.prompt_tokens is None and usage.output_tokens is None else usage
+    prompt, output, cached = None, None, None
+    for found in _USAGE.finditer(data):
+        told = data[found.start() : found.start() + USAGE_BYTES]
+        prompt = _number(_PROMPT, told, prompt)
+        output = _number(_OUTPUT, told, output)
+        cached = _number(_CACHED, told, cached)
+    return None if prompt is None and output is None else Usage(prompt, output, cached)
+
+
+def _number(field: re.Pattern[bytes], told: bytes, before: int | None) -> int | None:
+    match = field.search(told)
+    return before if match is None else int(match.group(1))
 
 
 def is_usage_only(event: bytes) -> bool:

@@ -64,7 +64,7 @@ class Reply:
     def events(self) -> list[Any]:
         """The data of each event, parsed; the closing [DONE] as text."""
         assert self.body.endswith(b"\n\n")
-        datas = [event.partition(b"data: ")[2] for event in self.body.split(b"\n\n") if event]
+        datas = [event.partition(b"data: ")[2] for event in self.body.split(b"\n\n") if event.strip(b":")]
         return ["[DONE]" if data == b"[DONE]" else json.loads(data) for data in datas]
 
     @property

@@ -1,0 +1,414 @@
+"""The story of a request as clients live it: each relayed route, each way to fail, and what the engine is asked."""
+
+import asyncio
+import json
+import time
+
+import httpx2
+import pytest
+
+from loadtest.fake_engine import FakeEngine
+from loadtest.faults import Faults
+from tests.server.conftest import (
+    SLOW,
+    ScriptedEngine,
+    Wire,
+    chat,
+    completion,
+    eventually,
+    over_fake,
+    over_script,
+    plain,
+    request,
+    says,
+    serving,
+    streamed,
+)
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+LONG = {"max_tokens": 2000, "ignore_eos": True}
+
+
+async def direct(engine: FakeEngine, path: str, body: object) -> bytes:
+    """What the engine itself answers."""
+    wire = Wire(*await asyncio.open_connection("127.0.0.1", engine.port))
+    await wire.send(request(path, body, headers={"x-request-id": "same"}))
+    reply = await wire.answer()
+    await wire.close()
+    return reply.body
+
+
+@pytest.mark.parametrize(
+    "path, body", [(CHAT, chat()), (TEXT, completion()), (TEXT, completion(prompt=[1, 2, 3], n=2))]
+)
+async def test_an_answer_is_the_engines_own_byte_for_byte(path: str, body: object) -> None:
+    async with over_fake() as (gateway, engine):
+        reply = await gateway.ask(path, body, headers={"x-request-id": "same"})
+        assert reply.status == 200 and reply.headers["content-type"] == "application/json"
+        own = await direct(engine, path, body)
+        assert reply.json() | {"created": 0} == json.loads(own) | {"created": 0}
+        assert len(reply.body) == len(own)
+
+
+@pytest.mark.parametrize("path, body", [(CHAT, chat()), (CHAT, chat(n=2)), (TEXT, completion())])
+async def test_usage_is_always_asked_for_and_shown_only_to_whom_asked(path: str, body: dict[str, object]) -> None:
+    async with over_fake() as (gateway, engine):
+        quiet = await gateway.ask(path, body | {"stream": True})
+        assert engine.seen[-1].body["stream_options"]["include_usage"] is True
+        assert not any("usage" in event for event in quiet.events)
+        never = await gateway.ask(path, body | {"stream": True, "stream_options": {"include_usage": False}})
+        assert engine.seen[-1].body["stream_options"]["include_usage"] is True
+        assert not any("usage" in event for event in never.events)
+        told = await gateway.ask(path, body | {"stream": True, "stream_options": {"include_usage": True}})
+        assert told.events[-2]["usage"]["completion_tokens"] > 0 and told.events[-2]["choices"] == []
+        assert len(told.events) == len(quiet.events) + 1 == len(never.events) + 1
+        assert told.text == quiet.text == never.text != ""
+
+
+async def test_fields_that_nobody_here_knows_reach_the_engine_byte_for_byte() -> None:
+    body = (
+        b'{ "model":"fake","messages":[{"role":"user","content":"\\u00e9 \xc3\xa9"}], "temperature":0.70,'
+        b'"x_big":123456789012345678901234567890, "x_exp":1E-7,"x":{"stream_options":1,"b":[ 1,2 ]}, "max_tokens" :4}\n'
+    )
+    async with over_script(says(plain(b'{"ok":1}'))) as (gateway, engine):
+        assert (await gateway.ask(CHAT, body)).status == 200
+        assert engine.asked[-1].body == body
+        assert engine.asked[-1].headers["content-type"] == "application/json"
+
+
+async def test_a_stream_keeps_the_bytes_of_its_other_fields() -> None:
+    async with over_script(says(streamed(b"data: [DONE]\n\n"))) as (gateway, engine):
+        for options in (b"", b'"stream_options":{"include_usage":false,"x":[ 1 ]}, ', b'"stream_options":null, '):
+            body = b'{"big":123456789012345678901234567890, ' + options + b'"model":"fake","t":1.0, "stream":true}'
+            assert (await gateway.ask(CHAT, body)).status == 200
+            got = engine.asked[-1].body
+            assert json.loads(got)["stream_options"]["include_usage"] is True
+            assert b"123456789012345678901234567890" in got and b"1.0" in got
+            assert got.count(b'"stream_options"') == 1
+            if b"[ 1 ]" in options:
+                assert b"[ 1 ]" in got
+
+
+RESPONSES_EVENTS = [
+    b'event: response.created\ndata: {"type":"response.created","response":{"id":"r","usage":null}}\n\n',
+    *[
+        b'event: response.output_text.delta\ndata: {"type":"response.output_text.delta","delta":"%d"}\n\n' % number
+        for number in range(3)
+    ],
+    b'event: response.completed\ndata: {"type":"response.completed","response":{"usage":{"input_tokens":7,'
+    b'"input_tokens_details":{"cached_tokens":2},"output_tokens":4}}}\n\n',
+]
+MESSAGES_EVENTS = [
+    b'event: message_start\ndata: {"message":{"usage":{"input_tokens":9,"output_tokens":0}}}\n\n',
+    b'event: content_block_start\ndata: {"type":"content_block_start"}\n\n',
+    *[b'event: content_block_delta\ndata: {"type":"content_block_delta"}\n\n' for _ in range(3)],
+    b'event: message_delta\ndata: {"type":"message_delta","usage":{"output_tokens":5}}\n\n',
+    b'event: message_stop\ndata: {"type":"message_stop"}\n\n',
+]
+
+
+@pytest.mark.parametrize(
+    "path, body, events, tokens",
+    [
+        ("/v1/responses", {"model": "fake", "input": "hi"}, RESPONSES_EVENTS, (7, 4)),
+        ("/v1/messages", {"model": "fake", "messages": [], "max_tokens": 9}, MESSAGES_EVENTS, (9, 5)),
+    ],
+)
+async def test_other_dialects_stream_untouched_and_are_counted(
+    path: str, body: dict[str, object], events: list[bytes], tokens: tuple[int, int]
+) -> None:
+    async with over_script(says(streamed(*events))) as (gateway, engine):
+        reply = await gateway.ask(path, body | {"stream": True})
+        assert reply.body == b"".join(events)
+        assert json.loads(engine.asked[-1].body) == body | {"stream": True}
+        metrics = await gateway.metrics()
+        assert metrics["evenhand_tokens_total", (("kind", "prompt"),)] == tokens[0]
+        assert metrics["evenhand_tokens_total", (("kind", "completion"),)] == tokens[1]
+
+
+async def test_embeddings_and_tokenize_are_relayed_even_if_they_ask_to_stream() -> None:
+    answer = b'{"data":[],"usage":{"prompt_tokens":5,"total_tokens":5}}'
+    async with over_script(says(plain(answer))) as (gateway, _):
+        for stream in (False, True):
+            reply = await gateway.ask("/v1/embeddings", {"model": "fake", "input": ["a", "b"], "stream": stream})
+            assert reply.status == 200 and reply.body == answer
+    async with over_fake() as (gateway, _):
+        for stream in (False, True):
+            reply = await gateway.ask("/tokenize", {"model": "fake", "prompt": "Hello there", "stream": stream})
+            assert reply.json()["count"] > 0
+
+
+async def test_tokenize_waits_for_no_place() -> None:
+    async with over_fake(SLOW, slots=1, admission={"ahead": 0, "max_waiting": 0}) as (gateway, engine):
+        await gateway.send(request(CHAT, chat(**LONG)))
+        await eventually(lambda: engine.running)
+        assert (await gateway.ask("/tokenize", {"model": "fake", "prompt": "x"})).status == 200
+
+
+BAD_BODIES: list[tuple[bytes, str]] = [
+    (b"", "invalid_json"),
+    (b"{", "invalid_json"),
+    (b"\x00", "invalid_json"),
+    (b'{"model":"fake"}{}', "invalid_json"),
+    (b'{"model":"a\x00b"}', "invalid_json"),
+    (b'{"model":"\\ud800"}', "invalid_json"),
+    (b'{"model":"\xff"}', "invalid_json"),
+    (b'{"model":"fake","x":NaN}', "invalid_json"),
+    (b'{"model":"fake","x":' + b"[" * 200_000 + b"]" * 200_000 + b"}", "invalid_json"),
+    (b'{"model":"fake","\xff":1,"stream":true,"stream_options":{}}', "invalid_json"),
+    (b"[]", ""),
+    (b"null", ""),
+    (b"{}", ""),
+    (b'{"model":""}', ""),
+    (b'{"model":7}', ""),
+    (b'{"model":"fake","stream":"yes"}', ""),
+    (b'{"model":"fake","n":0}', ""),
+    (b'{"model":"fake","n":1000000}', ""),
+    (b'{"model":"fake","n":true}', ""),
+    (b'{"model":"fake","max_tokens":-1}', ""),
+    (b'{"model":"fake","max_tokens":1e999}', ""),
+    (b'{"model":"fake","max_tokens":' + b"9" * 10_000 + b"}", ""),
+    (b'{"model":"fake","max_completion_tokens":99999999999999999999999}', ""),
+    (b'{"model":"fake","stream_options":[]}', ""),
+]
+
+
+async def test_a_wrong_body_is_400_and_says_what_is_wrong() -> None:
+    async with over_fake() as (gateway, engine):
+        wire = await gateway.connect()
+        for body, code in BAD_BODIES:
+            await wire.send(request(CHAT, body))
+            reply = await wire.answer()
+            assert reply.status == 400, body[:80]
+            assert reply.error["type"] == "invalid_request_error"
+            assert not code or reply.error["code"] == code, body[:80]
+        assert not engine.seen
+
+
+async def test_steering_fields_are_refused_however_they_are_spelt() -> None:
+    async with over_fake() as (gateway, engine):
+        for field in ("kv_transfer_params", "priority", "cache_salt", "vllm_xargs", "request_id"):
+            for path, body in ((CHAT, chat()), (TEXT, completion())):
+                reply = await gateway.ask(path, body | {field: {"a": 1}})
+                assert reply.status == 400
+                assert reply.error["code"] == "field_not_allowed" and reply.error["param"] == field
+        reply = await gateway.ask(CHAT, b'{"model":"fake","messages":[],"priorit\\u0079":1}')
+        assert reply.status == 400 and reply.error["param"] == "priority"
+        assert not engine.seen
+        assert (await gateway.ask(CHAT, chat(priority=None))).status == 200
+
+
+async def test_an_unknown_model_is_404_and_the_answer_stays_short() -> None:
+    async with over_fake() as (gateway, _):
+        reply = await gateway.ask(CHAT, chat(model="no" * 100_000))
+        assert reply.status == 404 and reply.error["code"] == "model_not_found" and reply.error["param"] == "model"
+        assert "fake" in reply.error["message"] and len(reply.body) < 1000
+
+
+async def test_a_prompt_too_long_is_the_engines_400_with_openais_code() -> None:
+    async with over_fake() as (gateway, _):
+        reply = await gateway.ask(CHAT, chat(messages=[{"role": "user", "content": "word " * 20_000}]))
+        assert reply.status == 400 and reply.error["code"] == "context_length_exceeded"
+
+
+async def test_anthropics_dialect_has_its_own_error_shape() -> None:
+    async with over_fake() as (gateway, _):
+        reply = await gateway.ask("/v1/messages", {"model": "other", "messages": []})
+        assert reply.status == 404
+        assert reply.json()["type"] == "error" and reply.json()["error"]["type"] == "invalid_request_error"
+
+
+async def test_an_engine_that_refuses_connections_is_502_and_then_nobody_is_there() -> None:
+    async with over_fake(probe_s=30.0) as (gateway, engine):
+        engine.die()
+        reply = await gateway.ask(CHAT, chat())
+        assert reply.status == 502 and reply.error["code"] == "engine_gone"
+        reply = await gateway.ask(CHAT, chat())
+        assert reply.status == 503 and reply.error["code"] == "no_worker"
+        assert int(reply.headers["retry-after"]) >= 1
+        await engine.listen()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_engine_that_dies_before_its_first_byte_is_502(stream: bool) -> None:
+    async with over_fake() as (gateway, engine):
+        engine.faults = Faults(die_after_tokens=0)
+        reply = await gateway.ask(CHAT, chat(stream=stream))
+        assert reply.status == 502 and reply.error["code"] == "engine_gone"
+
+
+@pytest.mark.parametrize("fault", [Faults(die_after_tokens=3), Faults(cut_after_tokens=3)])
+async def test_an_engine_that_dies_in_a_stream_ends_it_with_an_error_event(fault: Faults) -> None:
+    async with over_fake(SLOW) as (gateway, engine):
+        engine.faults = fault
+        reply = await gateway.ask(CHAT, chat(stream=True, ignore_eos=True))
+        assert reply.status == 200
+        *said, error, done = reply.events
+        assert done == "[DONE]" and error["error"]["code"] == "engine_gone"
+        assert len(said) == 4
+
+
+@pytest.mark.parametrize("framing", [b"content-length: 100", b"transfer-encoding: chunked"])
+async def test_an_engine_that_dies_in_a_whole_answer_cuts_the_connection(framing: bytes) -> None:
+    half = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n" + framing + b"\r\n\r\n"
+    half += b'{"id":' if b"length" in framing else b'6\r\n{"id":\r\n'
+
+    async def cut(writer: asyncio.StreamWriter) -> None:
+        writer.write(half)
+        await writer.drain()
+        writer.close()
+
+    async with over_script(cut) as (gateway, _):
+        wire = await gateway.send(request(CHAT, chat()))
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+            await wire.answer()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "said, status",
+    [
+        (plain(b'{"error":{"message":"no","type":"X","code":500}}', status="500 Internal Server Error"), 500),
+        (plain(b"<html>sorry</html>", status="500 Internal Server Error"), 500),
+        (plain(b'{"detail":"busy"}', status="503 Service Unavailable"), 503),
+        (plain(b"", status="302 Found"), 502),
+        (b"garbage that is no HTTP at all\r\n\r\n", 502),
+        (b"\x00\x01\x02", 502),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\nxx", 502),
+        (b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n", 502),
+    ],
+)
+async def test_an_engines_failure_becomes_an_error_object(said: bytes, status: int, stream: bool) -> None:
+    async def say_and_close(writer: asyncio.StreamWriter) -> None:
+        writer.write(said)
+        await writer.drain()
+        writer.close()
+
+    async with over_script(say_and_close) as (gateway, _):
+        reply = await gateway.ask(CHAT, chat(stream=stream))
+        assert reply.status == status
+        assert reply.error["type"]
+
+
+async def test_an_answer_that_ends_with_its_connection_is_whole() -> None:
+    async def until_close(writer: asyncio.StreamWriter) -> None:
+        writer.write(b'HTTP/1.0 200 OK\r\ncontent-type: application/json\r\n\r\n{"usage":{"prompt_tokens":3}}')
+        await writer.drain()
+        writer.close()
+
+    async with over_script(until_close) as (gateway, _):
+        assert (await gateway.ask(CHAT, chat())).json() == {"usage": {"prompt_tokens": 3}}
+
+
+async def test_no_worker_at_all_is_503_with_retry_after() -> None:
+    async with serving() as gateway:
+        reply = await gateway.ask(CHAT, chat())
+        assert reply.status == 503 and reply.error["code"] == "no_worker"
+        assert 1 <= int(reply.headers["retry-after"]) <= 60
+
+
+async def test_a_full_line_is_429_with_a_plausible_retry_after() -> None:
+    async with over_fake(SLOW, slots=1, admission={"ahead": 0, "max_waiting": 2}) as (gateway, engine):
+        for _ in range(10):
+            assert (await gateway.ask(CHAT, chat())).status == 200  # about 0.2 s each: the line learns its pace
+        wires = [await gateway.send(request(CHAT, chat(stream=True, **LONG)))]
+        await eventually(lambda: engine.running == 1)
+        wires += [await gateway.send(request(CHAT, chat())) for _ in range(2)]
+        await eventually(lambda: gateway.waiting == 2)
+        reply = await gateway.ask(CHAT, chat())
+        assert reply.status == 429 and reply.error["code"] == "overloaded"
+        assert 1 <= int(reply.headers["retry-after"]) <= 10
+        await wires[0].close()
+        for wire in wires[1:]:
+            assert (await wire.answer()).status == 200
+
+
+async def test_who_waits_too_long_is_told() -> None:
+    async with over_fake(SLOW, slots=1, admission={"ahead": 0, "queue_timeout_s": 0.3}) as (gateway, engine):
+        first = await gateway.send(request(CHAT, chat(stream=True, **LONG)))
+        await first.head()
+        reply = await gateway.ask(CHAT, chat())
+        assert reply.status == 429 and int(reply.headers["retry-after"]) >= 1
+        assert gateway.waiting == 0 and len(engine.seen) == 1
+
+
+async def test_a_stalled_engine_does_not_keep_the_client_from_leaving() -> None:
+    async with over_fake(SLOW) as (gateway, engine):
+        engine.faults = Faults(stall_after_tokens=2)
+        for stream in (True, False):
+            wire = await gateway.send(request(CHAT, chat(stream=stream)))
+            await eventually(lambda: gateway.in_flight == 1)
+            await asyncio.sleep(0.1)
+            wire.reset()
+            await eventually(gateway.at_rest)
+        engine.heal()
+
+
+async def test_a_stale_kept_alive_connection_costs_nobody_an_answer() -> None:
+    async with ScriptedEngine([]).run() as engine:
+        good = says(plain(b'{"ok":1}'))
+        engine.scripts = [good]
+        async with serving(engine.url, probe_s=60.0) as gateway:
+            assert (await gateway.ask(CHAT, chat())).status == 200
+            asked = len(engine.asked)
+
+            async def hang_up(writer: asyncio.StreamWriter) -> None:
+                writer.transport.abort()  # as an engine does whose idle timeout ends just now
+
+            engine.scripts = [hang_up, good]
+            assert (await gateway.ask(CHAT, chat())).status == 200
+            assert len(engine.asked) == asked + 2
+
+            engine.scripts = [hang_up]
+            assert (await gateway.ask(CHAT, chat())).status == 502
+            assert len(engine.asked) == asked + 4  # tried once more, and no further
+
+
+async def test_a_fresh_connection_that_fails_is_not_tried_again() -> None:
+    async def hang_up(writer: asyncio.StreamWriter) -> None:
+        writer.transport.abort()
+
+    async with over_script(hang_up) as (gateway, engine):
+        assert (await gateway.ask(CHAT, chat())).status == 502
+        assert len(engine.asked) == 1
+
+
+async def test_an_ordinary_client_streams_while_tokens_are_made() -> None:
+    async with over_fake(SLOW) as (gateway, _), httpx2.AsyncClient(base_url=gateway.url, trust_env=False) as client:
+        at: list[float] = []
+        body = chat(stream=True, ignore_eos=True)
+        async with client.stream("POST", CHAT, json=body) as answer:
+            assert answer.status_code == 200
+            async for line in answer.aiter_lines():
+                if line.startswith("data: {"):
+                    at.append(time.monotonic())
+        assert len(at) == 9
+        assert at[-1] - at[1] > 0.08, "tokens came in one heap"
+
+
+async def test_an_engine_with_crlf_events_is_understood() -> None:
+    events = [b'data: {"choices":[{"delta":{"content":"%d"}}]}\r\n\r\n' % number for number in range(3)]
+    last = b'data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":3}}\r\n\r\n'
+    async with over_script(says(streamed(*events, last, b"data: [DONE]\r\n\r\n"))) as (gateway, _):
+        reply = await gateway.ask(CHAT, chat(stream=True))
+        assert reply.text == "012" and len(reply.events) == 4
+        assert (await gateway.metrics())["evenhand_tokens_total", (("kind", "completion"),)] == 3
+
+
+async def test_an_engine_that_does_not_stream_is_passed_on() -> None:
+    async with over_script(says(plain(b'{"choices":[],"usage":{"completion_tokens":2}}'))) as (gateway, _):
+        reply = await gateway.ask(CHAT, chat(stream=True))
+        assert reply.status == 200 and reply.json()["usage"] == {"completion_tokens": 2}
+
+
+async def test_two_models_have_two_lines() -> None:
+    async with ScriptedEngine([says(plain(b'{"from":"a"}'))]).run() as one:
+        async with ScriptedEngine([says(plain(b'{"from":"b"}'))]).run() as two:
+            two.gets["/v1/models"] = plain(b'{"data":[{"id":"other","object":"model","root":"/secret/path"}]}')
+            async with serving(one.url, two.url) as gateway:
+                await eventually(lambda: len(gateway.server.fleet.ready()) == 2)
+                assert (await gateway.ask(CHAT, chat())).json() == {"from": "a"}
+                assert (await gateway.ask(CHAT, chat(model="other"))).json() == {"from": "b"}
+                listed = (await gateway.ask("/v1/models", method="GET")).json()["data"]
+                assert [entry["id"] for entry in listed] == ["fake", "other"]
+                assert "secret" not in json.dumps(listed)
