@@ -1,7 +1,7 @@
 """Engines and gateways that a benchmark starts, and stops whatever happens.
 
-`python -m deploy.benchmarks.engines --port P [--policy NAME[:KEY=VALUE…]] [--model M] [-- ENGINE ARGUMENTS]` becomes one
-engine, stock vLLM without --policy, for benchmarks that start their targets by a command line.
+`python -m deploy.benchmarks.engines --port P [--policy NAME[:KEY=VALUE…]] [-- ENGINE ARGUMENTS]` becomes one engine, stock
+vLLM without --policy, for benchmarks that start their targets by a command line.
 """
 
 import argparse
