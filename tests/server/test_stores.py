@@ -1,0 +1,249 @@
+"""One contract over both stores: in memory, and a real Redis."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from itertools import count
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from redis.asyncio import Redis
+
+from server.redis_store import RedisStore
+from server.store import MemoryStore, News, Offer, Store, StoreAway
+
+NAMES = count()
+SHORT_S = 0.15
+
+
+@pytest.fixture(params=["memory", "redis"])
+async def store(request: pytest.FixtureRequest) -> AsyncIterator[Store]:
+    if request.param == "memory":
+        yield MemoryStore(time.monotonic)
+        return
+    redis = RedisStore(request.getfixturevalue("redis_url"), prefix=f"test-{next(NAMES)}")
+    yield redis
+    await redis.close()
+
+
+async def lose_everything(store: Store) -> None:
+    """What a restart does to a server that keeps nothing on disk."""
+    if isinstance(store, MemoryStore):
+        store.clear()
+        return
+    assert isinstance(store, RedisStore)
+    keys = [key async for key in store._redis.scan_iter(f"{store._tag}:*")]
+    await store._redis.delete(*keys)
+
+
+class Reader:
+    """A replica that keeps its cursor, as a gateway does."""
+
+    def __init__(self, store: Store, name: str, ttl_s: float = 60.0) -> None:
+        self.store, self.name, self.ttl_s = store, name, ttl_s
+        self.news: News | None = None
+
+    async def says(
+        self, live: dict[str, str] | None = None, kept: dict[tuple[str, str, str], int] | None = None
+    ) -> News:
+        cursor, generation = (self.news.cursor, self.news.generation) if self.news else (0, "")
+        self.news = await self.store.exchange(
+            Offer(self.name, self.ttl_s, cursor, generation, live=live or {}, kept=kept or {})
+        )
+        return self.news
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    deadline = time.monotonic() + 5
+    while not await condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+
+
+async def test_a_replica_hears_what_others_said_and_not_itself(store: Store) -> None:
+    one, two = Reader(store, "one"), Reader(store, "two")
+    await one.says({"a": "1", "b": "2"})
+    news = await two.says({"a": "9"})
+    assert news.live == {"one": {"a": "1", "b": "2"}}
+    assert news.alive == {"one", "two"}
+    assert (await one.says()).live == {"two": {"a": "9"}}
+
+
+async def test_only_what_changed_since_the_last_time_is_heard(store: Store) -> None:
+    one, two = Reader(store, "one"), Reader(store, "two")
+    await one.says({"a": "1", "b": "2"})
+    await two.says()
+    assert (await two.says()).live == {}
+    await one.says({"b": "3"})
+    assert (await two.says()).live == {"one": {"b": "3"}}
+
+
+async def test_an_offer_that_is_repeated_changes_nothing(store: Store) -> None:
+    one, two = Reader(store, "one"), Reader(store, "two")
+    for _ in range(3):
+        await one.says({"a": "5"}, {("day:1", "acme", "one"): 7})
+    news = await two.says()
+    assert news.live == {"one": {"a": "5"}}
+    assert news.kept == {("day:1", "acme", "one"): 7}
+
+
+async def test_a_kept_row_never_falls_back_to_a_smaller_value(store: Store) -> None:
+    one, two = Reader(store, "one"), Reader(store, "two")
+    row = ("day:1", "acme", "one")
+    await one.says(kept={row: 10})
+    await two.says(kept={row: 4})  # what another one remembers of it may be older
+    assert (await Reader(store, "three").says()).kept == {row: 10}
+
+
+async def test_live_rows_go_with_their_replica_and_kept_rows_stay(store: Store) -> None:
+    gone, stays = Reader(store, "gone", ttl_s=SHORT_S), Reader(store, "stays")
+    await gone.says({"a": "1"}, {("day:1", "acme", "gone"): 3})
+    assert "gone" in (await stays.says()).alive
+
+    async def buried() -> bool:
+        return "gone" not in (await stays.says()).alive
+
+    await until(buried)
+    news = await Reader(store, "new").says()
+    assert "gone" not in news.live
+    assert news.kept == {("day:1", "acme", "gone"): 3}
+
+
+async def test_a_replica_that_was_taken_for_gone_is_told_so(store: Store) -> None:
+    late, other = Reader(store, "late", ttl_s=SHORT_S), Reader(store, "other")
+    assert not (await late.says({"a": "1"})).known
+    assert (await late.says()).known
+
+    async def buried() -> bool:
+        return "late" not in (await other.says()).alive
+
+    await until(buried)
+    assert not (await late.says()).known
+
+
+async def test_a_store_that_lost_everything_says_so_and_gives_everything_again(store: Store) -> None:
+    one, two = Reader(store, "one"), Reader(store, "two")
+    await one.says({"a": "1"})
+    before = await two.says({"b": "1"})
+    await lose_everything(store)
+    await one.says({"a": "2"})
+    after = await two.says()
+    assert after.generation != before.generation
+    assert not after.known
+    assert after.live == {"one": {"a": "2"}}
+
+
+async def test_forgetting_a_period_drops_its_rows_alone(store: Store) -> None:
+    one = Reader(store, "one")
+    await one.says(kept={("day:1", "acme", "one"): 1, ("day:11", "acme", "one"): 2})
+    await store.forget("day:1")
+    assert (await Reader(store, "two").says()).kept == {("day:11", "acme", "one"): 2}
+
+
+async def test_names_may_hold_anything_but_the_separator(store: Store) -> None:
+    one, two = Reader(store, "host:a|b-1"), Reader(store, "two")
+    key = "service:acme org/model:v1 |{}*"
+    await one.says({key: "1.5 2.5 0"})
+    assert (await two.says()).live == {"host:a|b-1": {key: "1.5 2.5 0"}}
+
+
+async def test_many_rows_come_in_one_exchange(store: Store) -> None:
+    one, two = Reader(store, "one"), Reader(store, "two")
+    rows = {f"limit:tenant-{number}": f"{number} 0 0" for number in range(20_000)}
+    await one.says(rows)
+    assert (await two.says()).live == {"one": rows}
+
+
+async def test_records_are_kept_by_kind_and_every_change_shows_in_the_version(store: Store) -> None:
+    one = Reader(store, "one")
+    versions = [(await one.says()).version]
+    await store.put("tenant", "acme", "{}")
+    versions.append((await one.says()).version)
+    await store.put("policy", "live", "x")
+    versions.append((await one.says()).version)
+    assert await store.records("tenant") == {"acme": "{}"}
+    assert await store.drop("tenant", "acme")
+    versions.append((await one.says()).version)
+    assert not await store.drop("tenant", "acme")
+    assert await store.records("tenant") == {}
+    assert await store.records("policy") == {"live": "x"}
+    assert len(set(versions)) == 4
+
+
+async def test_a_worker_is_listed_until_its_heartbeats_stop(store: Store) -> None:
+    await store.register("w-0", "one", ttl_s=60.0)
+    await store.register("w-1", "two", ttl_s=SHORT_S)
+    assert await store.workers() == {"w-0": "one", "w-1": "two"}
+
+    async def expired() -> bool:
+        return await store.workers() == {"w-0": "one"}
+
+    await until(expired)
+    await store.register("w-0", "other", ttl_s=60.0)
+    assert await store.workers() == {"w-0": "other"}
+    await store.leave("w-0")
+    await store.leave("w-0")
+    assert await store.workers() == {}
+
+
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["one", "two", "three"]), st.sampled_from("ab"), st.integers(0, 50), st.booleans()),
+    max_size=25,
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=STEPS)
+async def test_both_stores_say_the_same_in_any_order_of_exchanges(
+    redis_url: str, steps: list[tuple[str, str, int, bool]]
+) -> None:
+    redis = RedisStore(redis_url, prefix=f"both-{next(NAMES)}")
+    heard: list[list[object]] = []
+    for store in (MemoryStore(time.monotonic), redis):
+        replicas = {name: Reader(store, name) for name in ("one", "two", "three")}
+        said: list[object] = []
+        for name, key, value, lost in steps:
+            news = await replicas[name].says({key: str(value)}, {("day:1", key, name): value})
+            if lost and value == 50:
+                await lose_everything(store)
+            said.append((news.known, news.alive, news.live, news.kept, news.cursor))
+        heard.append(said)
+    await redis.close()
+    assert heard[0] == heard[1]
+
+
+async def test_a_redis_that_is_not_there_is_one_kind_of_error() -> None:
+    store = RedisStore("redis://127.0.0.1:1/0")
+    with pytest.raises(StoreAway, match="Redis does not answer"):
+        await store.exchange(Offer("one", 1.0))
+    with pytest.raises(StoreAway):
+        await store.records("tenant")
+    await store.close()
+
+
+async def test_a_redis_that_accepts_and_says_nothing_is_given_up_in_time() -> None:
+    async def mute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(mute, "127.0.0.1", 0)
+    store = RedisStore(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0", timeout_s=0.1)
+    async with asyncio.timeout(5):
+        with pytest.raises(StoreAway):
+            await store.workers()
+    await store.close()
+    server.close()
+
+
+async def test_all_keys_of_a_system_share_one_hash_tag(redis_url: str) -> None:
+    prefix = f"tagged-{next(NAMES)}"
+    store = RedisStore(redis_url, prefix=prefix)
+    await store.exchange(Offer("one", 60.0, live={"a": "1"}))
+    await store.put("tenant", "acme", "{}")
+    await store.register("w", "x", 60.0)
+    client = Redis.from_url(redis_url, decode_responses=True)
+    keys = [key async for key in client.scan_iter(f"*{prefix}*")]
+    assert keys and all(key.startswith(f"{{{prefix}}}:") for key in keys)
+    await client.aclose()
+    await store.close()
