@@ -1,0 +1,240 @@
+"""The pipe: whatever the pieces in which an engine's bytes come, the client gets the same and the count is the same."""
+
+import asyncio
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from server.call import Phase, Ticket
+from server.errors import EngineGone, Refused, ServiceError
+from server.relay import Stream, Whole
+from server.schemas import CHAT, COMPLETIONS, MESSAGES
+from server.telemetry import Distribution
+from tests.server.calls import call_of, ticket_of
+
+
+class Client:
+    """The way back, as a recording."""
+
+    def __init__(self) -> None:
+        self.begun = False
+        self.ended = False
+        self.head: tuple[int, bytes, int | None] | None = None
+        self.pieces: list[bytes] = []
+
+    def begin(self, status: int, content_type: bytes, length: int | None) -> None:
+        assert not self.begun
+        self.begun = True
+        self.head = (status, content_type, length)
+
+    def write(self, data: bytes) -> None:
+        assert self.begun and not self.ended and data
+        self.pieces.append(data)
+
+    def end(self) -> None:
+        assert self.begun and not self.ended
+        self.ended = True
+
+    def flows_from(self, connection: object) -> None:
+        pass
+
+    @property
+    def got(self) -> bytes:
+        return b"".join(self.pieces)
+
+
+class Ticks:
+    """A clock that moves a hundredth of a second with every look."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 0.01
+        return self.now
+
+
+def event(content: str | None = None, **more: object) -> bytes:
+    choices = [] if content is None else [{"index": 0, "delta": {"content": content}}]
+    return b"data: " + json.dumps({"choices": choices, **more}).encode() + b"\n\n"
+
+
+ROLE = b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}\n\n'
+TOKENS = [event(text) for text in ("Hi", ' "usage": {"completion_tokens": 99}', "\n\ndata: x", "é", " [DONE]")]
+USAGE = event(usage={"prompt_tokens": 12, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 4}})
+DONE = b"data: [DONE]\n\n"
+STREAM = ROLE + b"".join(TOKENS) + USAGE + DONE
+SHOWN = ROLE + b"".join(TOKENS) + DONE
+
+
+async def streamed(
+    pieces: list[bytes],
+    *,
+    asked: bool = False,
+    end: bool = True,
+    content_type: bytes = b"text/event-stream; charset=utf-8",
+) -> tuple[Client, Ticket, Stream, list[Ticket]]:
+    options = b',"stream_options":{"include_usage":true}' if asked else b""
+    ticket = ticket_of(Ticks(), call_of(b'{"model":"m","stream":true' + options + b"}"))
+    ticket.move(Phase.PREFILLING)
+    client, charge = Client(), list[Ticket]()
+    stream = Stream(ticket, client, Distribution("itl", ""), charge)
+    stream.head(200, content_type, None)
+    for piece in pieces:
+        stream.body(piece)
+    if end:
+        stream.end()
+    return client, ticket, stream, charge
+
+
+def cut(data: bytes, places: list[int]) -> list[bytes]:
+    ends = sorted({place % len(data) for place in places} | {0, len(data)})
+    return [data[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+
+
+@given(st.lists(st.integers(0, len(STREAM)), max_size=40), st.booleans(), st.booleans())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_any_cut_of_a_stream_gives_the_same_bytes_and_the_same_count(
+    places: list[int], asked: bool, crlf: bool
+) -> None:
+    data = STREAM.replace(b"\n", b"\r\n") if crlf else STREAM
+    client, ticket, _, charge = asyncio.run(streamed(cut(data, places), asked=asked))
+    assert client.got == (STREAM if asked else SHOWN)
+    assert all(piece.endswith(b"\n\n") for piece in client.pieces), "an event was torn apart"
+    assert (ticket.prompt_tokens, ticket.tokens, ticket.cached_tokens, ticket.exact) == (12, 5, 4, True)
+    assert charge == [ticket] and ticket.uncharged == 5
+    assert client.ended
+
+
+async def test_every_byte_on_its_own_gives_the_same_stream() -> None:
+    client, ticket, _, _ = await streamed([STREAM[at : at + 1] for at in range(len(STREAM))])
+    assert client.got == SHOWN and ticket.tokens == 5
+
+
+@pytest.mark.parametrize("made", range(len(TOKENS) + 1))
+async def test_tokens_are_counted_before_the_engine_tells_its_own_count(made: int) -> None:
+    _, ticket, _, _ = await streamed([ROLE, *TOKENS[:made]], end=False)
+    assert ticket.tokens == ticket.uncharged == made
+    assert not ticket.exact
+
+
+async def test_a_chunk_of_several_tokens_is_corrected_by_the_engines_count() -> None:
+    usage = event(usage={"prompt_tokens": 3, "completion_tokens": 40})
+    _, ticket, _, _ = await streamed([ROLE, *TOKENS, usage, DONE])
+    assert ticket.tokens == ticket.uncharged == 40
+
+
+async def test_continuous_usage_is_followed_chunk_by_chunk() -> None:
+    pieces = [event("x y z", usage={"prompt_tokens": 3, "completion_tokens": 3 * number}) for number in (1, 2, 3)]
+    client, ticket, _, _ = await streamed([ROLE, *pieces], end=False)
+    assert ticket.tokens == ticket.uncharged == 9
+    assert client.got == ROLE + b"".join(pieces), "a chunk with choices is never hidden"
+
+
+async def test_a_stream_without_usage_keeps_the_count_of_its_events() -> None:
+    _, ticket, _, _ = await streamed([ROLE, *TOKENS, DONE])
+    assert ticket.tokens == 5 and not ticket.exact
+
+
+async def test_anthropics_first_usage_does_not_stop_the_count() -> None:
+    ticket = ticket_of(Ticks(), call_of(b'{"model":"m","stream":true}', MESSAGES))
+    ticket.move(Phase.PREFILLING)
+    stream = Stream(ticket, Client(), Distribution("itl", ""), [])
+    stream.head(200, b"text/event-stream", None)
+    stream.body(b'event: message_start\ndata: {"usage":{"input_tokens":9,"output_tokens":0}}\n\n')
+    stream.body(b"event: content_block_start\ndata: {}\n\nevent: content_block_delta\ndata: {}\n\n")
+    stream.body(b"event: content_block_delta\ndata: {}\n\n")
+    assert (ticket.prompt_tokens, ticket.tokens) == (9, 2)
+
+
+async def test_the_gaps_between_chunks_are_observed_but_not_the_first() -> None:
+    _, ticket, stream, _ = await streamed([ROLE + TOKENS[0], *TOKENS[1:], USAGE + DONE])
+    assert sum(stream.itl.counts) == 5
+    assert stream.itl.sum == pytest.approx(ticket.last_at - ticket.times[Phase.DECODING], abs=0.02)  # type: ignore[operator]
+
+
+async def test_a_stream_that_ends_without_an_event_is_a_failure() -> None:
+    client, _, stream, _ = await streamed([])
+    with pytest.raises(EngineGone):
+        await stream.done
+    assert not client.begun
+
+
+async def test_an_event_that_the_end_cuts_short_is_completed() -> None:
+    client, _, _, _ = await streamed([ROLE, TOKENS[0][:-2]])
+    assert client.got == ROLE + TOKENS[0] and client.ended
+
+
+async def test_an_event_without_end_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.relay.MAX_EVENT_BYTES", 1000)
+    _, _, stream, _ = await streamed([b"x" * 300] * 10, end=False)
+    assert len(stream.rest) <= 1300
+    with pytest.raises(EngineGone):
+        await stream.done
+
+
+def whole(client: Client, body: bytes = b'{"model":"m"}') -> Whole:
+    ticket = ticket_of(Ticks(), call_of(body, COMPLETIONS))
+    ticket.move(Phase.PREFILLING)
+    return Whole(ticket, client)
+
+
+ANSWER = (
+    b'{"id":"x","choices":[{"text":"\\"usage\\": {\\"completion_tokens\\": 1}"}],"usage":{"prompt_tokens":3,'
+    b'"completion_tokens":7,"prompt_tokens_details":{"cached_tokens":2}},"prompt_token_ids":[' + b"1," * 9000 + b"1]}"
+)
+
+
+@given(st.lists(st.integers(0, len(ANSWER)), max_size=30))
+@settings(max_examples=100, deadline=None)
+def test_any_cut_of_a_whole_answer_gives_the_same_bytes_and_the_same_usage(places: list[int]) -> None:
+    async def run() -> None:
+        client = Client()
+        pipe = whole(client)
+        pipe.head(200, b"application/json", len(ANSWER))
+        for piece in cut(ANSWER, places):
+            pipe.body(piece)
+        pipe.end()
+        await pipe.done
+        assert client.got == ANSWER and client.ended and client.head == (200, b"application/json", len(ANSWER))
+        assert (pipe.ticket.prompt_tokens, pipe.ticket.tokens, pipe.ticket.cached_tokens) == (3, 7, 2)
+
+    asyncio.run(run())
+
+
+async def test_an_empty_answer_is_an_answer() -> None:
+    client = Client()
+    pipe = whole(client)
+    pipe.head(200, b"application/json", 0)
+    pipe.end()
+    await pipe.done
+    assert client.begun and client.ended and client.got == b""
+
+
+@pytest.mark.parametrize("kind", [Whole, Stream])
+async def test_a_refusal_is_collected_and_never_forwarded(kind: type[Whole | Stream]) -> None:
+    client = Client()
+    ticket = ticket_of(Ticks(), call_of(b'{"model":"m"}', CHAT))
+    pipe = Whole(ticket, client) if kind is Whole else Stream(ticket, client, Distribution("itl", ""), [])
+    pipe.head(400, b"application/json", None)
+    for byte in b'{"error":{"message":"This model\'s maximum context length is 9 tokens.","code":400}}':
+        pipe.body(bytes([byte]))
+    pipe.end()
+    with pytest.raises(Refused) as refused:
+        await pipe.done
+    assert refused.value.refused_status == 400 and refused.value.code == "context_length_exceeded"
+    assert not client.begun
+
+
+async def test_an_error_that_nobody_waits_for_makes_no_noise() -> None:
+    complaints: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+    pipe = whole(Client())
+    pipe.lost(EngineGone("gone"))
+    pipe.fail(ServiceError("and again"))
+    pipe.leave()
+    del pipe
+    await asyncio.sleep(0)
+    assert not complaints
