@@ -1,0 +1,405 @@
+"""The line: who is let in, when, and that nobody is lost, in virtual time and under every policy."""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from scheduler.catalog import build
+from scheduler.lanes import Lanes
+from scheduler.workers import Worker
+from server.call import Phase, Ticket
+from server.dispatch import LONGEST_RETRY_S, Dispatcher, Lines, Pace
+from server.engine import Engine
+from server.errors import EngineUnreachable, NoWorker, Overloaded, ServiceError, UnknownModel
+from server.fleet import Fleet, Member, State
+from tests.server.calls import ticket_of
+from tests.server.conftest import VirtualLoop
+
+POLICIES = ["fcfs", "mlfq", "vtc", "gittins"]
+
+
+def in_virtual_time(test: Coroutine[Any, Any, None]) -> None:
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(test)
+
+
+class Hall:
+    """A dispatcher over workers that are only names; requests hold their place for a while."""
+
+    def __init__(
+        self,
+        policy: str = "fcfs",
+        *,
+        slots: tuple[int, ...] = (2,),
+        max_waiting: int = 1000,
+        timeout_s: float | None = None,
+    ) -> None:
+        self.clock = asyncio.get_running_loop().time
+        self.fleet = Fleet()
+        for number, count in enumerate(slots):
+            self.join(f"w{number}", count)
+        self.dispatcher = Dispatcher(
+            "fake",
+            Lanes(build(policy, {})),
+            self.fleet,
+            window=lambda worker: worker.slots,
+            max_waiting=max_waiting,
+            queue_timeout_s=timeout_s,
+            clock=self.clock,
+        )
+        self.fleet.changed.append(self.dispatcher.advance)
+        self.order: list[int] = []
+        self.running: Counter[str] = Counter()
+        self.most: Counter[str] = Counter()
+        self.count = 0
+
+    def join(self, name: str, slots: int) -> Member:
+        url = "http://127.0.0.1:9"
+        member = Member(Worker(name, url, slots=slots), Engine(url), State.READY, ("fake",))
+        self.fleet.members[name] = member
+        return member
+
+    def ticket(self, tenant: str = "anybody", sequences: int = 1) -> Ticket:
+        self.count += 1
+        return ticket_of(self.clock, number=self.count - 1, tenant=tenant, sequences=sequences)
+
+    async def visit(self, ticket: Ticket, stay_s: float = 1.0, tokens: int = 5) -> None:
+        async with self.dispatcher.slot(ticket) as member:
+            ticket.move(Phase.PREFILLING)
+            self.order.append(int(ticket.job.id))
+            self.running[member.worker.id] += ticket.call.sequences
+            self.most[member.worker.id] = max(self.most[member.worker.id], self.running[member.worker.id])
+            try:
+                for _ in range(tokens):
+                    await asyncio.sleep(stay_s / tokens)
+                    if not ticket.uncharged:
+                        self.dispatcher.charge.append(ticket)
+                    ticket.uncharged += 1
+                    ticket.tokens += 1
+            finally:
+                self.running[member.worker.id] -= ticket.call.sequences
+
+    def send(self, ticket: Ticket, stay_s: float = 1.0) -> asyncio.Task[None]:
+        return asyncio.create_task(self.visit(ticket, stay_s))
+
+    def is_empty(self) -> bool:
+        line = self.dispatcher
+        return not (
+            len(line.lanes)
+            or line.lanes.running()
+            or line._waiters
+            or line._waiting_of
+            or line.charge
+            or any(member.in_flight or member.pending_tokens for member in self.fleet.members.values())
+        )
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def test_fcfs_lets_in_by_arrival() -> None:
+    async def run() -> None:
+        hall = Hall(slots=(2,))
+        tasks = [hall.send(hall.ticket()) for _ in range(10)]
+        await asyncio.gather(*tasks)
+        assert hall.order == list(range(10))
+        assert hall.most["w0"] == 2
+        assert hall.clock() == pytest.approx(1005.0)
+        assert hall.is_empty()
+
+    in_virtual_time(run())
+
+
+def test_vtc_shares_between_tenants_whatever_their_numbers() -> None:
+    async def run() -> None:
+        hall = Hall("vtc", slots=(1,))
+        heavy = [hall.send(hall.ticket("heavy")) for _ in range(50)]
+        await settle()
+        light = [hall.send(hall.ticket("light")) for _ in range(5)]
+        await asyncio.gather(*light)
+        done = sum(task.done() for task in heavy)
+        assert done <= 7, "the light tenant waited behind the heavy one"
+        await asyncio.gather(*heavy)
+        assert hall.is_empty()
+
+    in_virtual_time(run())
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_who_leaves_while_waiting_is_forgotten_and_the_next_goes(policy: str) -> None:
+    async def run() -> None:
+        hall = Hall(policy, slots=(1,))
+        tasks = [hall.send(hall.ticket()) for _ in range(5)]
+        await settle()
+        tasks[2].cancel()
+        tasks[0].cancel()  # this one runs: its place goes to the next
+        await asyncio.wait(tasks)
+        assert hall.order == [0, 1, 3, 4]
+        assert [task.cancelled() for task in tasks] == [True, False, True, False, False]
+        assert hall.is_empty()
+
+    in_virtual_time(run())
+
+
+def test_who_leaves_in_the_moment_it_is_let_in_gives_its_place_back() -> None:
+    async def run() -> None:
+        hall = Hall(slots=(1,))
+        first, second, third = (hall.send(hall.ticket()) for _ in range(3))
+        await settle()
+        first.cancel()
+        await asyncio.sleep(0)
+        hall.dispatcher.advance()
+        second.cancel()
+        await asyncio.wait([first, second, third])
+        assert 2 in hall.order and hall.is_empty()
+
+    in_virtual_time(run())
+
+
+def test_a_wide_request_waits_for_as_many_places_and_nobody_passes_it() -> None:
+    async def run() -> None:
+        hall = Hall(slots=(4,))
+        one, two = hall.send(hall.ticket(), 1.0), hall.send(hall.ticket(), 2.0)
+        await settle()
+        wide = hall.send(hall.ticket(sequences=4))
+        narrow = hall.send(hall.ticket())
+        await asyncio.gather(one, two, wide, narrow)
+        assert hall.order == [0, 1, 2, 3] and hall.most["w0"] == 4
+        assert hall.clock() == pytest.approx(1004.0)
+
+    in_virtual_time(run())
+
+
+def test_when_a_wide_request_gives_up_those_behind_it_go_at_once() -> None:
+    async def run() -> None:
+        hall = Hall(slots=(2,))
+        first = hall.send(hall.ticket(), 10.0)
+        await settle()
+        wide = hall.send(hall.ticket(sequences=2))
+        narrow = hall.send(hall.ticket(), 1.0)
+        await settle()
+        assert hall.order == [0]
+        wide.cancel()
+        await narrow
+        assert hall.clock() == pytest.approx(1001.0)
+        await first
+        assert hall.is_empty()
+
+    in_virtual_time(run())
+
+
+def test_a_request_wider_than_any_worker_runs_alone() -> None:
+    async def run() -> None:
+        hall = Hall(slots=(2,))
+        tasks = [hall.send(hall.ticket(sequences=n)) for n in (1, 8, 1)]
+        await asyncio.gather(*tasks)
+        assert hall.order == [0, 1, 2] and hall.clock() == pytest.approx(1003.0)
+        assert hall.is_empty()
+
+    in_virtual_time(run())
+
+
+def test_the_worker_with_the_least_to_do_is_taken() -> None:
+    async def run() -> None:
+        hall = Hall(slots=(3, 3))
+        await asyncio.gather(*(hall.send(hall.ticket()) for _ in range(6)))
+        assert hall.most == {"w0": 3, "w1": 3}
+
+    in_virtual_time(run())
+
+
+def test_a_worker_that_joins_is_used_at_once_and_one_that_drains_is_not() -> None:
+    async def run() -> None:
+        hall = Hall(slots=(1,))
+        tasks = [hall.send(hall.ticket(), 10.0) for _ in range(3)]
+        await settle()
+        hall.join("new", 1)
+        hall.fleet._tell()
+        await settle()
+        assert len(hall.order) == 2
+        hall.fleet.drain("w0")
+        await asyncio.gather(*tasks)
+        assert hall.most == {"w0": 1, "new": 1} and hall.clock() == pytest.approx(1020.0)
+
+    in_virtual_time(run())
+
+
+def test_a_full_line_refuses_and_a_long_wait_ends() -> None:
+    async def run() -> None:
+        hall = Hall(slots=(1,), max_waiting=2, timeout_s=5.0)
+        first = hall.send(hall.ticket(), 60.0)
+        await settle()
+        waiting = [hall.send(hall.ticket()) for _ in range(2)]
+        await settle()
+        with pytest.raises(Overloaded) as full:
+            await hall.visit(hall.ticket())
+        assert full.value.retry_after_s is not None and full.value.retry_after_s >= 1
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [type(result) for result in results] == [Overloaded, Overloaded]
+        assert hall.clock() == pytest.approx(1005.0)
+        await first
+        assert hall.is_empty()
+
+    in_virtual_time(run())
+
+
+def test_no_worker_is_said_at_once_and_after_a_wait() -> None:
+    async def run() -> None:
+        hall = Hall(slots=(1,), timeout_s=3.0)
+        member = hall.fleet.members["w0"]
+        first = hall.send(hall.ticket(), 60.0)
+        await settle()
+        waiting = hall.send(hall.ticket())
+        await settle()
+        member.state = State.DOWN
+        with pytest.raises(NoWorker):
+            await hall.visit(hall.ticket())
+        with pytest.raises(NoWorker):
+            await waiting
+        await first
+        assert hall.is_empty()
+
+    in_virtual_time(run())
+
+
+def test_a_worker_that_takes_no_connection_is_out_until_it_is_seen_again() -> None:
+    async def run() -> None:
+        hall = Hall(slots=(1,))
+        with pytest.raises(EngineUnreachable):
+            async with hall.dispatcher.slot(hall.ticket()):
+                raise EngineUnreachable("refused")
+        assert hall.fleet.members["w0"].state is State.DOWN and hall.is_empty()
+
+    in_virtual_time(run())
+
+
+def test_retry_after_grows_with_the_line_and_shrinks_with_its_pace() -> None:
+    async def run() -> None:
+        hall = Hall(slots=(1,), max_waiting=10_000)
+        first = hall.send(hall.ticket(), 1e6)
+        await settle()
+        line = hall.dispatcher
+        for _ in range(20):
+            await asyncio.sleep(1.0)
+            line.pace.freed(hall.clock())
+        told = []
+        tasks = []
+        for _ in range(50):
+            told.append(line.retry_after_s("anybody"))
+            tasks.append(hall.send(hall.ticket()))
+            await settle()
+        assert (
+            told == sorted(told) and told[0] == pytest.approx(1.0, rel=0.2) and told[-1] == pytest.approx(50, rel=0.2)
+        )
+        await asyncio.sleep(1000)
+        assert line.retry_after_s("anybody") == LONGEST_RETRY_S
+        for task in [first, *tasks]:
+            task.cancel()
+        await asyncio.wait([first, *tasks])
+
+    in_virtual_time(run())
+
+
+def test_under_vtc_a_newcomer_is_told_its_own_wait_and_not_the_heavy_tenants() -> None:
+    async def run() -> None:
+        hall = Hall("vtc", slots=(1,))
+        tasks = [hall.send(hall.ticket("heavy"), 1e6) for _ in range(100)]
+        await settle()
+        line = hall.dispatcher
+        for _ in range(20):
+            await asyncio.sleep(1.0)
+            line.pace.freed(hall.clock())
+        assert line.retry_after_s("light") < 5 < 80 < line.retry_after_s("heavy")
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        assert hall.is_empty()
+
+    in_virtual_time(run())
+
+
+@pytest.mark.parametrize("rate", [0.5, 2.0, 50.0])
+@pytest.mark.parametrize("seconds", [5, 20, 200])
+def test_the_pace_is_right_from_the_first_seconds_on(rate: float, seconds: int) -> None:
+    pace, now = Pace(0.0), 0.0
+    for number in range(int(rate * seconds)):
+        now = (number + 1) / rate
+        pace.freed(now)
+    assert pace.per_s(now) == pytest.approx(rate, rel=0.35)
+
+
+def test_a_model_that_nobody_serves_is_unknown_only_while_others_are_served() -> None:
+    async def run() -> None:
+        hall = Hall()
+        lines = Lines(lambda model: hall.dispatcher, hall.fleet)
+        member = hall.fleet.members["w0"]
+        with pytest.raises(NoWorker):
+            lines.of("fake")
+        member.models_json = [{"id": "fake"}]
+        with pytest.raises(UnknownModel):
+            lines.of("other")
+        assert lines.of("fake") is hall.dispatcher
+        member.state = State.DOWN
+        assert lines.of("fake") is hall.dispatcher
+
+    in_virtual_time(run())
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_no_request_is_lost_or_let_in_twice_whatever_happens(policy: str, seed: int) -> None:
+    rng = random.Random(seed)
+
+    async def client(hall: Hall, ticket: Ticket) -> str:
+        task = hall.send(ticket, rng.uniform(0.1, 5.0))
+        if rng.random() < 0.3:
+            asyncio.get_running_loop().call_later(rng.uniform(0.0, 6.0), task.cancel)
+        await asyncio.wait([task])
+        if task.cancelled():
+            return "cancelled"
+        error = task.exception()
+        assert error is None or isinstance(error, ServiceError)
+        return "done" if error is None else "refused"
+
+    async def run() -> None:
+        slots = tuple(rng.randint(1, 4) for _ in range(rng.randint(1, 3)))
+        hall = Hall(policy, slots=slots, max_waiting=rng.choice([3, 1000]), timeout_s=rng.choice([None, 2.0]))
+        clients = []
+        for _ in range(60):
+            ticket = hall.ticket(f"t{rng.randrange(4)}", rng.choice([1, 1, 1, 2, 9]))
+            clients.append(asyncio.create_task(client(hall, ticket)))
+            await asyncio.sleep(rng.choice([0.0, 0.0, 0.3]))
+            if rng.random() < 0.1:
+                hall.fleet._tell()
+        ends = await asyncio.gather(*clients)
+        assert hall.is_empty()
+        assert len(hall.order) == len(set(hall.order)), "somebody was let in twice"
+        done = {number for number, end in enumerate(ends) if end == "done"}
+        assert done <= set(hall.order)
+        for number, count in enumerate(slots):
+            assert hall.most[f"w{number}"] <= max(count, 9)
+
+    in_virtual_time(run())
+
+
+def test_the_timer_of_one_who_was_just_let_in_does_no_harm() -> None:
+    async def run() -> None:
+        complaints: list[Callable[..., None] | dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+        hall = Hall(slots=(1,), timeout_s=1.0)
+        first = hall.send(hall.ticket(), 1.0)  # ends in the very moment in which the second loses patience
+        await settle()
+        second = hall.send(hall.ticket(), 1.0)
+        await asyncio.wait([first, second])
+        assert not complaints and hall.is_empty()
+
+    in_virtual_time(run())
