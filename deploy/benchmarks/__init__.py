@@ -2,6 +2,8 @@
 
 import argparse
 import importlib
+import signal
+import sys
 from collections.abc import Mapping
 
 # name: (module with `add_arguments` and `run`, what it measures)
@@ -22,5 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the chosen benchmark; returns its exit code."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # stop what was started, as at Ctrl-C
     code: int = importlib.import_module(BENCHMARKS[args.benchmark][0]).run(args)
     return code

@@ -1,6 +1,6 @@
 """Engines and gateways that a benchmark starts, and stops whatever happens.
 
-`python -m deploy.benchmarks.engines --port P [--policy NAME[:KEY=VALUE…]] [-- ENGINE ARGUMENTS]` becomes one engine, stock
+`python -m deploy.benchmarks.engines --port P [--policy NAME[:KEY=VALUE…]] [-- ENGINE ARGS]` becomes one engine, stock
 vLLM without --policy, for benchmarks that start their targets by a command line.
 """
 
