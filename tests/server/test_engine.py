@@ -1,0 +1,175 @@
+"""The client towards workers: connections that are kept, lost, shared by nobody at once."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from server.engine import Connection, Engine
+from server.errors import EngineGone, EngineUnreachable
+from tests.server.conftest import ScriptedEngine, eventually, plain, says, streamed
+
+
+class Recorder:
+    """A sink that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.content_type = b""
+        self.length: int | None = None
+        self.got = b""
+        self.ended = asyncio.Event()
+        self.error: EngineGone | None = None
+
+    def head(self, status: int, content_type: bytes, length: int | None) -> None:
+        self.status, self.content_type, self.length = status, content_type, length
+
+    def body(self, data: bytes) -> None:
+        self.got += data
+
+    def end(self) -> None:
+        assert not self.ended.is_set()
+        self.ended.set()
+
+    def lost(self, error: EngineGone) -> None:
+        assert not self.ended.is_set()
+        self.error = error
+        self.ended.set()
+
+
+@pytest.fixture
+async def scripted() -> AsyncIterator[ScriptedEngine]:
+    async with ScriptedEngine([says(plain(b'{"ok":1}'))]).run() as engine:
+        yield engine
+
+
+async def ask(engine: Engine, **how: bool) -> tuple[Recorder, Connection]:
+    sink = Recorder()
+    connection = await engine.ask(b"/v1/x", b"{}", "id-1", sink, **how)
+    async with asyncio.timeout(5):
+        await sink.ended.wait()
+    return sink, connection
+
+
+async def test_one_connection_serves_many_requests(scripted: ScriptedEngine) -> None:
+    engine = Engine(scripted.url)
+    for _ in range(3):
+        sink, connection = await ask(engine)
+        assert (sink.status, sink.got, sink.length) == (200, b'{"ok":1}', 8)
+    assert scripted.accepted == 1 and list(engine.idle) == [connection]
+    assert scripted.asked[0].headers["x-request-id"] == "id-1"
+    await engine.close()
+    await eventually(lambda: scripted.open == 0)
+
+
+async def test_a_prefix_in_the_workers_address_is_kept(scripted: ScriptedEngine) -> None:
+    engine = Engine(scripted.url + "/engines/a/")
+    await ask(engine)
+    assert scripted.asked[0].path == "/engines/a/v1/x"
+    await engine.close()
+
+
+async def test_a_fresh_connection_can_be_demanded(scripted: ScriptedEngine) -> None:
+    engine = Engine(scripted.url)
+    _, first = await ask(engine)
+    _, second = await ask(engine, fresh=True)
+    assert first is not second and scripted.accepted == 2
+    await engine.close()
+
+
+async def test_giving_up_one_answer_never_touches_the_next_one_on_the_connection(scripted: ScriptedEngine) -> None:
+    engine = Engine(scripted.url)
+    first, connection = await ask(engine)
+    later = Recorder()
+    assert await engine.ask(b"/v1/x", b"{}", "id-2", later) is connection
+    connection.abandon(first)  # the first one's owner comes to clean up when the connection is another's already
+    await asyncio.wait_for(later.ended.wait(), 5)
+    assert later.error is None and later.got == b'{"ok":1}'
+    await engine.close()
+
+
+async def test_an_abandoned_answer_closes_its_connection_and_says_nothing_more(scripted: ScriptedEngine) -> None:
+    async def slow(writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nhalf")
+        await asyncio.Event().wait()
+
+    scripted.scripts = [slow]
+    engine, sink = Engine(scripted.url), Recorder()
+    connection = await engine.ask(b"/v1/x", b"{}", "id", sink)
+    await eventually(lambda: sink.got == b"half")
+    connection.abandon(sink)
+    await asyncio.sleep(0.05)
+    assert not sink.ended.is_set() and not engine.idle
+    await engine.close()
+
+
+async def test_a_connection_is_not_paused_for_a_client_whose_answer_is_over(scripted: ScriptedEngine) -> None:
+    engine = Engine(scripted.url)
+    _, connection = await ask(engine)
+    connection.pause()
+    sink, again = await ask(engine)
+    assert again is connection and sink.got == b'{"ok":1}'
+    await engine.close()
+
+
+async def test_what_is_paused_stops_and_what_is_resumed_goes_on(scripted: ScriptedEngine) -> None:
+    scripted.scripts = [says(streamed(*[b"x" * 60_000] * 100))]
+    engine, sink = Engine(scripted.url), Recorder()
+    connection = await engine.ask(b"/v1/x", b"{}", "id", sink)
+    await eventually(lambda: sink.got)
+    connection.pause()
+    await asyncio.sleep(0.02)
+    size = len(sink.got)
+    await asyncio.sleep(0.05)
+    assert len(sink.got) == size < 6_000_000
+    connection.resume()
+    await asyncio.wait_for(sink.ended.wait(), 5)
+    assert len(sink.got) == 6_000_000 and sink.error is None
+    await engine.close()
+
+
+async def test_bytes_that_nobody_asked_for_end_the_connection(scripted: ScriptedEngine) -> None:
+    engine = Engine(scripted.url)
+    scripted.scripts = [says(plain(b"{}"), b"HTTP/1.1 200 OK\r\n", pause_s=0.05)]
+    await ask(engine)
+    await eventually(lambda: not engine.idle, "the connection is not offered again")
+    await engine.close()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",
+        b"nonsense\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhalf",
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n4\r\nhalf\r\n",
+        b"HTTP/1.1 200 OK\r\ncontent-len",
+        plain(b"{}") + plain(b"{}"),
+    ],
+)
+async def test_an_answer_that_is_not_whole_is_lost(scripted: ScriptedEngine, said: bytes) -> None:
+    async def say_and_close(writer: asyncio.StreamWriter) -> None:
+        writer.write(said)
+        await writer.drain()
+        writer.close()
+
+    scripted.scripts = [say_and_close]
+    engine = Engine(scripted.url)
+    sink, _ = await ask(engine)
+    assert isinstance(sink.error, EngineGone) and not engine.idle
+    await engine.close()
+
+
+async def test_a_worker_that_is_not_there_is_unreachable() -> None:
+    engine = Engine("http://127.0.0.1:9")
+    with pytest.raises(EngineUnreachable, match="cannot be reached"):
+        await engine.ask(b"/v1/x", b"{}", "id", Recorder())
+    with pytest.raises(EngineGone):
+        await engine.get("/health")
+    await engine.close()
+
+
+@pytest.mark.parametrize("url", ["https://host", "host:80", "http://", "ftp://host"])
+def test_an_address_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="http://HOST:PORT"):
+        Engine(url)

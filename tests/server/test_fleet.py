@@ -1,0 +1,84 @@
+"""Who serves: probes that survive whatever a worker answers."""
+
+import pytest
+
+from scheduler.workers import Worker
+from server.fleet import Fleet, State
+from tests.server.conftest import SLOW, ScriptedEngine, chat, eventually, over_fake, plain, request, says
+
+GARBAGE = [
+    plain(b"not json"),
+    plain(b"[]"),
+    plain(b"{}"),
+    plain(b'{"data":null}'),
+    plain(b'{"data":[7]}'),
+    plain(b'{"data":[{}]}'),
+    plain(b'{"data":[]}'),
+    plain(b"", status="500 Internal Server Error"),
+]
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+async def test_a_worker_that_answers_nonsense_is_asked_again_until_it_makes_sense(garbage: bytes) -> None:
+    async with ScriptedEngine([says(plain(b"{}"))]).run() as engine:
+        fleet = Fleet(probe_s=0.01)
+        engine.gets = {"/v1/models": garbage}
+        member = fleet.add(Worker("w", engine.url))
+        await eventually(lambda: member.misses >= 2)
+        assert member.state is State.STARTING
+        engine.gets = {}
+        await eventually(lambda: member.state is State.READY)
+        await fleet.close()
+
+
+async def test_a_server_without_health_and_metrics_is_known_by_its_models() -> None:
+    async with ScriptedEngine([says(plain(b"{}"))]).run() as engine:
+        engine.gets = {"/health": plain(b"", status="404 Not Found")}
+        fleet = Fleet(probe_s=0.01)
+        member = fleet.add(Worker("w", engine.url))
+        await eventually(lambda: member.state is State.READY)
+        engine.gets["/v1/models"] = plain(b"", status="500 Internal Server Error")
+        await eventually(lambda: member.state is State.DOWN)
+        await fleet.close()
+
+
+async def test_kv_usage_is_read_and_a_strange_number_is_not() -> None:
+    async with ScriptedEngine([says(plain(b"{}"))]).run() as engine:
+        engine.gets = {"/metrics": plain(b'vllm:kv_cache_usage_perc{engine="0"} 0.25\n')}
+        fleet = Fleet(probe_s=0.01)
+        member = fleet.add(Worker("w", engine.url))
+        await eventually(lambda: member.kv_usage == 0.25)
+        engine.gets = {"/metrics": plain(b"vllm:kv_cache_usage_perc many\n")}
+        await eventually(lambda: member.state is State.READY)
+        assert member.kv_usage == 0.25 and member.misses == 0
+        await fleet.close()
+
+
+async def test_a_worker_that_dies_is_out_and_one_that_comes_back_is_in() -> None:
+    async with over_fake(probe_s=0.05) as (gateway, engine):
+        engine.die()
+        await eventually(lambda: not gateway.server.fleet.ready())
+        assert (await gateway.ask("/ready", method="GET")).status == 503
+        await engine.listen()
+        await gateway.ready()
+        assert (await gateway.ask("/v1/chat/completions", chat())).status == 200
+
+
+async def test_a_removed_worker_gets_nothing_new_and_finishes_what_it_has() -> None:
+    async with over_fake(SLOW) as (gateway, engine):
+        wire = await gateway.send(request("/v1/chat/completions", chat(stream=True, max_tokens=20, ignore_eos=True)))
+        await wire.head()
+        await gateway.server.fleet.remove("worker-0")
+        assert (await gateway.ask("/v1/chat/completions", chat())).status == 503
+        pieces = []
+        while piece := await wire.chunk():
+            pieces.append(piece)
+        assert pieces[-1].endswith(b"[DONE]\n\n")
+
+
+async def test_two_workers_cannot_have_one_name() -> None:
+    fleet = Fleet(probe_s=60)
+    fleet.add(Worker("w", "http://127.0.0.1:9"))
+    with pytest.raises(ValueError, match="already"):
+        fleet.add(Worker("w", "http://127.0.0.1:10"))
+    await fleet.close()

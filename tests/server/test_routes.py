@@ -1,0 +1,37 @@
+"""What is not relayed: health, readiness, models, the OpenAPI page."""
+
+from tests.server.conftest import over_fake, serving
+
+
+async def test_health_says_that_the_process_lives_and_ready_that_a_worker_does() -> None:
+    async with serving() as gateway:
+        assert (await gateway.ask("/health", method="GET")).status == 200
+        reply = await gateway.ask("/ready", method="GET")
+        assert reply.status == 503 and int(reply.headers["retry-after"]) >= 1
+    async with over_fake() as (gateway, _):
+        reply = await gateway.ask("/ready", method="GET")
+        assert reply.status == 200 and reply.json()["workers"][0]["state"] == "ready"
+
+
+async def test_models_are_listed_and_found_by_name() -> None:
+    async with over_fake() as (gateway, _):
+        listed = (await gateway.ask("/v1/models", method="GET")).json()
+        assert listed["object"] == "list" and [entry["id"] for entry in listed["data"]] == ["fake"]
+        assert "root" not in listed["data"][0]
+        assert (await gateway.ask("/v1/models/fake", method="GET")).json() == listed["data"][0]
+        missing = await gateway.ask("/v1/models/other", method="GET")
+        assert missing.status == 404 and missing.error["code"] == "model_not_found"
+
+
+async def test_the_openapi_page_knows_the_relayed_routes() -> None:
+    async with over_fake() as (gateway, _):
+        paths = (await gateway.ask("/openapi.json", method="GET")).json()["paths"]
+        for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/messages"):
+            assert "post" in paths[path]
+
+
+async def test_what_is_not_there_is_an_error_object() -> None:
+    async with over_fake() as (gateway, _):
+        assert (await gateway.ask("/nothing", method="GET")).error["code"] == "unknown_url"
+        wrong = await gateway.ask("/health", {}, method="POST")
+        assert wrong.status == 405 and wrong.error["code"] == "method_not_allowed"

@@ -1,0 +1,79 @@
+"""Metrics: names, and values after traffic that is known."""
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.telemetry import SECONDS, Distribution
+from tests.server.conftest import SLOW, chat, completion, eventually, over_fake, request
+
+CHAT = "/v1/chat/completions"
+SUFFIX = ("ttft", "itl", "tpot", "e2e", "queue")
+
+
+def test_a_distribution_counts_what_is_at_or_below_each_bound() -> None:
+    distribution = Distribution("x_seconds", "", (0.1, 1.0))
+    for value in (0.05, 0.1, 0.5, 1.0, 7.0):
+        distribution.observe(value)
+    samples = {(s.name, s.labels.get("le")): s.value for s in distribution.family().samples}
+    assert samples["x_seconds_bucket", "0.1"] == 2
+    assert samples["x_seconds_bucket", "1.0"] == 4
+    assert samples["x_seconds_bucket", "+Inf"] == samples["x_seconds_count", None] == 5
+    assert abs(samples["x_seconds_sum", None] - 8.65) < 1e-9
+
+
+async def test_after_known_traffic_every_number_is_right() -> None:
+    async with over_fake(SLOW) as (gateway, engine):
+        body = chat(stream=True, max_tokens=6, ignore_eos=True)
+        for _ in range(3):
+            assert (await gateway.ask(CHAT, body)).status == 200
+        whole = await gateway.ask("/v1/completions", completion(max_tokens=4, ignore_eos=True))
+        usage = whole.json()["usage"]
+        await gateway.ask(CHAT, b"{")
+        await gateway.ask(CHAT, chat(model="other"))
+        gone = await gateway.send(request(CHAT, chat(stream=True, max_tokens=500, ignore_eos=True)))
+        await gone.head()
+        await gone.close()
+        await eventually(gateway.at_rest)
+        metrics = await gateway.metrics()
+
+    def total(name: str, **labels: str) -> float:
+        return metrics[name, tuple(sorted(labels.items()))]
+
+    assert total("evenhand_requests_total", route=CHAT, outcome="ok") == 3
+    assert total("evenhand_requests_total", route="/v1/completions", outcome="ok") == 1
+    assert total("evenhand_requests_total", route=CHAT, outcome="invalid_json") == 1
+    assert total("evenhand_requests_total", route=CHAT, outcome="model_not_found") == 1
+    assert total("evenhand_requests_total", route=CHAT, outcome="cancelled") == 1
+    completions = total("evenhand_tokens_total", kind="completion")
+    assert 22 <= completions <= 22 + 50  # 3 × 6 + 4, and what the one who left had seen
+    assert total("evenhand_tokens_total", kind="prompt") == 3 * 15 + usage["prompt_tokens"]
+    assert total("evenhand_queue_depth", model="fake") == 0
+    assert total("evenhand_worker_up", worker="worker-0", role="both") == 1
+    assert total("evenhand_worker_in_flight", worker="worker-0", role="both") == 0
+    count = {name: total(f"evenhand_request_{name}_seconds_count") for name in SUFFIX}
+    assert count["ttft"] == 4 and count["tpot"] == 3 and count["e2e"] == 4 and count["queue"] == 5
+    assert 15 <= count["itl"] <= 22 + 50
+    for name in SUFFIX:
+        buckets = [total(f"evenhand_request_{name}_seconds_bucket", le=repr(bound)) for bound in SECONDS]
+        assert buckets == sorted(buckets) and buckets[-1] <= count[name]
+        assert total(f"evenhand_request_{name}_seconds_bucket", le="+Inf") == count[name]
+    per_token = total("evenhand_request_tpot_seconds_sum") / 3
+    assert 0.015 < per_token < 0.08  # an iteration takes 20 ms
+
+
+async def test_the_exposition_is_what_prometheus_reads() -> None:
+    async with over_fake() as (gateway, _):
+        await gateway.ask(CHAT, chat(stream=True))
+        reply = await gateway.ask("/metrics", method="GET")
+        assert reply.headers["content-type"].startswith("text/plain")
+        families = {family.name: family.type for family in text_string_to_metric_families(reply.body.decode())}
+        for name in SUFFIX:
+            assert families[f"evenhand_request_{name}_seconds"] == "histogram"
+        assert families["evenhand_requests"] == families["evenhand_tokens"] == "counter"
+        assert families["evenhand_queue_depth"] == families["evenhand_worker_up"] == "gauge"
+
+
+async def test_refusals_by_an_engine_do_not_become_new_labels() -> None:
+    async with over_fake() as (gateway, _):
+        await gateway.ask(CHAT, chat(messages=[{"role": "user", "content": "word " * 20_000}]))
+        metrics = await gateway.metrics()
+        assert metrics["evenhand_requests_total", (("outcome", "engine_400"), ("route", CHAT))] == 1
