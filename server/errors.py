@@ -136,10 +136,21 @@ def outcome_of(error: BaseException) -> str:
     return (error.code or error.kind) if isinstance(error, ServiceError) else "internal_error"
 
 
+_ANTHROPIC_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+}
+
+
 def error_object(error: ServiceError, *, anthropic: bool = False) -> bytes:
     """The JSON body of an error, as OpenAI (or Anthropic) shapes it."""
     kind = error.refused_kind if isinstance(error, Refused) else error.kind
     if anthropic:
+        kind = error.kind if isinstance(error, Overloaded) else _ANTHROPIC_KINDS.get(status_of(error), "api_error")
         return orjson.dumps({"type": "error", "error": {"type": kind, "message": error.message}})
     return orjson.dumps({"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}})
 

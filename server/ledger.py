@@ -89,7 +89,7 @@ class Ledger:
             if key.partition(" ")[2] == model:
                 self._merge(queues, key, 0.0, max(word.counter for word in by_replica.values()))
 
-    def heard(self, rows: Mapping[str, Mapping[str, str]], newborn: Collection[str]) -> None:
+    def heard(self, rows: Mapping[str, Mapping[str, str]], from_zero: Collection[str]) -> None:
         more: dict[str, float] = {}
         floors: dict[str, float] = {}
         for replica, told in rows.items():
@@ -98,7 +98,7 @@ class Ledger:
                 word = _Heard(float(charged), float(counter), waits == "1")
                 by_replica = self._heard.setdefault(key, {})
                 before = by_replica.get(replica)
-                begin = before.charged if before is not None else 0.0 if replica in newborn else word.charged
+                begin = before.charged if before is not None else 0.0 if replica in from_zero else word.charged
                 by_replica[replica] = word
                 more[key] = more.get(key, 0.0) + word.charged - begin
                 floors[key] = max(floors.get(key, 0.0), word.counter)

@@ -199,6 +199,11 @@ def span(seconds: float) -> bytes:
     return b"%dm%bs" % (minutes, text) if minutes else text + b"s"
 
 
+def _whole(seconds: float) -> int:
+    """Retry-After has whole seconds: never too early, and not one more for a rounding error."""
+    return max(1, ceil(seconds - 1e-6))
+
+
 class Free:
     """The admission of a tenant without limits."""
 
@@ -400,7 +405,7 @@ class Gate:
             return TooManyRequests(
                 f"Rate limit reached for requests per min (RPM): Limit {requests.burst:g}. "
                 f"Please try again in {span(wait_s).decode()}.",
-                retry_after_s=ceil(wait_s),
+                retry_after_s=_whole(wait_s),
             )
         if bucket is None:
             return None
@@ -414,7 +419,7 @@ class Gate:
                 f"Rate limit reached for tokens per min (TPM): Limit {bucket.burst:g}, "
                 f"Used {max(0, round(bucket.burst - bucket.level))}, Requested {tokens}. "
                 f"Please try again in {span(wait_s).decode()}.",
-                retry_after_s=ceil(wait_s),
+                retry_after_s=_whole(wait_s),
             )
         return None
 
@@ -441,7 +446,7 @@ class Gate:
         self._changed.clear()
         return rows
 
-    def heard(self, rows: Mapping[str, Mapping[str, str]], newborn: Collection[str]) -> None:
+    def heard(self, rows: Mapping[str, Mapping[str, str]], from_zero: Collection[str]) -> None:
         now = self._clock()
         for replica, told in rows.items():
             for name, row in told.items():
@@ -450,7 +455,7 @@ class Gate:
                     requests, tokens, in_flight = map(int, row.split())
                     standing = self._standing(tenant, now)
                     was = self._seen.get((replica, name))
-                    if was is None and replica in newborn:
+                    if was is None and replica in from_zero:
                         was = (0, 0, 0)
                     elif was is None:
                         was = (requests, tokens, 0)

@@ -28,11 +28,11 @@ class Part(Protocol):
     def changed(self, *, everything: bool) -> dict[str, str]:
         """Own rows that are not the same as when this was last called; all of them if `everything`."""
 
-    def heard(self, rows: Mapping[str, Mapping[str, str]], newborn: Collection[str]) -> None:
+    def heard(self, rows: Mapping[str, Mapping[str, str]], from_zero: Collection[str]) -> None:
         """Others' rows by replica and key, all seen at one moment.
 
-        newborn: replicas of which all that they ever did counts; of any other the first value of a row is where it
-        begins, for what was before is in everybody's state already.
+        from_zero: replicas whose new rows count from zero, for this one has followed them all along; of any other the
+        first value of a row is where it begins, for what was before is in others' state already.
         """
 
     def gone(self, replica: str) -> None:
@@ -82,7 +82,8 @@ class Replicas:
         self._everything = True
         self._restore = False
         self._rounds: dict[str, int] = {}
-        self._newborn: dict[str, bool] = {}
+        self._met: set[str] = set()
+        self._forgotten: set[str] = set()
         self._gone: dict[str, float] = {}
         self._born = 0
 
@@ -152,25 +153,29 @@ class Replicas:
         for replica in [replica for replica, since in self._gone.items() if replica in alive or now - since > FORGET_S]:
             del self._gone[replica]
             if replica not in alive:
-                self._newborn[replica] = False
+                self._met.discard(replica)
+                self._forgotten.add(replica)
                 for part in self.parts:
                     part.forget(replica)
 
     def _hear_rows(self, news: News) -> None:
         live = {replica: dict(rows) for replica, rows in news.live.items() if replica in news.alive}
+        from_zero = self._met & live.keys()
         for replica, rows in live.items():
             if _ROUND in rows:
                 number, born = rows.pop(_ROUND).split()
                 self._rounds[replica] = int(number)
-                self._newborn.setdefault(replica, int(born) > self._born)
-        newborn = {replica for replica in live if self._newborn.get(replica)}
+                if int(born) > self._born and replica not in self._forgotten:
+                    from_zero.add(replica)
+        self._met |= live.keys()
+        self._forgotten -= live.keys()
         for part in self.parts:
             size = len(part.prefix)
             own = {
                 replica: {key[size:]: value for key, value in rows.items() if key.startswith(part.prefix)}
                 for replica, rows in live.items()
             }
-            part.heard(own, newborn)
+            part.heard(own, from_zero)
 
     def _next_round(self, others: frozenset[str]) -> None:
         rounds = [self._rounds.get(replica, -1) for replica in others]

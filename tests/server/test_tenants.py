@@ -1,6 +1,5 @@
 """Tenants and their keys: who is let in, what a file may say, and that nothing of a key is ever told."""
 
-import asyncio
 import logging
 import os
 import traceback
@@ -13,7 +12,7 @@ from server.app import GatewayServer
 from server.errors import NoWorker, UnknownKey
 from server.settings import Settings
 from server.tenants import OPEN, TenantFile, Tenants, hashed, new_key, read_file, read_record
-from tests.server.conftest import chat, over_fake
+from tests.server.conftest import chat, eventually, over_fake
 
 KEY = "sk-test-0123456789abcdef"
 OTHER = "sk-test-fedcba9876543210"
@@ -263,9 +262,8 @@ async def test_a_file_that_breaks_while_serving_is_told_in_ready(tmp_path: Path)
     async with over_fake(tenants=path) as (gateway, _):
         assert "tenants" not in (await gateway.ask("/ready", method="GET")).json()
         write(path, "tenants: 3")
-        async with asyncio.timeout(10):
-            while "tenants" not in (told := (await gateway.ask("/ready", method="GET")).json()):
-                await asyncio.sleep(0.02)
+        await eventually(lambda: gateway.server.shared.notes(), "the broken file was seen")
+        told = (await gateway.ask("/ready", method="GET")).json()
         assert told["status"] == "ready" and "stay in force" in told["tenants"]["problem"]
         reply = await gateway.ask("/v1/chat/completions", chat(), headers={"authorization": f"Bearer {KEY}"})
         assert reply.status == 200
