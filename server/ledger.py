@@ -7,6 +7,8 @@ from typing import Protocol
 from scheduler.lanes import Lanes
 from scheduler.policy import Account
 
+REPEAT_S = 1.0
+
 
 class Queue(Protocol):
     """A model's line."""
@@ -29,7 +31,9 @@ class _Told:
     offset: float = 0.0
     charged: float = 0.0
     lifted: float = 0.0
+    counter: float = 0.0
     waits: bool = False
+    at: float = 0.0
 
 
 @dataclass(slots=True)
@@ -58,27 +62,33 @@ class Ledger:
 
     def changed(self, *, everything: bool) -> dict[str, str]:
         rows: dict[str, str] = {}
+        now = self.clock()
         for model, queue in self.queues().items():
-            queue.settle(self.clock())
+            queue.settle(now)
             if self._known.get(model) is not queue.lanes:
                 self._catch_up(model, queue.lanes)
             for account, waits in queue.lanes.standings():
                 key = f"{account.tenant} {model}"
-                if self._note(key, account, waits) or everything:
+                if self._note(key, account, waits, now) or everything:
                     rows[key] = f"{self._told[key].charged!r} {account.counter!r} {int(waits)}"
         return rows
 
-    def _note(self, key: str, account: Account, waits: bool) -> bool:
-        """Whether others do not know this yet. What they did themselves they know."""
+    def _note(self, key: str, account: Account, waits: bool, now: float) -> bool:
+        """Whether others should be told: at once of what happened here, now and then of what was heard.
+
+        The second is for whoever joined between two words, or missed one: its counter must not stay behind for good.
+        """
         told = self._told.get(key)
         if told is None:
             told = self._told[key] = _Told(account)
         elif told.account is not account:
             told.account, told.offset = account, told.charged
         charged = told.offset + account.counter - account.lifted - account.heard
-        if charged == told.charged and account.lifted == told.lifted and waits == told.waits:
+        same = charged == told.charged and account.lifted == told.lifted and waits == told.waits
+        if same and (account.counter == told.counter or now - told.at < REPEAT_S):
             return False
         told.charged, told.lifted, told.waits = charged, account.lifted, waits
+        told.counter, told.at = account.counter, now
         return True
 
     def _catch_up(self, model: str, lanes: Lanes) -> None:
