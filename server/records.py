@@ -37,10 +37,16 @@ class Records:
         self._lines = lines
         self._drained: frozenset[str] = frozenset()
         self._policy_text: str | None = None
+        self._known: dict[str, dict[str, str]] = {}
+        self._lost = False
 
     def are_stale(self) -> None:
         """They have changed."""
         self.stale = True
+
+    def are_lost(self) -> None:
+        """The store lost what it had: what is known here goes back into it, but for what it has anew."""
+        self._lost = True
 
     async def follow(self) -> None:
         """Reads them if they are stale. While the store is away nothing changes."""
@@ -55,16 +61,26 @@ class Records:
 
     async def read(self) -> None:
         """Reads them and puts them in force. StoreAway."""
-        tenants = await self.store.records(TENANT)
-        policies = await self.store.records(POLICY)
-        drained = frozenset(await self.store.records(DRAINED))
-        self._tenants.set_stored(_tenants_in(tenants))
-        self._set_policy(policies.get(LIVE))
+        if self._lost:
+            await self._restore()
+        self._known = {kind: await self.store.records(kind) for kind in (TENANT, POLICY, DRAINED)}
+        drained = frozenset(self._known[DRAINED])
+        self._tenants.set_stored(_tenants_in(self._known[TENANT]))
+        self._set_policy(self._known[POLICY].get(LIVE))
         for worker_id in self._drained - drained:
             if worker_id in self._fleet.members:
                 self._fleet.resume(worker_id)
         self._drained = drained
         self._drain_newcomers()
+
+    async def _restore(self) -> None:
+        for kind, records in self._known.items():
+            there = await self.store.records(kind)
+            for name, text in records.items():
+                if name not in there:
+                    await self.store.put(kind, name, text)
+        self._lost = False
+        log.warning("the store had lost its records; what this gateway knew of them is back in it")
 
     def _drain_newcomers(self) -> None:
         for worker_id in self._drained & self._fleet.members.keys():

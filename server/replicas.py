@@ -69,6 +69,7 @@ class Replicas:
         self.parts: list[Part] = []
         self.kept: list[KeptPart] = []
         self.on_records: list[Callable[[], None]] = []
+        self.on_loss: list[Callable[[], None]] = []
         self.count = 1
         self.round = 0
         self.up = False
@@ -138,10 +139,10 @@ class Replicas:
         for keeper in self.kept:
             keeper.kept_heard(dict(news.kept))
         self._next_round(news.alive - {self.name})
-        if news.version != self._version or lost:
-            self._version = news.version
-            for callback in self.on_records:
-                callback()
+        changed = news.version != self._version or lost
+        self._version = news.version
+        for callback in [*(self.on_loss if lost else ()), *(self.on_records if changed else ())]:
+            callback()
 
     def _part_from(self, alive: frozenset[str]) -> None:
         now = self._clock()

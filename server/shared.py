@@ -68,6 +68,7 @@ class Shared:
         self.replicas.kept = [self.gate]
         self.records = Records(self.store, self.tenants, policy, fleet, lambda: lines.by_model.values())
         self.replicas.on_records.append(self.records.are_stale)
+        self.replicas.on_loss.append(self.records.are_lost)
         self._registry = Registry(self.store, fleet, clock)
 
     @asynccontextmanager

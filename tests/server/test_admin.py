@@ -1,0 +1,163 @@
+"""/admin: its own key, workers, tenants and keys, the policy while requests wait."""
+
+import asyncio
+import logging
+from pathlib import Path
+
+import pytest
+
+from loadtest.fake_engine import FakeEngine
+from tests.server.conftest import INSTANT, SLOW, Reply, Running, chat, eventually, over_fake, request, serving
+from tests.server.test_tenants import KEY, OTHER
+
+ADMIN_KEY = "admin-0123456789abcdef"
+
+
+async def admin(gateway: Running, method: str, path: str, body: object = None, key: str = ADMIN_KEY) -> Reply:
+    headers = {"authorization": f"Bearer {key}", "connection": "close"}
+    return await gateway.ask("/admin" + path, body, method=method, headers=headers)
+
+
+async def ask(gateway: Running, key: str, **fields: object) -> int:
+    return (
+        await gateway.ask("/v1/chat/completions", chat(**fields), headers={"authorization": f"Bearer {key}"})
+    ).status
+
+
+ROUTES = [
+    ("GET", "/workers"), ("PUT", "/workers/w"), ("DELETE", "/workers/w"), ("POST", "/workers/w/drain"),
+    ("POST", "/workers/w/resume"), ("GET", "/tenants"), ("GET", "/tenants/a"), ("PUT", "/tenants/a"),
+    ("DELETE", "/tenants/a"), ("POST", "/tenants/a/keys"), ("DELETE", "/tenants/a/keys/0"), ("GET", "/policy"),
+    ("PUT", "/policy"), ("DELETE", "/policy"),
+]  # fmt: skip
+
+
+async def test_without_an_admin_key_everybody_is_refused() -> None:
+    async with over_fake() as (gateway, _):
+        for method, path in ROUTES:
+            refused = await admin(gateway, method, path)
+            assert (refused.status, refused.error["code"]) == (403, "forbidden"), (method, path)
+
+
+async def test_a_wrong_key_and_a_tenant_s_key_are_refused_everywhere(tmp_path: Path) -> None:
+    path = tmp_path / "tenants.yaml"
+    path.write_text(f"tenants: [{{name: acme, keys: [{KEY}]}}]")
+    async with over_fake(admin_key=ADMIN_KEY, tenants=path) as (gateway, _):
+        for method, route in ROUTES:
+            for key in (KEY, ADMIN_KEY + "0", ADMIN_KEY[:-1], ""):
+                assert (await admin(gateway, method, route, key=key)).status == 401, (method, route)
+            assert (await gateway.ask("/admin" + route, method=method)).status == 401
+        assert await ask(gateway, ADMIN_KEY) == 401  # nor does the admin key open the models
+
+
+async def test_a_tenant_lives_through_its_whole_life(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG):
+        async with over_fake(admin_key=ADMIN_KEY) as (gateway, _):
+            assert (await gateway.ask("/v1/chat/completions", chat())).status == 200  # open
+            record = {"weight": 2, "keys": [KEY], "budget": {"tokens_per_day": 10**6}}
+            made = await admin(gateway, "PUT", "/tenants/acme", record)
+            assert made.status == 200
+            assert (await gateway.ask("/v1/chat/completions", chat())).status == 401  # not open any more
+            assert await ask(gateway, KEY) == 200
+
+            told = (await admin(gateway, "GET", "/tenants/acme")).json()
+            assert told["weight"] == 2 and told["source"] == "store"
+            assert [len(key["id"]) for key in told["keys"]] == [8]
+            assert min(told["used"].values()) > 0
+            listed = (await admin(gateway, "GET", "/tenants")).body
+            assert KEY.encode() not in listed and b"sha256" not in listed
+
+            assert (await admin(gateway, "PUT", "/tenants/acme", {"weight": 3})).json()["keys"] == told["keys"]
+            assert await ask(gateway, KEY) == 200
+
+            fresh = (await admin(gateway, "POST", "/tenants/acme/keys", {"retire_others_in_s": 0})).json()
+            assert await ask(gateway, fresh["key"]) == 200
+            assert await ask(gateway, KEY) == 401
+            assert fresh["key"] not in (await admin(gateway, "GET", "/tenants/acme")).body.decode()
+            assert (await admin(gateway, "DELETE", f"/tenants/acme/keys/{fresh['id']}")).status == 204
+            assert await ask(gateway, fresh["key"]) == 401
+
+            assert (await admin(gateway, "DELETE", "/tenants/acme")).status == 204
+            assert (await admin(gateway, "GET", "/tenants/acme")).status == 404
+            assert (await gateway.ask("/v1/chat/completions", chat())).status == 401
+    assert KEY not in caplog.text and fresh["key"] not in caplog.text and ADMIN_KEY not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("PUT", "/tenants/acme", {"keys": ["short"]}, 400),
+        ("PUT", "/tenants/acme", {"weight": "heavy"}, 400),
+        ("PUT", "/tenants/acme", {"name": "other"}, 400),
+        ("PUT", "/tenants/acme", {"colour": 1}, 400),
+        ("PUT", "/tenants/acme", b"{", 400),
+        ("PUT", "/tenants/acme", b"[]", 400),
+        ("PUT", "/tenants/a%20b", {}, 400),
+        ("PUT", "/tenants/thief", {"keys": [KEY]}, 400),
+        ("PUT", "/tenants/filed", {}, 409),
+        ("DELETE", "/tenants/filed", None, 409),
+        ("DELETE", "/tenants/nobody", None, 404),
+        ("POST", "/tenants/nobody/keys", None, 404),
+        ("POST", "/tenants/filed/keys", None, 409),
+        ("DELETE", "/tenants/filed/keys/00000000", None, 404),
+        ("POST", "/workers/nobody/drain", None, 404),
+        ("DELETE", "/workers/nobody", None, 404),
+        ("PUT", "/workers/w", {"url": "ftp://x"}, 400),
+        ("PUT", "/workers/w", {}, 400),
+        ("PUT", "/workers/worker-0", {"url": "http://127.0.0.1:1"}, 400),
+        ("PUT", "/policy", {"policy": "lifo"}, 400),
+        ("PUT", "/policy", {"policy": "vtc", "options": {"speed": "9"}}, 400),
+        ("PUT", "/policy", {"policy": "mlfq", "options": {"levels": "0"}}, 400),
+        ("PUT", "/policy", {}, 400),
+        ("PUT", "/policy", {"policy": "vtc", "option": {}}, 400),
+        ("GET", "/nothing", None, 404),
+        ("PATCH", "/policy", {}, 405),
+    ],
+)
+async def test_nonsense_is_refused_with_an_error_that_quotes_no_key(
+    tmp_path: Path, method: str, path: str, body: object, status: int
+) -> None:
+    file = tmp_path / "tenants.yaml"
+    file.write_text(f"tenants: [{{name: filed, keys: [{KEY}]}}]")
+    async with over_fake(admin_key=ADMIN_KEY, tenants=file) as (gateway, _):
+        refused = await admin(gateway, method, path, body)
+        assert refused.status == status
+        assert KEY not in refused.error["message"]
+        assert (await admin(gateway, "GET", "/policy")).json()["policy"] == "fcfs"
+        assert await ask(gateway, KEY) == 200
+
+
+async def test_a_drained_worker_gets_nothing_new_and_finishes_what_it_has() -> None:
+    async with FakeEngine(SLOW) as one, FakeEngine(INSTANT) as other, serving(one.url, admin_key=ADMIN_KEY) as gateway:
+        running = await gateway.send(request("/v1/chat/completions", chat(max_tokens=30, stream=True)))
+        await running.head()
+        assert (await admin(gateway, "POST", "/workers/worker-0/drain")).json()["state"] == "draining"
+        added = await admin(gateway, "PUT", "/workers/spare", {"url": other.url, "slots": 8})
+        assert added.status == 201
+        await eventually(lambda: len(gateway.server.fleet.ready()) == 1)
+        assert (await gateway.ask("/v1/chat/completions", chat())).status == 200
+        assert gateway.server.fleet.members["worker-0"].in_flight == 1
+        while await running.chunk():
+            pass
+        assert (await admin(gateway, "DELETE", "/workers/spare")).status == 204
+        assert (await admin(gateway, "POST", "/workers/worker-0/resume")).status == 200
+        await eventually(lambda: gateway.server.fleet.ready())
+        assert (await gateway.ask("/v1/chat/completions", chat())).status == 200
+        assert [worker["id"] for worker in (await admin(gateway, "GET", "/workers")).json()["workers"]] == ["worker-0"]
+
+
+async def test_the_policy_changes_under_load_and_nobody_loses_an_answer(tmp_path: Path) -> None:
+    file = tmp_path / "tenants.yaml"
+    file.write_text(f"tenants: [{{name: a, keys: [{KEY}]}}, {{name: b, keys: [{OTHER}], weight: 2}}]")
+    options = {"admin_key": ADMIN_KEY, "tenants": file, "slots": 2, "admission": {"ahead": 0}}
+    async with over_fake(SLOW, **options) as (gateway, _):
+        asked = [asyncio.create_task(ask(gateway, (KEY, OTHER)[number % 2], stream=True)) for number in range(24)]
+        await eventually(lambda: gateway.waiting > 10)
+        for policy, given in [("vtc", {}), ("mlfq", {"levels": "3"}), ("gittins", {}), ("vtc", {"within": "mlfq"})]:
+            told = await admin(gateway, "PUT", "/policy", {"policy": policy, "options": given})
+            assert (told.status, told.json()["policy"], told.json()["options"]) == (200, policy, given)
+            assert {line.lanes.policy.name for line in gateway.server.lines.by_model.values()} == {policy}
+        assert gateway.waiting > 0
+        back = await admin(gateway, "DELETE", "/policy")
+        assert back.json()["policy"] == "fcfs"
+        assert await asyncio.gather(*asked) == [200] * 24

@@ -1,0 +1,236 @@
+"""Gateways over a real Redis: what they share, and what happens when it goes and comes back."""
+
+import asyncio
+import contextlib
+import socket
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from loadtest.fake_engine import FakeEngine
+from scheduler.workers import Role, Worker
+from server.fleet import Fleet
+from server.redis_store import RedisStore
+from server.registry import WORKER_TTL_S, Registry, registration_of
+from server.store import MemoryStore
+from tests.conftest import redis_server, wait_until_listening
+from tests.server.conftest import INSTANT, Running, chat, eventually, serving
+from tests.server.test_admin import ADMIN_KEY, admin, ask
+from tests.server.test_tenants import KEY, OTHER
+
+
+class OwnRedis:
+    """A Redis that a test may kill. It keeps nothing on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.folder = folder
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        options = ["--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", str(self.folder)]
+        log = self.folder / "log"
+        with log.open("ab") as out:
+            self.process = subprocess.Popen(
+                [redis_server(), "--port", str(self.port), *options], stdout=out, stderr=out
+            )
+        wait_until_listening(self.port, self.process, log)
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[OwnRedis]:
+    redis = OwnRedis(tmp_path)
+    redis.start()
+    yield redis
+    redis.kill()
+
+
+@contextlib.asynccontextmanager
+async def two_gateways(url: str, **settings: object) -> AsyncIterator[tuple[Running, Running]]:
+    async with (
+        FakeEngine(INSTANT) as engine,
+        serving(engine.url, redis_url=url, admin_key=ADMIN_KEY, sync_s=0.05, **settings) as one,
+        serving(engine.url, redis_url=url, admin_key=ADMIN_KEY, sync_s=0.05, **settings) as other,
+    ):
+        await eventually(lambda: replicas(one) == replicas(other) == 2, "they know each other")
+        yield one, other
+
+
+def replicas(gateway: Running) -> int:
+    return gateway.server.shared.replicas.count
+
+
+async def exchanged(*gateways: Running) -> None:
+    """Everybody has told and heard everything that is there by now."""
+    for gateway in gateways:
+        shared = gateway.server.shared.replicas
+        until = shared.exchanges + 4
+        await eventually(lambda shared=shared, until=until: shared.exchanges >= until)
+
+
+def use_of(gateway: Running, tenant: str) -> int:
+    return max(gateway.server.shared.gate.usage(tenant).values())
+
+
+async def test_tenants_limits_policy_and_drains_are_shared(own_redis: OwnRedis) -> None:
+    async with two_gateways(own_redis.url) as (one, other):
+        record = {"keys": [KEY], "requests_per_minute": 4, "budget": {"tokens_per_day": 10**6}}
+        assert (await admin(one, "PUT", "/tenants/acme", record)).status == 200
+        await eventually(lambda: other.server.shared.tenants.named("acme"), "the tenant is known at the other")
+        assert [await ask(gateway, KEY) for gateway in (one, one)] == [200, 200]
+        await exchanged(one, other)
+        assert await ask(other, KEY) == 200
+        await exchanged(one, other)
+        assert await ask(one, KEY) == 200
+        await exchanged(one, other)
+        assert [await ask(gateway, KEY) for gateway in (one, other)] == [429, 429]
+        assert use_of(one, "acme") == use_of(other, "acme") > 0
+
+        assert (await admin(other, "PUT", "/policy", {"policy": "vtc"})).status == 200
+        await eventually(lambda: one.server.policy.name == "vtc", "the policy is the same at both")
+        assert (await admin(one, "POST", "/workers/worker-0/drain")).status == 200
+        await eventually(lambda: not other.server.fleet.ready(), "the worker is drained at both")
+        assert (await admin(one, "POST", "/workers/worker-0/resume")).status == 200
+        await eventually(lambda: other.server.fleet.ready(), "the worker is back at both")
+
+
+async def test_without_redis_gateways_serve_on_what_they_know_say_so_and_reconcile(own_redis: OwnRedis) -> None:
+    async with two_gateways(own_redis.url) as (one, other):
+        record = {"keys": [KEY], "tokens_per_minute": 10**6, "budget": {"tokens_per_day": 10**6}}
+        await admin(one, "PUT", "/tenants/acme", record)
+        await eventually(lambda: other.server.shared.tenants.named("acme"))
+        assert await ask(one, KEY) == await ask(other, KEY) == 200
+        await exchanged(one, other)
+        before = use_of(one, "acme")
+        assert before == use_of(other, "acme") > 0
+
+        own_redis.kill()
+        await eventually(lambda: not one.server.shared.replicas.up and not other.server.shared.replicas.up)
+        assert [await ask(gateway, KEY) for gateway in (one, other, one)] == [200] * 3
+        assert await ask(one, OTHER) == 401
+        told = await one.ask("/ready", method="GET")
+        assert told.status == 200 and told.json()["store"]["up"] is False
+        assert (await one.metrics())["evenhand_store_up", ()] == 0
+        refused = await admin(one, "PUT", "/tenants/late", {"keys": [OTHER]})
+        assert (refused.status, refused.error["code"]) == (503, "store_unreachable")
+
+        own_redis.start()  # empty
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        await eventually(lambda: use_of(one, "acme") == use_of(other, "acme") > before, "they agree again", limit_s=5)
+        assert loop.time() - began < 5
+        await exchanged(one, other)
+        assert use_of(one, "acme") == use_of(other, "acme") == before * 5 // 2
+        assert (await one.metrics())["evenhand_store_up", ()] == 1
+        assert await ask(one, KEY) == 200
+
+
+async def test_tenants_of_the_store_survive_its_loss_in_the_gateways_that_know_them(own_redis: OwnRedis) -> None:
+    async with two_gateways(own_redis.url) as (one, other):
+        await admin(one, "PUT", "/tenants/acme", {"keys": [KEY]})
+        await admin(one, "PUT", "/policy", {"policy": "vtc"})
+        await eventually(lambda: other.server.shared.tenants.named("acme"))
+        own_redis.kill()
+        own_redis.start()
+        await eventually(lambda: one.server.shared.replicas.up and other.server.shared.replicas.up)
+        await exchanged(one, other)
+        assert await ask(one, KEY) == 200
+        assert await ask(other, KEY) == 200
+        assert one.server.policy.name == other.server.policy.name == "vtc"
+        store = RedisStore(own_redis.url)
+        await eventually(lambda: not one.server.shared.records.stale and not other.server.shared.records.stale)
+        assert set(await store.records("tenant")) == {"acme"}  # a gateway that starts now knows it too
+        await store.close()
+
+
+async def test_a_gateway_that_starts_without_its_redis_serves_the_tenants_of_its_file(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "tenants.yaml"
+    path.write_text(f"tenants: [{{name: acme, keys: [{KEY}]}}]")
+    away = "redis://127.0.0.1:1/0"
+    async with FakeEngine(INSTANT) as engine:
+        async with serving(engine.url, redis_url=away, tenants=path) as gateway:
+            assert await ask(gateway, KEY) == 200
+            assert await ask(gateway, OTHER) == 503  # it may be a tenant of the store
+        async with serving(engine.url, redis_url=away) as gateway:
+            assert (await gateway.ask("/v1/chat/completions", chat())).status == 503
+
+
+async def test_a_slow_redis_delays_no_request(tmp_path: Path) -> None:
+    async def mute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    path = tmp_path / "tenants.yaml"
+    path.write_text(f"tenants: [{{name: acme, keys: [{KEY}], requests_per_minute: 600}}]")
+    server = await asyncio.start_server(mute, "127.0.0.1", 0)
+    url = f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0"
+    loop = asyncio.get_running_loop()
+    async with FakeEngine(INSTANT) as engine, serving(engine.url, redis_url=url, tenants=path) as gateway:
+        await ask(gateway, KEY)
+        began = loop.time()
+        assert [await ask(gateway, KEY) for _ in range(20)] == [200] * 20
+        assert loop.time() - began < 0.9  # less than one of its timeouts
+        assert not gateway.server.shared.replicas.up
+    server.close()
+
+
+# workers that join through the store
+async def test_a_worker_joins_a_fleet_through_redis_and_leaves_it(redis_url: str) -> None:
+    store = RedisStore(redis_url)
+    async with FakeEngine(INSTANT) as engine, serving(redis_url=redis_url) as gateway:
+        await store.register("far-0", registration_of(Worker("far-0", engine.url, Role.BOTH, 16)), ttl_s=60.0)
+        await gateway.ready()
+        member = gateway.server.fleet.members["far-0"]
+        assert (member.worker.slots, member.worker.role) == (16, Role.BOTH)
+        assert (await gateway.ask("/v1/chat/completions", chat())).status == 200
+    await store.leave("far-0")
+    await store.close()
+
+
+async def test_a_fleet_follows_the_registry_with_patience(caplog: pytest.LogCaptureFixture) -> None:
+    now = 0.0
+
+    def clock() -> float:
+        return now
+
+    store, fleet = MemoryStore(clock), Fleet(probe_s=60.0)
+    registry = Registry(store, fleet, clock)
+    url = "http://127.0.0.1:1"
+    await store.register("w", registration_of(Worker("w", url)), ttl_s=5.0)
+    await store.register("bad", '{"url": 3}', ttl_s=1000.0)
+    fleet.add(Worker("static", url))
+    await store.register("static", registration_of(Worker("static", url)), ttl_s=1000.0)
+    await registry.follow()
+    await registry.follow()
+    assert set(fleet.members) == {"w", "static"}
+    assert len([record for record in caplog.records if "not used" in record.message]) == 2
+
+    now = 6.0  # its heartbeat is late, or the store was lost
+    await registry.follow()
+    assert "w" in fleet.members
+    await store.register("w", registration_of(Worker("w", url)), ttl_s=5.0)
+    await registry.follow()
+    now = 12.0
+    await registry.follow()
+    now += WORKER_TTL_S
+    await registry.follow()
+    assert set(fleet.members) == {"static"}
+
+    await store.register("w", registration_of(Worker("w", url)), ttl_s=1000.0)
+    await registry.follow()
+    await store.register("w", registration_of(Worker("w", url, Role.PREFILL, 4)), ttl_s=1000.0)
+    await registry.follow()
+    assert fleet.members["w"].worker.role is Role.PREFILL
+    await fleet.close()
