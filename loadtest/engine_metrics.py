@@ -16,8 +16,9 @@ _REASONS = {"done": "stop", "length": "length", "aborted": "abort", "failed": "e
 class _Snapshot(Collector):
     """Reads the batch when asked: nothing is counted twice, and a token costs no metric."""
 
-    def __init__(self, batch: ContinuousBatch, model: str) -> None:
+    def __init__(self, batch: ContinuousBatch, model: str, plugin: bool) -> None:
         self._batch = batch
+        self._plugin = plugin
         self._labels = (model, "0")
 
     def collect(self) -> Iterator[Metric]:
@@ -48,10 +49,14 @@ class _Snapshot(Collector):
         for outcome, reason in _REASONS.items():
             success.add_metric((*self._labels, reason), counts.finished.get(outcome, 0))
         yield success
+        if self._plugin:
+            policy = GaugeMetricFamily("evenhand_engine_policy_info", "1 for the policy in force", labels=("policy",))
+            policy.add_metric((batch.lanes.policy.name,), 1)
+            yield policy
 
 
-def exposition(batch: ContinuousBatch, model: str) -> bytes:
+def exposition(batch: ContinuousBatch, model: str, *, plugin: bool = False) -> bytes:
     """The whole page, in Prometheus' text format."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Snapshot(batch, model))
+    registry.register(_Snapshot(batch, model, plugin))
     return generate_latest(registry)

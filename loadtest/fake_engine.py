@@ -32,7 +32,7 @@ from loadtest.messages_wire import MessagesWire, anthropic_error, ask_messages
 from loadtest.prefix_cache import block_hashes
 from loadtest.responses_wire import ResponsesWire, ask_responses
 from loadtest.vllm_wire import Ask, Json, OpenAIWire, Refused, Said, Wire, ask_chat, ask_completion
-from scheduler.catalog import build
+from scheduler.catalog import build, options_from
 from scheduler.jobs import Job, Outcome
 from scheduler.lanes import Lanes
 
@@ -54,6 +54,7 @@ class EngineSetup:
     """What kind of engine it is.
 
     max_model_tokens: context length. mean_answer_tokens: mean length of an answer that ends by itself.
+    plugin: it shows and obeys what our plug-in inside vLLM does (the policy's metric, orders to change it).
     """
 
     model: str = "fake"
@@ -62,6 +63,7 @@ class EngineSetup:
     policy_options: Mapping[str, str] = field(default_factory=dict)
     max_model_tokens: int = 8192
     mean_answer_tokens: int = 64
+    plugin: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +253,20 @@ class FakeEngine:
         self._check_model(body)
         ask = api.ask(body, self._context_tokens())
         request_id = api.prefix + (exchange.headers.get("x-request-id") or uuid.uuid4().hex)
-        self._admit(Answer(exchange, api.wire(request_id, int(self._wall_clock()), self.setup.model, ask)))
+        answer = Answer(exchange, api.wire(request_id, int(self._wall_clock()), self.setup.model, ask))
+        if self.setup.plugin and "evenhand_policy" in ask.extra:
+            exchange.respond(200, answer.wire.whole([], {"evenhand": self._switch(ask.extra)}), _JSON)
+        else:
+            self._admit(answer)
+
+    def _switch(self, extra: Mapping[str, Any]) -> dict[str, str]:
+        """Obeys an order to change the policy, as our plug-in does inside vLLM, or keeps the old one."""
+        try:
+            policy = build(str(extra["evenhand_policy"]), options_from(extra.get("evenhand_policy_options", ())))
+        except ValueError as refusal:
+            return {"error": str(refusal)}
+        self.batch.lanes.switch(policy, self._loop.time())
+        return {"policy": policy.name}
 
     def _check_model(self, body: Mapping[str, Any]) -> None:
         model = body.get("model")
@@ -495,7 +510,7 @@ class FakeEngine:
         exchange.respond(200, orjson.dumps({"object": "list", "data": [card]}), _JSON)
 
     def _metrics(self, exchange: Exchange) -> None:
-        body = exposition(self.batch, self.setup.model)
+        body = exposition(self.batch, self.setup.model, plugin=self.setup.plugin)
         exchange.respond(200, body, "text/plain; version=1.0.0; charset=utf-8")
 
     def _version(self, exchange: Exchange) -> None:

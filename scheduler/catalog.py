@@ -165,3 +165,10 @@ def _parse(name: str, known: tuple[Option, ...], given: Mapping[str, str]) -> di
         except ValueError as error:
             raise ValueError(f"option {option.name}={text!r} of policy {name!r} must be {error}") from None
     return values
+
+
+def options_from(pairs: object) -> dict[str, str]:
+    """Options out of ["name=value", …]. ValueError if they do not look like it."""
+    if not isinstance(pairs, list | tuple) or not all(isinstance(pair, str) and "=" in pair for pair in pairs):
+        raise ValueError('evenhand_policy_options must be a list like ["quantum_steps=32", "levels=6"]')
+    return dict(pair.split("=", 1) for pair in pairs)

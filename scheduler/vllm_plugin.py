@@ -34,7 +34,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.version import __version_tuple__ as vllm_version
 
-from scheduler.catalog import build
+from scheduler.catalog import build, options_from
 from scheduler.jobs import Job, Outcome
 from scheduler.lanes import Lanes
 from scheduler.policy import Policy
@@ -562,10 +562,3 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
             self._metrics.service.labels(tenant).inc(max(0.0, service))
         self._metrics.gap.set(sample.gap)
         self._metrics.stall_s.set(sample.longest_stall_s)
-
-
-def options_from(pairs: object) -> dict[str, str]:
-    """Options out of ["name=value", …]. ValueError if they do not look like it."""
-    if not isinstance(pairs, list | tuple) or not all(isinstance(pair, str) and "=" in pair for pair in pairs):
-        raise ValueError('evenhand_policy_options must be a list like ["quantum_steps=32", "levels=6"]')
-    return dict(pair.split("=", 1) for pair in pairs)

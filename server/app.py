@@ -60,6 +60,7 @@ class GatewayServer:
         self.workers = [parse_worker(text, number) for number, text in enumerate(settings.workers)]
         self.policy = LivePolicy(settings.policy, settings.policy_options, settings.admission.ahead, monotonic)
         self.fleet = Fleet(probe_s=settings.probe_s)
+        self.fleet.policy = self.policy.order
         self.lines = Lines(self._dispatcher, self.fleet)
         self.shared = Shared(settings, self.fleet, self.lines, self.policy, clock=monotonic, wall=wall_clock)
         gate, tenants = self.shared.gate, self.shared.tenants

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from scheduler.workers import Load, Role, Worker
@@ -13,6 +13,8 @@ from server.errors import EngineGone
 
 log = logging.getLogger("evenhand.fleet")
 
+# Only an engine with our plug-in inside shows this; then tenant and policy may travel to it.
+_PLUGIN = "evenhand_engine_policy_info"
 _KV_USAGE = re.compile(r"^vllm:kv_cache_usage_perc(?:\{[^}]*\})?\s+([0-9.eE+-]+)$", re.MULTILINE)
 
 
@@ -25,7 +27,10 @@ class State(Enum):
 
 @dataclass(slots=True, eq=False)
 class Member:
-    """A worker as the gateway sees it. Written by the fleet (state) and the dispatcher (load) only."""
+    """A worker as the gateway sees it. Written by the fleet (state) and the dispatcher (load) only.
+
+    policy: name and options that its plug-in was last told, None if it was told nothing yet.
+    """
 
     worker: Worker
     engine: Engine
@@ -36,6 +41,7 @@ class Member:
     kv_usage: float = 0.0
     misses: int = 0
     note: str = ""
+    policy: tuple[str, tuple[str, ...]] | None = None
     models_json: list[dict[str, object]] = field(default_factory=list)
 
     @property
@@ -52,6 +58,7 @@ class Fleet:
         self.probe_s = probe_s
         self.misses = misses
         self.changed: list[Callable[[], None]] = []
+        self.policy: Callable[[], tuple[str, tuple[str, ...]]] | None = None  # what plug-ins inside engines must follow
         self._probes: dict[str, asyncio.Task[None]] = {}
 
     def add(self, worker: Worker, *, note: str = "") -> Member:
@@ -125,13 +132,35 @@ class Fleet:
         if not member.models or health == 404:
             await self._learn(member)
         metrics = await member.engine.get("/metrics")
-        if metrics.status_code == 200 and (usage := _KV_USAGE.search(metrics.text)) is not None:
-            member.kv_usage = float(usage.group(1))
+        if metrics.status_code == 200:
+            self._read(member, metrics.text)
+        if member.worker.plugin and self.policy is not None and member.policy != self.policy():
+            await self._order(member, *self.policy())
         member.misses = 0
         if member.state in (State.STARTING, State.DOWN):
             member.state = State.READY
             log.info("worker %s is ready: %s", member.worker.id, ", ".join(member.models))
             self._tell()
+
+    def _read(self, member: Member, metrics: str) -> None:
+        if (usage := _KV_USAGE.search(metrics)) is not None:
+            member.kv_usage = float(usage.group(1))
+        if not member.worker.plugin and _PLUGIN in metrics:
+            member.worker = replace(member.worker, plugin=True)
+
+    async def _order(self, member: Member, policy: str, options: tuple[str, ...]) -> None:
+        """Tells the plug-in inside an engine which policy holds; one that refuses keeps its own, and is asked once."""
+        order = {"evenhand_policy": policy, "evenhand_policy_options": list(options)}
+        body = {"model": member.models[0], "prompt": [1], "max_tokens": 1, "vllm_xargs": order}
+        answer = await member.engine.post("/v1/completions", body)
+        try:
+            told = answer.json()["kv_transfer_params"]["evenhand"]
+        except (ValueError, KeyError, TypeError):
+            told = {"error": f"it answered {answer.status_code}"}
+        member.policy = (policy, options)
+        if "error" in told:
+            member.note = f"keeps its own policy: {told['error']}"
+            log.warning("worker %s does not take policy %s: %s", member.worker.id, policy, told["error"])
 
     async def _learn(self, member: Member) -> None:
         answer = await member.engine.get("/v1/models")
@@ -148,7 +177,8 @@ class Fleet:
         member.misses += 1
         if member.state is State.READY and member.misses >= self.misses:
             member.state = State.DOWN
-            member.models = ()  # it may come back with another model
+            member.models = ()  # it may come back with another model, and a plug-in that knows nothing yet
+            member.policy = None
             log.warning("worker %s is out: %s", member.worker.id, error.message)
 
     def _tell(self) -> None:

@@ -47,6 +47,10 @@ class LivePolicy:
         self.name, self.options = name, dict(options)
         self._beyond = window_for(policy, self._ahead)
 
+    def order(self) -> tuple[str, tuple[str, ...]]:
+        """Name and options as the plug-in inside an engine takes them."""
+        return self.name, tuple(f"{name}={value}" for name, value in sorted(self.options.items()))
+
     def build(self) -> Policy:
         """The policy for one more line."""
         return build(self.name, self.options)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from loadtest.fake_engine import EngineSetup, FakeEngine
 from scheduler.workers import Worker
 from server.fleet import Fleet, State
 from tests.server.conftest import SLOW, ScriptedEngine, chat, eventually, over_fake, plain, request, says
@@ -82,3 +83,42 @@ async def test_two_workers_cannot_have_one_name() -> None:
     with pytest.raises(ValueError, match="already"):
         fleet.add(Worker("w", "http://127.0.0.1:10"))
     await fleet.close()
+
+
+async def test_an_engine_with_the_plug_in_is_recognised_and_follows_the_policy() -> None:
+    async with FakeEngine(EngineSetup(plugin=True)) as engine:
+        wanted = ("vtc", ("output_weight=3",))
+        fleet = Fleet(probe_s=0.01)
+        fleet.policy = lambda: wanted
+        member = fleet.add(Worker("w", engine.url))
+        await eventually(lambda: member.state is State.READY)
+        assert member.worker.plugin
+        assert engine.batch.lanes.policy.name == "vtc"
+        wanted = ("mlfq", ())
+        await eventually(lambda: engine.batch.lanes.policy.name == "mlfq")
+        await fleet.close()
+
+
+async def test_an_engine_that_refuses_a_policy_keeps_its_own_and_serves_on() -> None:
+    async with FakeEngine(EngineSetup(plugin=True)) as engine:
+        fleet = Fleet(probe_s=0.01)
+        fleet.policy = lambda: ("lottery", ())
+        member = fleet.add(Worker("w", engine.url))
+        await eventually(lambda: member.state is State.READY)
+        assert "lottery" in member.note
+        assert engine.batch.lanes.policy.name == "fcfs"
+        asked = len(engine.seen)
+        await eventually(lambda: member.misses == 0)
+        assert len(engine.seen) == asked == 1
+        await fleet.close()
+
+
+async def test_an_engine_without_the_plug_in_is_told_nothing() -> None:
+    async with FakeEngine(EngineSetup()) as engine:
+        fleet = Fleet(probe_s=0.01)
+        fleet.policy = lambda: ("vtc", ())
+        member = fleet.add(Worker("w", engine.url))
+        await eventually(lambda: member.state is State.READY)
+        assert not member.worker.plugin
+        assert not engine.seen
+        await fleet.close()
