@@ -69,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repetitions", type=int, default=3, help="of every run, interleaved (default: 3)")
     parser.add_argument("--limit", type=int, default=300, help="requests per run (default: 300)")
     parser.add_argument("--length-scale", type=float, default=1.0, help="multiply all lengths (default: 1)")
+    parser.add_argument("--prompt-scale", type=float, default=1.0, help="multiply prompts further (default: 1)")
     parser.add_argument(
         "--context", type=int, default=8192, help="tokens that a request may have in all (default: 8192)"
     )
@@ -116,6 +117,7 @@ class Bench:
         self._loads = [float(load) for load in args.loads.split(",")]
         self._slots = [int(slots) for slots in args.slots.split(",")]
         self._shares = parse_shares(args.shares)
+        self._fit = Fit(args.length_scale, args.context, args.prompt_scale)
         unknown = set(self._workloads) - set(MIXES)
         if unknown:
             raise ValueError(f"There is no workload {', '.join(sorted(unknown))}: choose of {', '.join(MIXES)}.")
@@ -156,7 +158,7 @@ class Bench:
         records = self._measure(baseline, setting, urls, calls, f"{workload}-{slots}-saturation")
         if not any(record.ok for record in records):
             raise CannotReplay(f"{baseline.name} ended no request well: {records[0].error if records else 'none sent'}")
-        fit = Fit(self._args.length_scale, self._args.context)
+        fit = self._fit
         drawn = islice(shapes(workload, Random(0), self._args.traces), _MEAN_OF)
         rate = saturation_per_s(records, mean_lengths(map(fit, drawn))[1])
         self._say(f"{workload} slots={slots}: saturated at {rate:.2f} requests/s")
@@ -177,7 +179,7 @@ class Bench:
 
     def _calls(self, workload: str, rate: float, repetition: int, number: int) -> Iterator[Call]:
         seed = self._args.seed * 1000 + repetition
-        maker = Maker(token_prompts(seed), Fit(self._args.length_scale, self._args.context), self._shares)
+        maker = Maker(token_prompts(seed), self._fit, self._shares)
         drawn = shapes(workload, Random(seed + 1), self._args.traces)
         return islice(maker.calls(drawn, arrivals.poisson(rate, Random(seed + 2)), Random(seed + 3)), number)
 

@@ -104,13 +104,20 @@ def _at(quantiles: Sequence[int], share: float) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Scales lengths, then cuts them to a context: a prompt to half of it, the answer to the rest."""
+    """Scales lengths, then cuts them to a context: a prompt to half of it, the answer to the rest.
+
+    prompt_scale: a further factor for prompts alone. On a small model without a GPU a prompt token costs several times
+    the part of a decode step that it costs on a GPU; scaled by that ratio, a prompt takes as many steps as there.
+    """
 
     length_scale: float = 1.0
     context_tokens: int = 8192
+    prompt_scale: float = 1.0
 
     def __call__(self, shape: Shape) -> Shape:
-        prompt = max(1, min(round(shape.prompt_tokens * self.length_scale), self.context_tokens // 2))
+        prompt = max(
+            1, min(round(shape.prompt_tokens * self.length_scale * self.prompt_scale), self.context_tokens // 2)
+        )
         output = max(1, min(round(shape.output_tokens * self.length_scale), self.context_tokens - prompt))
         return Shape(prompt, output, shape.kind)
 
