@@ -106,8 +106,8 @@ def _at(quantiles: Sequence[int], share: float) -> int:
 class Fit:
     """Scales lengths, then cuts them to a context: a prompt to half of it, the answer to the rest.
 
-    prompt_scale: a further factor for prompts alone. On a small model without a GPU a prompt token costs several times
-    the part of a decode step that it costs on a GPU; scaled by that ratio, a prompt takes as many steps as there.
+    prompt_scale: a further factor for prompts alone. On a CPU a prompt token costs a larger part of a decode step than
+    on a GPU; scaled by that ratio, a prompt takes as many steps as it would there.
     """
 
     length_scale: float = 1.0
