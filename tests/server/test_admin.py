@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from loadtest.fake_engine import FakeEngine
+from server.app import GatewayServer
+from server.settings import Settings, read_settings
 from tests.server.conftest import INSTANT, SLOW, Reply, Running, chat, eventually, over_fake, request, serving
 from tests.server.test_tenants import KEY, OTHER
 
@@ -161,3 +163,16 @@ async def test_the_policy_changes_under_load_and_nobody_loses_an_answer(tmp_path
         back = await admin(gateway, "DELETE", "/policy")
         assert back.json()["policy"] == "fcfs"
         assert await asyncio.gather(*asked) == [200] * 24
+
+
+@pytest.mark.parametrize("name", ["admin_key", "redis_url"])
+def test_a_wrong_secret_setting_is_named_and_not_shown(name: str) -> None:
+    with pytest.raises(ValueError, match=name) as refused:
+        GatewayServer(read_settings({"admin_key": "swordfish"} if name == "admin_key" else {name: 7}, None, Settings))
+    assert "swordfish" not in str(refused.value)
+
+
+def test_an_address_that_is_no_redis_is_refused_without_its_password() -> None:
+    with pytest.raises(ValueError, match="redis://") as refused:
+        GatewayServer(Settings(redis_url="http://user:swordfish@host"))
+    assert "swordfish" not in str(refused.value)
