@@ -215,7 +215,7 @@ async def test_anthropics_dialect_has_its_own_error_shape() -> None:
     async with over_fake() as (gateway, _):
         reply = await gateway.ask("/v1/messages", {"model": "other", "messages": []})
         assert reply.status == 404
-        assert reply.json()["type"] == "error" and reply.json()["error"]["type"] == "invalid_request_error"
+        assert reply.json()["type"] == "error" and reply.json()["error"]["type"] == "not_found_error"
 
 
 async def test_an_engine_that_refuses_connections_is_502_and_then_nobody_is_there() -> None:
