@@ -29,8 +29,10 @@ lint:  ## style, types and import rules
 	@$(BIN)/mypy --no-error-summary
 	@said="$$($(BIN)/lint-imports --no-logo)" || { echo "$$said"; exit 1; }
 
-bench: install  ## every figure in docs/benchmarks
-	@exec $(BIN)/evenhand bench $(ARGS)
+bench: bench-start bench-ttft bench-schedule bench-policies bench-fresh  ## every figure in docs/benchmarks, one after the other
+
+bench-%: install
+	@exec $(BIN)/evenhand bench $* $(ARGS)
 
 lock:  ## make the lock files anew from pyproject.toml; UPGRADE=1: newest versions
 	@$(PYTHON) -m deploy.lock $(if $(UPGRADE),--upgrade)
