@@ -97,7 +97,7 @@ def engine_core(session: int) -> int:
 
 
 async def answer(url: str) -> str:
-    body = {"model": BUNDLED, "messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 12}
+    body = {"model": BUNDLED, "messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 17}
     async with httpx2.AsyncClient(trust_env=False, timeout=60) as client:
         reply = await client.post(f"{url}/v1/chat/completions", json=body)
         return str(reply.json()["choices"][0]["message"]["content"])
