@@ -12,6 +12,8 @@ from typing import TypeVar
 import pytest
 
 NO_SKIPS = "EVENHAND_NO_SKIPS"
+# The one thing that no installation can bring: other people's traces, which are not part of this repository.
+MAY_BE_MISSING = "no folder of real traces"
 REDIS_START_S = 20.0
 
 Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
@@ -37,6 +39,8 @@ def without_skip(report: Report) -> Report:
     """In CI a skip is a failure with the skip's reason: there, what a test needs has to be there."""
     if report.skipped and not hasattr(report, "wasxfail") and os.environ.get(NO_SKIPS):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        if MAY_BE_MISSING in str(reason):
+            return report
         report.outcome = "failed"
         report.longrepr = f"{NO_SKIPS} is set, and this would be skipped: {reason}"
     return report
