@@ -18,6 +18,7 @@ from server.app import GatewayServer
 from server.settings import Settings
 
 MODEL = "fake"
+LIMIT_S = 30.0  # for a busy machine; nothing here takes a second on an idle one
 INSTANT = EngineSetup(cost=PRESETS["instant"])
 SLOW = EngineSetup(cost=replace(PRESETS["quick"], iteration_s=0.02))
 
@@ -31,7 +32,7 @@ def pytest_asyncio_loop_factories(
     return {"uvloop": uvloop.new_event_loop}
 
 
-async def eventually(condition: Callable[[], object], what: str = "", limit_s: float = 10.0) -> None:
+async def eventually(condition: Callable[[], object], what: str = "", limit_s: float = LIMIT_S) -> None:
     """Returns once the condition holds; fails if it does not within the limit."""
     end = time.monotonic() + limit_s
     while not condition():
@@ -87,7 +88,7 @@ class Wire:
 
     async def head(self) -> Reply:
         """Status line and headers. IncompleteReadError at the end of the connection."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(LIMIT_S):
             raw = await self.reader.readuntil(b"\r\n\r\n")
         first, *lines = raw[:-4].decode("latin-1").split("\r\n")
         version, status, _ = first.split(" ", 2)
@@ -98,7 +99,7 @@ class Wire:
 
     async def chunk(self) -> bytes:
         """A piece of a chunked body; empty at its end."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(LIMIT_S):
             size = int(await self.reader.readuntil(b"\r\n"), 16)
             data = await self.reader.readexactly(size + 2)
         assert data.endswith(b"\r\n")
@@ -116,7 +117,7 @@ class Wire:
                 reply.chunks.append(chunk)
             reply.body = b"".join(reply.chunks)
         elif "content-length" in reply.headers:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(LIMIT_S):
                 reply.body = await self.reader.readexactly(int(reply.headers["content-length"]))
         else:
             reply.body = await self.rest()
@@ -124,7 +125,7 @@ class Wire:
 
     async def rest(self) -> bytes:
         """All until the gateway closes the connection."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(LIMIT_S):
             return await self.reader.read()
 
     async def closed(self) -> bool:
@@ -343,6 +344,7 @@ async def serving(*urls: str, ready: bool = True, slots: int = 256, **settings: 
         for wire in running.wires:
             await wire.close()
         await eventually(running.at_rest, "nothing is left of any request")
+        await eventually(lambda: not server.uvicorn.server_state.connections, "no connection is left")
     finally:
         for wire in running.wires:
             wire.reset()

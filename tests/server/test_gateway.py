@@ -264,30 +264,32 @@ async def test_an_engine_that_dies_in_a_whole_answer_cuts_the_connection(framing
             await wire.answer()
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(
-    "said, status",
-    [
-        (plain(b'{"error":{"message":"no","type":"X","code":500}}', status="500 Internal Server Error"), 500),
-        (plain(b"<html>sorry</html>", status="500 Internal Server Error"), 500),
-        (plain(b'{"detail":"busy"}', status="503 Service Unavailable"), 503),
-        (plain(b"", status="302 Found"), 502),
-        (b"garbage that is no HTTP at all\r\n\r\n", 502),
-        (b"\x00\x01\x02", 502),
-        (b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\nxx", 502),
-        (b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n", 502),
-    ],
-)
-async def test_an_engines_failure_becomes_an_error_object(said: bytes, status: int, stream: bool) -> None:
-    async def say_and_close(writer: asyncio.StreamWriter) -> None:
-        writer.write(said)
-        await writer.drain()
-        writer.close()
+FAILURES = [
+    (plain(b'{"error":{"message":"no","type":"X","code":500}}', status="500 Internal Server Error"), 500),
+    (plain(b"<html>sorry</html>", status="500 Internal Server Error"), 500),
+    (plain(b'{"detail":"busy"}', status="503 Service Unavailable"), 503),
+    (plain(b"", status="302 Found"), 502),
+    (b"garbage that is no HTTP at all\r\n\r\n", 502),
+    (b"\x00\x01\x02", 502),
+    (b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\nxx", 502),
+    (b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n", 502),
+]
 
-    async with over_script(say_and_close) as (gateway, _):
-        reply = await gateway.ask(CHAT, chat(stream=stream))
-        assert reply.status == status
-        assert reply.error["type"]
+
+async def test_an_engines_failure_becomes_an_error_object() -> None:
+    async with over_script(says(b"")) as (gateway, engine):
+        for said, status in FAILURES:
+
+            async def say_and_close(writer: asyncio.StreamWriter, said: bytes = said) -> None:
+                writer.write(said)
+                await writer.drain()
+                writer.close()
+
+            engine.scripts = [say_and_close]
+            for stream in (False, True):
+                reply = await gateway.ask(CHAT, chat(stream=stream))
+                assert reply.status == status, said
+                assert reply.error["type"]
 
 
 async def test_an_answer_that_ends_with_its_connection_is_whole() -> None:
