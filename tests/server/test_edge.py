@@ -203,7 +203,7 @@ async def test_a_header_without_end_is_cut_off() -> None:
     async with over_fake(edge={"max_head_bytes": 4096}) as (gateway, _):
         wire = await gateway.send(b"POST /v1/chat/completions HTTP/1.1\r\nx: ")
         with pytest.raises(ConnectionError):
-            for _ in range(10_000):
+            for _ in range(1000):
                 await wire.send(b"y" * 1024)
                 await asyncio.sleep(0)
 

@@ -366,6 +366,20 @@ async def test_a_stale_kept_alive_connection_costs_nobody_an_answer() -> None:
             assert len(engine.asked) == asked + 4  # tried once more, and no further
 
 
+async def test_after_a_stale_connection_only_a_fresh_one_will_do() -> None:
+    good = says(plain(b'{"ok":1}'), pause_s=0.05)
+    async with over_script(good, probe_s=60.0) as (gateway, engine):
+        await asyncio.gather(*(gateway.ask(CHAT, chat()) for _ in range(3)))
+        accepted = engine.accepted
+
+        async def hang_up(writer: asyncio.StreamWriter) -> None:
+            writer.transport.abort()
+
+        engine.scripts = [hang_up, good]
+        assert (await gateway.ask(CHAT, chat())).status == 200
+        assert engine.accepted == accepted + 1
+
+
 async def test_a_fresh_connection_that_fails_is_not_tried_again() -> None:
     async def hang_up(writer: asyncio.StreamWriter) -> None:
         writer.transport.abort()

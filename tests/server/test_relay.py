@@ -120,6 +120,16 @@ async def test_tokens_are_counted_before_the_engine_tells_its_own_count(made: in
     assert not ticket.exact
 
 
+async def test_each_choice_of_a_chat_opens_with_an_event_that_is_no_token() -> None:
+    ticket = ticket_of(Ticks(), call_of(b'{"model":"m","stream":true,"n":3}'))
+    ticket.move(Phase.PREFILLING)
+    stream = Stream(ticket, Client(), Distribution("itl", ""), [])
+    stream.head(200, b"text/event-stream", None)
+    for piece in (ROLE, ROLE, ROLE + TOKENS[0], TOKENS[1]):
+        stream.body(piece)
+    assert ticket.tokens == 2
+
+
 async def test_a_chunk_of_several_tokens_is_corrected_by_the_engines_count() -> None:
     usage = event(usage={"prompt_tokens": 3, "completion_tokens": 40})
     _, ticket, _, _ = await streamed([ROLE, *TOKENS, usage, DONE])
