@@ -21,7 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if action.dest == "target":
             action.required, action.help = False, argparse.SUPPRESS
     parser.set_defaults(
-        context=CONTEXT_TOKENS, length_scale=0.25, loads="1.2", slots="8", limit=1000, repetitions=5, tenant_xargs=True
+        context=CONTEXT_TOKENS,
+        length_scale=0.2,
+        prompt_scale=0.25,
+        loads="1.2",
+        slots="8",
+        limit=1000,
+        repetitions=5,
+        tenant_xargs=True,
     )
 
 
@@ -30,5 +37,7 @@ def run(args: argparse.Namespace) -> int:
     extra = f"--max-num-seqs {{slots}} --max-model-len {args.context} {args.engine_args}"
     start = f"{shlex.quote(sys.executable)} -m deploy.benchmarks.engines --port {{port}}"
     args.target = [f"stock={start} -- {extra}"]
-    args.target += [f"{name}={start} --policy {name} -- {extra}" for name in args.policies.split(",")]
+    for name in args.policies.split(","):
+        label = name.replace("=", "-")  # a target is NAME=COMMAND
+        args.target.append(f"{label}={start} --policy {name} -- {extra}")
     return policies_bench.run(args)
