@@ -1,4 +1,4 @@
-"""Policies side by side: workloads S, C and R at several loads and batch sizes, as ratios with their spread.
+"""Policies side by side: workloads S, C, R and A at several loads and batch sizes, as ratios with their spread.
 
     python -m loadtest.policies_bench --out runs/policies \
         --target 'fcfs=python -m loadtest.fake_engine --port {port} --max-seqs {slots} --policy fcfs' \
@@ -10,7 +10,7 @@ there, so that what changes on the machine from minute to minute falls out.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -27,8 +27,8 @@ from loadtest.client import Target
 from loadtest.prompts import token_prompts
 from loadtest.records import Record
 from loadtest.replay import CannotReplay, Prepared, measure, served
-from loadtest.traces import Skipped
-from loadtest.workload import MIXES, Fit, Maker, mean_lengths, parse_shares, shapes
+from loadtest.traces import Skipped, TraceRow, read
+from loadtest.workload import MIXES, Fit, Maker, Shape, mean_lengths, parse_shares, shapes
 
 # Enough requests to fill every slot many times over; their rate is what the engine can do. An engine's first batches
 # are slower than all later ones: every target is warmed up before anything is measured.
@@ -44,6 +44,18 @@ class Setting:
     workload: str
     slots: int
     load: float
+
+
+# Workload A: the requests of Chatbot Arena that VTC was published with: 27 tenants, their lengths and their times.
+ARENA = "A"
+ARENA_FILE = "vtc_arena_real_trace.csv"
+
+
+def arena(traces: Path | None) -> list[TraceRow]:
+    """The rows of the Arena trace. ValueError without it, for its tenants cannot be made up."""
+    if traces is None or not (traces / ARENA_FILE).is_file():
+        raise ValueError(f"Workload {ARENA} needs the folder with {ARENA_FILE}: give --traces.")
+    return list(read(traces / ARENA_FILE))
 
 
 # Summaries by target, one per repetition, in the same order.
@@ -65,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target", action="append", required=True, metavar="NAME=URL|COMMAND",
         help="what to measure, the baseline first; a command is started with {port} and {slots} filled in",
     )  # fmt: skip
-    parser.add_argument("--workloads", default="S,C,R", help="of S, C, R (default: all)")
+    parser.add_argument("--workloads", default="S,C,R", help="of S, C, R, A (default: S,C,R)")
     parser.add_argument("--loads", default="0.7,1.0,1.2", help="offered rate by saturation (default: 0.7,1.0,1.2)")
     parser.add_argument("--slots", default="8,16", help="batch slots, filled into {slots} (default: 8,16)")
     parser.add_argument("--repetitions", type=int, default=3, help="of every run, interleaved (default: 3)")
@@ -120,7 +132,8 @@ class Bench:
         self._slots = [int(slots) for slots in args.slots.split(",")]
         self._shares = parse_shares(args.shares)
         self._fit = Fit(args.length_scale, args.context, args.prompt_scale)
-        unknown = set(self._workloads) - set(MIXES)
+        self._arena = arena(args.traces) if ARENA in self._workloads else []
+        unknown = set(self._workloads) - set(MIXES) - {ARENA}
         if unknown:
             raise ValueError(f"There is no workload {', '.join(sorted(unknown))}: choose of {', '.join(MIXES)}.")
 
@@ -164,10 +177,14 @@ class Bench:
         if not any(record.ok for record in records):
             raise CannotReplay(f"{baseline.name} ended no request well: {records[0].error if records else 'none sent'}")
         fit = self._fit
-        drawn = islice(shapes(workload, Random(0), self._args.traces), _MEAN_OF)
-        rate = saturation_per_s(records, mean_lengths(map(fit, drawn))[1])
+        rate = saturation_per_s(records, mean_lengths(map(fit, self._sample(workload)))[1])
         self._say(f"{workload} slots={slots}: saturated at {rate:.2f} requests/s")
         return rate
+
+    def _sample(self, workload: str) -> Iterable[Shape]:
+        if workload == ARENA:
+            return [Shape(row.prompt_tokens, row.output_tokens) for row in self._arena]
+        return islice(shapes(workload, Random(0), self._args.traces), _MEAN_OF)
 
     def _one(
         self, target: BenchTarget, setting: Setting, repetition: int, rate: float, urls: Mapping[str, str]
@@ -185,6 +202,10 @@ class Bench:
     def _calls(self, workload: str, rate: float, repetition: int, number: int) -> Iterator[Call]:
         seed = self._args.seed * 1000 + repetition
         maker = Maker(token_prompts(seed), self._fit, self._shares)
+        if workload == ARENA:
+            times = [row.at_s or 0.0 for row in self._arena]
+            stretch = len(times) / max(times) / rate
+            return islice(maker.replay(self._arena, [at_s * stretch for at_s in times], Random(seed)), number)
         drawn = shapes(workload, Random(seed + 1), self._args.traces)
         return islice(maker.calls(drawn, arrivals.poisson(rate, Random(seed + 2)), Random(seed + 3)), number)
 
