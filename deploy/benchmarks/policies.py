@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             action.required, action.help = False, argparse.SUPPRESS
     parser.set_defaults(
         context=CONTEXT_TOKENS,
-        length_scale=0.2,
+        length_scale=0.15,
         prompt_scale=0.25,
         loads="1.2",
         slots="8",
