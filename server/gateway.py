@@ -18,7 +18,9 @@ from server.tenants import Tenants
 
 log = logging.getLogger("evenhand.gateway")
 
-BYTES_PER_TOKEN = 4.0  # English text under a modern tokenizer; each model's own ratio is learned from its answers
+BYTES_PER_TOKEN = 4.0  # English text under a modern tokenizer; each tenant's own ratio is learned from its answers
+LEARN_FROM_TOKENS = 64  # in shorter prompts the chat template outweighs the text
+LEARN_SHARE = 0.1
 
 
 class Request(Answer, Protocol):
@@ -80,7 +82,8 @@ class Gateway:
         """What is asked, and by whom."""
         call_id = request.name_it()
         tenant = self.tenants.identify(request.header(b"authorization"), request.header(b"x-api-key"))
-        return permitted(call_from(request.route, request.body, tenant, call_id, BYTES_PER_TOKEN))
+        ratio = self.bytes_per_token.get(tenant.name, BYTES_PER_TOKEN)
+        return permitted(call_from(request.route, request.body, tenant, call_id, ratio))
 
     async def serve(self, call: Call, dispatcher: Dispatcher, out: Request) -> None:
         """One call from admission to its last token: limits, a slot in policy order, a worker, the answer's flow."""
@@ -101,7 +104,18 @@ class Gateway:
             outcome = outcome_of(error)
             raise
         finally:
+            if ticket.exact:
+                self.learn(ticket)
             self.telemetry.ended(ticket, outcome)
+
+    def learn(self, ticket: Ticket) -> None:
+        """The engine has told how long the prompt was: the tenant's next estimate is nearer to it."""
+        if ticket.prompt_tokens < LEARN_FROM_TOKENS:
+            return
+        tenant = ticket.call.tenant.name
+        ratio = self.bytes_per_token.get(tenant, BYTES_PER_TOKEN)
+        seen = ratio * ticket.call.prompt_tokens / ticket.prompt_tokens
+        self.bytes_per_token[tenant] = min(16.0, max(0.5, ratio + LEARN_SHARE * (seen - ratio)))
 
     def ticket(self, call: Call) -> Ticket:
         """A call's record, with the job that the scheduler sees."""

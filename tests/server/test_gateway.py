@@ -9,6 +9,7 @@ import pytest
 
 from loadtest.fake_engine import FakeEngine
 from loadtest.faults import Faults
+from server.schemas import estimate_tokens
 from tests.server.conftest import (
     SLOW,
     ScriptedEngine,
@@ -428,3 +429,15 @@ async def test_two_models_have_two_lines() -> None:
                 listed = (await gateway.ask("/v1/models", method="GET")).json()["data"]
                 assert [entry["id"] for entry in listed] == ["fake", "other"]
                 assert "secret" not in json.dumps(listed)
+
+
+async def test_the_estimate_of_a_prompt_is_learned_from_what_the_engine_counts() -> None:
+    async with over_fake() as (gateway, _):
+        body = completion(prompt="wordy " * 300, max_tokens=1)
+        content = json.dumps(body["prompt"]).encode()
+        wrong = []
+        for _ in range(40):
+            counted = (await gateway.ask(TEXT, body)).json()["usage"]["prompt_tokens"]
+            ratio = gateway.server.gateway.bytes_per_token["open"]
+            wrong.append(abs(1 - estimate_tokens(content, ratio) / counted))
+        assert wrong[-1] < 0.1 < wrong[0]
