@@ -1,0 +1,104 @@
+"""The documents name what exists: every setting and every metric, and no metric or file that is not there."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from deploy.settings import ServeSettings
+from server.sharing import Sharing
+from server.telemetry import Telemetry
+from server.tenants import read_file
+
+ROOT = Path(__file__).resolve().parent.parent
+OPERATIONS = ROOT / "docs" / "operations.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+WORD = re.compile(r"\bevenhand_[a-z0-9_]+")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+ROW = re.compile(r"^\| `([a-z_.]+)` \|(?:\\\||[^|])*\| (\S+) \| ", re.MULTILINE)  # name, option, default
+IN_PLUGIN = re.compile(r'self\._(?:gauge|counter)\(\s*registry,\s*"(\w+)"')
+OF_HISTOGRAMS = ("_bucket", "_count", "_sum")
+
+
+def settings(model: type[BaseModel] = ServeSettings, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, default) of every setting."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from settings(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field.get_default(call_default_factory=True)
+
+
+def written(default: Any) -> str:
+    """A default as the tables have it."""
+    if default is None:
+        return "none"
+    return f"`{default:g}`" if isinstance(default, float) else f"`{json.dumps(default)}`"
+
+
+def metrics() -> set[str]:
+    """Every metric by the name under which Prometheus stores it."""
+    collectors = (
+        Telemetry(lambda: [], lambda: []),
+        Sharing(Counter(), lambda: (True, 1), lambda: 0.0, labels=1),
+    )
+    names = {
+        family.name + ("_total" if family.type == "counter" else "")
+        for collector in collectors
+        for family in collector.collect()
+    }
+    plugin = (ROOT / "scheduler" / "vllm_plugin.py").read_text(encoding="utf-8")  # importing it needs vLLM
+    return names | {f"evenhand_engine_{name}" for name in IN_PLUGIN.findall(plugin)}
+
+
+def words_to_engines() -> set[str]:
+    """The names in `vllm_xargs`, which look like metrics."""
+    files = ("server/steering.py", "server/fleet.py", "scheduler/vllm_plugin.py")
+    texts = [(ROOT / file).read_text(encoding="utf-8") for file in files]
+    return {word for text in texts for word in re.findall(r'"(evenhand_\w+)"', text)} - {"evenhand_engine_policy_info"}
+
+
+def named_metric(word: str) -> str:
+    for end in OF_HISTOGRAMS:
+        if word.endswith("_seconds" + end):
+            return word.removesuffix(end)
+    return word
+
+
+def page_name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def test_operations_has_every_setting_with_its_default() -> None:
+    rows = dict(ROW.findall(OPERATIONS.read_text(encoding="utf-8")))
+    expected = {name: written(default) for name, default in settings()}
+    assert {name: rows.get(name) for name in expected} == expected
+
+
+def test_operations_has_every_metric() -> None:
+    missing = metrics() - set(WORD.findall(OPERATIONS.read_text(encoding="utf-8")))
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_metrics_that_a_page_names_exist(page: Path) -> None:
+    named = {named_metric(word) for word in WORD.findall(page.read_text(encoding="utf-8"))}
+    assert named <= metrics() | words_to_engines()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
+    links = [link for link in LINK.findall(page.read_text(encoding="utf-8")) if not re.match(r"[a-z]+:|#", link)]
+    broken = [link for link in links if not (page.parent / link.partition("#")[0]).exists()]
+    assert not broken
+
+
+def test_the_example_tenant_file_can_be_served() -> None:
+    names = [record.name for record in read_file(ROOT / "deploy" / "tenants.example.yaml")]
+    assert len(names) == len(set(names)) > 1
