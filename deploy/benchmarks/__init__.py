@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import signal
-import sys
 from collections.abc import Mapping
 
 # name: (module with `add_arguments` and `run`, what it measures)
@@ -26,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the chosen benchmark; returns its exit code."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # stop what was started, as at Ctrl-C
+    # What was started must stop, so a request to end is taken as a Ctrl-C, which event loops know how to end by.
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
     code: int = importlib.import_module(BENCHMARKS[args.benchmark][0]).run(args)
     return code
