@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of the settings")
     parser.epilog = describe()
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # the table of policies is laid out already
 
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Why not one client for both: per relayed chunk a general client costs several ti
 """
 
 import asyncio
+import logging
 from collections import deque
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -13,6 +14,8 @@ import httptools
 import httpx2
 
 from server.errors import EngineGone, EngineUnreachable
+
+log = logging.getLogger("evenhand.engine")
 
 CONNECT_TIMEOUT_S = 5.0
 MAX_ERROR_BODY_BYTES = 64 * 1024
@@ -192,11 +195,11 @@ class Engine:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 _, connection = await loop.create_connection(lambda: Connection(self), self.host, self.port)
         except TimeoutError:
-            raise EngineUnreachable(
-                f"The engine at {self.url} did not take a connection within {CONNECT_TIMEOUT_S:g} s."
-            ) from None
-        except OSError as error:
-            raise EngineUnreachable(f"The engine at {self.url} cannot be reached: {error.strerror or error}.") from None
+            log.warning("the engine at %s took no connection within %g s", self.url, CONNECT_TIMEOUT_S)
+            raise EngineUnreachable("The engine did not take a connection in time.") from None
+        except OSError as error:  # clients are told nothing of addresses behind the gateway
+            log.warning("the engine at %s cannot be reached: %s", self.url, error)
+            raise EngineUnreachable("The engine cannot be reached.") from None
         return connection
 
     def forget(self, connection: Connection) -> None:

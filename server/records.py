@@ -1,7 +1,7 @@
 """What operators change while gateways run (tenants, policy, drained workers): records of the store, put in force."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 
 import msgspec
 
@@ -24,7 +24,11 @@ class PolicyRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Records:
-    """Reads the store's records and puts them in force. `stale` is set by whoever knows that there are other ones."""
+    """Reads the store's records and puts them in force. `stale` is set by whoever knows that there are other ones.
+
+    confirm: asks the store whether it is still the one that was known; calls `are_lost` if it is not, raises StoreAway
+    if it does not answer. None for a store that cannot lose anything without us.
+    """
 
     def __init__(
         self, store: Store, tenants: Tenants, policy: LivePolicy, fleet: Fleet, lines: Callable[[], Iterable[Line]]
@@ -39,6 +43,7 @@ class Records:
         self._policy_text: str | None = None
         self._known: dict[str, dict[str, str]] = {}
         self._lost = False
+        self.confirm: Callable[[], Awaitable[None]] | None = None
 
     def are_stale(self) -> None:
         """They have changed."""
@@ -61,9 +66,13 @@ class Records:
 
     async def read(self) -> None:
         """Reads them and puts them in force. StoreAway."""
+        found = await self._all()
+        if self.confirm is not None:
+            await self.confirm()  # a store that has come back empty is noticed before its emptiness is put in force
         if self._lost:
             await self._restore()
-        self._known = {kind: await self.store.records(kind) for kind in (TENANT, POLICY, DRAINED)}
+            found = await self._all()
+        self._known = found
         drained = frozenset(self._known[DRAINED])
         self._tenants.set_stored(_tenants_in(self._known[TENANT]))
         self._set_policy(self._known[POLICY].get(LIVE))
@@ -72,6 +81,9 @@ class Records:
                 self._fleet.resume(worker_id)
         self._drained = drained
         self._drain_newcomers()
+
+    async def _all(self) -> dict[str, dict[str, str]]:
+        return {kind: await self.store.records(kind) for kind in (TENANT, POLICY, DRAINED)}
 
     async def _restore(self) -> None:
         for kind, records in self._known.items():

@@ -87,6 +87,7 @@ class Replicas:
         self._forgotten: set[str] = set()
         self._gone: dict[str, float] = {}
         self._born = 0
+        self._one_at_a_time = asyncio.Lock()
 
     async def run(self) -> None:
         """Exchanges until it is cancelled."""
@@ -96,8 +97,18 @@ class Replicas:
             pause_s = self._sync_s if self.up else AWAY_S
             await asyncio.sleep(max(pause_s / 4, pause_s - (self._clock() - began)))
 
+    async def confirm(self) -> None:
+        """One more exchange, now. StoreAway if the store does not answer."""
+        await self.exchange()
+        if not self.up:
+            raise StoreAway(self.problem)
+
     async def exchange(self) -> None:
-        """Tells and hears once. Never raises StoreAway: `up` says how it went."""
+        """Tells and hears once, one at a time. Never raises StoreAway: `up` says how it went."""
+        async with self._one_at_a_time:
+            await self._exchange()
+
+    async def _exchange(self) -> None:
         offer = self._offer()
         try:
             news = await self.store.exchange(offer)

@@ -3,8 +3,15 @@
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    YamlConfigSettingsSource,
+)
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -68,8 +75,8 @@ Read = TypeVar("Read", bound=Settings)
 
 def read_settings(overrides: dict[str, Any], config: Path | None, kind: type[Read]) -> Read:
     """The settings, of this kind, with what the command line said. ValueError with a sentence for each wrong one."""
-    if config is not None and not config.is_file():
-        raise ValueError(f"the settings file {config} does not exist")
+    if config is not None:
+        _check_file(config)
 
     class FromFile(kind):  # type: ignore[misc, valid-type]  # a class made for this one file
         @classmethod
@@ -87,8 +94,22 @@ def read_settings(overrides: dict[str, Any], config: Path | None, kind: type[Rea
     try:
         read: Read = FromFile(**overrides)
         return read
+    except SettingsError as error:
+        raise ValueError(f"{error}: write lists and mappings in the environment as JSON") from None
     except ValidationError as error:
         raise ValueError("\n".join(_sentence(dict(problem)) for problem in error.errors())) from None
+
+
+def _check_file(config: Path) -> None:
+    """ValueError unless the file is there and holds a mapping."""
+    if not config.is_file():
+        raise ValueError(f"the settings file {config} does not exist")
+    try:
+        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"the settings file {config} is not YAML: {' '.join(str(error).split())}") from None
+    if content is not None and not isinstance(content, dict):
+        raise ValueError(f"the settings file {config} holds no settings: write each as `name: value`")
 
 
 def _sentence(problem: dict[str, Any]) -> str:

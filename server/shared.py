@@ -69,6 +69,8 @@ class Shared:
         self.records = Records(self.store, self.tenants, policy, fleet, lambda: lines.by_model.values())
         self.replicas.on_records.append(self.records.are_stale)
         self.replicas.on_loss.append(self.records.are_lost)
+        if self._redis:
+            self.records.confirm = self.replicas.confirm
         self._registry = Registry(self.store, fleet, clock)
 
     @asynccontextmanager
