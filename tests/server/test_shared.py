@@ -153,6 +153,23 @@ async def test_tenants_of_the_store_survive_its_loss_in_the_gateways_that_know_t
         await store.close()
 
 
+async def test_records_read_before_anybody_noticed_that_the_store_is_empty_are_not_put_in_force(
+    own_redis: OwnRedis,
+) -> None:
+    far_apart = {"redis_url": own_redis.url, "admin_key": ADMIN_KEY, "sync_s": 5.0}  # nothing is noticed by itself
+    async with FakeEngine(INSTANT) as engine, serving(engine.url, **far_apart) as gateway:
+        await admin(gateway, "PUT", "/tenants/acme", {"keys": [KEY]})
+        own_redis.kill()
+        own_redis.start()
+        records = gateway.server.shared.records
+        records.are_stale()
+        await eventually(lambda: not records.stale, "it has read them")
+        assert gateway.server.shared.tenants.named("acme") is not None
+        store = RedisStore(own_redis.url)
+        assert set(await store.records("tenant")) == {"acme"}
+        await store.close()
+
+
 async def test_a_gateway_that_starts_without_its_redis_serves_the_tenants_of_its_file(
     tmp_path: Path,
 ) -> None:
