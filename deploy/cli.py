@@ -8,8 +8,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from deploy.ctrl_c import remembered
-
 USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -80,8 +78,7 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = CO
         sys.stderr.write(unknown(name, commands))
         return USAGE_ERROR
     try:
-        with remembered():
-            return call(name, rest, commands[name])
+        return call(name, rest, commands[name])
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:

@@ -21,7 +21,6 @@ from rich.console import Console
 
 from deploy.canary import Canary
 from deploy.child import ChildEnded, running
-from deploy.ctrl_c import heard
 from deploy.engine_args import EngineCommand, EnginePlan, Ports, engine_command, has_plugin, slots
 from deploy.log_file import LogFile
 from deploy.machine import Machine, look
@@ -60,8 +59,6 @@ class Stop:
         self.asked = asyncio.Event()
         self.at_once = asyncio.Event()
         self.number = 0
-        if heard():  # before there was a loop to tell
-            self._signalled(signal.SIGINT)
         for number in STOPPING:
             if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
                 continue  # started by nohup

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -10,6 +11,11 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+
+# A shell starts what it puts in the background with SIGINT ignored, and programs inherit that. What the tests start is to
+# be as in a terminal, where Ctrl-C counts from the first moment.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 NO_SKIPS = "EVENHAND_NO_SKIPS"
 # The one thing that no installation can bring: other people's traces, which are not part of this repository.
