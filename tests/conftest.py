@@ -12,8 +12,8 @@ from typing import TypeVar
 
 import pytest
 
-# A shell starts what it puts in the background with SIGINT ignored, and programs inherit that. What the tests start is to
-# be as in a terminal, where Ctrl-C counts from the first moment.
+# A shell starts what it puts in the background with SIGINT ignored, and programs inherit that. What the tests start
+# is to be as in a terminal, where Ctrl-C counts from the first moment.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
