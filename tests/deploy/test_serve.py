@@ -210,7 +210,7 @@ def test_a_second_serve_says_that_the_port_is_taken_and_the_first_goes_on(progra
         (["--model", "/tmp"], "has no config.json"),
         (["--policy", "best"], "unknown policy 'best'"),
         (["--policy-option", "levels=4"], "policy 'fcfs' has no option 'levels'"),
-        (["--prefill-workers", "1"], "give both --prefill-workers and --decode-workers"),
+        (["--prefill-workers", "1"], "the gateway does not route to prefill and decode workers yet"),
         (["--engine-arg=--port=1"], "--engine-arg=--port cannot be given"),
         (["--workers", "0"], "worker_count"),
         (["--config", "/no/such/file.yaml"], "/no/such/file.yaml does not exist"),

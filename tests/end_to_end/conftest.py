@@ -1,11 +1,10 @@
-"""The whole system as a user starts it, once for all tests here: `evenhand serve` with the bundled model."""
+"""The whole system as the README starts it, once for all tests here: `make serve` with the bundled model."""
 
 import os
 import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from openai import OpenAI
 
 START_S = 400.0
 MODEL = "smollm2"
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,12 @@ def engine_port(pid: int) -> int:
     raise AssertionError("no engine process found")
 
 
+def serve_pid(make_pid: int) -> int:
+    """The process that `make` waits for; make's own number if there is none."""
+    children = Path(f"/proc/{make_pid}/task/{make_pid}/children").read_text().split()
+    return int(children[0]) if children else make_pid
+
+
 def _descends(pid: int, ancestor: int) -> bool:
     while pid > 1:
         if pid == ancestor:
@@ -81,12 +87,12 @@ def _descends(pid: int, ancestor: int) -> bool:
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """`evenhand serve --policy vtc`: gateway, plug-in, real vLLM, bundled model."""
+    """`make serve ARGS="--policy vtc …"`: gateway, plug-in, real vLLM, bundled model."""
     port = free_port()
     log = tmp_path_factory.mktemp("serve") / "serve.log"
-    command = [str(Path(sys.executable).with_name("evenhand")), "serve", "--port", str(port), "--policy", "vtc"]
+    arguments = f"--port {port} --policy vtc --engine-arg=--max-model-len=2048"
     with log.open("wb") as out:
-        process = subprocess.Popen([*command, "--engine-arg=--max-model-len=2048"], stdout=out, stderr=out)
+        process = subprocess.Popen(["make", "serve", f"ARGS={arguments}"], cwd=ROOT, stdout=out, stderr=out)
     url = f"http://127.0.0.1:{port}"
 
     def ready() -> bool:
@@ -105,7 +111,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
             OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0),
         )
     finally:
-        process.send_signal(signal.SIGTERM)
+        os.kill(serve_pid(process.pid), signal.SIGTERM)
         try:
             code = process.wait(60)
         except subprocess.TimeoutExpired:
