@@ -6,9 +6,12 @@ import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("rest", nargs=argparse.REMAINDER, help="handed to tests/engine/bench_schedule.py")
+    parser.add_argument("--waiting", nargs="+", default=["10000", "100000"], metavar="N", help="requests in line")
+    parser.add_argument("--policies", nargs="+", default=["fcfs", "mlfq", "vtc", "gittins"], metavar="POLICY")
+    parser.add_argument("--blocks", default="20", metavar="N", help="timed blocks of 20 steps (default 20)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs it in a program of its own, since it imports vLLM."""
-    return subprocess.run([sys.executable, "-m", "tests.engine.bench_schedule", *args.rest]).returncode
+    """Runs tests/engine/bench_schedule.py in a program of its own, since it imports vLLM."""
+    command = [sys.executable, "-m", "tests.engine.bench_schedule", "--waiting", *args.waiting]
+    return subprocess.run([*command, "--policies", *args.policies, "--blocks", args.blocks]).returncode
