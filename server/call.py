@@ -40,7 +40,7 @@ class Route:
 class Call:
     """What a client asked for.
 
-    body: the JSON object as it came; `insert` is spliced in behind its opening brace for the engine.
+    body: the JSON object as it came, but for the exact count of tokens that we ask for where the client did not.
     hide_usage: the client did not ask for the usage event that we asked the engine for.
     prompt_tokens: an estimate; the engine's own count replaces it at the end.
     deadline_s: seconds from arrival within which the answer must begin, None for no limit.

@@ -1,7 +1,7 @@
 """The only file that speaks HTTP to workers: a lean protocol for relayed answers, httpx2 for what may take its time.
 
-Why not one client for both: per relayed chunk a general client costs several times what reading the socket costs
-(docs/benchmarks/gateway.md). Here the bytes of an answer reach their `Sink` in the call that received them.
+Why not one client for both: a general client puts tasks, buffers and objects between a socket and its reader, for every
+chunk anew. Here the bytes of an answer reach their `Sink` in the call that received them.
 """
 
 import asyncio
