@@ -89,6 +89,7 @@ class Ticket:
 
     times: seconds on the gateway's clock at which a phase was first reached, by phase; None if it was not.
     tokens: output tokens counted as they passed; `usage` corrects them when the answer is complete.
+    pending_tokens: what the worker is taken to be busy with for it.
     """
 
     call: Call
@@ -102,6 +103,7 @@ class Ticket:
     exact: bool = False
     last_at: float = 0.0
     worker: str = ""
+    pending_tokens: int = 0
     uncharged: int = 0
 
     def __post_init__(self) -> None:

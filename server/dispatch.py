@@ -9,12 +9,15 @@ from types import TracebackType
 from scheduler.jobs import Job, Outcome
 from scheduler.lanes import Lanes
 from scheduler.workers import Worker
-from server.call import Ticket
+from server.call import Call, Ticket
 from server.errors import EngineUnreachable, NoWorker, Overloaded, ServiceError, UnknownModel
 from server.fleet import Fleet, Member
+from server.routing import Affinity, Option, beginnings, best
 
 RATE_MEMORY_S = 20.0
 LONGEST_RETRY_S = 600.0
+TYPICAL_PROMPT_TOKENS = TYPICAL_OUTPUT_TOKENS = 256.0  # before any request was seen
+LEARN_SHARE = 0.05
 
 
 class Pace:
@@ -39,6 +42,27 @@ class Pace:
         self._decay(now)
         seen = 1.0 - exp2(-max(1.0, now - self.since) / RATE_MEMORY_S)  # a young average has seen only part of it
         return self.count * log(2.0) / (RATE_MEMORY_S * seen)
+
+
+class Sizes:
+    """How large requests are, averaged over the last ones."""
+
+    __slots__ = ("prompt_tokens", "output_tokens")
+
+    def __init__(self) -> None:
+        self.prompt_tokens = TYPICAL_PROMPT_TOKENS
+        self.output_tokens = TYPICAL_OUTPUT_TOKENS
+
+    def learn(self, ticket: Ticket) -> None:
+        """A call is complete."""
+        output_tokens = ticket.tokens / ticket.call.sequences
+        self.prompt_tokens += LEARN_SHARE * (ticket.prompt_tokens - self.prompt_tokens)
+        self.output_tokens += LEARN_SHARE * (output_tokens - self.output_tokens)
+
+    def expected_tokens(self, call: Call) -> int:
+        """What a call will have a worker compute: few answers are as long as they may be."""
+        output_tokens = min(call.max_tokens or self.output_tokens, self.output_tokens)
+        return call.prompt_tokens + round(output_tokens * call.sequences)
 
 
 class Slot:
@@ -93,6 +117,8 @@ class Dispatcher:
         self.clock = clock
         self.pace = Pace(clock())
         self.charge: list[Ticket] = []
+        self.affinity = Affinity()
+        self.sizes = Sizes()
         self._waiters: dict[Job, tuple[asyncio.Future[Member], Ticket]] = {}
         self._waiting_of: Counter[str] = Counter()
 
@@ -187,18 +213,40 @@ class Dispatcher:
         self.lanes.finish(job, Outcome.ABORTED, now)
 
     def _room(self, ticket: Ticket) -> Member | None:
-        """The worker with the least work that has room. A request wider than a whole window runs alone."""
-        best: Member | None = None
-        for member in self.fleet.ready(self.model):
+        """The worker for a request, among those that have room. A request wider than a whole window runs alone."""
+        ready = self.fleet.ready(self.model)
+        roomy = []
+        for member in ready:
             free = self.window(member.worker) - member.in_flight
             if free >= ticket.call.sequences or (member.in_flight == 0 and free > 0):
-                if best is None or member.pending_tokens < best.pending_tokens:
-                    best = member
-        return best
+                roomy.append(member)
+        if len(ready) > 1 and roomy:
+            return self._best(roomy, ticket)
+        return roomy[0] if roomy else None
+
+    def _best(self, roomy: list[Member], ticket: Ticket) -> Member:
+        """The worker that does best by load and by what it remembers of the prompt; it will remember this one."""
+        call = ticket.call
+        prompt = beginnings(call.body, call.route.content_field, call.prompt_tokens)
+        known = self.affinity.known(prompt)
+        options = [
+            Option(
+                member.worker.slots,
+                member.pending_tokens,
+                member.others,
+                member.kv_usage,
+                known.get(member.worker.id, 0),
+            )
+            for member in roomy
+        ]
+        member = roomy[best(options, self.sizes.prompt_tokens + self.sizes.output_tokens)]
+        self.affinity.note(prompt, member.worker.id)
+        return member
 
     def _occupy(self, member: Member, ticket: Ticket) -> None:
         member.in_flight += ticket.call.sequences
-        member.pending_tokens += _size(ticket)
+        ticket.pending_tokens = self.sizes.expected_tokens(ticket.call)
+        member.pending_tokens += ticket.pending_tokens
         ticket.worker = member.worker.id
 
     def give_back(self, ticket: Ticket, member: Member, outcome: Outcome) -> None:
@@ -207,12 +255,15 @@ class Dispatcher:
             return
         now = self.clock()
         member.in_flight -= ticket.call.sequences
-        member.pending_tokens -= _size(ticket)
         self.settle(now)
+        member.pending_tokens -= ticket.pending_tokens
+        ticket.pending_tokens = 0
         missing = ticket.tokens - ticket.job.output_tokens
         if missing > 0:  # tokens that were not seen one by one
             self.lanes.serve(ticket.job, missing, now)
         self.lanes.finish(ticket.job, outcome, now)
+        if outcome in (Outcome.DONE, Outcome.LENGTH):
+            self.sizes.learn(ticket)
         self.pace.freed(now)
         self.advance()
 
@@ -234,10 +285,6 @@ class Dispatcher:
             ahead = min(ahead, float(rounds * max(1, len(self._waiting_of))))
         pace = self.pace.per_s(self.clock())
         return min(LONGEST_RETRY_S, max(1.0, ahead / pace)) if pace > 0 else 5.0
-
-
-def _size(ticket: Ticket) -> int:
-    return ticket.call.prompt_tokens + ticket.call.max_tokens * ticket.call.sequences
 
 
 class Lines:

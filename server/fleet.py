@@ -15,7 +15,10 @@ log = logging.getLogger("evenhand.fleet")
 
 # Only an engine with our plug-in inside shows this; then tenant and policy may travel to it.
 _PLUGIN = "evenhand_engine_policy_info"
-_KV_USAGE = re.compile(r"^vllm:kv_cache_usage_perc(?:\{[^}]*\})?\s+([0-9.eE+-]+)$", re.MULTILINE)
+_NUMBER = r"(?:\{[^}]*\})?\s+(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)$"
+_SEQUENCES = re.compile(r"^vllm:num_requests_(?:running|waiting)" + _NUMBER, re.MULTILINE)
+_KV_USAGE = re.compile(r"^vllm:kv_cache_usage_perc" + _NUMBER, re.MULTILINE)
+_MOST_SEQUENCES = 1e6  # a larger number is none
 
 
 class State(Enum):
@@ -29,6 +32,7 @@ class State(Enum):
 class Member:
     """A worker as the gateway sees it. Written by the fleet (state) and the dispatcher (load) only.
 
+    others: sequences that it had from elsewhere when it was last probed.
     policy: name and options that its plug-in was last told, None if it was told nothing yet.
     """
 
@@ -38,6 +42,7 @@ class Member:
     models: tuple[str, ...] = ()
     in_flight: int = 0
     pending_tokens: int = 0
+    others: int = 0
     kv_usage: float = 0.0
     misses: int = 0
     note: str = ""
@@ -145,6 +150,8 @@ class Fleet:
     def _read(self, member: Member, metrics: str) -> None:
         if (usage := _KV_USAGE.search(metrics)) is not None:
             member.kv_usage = float(usage.group(1))
+        sequences = min(_MOST_SEQUENCES, sum(map(float, _SEQUENCES.findall(metrics))))
+        member.others = max(0, round(sequences) - member.in_flight)
         if not member.worker.plugin and _PLUGIN in metrics:
             member.worker = replace(member.worker, plugin=True)
 

@@ -1,9 +1,11 @@
 """The line: who is let in, when, and that nobody is lost, in virtual time and under every policy."""
 
 import asyncio
+import json
 import random
 from collections import Counter
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from server.dispatch import LONGEST_RETRY_S, Dispatcher, Lines, Pace
 from server.engine import Engine
 from server.errors import EngineUnreachable, NoWorker, Overloaded, ServiceError, UnknownModel
 from server.fleet import Fleet, Member, State
-from tests.server.calls import ticket_of
+from tests.server.calls import call_of, ticket_of
 from tests.server.conftest import VirtualLoop
 
 POLICIES = ["fcfs", "mlfq", "vtc", "gittins"]
@@ -212,6 +214,48 @@ def test_the_worker_with_the_least_to_do_is_taken() -> None:
         hall = Hall(slots=(3, 3))
         await asyncio.gather(*(hall.send(hall.ticket()) for _ in range(6)))
         assert hall.most == {"w0": 3, "w1": 3}
+
+    in_virtual_time(run())
+
+
+def asking(hall: Hall, number: int, *said: str) -> Ticket:
+    """A ticket for a chat with these turns."""
+    messages = [{"role": "user", "content": text} for text in said]
+    body = json.dumps({"model": "fake", "messages": messages, "max_tokens": 20}).encode()
+    return ticket_of(hall.clock, call_of(body), number=number)
+
+
+def test_a_conversation_stays_with_its_worker_until_that_is_overloaded() -> None:
+    async def run() -> None:
+        hall = Hall(slots=(8, 8))
+        story, other = "Tell me a very long story. " * 100, "Translate this for me. " * 100
+        one, two = asking(hall, 0, story), asking(hall, 1, other)
+        await asyncio.gather(hall.visit(one), hall.visit(two))
+        assert (one.worker, two.worker) == ("w0", "w1")
+        busy = [hall.send(asking(hall, number, "short")) for number in range(2, 4)]
+        await settle()
+        again, more = asking(hall, 4, other, "and this"), asking(hall, 5, story, "go on")
+        await asyncio.gather(hall.visit(again), hall.visit(more), *busy)
+        assert (again.worker, more.worker) == ("w1", "w0")
+
+        hall.fleet.members["w0"].others = 8
+        elsewhere = asking(hall, 6, story, "go on", "and on")
+        await hall.visit(elsewhere)
+        assert elsewhere.worker == "w1"
+        assert hall.is_empty()
+
+    in_virtual_time(run())
+
+
+def test_what_answers_are_expected_to_cost_is_learned() -> None:
+    async def run() -> None:
+        hall = Hall(slots=(8,))
+        call = replace(hall.ticket().call, max_tokens=100_000)
+        first = hall.dispatcher.sizes.expected_tokens(call)
+        for _ in range(100):
+            await hall.visit(hall.ticket(), tokens=5)
+        assert hall.dispatcher.sizes.expected_tokens(call) < first < 100_000
+        assert hall.dispatcher.sizes.expected_tokens(replace(call, max_tokens=1, sequences=3)) == 10 + 3
 
     in_virtual_time(run())
 

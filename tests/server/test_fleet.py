@@ -55,6 +55,23 @@ async def test_kv_usage_is_read_and_a_strange_number_is_not() -> None:
         await fleet.close()
 
 
+async def test_sequences_from_elsewhere_are_those_that_a_worker_has_beyond_ours() -> None:
+    async with ScriptedEngine([says(plain(b"{}"))]).run() as engine:
+        lines = b'vllm:num_requests_running{engine="0"} 5.0\nvllm:num_requests_waiting{engine="0"} 2.0\n'
+        engine.gets = {"/metrics": plain(lines)}
+        fleet = Fleet(probe_s=0.01)
+        member = fleet.add(Worker("w", engine.url))
+        await eventually(lambda: member.others == 7)
+        member.in_flight = 6
+        await eventually(lambda: member.others == 1)
+        member.in_flight = 8  # what we have just sent is not there yet
+        await eventually(lambda: member.others == 0)
+        engine.gets = {"/metrics": plain(b"vllm:num_requests_running 1e999\nvllm:num_requests_waiting e\n")}
+        await eventually(lambda: member.others > 1000)
+        assert member.state is State.READY
+        await fleet.close()
+
+
 async def test_a_worker_that_dies_is_out_and_one_that_comes_back_is_in() -> None:
     async with over_fake(probe_s=0.05) as (gateway, engine):
         engine.die()
