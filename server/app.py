@@ -12,12 +12,14 @@ import uvicorn
 from fastapi import FastAPI
 
 from scheduler.lanes import Lanes
+from scheduler.placement import Rules
 from scheduler.workers import Role, Worker
 from server.admin import Admin, admin_routes
 from server.dispatch import Dispatcher, Lines
 from server.edge import Bounds, edge_for
 from server.fleet import Fleet
 from server.gateway import Gateway
+from server.handover import Handover
 from server.live_policy import LivePolicy
 from server.relay import Relay
 from server.routes import public_app
@@ -76,11 +78,16 @@ class GatewayServer:
         self.lines = Lines(self._dispatcher, self.fleet)
         self.shared = Shared(settings, self.fleet, self.lines, self.policy, clock=monotonic, wall=wall_clock)
         gate, tenants = self.shared.gate, self.shared.tenants
-        self.telemetry = Telemetry(self.lines.depth, self.fleet.rows)
-        relay = Relay(self.telemetry.itl, Steering(self.lines).body_for)
+        self.telemetry = Telemetry(self.lines.depth, self.lines.placed, self.fleet.rows)
+        steering = Steering(self.lines)
+        relay = Relay(self.telemetry.itl, steering.body_for)
+        handover = Handover(
+            steering.to_prefill, self.fleet, timeout_s=settings.disaggregation.prefill_timeout_s, clock=monotonic
+        )
         sharing = Sharing(gate.refusals, self.shared.store_state, monotonic, settings.tenant_labels)
-        self.telemetry.registry.register(sharing)
-        self.gateway = Gateway(tenants, gate, self.lines, relay, self.telemetry, sharing, monotonic)
+        for collector in (sharing, handover):
+            self.telemetry.registry.register(collector)
+        self.gateway = Gateway(tenants, gate, self.lines, handover, relay, self.telemetry, sharing, monotonic)
         self.app = public_app(self.fleet, self.telemetry, tenants, self.shared.notes, self._lifespan)
         self.app.include_router(admin_routes(self._admin()))
         edge = settings.edge
@@ -120,7 +127,7 @@ class GatewayServer:
         )
 
     def _dispatcher(self, model: str) -> Dispatcher:
-        admission = self.settings.admission
+        admission, apart = self.settings.admission, self.settings.disaggregation
         return Dispatcher(
             model,
             Lanes(self.policy.build()),
@@ -129,6 +136,7 @@ class GatewayServer:
             max_waiting=admission.max_waiting,
             queue_timeout_s=admission.queue_timeout_s,
             clock=monotonic,
+            rules=Rules(apart.min_prompt_tokens, apart.busy_tokens, apart.max_arriving_tokens),
         )
 
     @asynccontextmanager

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 from scheduler.jobs import Job
+from server.fleet import Member
 from server.tenants import Tenant
 
 
@@ -16,6 +17,7 @@ class Route:
     generates: it runs on the engine's batch, so it waits for a slot and is charged.
     usage_on_request: a stream tells its usage only if stream_options asks for it (OpenAI's chat and completions).
     xargs: the engine takes `vllm_xargs` here, so that tenant and service may travel with the request.
+    handover: the engine tells here where a prompt's KV can be fetched, and fetches it elsewhere.
     anthropic: errors are shaped as Anthropic shapes them.
     limit_fields: names of the field that bounds the output, the first one present counts.
     content_field: the field that holds the prompt.
@@ -28,6 +30,7 @@ class Route:
     generates: bool = True
     usage_on_request: bool = False
     xargs: bool = False
+    handover: bool = False
     anthropic: bool = False
     limit_fields: tuple[str, ...] = ("max_tokens",)
     content_field: str = "messages"
@@ -44,6 +47,7 @@ class Call:
     hide_usage: the client did not ask for the usage event that we asked the engine for.
     prompt_tokens: an estimate; the engine's own count replaces it at the end.
     deadline_s: seconds from arrival within which the answer must begin, None for no limit.
+    steers_kv: it has `kv_transfer_params` of its own, for its tenant may.
     """
 
     id: str
@@ -58,6 +62,7 @@ class Call:
     sequences: int
     kind: str
     deadline_s: float | None = None
+    steers_kv: bool = False
 
 
 class Phase(IntEnum):
@@ -84,12 +89,70 @@ NEXT: tuple[tuple[Phase, ...], ...] = (
 
 
 @dataclass(slots=True, eq=False)
+class Split:
+    """One worker reads the prompt, another writes the answer: what the request holds at both.
+
+    prompt_tokens: what it counts for. wake: called when it holds less, so that others may be let in.
+    kv: where the prompt's KV can be fetched, in the prefill worker's own words; it can be fetched once.
+    read_at: when that was told, in seconds on the gateway's clock; None as long as it was not.
+    reading, arriving: it has a place on the prefill worker; its KV has not reached the decode worker.
+    """
+
+    prefill: Member
+    decode: Member
+    prompt_tokens: int
+    wake: Callable[[], None]
+    kv: bytes = b""
+    read_at: float | None = None
+    reading: bool = True
+    arriving: bool = True
+
+    def __post_init__(self) -> None:
+        self.prefill.in_flight += 1
+        self.prefill.pending_tokens += self.prompt_tokens
+        self.decode.arriving_tokens += self.prompt_tokens
+
+    def read(self) -> None:
+        """The prefill worker has nothing more to do for it."""
+        if self.reading:
+            self.reading = False
+            self.prefill.in_flight -= 1
+            self.prefill.pending_tokens -= self.prompt_tokens
+            self.wake()
+
+    def arrived(self) -> None:
+        """The decode worker has its KV, or will do without."""
+        if self.arriving:
+            self.arriving = False
+            self.decode.arriving_tokens -= self.prompt_tokens
+            self.wake()
+
+    def over(self) -> None:
+        """Gives back whatever it still holds, and wakes nobody."""
+        self.wake = _nobody
+        self.read()
+        self.arrived()
+
+    def fetch(self, worker_id: str) -> bytes:
+        """Where this worker can fetch the KV; nothing if it is not the one, or the second time."""
+        if worker_id != self.decode.worker.id:
+            return b""
+        kv, self.kv = self.kv, b""
+        return kv
+
+
+def _nobody() -> None:
+    return
+
+
+@dataclass(slots=True, eq=False)
 class Ticket:
     """One call's record. Every latency is the difference of two of its times.
 
     times: seconds on the gateway's clock at which a phase was first reached, by phase; None if it was not.
     tokens: output tokens counted as they passed; `usage` corrects them when the answer is complete.
     pending_tokens: what the worker is taken to be busy with for it.
+    split: set if prompt and answer are two workers' business; `worker` is then the one that answers.
     """
 
     call: Call
@@ -104,6 +167,7 @@ class Ticket:
     last_at: float = 0.0
     worker: str = ""
     pending_tokens: int = 0
+    split: Split | None = None
     uncharged: int = 0
 
     def __post_init__(self) -> None:
@@ -125,6 +189,8 @@ class Ticket:
         self.phase = phase
         if self.times[phase] is None:
             self.times[phase] = self.clock()
+        if self.split is not None and phase is Phase.DECODING:
+            self.split.arrived()
 
     @property
     def ended(self) -> bool:

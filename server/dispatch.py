@@ -2,17 +2,19 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import exp2, log
 from types import TracebackType
+from typing import NamedTuple
 
 from scheduler.jobs import Job, Outcome
 from scheduler.lanes import Lanes
-from scheduler.workers import Worker
-from server.call import Call, Ticket
+from scheduler.placement import Apart, Place, Rules, Together, place
+from scheduler.workers import Role, Worker
+from server.call import Call, Split, Ticket
 from server.errors import EngineUnreachable, NoWorker, Overloaded, ServiceError, UnknownModel
 from server.fleet import Fleet, Member
-from server.routing import Affinity, Option, beginnings, best
+from server.routing import Affinity, Option, beginnings, best, score
 
 RATE_MEMORY_S = 20.0
 LONGEST_RETRY_S = 600.0
@@ -59,6 +61,11 @@ class Sizes:
         self.prompt_tokens += LEARN_SHARE * (ticket.prompt_tokens - self.prompt_tokens)
         self.output_tokens += LEARN_SHARE * (output_tokens - self.output_tokens)
 
+    @property
+    def typical_tokens(self) -> float:
+        """Of one request, prompt and answer."""
+        return self.prompt_tokens + self.output_tokens
+
     def expected_tokens(self, call: Call) -> int:
         """What a call will have a worker compute: few answers are as long as they may be."""
         output_tokens = min(call.max_tokens or self.output_tokens, self.output_tokens)
@@ -94,7 +101,8 @@ class Dispatcher:
     """One model's line and the workers that serve it.
 
     lanes: the policy's line. window: how many sequences a worker is given at a time. max_waiting: requests beyond which
-    newcomers are refused. queue_timeout_s: how long anybody waits, None for ever.
+    newcomers are refused. queue_timeout_s: how long anybody waits, None for ever. rules: when prompts are read apart.
+    placed: requests by how they were placed ("apart", or why not) since there have been prefill workers.
     """
 
     def __init__(
@@ -107,6 +115,7 @@ class Dispatcher:
         max_waiting: int,
         queue_timeout_s: float | None,
         clock: Callable[[], float],
+        rules: Rules = Rules(),  # noqa: B008 - frozen
     ) -> None:
         self.model = model
         self.lanes = lanes
@@ -115,6 +124,8 @@ class Dispatcher:
         self.max_waiting = max_waiting
         self.queue_timeout_s = queue_timeout_s
         self.clock = clock
+        self.rules = rules
+        self.placed: Counter[str] = Counter()
         self.pace = Pace(clock())
         self.charge: list[Ticket] = []
         self.affinity = Affinity()
@@ -134,12 +145,11 @@ class Dispatcher:
             raise NoWorker(f"No worker serves '{self.model}' right now.", retry_after_s=self.fleet.probe_s * 5)
         if not ticket.call.route.generates:
             return self._aside(ticket, ready)
-        if not len(self.lanes) and (member := self._room(ticket)) is not None:
+        if not len(self.lanes) and (room := self._room(ticket)) is not None:
             self.settle(now)
             self.lanes.push(ticket.job, now)
             self.lanes.pop(now)
-            self._occupy(member, ticket)
-            return member
+            return self._occupy(room, ticket)
         if len(self.lanes) >= self.max_waiting:
             raise Overloaded(
                 f"{len(self.lanes)} requests already wait for '{self.model}'.",
@@ -200,60 +210,85 @@ class Dispatcher:
             if future.done():  # it has just left or expired; its own `finally` will come, but its turn is now
                 self._forget(job, now)
                 continue
-            member = self._room(ticket)
-            if member is None:
+            room = self._room(ticket)
+            if room is None:
                 return
             self.lanes.pop(now)
             del self._waiters[job]
-            self._occupy(member, ticket)
-            future.set_result(member)
+            future.set_result(self._occupy(room, ticket))
 
     def _forget(self, job: Job, now: float) -> None:
         del self._waiters[job]
         self.lanes.finish(job, Outcome.ABORTED, now)
 
-    def _room(self, ticket: Ticket) -> Member | None:
-        """The worker for a request, among those that have room. A request wider than a whole window runs alone."""
+    def _room(self, ticket: Ticket) -> "Room | None":
+        """Where a request fits: one worker that has room, or two where prompts are read apart."""
         ready = self.fleet.ready(self.model)
-        roomy = []
-        for member in ready:
-            free = self.window(member.worker) - member.in_flight
-            if free >= ticket.call.sequences or (member.in_flight == 0 and free > 0):
-                roomy.append(member)
-        if len(ready) > 1 and roomy:
-            return self._best(roomy, ticket)
-        return roomy[0] if roomy else None
-
-    def _best(self, roomy: list[Member], ticket: Ticket) -> Member:
-        """The worker that does best by load and by what it remembers of the prompt; it will remember this one."""
+        roomy = [member for member in ready if self._has_room(member, ticket)]
+        if len(ready) == 1 or not roomy:
+            return Room(roomy[0]) if roomy else None
         call = ticket.call
         prompt = beginnings(call.body, call.route.content_field, call.prompt_tokens)
         known = self.affinity.known(prompt)
-        options = [
-            Option(
-                member.worker.slots,
-                member.pending_tokens,
-                member.others,
-                member.kv_usage,
-                known.get(member.worker.id, 0),
-            )
-            for member in roomy
-        ]
-        member = roomy[best(options, self.sizes.prompt_tokens + self.sizes.output_tokens)]
-        self.affinity.note(prompt, member.worker.id)
-        return member
+        if any(member.worker.role is Role.PREFILL for member in ready):
+            room = self._room_in_pools(ticket, ready, known)
+        else:
+            options = [_option(member, known) for member in roomy]
+            room = Room(roomy[best(options, self.sizes.typical_tokens)])
+        if room is not None:
+            for member in room.readers:
+                self.affinity.note(prompt, member.worker.id)
+        return room
 
-    def _occupy(self, member: Member, ticket: Ticket) -> None:
+    def _has_room(self, member: Member, ticket: Ticket) -> bool:
+        """A request wider than a whole window runs alone."""
+        free = self.window(member.worker) - member.in_flight
+        return free >= ticket.call.sequences or (member.in_flight == 0 and free > 0)
+
+    def _room_in_pools(self, ticket: Ticket, ready: list[Member], known: Mapping[str, int]) -> "Room | None":
+        call, typical_tokens = ticket.call, self.sizes.typical_tokens
+        places = [
+            Place(
+                member.worker,
+                self._has_room(member, ticket),
+                score(_option(member, known), typical_tokens),
+                member.pending_tokens,
+                member.arriving_tokens,
+                known.get(member.worker.id, 0),
+                member.kv_usage,
+            )
+            for member in ready
+        ]
+        splittable = call.route.handover and call.sequences == 1 and not call.steers_kv
+        members = {member.worker.id: member for member in ready}
+        match place(call.prompt_tokens, places, self.rules, splittable=splittable):
+            case Apart(prefill, decode):
+                return Room(members[decode.id], members[prefill.id], "apart")
+            case Together(worker, why):
+                return Room(members[worker.id], placed=why.value)
+        return None
+
+    def _occupy(self, room: "Room", ticket: Ticket) -> Member:
+        """The request holds its place; returns the worker that answers it."""
+        member = room.member
+        if room.prefill is not None:
+            ticket.split = Split(room.prefill, member, ticket.call.prompt_tokens, self.advance)
+        if room.placed:
+            self.placed[room.placed] += 1
         member.in_flight += ticket.call.sequences
-        ticket.pending_tokens = self.sizes.expected_tokens(ticket.call)
+        read_elsewhere = 0 if ticket.split is None else ticket.split.prompt_tokens
+        ticket.pending_tokens = self.sizes.expected_tokens(ticket.call) - read_elsewhere
         member.pending_tokens += ticket.pending_tokens
         ticket.worker = member.worker.id
+        return member
 
     def give_back(self, ticket: Ticket, member: Member, outcome: Outcome) -> None:
         """A call is over: its place is the next one's."""
         if not ticket.call.route.generates:
             return
         now = self.clock()
+        if ticket.split is not None:
+            ticket.split.over()
         member.in_flight -= ticket.call.sequences
         self.settle(now)
         member.pending_tokens -= ticket.pending_tokens
@@ -287,6 +322,24 @@ class Dispatcher:
         return min(LONGEST_RETRY_S, max(1.0, ahead / pace)) if pace > 0 else 5.0
 
 
+class Room(NamedTuple):
+    """Where a request fits. prefill: who reads its prompt if not `member`. placed: its name in metrics, if any."""
+
+    member: Member
+    prefill: Member | None = None
+    placed: str = ""
+
+    @property
+    def readers(self) -> tuple[Member, ...]:
+        """Who will have the prompt's KV."""
+        return (self.member,) if self.prefill is None else (self.member, self.prefill)
+
+
+def _option(member: Member, known: Mapping[str, int]) -> Option:
+    worker = member.worker
+    return Option(worker.slots, member.pending_tokens, member.others, member.kv_usage, known.get(worker.id, 0))
+
+
 class Lines:
     """A dispatcher for each served model; all under one policy."""
 
@@ -318,3 +371,10 @@ class Lines:
     def depth(self) -> list[tuple[str, int]]:
         """(model, waiting) for metrics."""
         return [(model, len(dispatcher.lanes)) for model, dispatcher in self.by_model.items()]
+
+    def placed(self) -> list[tuple[str, int]]:
+        """(how, count) for metrics."""
+        total: Counter[str] = Counter()
+        for dispatcher in self.by_model.values():
+            total.update(dispatcher.placed)
+        return list(total.items())

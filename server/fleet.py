@@ -18,6 +18,7 @@ _PLUGIN = "evenhand_engine_policy_info"
 _NUMBER = r"(?:\{[^}]*\})?\s+(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)$"
 _SEQUENCES = re.compile(r"^vllm:num_requests_(?:running|waiting)" + _NUMBER, re.MULTILINE)
 _KV_USAGE = re.compile(r"^vllm:kv_cache_usage_perc" + _NUMBER, re.MULTILINE)
+_KV_RECEIVED = re.compile(r"^vllm:nixl_bytes_transferred_sum" + _NUMBER, re.MULTILINE)
 _MOST_SEQUENCES = 1e6  # a larger number is none
 
 
@@ -34,6 +35,8 @@ class Member:
 
     others: sequences that it had from elsewhere when it was last probed.
     policy: name and options that its plug-in was last told, None if it was told nothing yet.
+    arriving_tokens: prompts of requests that it is to answer and whose KV is another worker's yet.
+    kv_received_bytes: KV that it has fetched from other workers, as it counts itself.
     """
 
     worker: Worker
@@ -44,6 +47,8 @@ class Member:
     pending_tokens: int = 0
     others: int = 0
     kv_usage: float = 0.0
+    arriving_tokens: int = 0
+    kv_received_bytes: float = 0.0
     misses: int = 0
     note: str = ""
     policy: tuple[str, tuple[str, ...]] | None = None
@@ -111,10 +116,11 @@ class Fleet:
                 listed.setdefault(entry.get("id"), entry)
         return list(listed.values())
 
-    def rows(self) -> Iterator[tuple[str, Role, bool, int]]:
-        """(id, role, ready, sequences in flight) per worker, for metrics."""
+    def rows(self) -> Iterator[tuple[str, Role, bool, int, int]]:
+        """(id, role, ready, sequences in flight, tokens pending) per worker, for metrics."""
         for member in self.members.values():
-            yield member.worker.id, member.worker.role, member.state is State.READY, member.in_flight
+            worker = member.worker
+            yield worker.id, worker.role, member.state is State.READY, member.in_flight, member.pending_tokens
 
     def suspect(self, member: Member) -> None:
         """A relayed request could not reach this worker: it is out until a probe finds it healthy."""
@@ -152,6 +158,8 @@ class Fleet:
             member.kv_usage = float(usage.group(1))
         sequences = min(_MOST_SEQUENCES, sum(map(float, _SEQUENCES.findall(metrics))))
         member.others = max(0, round(sequences) - member.in_flight)
+        if (received := _KV_RECEIVED.search(metrics)) is not None:
+            member.kv_received_bytes = float(received.group(1))
         if not member.worker.plugin and _PLUGIN in metrics:
             member.worker = replace(member.worker, plugin=True)
 

@@ -9,6 +9,7 @@ from scheduler.jobs import Job
 from server.call import Call, Phase, Route, Ticket
 from server.dispatch import Dispatcher, Lines
 from server.errors import ServiceError, outcome_of
+from server.handover import Handover
 from server.limits import Gate, permitted
 from server.relay import Answer, Relay
 from server.schemas import call_from
@@ -44,6 +45,7 @@ class Gateway:
         tenants: Tenants,
         limits: Gate,
         lines: Lines,
+        handover: Handover,
         relay: Relay,
         telemetry: Telemetry,
         sharing: Sharing,
@@ -53,6 +55,7 @@ class Gateway:
         self.limits = limits
         self.lines = lines
         self.sharing = sharing
+        self.handover = handover
         self.relay = relay
         self.telemetry = telemetry
         self.clock = clock
@@ -92,6 +95,7 @@ class Gateway:
             async with self.limits.admit(ticket, out), self.sharing.watch(ticket), dispatcher.slot(ticket) as member:
                 self.sharing.started(ticket)
                 ticket.move(Phase.PREFILLING)
+                await self.handover.prefill(ticket)
                 await self.relay.pump(ticket, member, dispatcher.charge, out)
                 ticket.move(Phase.DONE)
                 outcome = "ok"

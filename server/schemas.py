@@ -10,10 +10,13 @@ CHAT = Route(
     "/v1/chat/completions",
     usage_on_request=True,
     xargs=True,
+    handover=True,
     limit_fields=("max_completion_tokens", "max_tokens"),
     role_first=True,
 )
-COMPLETIONS = Route("/v1/completions", usage_on_request=True, xargs=True, content_field="prompt", prompts=True)
+COMPLETIONS = Route(
+    "/v1/completions", usage_on_request=True, xargs=True, handover=True, content_field="prompt", prompts=True
+)
 RESPONSES = Route(
     "/v1/responses",
     xargs=True,
@@ -94,6 +97,7 @@ def call_from(route: Route, body: bytes, tenant: Tenant, call_id: str, bytes_per
         sequences=(1 if fields.n is None else _within(fields.n, 1, MAX_SEQUENCES, "n"))
         * (_prompts(content) if route.prompts else 1),
         kind=_kind(fields),
+        steers_kv=bytes(fields.kv_transfer_params) not in (b"", b"null"),
     )
 
 

@@ -41,6 +41,21 @@ class AdmissionSettings(BaseModel):
     )
 
 
+class DisaggregationSettings(BaseModel):
+    """When a prompt is read by a prefill worker, where there are such; the rest goes straight to who answers it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    min_prompt_tokens: int = Field(
+        128, ge=1, description="shorter prompts, what is cached left out, are read where they are answered"
+    )
+    busy_tokens: int = Field(8192, ge=1, description="a prefill worker with more pending is not waited for, tokens")
+    max_arriving_tokens: int = Field(
+        16384, ge=1, description="prompts whose KV is on its way to one decode worker, tokens"
+    )
+    prefill_timeout_s: Positive = Field(120.0, description="then the prompt is read where it is answered, seconds")
+
+
 class Settings(BaseSettings):
     """The gateway's settings."""
 
@@ -68,6 +83,7 @@ class Settings(BaseSettings):
     tenant_labels: int = Field(20, ge=1, le=1000, description="tenants named in metrics; the rest is `other`")
     edge: EdgeSettings = EdgeSettings()
     admission: AdmissionSettings = AdmissionSettings()
+    disaggregation: DisaggregationSettings = DisaggregationSettings()
 
 
 Read = TypeVar("Read", bound=Settings)

@@ -1,4 +1,4 @@
-"""What travels to an engine beside the client's own body: tenant, job, weight and service, for the plug-in inside."""
+"""What travels to an engine beside the client's own body: the scheduler's words for the plug-in, and where KV is."""
 
 from typing import Any
 
@@ -7,17 +7,37 @@ import orjson
 from scheduler.workers import Worker
 from server.call import Ticket
 from server.dispatch import Lines
-from server.schemas import raw_members, splice
+from server.schemas import CHAT, COMPLETIONS, raw_members, splice
+
+# One token, in one piece: nothing that is changed here may change the prompt, whose KV another engine will take over.
+_ONE_TOKEN = (
+    b'"stream":false,"stream_options":null,"max_tokens":1,"min_tokens":0,"stop":null,"kv_transfer_params":'
+    b'{"do_remote_decode":true,"do_remote_prefill":false,"remote_engine_id":null,"remote_block_ids":null,'
+    b'"remote_host":null,"remote_port":null}'
+)
+_READ_ONLY = {
+    CHAT.path: _ONE_TOKEN + b',"max_completion_tokens":1',
+    COMPLETIONS.path: _ONE_TOKEN + b',"echo":false',
+}
 
 
 class Steering:
-    """Writes `vllm_xargs` into request bodies."""
+    """Writes `vllm_xargs` and `kv_transfer_params` into request bodies."""
 
     def __init__(self, lines: Lines) -> None:
         self.lines = lines
 
     def body_for(self, ticket: Ticket, worker: Worker) -> bytes:
-        """The body that a worker gets: the client's own bytes, and the scheduler's words behind them."""
+        """The body that a worker gets: the client's own bytes, and ours behind them."""
+        body = self._with_words(ticket, worker)
+        kv = b"" if ticket.split is None else ticket.split.fetch(worker.id)
+        return splice(body, b'"kv_transfer_params":' + kv) if kv else body
+
+    def to_prefill(self, ticket: Ticket, worker: Worker) -> bytes:
+        """The body for a worker that only reads the prompt, and keeps its KV until another has fetched it."""
+        return splice(self._with_words(ticket, worker), _READ_ONLY[ticket.call.route.path])
+
+    def _with_words(self, ticket: Ticket, worker: Worker) -> bytes:
         call = ticket.call
         if not (worker.plugin and call.route.xargs):
             return call.body

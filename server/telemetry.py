@@ -51,14 +51,20 @@ class Telemetry(Collector):
     def __init__(
         self,
         depth: Callable[[], Iterable[tuple[str, int]]],
-        workers: Callable[[], Iterable[tuple[str, Role, bool, int]]],
+        placed: Callable[[], Iterable[tuple[str, int]]],
+        workers: Callable[[], Iterable[tuple[str, Role, bool, int, int]]],
     ) -> None:
         self.depth = depth
+        self.placed = placed
         self.workers = workers
         self.ttft = Distribution("evenhand_request_ttft_seconds", "Arrival to the first bytes of the answer.")
         self.itl = Distribution("evenhand_request_itl_seconds", "Gap between two streamed chunks of one answer.")
         self.tpot = Distribution("evenhand_request_tpot_seconds", "(E2E - TTFT) / (output tokens - 1).")
         self.e2e = Distribution("evenhand_request_e2e_seconds", "Arrival to the end of the answer.")
+        self.kv_transfer = Distribution(
+            "evenhand_kv_transfer_seconds",
+            "From a prompt read apart to its answer's first bytes.",
+        )
         self.queue = Distribution("evenhand_request_queue_seconds", "Wait in line until a worker had room.")
         self.outcomes: Counter[tuple[str, str]] = Counter()
         self.tokens: Counter[str] = Counter()
@@ -88,11 +94,13 @@ class Telemetry(Collector):
             self.ttft.observe(first)
             if total is not None and ticket.tokens > 1:
                 self.tpot.observe((total - first) / (ticket.tokens - 1))
+            if ticket.split is not None and ticket.split.read_at is not None:
+                self.kv_transfer.observe(ticket.job.arrived_at + first - ticket.split.read_at)
         if total is not None:
             self.e2e.observe(total)
 
     def collect(self) -> Iterator[Metric]:
-        for distribution in (self.ttft, self.itl, self.tpot, self.e2e, self.queue):
+        for distribution in (self.ttft, self.itl, self.tpot, self.e2e, self.queue, self.kv_transfer):
             yield distribution.family()
         requests = CounterMetricFamily("evenhand_requests", "Requests by how they ended.", labels=("route", "outcome"))
         for (path, outcome), count in self.outcomes.items():
@@ -112,8 +120,19 @@ class Telemetry(Collector):
         busy = GaugeMetricFamily(
             "evenhand_worker_in_flight", "Sequences that a worker has from us.", labels=("worker", "role")
         )
-        for worker, role, ready, in_flight in self.workers():
+        pending = GaugeMetricFamily(
+            "evenhand_worker_pending_tokens", "Tokens still to be computed there, at most.", labels=("worker", "role")
+        )
+        for worker, role, ready, in_flight, tokens in self.workers():
             up.add_metric((worker, role.value), float(ready))
             busy.add_metric((worker, role.value), in_flight)
-        yield up
-        yield busy
+            pending.add_metric((worker, role.value), tokens)
+        yield from (up, busy, pending)
+        placed = CounterMetricFamily(
+            "evenhand_placements",
+            "Requests since there have been prefill workers: `apart`, or why one worker took them whole.",
+            labels=("placement",),
+        )
+        for placement, count in self.placed():
+            placed.add_metric((placement,), count)
+        yield placed

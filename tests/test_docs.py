@@ -11,6 +11,8 @@ import pytest
 from pydantic import BaseModel
 
 from deploy.settings import ServeSettings
+from server.fleet import Fleet
+from server.handover import Handover
 from server.sharing import Sharing
 from server.telemetry import Telemetry
 from server.tenants import read_file
@@ -45,7 +47,8 @@ def written(default: Any) -> str:
 def metrics() -> set[str]:
     """Every metric by the name under which Prometheus stores it."""
     collectors = (
-        Telemetry(lambda: [], lambda: []),
+        Telemetry(lambda: [], lambda: [], lambda: []),
+        Handover(lambda ticket, worker: b"", Fleet(), timeout_s=1.0, clock=lambda: 0.0),
         Sharing(Counter(), lambda: (True, 1), lambda: 0.0, labels=1),
     )
     names = {
