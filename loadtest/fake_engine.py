@@ -28,6 +28,7 @@ from loadtest.embedding import embeddings
 from loadtest.engine_metrics import exposition
 from loadtest.faults import HEALTHY, Faults, faults_from
 from loadtest.http_server import Exchange
+from loadtest.kept_kv import FETCH_PATH, KeptKv, fetch
 from loadtest.messages_wire import MessagesWire, anthropic_error, ask_messages
 from loadtest.prefix_cache import block_hashes
 from loadtest.responses_wire import ResponsesWire, ask_responses
@@ -55,6 +56,7 @@ class EngineSetup:
 
     max_model_tokens: context length. mean_answer_tokens: mean length of an answer that ends by itself.
     plugin: it shows and obeys what our plug-in inside vLLM does (the policy's metric, orders to change it).
+    kv_lease_s: it keeps a prompt's KV so long for another engine to fetch.
     """
 
     model: str = "fake"
@@ -64,6 +66,7 @@ class EngineSetup:
     max_model_tokens: int = 8192
     mean_answer_tokens: int = 64
     plugin: bool = False
+    kv_lease_s: float = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +96,13 @@ class Choice:
 
 @dataclass(slots=True, eq=False)
 class Answer:
-    """One request being answered."""
+    """One request being answered. left: its client has gone before it was admitted."""
 
     exchange: Exchange
     wire: Wire
     choices: list[Choice] = field(default_factory=list)
     started: bool = False
+    left: bool = False
 
     @property
     def ask(self) -> Ask:
@@ -143,6 +147,9 @@ class FakeEngine:
         self.seen: deque[Seen] = deque(maxlen=_SEEN)
         self.port = port
         self.batch = ContinuousBatch(self.setup.cost, Lanes(build(self.setup.policy, self.setup.policy_options)))
+        self.kept = KeptKv(self._hold_kv, self.setup.kv_lease_s)
+        self.fetched = self.not_fetched = 0
+        self._fetches: set[asyncio.Task[None]] = set()
         self._wall_clock = wall_clock
         self._die = die
         self._connections: set[Exchange] = set()
@@ -157,6 +164,7 @@ class FakeEngine:
             "/tokenize": self._tokenize,
             "/detokenize": self._detokenize,
             "/fake/faults": self._set_faults,
+            FETCH_PATH: self._give_kv,
         }
         self._gets: Mapping[str, Callable[[Exchange], None]] = {
             "/health": self._health,
@@ -216,6 +224,9 @@ class FakeEngine:
             connection.abort()
         for choice in list(self._choices.values()):
             self._end(choice, Outcome.FAILED)
+        for fetch_ in list(self._fetches):
+            fetch_.cancel()
+        self.kept.drop_all()
 
     @property
     def running(self) -> int:
@@ -256,8 +267,28 @@ class FakeEngine:
         answer = Answer(exchange, api.wire(request_id, int(self._wall_clock()), self.setup.model, ask))
         if self.setup.plugin and "evenhand_policy" in ask.extra:
             exchange.respond(200, answer.wire.whole([], {"evenhand": self._switch(ask.extra)}), _JSON)
+        elif ask.transfer and ask.transfer.get("do_remote_prefill"):
+            answer.exchange.gone = lambda: setattr(answer, "left", True)
+            task = self._loop.create_task(self._admit_with_kv(answer, ask.transfer))
+            self._fetches.add(task)
+            task.add_done_callback(self._fetches.discard)
         else:
             self._admit(answer)
+
+    async def _admit_with_kv(self, answer: Answer, params: Mapping[str, Any]) -> None:
+        """Fetches the KV first; what cannot be fetched is computed, as with `kv_load_failure_policy: recompute`."""
+        there = not self.faults.no_transfer and await fetch(params)
+        self.fetched += there
+        self.not_fetched += not there
+        if not answer.left:
+            self._admit(answer, transferred=there)
+
+    def _hold_kv(self, tokens: int) -> None:
+        self.batch.kv_used_tokens += tokens
+
+    def _give_kv(self, exchange: Exchange) -> None:
+        name = str(vllm_wire.parse_body(exchange.body).get("remote_request_id"))
+        exchange.respond(200 if self.kept.release(name) else 404, b"", _JSON)
 
     def _switch(self, extra: Mapping[str, Any]) -> dict[str, str]:
         """Obeys an order to change the policy, as our plug-in does inside vLLM, or keeps the old one."""
@@ -276,11 +307,10 @@ class FakeEngine:
     def _context_tokens(self) -> int:
         return min(self.setup.max_model_tokens, self.setup.cost.kv_capacity_tokens)
 
-    def _admit(self, answer: Answer) -> None:
+    def _admit(self, answer: Answer, *, transferred: bool = False) -> None:
         now = self._loop.time()
         ask = answer.ask
         self._learn_service(ask, now)
-        transferred = bool(ask.transfer and ask.transfer.get("do_remote_prefill"))
         for at, prompt in enumerate(ask.prompts):
             blocks = block_hashes(prompt, self.setup.cost.prefix_block_tokens)
             for sample in range(ask.n):
@@ -421,17 +451,7 @@ class FakeEngine:
         """What a decode worker needs to fetch the KV of this prompt, where the client asked to keep it."""
         if not ask.transfer or not ask.transfer.get("do_remote_decode"):
             return None
-        blocks = -(-ask.prompt_tokens // 128)
-        return {
-            "do_remote_prefill": True,
-            "do_remote_decode": False,
-            "remote_block_ids": list(range(blocks)),
-            "remote_engine_id": f"fake-{self.port}",
-            "remote_request_id": uuid.uuid4().hex,
-            "remote_host": "127.0.0.1",
-            "remote_port": self.port,
-            "tp_size": 1,
-        }
+        return self.kept.keep(ask.prompt_tokens, self.port)
 
     def _end(self, choice: Choice, outcome: Outcome) -> None:
         choice.finish = choice.finish or "abort"

@@ -17,6 +17,7 @@ class Faults:
     error_event_after_tokens: that stream carries an error event, then ends, as after a failure inside vLLM.
     error_status: generation requests are answered with this status (0: they are not).
     unhealthy: /health answers 503.
+    no_transfer: it cannot fetch KV from other engines.
     wrong_answers: fluent text that is not what the model would say.
     start_delay_s: seconds before the engine listens.
     times: how often die, cut, error event and error status strike before they are over (0: for ever).
@@ -28,6 +29,7 @@ class Faults:
     error_event_after_tokens: int | None = None
     error_status: int = 0
     unhealthy: bool = False
+    no_transfer: bool = False
     wrong_answers: bool = False
     start_delay_s: float = 0.0
     times: int = 0

@@ -168,12 +168,17 @@ def xargs_of(request: Request) -> Mapping[str, Any]:
 
 
 def job_from(request: Request, now: float) -> Job:
-    """The request as policies see it. Its id is vLLM's, for the n > 1 answers to one call are as many jobs."""
+    """The request as policies see it. Its id is vLLM's, for the n > 1 answers to one call are as many jobs.
+
+    A prompt whose KV comes from a prefill worker counts for nothing here: it was computed, and charged, there.
+    """
     xargs = xargs_of(request)
+    transfer = xargs.get("kv_transfer_params")
+    read_elsewhere = isinstance(transfer, Mapping) and bool(transfer.get("do_remote_prefill"))
     return Job(
         id=request.request_id,
         tenant=str(xargs.get("evenhand_tenant", "")),
-        prompt_tokens=request.num_prompt_tokens,
+        prompt_tokens=0 if read_elsewhere else request.num_prompt_tokens,
         arrived_at=now,
         max_tokens=request.max_tokens,
         weight=_positive(xargs.get("evenhand_weight"), default=1.0),

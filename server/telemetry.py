@@ -116,18 +116,7 @@ class Telemetry(Collector):
         for model, waiting in self.depth():
             depth.add_metric((model,), waiting)
         yield depth
-        up = GaugeMetricFamily("evenhand_worker_up", "Whether a worker takes requests.", labels=("worker", "role"))
-        busy = GaugeMetricFamily(
-            "evenhand_worker_in_flight", "Sequences that a worker has from us.", labels=("worker", "role")
-        )
-        pending = GaugeMetricFamily(
-            "evenhand_worker_pending_tokens", "Tokens still to be computed there, at most.", labels=("worker", "role")
-        )
-        for worker, role, ready, in_flight, tokens in self.workers():
-            up.add_metric((worker, role.value), float(ready))
-            busy.add_metric((worker, role.value), in_flight)
-            pending.add_metric((worker, role.value), tokens)
-        yield from (up, busy, pending)
+        yield from self._of_workers()
         placed = CounterMetricFamily(
             "evenhand_placements",
             "Requests since there have been prefill workers: `apart`, or why one worker took them whole.",
@@ -136,3 +125,19 @@ class Telemetry(Collector):
         for placement, count in self.placed():
             placed.add_metric((placement,), count)
         yield placed
+
+    def _of_workers(self) -> Iterator[Metric]:
+        up = GaugeMetricFamily("evenhand_worker_up", "Whether a worker takes requests.", labels=("worker", "role"))
+        busy = GaugeMetricFamily(
+            "evenhand_worker_in_flight", "Sequences that a worker has from us.", labels=("worker", "role")
+        )
+        pending = GaugeMetricFamily(
+            "evenhand_worker_pending_tokens",
+            "Tokens that it is expected to compute yet for us.",
+            labels=("worker", "role"),
+        )
+        for worker, role, ready, in_flight, pending_tokens in self.workers():
+            up.add_metric((worker, role.value), float(ready))
+            busy.add_metric((worker, role.value), in_flight)
+            pending.add_metric((worker, role.value), pending_tokens)
+        yield from (up, busy, pending)

@@ -394,6 +394,19 @@ def test_a_pooling_request_is_a_job_without_output() -> None:
     assert (job.id, job.tenant, job.prompt_tokens, job.arrived_at, job.max_tokens) == ("embed", "", 3, 7.0, 1)
 
 
+def test_a_prompt_whose_kv_comes_from_a_prefill_worker_counts_for_nothing() -> None:
+    for transfer, counted_tokens in (
+        ({"do_remote_prefill": True, "do_remote_decode": False}, 0),
+        ({"do_remote_prefill": False, "do_remote_decode": True}, 5),
+        ("nonsense", 5),
+        (None, 5),
+    ):
+        fetched = request("r", 5, 5)
+        assert fetched.sampling_params is not None
+        fetched.sampling_params.extra_args = {"kv_transfer_params": transfer}
+        assert job_from(fetched, 0.0).prompt_tokens == counted_tokens
+
+
 @pytest.mark.parametrize("weight", ["heavy", -1, 0, float("nan"), float("inf"), [2], None])
 def test_a_weight_that_makes_no_sense_counts_as_one(weight: object) -> None:
     assert job_from(request("r", 5, 5, weight=weight, service=weight), 0.0).weight == 1.0
