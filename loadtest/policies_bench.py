@@ -39,11 +39,12 @@ _MEAN_OF = 20_000
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What one comparison is made under. load: offered rate ÷ the baseline's saturation."""
+    """What one comparison is made under. load: offered rate ÷ the baseline's saturation; jobs: how many requests."""
 
     workload: str
     slots: int
     load: float
+    jobs: int
 
 
 # Workload A: the requests of Chatbot Arena that VTC was published with: 27 tenants, their lengths and their times.
@@ -78,7 +79,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to measure, the baseline first; a command is started with {port} and {slots} filled in",
     )  # fmt: skip
     parser.add_argument("--workloads", default="S,C,R", help="of S, C, R, A (default: S,C,R)")
-    parser.add_argument("--loads", default="0.7,1.0,1.2", help="offered rate by saturation (default: 0.7,1.0,1.2)")
+    parser.add_argument(
+        "--loads", default="0.7,1.0,1.2", metavar="LOAD[:JOBS],…",
+        help="offered rate by saturation, 3:200 for a burst of 200 at three times it (default: 0.7,1.0,1.2)",
+    )  # fmt: skip
     parser.add_argument("--slots", default="8,16", help="batch slots, filled into {slots} (default: 8,16)")
     parser.add_argument("--repetitions", type=int, default=3, help="of every run, interleaved (default: 3)")
     parser.add_argument("--limit", type=int, default=300, help="requests per run (default: 300)")
@@ -128,7 +132,7 @@ class Bench:
         self._targets = targets
         self._screen = screen
         self._workloads = args.workloads.split(",")
-        self._loads = [float(load) for load in args.loads.split(",")]
+        self._loads = [parse_load(load, args.limit) for load in args.loads.split(",")]
         self._slots = [int(slots) for slots in args.slots.split(",")]
         self._shares = parse_shares(args.shares)
         self._fit = Fit(args.length_scale, args.context, args.prompt_scale)
@@ -152,8 +156,8 @@ class Bench:
     def _under(self, slots: int, results: Results, urls: Mapping[str, str]) -> None:
         for workload in self._workloads:
             rate = self._saturation(workload, slots, urls)
-            for load in self._loads:
-                setting = Setting(workload, slots, load)
+            for load, jobs in self._loads:
+                setting = Setting(workload, slots, load, jobs)
                 results[setting] = {target.name: [] for target in self._targets}
                 for repetition in range(self._args.repetitions):
                     for target in self._targets:
@@ -168,11 +172,11 @@ class Bench:
         if self._args.saturation:
             return float(self._args.saturation)
         baseline = self._targets[0]
-        setting = Setting(workload, slots, 0.0)
+        setting = Setting(workload, slots, 0.0, _SATURATING_ROUNDS * slots)
         for target in self._targets if urls else ():
             warming = self._calls(workload, 1.0, -2, _WARMING_ROUNDS * slots)
             self._measure(target, setting, urls, warming, f"{workload}-{slots}-warming-{target.name}")
-        calls = self._calls(workload, 1.0, -1, _SATURATING_ROUNDS * slots)
+        calls = self._calls(workload, 1.0, -1, setting.jobs)
         records = self._measure(baseline, setting, urls, calls, f"{workload}-{slots}-saturation")
         if not any(record.ok for record in records):
             raise CannotReplay(f"{baseline.name} ended no request well: {records[0].error if records else 'none sent'}")
@@ -189,7 +193,7 @@ class Bench:
     def _one(
         self, target: BenchTarget, setting: Setting, repetition: int, rate: float, urls: Mapping[str, str]
     ) -> report.Summary:
-        calls = self._calls(setting.workload, rate, repetition, self._args.limit)
+        calls = self._calls(setting.workload, rate, repetition, setting.jobs)
         name = f"{setting.workload}-{setting.slots}-{setting.load}-{target.name}-{repetition}"
         records = self._measure(target, setting, urls, calls, name)
         summary = report.summarize(records)
@@ -236,6 +240,18 @@ class Bench:
 
     def _say(self, line: str) -> None:
         self._screen.print(line, markup=False, highlight=False)
+
+
+def parse_load(text: str, jobs: int) -> tuple[float, int]:
+    """`1.2` or `3:200` → (offered rate by saturation, requests). ValueError for anything else."""
+    load, _, given = text.partition(":")
+    try:
+        parsed = float(load), int(given or jobs)
+    except ValueError:
+        raise ValueError(f"The load {text!r} is no LOAD or LOAD:JOBS, like 1.2 or 3:200.") from None
+    if parsed[0] <= 0 or parsed[1] <= 0:
+        raise ValueError(f"The load {text!r} must be above 0.")
+    return parsed
 
 
 def saturation_per_s(records: Sequence[Record], mean_output_tokens: float) -> float:

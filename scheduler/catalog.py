@@ -8,6 +8,7 @@ from scheduler.fcfs import Fcfs
 from scheduler.gittins import Gittins
 from scheduler.mlfq import Mlfq
 from scheduler.policy import Order, Policy
+from scheduler.srpt import Srpt
 from scheduler.vtc import Vtc
 
 
@@ -99,9 +100,7 @@ POLICIES: Mapping[str, Entry] = {
             Option("output_weight", _number(0.0), "2", "service/token", "service per output token (VTC's w_q)"),
             Option("predict", _one_of("none", "last5"), "none", "", "charge the tenant's usual output in advance"),
             Option("charge", _one_of("all", "computed"), "all", "", "computed: prompt tokens found in cache are free"),
-            Option(
-                "within", _one_of("fcfs", "mlfq", "gittins"), "fcfs", "", "order inside one tenant, with its options"
-            ),
+            Option("within", _one_of("fcfs", "mlfq", "gittins", "srpt"), "fcfs", "", "order inside one tenant"),
         ),
         None,
     ),
@@ -114,8 +113,19 @@ POLICIES: Mapping[str, Entry] = {
             _CAP,
             Option("min_samples", _whole(20), "50", "jobs", "finished jobs a class needs before it is trusted"),
             Option("window", _whole(100), "2000", "jobs", "how many of the latest jobs a class remembers"),
+            Option("max_tokens", _one_of("use", "ignore"), "use", "", "ignore: it says nothing of a job's length"),
         ),
         Gittins,
+    ),
+    "srpt": Entry(
+        "shortest rest first, where max_tokens is the true length",
+        (
+            _PREFILL,
+            Option("hysteresis", _number(1.1), "1.3", "ratio", "how much longer the displaced job's rest must be"),
+            Option("patience_s", _number(0.0), "60", "s", "a job unserved for so long goes first; inf for never"),
+            _CAP,
+        ),
+        Srpt,
     ),
 }
 

@@ -41,6 +41,7 @@ class Gittins:
     preemptions_per_s: cap on displacements.
     min_samples: completed jobs that a class needs.
     window: how many of the latest jobs a class remembers.
+    max_tokens: "use", or "ignore" where clients set it without a thought of the length.
     """
 
     name = "gittins"
@@ -53,6 +54,7 @@ class Gittins:
         preemptions_per_s: int = 10,
         min_samples: int = 50,
         window: int = 2000,
+        max_tokens: str = "use",
     ) -> None:
         self.patience_s = patience_s
         self.preemptions_per_s = preemptions_per_s
@@ -61,6 +63,7 @@ class Gittins:
         self._hysteresis = max(hysteresis, _TIE)
         self._min_samples = min_samples
         self._window = window
+        self._by_max_tokens = max_tokens == "use"
         self._numbers = 1
         self._all = Lengths(window, min_samples)
         self._classes: OrderedDict[_ClassKey, int] = OrderedDict()
@@ -109,7 +112,7 @@ class Gittins:
         ended = outcome in (Outcome.DONE, Outcome.LENGTH)
         if not job.output_tokens:
             return
-        for key in _chain(job):
+        for key in self._chain(job):
             self._learn(self._table(key), job.output_tokens, ended=ended)
         self._learn(self._all, job.output_tokens, ended=ended)
 
@@ -131,7 +134,7 @@ class Gittins:
         return lengths
 
     def _class_of(self, job: Job) -> int:
-        for key in _chain(job):
+        for key in self._chain(job):
             number = self._classes.get(key)
             if number is not None and self._lengths[number].ready:
                 return number
@@ -146,13 +149,15 @@ class Gittins:
             index = self._indices[lane] = lengths.index(_AGES[age], steps)
         return index
 
+    def _chain(self, job: Job) -> tuple[_ClassKey, ...]:
+        """The job's class and its parents, without the one of all."""
+        if not self._by_max_tokens:
+            return ((job.tenant, job.kind), (job.kind,))
+        bound = job.max_tokens.bit_length()
+        return ((job.tenant, job.kind, bound), (job.kind, bound), (bound,))
+
     def _prefill_steps(self, job: Job) -> float:
         return (job.prompt_tokens + job.output_tokens) / self._prefill_tokens_per_step
-
-
-def _chain(job: Job) -> tuple[_ClassKey, ...]:
-    bound = job.max_tokens.bit_length()
-    return ((job.tenant, job.kind, bound), (job.kind, bound), (bound,))
 
 
 def _bucket(steps: float) -> int:

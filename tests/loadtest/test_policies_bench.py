@@ -19,7 +19,7 @@ def summary(e2e_s: float) -> Summary:
 
 def test_ratios_are_taken_within_a_repetition_and_keep_their_spread() -> None:
     results = {
-        Setting("S", 8, 1.0): {
+        Setting("S", 8, 1.0, 4): {
             "base": [summary(2.0), summary(8.0), summary(4.0)],
             "new": [summary(1.0), summary(2.0), summary(4.0)],
         }

@@ -8,17 +8,18 @@ from scheduler.catalog import POLICIES, build, describe
 from scheduler.fcfs import Fcfs
 from scheduler.gittins import Gittins
 from scheduler.mlfq import Mlfq
+from scheduler.srpt import Srpt
 from scheduler.vtc import Vtc
 
 
 def test_every_policy_is_built_without_options() -> None:
     orders = {name: type(build(name, {}).order) for name in POLICIES}
-    assert orders == {"fcfs": Fcfs, "mlfq": Mlfq, "vtc": Fcfs, "gittins": Gittins}
+    assert orders == {"fcfs": Fcfs, "mlfq": Mlfq, "vtc": Fcfs, "gittins": Gittins, "srpt": Srpt}
     assert [name for name in POLICIES if build(name, {}).shares is not None] == ["vtc"]
 
 
 def test_defaults_of_the_table_are_those_of_the_classes() -> None:
-    for name, cls in (("mlfq", Mlfq), ("gittins", Gittins)):
+    for name, cls in (("mlfq", Mlfq), ("gittins", Gittins), ("srpt", Srpt)):
         mine, theirs = vars(build(name, {}).order), vars(cls())
         plain = {key: value for key, value in theirs.items() if isinstance(value, int | float | list)}
         assert {key: mine[key] for key in plain} == plain
@@ -41,14 +42,14 @@ def test_vtc_hands_on_the_options_of_the_order_within() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "says"),
     [
-        ("lifo", {}, "unknown policy 'lifo': choose one of fcfs, mlfq, vtc, gittins"),
+        ("lifo", {}, "unknown policy 'lifo': choose one of fcfs, mlfq, vtc, gittins, srpt"),
         ("fcfs", {"speed": "9"}, "policy 'fcfs' has no option 'speed': it takes none at all"),
         ("mlfq", {"speed": "9"}, "policy 'mlfq' has no option 'speed': it takes quantum_steps, levels"),
         ("mlfq", {"levels": "0"}, "option levels='0' of policy 'mlfq' must be a whole number, 1 or more"),
         ("mlfq", {"levels": "x"}, "option levels='x' of policy 'mlfq' must be a whole number, 1 or more"),
         ("mlfq", {"patience_s": "nan"}, "option patience_s='nan' of policy 'mlfq' must be a number, 0 or more"),
         ("gittins", {"hysteresis": "1"}, "must be a number, 1.25 or more"),
-        ("vtc", {"within": "vtc"}, "option within='vtc' of policy 'vtc' must be one of fcfs, mlfq, gittins"),
+        ("vtc", {"within": "vtc"}, "option within='vtc' of policy 'vtc' must be one of fcfs, mlfq, gittins, srpt"),
         ("vtc", {"levels": "3"}, "policy 'vtc' has no option 'levels'"),
         ("vtc", {"within": "mlfq", "hysteresis": "2"}, "policy 'vtc' has no option 'hysteresis'"),
     ],
