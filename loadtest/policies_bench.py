@@ -32,7 +32,7 @@ from loadtest.workload import MIXES, Fit, Maker, Shape, mean_lengths, parse_shar
 
 # Enough requests to fill every slot many times over; their rate is what the engine can do. An engine's first batches
 # are slower than all later ones: every target is warmed up before anything is measured.
-_SATURATING_ROUNDS = 40
+_SATURATING_ROUNDS = 100
 _WARMING_ROUNDS = 8
 _MEAN_OF = 20_000
 
@@ -129,13 +129,13 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, targets: Sequence[BenchTarget], screen: Console) -> None:
         self._args = args
-        self._targets = targets
+        self.targets = targets
         self._screen = screen
         self._workloads = args.workloads.split(",")
         self._loads = [parse_load(load, args.limit) for load in args.loads.split(",")]
         self._slots = [int(slots) for slots in args.slots.split(",")]
         self._shares = parse_shares(args.shares)
-        self._fit = Fit(args.length_scale, args.context, args.prompt_scale)
+        self.fit = Fit(args.length_scale, args.context, args.prompt_scale)
         self._arena = arena(args.traces) if ARENA in self._workloads else []
         unknown = set(self._workloads) - set(MIXES) - {ARENA}
         if unknown:
@@ -149,40 +149,40 @@ class Bench:
                 self._under(slots, results, {})
                 continue
             with ExitStack() as stack:
-                urls = {target.name: stack.enter_context(self._running(target, slots)) for target in self._targets}
+                urls = {target.name: stack.enter_context(self.started(target, slots)) for target in self.targets}
                 self._under(slots, results, urls)
         return results
 
     def _under(self, slots: int, results: Results, urls: Mapping[str, str]) -> None:
         for workload in self._workloads:
-            rate = self._saturation(workload, slots, urls)
+            rate = self.saturation(workload, slots, urls)
             for load, jobs in self._loads:
                 setting = Setting(workload, slots, load, jobs)
-                results[setting] = {target.name: [] for target in self._targets}
+                results[setting] = {target.name: [] for target in self.targets}
                 for repetition in range(self._args.repetitions):
-                    for target in self._targets:
+                    for target in self.targets:
                         summary = self._one(target, setting, repetition, rate * load, urls)
                         results[setting][target.name].append(summary)
 
-    def _running(self, target: BenchTarget, slots: int) -> AbstractContextManager[str]:
+    def started(self, target: BenchTarget, slots: int) -> AbstractContextManager[str]:
         return running(target, {"slots": slots}, self._args.out, self._args.ready)
 
-    def _saturation(self, workload: str, slots: int, urls: Mapping[str, str]) -> float:
+    def saturation(self, workload: str, slots: int, urls: Mapping[str, str]) -> float:
         """Requests per second that the baseline ends when it is never without work."""
         if self._args.saturation:
             return float(self._args.saturation)
-        baseline = self._targets[0]
+        baseline = self.targets[0]
         setting = Setting(workload, slots, 0.0, _SATURATING_ROUNDS * slots)
-        for target in self._targets if urls else ():
+        for target in self.targets if urls else ():
             warming = self._calls(workload, 1.0, -2, _WARMING_ROUNDS * slots)
-            self._measure(target, setting, urls, warming, f"{workload}-{slots}-warming-{target.name}")
+            self.measure(target, setting, urls, warming, f"{workload}-{slots}-warming-{target.name}")
         calls = self._calls(workload, 1.0, -1, setting.jobs)
-        records = self._measure(baseline, setting, urls, calls, f"{workload}-{slots}-saturation")
+        records = self.measure(baseline, setting, urls, calls, f"{workload}-{slots}-saturation")
         if not any(record.ok for record in records):
             raise CannotReplay(f"{baseline.name} ended no request well: {records[0].error if records else 'none sent'}")
-        fit = self._fit
+        fit = self.fit
         rate = saturation_per_s(records, mean_lengths(map(fit, self._sample(workload)))[1])
-        self._say(f"{workload} slots={slots}: saturated at {rate:.2f} requests/s")
+        self.say(f"{workload} slots={slots}: saturated at {rate:.2f} requests/s")
         return rate
 
     def _sample(self, workload: str) -> Iterable[Shape]:
@@ -195,9 +195,9 @@ class Bench:
     ) -> report.Summary:
         calls = self._calls(setting.workload, rate, repetition, setting.jobs)
         name = f"{setting.workload}-{setting.slots}-{setting.load}-{target.name}-{repetition}"
-        records = self._measure(target, setting, urls, calls, name)
+        records = self.measure(target, setting, urls, calls, name)
         summary = report.summarize(records)
-        self._say(
+        self.say(
             f"{name}: JCT {report.seconds(summary.e2e.mean)}  TTFT p99 {report.seconds(summary.ttft.p99)}  "
             f"{summary.endings}"
         )
@@ -205,7 +205,7 @@ class Bench:
 
     def _calls(self, workload: str, rate: float, repetition: int, number: int) -> Iterator[Call]:
         seed = self._args.seed * 1000 + repetition
-        maker = Maker(token_prompts(seed), self._fit, self._shares)
+        maker = Maker(token_prompts(seed), self.fit, self._shares)
         if workload == ARENA:
             times = [row.at_s or 0.0 for row in self._arena]
             stretch = len(times) / max(times) / rate
@@ -213,11 +213,15 @@ class Bench:
         drawn = shapes(workload, Random(seed + 1), self._args.traces)
         return islice(maker.calls(drawn, arrivals.poisson(rate, Random(seed + 2)), Random(seed + 3)), number)
 
-    def _measure(
-        self, target: BenchTarget, setting: Setting, urls: Mapping[str, str], calls: Iterator[Call], name: str
-    ) -> Sequence[Record]:
-        """One run; a load of 0 is a closed loop that never leaves the engine without work."""
-        alive = nullcontext(urls[target.name]) if target.name in urls else self._running(target, setting.slots)
+    def measure(
+        self, target: BenchTarget, setting: Setting, urls: Mapping[str, str], calls: Iterator[Call],
+        name: str, *, drain_s: float | None = None,
+    ) -> Sequence[Record]:  # fmt: skip
+        """One run; a load of 0 is a closed loop that never leaves the engine without work.
+
+        drain_s: how long the last answers are waited for once all is sent; None for as long as any request.
+        """
+        alive = nullcontext(urls[target.name]) if target.name in urls else self.started(target, setting.slots)
         with alive as url:
             model, context_tokens = served(url, "", None)
             if 0 < context_tokens < self._args.context:
@@ -229,7 +233,7 @@ class Bench:
                 calls=calls,
                 total=0,
                 concurrency=None if setting.load else 2 * setting.slots,
-                drain_s=self._args.timeout,
+                drain_s=self._args.timeout if drain_s is None else drain_s,
                 out=self._args.out / f"{name}.jsonl",
                 name=name,
                 objective=None,
@@ -238,7 +242,7 @@ class Bench:
             )
             return measure(prepared, self._screen)[0]
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
         self._screen.print(line, markup=False, highlight=False)
 
 

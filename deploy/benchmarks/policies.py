@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import sys
+from collections.abc import Callable
 
 from loadtest import policies_bench
 
@@ -12,18 +13,25 @@ CONTEXT_TOKENS = 4096
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which policies and how much; the other options are those of the comparison itself."""
+    add_engine_arguments(parser, POLICIES, policies_bench.add_arguments)
+
+
+def add_engine_arguments(
+    parser: argparse.ArgumentParser, policies: str, add_own: Callable[[argparse.ArgumentParser], None]
+) -> None:
+    """The options of a comparison whose targets are real engines made here: stock vLLM, and one per policy."""
     parser.add_argument(
-        "--policies", default=POLICIES, help=f"beside stock vLLM, NAME[:KEY=VALUE…] (default {POLICIES})"
+        "--policies", default=policies, help=f"beside stock vLLM, NAME[:KEY=VALUE…] (default {policies})"
     )
     parser.add_argument("--engine-args", default="", help="handed to every engine, as one string")
-    policies_bench.add_arguments(parser)
+    add_own(parser)
     for action in parser._actions:  # the targets are made here, of real engines
         if action.dest == "target":
             action.required, action.help = False, argparse.SUPPRESS
     parser.set_defaults(
         context=CONTEXT_TOKENS,
-        length_scale=0.15,
-        prompt_scale=0.25,
+        length_scale=0.3,
+        prompt_scale=0.17,
         loads="1.2",
         slots="8",
         limit=1000,
@@ -32,12 +40,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Starts the engines, compares, prints the page."""
+def targets(args: argparse.Namespace) -> list[str]:
+    """Stock vLLM first, the baseline."""
     extra = f"--max-num-seqs {{slots}} --max-model-len {args.context} {args.engine_args}"
     start = f"{shlex.quote(sys.executable)} -m deploy.benchmarks.engines --port {{port}}"
-    args.target = [f"stock={start} -- {extra}"]
+    started = [f"stock={start} -- {extra}"]
     for name in args.policies.split(","):
         label = name.replace("=", "-")  # a target is NAME=COMMAND
-        args.target.append(f"{label}={start} --policy {name} -- {extra}")
+        started.append(f"{label}={start} --policy {name} -- {extra}")
+    return started
+
+
+def run(args: argparse.Namespace) -> int:
+    """Starts the engines, compares, prints the page."""
+    args.target = targets(args)
     return policies_bench.run(args)

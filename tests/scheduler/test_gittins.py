@@ -110,6 +110,20 @@ def test_job_that_outlived_the_short_ones_is_displaced_by_a_new_one() -> None:
     assert lanes.pop(0.0) is head
 
 
+def test_told_to_ignore_max_tokens_it_knows_no_class_by_it() -> None:
+    heads = []
+    for choice in ("use", "ignore"):
+        order = build("gittins", {"max_tokens": choice}).order
+        for tokens in MIXED:
+            order.learn(Job("", "t", 1, 0.0, max_tokens=tokens, output_tokens=tokens), Outcome.DONE)
+        lanes = [
+            order.spot(Job("", "t", 1, 0.0, max_tokens=tokens), running=False, boosted_at=None).lane
+            for tokens in (10, 1000)
+        ]
+        heads.append(order.rank(lanes[0]) < order.rank(lanes[1]))
+    assert heads == [True, False]
+
+
 def test_job_that_is_about_to_end_is_not_displaced() -> None:
     lanes, _, _ = running_and_head(taught([10 if number % 10 else 40 for number in range(1000)]), 33)
     assert lanes.displacement(0.0) is None

@@ -20,6 +20,7 @@ POLICIES: dict[str, tuple[str, dict[str, str]]] = {
     "fcfs": ("fcfs", {}),
     "mlfq": ("mlfq", {"quantum_steps": "2", "patience_s": "3"}),
     "gittins": ("gittins", {"min_samples": "20", "patience_s": "3"}),
+    "srpt": ("srpt", {"patience_s": "3"}),
     "vtc": ("vtc", {"predict": "last5", "charge": "computed"}),
     "vtc of mlfq": ("vtc", {"within": "mlfq", "quantum_steps": "2", "patience_s": "3"}),
     "vtc of gittins": ("vtc", {"within": "gittins", "min_samples": "20", "patience_s": "3", "predict": "last5"}),
