@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from random import Random
 from statistics import median
+from typing import Self, TypeVar
 
 from rich.console import Console
 
@@ -59,8 +60,9 @@ def arena(traces: Path | None) -> list[TraceRow]:
     return list(read(traces / ARENA_FILE))
 
 
-# Summaries by target, one per repetition, in the same order.
-Results = dict[Setting, dict[str, list[report.Summary]]]
+# What came of each run, by target, one per repetition, in the same order.
+Outcome = TypeVar("Outcome")
+Results = dict[Setting, dict[str, list[Outcome]]]
 
 MEASURES: Mapping[str, Callable[[report.Summary], float]] = {
     "mean JCT": lambda summary: summary.e2e.mean,
@@ -73,27 +75,33 @@ MEASURES: Mapping[str, Callable[[report.Summary], float]] = {
 }
 
 
+def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is asked of every target, and how often."""
+    parser.add_argument("--workloads", default="S,C,R", help="of S, C, R, A (default: S,C,R)")
+    parser.add_argument(
+        "--loads", default="0.7,1.0,1.2", metavar="LOAD[:JOBS],…",
+        help="offered rate by saturation, 3:200 for a burst of 200 at three times it (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--slots", default="8,16", help="batch slots (default: %(default)s)")
+    parser.add_argument("--repetitions", type=int, default=3, help="of every run, interleaved (default: %(default)s)")
+    parser.add_argument("--limit", type=int, default=300, help="requests per run (default: %(default)s)")
+    parser.add_argument("--length-scale", type=float, default=1.0, help="multiply all lengths (default: %(default)s)")
+    parser.add_argument("--prompt-scale", type=float, default=1.0, help="multiply prompts more (default: %(default)s)")
+    parser.add_argument(
+        "--context", type=int, default=8192, help="tokens that a request may have in all (default: %(default)s)"
+    )
+    parser.add_argument("--shares", default="heavy=3,light=1", help="requests by tenant (default: %(default)s)")
+    parser.add_argument("--traces", type=Path, help="folder of trace files (default: quantiles of the same traces)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target", action="append", required=True, metavar="NAME=URL|COMMAND",
         help="what to measure, the baseline first; a command is started with {port} and {slots} filled in",
     )  # fmt: skip
-    parser.add_argument("--workloads", default="S,C,R", help="of S, C, R, A (default: S,C,R)")
-    parser.add_argument(
-        "--loads", default="0.7,1.0,1.2", metavar="LOAD[:JOBS],…",
-        help="offered rate by saturation, 3:200 for a burst of 200 at three times it (default: 0.7,1.0,1.2)",
-    )  # fmt: skip
-    parser.add_argument("--slots", default="8,16", help="batch slots, filled into {slots} (default: 8,16)")
-    parser.add_argument("--repetitions", type=int, default=3, help="of every run, interleaved (default: 3)")
-    parser.add_argument("--limit", type=int, default=300, help="requests per run (default: 300)")
-    parser.add_argument("--length-scale", type=float, default=1.0, help="multiply all lengths (default: 1)")
-    parser.add_argument("--prompt-scale", type=float, default=1.0, help="multiply prompts further (default: 1)")
-    parser.add_argument(
-        "--context", type=int, default=8192, help="tokens that a request may have in all (default: 8192)"
-    )
-    parser.add_argument("--shares", default="heavy=3,light=1", help="requests by tenant (default: heavy=3,light=1)")
+    add_workload_arguments(parser)
     parser.add_argument("--saturation", type=float, help="requests per second at saturation (default: measured)")
-    parser.add_argument("--traces", type=Path, help="folder of trace files (default: quantiles of the same traces)")
     parser.add_argument("--ready", type=float, default=300.0, help="seconds a command may take to serve (default: 300)")
     parser.add_argument("--timeout", type=float, default=600.0, help="patience per request, seconds (default: 600)")
     parser.add_argument(
@@ -102,7 +110,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tenant-xargs", action="store_true", help="name the tenant in vllm_xargs (engine, no gateway)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/policies"), help="records and logs (default: runs/policies)"
     )
@@ -117,11 +124,50 @@ def run(args: argparse.Namespace) -> int:
     except (CannotStart, CannotReplay, ValueError, OSError) as error:
         screen.print(f"policies_bench: {error}", style="red", markup=False, highlight=False)
         return 2
-    page = page_of(results)
+    page = f"{page_of(results, MEASURES)}\n## Requests that did not end well\n\n{_failures(results) or 'None.'}\n"
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "policies.md").write_text(page)
     sys.stdout.write(page)
     return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Where the calls of every run come from: the same for every target of a repetition."""
+
+    fit: Fit
+    shares: Mapping[str, float]
+    traces: Path | None
+    seed: int
+    arena: Sequence[TraceRow]
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Self:
+        """As the options say. ValueError for a workload that there is not, or without its trace."""
+        asked = args.workloads.split(",")
+        unknown = set(asked) - set(MIXES) - {ARENA}
+        if unknown:
+            raise ValueError(f"There is no workload {', '.join(sorted(unknown))}: choose of {', '.join(MIXES)}.")
+        fit = Fit(args.length_scale, args.context, args.prompt_scale)
+        rows = arena(args.traces) if ARENA in asked else []
+        return cls(fit, parse_shares(args.shares), args.traces, args.seed, rows)
+
+    def calls(self, workload: str, rate: float, repetition: int, number: int) -> Iterator[Call]:
+        """`number` calls at `rate` per second: Poisson, or at the trace's times, stretched."""
+        seed = self.seed * 1000 + repetition
+        maker = Maker(token_prompts(seed), self.fit, self.shares)
+        if workload == ARENA:
+            times = [row.at_s or 0.0 for row in self.arena]
+            stretch = len(times) / max(times) / rate
+            return islice(maker.replay(self.arena, [at_s * stretch for at_s in times], Random(seed)), number)
+        drawn = shapes(workload, Random(seed + 1), self.traces)
+        return islice(maker.calls(drawn, arrivals.poisson(rate, Random(seed + 2)), Random(seed + 3)), number)
+
+    def sample(self, workload: str) -> Iterable[Shape]:
+        """Lengths as the workload has them, before they are scaled."""
+        if workload == ARENA:
+            return [Shape(row.prompt_tokens, row.output_tokens) for row in self.arena]
+        return islice(shapes(workload, Random(0), self.traces), _MEAN_OF)
 
 
 class Bench:
@@ -134,16 +180,12 @@ class Bench:
         self._workloads = args.workloads.split(",")
         self._loads = [parse_load(load, args.limit) for load in args.loads.split(",")]
         self._slots = [int(slots) for slots in args.slots.split(",")]
-        self._shares = parse_shares(args.shares)
-        self.fit = Fit(args.length_scale, args.context, args.prompt_scale)
-        self._arena = arena(args.traces) if ARENA in self._workloads else []
-        unknown = set(self._workloads) - set(MIXES) - {ARENA}
-        if unknown:
-            raise ValueError(f"There is no workload {', '.join(sorted(unknown))}: choose of {', '.join(MIXES)}.")
+        self._draws = Draws.of(args)
+        self.fit = self._draws.fit
 
-    def run(self) -> Results:
+    def run(self) -> Results[report.Summary]:
         """Repetitions outside, targets inside: neighbours in time are compared."""
-        results: Results = {}
+        results: Results[report.Summary] = {}
         for slots in self._slots:
             if self._args.one_at_a_time:
                 self._under(slots, results, {})
@@ -153,7 +195,7 @@ class Bench:
                 self._under(slots, results, urls)
         return results
 
-    def _under(self, slots: int, results: Results, urls: Mapping[str, str]) -> None:
+    def _under(self, slots: int, results: Results[report.Summary], urls: Mapping[str, str]) -> None:
         for workload in self._workloads:
             rate = self.saturation(workload, slots, urls)
             for load, jobs in self._loads:
@@ -174,26 +216,21 @@ class Bench:
         baseline = self.targets[0]
         setting = Setting(workload, slots, 0.0, _SATURATING_ROUNDS * slots)
         for target in self.targets if urls else ():
-            warming = self._calls(workload, 1.0, -2, _WARMING_ROUNDS * slots)
+            warming = self._draws.calls(workload, 1.0, -2, _WARMING_ROUNDS * slots)
             self.measure(target, setting, urls, warming, f"{workload}-{slots}-warming-{target.name}")
-        calls = self._calls(workload, 1.0, -1, setting.jobs)
+        calls = self._draws.calls(workload, 1.0, -1, setting.jobs)
         records = self.measure(baseline, setting, urls, calls, f"{workload}-{slots}-saturation")
         if not any(record.ok for record in records):
             raise CannotReplay(f"{baseline.name} ended no request well: {records[0].error if records else 'none sent'}")
         fit = self.fit
-        rate = saturation_per_s(records, mean_lengths(map(fit, self._sample(workload)))[1])
+        rate = saturation_per_s(records, mean_lengths(map(fit, self._draws.sample(workload)))[1])
         self.say(f"{workload} slots={slots}: saturated at {rate:.2f} requests/s")
         return rate
-
-    def _sample(self, workload: str) -> Iterable[Shape]:
-        if workload == ARENA:
-            return [Shape(row.prompt_tokens, row.output_tokens) for row in self._arena]
-        return islice(shapes(workload, Random(0), self._args.traces), _MEAN_OF)
 
     def _one(
         self, target: BenchTarget, setting: Setting, repetition: int, rate: float, urls: Mapping[str, str]
     ) -> report.Summary:
-        calls = self._calls(setting.workload, rate, repetition, setting.jobs)
+        calls = self._draws.calls(setting.workload, rate, repetition, setting.jobs)
         name = f"{setting.workload}-{setting.slots}-{setting.load}-{target.name}-{repetition}"
         records = self.measure(target, setting, urls, calls, name)
         summary = report.summarize(records)
@@ -202,16 +239,6 @@ class Bench:
             f"{summary.endings}"
         )
         return summary
-
-    def _calls(self, workload: str, rate: float, repetition: int, number: int) -> Iterator[Call]:
-        seed = self._args.seed * 1000 + repetition
-        maker = Maker(token_prompts(seed), self.fit, self._shares)
-        if workload == ARENA:
-            times = [row.at_s or 0.0 for row in self._arena]
-            stretch = len(times) / max(times) / rate
-            return islice(maker.replay(self._arena, [at_s * stretch for at_s in times], Random(seed)), number)
-        drawn = shapes(workload, Random(seed + 1), self._args.traces)
-        return islice(maker.calls(drawn, arrivals.poisson(rate, Random(seed + 2)), Random(seed + 3)), number)
 
     def measure(
         self, target: BenchTarget, setting: Setting, urls: Mapping[str, str], calls: Iterator[Call],
@@ -274,13 +301,13 @@ def saturation_per_s(records: Sequence[Record], mean_output_tokens: float) -> fl
 # The page: baseline ÷ target, so that larger is better for the target.
 
 
-def ratio_rows(results: Results, measure: Callable[[report.Summary], float]) -> report.Rows:
+def ratio_rows(results: Results[Outcome], measure: Callable[[Outcome], float]) -> report.Rows:
     """One row per setting, one column per target but the baseline: median ratio over the repetitions, and its range."""
     baseline, *others = next(iter(results.values()))
     rows: report.Rows = [["workload", "slots", "load", f"{baseline}", *others]]
     for setting, by_target in results.items():
-        base = [measure(summary) for summary in by_target[baseline]]
-        cells = [_ratio(base, [measure(summary) for summary in by_target[other]]) for other in others]
+        base = [measure(outcome) for outcome in by_target[baseline]]
+        cells = [_ratio(base, [measure(outcome) for outcome in by_target[other]]) for other in others]
         rows.append([setting.workload, str(setting.slots), f"{setting.load:g}", f"{median(base):.3g}", *cells])
     return rows
 
@@ -292,21 +319,19 @@ def _ratio(base: Sequence[float], other: Sequence[float]) -> str:
     return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
-def page_of(results: Results) -> str:
+def page_of(results: Results[Outcome], measures: Mapping[str, Callable[[Outcome], float]]) -> str:
     """The whole comparison in Markdown."""
     baseline = next(iter(next(iter(results.values()))))
     head = (
         f"Baseline {baseline} as measured (seconds; service in weighted tokens/s); the others as {baseline} ÷ target."
     )
     parts = [f"{head} Larger is better. Median over the repetitions, smallest to largest in brackets."]
-    for name, measured in MEASURES.items():
+    for name, measured in measures.items():
         parts.append(f"## {name}\n\n{report.markdown(ratio_rows(results, measured))}")
-    bad = _failures(results)
-    parts.append(f"## Requests that did not end well\n\n{bad or 'None.'}")
     return "\n\n".join(parts) + "\n"
 
 
-def _failures(results: Results) -> str:
+def _failures(results: Results[report.Summary]) -> str:
     lines = []
     for setting, by_target in results.items():
         for name, summaries in by_target.items():

@@ -5,7 +5,9 @@ python -m tests.engine.answers MODEL_FOLDER COMBINATION POLICY…      ("stock" 
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from prometheus_client import REGISTRY
@@ -77,10 +79,11 @@ def serve(running: LLMEngine, tag: str, with_twice: bool) -> Answers:
     raise AssertionError(f"not done, still missing: {len(coming)} arrivals")
 
 
-def switch(running: LLMEngine, policy: str) -> None:
+def switch(running: LLMEngine, policy: str, options: Mapping[str, str] = MappingProxyType({})) -> None:
     """The order that a gateway sends."""
     running.reset_prefix_cache()
-    params = greedy(1, extra_args={"evenhand_policy": policy})
+    pairs = [f"{name}={value}" for name, value in options.items()]
+    params = greedy(1, extra_args={"evenhand_policy": policy, "evenhand_policy_options": pairs})
     running.add_request(f"to-{policy}", {"prompt_token_ids": [1]}, params)
     (answer,) = running.step()
     assert answer.kv_transfer_params == {"evenhand": {"policy": policy}}

@@ -26,7 +26,7 @@ def test_ratios_are_taken_within_a_repetition_and_keep_their_spread() -> None:
     }
     rows = ratio_rows(results, MEASURES["mean JCT"])
     assert rows == [["workload", "slots", "load", "base", "new"], ["S", "8", "1", "4", "2.00 (1.00 to 4.00)"]]
-    assert "## P99 longest gap" in page_of(results)
+    assert "## P99 longest gap" in page_of(results, MEASURES)
 
 
 def test_saturation_is_the_rate_while_there_was_work_for_all() -> None:

@@ -1,0 +1,221 @@
+"""Policies against stock vLLM inside real engines, on a clock that is the engine's own CPU time.
+
+python -m tests.engine.bench_iterations --workloads C --policies mlfq,gittins --loads 1.2,0.9,3:200 --slots 8
+
+Two real engines on a tiny model, stock and with the plug-in, each in a process of its own without a server in front.
+Requests arrive on a clock that stands still while an engine does not compute: what else the machine does, and how its
+cores are shared, is in no figure. A server's and a client's work is not in them either; `evenhand bench policies`
+measures those too, on the wall clock, where the machine is quiet enough.
+
+Each repetition draws its own requests, measures at which rate stock vLLM is saturated by them, and offers them to all
+at the loads asked for. Gittins is taught the lengths of other requests of the same kind first, as it would have been
+in service; what it may not see is `max_tokens`, which is the exact length here (SRPT sees it: it is the bound).
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from loadtest import policies_bench, report
+from loadtest.policies_bench import MEASURES, Draws, Results, Setting, page_of, parse_load
+from loadtest.records import read
+from tests.engine.iterated import Engine
+from tests.engine.real import ENVIRONMENT, chaotic_model
+
+STOCK = "stock"
+
+
+@dataclass(frozen=True, slots=True)
+class Iterated:
+    """One run.
+
+    throughput: output tokens per second up to the last arrival. preemptions: by the policy.
+    recomputed: tokens computed beyond each prompt and answer once, as a share of those.
+    """
+
+    summary: report.Summary
+    throughput: float
+    preemptions: int
+    recomputed: float
+    tokens_per_step: float
+
+
+def _of(measure: Callable[[report.Summary], float]) -> Callable[[Iterated], float]:
+    return lambda run: measure(run.summary)
+
+
+OURS: Mapping[str, Callable[[Iterated], float]] = {
+    **{name: _of(measure) for name, measure in MEASURES.items()},
+    # Turned round, so that here too a ratio above 1 is good.
+    "throughput until the last arrival (as seconds per token of all)": lambda run: 1.0 / run.throughput,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    policies_bench.add_workload_arguments(parser)
+    parser.add_argument("--policies", default="fcfs,mlfq,vtc,gittins", help="NAME[:KEY=VALUE…], beside stock vLLM")
+    parser.add_argument("--core", type=int, help="the core that the engines run on, one at a time (default: any)")
+    parser.add_argument("--taught", type=int, default=1000, help="lengths that Gittins is taught first (default: 1000)")
+    parser.set_defaults(length_scale=0.3, prompt_scale=0.3, context=4096, loads="1.2", slots="8", limit=1000)
+    parser.add_argument("--out", type=Path, default=Path("runs/iterations"), help="records (default: runs/iterations)")
+    parser.add_argument("--child", choices=(STOCK, "plugin"), help=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+
+
+class Child:
+    """An engine in a process of its own, told what to run line by line."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self._process = process
+
+    def run(self, **asked: Any) -> Any:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(asked) + "\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise RuntimeError(f"the engine ended with code {self._process.wait()}")
+
+
+@contextmanager
+def child(args: argparse.Namespace, kind: str, slots: int, model: Path) -> Iterator[Child]:
+    argv = [sys.executable, "-m", "tests.engine.bench_iterations", *sys.argv[1:]]
+    argv += ["--child", kind, "--model", str(model), "--slots", str(slots)]
+    if args.core is not None:
+        argv = ["taskset", "-c", str(args.core), *argv]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(argv, env=os.environ | ENVIRONMENT, text=True, **pipes)
+    try:
+        yield Child(process)
+    finally:
+        process.kill()
+        process.wait()
+
+
+class Comparison:
+    """All runs, the engines one after the other, neighbours in time."""
+
+    def __init__(self, args: argparse.Namespace, model: Path) -> None:
+        self._args = args
+        self._model = model
+        self._policies = [name for name in args.policies.split(",") if name]
+        self._loads = [parse_load(load, args.limit) for load in args.loads.split(",")]
+
+    def run(self) -> Results[Iterated]:
+        results: Results[Iterated] = {}
+        for slots in map(int, self._args.slots.split(",")):
+            with ExitStack() as stack:
+                engines = {
+                    kind: stack.enter_context(child(self._args, kind, slots, self._model))
+                    for kind in ((STOCK, "plugin") if self._policies else (STOCK,))
+                }
+                for workload in self._args.workloads.split(","):
+                    self._workload(results, engines, workload, slots)
+        return results
+
+    def _workload(self, results: Results[Iterated], engines: Mapping[str, Child], workload: str, slots: int) -> None:
+        names = [STOCK, *self._policies]
+        for kind, engine in engines.items():  # an engine's first steps are slower than all later ones
+            engine.run(
+                policy="" if kind == STOCK else "fcfs", workload=workload, rate=None, repetition=-1, jobs=100, out="",
+                slots=slots,
+            )  # fmt: skip
+        for repetition in range(self._args.repetitions):
+            full = self._ask(engines, STOCK, workload, slots, None, repetition, self._args.limit)
+            rate = full["saturation_per_s"]
+            say(f"{workload} slots={slots} repetition {repetition}: stock is saturated at {rate:.2f} requests/s")
+            for load, jobs in self._loads:
+                by_name = results.setdefault(Setting(workload, slots, load, jobs), {name: [] for name in names})
+                for name in names:
+                    told = self._ask(engines, name, workload, slots, rate * load, repetition, jobs)
+                    by_name[name].append(self._read(told, f"{workload}-{slots}-{load:g}-{name}-{repetition}"))
+
+    def _ask(
+        self, engines: Mapping[str, Child], name: str, workload: str, slots: int, rate: float | None, repetition: int,
+        jobs: int,
+    ) -> Any:  # fmt: skip
+        out = self._args.out / f"{workload}-{slots}-{rate or 0:.3g}-{name}-{repetition}.jsonl"
+        return engines[STOCK if name == STOCK else "plugin"].run(
+            policy="" if name == STOCK else name, workload=workload, rate=rate, repetition=repetition, jobs=jobs,
+            out=str(out), slots=slots,
+        )  # fmt: skip
+
+    def _read(self, told: Mapping[str, Any], label: str) -> Iterated:
+        _, records = read(Path(told["out"]))
+        summary = report.summarize(records)
+        say(
+            f"{label}: JCT {report.seconds(summary.e2e.mean)}  TTFT p99 {report.seconds(summary.ttft.p99)}  "
+            f"{told['throughput']:.0f} tokens/s  {told['preemptions']} preemptions  "
+            f"recomputed {told['recomputed']:.1%}  {told['tokens_per_step']:.2f} tokens/step"
+        )
+        return Iterated(
+            summary, told["throughput"], told["preemptions"], told["recomputed"], told["tokens_per_step"]
+        )  # fmt: skip
+
+
+def preemption_rows(results: Results[Iterated]) -> report.Rows:
+    """Medians of what is no ratio: preemptions per second of arrivals, and recomputed tokens."""
+    names = list(next(iter(results.values())))[1:]
+    rows: report.Rows = [["workload", "slots", "load", *names]]
+    for setting, by_name in results.items():
+        cells = []
+        for name in names:
+            middle = sorted(by_name[name], key=lambda run: run.recomputed)[len(by_name[name]) // 2]
+            cells.append(f"{middle.preemptions} ({middle.recomputed:.1%})")
+        rows.append([setting.workload, str(setting.slots), f"{setting.load:g}", *cells])
+    return rows
+
+
+def say(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def run(args: argparse.Namespace) -> int:
+    args.out.mkdir(parents=True, exist_ok=True)
+    Draws.of(args)
+    with tempfile.TemporaryDirectory() as folder:
+        results = Comparison(args, chaotic_model(Path(folder))).run()
+    page = page_of(results, OURS)
+    page += f"\n## Preemptions, and tokens computed again\n\n{report.markdown(preemption_rows(results))}\n"
+    (args.out / "iterations.md").write_text(page)
+    sys.stdout.write(page)
+    return 0
+
+
+def serve(args: argparse.Namespace) -> None:
+    """The child: one engine, one run per line."""
+    draws = Draws.of(args)
+    slots = int(args.slots)
+    with Engine.started(args.model, plugin=args.child == "plugin", slots=slots, context=args.context) as engine:
+        for line in sys.stdin:
+            asked = json.loads(line)
+            calls = list(draws.calls(asked["workload"], asked["rate"] or 1.0, asked["repetition"], asked["jobs"]))
+            taught = islice(draws.calls(asked["workload"], 1.0, 7000 + asked["repetition"], args.taught), args.taught)
+            told = engine.run(calls, asked, [call.output_tokens for call in taught])
+            sys.stdout.write("\n" + json.dumps(told) + "\n")
+            sys.stdout.flush()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.child:
+        serve(args)
+        return 0
+    return run(args)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,158 @@
+"""A real engine in this process, fed on a clock that is its own CPU time."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import thread_time
+from typing import Any, Self
+
+from vllm import LLMEngine, SamplingParams
+from vllm.sampling_params import RequestOutputKind
+
+from loadtest.call import Call
+from loadtest.records import Record, Run, Writer
+from scheduler.jobs import Job, Outcome
+from scheduler.vllm_plugin import PolicyScheduler
+from tests.engine.answers import preemptions, switch
+from tests.engine.real import engine
+
+
+class Clock:
+    """Seconds of CPU that the engine used, and the pauses in which it had nothing to do."""
+
+    def __init__(self) -> None:
+        self._offset_s = -thread_time()
+
+    def __call__(self) -> float:
+        return self._offset_s + thread_time()
+
+    def skip_to(self, at_s: float) -> None:
+        """Nothing happens until then."""
+        self._offset_s += max(0.0, at_s - self())
+
+    @contextmanager
+    def standing(self) -> Iterator[None]:
+        """What is done meanwhile takes no time: it is not the engine's work."""
+        begun = thread_time()
+        try:
+            yield
+        finally:
+            self._offset_s -= thread_time() - begun
+
+
+@dataclass(slots=True)
+class Served:
+    """One request on its way. at: when each of its tokens came."""
+
+    call: Call
+    sent_s: float
+    at: list[float] = field(default_factory=list)
+
+    def record(self, begun_s: float) -> Record:
+        sent_s, at = self.sent_s, self.at
+        return Record(
+            id=self.call.id, tenant=self.call.tenant, due_s=self.call.at_s, sent_s=sent_s - begun_s,
+            e2e_s=at[-1] - sent_s, prompt_tokens=self.call.prompt_tokens, output_tokens=len(at),
+            ttft_s=at[0] - sent_s, gaps_us=[round((b - a) * 1e6) for a, b in zip(at, at[1:], strict=False)],
+            asked_tokens=self.call.output_tokens, kind=self.call.kind,
+        )  # fmt: skip
+
+
+class Engine:
+    """Runs lists of calls, one list after the other."""
+
+    def __init__(self, running: LLMEngine, clock: Clock, *, plugin: bool) -> None:
+        self._running = running
+        self._clock = clock
+        self._plugin = plugin
+        self._scheduler = running.engine_core.engine_core.scheduler
+        self._tokens = 0
+        self._steps = 0
+        self._count_tokens()
+
+    @classmethod
+    @contextmanager
+    def started(cls, model: Path, *, plugin: bool, slots: int, context: int) -> Iterator[Self]:
+        """`context` in tokens. The KV cache holds all slots at that length."""
+        clock = Clock()
+        PolicyScheduler.clock = staticmethod(clock)
+        settings = {"max_model_len": context, "max_num_seqs": slots, "num_gpu_blocks_override": slots * context // 32}
+        with engine(model, "fcfs" if plugin else None, **settings) as running:
+            yield cls(running, clock, plugin=plugin)
+
+    def _count_tokens(self) -> None:
+        schedule = self._scheduler.schedule
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            output = schedule(*args, **kwargs)
+            self._tokens += output.total_num_scheduled_tokens
+            self._steps += 1
+            return output
+
+        self._scheduler.schedule = counted
+
+    def run(self, calls: Sequence[Call], asked: Mapping[str, Any], taught: Sequence[int]) -> dict[str, Any]:
+        """rate None: all at once. Returns the figures of the run; its records go to the file `out`."""
+        name, *options = (asked["policy"] or "").split(":")
+        if self._plugin:
+            self._switch(name, dict(option.split("=", 1) for option in options), taught)
+        self._running.reset_prefix_cache()
+        tokens, steps, preempted = self._tokens, self._steps, self._preempted(name)
+        begun_s = self._clock()
+        served, starved_s = self._serve(calls, at_once=asked["rate"] is None, begun_s=begun_s)
+        end_s = max(one.sent_s for one in served)
+        made = sum(len(one.at) for one in served)
+        ideal = made + sum(one.call.prompt_tokens - 1 for one in served)
+        in_time = sum(at <= end_s for one in served for at in one.at)
+        if asked["out"]:
+            with Writer(Path(asked["out"])) as writer:
+                for one in served:
+                    writer.write(one.record(begun_s))
+                writer.finish(Run("engine", asked["workload"], "", round(self._clock() - begun_s, 3)))
+        return {
+            "out": asked["out"],
+            "throughput": in_time / max(end_s - begun_s, 1e-9),
+            "saturation_per_s": len(calls) / (starved_s - begun_s),
+            "preemptions": self._preempted(name) - preempted,
+            "recomputed": (self._tokens - tokens) / ideal - 1.0,
+            "tokens_per_step": made / (self._steps - steps),
+        }
+
+    def _serve(self, calls: Sequence[Call], *, at_once: bool, begun_s: float) -> tuple[list[Served], float]:
+        """All calls to their end, and when the line was empty for the first time after the last arrival."""
+        running, clock = self._running, self._clock
+        coming, served = list(reversed(calls)), {}
+        starved_s = 0.0
+        while coming or running.has_unfinished_requests():
+            if coming and not running.has_unfinished_requests() and not at_once:
+                clock.skip_to(begun_s + coming[-1].at_s)
+            while coming and (at_once or begun_s + coming[-1].at_s <= clock()):
+                call = coming.pop()
+                with clock.standing():
+                    self._add(call)
+                served[call.id] = Served(call, begun_s if at_once else begun_s + call.at_s)
+            outputs = running.step()
+            now = clock()
+            with clock.standing():
+                for output in outputs:
+                    served[output.request_id].at.extend([now] * len(output.outputs[0].token_ids))
+            if not coming and not starved_s and not self._scheduler.get_request_counts()[1]:
+                starved_s = now
+        return list(served.values()), starved_s
+
+    def _add(self, call: Call) -> None:
+        params = SamplingParams(
+            temperature=0.0, max_tokens=call.output_tokens, ignore_eos=True, detokenize=False,
+            output_kind=RequestOutputKind.DELTA, extra_args={"evenhand_tenant": call.tenant},
+        )  # fmt: skip
+        self._running.add_request(call.id, {"prompt_token_ids": call.prompt}, params)
+
+    def _switch(self, name: str, options: Mapping[str, str], taught: Sequence[int]) -> None:
+        switch(self._running, name, options)
+        learn = self._scheduler._lanes.policy.order.learn
+        for number, tokens in enumerate(taught):
+            learn(Job(f"taught-{number}", "taught", 1, 0.0, max_tokens=tokens, output_tokens=tokens), Outcome.DONE)
+
+    def _preempted(self, name: str) -> int:
+        return int(preemptions(name)["policy"]) if self._plugin else 0
