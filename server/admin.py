@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import msgspec
 import orjson
@@ -146,7 +147,21 @@ def admin_routes(admin: Admin) -> APIRouter:
     router.include_router(_tenants(admin))
     router.include_router(_keys(admin))
     router.include_router(_policy(admin))
+
+    @router.get("/targets", summary="The engines' addresses for Prometheus' HTTP service discovery")
+    async def targets() -> Response:
+        return JSONResponse([target(member.worker) for member in admin.fleet.members.values()])
+
     return router
+
+
+def target(worker: Worker) -> dict[str, Any]:
+    """A worker as `http_sd_config` takes it."""
+    address = urlsplit(worker.url)
+    labels = {"worker": worker.id, "role": worker.role.value}
+    if address.path:
+        labels["__metrics_path__"] = f"{address.path}/metrics"
+    return {"targets": [address.netloc], "labels": labels}
 
 
 def _workers(admin: Admin) -> APIRouter:

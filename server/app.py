@@ -15,6 +15,7 @@ from scheduler.lanes import Lanes
 from scheduler.placement import Rules
 from scheduler.workers import Role, Worker
 from server.admin import Admin, admin_routes
+from server.console import Console, console_routes
 from server.dispatch import Dispatcher, Lines
 from server.edge import Bounds, edge_for
 from server.fleet import Fleet
@@ -89,7 +90,9 @@ class GatewayServer:
             self.telemetry.registry.register(collector)
         self.gateway = Gateway(tenants, gate, self.lines, handover, relay, self.telemetry, sharing, monotonic)
         self.app = public_app(self.fleet, self.telemetry, tenants, self.shared.notes, self._lifespan)
-        self.app.include_router(admin_routes(self._admin()))
+        admin = self._admin()
+        self.app.include_router(admin_routes(admin))
+        self.app.include_router(console_routes(self._console(sharing), admin.authorize))
         edge = settings.edge
         bounds = Bounds(
             edge.max_head_bytes, edge.max_body_bytes, edge.head_timeout_s, edge.body_timeout_s, edge.stall_timeout_s
@@ -124,6 +127,19 @@ class GatewayServer:
             self.fleet,
             shared.records,
             wall_clock,
+        )
+
+    def _console(self, sharing: Sharing) -> Console:
+        shared = self.shared
+        return Console(
+            self.telemetry,
+            sharing,
+            self.lines,
+            self.fleet,
+            self.policy,
+            shared.tenants,
+            shared.store_state,
+            monotonic,
         )
 
     def _dispatcher(self, model: str) -> Dispatcher:

@@ -309,6 +309,10 @@ class Dispatcher:
             ticket.uncharged = 0
         self.charge.clear()
 
+    def waiting_by_tenant(self) -> dict[str, int]:
+        """How many requests of each tenant wait."""
+        return dict(self._waiting_of)
+
     def retry_after_s(self, tenant: str) -> float:
         """Seconds until one more request of this tenant would find a place: those ahead of it over the line's pace.
 

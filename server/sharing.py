@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import TracebackType
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -30,6 +31,14 @@ class Watched:
         self.sharing.tally.left(self.ticket.job, waited, self.sharing.clock())
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """service: weighted tokens since the start, by tenant or `other`. gap: as in `scheduler.tally.Sample`."""
+
+    service: dict[str, float]
+    gap: float
+
+
 class Sharing(Collector):
     """Counts service (weighted tokens) by tenant; only the largest are named, the rest is `other`.
 
@@ -53,20 +62,25 @@ class Sharing(Collector):
         """The call has its place; its ticket moves on in the same step."""
         self.tally.started(ticket.job, self.clock())
 
-    def collect(self) -> Iterator[Metric]:
+    def standing(self) -> Standing:
+        """What everybody got so far."""
         sample = self.tally.sample(self.clock())
         for label, amount in sample.service.items():
             self._service[label] += amount  # type: ignore[assignment]  # Counter's stubs know whole numbers only
+        return Standing(dict(self._service), sample.gap)
+
+    def collect(self) -> Iterator[Metric]:
+        standing = self.standing()
         service = CounterMetricFamily(
             "evenhand_tenant_service", "Weighted tokens (a prompt token 1, an output token 2).", labels=("tenant",)
         )
-        for tenant, total in self._service.items():
+        for tenant, total in standing.service.items():
             service.add_metric((tenant,), total)
         yield service
         yield GaugeMetricFamily(
             "evenhand_fairness_max_service_gap",
             "Weighted tokens per weight between the most and the least served tenant of those that wait.",
-            sample.gap,
+            standing.gap,
         )
         refused = CounterMetricFamily(
             "evenhand_limit_refusals", "Requests refused at a limit of their tenant.", labels=("reason",)

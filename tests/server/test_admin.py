@@ -30,7 +30,7 @@ ROUTES = [
     ("GET", "/workers"), ("PUT", "/workers/w"), ("DELETE", "/workers/w"), ("POST", "/workers/w/drain"),
     ("POST", "/workers/w/resume"), ("GET", "/tenants"), ("GET", "/tenants/a"), ("PUT", "/tenants/a"),
     ("DELETE", "/tenants/a"), ("POST", "/tenants/a/keys"), ("DELETE", "/tenants/a/keys/0"), ("GET", "/policy"),
-    ("PUT", "/policy"), ("DELETE", "/policy"),
+    ("PUT", "/policy"), ("DELETE", "/policy"), ("GET", "/targets"), ("GET", "/live"), ("GET", "/policies"),
 ]  # fmt: skip
 
 
@@ -176,3 +176,14 @@ def test_an_address_that_is_no_redis_is_refused_without_its_password() -> None:
     with pytest.raises(ValueError, match="redis://") as refused:
         GatewayServer(Settings(redis_url="http://user:swordfish@host"))
     assert "swordfish" not in str(refused.value)
+
+
+async def test_prometheus_finds_the_engines_with_their_roles() -> None:
+    async with FakeEngine(INSTANT) as engine, serving(engine.url, admin_key=ADMIN_KEY) as gateway:
+        await admin(gateway, "PUT", "/workers/far", {"url": "http://127.0.0.1:1/engine/", "role": "decode"})
+        listed = (await admin(gateway, "GET", "/targets")).json()
+        await admin(gateway, "DELETE", "/workers/far")
+    near, far = listed
+    assert near == {"targets": [f"127.0.0.1:{engine.port}"], "labels": {"worker": "worker-0", "role": "both"}}
+    labels = {"worker": "far", "role": "decode", "__metrics_path__": "/engine/metrics"}
+    assert far == {"targets": ["127.0.0.1:1"], "labels": labels}

@@ -1,0 +1,159 @@
+"""The console in a real browser: what an operator sees and does, and what somebody without the key does not see."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from playwright.async_api import Browser, ConsoleMessage, Page, async_playwright, expect
+
+from tests.server.conftest import SLOW, Running, Wire, chat, eventually, over_fake, request
+from tests.server.test_admin import ADMIN_KEY
+from tests.server.test_tenants import KEY, OTHER
+
+TENANTS = f"tenants: [{{name: acme, keys: [{KEY}], weight: 2}}, {{name: zenith, keys: [{OTHER}]}}]"
+# As root Chromium has no sandbox of its own; the rest keeps it from asking the network for anything.
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--no-first-run",
+]
+PATIENCE_MS = 30_000
+
+
+@contextlib.asynccontextmanager
+async def chromium() -> AsyncIterator[Browser]:
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("no Chromium here: install it (Debian and Ubuntu: apt install chromium)")
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=program, args=FLAGS)
+        try:
+            yield browser
+        finally:
+            await browser.close()
+
+
+@dataclass
+class Shown:
+    """The open console. complaints: errors of its script, and what its security policy blocked."""
+
+    page: Page
+    complaints: list[str] = field(default_factory=list)
+
+    async def text(self, selector: str) -> str:
+        return await self.page.locator(selector).inner_text()
+
+    async def says(self, selector: str, words: str) -> None:
+        await expect(self.page.locator(selector)).to_contain_text(words, timeout=PATIENCE_MS)
+
+    async def log_in(self, key: str) -> None:
+        await self.page.fill("#key", key)
+        await self.page.press("#key", "Enter")
+
+    async def picture(self, name: str) -> None:
+        """Keeps a picture of the whole page, where one is asked for."""
+        if folder := os.environ.get("EVENHAND_PICTURES"):
+            await self.page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+
+
+@contextlib.asynccontextmanager
+async def shown(browser: Browser, gateway: Running, width: int, height: int, scheme: str) -> AsyncIterator[Shown]:
+    context = await browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)  # type: ignore[arg-type]
+    page = await context.new_page()
+    opened = Shown(page)
+
+    def complain(message: ConsoleMessage) -> None:
+        if message.type == "error" and "status of 40" not in message.text:  # a refused key is told by the page itself
+            opened.complaints.append(message.text)
+
+    page.on("console", complain)
+    page.on("pageerror", lambda error: opened.complaints.append(str(error)))
+    await page.goto(f"http://127.0.0.1:{gateway.port}/console")
+    yield opened
+    await context.close()
+    assert opened.complaints == []
+
+
+@contextlib.asynccontextmanager
+async def busy(tmp_path: Path) -> AsyncIterator[Running]:
+    """A gateway of two tenants with one running request and three that wait."""
+    (tmp_path / "tenants.yaml").write_text(TENANTS)
+    options = {"tenants": tmp_path / "tenants.yaml", "admin_key": ADMIN_KEY, "policy": "vtc", "slots": 2}
+    async with over_fake(SLOW, admission={"ahead": 0}, **options) as (gateway, _):
+        wires: list[Wire] = []
+        for key in (KEY, KEY, KEY, OTHER):
+            body = chat(stream=True, max_tokens=2000, ignore_eos=True)
+            wires.append(
+                await gateway.send(request("/v1/chat/completions", body, headers={"authorization": f"Bearer {key}"}))
+            )
+        await eventually(lambda: len(gateway.server.lines.by_model["fake"].lanes) == 2, "two wait")
+        yield gateway
+        for wire in wires:
+            await wire.close()
+
+
+async def test_an_operator_sees_who_waits_changes_the_policy_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    async with chromium() as browser, busy(tmp_path) as gateway, shown(browser, gateway, 1360, 900, "light") as console:
+        page = console.page
+        await console.says("#fleet", "worker-0")
+        assert "acme" not in await page.content()
+        await console.log_in("not-the-admin-key")
+        await console.says("#key-status", "This is not the admin key")
+
+        await console.log_in(ADMIN_KEY)
+        await console.says("#lines", "acme")
+        await console.says("#shares", "acme")
+        await console.says("#wait-sum", "2 requests wait")
+        await console.says("#policy-now", "in force: vtc")
+        await console.says("#kpis", "tokens/s")
+        await console.picture("console-light")
+
+        await page.check("[name=policy][value=mlfq]")
+        await page.click("#policy-more summary")
+        await page.fill("#option-levels", "none")
+        await page.click("#policy-form button.main")
+        await console.says("#policy-status", "levels")
+        assert gateway.server.policy.name == "vtc"
+        await page.fill("#option-levels", "4")
+        await page.click("#policy-form button.main")
+        await console.says("#policy-status", "In force: mlfq levels=4")
+        assert (gateway.server.policy.name, gateway.server.policy.options) == ("mlfq", {"levels": "4"})
+
+        await page.click("#fleet button")
+        await console.says("#fleet", "draining")
+        await page.click("#fleet button")
+        await console.says("#fleet", "ready")
+
+        await page.click("#lock")
+        assert "acme" not in await page.content()
+        held = await page.evaluate("[localStorage.length, sessionStorage.length, document.cookie.length]")
+        assert held == [0, 0, 0]
+
+
+async def test_on_a_dark_phone_everything_fits_and_the_chat_box_tells_its_times(tmp_path: Path) -> None:
+    async with chromium() as browser, over_fake(SLOW, admin_key=ADMIN_KEY) as (gateway, _):
+        async with shown(browser, gateway, 360, 740, "dark") as console:
+            page = console.page
+            await console.says("#fleet", "ready")
+            await console.log_in(ADMIN_KEY)
+            await console.says("#kpis", "Waiting")
+            await page.fill("#length", "12")
+            await page.fill("#ask", "Hello")
+            await page.press("#ask", "Enter")
+            await console.says(".meter", "12 tokens")
+            assert "first token after" in await console.text(".meter") and "tokens/s" in await console.text(".meter")
+            assert len(await console.text(".said.model")) > 10
+
+            await console.says("#shares", "open")
+            wide = await page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+            assert wide == 0
+            dark = await page.evaluate("getComputedStyle(document.body).backgroundColor")
+            await console.picture("console-phone")
+            await page.click("#theme")
+            assert dark != await page.evaluate("getComputedStyle(document.body).backgroundColor")
