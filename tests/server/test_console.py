@@ -7,6 +7,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+from scheduler.catalog import POLICIES
 from server.console import choices, page
 from tests.server.conftest import SLOW, chat, eventually, over_fake, request
 from tests.server.test_admin import ADMIN_KEY, admin
@@ -109,7 +110,7 @@ async def test_counts_grow_with_what_is_done() -> None:
 async def test_what_the_page_offers_can_be_chosen() -> None:
     async with over_fake(admin_key=ADMIN_KEY) as (gateway, _):
         offered = (await admin(gateway, "GET", "/policies")).json()["policies"]
-        assert offered == choices() and [entry["name"] for entry in offered] == ["fcfs", "mlfq", "vtc", "gittins"]
+        assert offered == choices() and [entry["name"] for entry in offered] == list(POLICIES)
         for entry in offered:
             options = {option["name"]: option["default"] for option in entry["options"]}
             chosen = await admin(gateway, "PUT", "/policy", {"policy": entry["name"], "options": options})
