@@ -19,7 +19,7 @@ from rich.text import Text
 from deploy.engine_args import EngineArgsError, build_in_use
 from deploy.machine import GIB, Machine, cpu_flags, look
 from deploy.model import BUNDLED, BUNDLED_BYTES, MADE_HERE, ModelError, cache_folder, is_complete, resolve
-from deploy.preflight import PreflightError, check, worker_roles
+from deploy.preflight import PreflightError, TransferError, check, check_transfer, worker_roles
 from deploy.settings import ServeSettings
 from deploy.worker import is_free
 from server.settings import read_settings
@@ -82,7 +82,8 @@ def check_gpu(machine: Machine) -> Finding:
 def check_workers(settings: ServeSettings, machine: Machine) -> Finding:
     try:
         workers = len(worker_roles(settings))
-    except ValueError as error:
+        check_transfer(settings, machine)
+    except (ValueError, TransferError) as error:
         return Finding("bad", "workers", str(error))
     if machine.engine and machine.engine.build == "cpu" and workers > len(machine.cores):
         found = f"{workers} workers on {len(machine.cores)} cores"
@@ -95,6 +96,8 @@ def check_memory(settings: ServeSettings, machine: Machine, cache: Path) -> Find
     free = f"{machine.available_bytes / GIB:.1f} GiB free"
     try:
         checked = check(settings, machine, cache)
+    except TransferError:
+        return Finding("warn", "memory", f"{free}; how much is needed cannot be said", "mend the rest first")
     except PreflightError as error:
         found, _, advice = str(error).rpartition(": ")
         return Finding("bad", "memory", found, advice)

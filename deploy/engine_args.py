@@ -21,6 +21,9 @@ SLOW_CPU_CHUNK_TOKENS = 256
 SLOW_CPU_SLOTS = 32
 DEFAULT_SLOTS = 256
 
+# KV whose request died between two engines is held so long. Who waits for it renews the lease, every sixth of it.
+KV_LEASE_S = 15
+
 # What the supervisor decides: it must know where the engine listens and under which name.
 RESERVED = {
     "--host": "the engine listens on 127.0.0.1 only, behind the gateway",
@@ -137,13 +140,18 @@ def _cpu_options(plan: EnginePlan) -> Options:
     return options
 
 
-def kv_transfer(role: Role, build: Build) -> dict[str, str]:
+def kv_transfer(role: Role, build: Build) -> dict[str, object]:
     """vLLM's `--kv-transfer-config`: prefill workers produce KV, decode workers consume it, over NIXL.
 
     KV that did not arrive is computed again: the client gets its answer late in place of an error.
     """
     kv_role = {Role.PREFILL: "kv_producer", Role.DECODE: "kv_consumer", Role.BOTH: "kv_both"}[role]
-    config = {"kv_connector": "NixlConnector", "kv_role": kv_role, "kv_load_failure_policy": "recompute"}
+    config: dict[str, object] = {
+        "kv_connector": "NixlConnector",
+        "kv_role": kv_role,
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"kv_lease_duration": KV_LEASE_S},
+    }
     return config | {"kv_buffer_device": "cpu"} if build == "cpu" else config
 
 

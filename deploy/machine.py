@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +35,7 @@ class Machine:
     available_bytes: memory that can be taken without swapping, within the container's limit.
     gpus: ids for CUDA_VISIBLE_DEVICES.
     engine: None when no vLLM is installed.
+    nixl: whether engines can hand KV to each other.
     """
 
     cores: tuple[int, ...]
@@ -41,6 +43,7 @@ class Machine:
     available_bytes: int
     gpus: tuple[str, ...]
     engine: Engine | None
+    nixl: bool = False
 
 
 def look(environ: Mapping[str, str], root: Path = Path("/")) -> Machine:
@@ -51,6 +54,7 @@ def look(environ: Mapping[str, str], root: Path = Path("/")) -> Machine:
         available_bytes=available_bytes(root),
         gpus=visible_gpus(environ, root),
         engine=installed_engine(),
+        nixl=find_spec("nixl") is not None,
     )
 
 

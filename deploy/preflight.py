@@ -29,6 +29,10 @@ class PreflightError(Exception):
     """It cannot work here; the message says why and what to do."""
 
 
+class TransferError(PreflightError):
+    """Engines here cannot hand KV to each other."""
+
+
 @dataclass(frozen=True, slots=True)
 class Checked:
     """What was found: the build that will run, and the KV cache of each CPU engine in GiB."""
@@ -38,14 +42,16 @@ class Checked:
 
 
 def worker_roles(settings: ServeSettings) -> dict[str, Role]:
-    """Each worker's name and role; ValueError when prefill and decode are not both there."""
-    prefill, decode = settings.prefill_workers, settings.decode_workers
+    """Each worker's name and role; ValueError when prefill and decode are not both there, or nobody is."""
+    prefill, decode, both = settings.prefill_workers, settings.decode_workers, settings.worker_count
     if bool(prefill) != bool(decode):
         raise ValueError("prefill and decode workers need each other: give both --prefill-workers and --decode-workers")
-    if prefill:
-        apart = {f"prefill-{index}": Role.PREFILL for index in range(prefill)}
-        return apart | {f"decode-{index}": Role.DECODE for index in range(decode)}
-    return {f"worker-{index}": Role.BOTH for index in range(settings.worker_count)}
+    if both is None:
+        both = 0 if prefill else 1
+    if not (prefill or both):
+        raise ValueError("with no worker nothing can be served: give --workers 1 or more")
+    names = {"prefill": (Role.PREFILL, prefill), "decode": (Role.DECODE, decode), "worker": (Role.BOTH, both)}
+    return {f"{name}-{index}": role for name, (role, count) in names.items() for index in range(count)}
 
 
 def check(settings: ServeSettings, machine: Machine, cache: Path) -> Checked:
@@ -58,12 +64,22 @@ def check(settings: ServeSettings, machine: Machine, cache: Path) -> Checked:
     check_user_args(settings.engine_args)
     build = build_in_use(machine)
     workers = len(worker_roles(settings))
+    check_transfer(settings, machine)
     weights = weights_bytes(settings.model, cache, in_float32=build == "cpu" and not machine.bf16)
     free = machine.available_bytes - workers * (ENGINE_BYTES + weights)
     kv_cache_gib = settings.kv_cache_gib or default_kv_cache_gib(free, workers)
     if build == "cpu":
         _check_memory(settings.model, machine, workers, weights, kv_cache_gib)
     return Checked(build, kv_cache_gib)
+
+
+def check_transfer(settings: ServeSettings, machine: Machine) -> None:
+    """TransferError if engines are to hand over KV and cannot."""
+    if settings.prefill_workers and not machine.nixl:
+        raise TransferError(
+            "prefill and decode workers hand KV over with NIXL, which is not installed here: run `make install` "
+            "(there is NIXL for Linux only), or use --workers N"
+        )
 
 
 def _check_memory(model: str, machine: Machine, workers: int, weights: int, kv_cache_gib: int) -> None:
@@ -130,11 +146,12 @@ def plan_workers(
 
 
 def in_words(plan: EnginePlan) -> str:
-    """How an engine computes, for a person: "CPU core 1, float32, eager, 1 GiB KV cache"."""
+    """What an engine does and how, for a person: "reads prompts: CPU core 1, float32, eager, 1 GiB KV cache"."""
+    does = {Role.PREFILL: "reads prompts: ", Role.DECODE: "answers: ", Role.BOTH: ""}[plan.role]
     if plan.build == "cuda":
-        return f"GPU {plan.gpu}"
+        return f"{does}GPU {plan.gpu}"
     cores = "core" if len(plan.cores) == 1 else "cores"
     where = f"CPU {cores} {','.join(map(str, plan.cores))}"
     given = option_names(plan.user_args) & {"--dtype", "--enforce-eager"}
     how = "as --engine-arg says" if given else "the model's dtype, compiled" if plan.bf16 else "float32, eager"
-    return f"{where}, {how}, {plan.kv_cache_gib} GiB KV cache"
+    return f"{does}{where}, {how}, {plan.kv_cache_gib} GiB KV cache"

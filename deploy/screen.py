@@ -50,8 +50,9 @@ class Screen:
         )
 
     def table(self, rows: Mapping[str, str]) -> None:
+        width = max(map(len, rows)) + 1
         for key, value in rows.items():
-            self._console.print(Text.assemble((f"  {key:<9}", "dim"), value), soft_wrap=True)
+            self._console.print(Text.assemble((f"  {key:<{width}}", "dim"), value), soft_wrap=True)
 
     def starting(self, name: str, stage: str, elapsed_s: float) -> None:
         """Something takes its time: `stage` began when its start was `elapsed_s` old."""

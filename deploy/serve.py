@@ -67,8 +67,6 @@ def run(args: argparse.Namespace, surroundings: Surroundings | None = None) -> i
     complain = Console(stderr=True)
     try:
         settings = read_settings(overrides(args), args.config, ServeSettings)
-        if settings.prefill_workers or settings.decode_workers:
-            raise ValueError("the gateway does not route to prefill and decode workers yet: use --workers N")
         server = GatewayServer(settings)
         sock = listen(server)
         checked = check(settings, around.machine(), cache_folder())

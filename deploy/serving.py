@@ -225,7 +225,12 @@ class Serving:
         body = f'{{"model": "{source.served_name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
         say = self._screen.say
         say()
-        say(f"Ready: {source.served_name} at {url}/v1, policy {settings.policy}", "bold green")
+        apart = f", prompts from {settings.disaggregation.min_prompt_tokens} tokens on are read apart"
+        say(
+            f"Ready: {source.served_name} at {url}/v1, policy {settings.policy}"
+            + (apart if settings.prefill_workers else ""),
+            "bold green",
+        )
         say()
         say(f"  curl {url}/v1/chat/completions -H 'content-type: application/json' \\")
         say(f"    -d {shlex.quote(body)}")

@@ -12,11 +12,11 @@ class ServeSettings(Settings):
     """A gateway and engines on one machine."""
 
     model: str = Field(BUNDLED, description="model to serve: a name of ours, a folder, or a hub id")
-    worker_count: int = Field(1, ge=1, le=64, description="engines that do prefill and decode")
-    prefill_workers: int = Field(
-        0, ge=0, le=64, description="engines that only read prompts; refused until the gateway routes to them"
+    worker_count: int | None = Field(
+        None, ge=0, le=64, description="engines that read and answer; default: 1, or none beside the two kinds below"
     )
-    decode_workers: int = Field(0, ge=0, le=64, description="engines that only write answers; refused likewise")
+    prefill_workers: int = Field(0, ge=0, le=64, description="engines that only read prompts")
+    decode_workers: int = Field(0, ge=0, le=64, description="engines that answer what those have read")
     kv_cache_gib: int | None = Field(None, ge=1, description="KV cache of each CPU engine, GiB; default: by memory")
     engine_args: list[str] = Field(default_factory=list, description="arguments handed to vLLM as they stand")
     start_timeout_s: Positive = Field(900.0, description="until an engine must be ready, seconds")

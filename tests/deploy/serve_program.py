@@ -1,7 +1,7 @@
 """`evenhand serve` as a program whose engine and machine a test chooses.
 
 Environment: `TEST_ENGINE` is the engine's command line, with {port} and {model} filled in (default: the fake engine);
-`TEST_FREE_BYTES`, `TEST_VERSION` and `TEST_BUILD` change what the machine seems to be.
+`TEST_FREE_BYTES`, `TEST_VERSION`, `TEST_BUILD` and `TEST_NIXL` change what the machine seems to be.
 `TEST_GRACE_S` is the engine's grace.
 """
 
@@ -36,7 +36,8 @@ def machine() -> "Machine":
     free = int(os.environ.get("TEST_FREE_BYTES", 32 * 1024**3))
     build = os.environ.get("TEST_BUILD", "cpu")
     version = os.environ.get("TEST_VERSION", "0.32.0")
-    return replace(seen, available_bytes=free, engine=Engine("vllm", version, "cuda" if build == "cuda" else "cpu"))
+    engine = Engine("vllm", version, "cuda" if build == "cuda" else "cpu")
+    return replace(seen, available_bytes=free, engine=engine, nixl=os.environ.get("TEST_NIXL", "yes") == "yes")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -69,6 +69,9 @@ def test_more_workers_than_cores_is_worth_a_warning() -> None:
     assert doctor.check_workers(ServeSettings(worker_count=3), CPU).level == "warn"
     assert doctor.check_workers(ServeSettings(worker_count=3), CUDA).level == "ok"
     assert doctor.check_workers(ServeSettings(prefill_workers=1), CPU).level == "bad"
+    apart = ServeSettings(prefill_workers=1, decode_workers=1)
+    assert doctor.check_workers(apart, CPU).found.startswith("prefill and decode workers hand KV over with NIXL")
+    assert doctor.check_workers(apart, replace(CPU, nixl=True)).level == "ok"
 
 
 def test_a_model_is_there_can_be_made_can_be_fetched_or_is_missing(cache: Path) -> None:

