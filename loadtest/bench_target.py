@@ -49,7 +49,7 @@ def running(target: BenchTarget, setting: Mapping[str, object], logs: Path, read
     if target.url:
         yield target.url
         return
-    port = _free_port()
+    port = free_port()
     command = shlex.split(target.command.format_map({"port": port, **setting}))
     logs.mkdir(parents=True, exist_ok=True)
     name = "-".join([target.name, *(str(value) for value in setting.values())])
@@ -65,7 +65,8 @@ def running(target: BenchTarget, setting: Mapping[str, object], logs: Path, read
         _stop(process)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -21,6 +21,8 @@ from loadtest.call import Call
 from loadtest.records import Ending, Record
 
 _TICK_S = 0.02
+# vLLM ends a stream in good form where its engine could not go on; its reason is the only sign.
+_BAD_FINISHES = frozenset({"error", "abort"})
 _PACKED_US = 1e6
 
 
@@ -109,7 +111,7 @@ class _Usage(msgspec.Struct):
 class _Chunk(msgspec.Struct):
     choices: list[_Choice] = []
     usage: _Usage | None = None
-    error: msgspec.Raw | None = None
+    error: Any = None
 
 
 _chunk = msgspec.json.Decoder(_Chunk)
@@ -147,18 +149,29 @@ class Exchange:
             self.ending, self.error = Ending.ERROR_EVENT, f"unreadable chunk: {error}"
             return
         if chunk.error is not None:
-            self.ending, self.error = Ending.ERROR_EVENT, bytes(chunk.error).decode(errors="replace")[:500]
+            self.ending, self.error = Ending.ERROR_EVENT, orjson.dumps(chunk.error).decode()[:500]
             return
         if chunk.usage is not None:
             self.usage = chunk.usage
         for choice in chunk.choices:
             self._choice(choice, now)
 
+    def named_event(self, event: bytes, now: float) -> None:
+        """An event of several lines: one named `error` is an error whatever its data are."""
+        lines = event.split(b"\n")
+        data = b"\n".join(line[5:].strip() for line in lines if line.startswith(b"data:"))
+        if any(line.startswith(b"event:") and line[6:].strip() == b"error" for line in lines):
+            self.ending, self.error = Ending.ERROR_EVENT, data.decode(errors="replace")[:500]
+        elif data:
+            self.event(data, now)
+
     def _choice(self, choice: _Choice, now: float) -> None:
         delta = choice.delta
         text = choice.text or (delta and (delta.content or delta.reasoning))
         if choice.finish_reason:
             self.finished = True
+            if choice.finish_reason in _BAD_FINISHES:
+                self.ending, self.error = Ending.ERROR_EVENT, f"the engine ended the answer: {choice.finish_reason}"
         # A chunk with only the role, or only the end, is no token; one without text may be half a character.
         opening = delta is not None and delta.role is not None
         if text or not (choice.finish_reason or opening):
@@ -241,7 +254,8 @@ class Connection(asyncio.Protocol):
             self._retry(exchange)  # the server closed an idle connection just as we used it
             return
         exchange.error = exchange.error or f"connection lost: {exc or 'closed by the server'}"
-        _end(exchange, Ending.TRUNCATED if exchange.status == 200 else Ending.FAILED, perf_counter())
+        cut = Ending.TRUNCATED if exchange.status == 200 else Ending.FAILED
+        _end(exchange, exchange.ending or cut, perf_counter())
 
     def data_received(self, data: bytes) -> None:
         self._now = perf_counter()
@@ -283,6 +297,8 @@ class Connection(asyncio.Protocol):
         for event in events:
             if event.startswith(b"data: "):
                 exchange.event(event[6:], self._now)
+            elif event:
+                exchange.named_event(event, self._now)
 
     def on_message_complete(self) -> None:
         exchange, self._exchange = self._exchange, None

@@ -35,7 +35,8 @@ class Fairness:
 
     window_s: to each side of a tick of the service difference.
     accumulated_gap: largest difference between two tenants' service at any time.
-    jain: Jain's index of the share of its demand that each tenant received; 1 is even.
+    jain: Jain's index of the share of its demand that each tenant received in the end; 1 is even.
+    jain_mean: the same at every moment, of what was asked for until then, on average; lower where someone had to wait.
     """
 
     service: Mapping[str, float]
@@ -44,6 +45,7 @@ class Fairness:
     window_s: float
     accumulated_gap: float
     jain: float
+    jain_mean: float
 
 
 def service_of(record: Record) -> float:
@@ -64,8 +66,41 @@ def jain(values: Sequence[float]) -> float:
     return sum(values) ** 2 / (len(values) * squares) if squares else 1.0
 
 
-def fairness(records: Sequence[Record], *, tick_s: float = TICK_S) -> Fairness | None:
-    """All of it over one run; None where there are no records."""
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """Service over a run, one row per tenant and one column per tick.
+
+    ticks_s: seconds since the start of the run. served, asked: weighted tokens so far. served_per_s, asked_per_s: their
+    rates over `window_s` to each side of a tick.
+    """
+
+    tenants: Sequence[str]
+    ticks_s: Floats
+    window_s: float
+    served: Floats
+    asked: Floats
+    served_per_s: Floats
+    asked_per_s: Floats
+
+    def difference(self) -> Floats:
+        """The service difference at each tick, weighted tokens per second."""
+        most = self.served_per_s.max(axis=0)
+        differences: Floats = np.minimum(most - self.served_per_s, np.abs(self.asked_per_s - self.served_per_s)).sum(
+            axis=0
+        )
+        return differences
+
+    def jain(self) -> Floats:
+        """Jain's index at each tick of the shares of their demand so far that tenants were served; 1 before any."""
+        shares = self.served / np.maximum(self.asked, 1e-9)
+        asked = (self.asked > 0).sum(axis=0)
+        squares = (shares**2).sum(axis=0)
+        index: Floats = np.where(squares > 0, shares.sum(axis=0) ** 2 / np.maximum(asked * squares, 1e-9), 1.0)
+        return index
+
+
+def timeline(records: Sequence[Record], *, tick_s: float = TICK_S) -> Timeline | None:
+    """Service tick by tick; None where there are no records."""
     if not records:
         return None
     tenants = sorted({record.tenant for record in records})
@@ -76,16 +111,30 @@ def fairness(records: Sequence[Record], *, tick_s: float = TICK_S) -> Fairness |
     of = {tenant: [record for record in records if record.tenant == tenant] for tenant in tenants}
     served = np.stack([_served(of[tenant], ticks) for tenant in tenants])
     asked = np.stack([_asked(of[tenant], ticks) for tenant in tenants])
-    service = {tenant: sum(map(service_of, of[tenant])) for tenant in tenants}
-    demand = {tenant: sum(map(demand_of, of[tenant])) for tenant in tenants}
-    shares = [service[tenant] / demand[tenant] for tenant in tenants if demand[tenant] > 0]
+    return Timeline(
+        tenants, ticks, window_s, served, asked, _rates(served, ticks, window_s), _rates(asked, ticks, window_s)
+    )
+
+
+def fairness(records: Sequence[Record], *, tick_s: float = TICK_S) -> Fairness | None:
+    """All of it over one run; None where there are no records."""
+    over = timeline(records, tick_s=tick_s)
+    if over is None:
+        return None
+    service, demand = dict.fromkeys(over.tenants, 0.0), dict.fromkeys(over.tenants, 0.0)
+    for record in records:
+        service[record.tenant] += service_of(record)
+        demand[record.tenant] += demand_of(record)
+    shares = [service[tenant] / demand[tenant] for tenant in over.tenants if demand[tenant] > 0]
+    per_tick = over.difference()
     return Fairness(
         service,
         demand,
-        _difference(_rates(served, ticks, window_s), _rates(asked, ticks, window_s)),
-        window_s,
-        float(np.max(served.max(axis=0) - served.min(axis=0))),
+        ServiceDifference(float(per_tick.max()), float(per_tick.mean()), float(per_tick.var())),
+        over.window_s,
+        float(np.max(over.served.max(axis=0) - over.served.min(axis=0))),
         jain(shares),
+        float(over.jain().mean()),
     )
 
 
@@ -116,9 +165,3 @@ def _rates(totals: Floats, ticks: Floats, window_s: float) -> Floats:
     spans = np.maximum(to_s - from_s, 1e-9)
     rows = [(np.interp(to_s, ticks, row) - np.interp(from_s, ticks, row)) / spans for row in totals]
     return np.stack(rows)
-
-
-def _difference(served: Floats, asked: Floats) -> ServiceDifference:
-    most = served.max(axis=0)
-    per_tick = np.minimum(most - served, np.abs(asked - served)).sum(axis=0)
-    return ServiceDifference(float(per_tick.max()), float(per_tick.mean()), float(per_tick.var()))

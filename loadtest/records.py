@@ -1,6 +1,7 @@
 """A record: one request as it went, one JSON line each."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
@@ -66,7 +67,9 @@ class Run(msgspec.Struct, frozen=True, omit_defaults=True):
     """The first line of a file of records: what was run, and how well the client kept its own schedule.
 
     lag_p99_s, lag_max_s: sent after it was due. loop_p99_s, loop_max_s: how late the client's event loop woke.
-    started_at: when the run began, ISO 8601.
+    late: requests sent more than 10 ms after they were due. skipped: what of the trace was left out, in words.
+    started_at: when the run began, ISO 8601. options: what was run under, for a reader.
+    command, machine, versions: of the client; version numbers by package.
     """
 
     target: str
@@ -78,15 +81,48 @@ class Run(msgspec.Struct, frozen=True, omit_defaults=True):
     loop_p99_s: float = 0.0
     loop_max_s: float = 0.0
     options: dict[str, str] = {}
+    late: int = 0
+    skipped: str = ""
+    command: str = ""
+    machine: str = ""
+    versions: dict[str, str] = {}
+
+
+class Sample(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the server said of itself at one moment; None where it does not say.
+
+    at_s: since the start of the run. waiting, running: requests. kv_usage: share of the KV cache, 0 to 1.
+    preemptions: since the server's start.
+    """
+
+    at_s: float
+    waiting: float | None = None
+    running: float | None = None
+    kv_usage: float | None = None
+    preemptions: float | None = None
 
 
 class _Line(msgspec.Struct, frozen=True, omit_defaults=True):
     run: Run
 
 
+class _SampleLine(msgspec.Struct, frozen=True, omit_defaults=True):
+    sample: Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A file of records: the run's own line if it has one, the requests, and the server's samples."""
+
+    run: Run | None
+    records: list[Record]
+    samples: list[Sample]
+
+
 _encoder = msgspec.json.Encoder()
 _record = msgspec.json.Decoder(Record)
 _line = msgspec.json.Decoder(_Line)
+_sample = msgspec.json.Decoder(_SampleLine)
 
 
 class Writer:
@@ -110,6 +146,9 @@ class Writer:
     def write(self, record: Record) -> None:
         self._put(_encoder.encode(record))
 
+    def sample(self, sample: Sample) -> None:
+        self._put(_encoder.encode(_SampleLine(sample)))
+
     def finish(self, run: Run) -> None:
         """The run's own line; readers find it wherever it stands."""
         self._put(_encoder.encode(_Line(run)))
@@ -120,20 +159,28 @@ class Writer:
         self._file.write(line + b"\n")
 
 
-def read(path: Path) -> tuple[Run | None, list[Record]]:
-    """All records of a file, and its run line if it has one. ValueError names the line that is neither."""
-    run, records = None, []
+def load(path: Path) -> Recorded:
+    """All that a file holds. ValueError names the line that is none of it."""
+    run, records, samples = None, list[Record](), list[Sample]()
     for number, line in _lines(path):
         try:
             if line.startswith(b'{"run":'):
                 run = _line.decode(line).run
+            elif line.startswith(b'{"sample":'):
+                samples.append(_sample.decode(line).sample)
             else:
                 records.append(_record.decode(line))
         except msgspec.DecodeError as error:
             raise ValueError(
                 f"{path}:{number} is not a record: {error}. Give a file that `replay --out` wrote."
             ) from error
-    return run, records
+    return Recorded(run, records, samples)
+
+
+def read(path: Path) -> tuple[Run | None, list[Record]]:
+    """The run line of a file if it has one, and all records. ValueError as `load`."""
+    loaded = load(path)
+    return loaded.run, loaded.records
 
 
 def write(path: Path, records: Iterable[Record], run: Run | None = None) -> None:

@@ -4,14 +4,15 @@ import argparse
 import asyncio
 import gc
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from random import Random
 from statistics import median
+from time import perf_counter
 
 import httpx2
 import orjson
@@ -21,16 +22,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from loadtest import arrivals, report
+from loadtest import arrivals, provenance, report
 from loadtest.call import Call
 from loadtest.client import Client, Target
 from loadtest.prompts import Prompts, text_prompts, token_prompts
 from loadtest.records import Record, Run, Writer
+from loadtest.samples import Sampler
 from loadtest.traces import READERS, Skipped, TraceRow, read
 from loadtest.workload import MIXES, Fit, Maker, parse_shares, shapes
 
 _REFRESH_S = 0.5
 _ANSWER_S = 10.0  # for the one question asked before a run: which model is served
+_LATE_S = 0.010
 
 
 class CannotReplay(Exception):
@@ -44,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", required=True, help="the server, for example http://127.0.0.1:8000")
     parser.add_argument("--limit", type=int, help="requests to send (default: all of a trace, 200 of a workload)")
     parser.add_argument("--out", type=Path, help="write the records here, one JSON line per request")
+    parser.add_argument(
+        "--metrics", action="append", metavar="URL", help="record these servers' /metrics too (default: that of --url)"
+    )
     _when(parser.add_argument_group("when"))
     _what(parser.add_argument_group("what"))
     _who(parser.add_argument_group("who"))
@@ -114,6 +120,8 @@ class Prepared:
     objective: report.Objective | None
     skipped: Skipped
     quiet: bool
+    metrics: Sequence[str] = ()
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 def prepare(args: argparse.Namespace) -> Prepared:
@@ -143,8 +151,9 @@ def prepare(args: argparse.Namespace) -> Prepared:
     )
     drain_s = args.timeout if args.drain is None else args.drain
     return Prepared(
-        target, calls, total, args.concurrency, drain_s, args.out, args.trace, objective, skipped, args.quiet
-    )
+        target, calls, total, args.concurrency, drain_s, args.out, args.trace, objective, skipped, args.quiet,
+        args.metrics or [args.url],
+    )  # fmt: skip
 
 
 def _keys(path: Path | None) -> tuple[dict[str, str], list[str]]:
@@ -218,33 +227,52 @@ def measure(prepared: Prepared, screen: Console) -> tuple[list[Record], Run]:
         gc.freeze()
         gc.disable()
         try:
-            uvloop.run(_send(client, prepared, screen))
+            uvloop.run(_send(client, prepared, screen, writer))
         finally:
             gc.enable()
             gc.unfreeze()
-        done = run_line(client, prepared.target.url, prepared.name, started_at)
+        done = run_line(client, prepared, started_at)
         if writer:
             writer.finish(done)
     return client.records, done
 
 
-async def _send(client: Client, prepared: Prepared, screen: Console) -> None:
+async def _send(client: Client, prepared: Prepared, screen: Console, writer: Writer | None) -> None:
     show = screen.is_terminal and not prepared.quiet
     with _bar(client, screen) if show else nullcontext() as bar:
-        watcher = asyncio.create_task(_watch(client, bar, prepared.total)) if bar else None
+        beside = [asyncio.create_task(_watch(client, bar, prepared.total))] if bar else []
+        if writer is not None and prepared.metrics:
+            sampler = Sampler(prepared.metrics, writer.sample, perf_counter)
+            beside.append(asyncio.create_task(sampler.run()))
         if prepared.concurrency:
             await client.closed_loop(prepared.calls, prepared.concurrency, drain_s=prepared.drain_s)
         else:
             await client.open_loop(prepared.calls, drain_s=prepared.drain_s)
-        if watcher is not None:
-            watcher.cancel()
+        for task in beside:
+            task.cancel()
+        await asyncio.gather(*beside, return_exceptions=True)
 
 
-def run_line(client: Client, url: str, name: str, started_at: str) -> Run:
+def run_line(client: Client, prepared: Prepared, started_at: str) -> Run:
     """What the client says of its own run."""
     lag, loop = report.spread(client.progress.lag_s), report.spread(client.progress.loop_s)
     duration_s = max((record.sent_s + record.e2e_s for record in client.records), default=0.0)
-    return Run(url, name, started_at, round(duration_s, 3), lag.p99, lag.max, loop.p99, loop.max)
+    return Run(
+        target=prepared.target.url,
+        workload=prepared.name,
+        started_at=started_at,
+        duration_s=round(duration_s, 3),
+        lag_p99_s=lag.p99,
+        lag_max_s=lag.max,
+        loop_p99_s=loop.p99,
+        loop_max_s=loop.max,
+        options=dict(prepared.options),
+        late=sum(lag_s > _LATE_S for lag_s in client.progress.lag_s),
+        skipped=str(prepared.skipped) if prepared.skipped.count else "",
+        command=provenance.command(),
+        machine=provenance.machine(),
+        versions=provenance.versions(),
+    )
 
 
 def _closing(prepared: Prepared, records: Sequence[Record], done: Run) -> Iterator[str]:
@@ -253,6 +281,8 @@ def _closing(prepared: Prepared, records: Sequence[Record], done: Run) -> Iterat
     if len(summary.by_tenant) > 1:
         yield "\n" + report.text(report.tenants(summary))
     yield "\n" + report.client_lag(done)
+    if done.late:
+        yield f"{done.late} of {len(records)} requests were sent more than {_LATE_S * 1000:.0f} ms late."
     if prepared.skipped.count:
         yield f"Of {prepared.name}, {prepared.skipped}."
     errors = [record for record in records if not record.ok]

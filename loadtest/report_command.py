@@ -1,25 +1,34 @@
-"""`evenhand report`: files of records side by side, as text, Markdown or JSON."""
+"""`evenhand report`: files of records side by side, as text, Markdown, JSON, or one HTML page."""
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
-from loadtest import report
-from loadtest.records import Run, read
+from loadtest import provenance, report
+from loadtest.page import page
+from loadtest.records import Run
+from loadtest.sides import Side, sides
 
-FORMATS = ("text", "markdown", "json")
-_SUFFIXES = {".txt": "text", ".md": "markdown", ".json": "json"}
+FORMATS = ("text", "markdown", "json", "html")
+_SUFFIXES = {".txt": "text", ".md": "markdown", ".json": "json", ".html": "html"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "files", nargs="+", type=Path, metavar="FILE", help="records that `evenhand replay --out` wrote"
+        "files",
+        nargs="+",
+        metavar="[NAME=]FILE",
+        help="records that `evenhand replay --out` wrote; the first is the baseline, the same NAME again a repetition",
     )
-    parser.add_argument("--out", type=Path, help="write here; .txt, .md or .json decides the format (default: screen)")
+    parser.add_argument("--html", type=Path, metavar="PAGE", help="also write one HTML page that stands alone")
+    parser.add_argument(
+        "--out", type=Path, help="write here; .txt, .md, .json or .html decides the format (default: screen)"
+    )
     parser.add_argument("--format", choices=FORMATS, help="default: text, or what --out ends with")
+    parser.add_argument("--title", default="", help="of the page (default: the runs and their workload)")
     parser.add_argument("--ttft", type=float, help="objective for the first token, seconds")
     parser.add_argument("--tpot", type=float, help="objective for the mean time per further token, seconds")
     parser.add_argument("--from", type=float, default=0.0, dest="from_s", help="leave out what was due before, seconds")
@@ -33,21 +42,19 @@ def run(args: argparse.Namespace) -> int:
     objective = (
         report.Objective(args.ttft or float("inf"), args.tpot or float("inf")) if args.ttft or args.tpot else None
     )
-    summaries: dict[str, report.Summary] = {}
-    runs: dict[str, Run] = {}
     try:
-        for path in args.files:
-            run_line, records = read(path)
-            name = path.stem if path.stem not in summaries else str(path)
-            summaries[name] = report.summarize(report.window(records, args.from_s, args.to_s), objective)
-            if run_line is not None:
-                runs[name] = run_line
+        read = sides(args.files, objective, args.from_s, args.to_s)
+        if args.html:
+            args.html.write_text(page(read, objective, title=args.title, command=provenance.command()), "utf-8")
         form = args.format or (_form_of(args.out) if args.out else "text")
-        page = render(summaries, runs, form)
-        if args.out:
-            args.out.write_text(page)
+        if form == "html":
+            text = page(read, objective, title=args.title, command=provenance.command())
         else:
-            sys.stdout.write(page)
+            text = render(*_by_run(read), form)
+        if args.out:
+            args.out.write_text(text, "utf-8")
+        elif not args.html or args.format:
+            sys.stdout.write(text)
     except (OSError, ValueError) as error:
         sys.stderr.write(f"evenhand report: {error}\n")
         return 2
@@ -61,8 +68,21 @@ def _form_of(out: Path) -> str:
     return form
 
 
+def _by_run(read: Sequence[Side]) -> tuple[dict[str, report.Summary], dict[str, Run]]:
+    """A column per run: repetitions are numbered."""
+    summaries: dict[str, report.Summary] = {}
+    runs: dict[str, Run] = {}
+    for side in read:
+        for at, (loaded, summary) in enumerate(zip(side.runs, side.summaries, strict=True), 1):
+            name = side.name if len(side.runs) == 1 else f"{side.name} {at}"
+            summaries[name] = summary
+            if loaded.run is not None:
+                runs[name] = loaded.run
+    return summaries, runs
+
+
 def render(summaries: Mapping[str, report.Summary], runs: Mapping[str, Run], form: str) -> str:
-    """The whole report in one of FORMATS."""
+    """The whole report as text, Markdown or JSON."""
     if form == "json":
         return msgspec.json.encode(summaries).decode() + "\n"
     table = report.markdown if form == "markdown" else report.text

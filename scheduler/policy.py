@@ -138,3 +138,14 @@ class Policy:
     name: str
     order: Order
     shares: Shares | None = None
+
+
+FAR_AHEAD = 4096  # a preempting policy wants newcomers inside the engine, where they can displace a running job
+
+
+def window_for(policy: Policy, ahead: int | None) -> int:
+    """Sequences given to a worker beyond its batch: few for policies that never preempt, so that what waits in a
+    gateway can still be re-ordered, re-routed or shed; many for those that do. `ahead`, if given, is taken as it is."""
+    if ahead is not None:
+        return ahead
+    return FAR_AHEAD if policy.order.preemptions_per_s else 4

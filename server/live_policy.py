@@ -6,20 +6,10 @@ from typing import Protocol
 
 from scheduler.catalog import build
 from scheduler.lanes import Lanes
-from scheduler.policy import Policy
+from scheduler.policy import Policy, window_for
 from scheduler.workers import Worker
 
 log = logging.getLogger("evenhand.policy")
-
-FAR_AHEAD = 4096  # a preempting policy wants newcomers inside the engine, where they can displace a running job
-
-
-def window_for(policy: Policy, ahead: int | None) -> int:
-    """Sequences given to a worker beyond its batch: few for policies that never preempt, so that what waits here can
-    still be re-ordered, re-routed or shed; many for those that do."""
-    if ahead is not None:
-        return ahead
-    return FAR_AHEAD if policy.order.preemptions_per_s else 4
 
 
 class Line(Protocol):

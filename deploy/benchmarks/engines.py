@@ -7,7 +7,6 @@ vLLM without --policy, for benchmarks that start their targets by a command line
 import argparse
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,16 +21,9 @@ from pathlib import Path
 from deploy.engine_args import EngineCommand, EnginePlan, Ports, engine_command
 from deploy.machine import look
 from deploy.model import cache_folder, obtain
+from loadtest.bench_target import free_port
 
 START_S = 400.0
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on at this moment."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 def answers(url: str) -> bool:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from deploy.benchmarks.engines import free_port
 from deploy.benchmarks.table import machine, markdown
+from loadtest.bench_target import free_port
 
 LIMIT_S = 1800.0
 QUESTION = "What is the capital of France?"

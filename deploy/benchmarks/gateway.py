@@ -17,10 +17,10 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
-from deploy.benchmarks.engines import free_port
 from deploy.benchmarks.gateway_table import STREAMS, YARDSTICK, Run, Runs, notes, table
 from deploy.benchmarks.relay_load import SOURCES, Bench, BenchmarkError, Phase, open_files, program, wait_until_quiet
 from deploy.benchmarks.table import machine
+from loadtest.bench_target import free_port
 from server.tenants import new_key
 
 DIRECT, OURS = "direct", "evenhand"

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.benchmarks.engines import cores, free_port
+from deploy.benchmarks.engines import cores
+from loadtest.bench_target import free_port
 
 SOURCES = Path(__file__).parent / "relay"
 START_S = 90.0

@@ -8,8 +8,9 @@ import time
 
 from rich.console import Console
 
-from deploy.benchmarks.engines import answers, free_port
+from deploy.benchmarks.engines import answers
 from deploy.benchmarks.table import machine, markdown, spread
+from loadtest.bench_target import free_port
 
 HEAVY = ("torch", "vllm", "transformers", "numpy")
 

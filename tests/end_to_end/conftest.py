@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +12,8 @@ from pathlib import Path
 import httpx2
 import pytest
 from openai import OpenAI
+
+from loadtest.bench_target import free_port
 
 START_S = 400.0
 MODEL = "smollm2"
@@ -39,12 +40,6 @@ class Stack:
         """The sum of a gateway metric over its labels."""
         text = httpx2.get(f"{self.url}/metrics").text
         return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name))
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def until(condition: Callable[[], bool], limit_s: float, what: str) -> float:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,16 +15,11 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from deploy.model import cache_folder, prepare_tiny
+from loadtest.bench_target import free_port
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 START_LIMIT_S = 240.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

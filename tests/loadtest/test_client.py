@@ -132,3 +132,36 @@ async def test_text_prompts_go_to_chat_when_asked_and_the_role_chunk_is_no_token
     (record,) = await Client(Target(engine.url, chat=True)).open_loop([call])
     assert engine.seen[-1].path == "/v1/chat/completions"
     assert (record.output_tokens, len(record.gaps_us)) == (12, 11)
+
+
+HELLO = b'data: {"choices": [{"index": 0, "text": "Hello"}]}\n\n'
+ENDED = b'data: {"choices": [{"text": "", "finish_reason": "stop"}]}\n\n'
+DONE = b"data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize(
+    ("stream", "told"),
+    [
+        (HELLO + b'data: {"choices": [{"text": "", "finish_reason": "abort"}]}\n\n' + DONE, "abort"),
+        (HELLO + b'data: {"choices": [{"text": "", "finish_reason": "error"}]}\n\n' + DONE, "error"),
+        (HELLO + ENDED + b'data: {"error": {"message": "lost"}}\n\n' + DONE, "lost"),
+        (HELLO + b'event: error\ndata: {"detail": "the engine died"}\n\n' + DONE, "the engine died"),
+    ],
+    ids=["abort", "error reason", "error after the end", "named event"],
+)  # fmt: skip
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
+async def test_a_stream_that_says_it_failed_is_no_success(stream: bytes, told: str, cut: bool) -> None:
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(head + f"{len(stream):x}\r\n".encode() + stream + b"\r\n" + (b"" if cut else b"0\r\n\r\n"))
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        (record,) = await Client(Target(url)).open_loop(calls(1))
+    assert record.ending is Ending.ERROR_EVENT
+    assert told in record.error

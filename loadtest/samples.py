@@ -1,0 +1,73 @@
+"""What a server says of itself while a run goes on: its `/metrics`, read once a second."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+
+import httpx2
+
+from loadtest.records import Sample
+
+PERIOD_S = 1.0
+_ANSWER_S = 5.0
+
+# Prometheus name → field of a Sample; several series of one name add up, but for shares, whose mean is taken.
+_FIELDS: Mapping[str, str] = {
+    "vllm:num_requests_waiting": "waiting",
+    "vllm:num_requests_running": "running",
+    "vllm:kv_cache_usage_perc": "kv_usage",
+    "vllm:num_preemptions_total": "preemptions",
+    "evenhand_queue_depth": "waiting",
+    "evenhand_worker_in_flight": "running",
+}
+_SHARES = frozenset({"kv_usage"})
+
+
+def sample_of(pages: Sequence[str], at_s: float) -> Sample:
+    """Pages in Prometheus' text format → one sample; what none of them names is None."""
+    seen: dict[str, list[float]] = {}
+    for page in pages:
+        for line in page.splitlines():
+            field = _FIELDS.get(line.partition("{")[0].partition(" ")[0])
+            if field is not None:
+                seen.setdefault(field, []).append(float(line.rpartition(" ")[2]))
+    values = {field: sum(all_) / (len(all_) if field in _SHARES else 1) for field, all_ in seen.items()}
+    return Sample(round(at_s, 3), **values)
+
+
+class Sampler:
+    """Asks the servers at `urls` for their metrics once a second, and tells `note`. Who does not answer is left out."""
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        note: Callable[[Sample], None],
+        clock: Callable[[], float],
+        *,
+        period_s: float = PERIOD_S,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self._urls = [url if url.endswith("/metrics") else f"{url.rstrip('/')}/metrics" for url in urls]
+        self._note = note
+        self._clock = clock
+        self._period_s = period_s
+        self._headers = dict(headers or {})
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        began = self._clock()
+        async with httpx2.AsyncClient(timeout=_ANSWER_S, headers=self._headers) as client:
+            while True:
+                at_s = self._clock() - began
+                pages = [page for url in self._urls if (page := await _page(client, url))]
+                sample = sample_of(pages, at_s)
+                if sample != Sample(sample.at_s):
+                    self._note(sample)
+                await asyncio.sleep(max(0.0, self._period_s - (self._clock() - began - at_s)))
+
+
+async def _page(client: httpx2.AsyncClient, url: str) -> str:
+    try:
+        answer = await client.get(url)
+    except httpx2.HTTPError:  # a server under load, or one without metrics: the picture has a gap there
+        return ""
+    return answer.text if answer.status_code == 200 else ""

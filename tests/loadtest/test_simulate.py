@@ -1,0 +1,134 @@
+"""The simulation keeps the books of real runs: nothing is lost, service takes the time the cost model says."""
+
+from collections.abc import Iterator
+from itertools import islice
+from random import Random
+
+import pytest
+
+from loadtest import arrivals
+from loadtest.batch import ContinuousBatch
+from loadtest.call import Call
+from loadtest.costmodel import CostModel
+from loadtest.report import summarize
+from loadtest.simulate import Plan, Simulated, Simulation, block_prompts
+from loadtest.workload import Fit, Maker, parse_shares, shapes
+from scheduler.catalog import POLICIES, build
+from scheduler.jobs import Job, Outcome
+from scheduler.lanes import Lanes
+
+COST = CostModel(
+    iteration_s=0.01, prefill_s_per_token=1e-4, decode_s_per_sequence=1e-3, max_seqs=4, prefix_block_tokens=0
+)
+
+
+def call(name: str, at_s: float = 0.0, prompt: int = 100, output: int = 10, tenant: str = "t") -> Call:
+    return Call(name, at_s, tenant, [], prompt, output)
+
+
+def load(number: int, rate_per_s: float, workload: str = "C") -> Iterator[Call]:
+    maker = Maker(block_prompts(0), Fit(0.25), parse_shares("a=2,b=1"))
+    times_s = arrivals.poisson(rate_per_s, Random(2))
+    return islice(maker.calls(shapes(workload, Random(1)), times_s, Random(3)), number)
+
+
+def simulated(plan: Plan, calls: list[Call]) -> Simulated:
+    return Simulation(plan).run(calls)
+
+
+def test_a_call_alone_takes_what_the_cost_model_says() -> None:
+    (record,) = simulated(Plan(COST), [call("a")]).records
+    step_s = COST.iteration_s + COST.decode_s_per_sequence
+    assert record.ttft_s == pytest.approx(COST.iteration_s + 100 * COST.prefill_s_per_token)
+    assert record.e2e_s == pytest.approx(record.ttft_s + 9 * step_s, abs=1e-5)
+    assert sum(record.gaps_us) == pytest.approx(9 * step_s * 1e6, abs=2)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("workers", [1, 3])
+def test_every_call_ends_with_all_its_tokens_under_every_policy(policy: str, workers: int) -> None:
+    calls = list(load(200, 4.0 * workers))
+    seen = simulated(Plan(COST, policy, workers=workers), calls)
+    assert sorted(record.id for record in seen.records) == sorted(one.id for one in calls)
+    assert all(record.output_tokens == record.asked_tokens for record in seen.records)
+    assert all(len(record.gaps_us) == record.output_tokens - 1 for record in seen.records)
+
+
+def test_the_same_run_twice_is_the_same() -> None:
+    first, second = (simulated(Plan(COST, "gittins", workers=2), list(load(150, 8.0))) for _ in range(2))
+    assert first == second
+
+
+def test_one_worker_without_a_gateway_is_the_batch_that_the_fake_engine_runs() -> None:
+    calls = [call(f"{at}", 0.0, prompt=50 + at, output=5 + at) for at in range(12)]
+    seen = {record.id: record.e2e_s for record in simulated(Plan(COST, gateway=False), calls).records}
+    batch, now, ended = ContinuousBatch(COST, Lanes(build("fcfs", {}))), 0.0, dict[str, float]()
+    jobs = {one.id: Job(one.id, "t", one.prompt_tokens, 0.0) for one in calls}
+    want = {one.id: one.output_tokens for one in calls}
+    first = calls[0].id
+    batch.add(jobs[first], 0.0)
+    iteration = batch.schedule(0.0)
+    for one in calls[1:]:
+        batch.add(jobs[one.id], 0.0)
+    while iteration is not None:
+        now += iteration.duration_s
+        for job in batch.complete(iteration, now):
+            if job.output_tokens >= want[job.id]:
+                batch.finish(job, Outcome.DONE, now)
+                ended[job.id] = now
+        iteration = batch.schedule(now)
+    assert seen == pytest.approx(ended, abs=1e-5)
+
+
+def test_a_closed_loop_keeps_its_calls_on_their_way_and_sends_the_next_when_one_ends() -> None:
+    calls = [call(f"{at}", output=10) for at in range(20)]
+    seen = simulated(Plan(COST, concurrency=4), calls)
+    ends = sorted(round(record.sent_s + record.e2e_s, 5) for record in seen.records)
+    starts = sorted(round(record.sent_s, 5) for record in seen.records)
+    assert starts[:4] == [0.0] * 4
+    assert starts[4:] == ends[:16]
+
+
+def test_more_workers_serve_more() -> None:
+    calls = list(load(300, 30.0))
+    one, four = (summarize(simulated(Plan(COST, workers=workers), calls).records) for workers in (1, 4))
+    assert four.duration_s < one.duration_s / 2.5
+    assert four.ttft.p99 < one.ttft.p99 / 2.5
+
+
+def test_vtc_protects_the_light_tenant_as_in_a_real_run() -> None:
+    heavy = [call(f"h{at}", at * 0.02, tenant="heavy") for at in range(400)]
+    light = [call(f"l{at}", at * 0.4, tenant="light") for at in range(20)]
+    calls = sorted(heavy + light, key=lambda one: one.at_s)
+    waits = {}
+    for policy in ("fcfs", "vtc"):
+        summary = summarize(simulated(Plan(COST, policy), calls).records)
+        waits[policy] = summary.by_tenant["light"].ttft.p50
+    assert waits["vtc"] < waits["fcfs"] / 5
+
+
+def test_queue_and_memory_are_sampled_in_virtual_seconds() -> None:
+    seen = simulated(Plan(COST), list(load(300, 30.0)))
+    assert [later.at_s - earlier.at_s for earlier, later in zip(seen.samples, seen.samples[1:], strict=False)] == (
+        pytest.approx([1.0] * (len(seen.samples) - 1), abs=0.5)
+    )
+    assert max(sample.waiting or 0.0 for sample in seen.samples) > 50
+    assert all(0.0 <= (sample.kv_usage or 0.0) <= 1.0 for sample in seen.samples)
+
+
+def test_a_prompt_that_is_known_already_costs_less() -> None:
+    cached = CostModel(0.01, 1e-3, 1e-3, max_seqs=4, prefix_block_tokens=16)
+    prompts = block_prompts(16)
+    shared = [Call(f"{at}", at * 5.0, "t", prompts(at, 160, (7, 8, 9), 16), 160, 4) for at in range(2)]
+    own = [Call(f"{at}", at * 5.0, "t", prompts(at, 160, (), 16), 160, 4) for at in range(2)]
+    first, second = simulated(Plan(cached), shared).records
+    assert first.ttft_s is not None
+    assert second.ttft_s == pytest.approx(first.ttft_s - 48 * 1e-3, abs=1e-5)
+    alone = simulated(Plan(cached), own).records
+    assert alone[0].ttft_s == alone[1].ttft_s == first.ttft_s
+
+
+def test_a_call_that_can_never_run_is_told() -> None:
+    small = CostModel(0.01, max_seqs=4, kv_capacity_tokens=64)
+    with pytest.raises(ValueError, match="exceeds the KV capacity"):
+        simulated(Plan(small), [call("a", prompt=100)])
