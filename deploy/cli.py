@@ -22,6 +22,7 @@ class Command(NamedTuple):
 COMMANDS: Mapping[str, Command] = {
     "serve": Command("deploy.serve", "serve a model on this machine: the gateway and its workers"),
     "gateway": Command("server.__main__", "the gateway alone, before OpenAI-compatible engines that run already"),
+    "worker": Command("deploy.join", "one engine that joins the gateways of a Redis"),
     "tenant": Command("deploy.tenant", "make or hash an API key for the tenant file"),
     "model": Command("deploy.model", "make the bundled model ready"),
     "replay": Command("loadtest.replay", "send a trace or a workload, record how each request went"),

@@ -81,10 +81,11 @@ def check_gpu(machine: Machine) -> Finding:
 
 def check_workers(settings: ServeSettings, machine: Machine) -> Finding:
     try:
-        workers = len(worker_roles(settings))
-        check_transfer(settings, machine)
+        roles = worker_roles(settings)
+        check_transfer(roles.values(), machine)
     except (ValueError, TransferError) as error:
         return Finding("bad", "workers", str(error))
+    workers = len(roles)
     if machine.engine and machine.engine.build == "cpu" and workers > len(machine.cores):
         found = f"{workers} workers on {len(machine.cores)} cores"
         return Finding("warn", "workers", found, "each takes a core for itself; more only slow each other down")

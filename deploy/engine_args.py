@@ -26,7 +26,7 @@ KV_LEASE_S = 15
 
 # What the supervisor decides: it must know where the engine listens and under which name.
 RESERVED = {
-    "--host": "the engine listens on 127.0.0.1 only, behind the gateway",
+    "--host": "the engine listens on 127.0.0.1, behind the gateway; `evenhand worker` has --address",
     "--port": "a free port is chosen for each engine",
     "--model": "use --model",
     "--served-model-name": "the model is served under the name of its folder",
@@ -47,6 +47,7 @@ class EnginePlan:
     cores: where a CPU engine computes. kv_cache_gib: its KV cache, for a CPU engine.
     gpu: its id for CUDA_VISIBLE_DEVICES, empty on a CPU. gpu_share: the part of that GPU's memory it may take.
     model_args: what this model needs; user_args: what the user gave, which wins over everything of ours.
+    host: the address on which it listens, for gateways and for engines that fetch its KV.
     """
 
     model: str
@@ -63,6 +64,7 @@ class EnginePlan:
     gpu_share: float = 1.0
     model_args: tuple[str, ...] = ()
     user_args: tuple[str, ...] = ()
+    host: str = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,7 @@ def engine_command(plan: EnginePlan, ports: Ports, python: str) -> EngineCommand
     ours = [part for name, value in options.items() for part in ((name,) if value is None else (name, value))]
     # -P: a folder called `scheduler` or `vllm` where the user stands must not be imported in place of the real one.
     argv = (python, "-P", "-m", MODULE, *ours, *extra)
-    return EngineCommand(argv, _environment(plan, ports), f"http://127.0.0.1:{ports.http}")
+    return EngineCommand(argv, _environment(plan, ports), f"http://{plan.host}:{ports.http}")
 
 
 def check_user_args(user_args: Sequence[str]) -> None:
@@ -108,7 +110,7 @@ def _options(plan: EnginePlan, ports: Ports) -> Options:
     options: Options = {
         "--model": plan.model,
         "--served-model-name": plan.served_name,
-        "--host": "127.0.0.1",
+        "--host": plan.host,
         "--port": str(ports.http),
         "--disable-uvicorn-access-log": None,
         # Every engine carries the plug-in, under FCFS too, so that the policy can be changed while it runs.
@@ -171,7 +173,7 @@ def _environment(plan: EnginePlan, ports: Ports) -> dict[str, str]:
     elif plan.gpu:
         env["CUDA_VISIBLE_DEVICES"] = plan.gpu
     if plan.role is not Role.BOTH:
-        env |= {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(ports.side_channel)}
+        env |= {"VLLM_NIXL_SIDE_CHANNEL_HOST": plan.host, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(ports.side_channel)}
     return env
 
 

@@ -1,7 +1,7 @@
 """All that can be found wrong before anything is started, and the plan that follows when nothing is."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def check(settings: ServeSettings, machine: Machine, cache: Path) -> Checked:
     check_user_args(settings.engine_args)
     build = build_in_use(machine)
     workers = len(worker_roles(settings))
-    check_transfer(settings, machine)
+    check_transfer(worker_roles(settings).values(), machine)
     weights = weights_bytes(settings.model, cache, in_float32=build == "cpu" and not machine.bf16)
     free = machine.available_bytes - workers * (ENGINE_BYTES + weights)
     kv_cache_gib = settings.kv_cache_gib or default_kv_cache_gib(free, workers)
@@ -73,9 +73,9 @@ def check(settings: ServeSettings, machine: Machine, cache: Path) -> Checked:
     return Checked(build, kv_cache_gib)
 
 
-def check_transfer(settings: ServeSettings, machine: Machine) -> None:
+def check_transfer(roles: Iterable[Role], machine: Machine) -> None:
     """TransferError if engines are to hand over KV and cannot."""
-    if settings.prefill_workers and not machine.nixl:
+    if not machine.nixl and any(role is not Role.BOTH for role in roles):
         raise TransferError(
             "prefill and decode workers hand KV over with NIXL, which is not installed here: run `make install` "
             "(there is NIXL for Linux only), or use --workers N"

@@ -93,7 +93,7 @@ class Serving:
         """From the taken port to the exit code. WorkerError or ModelError when the start fails."""
         stop = Stop()
         with self._screen:
-            self._log_to_screen()
+            log_to_screen(self._screen, verbose=self._settings.verbose)
             gateway = asyncio.create_task(self._server.serve(sock), name="gateway")
             work = asyncio.create_task(self._engines(), name="engines")
             beat = asyncio.create_task(self._beat())
@@ -252,12 +252,11 @@ class Serving:
         )
         self._screen.say()
 
-    def _log_to_screen(self) -> None:
-        logging.basicConfig(
-            level=logging.INFO if self._settings.verbose else logging.WARNING,
-            handlers=[ScreenLog(self._screen)],
-            force=True,
-        )
+
+def log_to_screen(screen: Screen, *, verbose: bool) -> None:
+    """This process's own log goes to the screen: warnings, or all of it."""
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=level, handlers=[ScreenLog(screen)], force=True)
 
 
 def state_folder(settings: ServeSettings, environ: Mapping[str, str]) -> Path:

@@ -206,6 +206,12 @@ class Fleet:
             await self.remove(worker_id)
 
 
+def is_idle(metrics: str) -> bool:
+    """Whether an engine has nothing to do by its own metrics, nor holds KV that another is to fetch."""
+    usage = _KV_USAGE.search(metrics)
+    return sum(map(float, _SEQUENCES.findall(metrics))) == 0 and (usage is None or float(usage.group(1)) == 0)
+
+
 def _public(entry: dict[str, object]) -> dict[str, object]:
     """A model as clients may see it: no path of the machine that serves it."""
     return {name: value for name, value in entry.items() if name not in ("root", "permission", "parent")}

@@ -16,15 +16,19 @@ WORKER_TTL_S = 10.0
 
 
 class Registration(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
-    """A worker's word on itself, as JSON in the store."""
+    """A worker's word on itself, as JSON in the store. draining: it finishes what it has, and wants nothing new."""
 
     url: str
     role: Role = Role.BOTH
     slots: int = 256
     plugin: bool = False
+    draining: bool = False
+
+    def worker(self, worker_id: str) -> Worker:
+        return Worker(worker_id, self.url.rstrip("/"), self.role, self.slots, self.plugin)
 
 
-def worker_from(worker_id: str, text: str) -> Worker:
+def registration_from(worker_id: str, text: str) -> Registration:
     """A registration read. ValueError if it is not one."""
     try:
         said = msgspec.json.decode(text, type=Registration)
@@ -32,12 +36,18 @@ def worker_from(worker_id: str, text: str) -> Worker:
         raise ValueError(f"worker {worker_id!r}: {error}") from None
     if not said.url.startswith("http://") or said.slots < 1:
         raise ValueError(f"worker {worker_id!r} needs a URL that begins with http:// and one slot or more")
-    return Worker(worker_id, said.url.rstrip("/"), said.role, said.slots, said.plugin)
+    return said
 
 
-def registration_of(worker: Worker) -> str:
+def worker_from(worker_id: str, text: str) -> Worker:
+    """The worker of a registration. ValueError if it is none."""
+    return registration_from(worker_id, text).worker(worker_id)
+
+
+def registration_of(worker: Worker, *, draining: bool = False) -> str:
     """What a worker writes into the store."""
-    return msgspec.json.encode(Registration(worker.url, worker.role, worker.slots, worker.plugin)).decode()
+    said = Registration(worker.url, worker.role, worker.slots, worker.plugin, draining)
+    return msgspec.json.encode(said).decode()
 
 
 class Registry:
@@ -54,6 +64,7 @@ class Registry:
         self._joined: dict[str, Worker] = {}
         self._missing_since: dict[str, float] = {}
         self._refused: dict[str, str] = {}
+        self._leaving: set[str] = set()
 
     async def follow(self) -> None:
         """Adds who is new, removes who is gone. While the store is away nothing changes."""
@@ -75,7 +86,8 @@ class Registry:
         if self._refused.get(worker_id) == text:
             return
         try:
-            worker = worker_from(worker_id, text)
+            said = registration_from(worker_id, text)
+            worker = said.worker(worker_id)
             if self._joined.get(worker_id) not in (None, worker):
                 await self._remove(worker_id, "it is back as another")
             if worker_id not in self._joined:
@@ -87,9 +99,23 @@ class Registry:
         if worker_id not in self._joined:
             log.info("worker %s joins: %s", worker_id, worker.url)
         self._joined[worker_id] = worker
+        self._let_leave(worker_id, said.draining)
+
+    def _let_leave(self, worker_id: str, draining: bool) -> None:
+        """A worker that is about to stop gets nothing new; one that has changed its mind does."""
+        if worker_id not in self._fleet.members:  # deleted by hand
+            return
+        if draining and worker_id not in self._leaving:
+            log.info("worker %s is about to leave and gets nothing new", worker_id)
+            self._leaving.add(worker_id)
+            self._fleet.drain(worker_id)
+        elif not draining and worker_id in self._leaving:
+            self._leaving.discard(worker_id)
+            self._fleet.resume(worker_id)
 
     async def _remove(self, worker_id: str, why: str) -> None:
         del self._joined[worker_id]
+        self._leaving.discard(worker_id)
         self._missing_since.pop(worker_id, None)
         log.warning("worker %s leaves: %s", worker_id, why)
         if worker_id in self._fleet.members:

@@ -17,6 +17,7 @@ from deploy import cli
 if TYPE_CHECKING:
     from deploy.engine_args import EngineCommand, EnginePlan, Ports
     from deploy.machine import Machine
+    from deploy.serving import Surroundings
 
 FAKE_ENGINE = "{python} -m loadtest.fake_engine --port {port} --model {model} --cost instant"
 
@@ -46,14 +47,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serve.add_arguments(parser)
 
 
-def run(args: argparse.Namespace) -> int:
-    from deploy import serve
+def surroundings() -> "Surroundings":
     from deploy.serving import Surroundings
     from deploy.worker import Timing
 
     grace_s = float(os.environ.get("TEST_GRACE_S", "2"))
     timing = Timing(probe_every_s=0.05, watch_every_s=0.05, backoff_s=0.1, grace_s=grace_s)
-    return serve.run(args, Surroundings(machine, engine, timing))
+    return Surroundings(machine, engine, timing)
+
+
+def run(args: argparse.Namespace) -> int:
+    from deploy import serve
+
+    return serve.run(args, surroundings())
 
 
 if __name__ == "__main__":

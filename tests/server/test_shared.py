@@ -11,7 +11,7 @@ import pytest
 
 from loadtest.fake_engine import FakeEngine
 from scheduler.workers import Role, Worker
-from server.fleet import Fleet
+from server.fleet import Fleet, State
 from server.redis_store import RedisStore
 from server.registry import WORKER_TTL_S, Registry, registration_of
 from server.store import MemoryStore
@@ -251,3 +251,22 @@ async def test_a_fleet_follows_the_registry_with_patience(caplog: pytest.LogCapt
     await registry.follow()
     assert fleet.members["w"].worker.role is Role.PREFILL
     await fleet.close()
+
+
+async def test_a_worker_that_is_about_to_leave_gets_nothing_new_and_may_change_its_mind() -> None:
+    store = MemoryStore(lambda: 0.0)
+    async with FakeEngine(INSTANT) as engine:
+        fleet = Fleet(probe_s=0.05)
+        registry = Registry(store, fleet, lambda: 0.0)
+        worker = Worker("w", engine.url)
+        try:
+            for draining in (True, False, True):
+                await store.register("w", registration_of(worker, draining=draining), ttl_s=60.0)
+                await registry.follow()
+                await registry.follow()
+                wanted = State.DRAINING if draining else State.READY
+                await eventually(lambda wanted=wanted: fleet.members["w"].state is wanted)
+            await fleet.remove("w")  # an operator is quicker
+            await registry.follow()
+        finally:
+            await fleet.close()

@@ -1,0 +1,139 @@
+"""`evenhand worker` as a program: it joins gateways over Redis, and leaves without costing anybody an answer."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from scheduler.workers import Role
+from server.fleet import State
+from tests.deploy.processes import MARK, eventually, marked, new_mark
+from tests.server.conftest import Running, completion, request, serving
+from tests.server.conftest import eventually as soon
+
+ENGINE = "{python} -m loadtest.fake_engine --port {port} --model {model} --cost quick"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "fake"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+class Fleet:
+    """Workers as programs, and how to find whatever they leave running."""
+
+    def __init__(self, model: Path, redis_url: str) -> None:
+        self.mark = new_mark()
+        self.model = model
+        self.redis_url = redis_url
+        self.programs: list[asyncio.subprocess.Process] = []
+
+    async def start(self, name: str, role: str) -> asyncio.subprocess.Process:
+        argv = ["--model", str(self.model), "--redis-url", self.redis_url, "--role", role, "--name", name]
+        program = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "tests.deploy.worker_program", *argv, "--state-folder", str(self.model.parent)),
+            env={**os.environ, MARK: self.mark, "TEST_ENGINE": ENGINE},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        self.programs.append(program)
+        return program
+
+
+@contextlib.asynccontextmanager
+async def fleet_of(model: Path, redis_url: str) -> AsyncIterator[tuple[Fleet, Running]]:
+    fleet = Fleet(model, redis_url)
+    async with serving(redis_url=redis_url, disaggregation={"min_prompt_tokens": 1}) as gateway:
+        try:
+            yield fleet, gateway
+        finally:
+            for program in fleet.programs:
+                with contextlib.suppress(ProcessLookupError):
+                    program.kill()
+                await program.communicate()
+            assert eventually(lambda: not marked(fleet.mark)), "an engine outlived its worker"
+
+
+def state_of(gateway: Running, name: str) -> State | None:
+    member = gateway.server.fleet.members.get(name)
+    return None if member is None else member.state
+
+
+async def test_workers_join_with_their_roles_and_leave_when_their_answers_are_complete(
+    model: Path, redis_url: str
+) -> None:
+    async with fleet_of(model, redis_url) as (fleet, gateway):
+        reader, writer = [await fleet.start(name, name) for name in ("prefill", "decode")]
+        await soon(lambda: len(gateway.server.fleet.ready()) == 2, "both have joined")
+        roles = {name: member.worker.role for name, member in gateway.server.fleet.members.items()}
+        assert roles == {"prefill": Role.PREFILL, "decode": Role.DECODE}
+
+        long = completion(prompt=[7] * 50, max_tokens=1500, ignore_eos=True, stream=True)
+        wire = await gateway.send(request("/v1/completions", long))
+        assert (await wire.head()).status == 200
+        writer.send_signal(signal.SIGTERM)
+        await soon(lambda: state_of(gateway, "decode") is State.DRAINING, "the gateway knows that it is leaving")
+        text = b"".join([chunk async for chunk in chunks(wire)])
+        assert text.endswith(b"data: [DONE]\n\n") and text.count(b'"text"') == 1500
+        assert await asyncio.wait_for(writer.wait(), 30) == 0
+        said = (await writer.stdout.read()).decode() if writer.stdout else ""
+        assert "Leaving: running answers may finish" in said and "Traceback" not in said
+        assert await gateway.server.shared.store.workers() == {
+            "prefill": (await gateway.server.shared.store.workers())["prefill"]
+        }
+        reader.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(reader.wait(), 30) == 0
+        assert await gateway.server.shared.store.workers() == {}
+
+
+async def chunks(wire: object) -> AsyncIterator[bytes]:
+    while chunk := await wire.chunk():  # type: ignore[attr-defined]
+        yield chunk
+
+
+async def test_a_second_signal_ends_it_at_once(model: Path, redis_url: str) -> None:
+    async with fleet_of(model, redis_url) as (fleet, gateway):
+        worker = await fleet.start("both", "both")
+        await gateway.ready()
+        endless = completion(prompt=[7] * 50, max_tokens=8000, ignore_eos=True, stream=True)
+        wire = await gateway.send(request("/v1/completions", endless))
+        await wire.head()
+        worker.send_signal(signal.SIGINT)
+        await soon(lambda: state_of(gateway, "both") is State.DRAINING)
+        worker.send_signal(signal.SIGINT)
+        assert await asyncio.wait_for(worker.wait(), 20) == 130
+        wire.reset()
+
+
+@pytest.mark.parametrize(
+    ("args", "environ", "sentence"),
+    [
+        ([], {}, "a worker joins its gateways through Redis: give --redis-url URL"),
+        (["--redis-url", "nonsense"], {}, "write it as redis://HOST:PORT/0"),
+        (["--redis-url", "redis://127.0.0.1:1/0", "--role", "cook"], {}, "setting 'role'"),
+        (["--redis-url", "redis://127.0.0.1:1/0", "--role", "decode"], {"TEST_NIXL": "no"}, "NIXL, which is not"),
+        (["--redis-url", "redis://127.0.0.1:1/0", "--model", "/no/such"], {}, "there is no model folder at /no/such"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_sentence(
+    args: list[str], environ: dict[str, str], sentence: str, model: Path
+) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.deploy.worker_program", "--model", str(model), *args],
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode in (1, 2) and "Traceback" not in ended.stderr
+    assert ended.stderr.startswith("evenhand worker: ") and sentence in ended.stderr

@@ -1,0 +1,23 @@
+"""`evenhand worker` as a program whose engine and machine a test chooses: see `serve_program`."""
+
+import argparse
+import sys
+
+from deploy import cli
+from tests.deploy.serve_program import surroundings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from deploy import join
+
+    join.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from deploy import join
+
+    return join.run(args, surroundings())
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(["worker", *sys.argv[1:]], {"worker": cli.Command(__name__, "a worker with a test's engine")}))
