@@ -115,14 +115,15 @@ class Admin:
         except StoreAway as error:
             raise StoreUnreachable(f"{error}. Nothing is known to be changed.", retry_after_s=5.0) from None
 
-    def put_worker(self, worker_id: str, body: dict[str, Any]) -> Worker:
+    async def put_worker(self, worker_id: str, body: dict[str, Any]) -> None:
         """A worker of this gateway alone; others join by themselves, through the store."""
         try:
             worker = worker_from(worker_id, orjson.dumps(body).decode())
             self.fleet.add(worker)
         except ValueError as error:
             raise BadRequest(f"{error}.") from None
-        return worker
+        if worker_id in self.records.drained:  # that was said of one that is gone
+            await self.write(self.records.store.drop(DRAINED, worker_id))
 
 
 async def json_object(request: Request) -> dict[str, Any]:
@@ -178,7 +179,7 @@ def _workers(admin: Admin) -> APIRouter:
 
     @router.put("/{worker_id}", summary="Add a worker to this gateway: url, role, slots")
     async def add(worker_id: str, body: Body) -> Response:
-        admin.put_worker(worker_id, body)
+        await admin.put_worker(worker_id, body)
         return JSONResponse(described([fleet.members[worker_id]])[0], 201)
 
     @router.delete("/{worker_id}", summary="Remove a worker from this gateway; drain it first to lose no answer")
@@ -190,7 +191,7 @@ def _workers(admin: Admin) -> APIRouter:
     @router.post("/{worker_id}/drain", summary="No new requests for a worker, at any gateway")
     async def drain(worker_id: str) -> Response:
         known(worker_id)
-        await admin.write(admin.records.store.put(DRAINED, worker_id, ""))
+        await admin.write(admin.records.store.put(DRAINED, worker_id, fleet.members[worker_id].worker.url))
         return JSONResponse(described([fleet.members[worker_id]])[0])
 
     @router.post("/{worker_id}/resume", summary="A drained worker takes requests again")

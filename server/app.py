@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from time import monotonic
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -18,6 +19,7 @@ from server.admin import Admin, admin_routes
 from server.console import Console, console_routes
 from server.dispatch import Dispatcher, Lines
 from server.edge import Bounds, edge_for
+from server.failover import Failover
 from server.fleet import Fleet
 from server.gateway import Gateway
 from server.handover import Handover
@@ -72,9 +74,10 @@ class GatewayServer:
     def __init__(self, settings: Settings) -> None:
         """Raises ValueError with a clear sentence for a policy, an option or a worker that cannot be."""
         self.settings = settings
+        self.stopping = False
         self.workers = [parse_worker(text, number) for number, text in enumerate(settings.workers)]
         self.policy = LivePolicy(settings.policy, settings.policy_options, settings.admission.ahead, monotonic)
-        self.fleet = Fleet(probe_s=settings.probe_s)
+        self.fleet = Fleet(probe_s=settings.probe_s, health=settings.health)
         self.fleet.policy = self.policy.order
         self.lines = Lines(self._dispatcher, self.fleet)
         self.shared = Shared(settings, self.fleet, self.lines, self.policy, clock=monotonic, wall=wall_clock)
@@ -88,8 +91,11 @@ class GatewayServer:
         sharing = Sharing(gate.refusals, self.shared.store_state, monotonic, settings.tenant_labels)
         for collector in (sharing, handover):
             self.telemetry.registry.register(collector)
-        self.gateway = Gateway(tenants, gate, self.lines, handover, relay, self.telemetry, sharing, monotonic)
-        self.app = public_app(self.fleet, self.telemetry, tenants, self.shared.notes, self._lifespan)
+        failover = Failover(relay, steering, settings.health.attempts)
+        self.telemetry.failovers = failover.outcomes
+        self.fleet.movable = failover.can_move
+        self.gateway = Gateway(tenants, gate, self.lines, handover, failover, self.telemetry, sharing, monotonic)
+        self.app = public_app(self.fleet, self.telemetry, tenants, self._notes, self._lifespan)
         admin = self._admin()
         self.app.include_router(admin_routes(admin))
         self.app.include_router(console_routes(self._console(sharing), admin.authorize))
@@ -142,6 +148,10 @@ class GatewayServer:
             monotonic,
         )
 
+    def _notes(self) -> dict[str, Any]:
+        """What /ready says beside the workers."""
+        return self.shared.notes() | ({"stopping": True} if self.stopping else {})
+
     def _dispatcher(self, model: str) -> Dispatcher:
         admission, apart = self.settings.admission, self.settings.disaggregation
         return Dispatcher(
@@ -186,7 +196,16 @@ class GatewayServer:
             await self.uvicorn.lifespan.shutdown()
 
     def stop(self, *, at_once: bool = False) -> None:
-        """Takes no new connection, lets running answers finish (unless `at_once`), and makes `serve` return."""
+        """Says so in /ready and, after `lame_duck_s`, takes no new connection, lets running answers finish, and makes
+        `serve` return. `at_once`: no waiting for anything."""
+        if not self.stopping and self.settings.lame_duck_s and not at_once:
+            asyncio.get_running_loop().call_later(self.settings.lame_duck_s, self._close)
+            self.stopping = True
+            return
+        self.stopping = True
+        self._close(at_once=at_once)
+
+    def _close(self, *, at_once: bool = False) -> None:
         self.uvicorn.should_exit = True
         self.uvicorn.stopping.set()
         self.uvicorn.force_exit = self.uvicorn.force_exit or at_once

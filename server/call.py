@@ -6,6 +6,7 @@ from enum import IntEnum
 
 from scheduler.jobs import Job
 from server.fleet import Member
+from server.received import Received
 from server.tenants import Tenant
 
 
@@ -23,6 +24,7 @@ class Route:
     content_field: the field that holds the prompt.
     prompts: the prompt field may hold several prompts, each a sequence of its own.
     role_first: a stream's first event of each choice carries no token.
+    resumes: what a client has of a stream is kept, so that another worker can go on with it.
     token_mark: occurs once for every event that carries tokens. It has a line break, which JSON strings cannot have.
     """
 
@@ -36,6 +38,7 @@ class Route:
     content_field: str = "messages"
     prompts: bool = False
     role_first: bool = False
+    resumes: bool = False
     token_mark: bytes = b"\n\n"
 
 
@@ -153,6 +156,8 @@ class Ticket:
     tokens: output tokens counted as they passed; `usage` corrects them when the answer is complete.
     pending_tokens: what the worker is taken to be busy with for it.
     split: set if prompt and answer are two workers' business; `worker` is then the one that answers.
+    avoid: the worker that failed it last, which it should not be given again.
+    received: what its stream has said so far, None where that is not kept.
     """
 
     call: Call
@@ -169,6 +174,8 @@ class Ticket:
     pending_tokens: int = 0
     split: Split | None = None
     uncharged: int = 0
+    avoid: str = ""
+    received: Received | None = None
 
     def __post_init__(self) -> None:
         self.times[Phase.WAITING] = self.job.arrived_at

@@ -12,7 +12,7 @@ from scheduler.lanes import Lanes
 from scheduler.placement import Apart, Place, Rules, Together, place
 from scheduler.workers import Role, Worker
 from server.call import Call, Split, Ticket
-from server.errors import EngineUnreachable, NoWorker, Overloaded, ServiceError, UnknownModel
+from server.errors import NoWorker, Overloaded, ServiceError, UnknownModel
 from server.fleet import Fleet, Member
 from server.routing import Affinity, Option, beginnings, best, score
 
@@ -82,7 +82,19 @@ class Slot:
         self.ticket = ticket
 
     async def __aenter__(self) -> Member:
-        self.member = await self.dispatcher.take(self.ticket)
+        self.member: Member | None = await self.dispatcher.take(self.ticket)
+        return self.member
+
+    def blame(self, error: ServiceError) -> None:
+        """Its worker failed."""
+        if self.member is not None:
+            self.dispatcher.fleet.failed(self.member, error)
+
+    async def move(self, error: ServiceError) -> Member:
+        """A place at another worker, first in its lane. Raises `error` again if there is no other."""
+        failed, self.member = self.member, None
+        assert failed is not None  # whoever has no worker cannot change it
+        self.member = await self.dispatcher.take_another(self.ticket, failed, error)
         return self.member
 
     async def __aexit__(
@@ -92,9 +104,12 @@ class Slot:
             outcome = Outcome.LENGTH if self.ticket.tokens == self.ticket.call.max_tokens else Outcome.DONE
         else:
             outcome = Outcome.ABORTED if kind is asyncio.CancelledError else Outcome.FAILED
-        if isinstance(error, EngineUnreachable):
-            self.dispatcher.fleet.suspect(self.member)
-        self.dispatcher.give_back(self.ticket, self.member, outcome)
+        member = self.member
+        if member is None:  # it had given its place up, and got no other
+            return
+        if kind is None and member.breaker.failures:
+            self.dispatcher.fleet.did_well(member)
+        self.dispatcher.give_back(self.ticket, member, outcome)
 
 
 class Dispatcher:
@@ -157,6 +172,26 @@ class Dispatcher:
             )
         return await self._wait(ticket, now)
 
+    async def take_another(self, ticket: Ticket, failed: Member, error: ServiceError) -> Member:
+        """A place at another worker than `failed`, whose own is given back. The job goes first in its lane and is not
+        charged again. Raises `error` if no other worker is ready."""
+        now = self.clock()
+        ready = [member for member in self.fleet.ready(self.model) if member is not failed]
+        if not ticket.call.route.generates:
+            if not ready:
+                raise error
+            return self._aside(ticket, ready)
+        self._vacate(failed, ticket)
+        ticket.split = None
+        self.settle(now)
+        if not ready:
+            self.lanes.finish(ticket.job, Outcome.FAILED, now)
+            self.advance()
+            raise error
+        ticket.avoid = failed.worker.id
+        self.lanes.preempt(ticket.job, now)
+        return await self._wait_in_line(ticket)
+
     def _aside(self, ticket: Ticket, ready: list[Member]) -> Member:
         """A request that needs no place in a batch: nobody waits for it, and it waits for nobody."""
         member = min(ready, key=lambda member: member.in_flight)
@@ -164,12 +199,15 @@ class Dispatcher:
         return member
 
     async def _wait(self, ticket: Ticket, now: float) -> Member:
+        self.lanes.push(ticket.job, now)
+        return await self._wait_in_line(ticket)
+
+    async def _wait_in_line(self, ticket: Ticket) -> Member:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Member] = loop.create_future()
         tenant = ticket.call.tenant.name
         self._waiters[ticket.job] = (future, ticket)
         self._waiting_of[tenant] += 1
-        self.lanes.push(ticket.job, now)
         patience = [s for s in (self.queue_timeout_s, ticket.call.deadline_s) if s is not None]
         timer = loop.call_later(min(patience), self._expire, ticket) if patience else None
         try:
@@ -224,6 +262,8 @@ class Dispatcher:
     def _room(self, ticket: Ticket) -> "Room | None":
         """Where a request fits: one worker that has room, or two where prompts are read apart."""
         ready = self.fleet.ready(self.model)
+        if ticket.avoid:
+            ready = [member for member in ready if member.worker.id != ticket.avoid] or ready
         roomy = [member for member in ready if self._has_room(member, ticket)]
         if len(ready) == 1 or not roomy:
             return Room(roomy[0]) if roomy else None
@@ -259,7 +299,7 @@ class Dispatcher:
             )
             for member in ready
         ]
-        splittable = call.route.handover and call.sequences == 1 and not call.steers_kv
+        splittable = call.route.handover and call.sequences == 1 and not call.steers_kv and not ticket.avoid
         members = {member.worker.id: member for member in ready}
         match place(call.prompt_tokens, places, self.rules, splittable=splittable):
             case Apart(prefill, decode):
@@ -282,17 +322,21 @@ class Dispatcher:
         ticket.worker = member.worker.id
         return member
 
+    @staticmethod
+    def _vacate(member: Member, ticket: Ticket) -> None:
+        if ticket.split is not None:
+            ticket.split.over()
+        member.in_flight -= ticket.call.sequences
+        member.pending_tokens -= ticket.pending_tokens
+        ticket.pending_tokens = 0
+
     def give_back(self, ticket: Ticket, member: Member, outcome: Outcome) -> None:
         """A call is over: its place is the next one's."""
         if not ticket.call.route.generates:
             return
         now = self.clock()
-        if ticket.split is not None:
-            ticket.split.over()
-        member.in_flight -= ticket.call.sequences
+        self._vacate(member, ticket)
         self.settle(now)
-        member.pending_tokens -= ticket.pending_tokens
-        ticket.pending_tokens = 0
         missing = ticket.tokens - ticket.job.output_tokens
         if missing > 0:  # tokens that were not seen one by one
             self.lanes.serve(ticket.job, missing, now)

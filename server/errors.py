@@ -124,6 +124,14 @@ class Refused(ServiceError):
         self.refused_kind = kind
 
 
+ENGINE_FAILURES = (500, 502, 503, 504)
+
+
+def is_engine_failure(error: BaseException | None) -> bool:
+    """Whether it is the worker that failed, so that another one may do better."""
+    return isinstance(error, EngineGone) or (isinstance(error, Refused) and error.refused_status in ENGINE_FAILURES)
+
+
 def status_of(error: ServiceError) -> int:
     """The HTTP status of an error."""
     return error.refused_status if isinstance(error, Refused) else error.status

@@ -6,10 +6,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from time import monotonic
+from typing import Protocol
 
 from scheduler.workers import Load, Role, Worker
 from server.engine import Engine
-from server.errors import EngineGone
+from server.errors import EngineGone, EngineUnreachable
+from server.health import Breaker, Output, trial_answer
+from server.settings import HealthSettings
 
 log = logging.getLogger("evenhand.fleet")
 
@@ -29,9 +33,21 @@ class State(Enum):
     DRAINING = "draining"  # finishes what it has, gets nothing new
 
 
+class Leg(Protocol):
+    """An answer on its way through this gateway.
+
+    speaks: its stream has begun. silent_s: seconds since something came; 0 while its client does not keep up.
+    """
+
+    @property
+    def speaks(self) -> bool: ...
+    def silent_s(self, now: float) -> float: ...
+    def lost(self, error: EngineGone) -> None: ...
+
+
 @dataclass(slots=True, eq=False)
 class Member:
-    """A worker as the gateway sees it. Written by the fleet (state) and the dispatcher (load) only.
+    """A worker as the gateway sees it. Written by the fleet (state), the dispatcher (load) and the relay (legs) only.
 
     others: sequences that it had from elsewhere when it was last probed.
     policy: name and options that its plug-in was last told, None if it was told nothing yet.
@@ -50,9 +66,14 @@ class Member:
     arriving_tokens: int = 0
     kv_received_bytes: float = 0.0
     misses: int = 0
+    breaker: Breaker = field(default_factory=Breaker)
+    output: Output = field(default_factory=Output)
+    drained_at: float = 0.0
     note: str = ""
     policy: tuple[str, tuple[str, ...]] | None = None
     models_json: list[dict[str, object]] = field(default_factory=list)
+    legs: set["Leg"] = field(default_factory=set)
+    look_now: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def load(self) -> Load:
@@ -62,11 +83,22 @@ class Member:
 class Fleet:
     """The workers. `changed` is called whenever a worker may take requests that it could not take before."""
 
-    def __init__(self, *, probe_s: float = 1.0, misses: int = 3) -> None:
+    def __init__(
+        self,
+        *,
+        probe_s: float = 1.0,
+        misses: int = 3,
+        health: HealthSettings | None = None,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
         self.members: dict[str, Member] = {}
         self.starting: dict[str, str] = {}  # workers that are not there yet, and how far each is
         self.probe_s = probe_s
         self.misses = misses
+        self.health = health or HealthSettings()
+        self.clock = clock
+        self.movable: Callable[[Leg], bool] = lambda leg: False  # whether another worker could go on with it
+        self.trial_answers: dict[str, str] = {}
         self.changed: list[Callable[[], None]] = []
         self.policy: Callable[[], tuple[str, tuple[str, ...]]] | None = None  # what plug-ins inside engines must follow
         self._probes: dict[str, asyncio.Task[None]] = {}
@@ -75,7 +107,7 @@ class Fleet:
         """A worker joins; it gets requests once a probe has found it healthy. ValueError if its id is taken."""
         if worker.id in self.members:
             raise ValueError(f"a worker named {worker.id!r} is already in the fleet")
-        member = Member(worker, Engine(worker.url), note=note)
+        member = Member(worker, Engine(worker.url), note=note, output=Output(moved_at=self.clock()))
         self.members[worker.id] = member
         self._probes[worker.id] = asyncio.create_task(self._watch(member), name=f"probe {worker.id}")
         return member
@@ -91,8 +123,11 @@ class Fleet:
         self._tell()
 
     def drain(self, worker_id: str) -> None:
-        """A worker gets nothing new. KeyError if unknown."""
-        self.members[worker_id].state = State.DRAINING
+        """A worker gets nothing new; what it has it finishes, or after `drain_s` another does. KeyError if unknown."""
+        member = self.members[worker_id]
+        if member.state is not State.DRAINING:
+            member.state = State.DRAINING
+            member.drained_at = self.clock()
 
     def resume(self, worker_id: str) -> None:
         """A drained worker is given requests again once a probe finds it healthy. KeyError if unknown."""
@@ -122,11 +157,21 @@ class Fleet:
             worker = member.worker
             yield worker.id, worker.role, member.state is State.READY, member.in_flight, member.pending_tokens
 
-    def suspect(self, member: Member) -> None:
-        """A relayed request could not reach this worker: it is out until a probe finds it healthy."""
-        if member.state is State.READY:
+    def failed(self, member: Member, error: BaseException) -> None:
+        """A relayed request failed at this worker. It is out until a probe finds it well: at once if it cannot be
+        reached, or if others are there while it is looked at; and for a while if it has failed often in a row."""
+        if member.state is State.DRAINING:
+            return
+        opens = member.breaker.failed(self.clock(), self.health.failures)
+        lost = isinstance(error, EngineGone) and any(other is not member for other in self.ready())
+        if member.state is State.READY and (opens or lost or isinstance(error, EngineUnreachable)):
             member.state = State.DOWN
-            log.warning("worker %s does not take connections; it is out until it answers again", member.worker.id)
+            log.warning("worker %s is out until it answers again: %s", member.worker.id, error)
+        member.look_now.set()
+
+    def did_well(self, member: Member) -> None:
+        """A request went through after some that failed."""
+        member.breaker = Breaker()
 
     async def _watch(self, member: Member) -> None:
         while True:
@@ -134,24 +179,65 @@ class Fleet:
                 await self._probe(member)
             except EngineGone as error:
                 self._missed(member, error)
-            await asyncio.sleep(self.probe_s if member.state is not State.STARTING else min(self.probe_s, 0.25))
+            self._rescue(member)
+            pause_s = self.probe_s if member.state is not State.STARTING else min(self.probe_s, 0.25)
+            try:
+                async with asyncio.timeout(pause_s):
+                    await member.look_now.wait()
+            except TimeoutError:
+                continue
+            member.look_now.clear()
+
+    def _rescue(self, member: Member) -> None:
+        """Takes answers away from a worker that will not finish them; whoever relays them asks another one."""
+        if not member.legs or not any(other is not member for other in self.ready()):
+            return
+        now, patience_s = self.clock(), self.health.stall_s
+        dead = member.misses >= self.misses
+        stuck = member.output.stuck_s(now) > patience_s
+        drained = member.state is State.DRAINING and now - member.drained_at > self.health.drain_s
+        for leg in list(member.legs):
+            silent_s = leg.silent_s(now)
+            if dead and silent_s > self.health.probe_timeout_s:
+                leg.lost(EngineGone("The engine does not answer any more."))
+            elif stuck and leg.speaks and silent_s > patience_s:
+                leg.lost(EngineGone(f"The engine has made no token for {silent_s:.0f} s."))
+            elif drained and self.movable(leg):
+                leg.lost(EngineGone("The engine is being drained."))
 
     async def _probe(self, member: Member) -> None:
-        health = (await member.engine.get("/health")).status_code
+        timeout_s = self.health.probe_timeout_s
+        health = (await member.engine.get("/health", timeout_s)).status_code
         if health not in (200, 404):  # where nothing tells its health, the list of models does
             raise EngineGone(f"its /health answers {health}")
         if not member.models or health == 404:
             await self._learn(member)
-        metrics = await member.engine.get("/metrics")
+        metrics = await member.engine.get("/metrics", timeout_s)
         if metrics.status_code == 200:
             self._read(member, metrics.text)
+            member.output.read(metrics.text, self.clock())
         if member.worker.plugin and self.policy is not None and member.policy != self.policy():
             await self._order(member, *self.policy())
-        member.misses = 0
-        if member.state in (State.STARTING, State.DOWN):
+        if member.state in (State.STARTING, State.DOWN) and await self._may_join(member):
             member.state = State.READY
             log.info("worker %s is ready: %s", member.worker.id, ", ".join(member.models))
             self._tell()
+        member.misses = 0
+
+    async def _may_join(self, member: Member) -> bool:
+        """Whether a healthy worker gets requests (again): not within its pause, not while it is stuck, and not without
+        an answer to a trial question. One that works for others has more to do than ours, and shows that it can."""
+        now, health = self.clock(), self.health
+        if now < member.breaker.retry_at or member.output.stuck_s(now) > health.stall_s:
+            return False
+        if health.canary == "off" or member.others:
+            return True
+        model = member.models[0]
+        said = await trial_answer(member.engine, model)
+        if health.canary == "same" and said != self.trial_answers.setdefault(model, said):
+            member.note = "does not answer the trial question as the others do"
+            raise EngineGone(f"it {member.note}: {said!r}")
+        return member.state is not State.DRAINING  # it may have been told so while it answered
 
     def _read(self, member: Member, metrics: str) -> None:
         if (usage := _KV_USAGE.search(metrics)) is not None:
@@ -187,9 +273,13 @@ class Fleet:
         if not names:
             raise EngineGone("it lists no model")
         member.models_json, member.models = listed, names
+        tells_ids = any(entry.get("owned_by") == "vllm" for entry in listed)
+        if tells_ids != member.worker.token_ids:
+            member.worker = replace(member.worker, token_ids=tells_ids)
 
     def _missed(self, member: Member, error: EngineGone) -> None:
         member.misses += 1
+        member.breaker = Breaker()  # it was away, and may be another process when it comes back
         if member.state is State.READY and member.misses >= self.misses:
             member.state = State.DOWN
             member.models = ()  # it may come back with another model, and a plug-in that knows nothing yet

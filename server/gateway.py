@@ -9,9 +9,10 @@ from scheduler.jobs import Job
 from server.call import Call, Phase, Route, Ticket
 from server.dispatch import Dispatcher, Lines
 from server.errors import ServiceError, outcome_of
+from server.failover import Failover
 from server.handover import Handover
 from server.limits import Gate, permitted
-from server.relay import Answer, Relay
+from server.relay import Answer
 from server.schemas import call_from
 from server.sharing import Sharing
 from server.telemetry import Telemetry
@@ -46,7 +47,7 @@ class Gateway:
         limits: Gate,
         lines: Lines,
         handover: Handover,
-        relay: Relay,
+        failover: Failover,
         telemetry: Telemetry,
         sharing: Sharing,
         clock: Callable[[], float],
@@ -56,7 +57,8 @@ class Gateway:
         self.lines = lines
         self.sharing = sharing
         self.handover = handover
-        self.relay = relay
+        self.failover = failover
+        self.relay = failover.relay
         self.telemetry = telemetry
         self.clock = clock
         self.bytes_per_token: dict[str, float] = {}
@@ -91,12 +93,16 @@ class Gateway:
     async def serve(self, call: Call, dispatcher: Dispatcher, out: Request) -> None:
         """One call from admission to its last token: limits, a slot in policy order, a worker, the answer's flow."""
         ticket = self.ticket(call)
+        slot = dispatcher.slot(ticket)
         try:
-            async with self.limits.admit(ticket, out), self.sharing.watch(ticket), dispatcher.slot(ticket) as member:
+            async with self.limits.admit(ticket, out), self.sharing.watch(ticket), slot as member:
                 self.sharing.started(ticket)
                 ticket.move(Phase.PREFILLING)
                 await self.handover.prefill(ticket)
-                await self.relay.pump(ticket, member, dispatcher.charge, out)
+                try:
+                    await self.relay.pump(ticket, member, dispatcher.charge, out)
+                except ServiceError as error:
+                    await self.failover.go_on(ticket, slot, dispatcher.charge, out, error)
                 ticket.move(Phase.DONE)
                 outcome = "ok"
         except asyncio.CancelledError:

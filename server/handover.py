@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 from scheduler.workers import Worker
 from server.call import Split, Ticket
 from server.engine import MAX_ERROR_BODY_BYTES
-from server.errors import EngineGone, EngineUnreachable, refusal
+from server.errors import EngineGone, refusal
 from server.fleet import Fleet, Member
 from server.schemas import splice
 from server.telemetry import Distribution
@@ -54,12 +54,19 @@ class NotRead(Exception):
 
 
 class _Whole:
-    """Receives one small answer as a whole."""
+    """Receives one small answer as a whole. asked_at: seconds on the gateway's clock."""
 
-    def __init__(self) -> None:
+    speaks = False
+
+    def __init__(self, asked_at: float) -> None:
+        self.asked_at = asked_at
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.status = 0
         self.data = bytearray()
+
+    def silent_s(self, now: float) -> float:
+        """Seconds for which nothing has come."""
+        return now - self.asked_at
 
     def head(self, status: int, content_type: bytes, length: int | None) -> None:
         self.status = status
@@ -126,8 +133,7 @@ class Handover(Collector):
             async with asyncio.timeout(self.timeout_s):
                 status, data = await self._ask(ticket, member)
         except EngineGone as error:
-            if isinstance(error, EngineUnreachable):
-                self.fleet.suspect(member)
+            self.fleet.failed(member, error)
             raise NotRead("gone", error.message) from None
         except TimeoutError:
             raise NotRead("slow", f"it took longer than {self.timeout_s:g} s") from None
@@ -139,9 +145,10 @@ class Handover(Collector):
         call = ticket.call
         body = self.body_for(ticket, member.worker)
         for last_try in (False, True):
-            sink = _Whole()
+            sink = _Whole(self.clock())
             connection = await member.engine.ask(call.route.path.encode(), body, call.id, sink, fresh=last_try)
             stale = connection.reused
+            member.legs.add(sink)
             try:
                 await sink.done
                 break
@@ -150,6 +157,7 @@ class Handover(Collector):
                 if not stale or connection.begun or last_try:
                     raise
             finally:
+                member.legs.discard(sink)
                 sink.leave()
                 connection.abandon(sink)
         return sink.status, bytes(sink.data)

@@ -39,7 +39,7 @@ class Records:
         self._policy = policy
         self._fleet = fleet
         self._lines = lines
-        self._drained: frozenset[str] = frozenset()
+        self.drained: dict[str, str] = {}  # workers by id, with the address that each had; "" for any
         self._policy_text: str | None = None
         self._known: dict[str, dict[str, str]] = {}
         self._lost = False
@@ -73,13 +73,13 @@ class Records:
             await self._restore()
             found = await self._all()
         self._known = found
-        drained = frozenset(self._known[DRAINED])
+        drained = dict(self._known[DRAINED])
         self._tenants.set_stored(_tenants_in(self._known[TENANT]))
         self._set_policy(self._known[POLICY].get(LIVE))
-        for worker_id in self._drained - drained:
+        for worker_id in self.drained.keys() - drained.keys():
             if worker_id in self._fleet.members:
                 self._fleet.resume(worker_id)
-        self._drained = drained
+        self.drained = drained
         self._drain_newcomers()
 
     async def _all(self) -> dict[str, dict[str, str]]:
@@ -95,8 +95,9 @@ class Records:
         log.warning("the store had lost its records; what this gateway knew of them is back in it")
 
     def _drain_newcomers(self) -> None:
-        for worker_id in self._drained & self._fleet.members.keys():
-            if self._fleet.members[worker_id].state is not State.DRAINING:
+        for worker_id, url in self.drained.items():
+            member = self._fleet.members.get(worker_id)
+            if member is not None and member.state is not State.DRAINING and url in ("", member.worker.url):
                 self._fleet.drain(worker_id)
 
     def _set_policy(self, text: str | None) -> None:

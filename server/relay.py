@@ -12,10 +12,13 @@ from server.call import Phase, Ticket
 from server.engine import MAX_ERROR_BODY_BYTES, Connection
 from server.errors import EngineGone, ServiceError, refusal
 from server.fleet import Member
-from server.sse import USAGE_BYTES, is_usage_only, usage_in, without_usage
+from server.received import PACK_CHUNKS, Received
+from server.sse import USAGE_BYTES, engine_failure_in, is_usage_only, usage_in, without_prompt_ids, without_usage
 from server.telemetry import Distribution
 
 MAX_EVENT_BYTES = 64 * 1024 * 1024
+MAX_HELD_BYTES = 8 * 1024 * 1024
+_GOES_ON = b'"finish_reason":null'
 
 
 class Answer(Protocol):
@@ -29,7 +32,7 @@ class Answer(Protocol):
     def flows_from(self, connection: Connection | None) -> None: ...
 
 
-class _Pipe:
+class Pipe:
     """Receives one answer; `done` ends it, with an error if the answer could not be had.
 
     instead: who receives it once its head has shown that it is not what was expected.
@@ -40,6 +43,19 @@ class _Pipe:
         self.out = out
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.instead: Whole | Refusal | None = None
+        self.connection: Connection | None = None
+        self.asked_at = ticket.clock()
+
+    @property
+    def speaks(self) -> bool:
+        """Whether its answer has begun."""
+        return self.ticket.last_at > self.asked_at
+
+    def silent_s(self, now: float) -> float:
+        """Seconds since something of the answer came; 0 while its client does not keep up."""
+        if self.connection is not None and self.connection.paused:
+            return 0.0
+        return now - max(self.asked_at, self.ticket.last_at)
 
     def head(self, status: int, content_type: bytes, length: int | None) -> None:
         self.status = status
@@ -59,6 +75,12 @@ class _Pipe:
     def lost(self, error: EngineGone) -> None:
         self.fail(error)
 
+    def body(self, data: bytes) -> None:
+        raise NotImplementedError
+
+    def end(self) -> None:
+        raise NotImplementedError
+
     def begin(self, length: int | None) -> None:
         """The answer gets its head."""
         self.ticket.move(Phase.DECODING)
@@ -73,7 +95,7 @@ class _Pipe:
 class Refusal:
     """The body of an answer that is not a success: collected, and raised as an error."""
 
-    def __init__(self, pipe: _Pipe, status: int) -> None:
+    def __init__(self, pipe: Pipe, status: int) -> None:
         self.pipe = pipe
         self.status = status
         self.said = b""
@@ -86,22 +108,33 @@ class Refusal:
         self.pipe.fail(refusal(self.status, self.said))
 
 
-class Whole(_Pipe):
-    """An answer in one piece. Forwarded as it comes; its usage is picked out as it passes."""
+class Whole(Pipe):
+    """An answer in one piece. Held until it is complete, so that another worker can be asked if it breaks off; what is
+    longer than `MAX_HELD_BYTES` is forwarded as it comes. Its usage is picked out as it passes."""
 
     def __init__(self, ticket: Ticket, out: Answer) -> None:
         super().__init__(ticket, out)
         self.tail = b""
         self.usage = b""
+        self.held = b""
 
     def body(self, data: bytes) -> None:
         if self.instead is not None:
             self.instead.body(data)
             return
-        if not self.out.begun:
-            self.begin(self.length)
         self._look(data)
-        self.out.write(data)
+        if self.out.begun:
+            self.out.write(data)
+            return
+        self.held = self.held + data if self.held else data
+        if len(self.held) > MAX_HELD_BYTES:
+            self._let_go(self.length)
+
+    def _let_go(self, length: int | None) -> None:
+        self.begin(length)
+        if self.held:
+            self.out.write(self.held)
+            self.held = b""
 
     def _look(self, data: bytes) -> None:
         """Keeps the bytes from the last usage on; a long prompt's token ids may come behind it."""
@@ -119,7 +152,7 @@ class Whole(_Pipe):
             self.instead.end()
             return
         if not self.out.begun:
-            self.begin(self.length)
+            self._let_go(len(self.held))
         if (usage := usage_in(self.usage)) is not None:
             self.ticket.learn(usage.prompt_tokens, usage.cached_tokens)
             self.ticket.tokens = usage.output_tokens or 0
@@ -127,7 +160,7 @@ class Whole(_Pipe):
         self.finish()
 
 
-class Stream(_Pipe):
+class Stream(Pipe):
     """An answer token by token. Only whole events are forwarded, so that a stream can always be ended in good form."""
 
     def __init__(self, ticket: Ticket, out: Answer, itl: Distribution, charge: list[Ticket]) -> None:
@@ -141,6 +174,9 @@ class Stream(_Pipe):
         self.mark = route.token_mark
         self.last = b"[DONE]\n\n" if self.mark == b"\n\n" else b"\0"  # an event that carries no token
         self.openings = ticket.call.sequences if route.role_first else 0
+        self.received: Received | None = None
+        if route.resumes:
+            self.received = ticket.received = ticket.received or Received()
 
     def head(self, status: int, content_type: bytes, length: int | None) -> None:
         super().head(status, content_type, length)
@@ -155,6 +191,13 @@ class Stream(_Pipe):
             return
         if self.rest or not data.endswith(b"\n\n"):
             data = self._whole(self.rest + data)
+        received = self.received
+        if received is not None and data:
+            if data.count(_GOES_ON) != data.count(b"\n\n"):
+                data = self._until_failure(data)
+            received.chunks.append(data)
+            if len(received.chunks) >= PACK_CHUNKS:
+                received.pack()
         if data:
             self._forward(data)
 
@@ -165,7 +208,7 @@ class Stream(_Pipe):
         if self.out.begun:
             self.itl.observe(now - ticket.last_at)
         else:
-            self.begin(None)
+            data = self._open(data)
         ticket.last_at = now
         made = self._made(data)
         if b'"usage"' in data:
@@ -177,6 +220,21 @@ class Stream(_Pipe):
             ticket.tokens += made
         if data:
             self.out.write(data)
+
+    def _open(self, data: bytes) -> bytes:
+        """The answer gets its head. The prompt's token ids, which come with the first event, are for us alone."""
+        self.begin(None)
+        asked = b'"return_token_ids"' in self.ticket.call.body
+        return data if asked or b'"prompt_token_ids":[' not in data else without_prompt_ids(data)
+
+    def _until_failure(self, data: bytes) -> bytes:
+        """These events up to the first with which the engine says that it failed: that one is not the client's."""
+        failure, at = engine_failure_in(data)
+        if failure is None:
+            return data
+        self.fail(failure)
+        self.instead = Refusal(self, 500)  # what may still come is not looked at
+        return data[:at]
 
     def _made(self, data: bytes) -> int:
         """How many of these events carry tokens."""
@@ -220,6 +278,8 @@ class Stream(_Pipe):
             return
         if self.rest:
             self.body(b"\n\n")
+        if self.done.done():
+            return
         if not self.out.begun:
             self.fail(EngineGone("The engine ended its stream before the first event."))
             return
@@ -244,17 +304,26 @@ class Relay:
         path = call.route.path.encode()
         for last_try in (False, True):
             pipe = Stream(ticket, out, self.itl, charge) if call.stream else Whole(ticket, out)
-            connection = await member.engine.ask(path, body, call.id, pipe, fresh=last_try)
-            stale = connection.reused
-            out.flows_from(connection)
-            try:
-                await pipe.done
+            if await self.through(pipe, member, path, body, fresh=last_try):
                 return
-            except EngineGone:
-                # A kept-alive connection may have been closed just as we wrote: the engine never saw the request.
-                if not stale or connection.begun or last_try:
-                    raise
-            finally:
-                pipe.leave()
-                out.flows_from(None)
-                connection.abandon(pipe)
+
+    async def through(self, pipe: Pipe, member: Member, path: bytes, body: bytes, *, fresh: bool) -> bool:
+        """Asks a worker, and lets its answer through this pipe. False for a kept-alive connection that was closed just
+        as we wrote: the engine never saw the request, and it may be sent again on a fresh one."""
+        connection = await member.engine.ask(path, body, pipe.ticket.call.id, pipe, fresh=fresh)
+        stale = connection.reused
+        pipe.connection = connection
+        pipe.out.flows_from(connection)
+        member.legs.add(pipe)
+        try:
+            await pipe.done
+            return True
+        except EngineGone:
+            if not stale or connection.begun or fresh:
+                raise
+            return False
+        finally:
+            member.legs.discard(pipe)
+            pipe.leave()
+            pipe.out.flows_from(None)
+            connection.abandon(pipe)

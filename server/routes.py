@@ -60,9 +60,10 @@ def operations(fleet: Fleet, telemetry: Telemetry, notes: Callable[[], dict[str,
     @router.get("/ready", summary="At least one worker takes requests")
     async def ready() -> Response:
         workers = described(fleet.members.values())
-        if any(member.state is State.READY for member in fleet.members.values()):
-            return _json({"status": "ready", "workers": workers, **notes()})
-        waiting = {"status": "not ready", "workers": workers, "starting": fleet.starting, **notes()}
+        said = notes()
+        if any(member.state is State.READY for member in fleet.members.values()) and "stopping" not in said:
+            return _json({"status": "ready", "workers": workers, **said})
+        waiting = {"status": "not ready", "workers": workers, "starting": fleet.starting, **said}
         return _json(waiting, 503, {"retry-after": "5"})
 
     @router.get("/metrics", summary="Prometheus metrics")

@@ -13,9 +13,16 @@ CHAT = Route(
     handover=True,
     limit_fields=("max_completion_tokens", "max_tokens"),
     role_first=True,
+    resumes=True,
 )
 COMPLETIONS = Route(
-    "/v1/completions", usage_on_request=True, xargs=True, handover=True, content_field="prompt", prompts=True
+    "/v1/completions",
+    usage_on_request=True,
+    xargs=True,
+    handover=True,
+    content_field="prompt",
+    prompts=True,
+    resumes=True,
 )
 RESPONSES = Route(
     "/v1/responses",

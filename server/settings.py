@@ -1,7 +1,7 @@
 """Every knob of the gateway in one typed tree: command line > EVENHAND_… > YAML file > default."""
 
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
@@ -56,6 +56,21 @@ class DisaggregationSettings(BaseModel):
     prefill_timeout_s: Positive = Field(120.0, description="then the prompt is read where it is answered, seconds")
 
 
+class HealthSettings(BaseModel):
+    """When a worker is out, when it is back, and what happens to answers that it does not finish."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    attempts: int = Field(3, ge=1, le=10, description="workers asked for one request, one after the other")
+    probe_timeout_s: Positive = Field(5.0, description="a worker may take to answer a probe, seconds")
+    failures: int = Field(5, ge=1, description="failed requests in a row after which a worker is out for a while")
+    stall_s: Positive = Field(60.0, description="a stream may be silent while its engine makes no tokens, seconds")
+    drain_s: Positive = Field(300.0, description="running streams may stay at a drained worker, seconds")
+    canary: Literal["off", "answers", "same"] = Field(
+        "answers", description="what a worker must answer to a trial question before it gets requests"
+    )
+
+
 class Settings(BaseSettings):
     """The gateway's settings."""
 
@@ -69,6 +84,9 @@ class Settings(BaseSettings):
     policy_options: dict[str, str] = Field(default_factory=dict, description="options of the policy, key: value")
     workers: list[str] = Field(default_factory=list, description="engines: URL[,role=prefill|decode|both][,slots=N]")
     probe_s: Positive = Field(1.0, description="between two probes of a worker, seconds")
+    lame_duck_s: float = Field(
+        0.0, ge=0, description="after a stop signal /ready says 503 and requests are still taken, seconds"
+    )
     shutdown_s: Positive = Field(30.0, description="running answers may finish after a stop signal, seconds")
     tenants: Path | None = Field(
         None, description="YAML file with the tenants, their keys and limits; read anew when it changes"
@@ -84,6 +102,7 @@ class Settings(BaseSettings):
     edge: EdgeSettings = EdgeSettings()
     admission: AdmissionSettings = AdmissionSettings()
     disaggregation: DisaggregationSettings = DisaggregationSettings()
+    health: HealthSettings = HealthSettings()
 
 
 Read = TypeVar("Read", bound=Settings)

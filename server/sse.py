@@ -3,11 +3,17 @@
 import re
 from typing import NamedTuple
 
+import orjson
+
+from server.errors import EngineGone, ServiceError, refusal
+
 _USAGE = re.compile(rb'"usage"\s*:\s*\{')
 _PROMPT = re.compile(rb'"(?:prompt_tokens|input_tokens)"\s*:\s*(\d{1,15})')
 _OUTPUT = re.compile(rb'"(?:completion_tokens|output_tokens)"\s*:\s*(\d{1,15})')
 _CACHED = re.compile(rb'"(?:cached_tokens|cache_read_input_tokens)"\s*:\s*(\d{1,15})')
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+_PROMPT_IDS = re.compile(rb'"prompt_token_ids":\[[\d,]*\]')
+_FAILURE = re.compile(rb'^data: (?=\{"error"|[^\n]*"finish_reason":"(?:abort|error)")', re.MULTILINE)
 USAGE_BYTES = 1024  # a usage object with all its details is shorter
 
 
@@ -46,3 +52,32 @@ def is_usage_only(event: bytes) -> bool:
 def without_usage(events: bytes) -> bytes:
     """Whole events with the usage-only ones taken out."""
     return b"".join(event + b"\n\n" for event in events.split(b"\n\n") if event and not is_usage_only(event))
+
+
+def without_prompt_ids(events: bytes) -> bytes:
+    """Events without the prompt's token ids, which vLLM sends with the first one where they are asked for."""
+    return _PROMPT_IDS.sub(b'"prompt_token_ids":null', events)
+
+
+def engine_failure_in(events: bytes) -> tuple[ServiceError | None, int]:
+    """(what the engine says went wrong with it, where in `events` it says so); (None, 0) if it does not.
+
+    An error that is the request's own fault is none of these: no other engine would do better.
+    """
+    for found in _FAILURE.finditer(events):
+        body = events[found.end() :].partition(b"\n")[0]
+        if body.startswith(b'{"error"'):
+            error = refusal(_code_of(body), body)
+            if error.refused_status >= 500:
+                return error, found.start()
+        else:
+            return EngineGone("The engine stopped in the middle of the answer."), found.start()
+    return None, 0
+
+
+def _code_of(body: bytes) -> int:
+    try:
+        code = orjson.loads(body)["error"]["code"]
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return 400
+    return code if isinstance(code, int) and 400 <= code < 600 else 400

@@ -29,18 +29,24 @@ class Steering:
 
     def body_for(self, ticket: Ticket, worker: Worker) -> bytes:
         """The body that a worker gets: the client's own bytes, and ours behind them."""
-        body = self._with_words(ticket, worker)
         kv = b"" if ticket.split is None else ticket.split.fetch(worker.id)
-        return splice(body, b'"kv_transfer_params":' + kv) if kv else body
+        return self.dressed(ticket, worker, ticket.call.body, b'"kv_transfer_params":' + kv if kv else b"")
 
     def to_prefill(self, ticket: Ticket, worker: Worker) -> bytes:
         """The body for a worker that only reads the prompt, and keeps its KV until another has fetched it."""
-        return splice(self._with_words(ticket, worker), _READ_ONLY[ticket.call.route.path])
+        return self.dressed(ticket, worker, ticket.call.body, _READ_ONLY[ticket.call.route.path])
 
-    def _with_words(self, ticket: Ticket, worker: Worker) -> bytes:
+    def dressed(self, ticket: Ticket, worker: Worker, body: bytes, more: bytes = b"") -> bytes:
+        """`body` with the scheduler's words for a plug-in, a stream's wish to be told its token ids, and `more`."""
         call = ticket.call
-        if not (worker.plugin and call.route.xargs):
-            return call.body
+        if worker.plugin and call.route.xargs:
+            more = _joined(b'"vllm_xargs":' + self._words(ticket), more)
+        if worker.token_ids and call.stream and call.route.resumes and b'"return_token_ids"' not in body:
+            more = _joined(b'"return_token_ids":true', more)
+        return splice(body, more) if more else body
+
+    def _words(self, ticket: Ticket) -> bytes:
+        call = ticket.call
         tenant = call.tenant
         lanes = self.lines.by_model[call.model].lanes
         words = {
@@ -51,7 +57,11 @@ class Steering:
         }
         if "vllm_xargs" in tenant.grants and b"vllm_xargs" in call.body:
             words = {**_granted(call.body), **words}
-        return splice(call.body, b'"vllm_xargs":' + orjson.dumps(words))
+        return orjson.dumps(words)
+
+
+def _joined(members: bytes, more: bytes) -> bytes:
+    return members + b"," + more if more else members
 
 
 def _granted(body: bytes) -> dict[str, Any]:

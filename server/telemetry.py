@@ -68,7 +68,7 @@ class Telemetry(Collector):
         self.queue = Distribution("evenhand_request_queue_seconds", "Wait in line until a worker had room.")
         self.outcomes: Counter[tuple[str, str]] = Counter()
         self.tokens: Counter[str] = Counter()
-        self.retries: Counter[str] = Counter()
+        self.failovers: Counter[str] = Counter()
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
 
@@ -112,6 +112,12 @@ class Telemetry(Collector):
         for kind in ("prompt", "completion", "cached"):
             tokens.add_metric((kind,), self.tokens[kind])
         yield tokens
+        failovers = CounterMetricFamily(
+            "evenhand_failovers", "Answers that another worker had to bring to an end.", labels=("outcome",)
+        )
+        for outcome in ("retried", "resumed", "failed"):
+            failovers.add_metric((outcome,), self.failovers[outcome])
+        yield failovers
         depth = GaugeMetricFamily("evenhand_queue_depth", "Requests that wait for a worker.", labels=("model",))
         for model, waiting in self.depth():
             depth.add_metric((model,), waiting)

@@ -332,6 +332,7 @@ async def serving(*urls: str, ready: bool = True, slots: int = 256, **settings: 
     """A gateway over workers at these addresses; at its end nothing may be left of any request."""
     workers = [f"{url},slots={slots}" for url in urls]
     options = {"host": "127.0.0.1", "port": 0, "probe_s": 0.2, "shutdown_s": 5.0, "workers": workers} | settings
+    options["health"] = {"canary": "off"} | settings.get("health", {})  # what an engine is asked is for tests to say
     server = GatewayServer(Settings(**options))
     sock = server.listen()
     running = Running(server, sock.getsockname()[1])

@@ -317,10 +317,83 @@ def test_no_worker_is_said_at_once_and_after_a_wait() -> None:
 def test_a_worker_that_takes_no_connection_is_out_until_it_is_seen_again() -> None:
     async def run() -> None:
         hall = Hall(slots=(1,))
+        slot = hall.dispatcher.slot(hall.ticket())
         with pytest.raises(EngineUnreachable):
-            async with hall.dispatcher.slot(hall.ticket()):
+            async with slot:
+                slot.blame(EngineUnreachable("refused"))
                 raise EngineUnreachable("refused")
         assert hall.fleet.members["w0"].state is State.DOWN and hall.is_empty()
+
+    in_virtual_time(run())
+
+
+def test_a_call_whose_worker_failed_goes_before_those_that_wait_and_is_charged_once() -> None:
+    async def run() -> None:
+        hall = Hall("vtc", slots=(1, 1))
+        order: list[str] = []
+        error = EngineUnreachable("refused")
+
+        async def fails_once() -> None:
+            ticket = hall.ticket("a")
+            slot = hall.dispatcher.slot(ticket)
+            async with slot as member:
+                await asyncio.sleep(1.0)
+                slot.blame(error)
+                other = await slot.move(error)
+                assert other is not member
+                order.append("moved")
+
+        async def visits(name: str, seconds: float) -> None:
+            async with hall.dispatcher.slot(hall.ticket("a")):
+                order.append(name)
+                await asyncio.sleep(seconds)
+
+        failing = asyncio.create_task(fails_once())
+        await settle()
+        busy = asyncio.create_task(visits("busy", 5.0))
+        await settle()
+        waiting = asyncio.create_task(visits("waiting", 1.0))
+        await asyncio.gather(failing, busy, waiting)
+        assert order == ["busy", "moved", "waiting"]
+        assert hall.is_empty()
+        account = next(account for account, _ in hall.dispatcher.lanes.standings())
+        assert account.counter == 3 * hall.ticket("a").call.prompt_tokens
+
+    in_virtual_time(run())
+
+
+def test_a_call_without_another_worker_ends_with_what_went_wrong() -> None:
+    async def run() -> None:
+        hall = Hall(slots=(1,))
+        error = EngineUnreachable("refused")
+        slot = hall.dispatcher.slot(hall.ticket())
+        with pytest.raises(EngineUnreachable):
+            async with slot:
+                await slot.move(error)
+        assert hall.is_empty()
+
+    in_virtual_time(run())
+
+
+def test_a_client_that_leaves_while_its_call_changes_workers_leaves_nothing_behind() -> None:
+    async def run() -> None:
+        hall = Hall(slots=(1, 1))
+        holding = hall.send(hall.ticket(), 60.0)
+        await settle()
+
+        async def fails() -> None:
+            slot = hall.dispatcher.slot(hall.ticket())
+            async with slot:
+                await slot.move(EngineUnreachable("refused"))
+
+        leaving = asyncio.create_task(fails())
+        await settle()
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        holding.cancel()
+        await asyncio.wait([holding])
+        assert hall.is_empty()
 
     in_virtual_time(run())
 

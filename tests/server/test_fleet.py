@@ -5,8 +5,10 @@ import pytest
 from loadtest.fake_engine import EngineSetup, FakeEngine
 from scheduler.workers import Worker
 from server.fleet import Fleet, State
+from server.settings import HealthSettings
 from tests.server.conftest import SLOW, ScriptedEngine, chat, eventually, over_fake, plain, request, says
 
+QUIET = HealthSettings(canary="off")
 GARBAGE = [
     plain(b"not json"),
     plain(b"[]"),
@@ -22,7 +24,7 @@ GARBAGE = [
 @pytest.mark.parametrize("garbage", GARBAGE)
 async def test_a_worker_that_answers_nonsense_is_asked_again_until_it_makes_sense(garbage: bytes) -> None:
     async with ScriptedEngine([says(plain(b"{}"))]).run() as engine:
-        fleet = Fleet(probe_s=0.01)
+        fleet = Fleet(probe_s=0.01, health=QUIET)
         engine.gets = {"/v1/models": garbage}
         member = fleet.add(Worker("w", engine.url))
         await eventually(lambda: member.misses >= 2)
@@ -35,7 +37,7 @@ async def test_a_worker_that_answers_nonsense_is_asked_again_until_it_makes_sens
 async def test_a_server_without_health_and_metrics_is_known_by_its_models() -> None:
     async with ScriptedEngine([says(plain(b"{}"))]).run() as engine:
         engine.gets = {"/health": plain(b"", status="404 Not Found")}
-        fleet = Fleet(probe_s=0.01)
+        fleet = Fleet(probe_s=0.01, health=QUIET)
         member = fleet.add(Worker("w", engine.url))
         await eventually(lambda: member.state is State.READY)
         engine.gets["/v1/models"] = plain(b"", status="500 Internal Server Error")
@@ -46,7 +48,7 @@ async def test_a_server_without_health_and_metrics_is_known_by_its_models() -> N
 async def test_kv_usage_is_read_and_a_strange_number_is_not() -> None:
     async with ScriptedEngine([says(plain(b"{}"))]).run() as engine:
         engine.gets = {"/metrics": plain(b'vllm:kv_cache_usage_perc{engine="0"} 0.25\n')}
-        fleet = Fleet(probe_s=0.01)
+        fleet = Fleet(probe_s=0.01, health=QUIET)
         member = fleet.add(Worker("w", engine.url))
         await eventually(lambda: member.kv_usage == 0.25)
         engine.gets = {"/metrics": plain(b"vllm:kv_cache_usage_perc many\n")}
@@ -59,7 +61,7 @@ async def test_sequences_from_elsewhere_are_those_that_a_worker_has_beyond_ours(
     async with ScriptedEngine([says(plain(b"{}"))]).run() as engine:
         lines = b'vllm:num_requests_running{engine="0"} 5.0\nvllm:num_requests_waiting{engine="0"} 2.0\n'
         engine.gets = {"/metrics": plain(lines)}
-        fleet = Fleet(probe_s=0.01)
+        fleet = Fleet(probe_s=0.01, health=QUIET)
         member = fleet.add(Worker("w", engine.url))
         await eventually(lambda: member.others == 7)
         member.in_flight = 6
@@ -105,7 +107,7 @@ async def test_two_workers_cannot_have_one_name() -> None:
 async def test_an_engine_with_the_plug_in_is_recognised_and_follows_the_policy() -> None:
     async with FakeEngine(EngineSetup(plugin=True)) as engine:
         wanted = ("vtc", ("output_weight=3",))
-        fleet = Fleet(probe_s=0.01)
+        fleet = Fleet(probe_s=0.01, health=QUIET)
         fleet.policy = lambda: wanted
         member = fleet.add(Worker("w", engine.url))
         await eventually(lambda: member.state is State.READY)
@@ -118,7 +120,7 @@ async def test_an_engine_with_the_plug_in_is_recognised_and_follows_the_policy()
 
 async def test_an_engine_that_refuses_a_policy_keeps_its_own_and_serves_on() -> None:
     async with FakeEngine(EngineSetup(plugin=True)) as engine:
-        fleet = Fleet(probe_s=0.01)
+        fleet = Fleet(probe_s=0.01, health=QUIET)
         fleet.policy = lambda: ("lottery", ())
         member = fleet.add(Worker("w", engine.url))
         await eventually(lambda: member.state is State.READY)
@@ -132,7 +134,7 @@ async def test_an_engine_that_refuses_a_policy_keeps_its_own_and_serves_on() -> 
 
 async def test_an_engine_without_the_plug_in_is_told_nothing() -> None:
     async with FakeEngine(EngineSetup()) as engine:
-        fleet = Fleet(probe_s=0.01)
+        fleet = Fleet(probe_s=0.01, health=QUIET)
         fleet.policy = lambda: ("vtc", ())
         member = fleet.add(Worker("w", engine.url))
         await eventually(lambda: member.state is State.READY)

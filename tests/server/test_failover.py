@@ -1,0 +1,281 @@
+"""A worker fails in the middle of an answer, and its client cannot tell."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any
+
+import pytest
+
+from loadtest import hash_model
+from loadtest.fake_engine import EngineSetup, FakeEngine, Seen
+from loadtest.faults import HEALTHY, Faults
+from tests.server.conftest import (
+    INSTANT,
+    Reply,
+    Running,
+    ScriptedEngine,
+    chat,
+    completion,
+    eventually,
+    serving,
+    streamed,
+)
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+TOKENS = 12
+
+
+class Struck(FakeEngine):
+    """An engine whose faults are shared with others: what has struck one of them is over for all."""
+
+    crowd: "Crowd"
+
+    def _strike(self) -> None:
+        self.crowd.struck()
+
+
+class Crowd:
+    """A gateway over several engines. `strike` arms faults: the first for whichever is asked first, and so on."""
+
+    def __init__(self, setup: EngineSetup, count: int) -> None:
+        self.engines = [Struck(setup, die=partial(self._die, number)) for number in range(count)]
+        self.dead: set[Struck] = set()
+        self.strikes = 0
+        self.coming: list[Faults] = []
+        self.gateway: Running
+        for engine in self.engines:
+            engine.crowd = self
+
+    def strike(self, *faults: Faults) -> None:
+        self.strikes = 0
+        self.coming = [*faults, HEALTHY]
+        self._arm()
+
+    def _arm(self) -> None:
+        faults = self.coming.pop(0)
+        for engine in self.engines:
+            engine.faults = faults
+
+    def struck(self) -> None:
+        self.strikes += 1
+        self._arm()
+
+    def _die(self, number: int) -> None:
+        self.dead.add(self.engines[number])
+        self.engines[number].die()
+
+    async def mend(self) -> None:
+        """All are there again, and nothing is left to strike."""
+        for engine in self.engines:
+            engine.heal()
+        while self.dead:
+            await self.dead.pop().listen()
+        await eventually(lambda: len(self.gateway.server.fleet.ready()) == len(self.engines), "all workers are ready")
+
+    @property
+    def asked(self) -> list[Seen]:
+        return [seen for engine in self.engines for seen in engine.seen]
+
+
+@contextlib.asynccontextmanager
+async def over_crowd(setup: EngineSetup = INSTANT, *, count: int = 2, **settings: Any) -> AsyncIterator[Crowd]:
+    crowd = Crowd(setup, count)
+    settings = {"probe_s": 0.02, "health": {"failures": 1000}} | settings
+    async with contextlib.AsyncExitStack() as stack:
+        for engine in crowd.engines:
+            await stack.enter_async_context(engine)
+        urls = [engine.url for engine in crowd.engines]
+        crowd.gateway = await stack.enter_async_context(serving(*urls, **settings))
+        await crowd.mend()
+        yield crowd
+
+
+def body_for(path: str, **fields: object) -> dict[str, object]:
+    return (chat if path == CHAT else completion)(max_tokens=TOKENS, **fields)
+
+
+def data_of(reply: Reply) -> list[Any]:
+    """Events without what differs between two runs of one request: its id and time."""
+    return [
+        {name: value for name, value in event.items() if name not in ("id", "created")} if event != "[DONE]" else event
+        for event in reply.events
+    ]
+
+
+def assert_one_stream(reply: Reply, path: str) -> None:
+    """One role, one end, one id, and nothing of any failure."""
+    *events, done = reply.events
+    assert reply.status == 200 and done == "[DONE]"
+    assert not any("error" in event for event in events)
+    assert len({(event["id"], event["object"], event["model"], event["created"]) for event in events}) == 1
+    choices = [choice for event in events for choice in event["choices"]]
+    roles = [choice for choice in choices if choice.get("delta", {}).get("role")]
+    assert len(roles) == (1 if path == CHAT else 0)
+    ends = [choice for choice in choices if choice["finish_reason"]]
+    assert len(ends) == 1 and choices[-1] is ends[0]
+    assert all(("delta" in choice) == (path == CHAT) for choice in choices)
+
+
+USAGE = {"stream": True, "stream_options": {"include_usage": True}}
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_killed_after_any_token_the_stream_goes_on_as_if_nothing_had_happened(path: str) -> None:
+    async with over_crowd() as crowd:
+        whole = await crowd.gateway.ask(path, body_for(path, **USAGE))
+        for tokens in range(TOKENS):
+            crowd.strike(Faults(die_after_tokens=tokens))
+            reply = await crowd.gateway.ask(path, body_for(path, **USAGE))
+            assert crowd.strikes == 1
+            assert_one_stream(reply, path)
+            assert reply.text == whole.text, tokens
+            assert data_of(reply)[-2] == data_of(whole)[-2], "the usage adds up"
+            await crowd.mend()
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_a_stream_survives_the_death_of_one_worker_after_another(path: str) -> None:
+    async with over_crowd(count=3) as crowd:
+        whole = await crowd.gateway.ask(path, body_for(path, **USAGE))
+        for first, second in ((3, 4), (1, 1), (5, 0)):
+            crowd.strike(Faults(die_after_tokens=first), Faults(die_after_tokens=second))
+            reply = await crowd.gateway.ask(path, body_for(path, **USAGE))
+            assert crowd.strikes == 2
+            assert_one_stream(reply, path)
+            assert reply.text == whole.text
+            assert data_of(reply)[-2] == data_of(whole)[-2]
+            await crowd.mend()
+
+
+BREAKS = [
+    Faults(die_after_tokens=5),
+    Faults(cut_after_tokens=5),
+    Faults(error_event_after_tokens=5),
+    Faults(error_event_after_tokens=0),
+    Faults(error_status=500),
+    Faults(error_status=503),
+]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("fault", BREAKS, ids=repr)
+async def test_however_a_worker_fails_the_answer_is_the_same(fault: Faults, stream: bool) -> None:
+    async with over_crowd() as crowd:
+        body = chat(max_tokens=TOKENS, stream=stream)
+        whole = await crowd.gateway.ask(CHAT, body)
+        crowd.strike(fault)
+        reply = await crowd.gateway.ask(CHAT, body)
+        assert reply.status == 200
+        if stream:
+            assert_one_stream(reply, CHAT)
+            assert data_of(reply) == data_of(whole)
+        else:
+            assert reply.json()["choices"] == whole.json()["choices"]
+            assert reply.json()["usage"] == whole.json()["usage"]
+        failovers = {
+            labels[0][1]: count
+            for (name, labels), count in (await crowd.gateway.metrics()).items()
+            if name == "evenhand_failovers_total"
+        }
+        begun = stream and not fault.error_status
+        assert failovers == {"retried": 1 - begun, "resumed": begun, "failed": 0}
+        await crowd.mend()
+
+
+async def test_a_worker_that_takes_no_connection_costs_nobody_an_answer() -> None:
+    async with over_crowd(probe_s=60.0) as crowd:
+        crowd.engines[0].die()
+        replies = await asyncio.gather(*(crowd.gateway.ask(CHAT, chat()) for _ in range(8)))
+        assert [reply.status for reply in replies] == [200] * 8
+        assert len(crowd.gateway.server.fleet.ready()) == 1
+        await crowd.engines[0].listen()
+
+
+async def test_what_tokenizing_asks_is_asked_elsewhere_too() -> None:
+    async with over_crowd(probe_s=60.0) as crowd:
+        crowd.engines[0].die()
+        for _ in range(2):
+            assert (await crowd.gateway.ask("/tokenize", {"model": "fake", "prompt": "Hello"})).status == 200
+        await crowd.engines[0].listen()
+
+
+async def test_a_stream_with_a_client_that_did_not_ask_for_usage_shows_none_and_is_charged_once() -> None:
+    async with over_crowd() as crowd:
+        crowd.strike(Faults(die_after_tokens=5))
+        reply = await crowd.gateway.ask(CHAT, chat(max_tokens=TOKENS, stream=True))
+        assert_one_stream(reply, CHAT)
+        assert not any("usage" in event for event in reply.events[:-1])
+        metrics = await crowd.gateway.metrics()
+        prompt = crowd.asked[0].body["messages"][0]["content"]
+        assert metrics["evenhand_tokens_total", (("kind", "completion"),)] == TOKENS
+        assert metrics["evenhand_tokens_total", (("kind", "prompt"),)] == len(
+            hash_model.encode(hash_model.render_chat([("user", prompt)]))
+        )
+        await crowd.mend()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"response_format": {"type": "json_object"}},
+        {"logprobs": True},
+        {"n": 2},
+        {"presence_penalty": 0.5},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,x"}}]}]},
+    ],
+    ids=str,
+)
+async def test_what_cannot_be_continued_exactly_ends_with_an_error_event(fields: dict[str, object]) -> None:
+    async with over_crowd() as crowd:
+        crowd.strike(Faults(die_after_tokens=5))
+        reply = await crowd.gateway.ask(CHAT, chat(max_tokens=TOKENS, stream=True, **fields))
+        *_, error, done = reply.events
+        assert done == "[DONE]" and error["error"]["code"] == "engine_gone"
+        assert len(crowd.asked) == 1, "nobody else was asked"
+        await crowd.mend()
+
+
+async def test_a_stream_that_has_said_no_more_than_its_role_begins_anew_whatever_it_is() -> None:
+    role = b'data: {"id":"chatcmpl-a","object":"chat.completion.chunk","created":1,"model":"fake","choices":[' + (
+        b'{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]}\n\n'
+    )
+
+    async def dies(writer: asyncio.StreamWriter) -> None:
+        writer.write(streamed(role).removesuffix(b"0\r\n\r\n"))
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.transport.abort()
+
+    async with ScriptedEngine([dies]).run() as first, FakeEngine(INSTANT) as second:
+        async with serving(first.url, second.url, probe_s=60.0) as gateway:
+            await eventually(lambda: len(gateway.server.fleet.ready()) == 2)
+            body = chat(stream=True, tools=[{"type": "function", "function": {"name": "f"}}])
+            while not first.asked:
+                reply = await gateway.ask(CHAT, body)
+            assert_one_stream(reply, CHAT)
+            assert reply.events[-2]["choices"][0]["finish_reason"]
+
+
+async def test_what_closes_a_stream_is_said_even_if_the_worker_dies_before_it_says_it() -> None:
+    events = [
+        b'data: {"id":"c","object":"chat.completion.chunk","created":1,"model":"fake","choices":[{"index":0,"delta":'
+        b'{"role":"assistant","content":""},"finish_reason":null}],"prompt_token_ids":[5,6,7]}\n\n',
+        b'data: {"id":"c","object":"chat.completion.chunk","created":1,"model":"fake","choices":[{"index":0,"delta":'
+        b'{"content":"Hi"},"finish_reason":"stop","token_ids":[8,2]}]}\n\n',
+    ]
+
+    async def dies(writer: asyncio.StreamWriter) -> None:
+        writer.write(streamed(*events).removesuffix(b"0\r\n\r\n"))
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.transport.abort()
+
+    async with ScriptedEngine([dies]).run() as engine, serving(engine.url) as gateway:
+        reply = await gateway.ask(CHAT, chat(**USAGE))
+        assert_one_stream(reply, CHAT)
+        assert reply.text == "Hi" and "prompt_token_ids" not in str(reply.events[0]["choices"])
+        assert reply.events[-2]["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+        assert len(engine.asked) == 1
