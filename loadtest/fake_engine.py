@@ -408,9 +408,12 @@ class FakeEngine:
         answer = choice.answer
         if not answer.started:
             self._start_stream(answer)
-        if choice.before and not choice.finish and (len(choice.ids) > 1 or not answer.ask.echo):
+        ask = answer.ask
+        with_prompt = len(choice.ids) == 1 and (ask.echo or (ask.return_token_ids and not ask.chat))
+        if choice.before and not choice.finish and not with_prompt:
             text = b"" if token < 3 else hash_model.token_bytes(token)
-            answer.exchange.send(choice.before + text + choice.after)
+            after = choice.after % token if ask.return_token_ids else choice.after
+            answer.exchange.send(choice.before + text + after)
         else:
             answer.exchange.send(self._rich_chunk(choice, token))
 

@@ -16,6 +16,7 @@ Json = dict[str, Any]  # a JSON object as it came: its values are whatever the c
 
 DONE = b"data: [DONE]\n\n"
 DEFAULT_COMPLETION_TOKENS = 16
+_ANY_ID = 987_654_321  # stands where a token's id will
 
 
 class Refused(Exception):
@@ -257,7 +258,8 @@ class Wire(Protocol):
     def plain(self, index: int) -> tuple[bytes, bytes]:
         """What stands before and after a token's text in a chunk with nothing but text; empty if chunks differ more.
 
-        Built once per choice, so that a token costs no more than joining three pieces.
+        Built once per choice, so that a token costs no more than joining three pieces. What stands after it has a %d
+        for the token's id where ids were asked for.
         """
 
     def token(self, index: int, text: str, finish: str | None, more: Json, made: int) -> bytes:
@@ -302,10 +304,12 @@ class OpenAIWire:
 
     def plain(self, index: int) -> tuple[bytes, bytes]:
         ask = self.ask
-        if ask.return_token_ids or ask.logprobs or ask.continuous_usage:
+        if ask.logprobs or ask.continuous_usage:
             return b"", b""
-        marked = self.token(index, "\x00", None, {}, 0)
+        marked = self.token(index, "\x00", None, {"token_ids": [_ANY_ID]} if ask.return_token_ids else {}, 0)
         before, after = marked.split(b"\\u0000")
+        if ask.return_token_ids:
+            after = after.replace(b"%", b"%%").replace(b"[%d]" % _ANY_ID, b"[%d]")
         return before, after
 
     def token(self, index: int, text: str, finish: str | None, more: Json, made: int) -> bytes:

@@ -148,6 +148,21 @@ async def test_a_drained_worker_gets_nothing_new_and_finishes_what_it_has() -> N
         assert [worker["id"] for worker in (await admin(gateway, "GET", "/workers")).json()["workers"]] == ["worker-0"]
 
 
+async def test_a_drain_is_not_inherited_by_another_worker_of_the_same_name() -> None:
+    async with (
+        FakeEngine(INSTANT) as one,
+        FakeEngine(INSTANT) as other,
+        serving(one.url, admin_key=ADMIN_KEY) as gateway,
+    ):
+        for engine in (other, one, one):  # at another address, and added anew at the same one
+            assert (await admin(gateway, "POST", "/workers/worker-0/drain")).json()["state"] == "draining"
+            assert (await admin(gateway, "DELETE", "/workers/worker-0")).status == 204
+            assert (await admin(gateway, "PUT", "/workers/worker-0", {"url": engine.url})).status == 201
+            await gateway.ready()
+            await gateway.server.shared.records.read()
+            assert gateway.server.fleet.ready()
+
+
 async def test_the_policy_changes_under_load_and_nobody_loses_an_answer(tmp_path: Path) -> None:
     file = tmp_path / "tenants.yaml"
     file.write_text(f"tenants: [{{name: a, keys: [{KEY}]}}, {{name: b, keys: [{OTHER}], weight: 2}}]")

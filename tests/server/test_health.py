@@ -1,0 +1,161 @@
+"""When a worker is out, and when it is back."""
+
+import asyncio
+import time
+
+import pytest
+
+from loadtest.fake_engine import FakeEngine
+from loadtest.faults import HEALTHY, Faults
+from scheduler.workers import Worker
+from server.fleet import Fleet, State
+from server.health import Breaker, Output
+from server.settings import HealthSettings
+from tests.server.conftest import INSTANT, SLOW, ScriptedEngine, chat, eventually, over_fake, plain, request, says
+from tests.server.crowd import over_crowd
+
+CHAT = "/v1/chat/completions"
+
+
+def test_a_circuit_opens_after_so_many_failures_and_each_pause_is_twice_as_long() -> None:
+    breaker = Breaker()
+    assert [breaker.failed(0.0, 3) for _ in range(2)] == [False, False]
+    pauses = []
+    for _ in range(9):
+        assert breaker.failed(100.0, 3)
+        pauses.append(breaker.retry_at - 100.0)
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+
+
+def metrics(running: int, tokens: int | None) -> str:
+    page = f'vllm:num_requests_running{{engine="0"}} {running}.0\n'
+    return page if tokens is None else page + f'vllm:generation_tokens_total{{engine="0"}} {tokens}.0\n'
+
+
+def test_an_engine_is_stuck_only_while_it_runs_something_and_makes_nothing() -> None:
+    output = Output()
+    for now, page in enumerate([metrics(1, 10), metrics(1, 10), metrics(1, 10)]):
+        output.read(page, float(now))
+    assert output.stuck_s(2.0) == 2.0
+    for page in (metrics(1, 11), metrics(0, 11), metrics(1, None), ""):
+        output.read(metrics(1, 11), 10.0)
+        output.read(page, 20.0)
+        assert output.stuck_s(20.0) == (0.0 if page != metrics(1, 11) else 10.0)
+
+
+async def test_a_stream_is_moved_when_its_engine_runs_and_makes_nothing() -> None:
+    async with over_crowd(SLOW, health={"stall_s": 0.2}) as crowd:
+        body = chat(max_tokens=12, stream=True)
+        whole = await crowd.gateway.ask(CHAT, body)
+        crowd.strike(Faults(stall_after_tokens=5))
+        wire = await crowd.gateway.send(request(CHAT, body))
+        await eventually(lambda: any(engine.stalled for engine in crowd.engines))
+        stuck = next(engine for engine in crowd.engines if engine.stalled)
+        for engine in crowd.engines:
+            engine.faults = HEALTHY
+        reply = await wire.answer()
+        assert reply.text == whole.text and reply.events[-1] == "[DONE]"
+        assert not stuck.running, "it was told to stop before another one was asked"
+        assert crowd.gateway.server.fleet.members
+        stuck.heal()
+
+
+async def test_a_client_that_does_not_read_is_no_stall() -> None:
+    async with over_crowd(health={"stall_s": 0.1}) as crowd:
+        body = chat(max_tokens=4000, stream=True, ignore_eos=True)
+        wire = await crowd.gateway.send(request(CHAT, body))
+        await wire.head()
+        await asyncio.sleep(0.6)  # six times the patience, nothing read
+        assert len(crowd.asked) == 1
+        await wire.close()
+
+
+async def test_an_engine_that_fails_again_and_again_is_out_and_costs_nobody_an_answer() -> None:
+    async with over_crowd(probe_s=0.05, health={"failures": 3}) as crowd:
+        bad, good = crowd.engines
+        bad.faults = Faults(error_status=500)
+        bad.crowd = None  # type: ignore[assignment]  # this fault stays
+        bad._strike = lambda: None  # type: ignore[method-assign]
+        member = next(member for member in crowd.gateway.server.fleet.members.values() if member.worker.url == bad.url)
+        for _ in range(40):
+            assert (await crowd.gateway.ask(CHAT, chat())).status == 200
+        assert member.state is State.DOWN and len(bad.seen) == 3
+        bad.faults = HEALTHY
+        await eventually(lambda: member.state is State.READY)
+        assert member.breaker.failures == 3, "the next failure opens it again at once"
+        while member.breaker.failures:
+            await asyncio.gather(*(crowd.gateway.ask(CHAT, chat()) for _ in range(4)))
+
+
+TRIALS = [
+    (plain(b'{"choices":[{"text":" 2, 3, 5"}]}'), True),
+    (plain(b"", status="404 Not Found"), True),  # an engine for embeddings
+    (plain(b'{"choices":[{"text":" "}]}'), False),
+    (plain(b'{"choices":[]}'), False),
+    (plain(b"[]"), False),
+    (plain(b"oops"), False),
+    (plain(b"", status="500 Internal Server Error"), False),
+]
+
+
+@pytest.mark.parametrize(("answer", "joins"), TRIALS)
+async def test_a_worker_joins_when_it_answers_a_trial_question(answer: bytes, joins: bool) -> None:
+    async with ScriptedEngine([says(answer)]).run() as engine:
+        fleet = Fleet(probe_s=0.01)
+        member = fleet.add(Worker("w", engine.url))
+        await eventually(lambda: len(engine.asked) >= (1 if joins else 3))
+        await eventually(lambda: (member.state is State.READY) == joins)
+        await fleet.close()
+
+
+async def test_a_worker_that_says_something_else_than_its_fellows_stays_out() -> None:
+    async with FakeEngine(INSTANT) as one, FakeEngine(INSTANT, faults=Faults(wrong_answers=True)) as other:
+        fleet = Fleet(probe_s=0.01, health=HealthSettings(canary="same"))
+        first = fleet.add(Worker("one", one.url))
+        await eventually(lambda: first.state is State.READY)
+        second = fleet.add(Worker("other", other.url))
+        await eventually(lambda: second.misses >= 2)
+        assert second.state is State.STARTING and "as the others do" in second.note
+        other.faults = HEALTHY
+        await eventually(lambda: second.state is State.READY)
+        await fleet.close()
+
+
+async def test_after_its_time_a_drained_worker_s_streams_go_on_elsewhere_and_the_others_stay() -> None:
+    async with over_crowd(SLOW, health={"drain_s": 0.05}) as crowd:
+        fleet = crowd.gateway.server.fleet
+        for fields, moves in (({}, True), ({"n": 2}, False)):
+            body = chat(max_tokens=30, stream=True, ignore_eos=True, **fields)
+            whole = await crowd.gateway.ask(CHAT, body)
+            before = len(crowd.asked)
+            wire = await crowd.gateway.send(request(CHAT, body))
+            await eventually(lambda: any(member.legs for member in fleet.members.values()))
+            member = next(member for member in fleet.members.values() if member.legs)
+            head = await wire.head()
+            first = [await wire.chunk() for _ in range(4)]
+            fleet.drain(member.worker.id)
+            rest = []
+            while chunk := await wire.chunk():
+                rest.append(chunk)
+            head.body = b"".join(first + rest)
+            assert sorted(map(str, said(head.events))) == sorted(map(str, said(whole.events)))
+            assert len(crowd.asked) - before == 1 + moves
+            assert member.state is State.DRAINING and not member.breaker.failures
+            fleet.resume(member.worker.id)
+            await crowd.mend()
+
+
+def said(events: list[object]) -> list[object]:
+    return [event.get("choices") if isinstance(event, dict) else event for event in events]
+
+
+async def test_a_gateway_that_is_told_to_stop_says_so_before_it_closes() -> None:
+    async with over_fake(lame_duck_s=0.5) as (gateway, _):
+        began = time.monotonic()
+        gateway.server.stop()
+        ready = await gateway.ask("/ready", method="GET")
+        assert ready.status == 503 and ready.json()["stopping"]
+        assert (await gateway.ask("/health", method="GET")).status == 200
+        assert (await gateway.ask(CHAT, chat())).status == 200
+        await gateway.serving
+        assert time.monotonic() - began >= 0.5
