@@ -6,11 +6,11 @@ BIN := $(VENV)/bin
 INSTALL := $(PYTHON) -m deploy.install --engine $(ENGINE)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint bench lock clean
+.PHONY: help install serve test lint bench lock dashboards clean
 
 help:  ## show this
 	@echo "usage: make TARGET"; echo
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name what; do printf '  %-9s %s\n' "$$name" "$$what"; done
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name what; do printf '  %-10s %s\n' "$$name" "$$what"; done
 
 install:  ## make .venv and the model; ENGINE=cpu|cuda|none, else by the GPU
 	@$(INSTALL)
@@ -36,6 +36,9 @@ bench-%: install
 
 lock:  ## make the lock files anew from pyproject.toml; UPGRADE=1: newest versions
 	@$(PYTHON) -m deploy.lock $(if $(UPGRADE),--upgrade)
+
+dashboards:  ## make deploy/grafana/dashboards anew from deploy/dashboards.py
+	@$(BIN)/python -m deploy.dashboards
 
 clean:  ## remove .venv and everything else that was made here
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info build runs

@@ -50,6 +50,7 @@ class Counts:
     prompt_tokens: int = 0
     generation_tokens: int = 0
     preemptions: int = 0
+    displaced: int = 0  # those of the preemptions that made room for a waiting job; the others, for memory
     prefix_queries: int = 0
     prefix_hits: int = 0
     finished: dict[str, int] = field(default_factory=dict)
@@ -193,6 +194,7 @@ class ContinuousBatch:
             swap = self.lanes.displacement(now)
             if swap is None:
                 return
+            self.counts.displaced += 1
             self._preempt(swap[1], now)
 
     def _make_room_to_decode(self, now: float) -> bool:

@@ -50,9 +50,24 @@ class _Snapshot(Collector):
             success.add_metric((*self._labels, reason), counts.finished.get(outcome, 0))
         yield success
         if self._plugin:
-            policy = GaugeMetricFamily("evenhand_engine_policy_info", "1 for the policy in force", labels=("policy",))
-            policy.add_metric((batch.lanes.policy.name,), 1)
-            yield policy
+            yield from self._of_plugin()
+
+    def _of_plugin(self) -> Iterator[Metric]:
+        """What our plug-in inside vLLM shows, as far as there is such a thing here."""
+        batch, counts = self._batch, self._batch.counts
+        policy = GaugeMetricFamily("evenhand_engine_policy_info", "1 for the policy in force", labels=("policy",))
+        policy.add_metric((batch.lanes.policy.name,), 1)
+        yield policy
+        waiting = GaugeMetricFamily("evenhand_engine_waiting", "Requests in line, by lane", labels=("lane",))
+        for lane, jobs in batch.lanes.depth().items():
+            waiting.add_metric((lane,), jobs)
+        yield waiting
+        preemptions = CounterMetricFamily(
+            "evenhand_engine_preemptions", "Running requests stopped", labels=("policy", "reason")
+        )
+        for reason, count in (("policy", counts.displaced), ("memory", counts.preemptions - counts.displaced)):
+            preemptions.add_metric((batch.lanes.policy.name, reason), count)
+        yield preemptions
 
 
 def exposition(batch: ContinuousBatch, model: str, *, plugin: bool = False) -> bytes:
