@@ -27,6 +27,8 @@ COMMANDS: Mapping[str, Command] = {
     "model": Command("deploy.model", "make the bundled model ready"),
     "replay": Command("loadtest.replay", "send a trace or a workload, record how each request went"),
     "report": Command("loadtest.report_command", "latencies, goodput and fairness of recorded runs"),
+    "compare": Command("deploy.compare", "the same calls under each policy, and the page that shows it"),
+    "simulate": Command("loadtest.simulate_command", "a trace through the real policies in virtual time"),
     "bench": Command("deploy.benchmarks", "print the figures of docs/benchmarks, measured here and now"),
     "doctor": Command("deploy.doctor", "say what would go wrong on this machine, and what to do about it"),
 }

@@ -18,6 +18,7 @@ NAMED, ALONE = 66.0, 18.0  # margins to the right: with the lines' names, withou
 _LEFT, _TOP, _BOTTOM = 44.0, 10.0, 24.0
 _LINE_HEIGHT = 11.0
 _CHAR_WIDTH = 5.6
+_DOT_STEP = 7.5
 _MOST_TICKS = 5
 _NAME_CHARS = 11
 
@@ -65,7 +66,7 @@ def _round_step(rough: float) -> float:
 
 
 def logarithmic(values: Iterable[float], text: Callable[[float], str], *, floor_at: float) -> Axis:
-    """Over the values' decades, cut below `floor_at`; ticks at 1, and at 2 and 5 where there are few decades."""
+    """From the least to the largest value, cut below `floor_at`; ticks at 1, and at 2 and 5 where decades are few."""
     seen = [max(value, floor_at) for value in values if isfinite(value)] or [floor_at, 10 * floor_at]
     low, high = min(seen), max(seen)
     if high < low * 1.5:
@@ -76,8 +77,9 @@ def logarithmic(values: Iterable[float], text: Callable[[float], str], *, floor_
         for power in range(floor(log10(low)), ceil(log10(high)) + 1)
         for digit in ((1,) if wide else (1, 2, 5))
     ]
-    low = max((mark for mark in marks if mark <= low), default=low)
-    high = min((mark for mark in marks if mark >= high), default=high)
+    if sum(low <= mark <= high for mark in marks) < 2:
+        low = max((mark for mark in marks if mark <= low), default=low)
+        high = min((mark for mark in marks if mark >= high), default=high)
     return Axis(low, high, [(mark, text(mark)) for mark in marks if low <= mark <= high], log10)
 
 
@@ -219,7 +221,7 @@ class Dot:
 
 def dot_plot(rows: Sequence[tuple[str, Sequence[Dot]]], x: Axis, title: str, about: str) -> str:
     """A row per measure, a dot and whisker per run, and a rule at 1 (Cleveland's dot plot)."""
-    left, right, step = 118.0, 16.0, 14.0 + 4.0 * max((len(dots) for _, dots in rows), default=1)
+    left, right, step = 118.0, 16.0, 10.0 + _DOT_STEP * max((len(dots) for _, dots in rows), default=1)
     height = _TOP + step * len(rows) + _BOTTOM + 4
     width, parts = WIDTH * 1.2, []
 
@@ -237,7 +239,7 @@ def dot_plot(rows: Sequence[tuple[str, Sequence[Dot]]], x: Axis, title: str, abo
             f'<text class="row" x="{left - 10}" y="{middle + 3.5:.1f}" text-anchor="end">{escape(name)}</text>'
         )
         for number, dot in enumerate(dots):
-            level = middle + 5.0 * (number - (len(dots) - 1) / 2)
+            level = middle + _DOT_STEP * (number - (len(dots) - 1) / 2)
             parts += _dot(dot, level, px, x)
     size = f'viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}"'
     caption = f'<figcaption>{escape(title)}<span class="about">{escape(about)}</span></figcaption>'

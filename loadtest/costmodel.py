@@ -2,6 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,15 @@ class CostModel:
             raise ValueError("A cost model needs at least one slot, one batched token and one KV token.")
         if min(self.iteration_s, self.prefill_s_per_token, self.decode_s_per_sequence) < 0:
             raise ValueError("A cost model's times cannot be negative.")
+
+    @classmethod
+    def read(cls, path: Path) -> "CostModel":
+        """From a JSON object with any of the fields. ValueError says what is wrong with it."""
+        try:
+            fields = orjson.loads(path.read_bytes())
+            return cls(**fields)
+        except (orjson.JSONDecodeError, TypeError) as error:
+            raise ValueError(f"{path} is no cost model: {error}. `evenhand calibrate --out` writes one.") from error
 
     def duration_s(self, prefill_tokens: int, decode_sequences: int, kv_tokens: int, transfer_tokens: int = 0) -> float:
         """Seconds of an iteration that computes so much: linear in each of the four."""

@@ -7,9 +7,9 @@ from statistics import median
 
 from loadtest import pictures, report
 from loadtest.page_style import STYLE
-from loadtest.pictures import colour, exact
+from loadtest.pictures import colour
 from loadtest.records import Run
-from loadtest.sides import MEASURES, Measure, Side, ratio
+from loadtest.sides import MEASURES, Measure, Side, amount, exact, measure, measured, not_ok, ratio, times
 
 _TILES = (
     ("TTFT, median", "TTFT, P99", "to the first token, median", "P99"),
@@ -19,6 +19,7 @@ _TILES = (
 _MOST_TENANTS = 30
 _LATE_S = 0.010
 _ALIKE = 1.02
+_MOST_BESIDE = 4  # runs whose table leaves room for the picture beside it
 
 
 def page(
@@ -99,7 +100,8 @@ def _headline(sides: Sequence[Side]) -> Iterator[str]:
         yield f'<div class="tiles">{"".join(_tiles(sides[0]))}</div>'
         return
     yield f"<p>{' '.join(_verdict(sides[0], side) for side in sides[1:])}</p>"
-    yield f'<div class="look">{pictures.overview(sides)}{_scroll(_table(sides))}</div>'
+    look = "look" if len(sides) <= _MOST_BESIDE else ""
+    yield f'<div class="{look}">{pictures.overview(sides)}{_scroll(_table(sides))}</div>'
     yield (
         f'<p class="note">Under each number: how many times better than {escape(sides[0].name)}, and its interval. '
         f"Bold: the whole interval is on one side of 1. {pictures.interval_words(sides)}</p>"
@@ -108,7 +110,7 @@ def _headline(sides: Sequence[Side]) -> Iterator[str]:
 
 def _tiles(side: Side) -> Iterator[str]:
     for name, tail, label, tail_label in _TILES:
-        middle, high = pictures.measure(name).value(side), pictures.measure(tail).value(side)
+        middle, high = measure(name).value(side), measure(tail).value(side)
         yield _tile(exact(middle), f"{label}<br>{tail_label} {exact(high)}")
     summary = side.summaries[0]
     ok = sum(one.endings.get("ok", 0) for one in side.summaries)
@@ -156,50 +158,24 @@ _GROUPS = frozenset({"ITL, median", "TPOT, median", "E2E, mean", "requests/s", "
 def _table(sides: Sequence[Side]) -> str:
     head = "".join(f'<th class="{colour(at, len(sides))}">{escape(side.name)}</th>' for at, side in enumerate(sides))
     rows = [f"<tr><th></th>{head}</tr>"]
-    for measure in MEASURES:
-        if not any(isfinite(measure.value(side)) for side in sides):
-            continue
-        cells = "".join(_cell(measure, sides[0], side) for side in sides)
-        gap = ' class="gap"' if measure.name in _GROUPS else ""
-        rows.append(f"<tr{gap}><td>{escape(measure.name)}</td>{cells}</tr>")
-    endings = "".join(f"<td>{_not_ok(side):,}</td>" for side in sides)
+    for one in measured(sides):
+        cells = "".join(_cell(one, sides[0], side) for side in sides)
+        gap = ' class="gap"' if one.name in _GROUPS else ""
+        rows.append(f"<tr{gap}><td>{escape(one.name)}</td>{cells}</tr>")
+    endings = "".join(f"<td>{not_ok(side):,}</td>" for side in sides)
     rows.append(f'<tr class="gap"><td>did not end well</td>{endings}</tr>')
     return f"<table>{''.join(rows)}</table>"
 
 
-def _not_ok(side: Side) -> int:
-    return sum(one.requests - one.endings.get("ok", 0) for one in side.summaries)
-
-
-def _cell(measure: Measure, base: Side, side: Side) -> str:
-    value = amount(measure.value(side), measure.unit)
-    made = ratio(measure, base, side) if side is not base else None
+def _cell(of: Measure, base: Side, side: Side) -> str:
+    value = amount(of.value(side), of.unit)
+    made = ratio(of, base, side) if side is not base else None
     if made is None:
         return f"<td>{value}</td>"
     shown = f"<b>{times(made.value)}</b>" if made.clear else times(made.value)
     if made.low is not None and made.high is not None:
         shown += f'<span class="interval"> {times(made.low)[:-1]}–{times(made.high)[:-1]}</span>'
     return f"<td>{value}<small>{shown}</small></td>"
-
-
-def times(ratio: float) -> str:
-    """How many times: 0.034×, 0.87×, 1.9×, 61×."""
-    if ratio < 0.1:
-        return f"{ratio:.2g}×"
-    return f"{ratio:.2f}×" if ratio < 10 else f"{ratio:.0f}×"
-
-
-def amount(value: float, unit: str) -> str:
-    """A number with its unit, as a table has it."""
-    if not isfinite(value):
-        return "–"
-    if unit == "s":
-        return exact(value)
-    if unit == "%":
-        return f"{value:.1%}"
-    if unit == "/s":
-        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-    return f"{value:.3f}"
 
 
 def _scroll(table: str) -> str:

@@ -11,7 +11,7 @@ from loadtest.charts import ALONE, NAMED, Axis, Dot, Panel, Series, dot_plot, li
 from loadtest.fairness import Timeline, timeline
 from loadtest.records import Record, Recorded, Sample
 from loadtest.report import ATTAINMENT_GOAL, Objective, goodput
-from loadtest.sides import MEASURES, Measure, Side, ratio
+from loadtest.sides import MEASURES, Side, exact, ratio
 
 Floats = NDArray[np.float64]
 
@@ -175,11 +175,6 @@ def _annotate(panel: Panel, line: Series) -> None:
             panel.mark(nine, height, line.css, exact(height))
 
 
-def exact(seconds: float) -> str:
-    """A time with three digits that count."""
-    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
-
-
 # Over time
 
 
@@ -214,13 +209,14 @@ def _curves(
     of: Callable[[Recorded], Floats],
     text: Callable[[float], str],
     top: float = 0.0,
+    low: float = 0.0,
 ) -> str:
     lines = [
         Series(side.name if len(sides) > 1 else "", colour(at, len(sides)), at_s, of(side.runs[0]))
         for at, side in enumerate(sides)
     ]
     lines = [line for line in lines if np.isfinite(line.y).any()]
-    y = linear((value for line in lines for value in line.y), text, high=top)
+    y = linear((value for line in lines for value in line.y), text, low=low, high=top)
     panel = Panel(title, time_axis(float(at_s[-1])), y, about, right=_margin(sides))
     for line in lines:
         panel.line(line)
@@ -366,16 +362,18 @@ def tenants(sides: Sequence[Side]) -> Iterator[str]:
     end_s = max(float(line.ticks_s[-1]) for _, line in known)
     at_s = series.ticks(end_s)
     by_run = {id(side.runs[0]): line for side, line in known}
-    for title, about, top, curve, text in (
-        ("Service difference", "weighted tokens/s; 0 is even", 0.0, Timeline.difference, count),
-        ("Jain's index", "of what share of its demand each got so far; 1 is even", 1.0, Timeline.jain, _two),
+    evenest = min(float(line.jain().min()) for _, line in known)
+    least = 0.9 if evenest > 0.9 else 0.5 if evenest > 0.5 else 0.0
+    for title, about, low, top, curve, text in (
+        ("Service difference", "weighted tokens/s; 0 is even", 0.0, 0.0, Timeline.difference, count),
+        ("Jain's index", "of what share of its demand each got so far; 1 is even", least, 1.0, Timeline.jain, _two),
     ):
 
         def interpolated(run: Recorded, curve: Callable[[Timeline], Floats] = curve) -> Floats:
             line = by_run[id(run)]
             return np.interp(at_s, line.ticks_s, curve(line), right=np.nan)
 
-        yield _curves(title, about, sides, at_s, interpolated, text, top)
+        yield _curves(title, about, sides, at_s, interpolated, text, top, low)
 
 
 def _two(value: float) -> str:
@@ -399,8 +397,3 @@ def _served(side: Side, line: Timeline, named: Sequence[str], top: float) -> str
             panel.line(Series("", f"s{place + 1}", line.ticks_s, line.asked_per_s[at]), extra="dashed")
             panel.line(Series(tenant, f"s{place + 1}", line.ticks_s, line.served_per_s[at]))
     return panel.figure()
-
-
-def measure(name: str) -> Measure:
-    """One of MEASURES."""
-    return next(one for one in MEASURES if one.name == name)

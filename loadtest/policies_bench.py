@@ -1,4 +1,4 @@
-"""Policies side by side: workloads S, C, R and A at several loads and batch sizes, as ratios with their spread.
+"""Policies side by side: workloads S, C, R, A or a trace, at several loads and batch sizes, as ratios with spread.
 
     python -m loadtest.policies_bench --out runs/policies \
         --target 'fcfs=python -m loadtest.fake_engine --port {port} --max-seqs {slots} --policy fcfs' \
@@ -25,7 +25,7 @@ from loadtest import arrivals, report
 from loadtest.bench_target import BenchTarget, CannotStart, running
 from loadtest.call import Call
 from loadtest.client import Target
-from loadtest.prompts import token_prompts
+from loadtest.prompts import Prompts, token_prompts
 from loadtest.records import Record
 from loadtest.replay import CannotReplay, Prepared, measure, served
 from loadtest.traces import Skipped, TraceRow, read
@@ -60,6 +60,25 @@ def arena(traces: Path | None) -> list[TraceRow]:
     return list(read(traces / ARENA_FILE))
 
 
+def rows_of(workload: str, traces: Path | None) -> list[TraceRow]:
+    """The rows of the Arena trace or of a trace file. ValueError if there is none."""
+    if workload == ARENA:
+        return arena(traces)
+    if not Path(workload).is_file():
+        raise ValueError(
+            f"There is no workload {workload}: choose of {', '.join(MIXES)}, {ARENA}, or give the path of a trace."
+        )
+    rows = list(read(Path(workload)))
+    if not rows:
+        raise ValueError(f"{workload} has no row that can be replayed.")
+    return rows
+
+
+def label(workload: str) -> str:
+    """The workload's name, for files and titles: a trace's own without folder and ending."""
+    return Path(workload).stem
+
+
 # What came of each run, by target, one per repetition, in the same order.
 Outcome = TypeVar("Outcome")
 Results = dict[Setting, dict[str, list[Outcome]]]
@@ -77,7 +96,7 @@ MEASURES: Mapping[str, Callable[[report.Summary], float]] = {
 
 def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     """What is asked of every target, and how often."""
-    parser.add_argument("--workloads", default="S,C,R", help="of S, C, R, A (default: S,C,R)")
+    parser.add_argument("--workloads", default="S,C,R", help="of S, C, R, A, or trace files (default: S,C,R)")
     parser.add_argument(
         "--loads", default="0.7,1.0,1.2", metavar="LOAD[:JOBS],…",
         help="offered rate by saturation, 3:200 for a burst of 200 at three times it (default: %(default)s)",
@@ -139,42 +158,56 @@ class Draws:
     shares: Mapping[str, float]
     traces: Path | None
     seed: int
-    arena: Sequence[TraceRow]
+    rows: Mapping[str, Sequence[TraceRow]]
+    prompts: Callable[[int], Prompts] = token_prompts
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Self:
         """As the options say. ValueError for a workload that there is not, or without its trace."""
-        asked = args.workloads.split(",")
-        unknown = set(asked) - set(MIXES) - {ARENA}
-        if unknown:
-            raise ValueError(f"There is no workload {', '.join(sorted(unknown))}: choose of {', '.join(MIXES)}.")
+        rows = {name: rows_of(name, args.traces) for name in args.workloads.split(",") if name not in MIXES}
         fit = Fit(args.length_scale, args.context, args.prompt_scale)
-        rows = arena(args.traces) if ARENA in asked else []
         return cls(fit, parse_shares(args.shares), args.traces, args.seed, rows)
 
     def calls(self, workload: str, rate: float, repetition: int, number: int) -> Iterator[Call]:
-        """`number` calls at `rate` per second: Poisson, or at the trace's times, stretched."""
+        """`number` calls at `rate` per second: Poisson, or at the trace's times, stretched, where it has some."""
         seed = self.seed * 1000 + repetition
-        maker = Maker(token_prompts(seed), self.fit, self.shares)
-        if workload == ARENA:
-            times = [row.at_s or 0.0 for row in self.arena]
-            stretch = len(times) / max(times) / rate
-            return islice(maker.replay(self.arena, [at_s * stretch for at_s in times], Random(seed)), number)
-        drawn = shapes(workload, Random(seed + 1), self.traces)
-        return islice(maker.calls(drawn, arrivals.poisson(rate, Random(seed + 2)), Random(seed + 3)), number)
+        maker = Maker(self.prompts(seed), self.fit, self.shares)
+        poisson = arrivals.poisson(rate, Random(seed + 2))
+        rows = self.rows.get(workload)
+        if rows is None:
+            drawn = shapes(workload, Random(seed + 1), self.traces)
+            return islice(maker.calls(drawn, poisson, Random(seed + 3)), number)
+        times = [row.at_s or 0.0 for row in rows]
+        stretch = len(times) / max(times) / rate if max(times) > 0 else 0.0
+        timed = [at_s * stretch for at_s in times] if stretch else poisson
+        return islice(maker.replay(rows, timed, Random(seed)), number)
 
     def sample(self, workload: str) -> Iterable[Shape]:
         """Lengths as the workload has them, before they are scaled."""
-        if workload == ARENA:
-            return [Shape(row.prompt_tokens, row.output_tokens) for row in self.arena]
+        rows = self.rows.get(workload)
+        if rows is not None:
+            return [Shape(row.prompt_tokens, row.output_tokens) for row in rows]
         return islice(shapes(workload, Random(0), self.traces), _MEAN_OF)
 
 
 class Bench:
-    """All runs of one benchmark."""
+    """All runs of one benchmark.
 
-    def __init__(self, args: argparse.Namespace, targets: Sequence[BenchTarget], screen: Console) -> None:
+    told: noted in every file of records. sample_s: how often the targets' /metrics are read; 0, never.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        targets: Sequence[BenchTarget],
+        screen: Console,
+        *,
+        told: Mapping[str, str] | None = None,
+        sample_s: float = 0.0,
+    ) -> None:
         self._args = args
+        self._told = told or {}
+        self._sample_s = sample_s
         self.targets = targets
         self._screen = screen
         self._workloads = args.workloads.split(",")
@@ -217,9 +250,9 @@ class Bench:
         setting = Setting(workload, slots, 0.0, _SATURATING_ROUNDS * slots)
         for target in self.targets if urls else ():
             warming = self._draws.calls(workload, 1.0, -2, _WARMING_ROUNDS * slots)
-            self.measure(target, setting, urls, warming, f"{workload}-{slots}-warming-{target.name}")
+            self.measure(target, setting, urls, warming, f"{label(workload)}-{slots}-warming-{target.name}")
         calls = self._draws.calls(workload, 1.0, -1, setting.jobs)
-        records = self.measure(baseline, setting, urls, calls, f"{workload}-{slots}-saturation")
+        records = self.measure(baseline, setting, urls, calls, f"{label(workload)}-{slots}-saturation")
         if not any(record.ok for record in records):
             raise CannotReplay(f"{baseline.name} ended no request well: {records[0].error if records else 'none sent'}")
         fit = self.fit
@@ -231,7 +264,7 @@ class Bench:
         self, target: BenchTarget, setting: Setting, repetition: int, rate: float, urls: Mapping[str, str]
     ) -> report.Summary:
         calls = self._draws.calls(setting.workload, rate, repetition, setting.jobs)
-        name = f"{setting.workload}-{setting.slots}-{setting.load}-{target.name}-{repetition}"
+        name = run_name(setting, target.name, repetition)
         records = self.measure(target, setting, urls, calls, name)
         summary = report.summarize(records)
         self.say(
@@ -262,15 +295,23 @@ class Bench:
                 concurrency=None if setting.load else 2 * setting.slots,
                 drain_s=self._args.timeout if drain_s is None else drain_s,
                 out=self._args.out / f"{name}.jsonl",
-                name=name,
+                name=label(setting.workload),
                 objective=None,
                 skipped=Skipped(),
                 quiet=True,
+                metrics=[url] if self._sample_s else [],
+                sample_s=self._sample_s,
+                options={**self._told, "slots": f"{setting.slots}", "load": f"{setting.load:g}"},
             )
             return measure(prepared, self._screen)[0]
 
     def say(self, line: str) -> None:
         self._screen.print(line, markup=False, highlight=False)
+
+
+def run_name(setting: Setting, target: str, repetition: int) -> str:
+    """The file of a run's records, without its ending."""
+    return f"{label(setting.workload)}-{setting.slots}-{setting.load}-{target}-{repetition}"
 
 
 def parse_load(text: str, jobs: int) -> tuple[float, int]:

@@ -27,7 +27,7 @@ from loadtest.call import Call
 from loadtest.client import Client, Target
 from loadtest.prompts import Prompts, text_prompts, token_prompts
 from loadtest.records import Record, Run, Writer
-from loadtest.samples import Sampler
+from loadtest.samples import PERIOD_S, Sampler
 from loadtest.traces import READERS, Skipped, TraceRow, read
 from loadtest.workload import MIXES, Fit, Maker, parse_shares, shapes
 
@@ -60,12 +60,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _when(group: "argparse._ArgumentGroup") -> None:
+    add_when(group)
+    group.add_argument("--timeout", type=float, default=600.0, help="patience per request, seconds (default: 600)")
+    group.add_argument("--drain", type=float, help="wait so long for the last answers, seconds (default: --timeout)")
+
+
+def add_when(group: "argparse._ArgumentGroup") -> None:
+    """When calls are sent, for a replay and for a simulation of one."""
     group.add_argument("--rate-scale", type=float, default=1.0, help="pass a trace so many times as fast (default: 1)")
     group.add_argument("--rate", type=float, help="requests per second, in place of a trace's times (workloads: 1)")
     group.add_argument("--cv", type=float, default=1.0, help="burstiness with --rate: 1 is Poisson (default: 1)")
     group.add_argument("--concurrency", type=int, help="closed loop: keep so many requests on their way, no times")
-    group.add_argument("--timeout", type=float, default=600.0, help="patience per request, seconds (default: 600)")
-    group.add_argument("--drain", type=float, help="wait so long for the last answers, seconds (default: --timeout)")
 
 
 def _what(group: "argparse._ArgumentGroup") -> None:
@@ -122,6 +127,7 @@ class Prepared:
     quiet: bool
     metrics: Sequence[str] = ()
     options: Mapping[str, str] = field(default_factory=dict)
+    sample_s: float = PERIOD_S
 
 
 def prepare(args: argparse.Namespace) -> Prepared:
@@ -145,10 +151,8 @@ def prepare(args: argparse.Namespace) -> Prepared:
     )
     fit = Fit(args.length_scale, args.context or context_tokens or 8192)
     skipped = Skipped()
-    calls, total = _calls(args, Maker(_prompts(args), fit, shares), skipped)
-    objective = (
-        report.Objective(args.ttft or float("inf"), args.tpot or float("inf")) if args.ttft or args.tpot else None
-    )
+    calls, total = calls_of(args, Maker(_prompts(args), fit, shares), skipped)
+    objective = report.Objective.of(args.ttft, args.tpot)
     drain_s = args.timeout if args.drain is None else args.drain
     return Prepared(
         target, calls, total, args.concurrency, drain_s, args.out, args.trace, objective, skipped, args.quiet,
@@ -193,7 +197,8 @@ def _prompts(args: argparse.Namespace) -> Prompts:
     return text_prompts(args.seed, args.tokenizer)
 
 
-def _calls(args: argparse.Namespace, maker: Maker, skipped: Skipped) -> tuple[Iterator[Call], int]:
+def calls_of(args: argparse.Namespace, maker: Maker, skipped: Skipped) -> tuple[Iterator[Call], int]:
+    """The calls that the options ask for, made as they are needed, and how many. CannotReplay says what to do."""
     rng = Random(args.seed)
     if args.trace in MIXES and not Path(args.trace).exists():
         total = args.limit or 200
@@ -242,7 +247,7 @@ async def _send(client: Client, prepared: Prepared, screen: Console, writer: Wri
     with _bar(client, screen) if show else nullcontext() as bar:
         beside = [asyncio.create_task(_watch(client, bar, prepared.total))] if bar else []
         if writer is not None and prepared.metrics:
-            sampler = Sampler(prepared.metrics, writer.sample, perf_counter)
+            sampler = Sampler(prepared.metrics, writer.sample, perf_counter, period_s=prepared.sample_s)
             beside.append(asyncio.create_task(sampler.run()))
         if prepared.concurrency:
             await client.closed_loop(prepared.calls, prepared.concurrency, drain_s=prepared.drain_s)

@@ -33,6 +33,11 @@ class Objective:
     ttft_s: float
     tpot_s: float
 
+    @classmethod
+    def of(cls, ttft_s: float | None, tpot_s: float | None) -> "Objective | None":
+        """From two options: one that is not given is no limit; None if neither is."""
+        return cls(ttft_s or float("inf"), tpot_s or float("inf")) if ttft_s or tpot_s else None
+
     def met(self, record: Record) -> bool:
         tpot_s = record.tpot_s
         return (

@@ -39,9 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0, or 2 when a file cannot be read."""
-    objective = (
-        report.Objective(args.ttft or float("inf"), args.tpot or float("inf")) if args.ttft or args.tpot else None
-    )
+    objective = report.Objective.of(args.ttft, args.tpot)
     try:
         read = sides(args.files, objective, args.from_s, args.to_s)
         if args.html:

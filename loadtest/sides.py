@@ -181,3 +181,64 @@ def _blocks(of: Callable[[Record], float | None], records: Sequence[Record]) -> 
     ordered = sorted(records, key=lambda record: record.due_s)
     values = np.array([value if (value := of(record)) is not None else np.nan for record in ordered])
     return [block[~np.isnan(block)] for block in np.array_split(values, _BLOCKS)]
+
+
+# In words
+
+
+def measure(name: str) -> Measure:
+    """One of MEASURES."""
+    return next(one for one in MEASURES if one.name == name)
+
+
+def measured(sides: Sequence[Side]) -> list[Measure]:
+    """Those of MEASURES that any side has."""
+    return [one for one in MEASURES if any(isfinite(one.value(side)) for side in sides)]
+
+
+def not_ok(side: Side) -> int:
+    """Requests that did not end well, of all repetitions."""
+    return sum(one.requests - one.endings.get("ok", 0) for one in side.summaries)
+
+
+def rows(sides: Sequence[Side]) -> report.Rows:
+    """A column per side, a row per measure: its value and, after the first, how many times better that is."""
+    table: report.Rows = [["", *(side.name for side in sides)]]
+    for one in measured(sides):
+        table.append([one.name, *(_cell(one, sides[0], side) for side in sides)])
+    table.append(["did not end well", *(f"{not_ok(side)}" for side in sides)])
+    return table
+
+
+def _cell(of: Measure, base: Side, side: Side) -> str:
+    value = amount(of.value(side), of.unit)
+    made = ratio(of, base, side) if side is not base else None
+    if made is None:
+        return value
+    interval = f" ({made.low:.2f} to {made.high:.2f})" if made.low is not None and made.high is not None else ""
+    return f"{value}  {times(made.value)}{interval}"
+
+
+def exact(seconds: float) -> str:
+    """A time with three digits that count."""
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def times(ratio: float) -> str:
+    """How many times: 0.034×, 0.87×, 1.9×, 61×."""
+    if ratio < 0.1:
+        return f"{ratio:.2g}×"
+    return f"{ratio:.2f}×" if ratio < 10 else f"{ratio:.0f}×"
+
+
+def amount(value: float, unit: str) -> str:
+    """A number with its unit, as a table has it."""
+    if not isfinite(value):
+        return "–"
+    if unit == "s":
+        return exact(value)
+    if unit == "%":
+        return f"{value:.1%}"
+    if unit == "/s":
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:.3f}"

@@ -144,6 +144,14 @@ def build(name: str, options: Mapping[str, str]) -> Policy:
     return Policy(name, order.order, Vtc(**values))
 
 
+def choose(text: str) -> tuple[str, dict[str, str]]:
+    """`NAME[:KEY=VALUE…]` → name and options. ValueError for a policy or an option that there is not."""
+    name, *pairs = text.split(":")
+    options = dict(pair.partition("=")[::2] for pair in pairs)
+    build(name, options)
+    return name, options
+
+
 def describe() -> str:
     """The table of policies and options for `--help`."""
     lines: list[str] = []

@@ -42,13 +42,19 @@ def add_engine_arguments(
 
 def targets(args: argparse.Namespace) -> list[str]:
     """Stock vLLM first, the baseline."""
-    extra = f"--max-num-seqs {{slots}} --max-model-len {args.context} {args.engine_args}"
+    return [target("stock", "", args), *(target(label(name), name, args) for name in args.policies.split(","))]
+
+
+def target(name: str, policy: str, args: argparse.Namespace, model: str = "") -> str:
+    """NAME=COMMAND that becomes a real engine. policy: "" for stock vLLM. model: "" for the benchmarks' tiny one."""
     start = f"{shlex.quote(sys.executable)} -m deploy.benchmarks.engines --port {{port}}"
-    started = [f"stock={start} -- {extra}"]
-    for name in args.policies.split(","):
-        label = name.replace("=", "-")  # a target is NAME=COMMAND
-        started.append(f"{label}={start} --policy {name} -- {extra}")
-    return started
+    asked = f"--model {shlex.quote(model)} " * bool(model) + f"--policy {policy} " * bool(policy)
+    return f"{name}={start} {asked}-- --max-num-seqs {{slots}} --max-model-len {args.context} {args.engine_args}"
+
+
+def label(policy: str) -> str:
+    """A policy with its options as the name of a target, which has no `=`."""
+    return policy.replace("=", "-")
 
 
 def run(args: argparse.Namespace) -> int:
