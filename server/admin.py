@@ -35,6 +35,8 @@ from server.tenants import (
     read_record,
 )
 
+WORKER_FIELDS = frozenset(("url", "role", "slots"))
+
 
 class Conflict(ServiceError):
     status = 409
@@ -117,6 +119,8 @@ class Admin:
 
     async def put_worker(self, worker_id: str, body: dict[str, Any]) -> None:
         """A worker of this gateway alone; others join by themselves, through the store."""
+        if unknown := sorted(body.keys() - WORKER_FIELDS):
+            raise BadRequest(f"A worker has no field '{unknown[0]}'; there are url, role and slots.", param=unknown[0])
         try:
             worker = worker_from(worker_id, orjson.dumps(body).decode())
             self.fleet.add(worker)

@@ -11,13 +11,14 @@ from scheduler.jobs import Job, Outcome
 from scheduler.lanes import Lanes
 from scheduler.placement import Apart, Place, Rules, Together, place
 from scheduler.workers import Role, Worker
-from server.call import Call, Split, Ticket
+from server.call import Call, Phase, Split, Ticket
 from server.errors import NoWorker, Overloaded, ServiceError, UnknownModel
 from server.fleet import Fleet, Member
 from server.routing import Affinity, Option, beginnings, best, score
 
 RATE_MEMORY_S = 20.0
 LONGEST_RETRY_S = 600.0
+TYPICAL_TOKENS_PER_S = 10.0  # of one sequence, before any request was seen
 TYPICAL_PROMPT_TOKENS = TYPICAL_OUTPUT_TOKENS = 256.0  # before any request was seen
 LEARN_SHARE = 0.05
 
@@ -49,17 +50,29 @@ class Pace:
 class Sizes:
     """How large requests are, averaged over the last ones."""
 
-    __slots__ = ("prompt_tokens", "output_tokens")
+    __slots__ = ("prompt_tokens", "output_tokens", "tokens_per_s")
 
     def __init__(self) -> None:
+        self.tokens_per_s = TYPICAL_TOKENS_PER_S
         self.prompt_tokens = TYPICAL_PROMPT_TOKENS
         self.output_tokens = TYPICAL_OUTPUT_TOKENS
 
-    def learn(self, ticket: Ticket) -> None:
+    def learn(self, ticket: Ticket, now: float) -> None:
         """A call is complete."""
         output_tokens = ticket.tokens / ticket.call.sequences
+        began = ticket.times[Phase.PREFILLING]
+        if output_tokens and began is not None and now > began:
+            self.tokens_per_s += LEARN_SHARE * (output_tokens / (now - began) - self.tokens_per_s)
         self.prompt_tokens += LEARN_SHARE * (ticket.prompt_tokens - self.prompt_tokens)
         self.output_tokens += LEARN_SHARE * (output_tokens - self.output_tokens)
+
+    def made_unseen(self, ticket: Ticket, now: float) -> int:
+        """Output tokens that an engine has made for a client that left before it saw any, in an answer of one piece."""
+        call, began = ticket.call, ticket.times[Phase.PREFILLING]
+        if began is None or call.stream or ticket.tokens:
+            return 0
+        made = (now - began) * self.tokens_per_s
+        return round(min(made, call.max_tokens or made) * call.sequences)
 
     @property
     def typical_tokens(self) -> float:
@@ -337,12 +350,14 @@ class Dispatcher:
         now = self.clock()
         self._vacate(member, ticket)
         self.settle(now)
+        if outcome is Outcome.ABORTED:
+            ticket.tokens += self.sizes.made_unseen(ticket, now)
         missing = ticket.tokens - ticket.job.output_tokens
         if missing > 0:  # tokens that were not seen one by one
             self.lanes.serve(ticket.job, missing, now)
         self.lanes.finish(ticket.job, outcome, now)
         if outcome in (Outcome.DONE, Outcome.LENGTH):
-            self.sizes.learn(ticket)
+            self.sizes.learn(ticket, now)
         self.pace.freed(now)
         self.advance()
 

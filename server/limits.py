@@ -9,6 +9,7 @@ rounds of exchanges gives out at most its share of what is left. So, with R repl
 - While the store is away each gives out 1/R of the rate.
 """
 
+from asyncio import CancelledError
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
@@ -21,7 +22,7 @@ import msgspec
 
 from server.call import Call, Phase, Ticket
 from server.errors import BadRequest, RateLimited, UnknownModel
-from server.schemas import splice
+from server.schemas import raw_members, splice
 from server.store import Kept
 from server.tenants import Limits, Tenant
 
@@ -237,7 +238,7 @@ class Admission:
     ) -> None:
         ticket = self.ticket
         reached_engine = ticket.times[Phase.PREFILLING] is not None
-        failed = kind is not None and not ticket.tokens
+        failed = kind is not None and kind is not CancelledError and not ticket.tokens
         used = ticket.prompt_tokens + ticket.tokens if reached_engine and not failed else 0
         self.gate.leave(self.standing, self.reserved, used if ticket.call.route.generates else 0)
 
@@ -256,6 +257,8 @@ def permitted(call: Call) -> Call:
         return call
     name = call.route.limit_fields[0]
     if call.max_tokens > tenant.max_tokens:
+        members = raw_members(call.body)
+        name = next(field for field in call.route.limit_fields if bytes(members.get(field, b"null")) != b"null")
         raise BadRequest(
             f"'{name}' is {call.max_tokens}; your tenant may ask for {tenant.max_tokens} at most.",
             param=name,

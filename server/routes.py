@@ -43,7 +43,10 @@ def public_app(
     async def no_such_route(request: Request, error: HTTPException) -> Response:
         wrong_method = error.status_code == 405 or request.url.path.encode() in ROUTES
         kind = WrongMethod if wrong_method else NotFound
-        return _error(kind(f"There is no {request.method} {request.url.path} here."))
+        answer = _error(kind(f"There is no {request.method} {request.url.path} here."))
+        if wrong_method:
+            answer.headers["allow"] = (error.headers or {}).get("allow", "POST")
+        return answer
 
     describe_relayed(app)
     return app

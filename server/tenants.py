@@ -98,6 +98,16 @@ def _hashed_if_plain(text: Any) -> str:
     return text
 
 
+def _no_truth(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("this is a number, not true or false")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_no_truth)]
+Number = Annotated[float, BeforeValidator(_no_truth)]
+
+
 class _Strict(BaseModel):
     # Without the input in its errors: the input may be a key.
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
@@ -117,8 +127,8 @@ def _key_record(value: Any) -> Any:
 class BudgetRecord(_Strict):
     """Token budgets by UTC calendar."""
 
-    tokens_per_day: int | None = Field(None, ge=0)
-    tokens_per_month: int | None = Field(None, ge=0)
+    tokens_per_day: Whole | None = Field(None, ge=0)
+    tokens_per_month: Whole | None = Field(None, ge=0)
 
 
 class TenantRecord(_Strict):
@@ -126,12 +136,12 @@ class TenantRecord(_Strict):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     keys: tuple[Annotated[KeyRecord, BeforeValidator(_key_record)], ...] = ()
-    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
-    requests_per_minute: float | None = Field(None, gt=0)
-    tokens_per_minute: float | None = Field(None, gt=0)
-    concurrency: int | None = Field(None, ge=1)
+    weight: Number = Field(1.0, gt=0, allow_inf_nan=False)
+    requests_per_minute: Number | None = Field(None, gt=0)
+    tokens_per_minute: Number | None = Field(None, gt=0)
+    concurrency: Whole | None = Field(None, ge=1)
     models: frozenset[str] | None = None
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: Whole | None = Field(None, ge=1)
     budget: BudgetRecord = BudgetRecord()
     grants: frozenset[str] = frozenset()
 

@@ -106,6 +106,7 @@ async def test_a_tenant_lives_through_its_whole_life(caplog: pytest.LogCaptureFi
         ("DELETE", "/workers/nobody", None, 404),
         ("PUT", "/workers/w", {"url": "ftp://x"}, 400),
         ("PUT", "/workers/w", {}, 400),
+        ("PUT", "/workers/w", {"url": "http://127.0.0.1:1", "slot": 8}, 400),
         ("PUT", "/workers/worker-0", {"url": "http://127.0.0.1:1"}, 400),
         ("PUT", "/policy", {"policy": "lifo"}, 400),
         ("PUT", "/policy", {"policy": "vtc", "options": {"speed": "9"}}, 400),

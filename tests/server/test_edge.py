@@ -118,6 +118,7 @@ async def test_another_method_on_a_relayed_route_is_405() -> None:
             for path in (CHAT, "/tokenize"):
                 reply = await gateway.ask(path, method=method)
                 assert reply.status == 405 and reply.error["code"] == "method_not_allowed"
+                assert reply.headers["allow"] == "POST"
         wire = await gateway.send(request(CHAT, method="HEAD") + HEALTH)
         assert (await wire.head()).status == 405
         assert (await wire.answer()).json() == {"status": "ok"}, "an answer to HEAD has no body"

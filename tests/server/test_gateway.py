@@ -346,6 +346,20 @@ async def test_a_stalled_engine_does_not_keep_the_client_from_leaving() -> None:
         engine.heal()
 
 
+async def test_a_client_that_leaves_a_whole_answer_is_charged_for_what_was_made_for_it() -> None:
+    async with over_fake(SLOW) as (gateway, _):
+        for _ in range(30):
+            await gateway.ask(CHAT, chat(max_tokens=10, ignore_eos=True))  # 50 tokens a second is what it learns
+        before = (await gateway.metrics())["evenhand_tokens_total", (("kind", "completion"),)]
+        wire = await gateway.send(request(CHAT, chat(max_tokens=30, ignore_eos=True)))
+        await eventually(lambda: gateway.in_flight == 1)
+        await asyncio.sleep(0.3)
+        wire.reset()
+        await eventually(gateway.at_rest)
+        made = (await gateway.metrics())["evenhand_tokens_total", (("kind", "completion"),)] - before
+        assert 3 <= made <= 30
+
+
 async def test_a_stale_kept_alive_connection_costs_nobody_an_answer() -> None:
     async with ScriptedEngine([]).run() as engine:
         good = says(plain(b'{"ok":1}'))

@@ -261,8 +261,11 @@ def test_an_output_longer_than_the_tenant_s_highest_is_refused() -> None:
     tenant = Tenant("acme", max_tokens=100)
     assert permitted(a_call(tenant, max_tokens=100)).max_tokens == 100
     with pytest.raises(BadRequest, match="100 at most") as refused:
-        permitted(a_call(tenant, max_tokens=101))
+        permitted(a_call(tenant, max_tokens=101, body=b'{"model":"m","max_completion_tokens":101}'))
     assert refused.value.param == "max_completion_tokens"
+    with pytest.raises(BadRequest, match="'max_tokens' is 101") as refused:
+        permitted(a_call(tenant, max_tokens=101, body=b'{"max_completion_tokens":null,"max_tokens":101}'))
+    assert refused.value.param == "max_tokens"
 
 
 @pytest.mark.parametrize("body", [b'{"model":"m"}', b'{"model":"m","max_completion_tokens":null}'])
