@@ -6,7 +6,7 @@ import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -208,7 +208,17 @@ def calls_of(args: argparse.Namespace, maker: Maker, skipped: Skipped) -> tuple[
     rows = list(islice(read(Path(args.trace), form=args.form or "", skipped=skipped), args.limit))
     if not rows:
         raise CannotReplay(f"{args.trace} has no row that can be replayed: {skipped}.")
+    rows = _by_arrival(rows)
     return maker.replay(rows, _times(args, rows), rng), len(rows)
+
+
+def _by_arrival(rows: list[TraceRow]) -> list[TraceRow]:
+    """In order of arrival, counted from the first; a recording has its rows in the order in which they ended."""
+    if any(row.at_s is None for row in rows):
+        return rows
+    first_s = min(row.at_s or 0.0 for row in rows)
+    moved = [replace(row, at_s=(row.at_s or 0.0) - first_s) for row in rows]
+    return sorted(moved, key=lambda row: row.at_s or 0.0)
 
 
 def _times(args: argparse.Namespace, rows: Sequence[TraceRow]) -> Iterator[float]:

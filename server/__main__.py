@@ -46,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--replica", metavar="NAME", help="this gateway's name among its replicas (default: the host's)"
     )
+    parser.add_argument(
+        "--record", type=Path, metavar="FOLDER", help="write the traffic as a trace without content (default: no)"
+    )
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of the settings")
     parser.epilog = describe()
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # the table of policies is laid out already
@@ -57,6 +60,8 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(args, name) for name in names}
     if args.policy_option:
         given["policy_options"] = policy_options(args.policy_option)
+    if args.record is not None:
+        given["record"] = {"folder": args.record}
     return {name: value for name, value in given.items() if value is not None}
 
 

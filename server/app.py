@@ -24,6 +24,8 @@ from server.fleet import Fleet
 from server.gateway import Gateway
 from server.handover import Handover
 from server.live_policy import LivePolicy
+from server.recorder import Bounds as FileBounds
+from server.recorder import Recorder
 from server.relay import Relay
 from server.routes import public_app
 from server.settings import Settings
@@ -95,6 +97,7 @@ class GatewayServer:
         self.telemetry.failovers = failover.outcomes
         self.fleet.movable = failover.can_move
         self.gateway = Gateway(tenants, gate, self.lines, handover, failover, self.telemetry, sharing, monotonic)
+        self.recorder = self._recorder()
         self.app = public_app(self.fleet, self.telemetry, tenants, self._notes, self._lifespan)
         admin = self._admin()
         self.app.include_router(admin_routes(admin))
@@ -135,6 +138,14 @@ class GatewayServer:
             wall_clock,
         )
 
+    def _recorder(self) -> Recorder | None:
+        record = self.settings.record
+        if record.folder is None:
+            return None
+        recorder = Recorder(record.folder, FileBounds(record.max_bytes, record.file_bytes), monotonic)
+        self.gateway.on_end.append(recorder.note)
+        return recorder
+
     def _console(self, sharing: Sharing) -> Console:
         shared = self.shared
         return Console(
@@ -169,11 +180,15 @@ class GatewayServer:
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         for worker in self.workers:
             self.fleet.add(worker)
+        if self.recorder is not None:
+            self.recorder.start()
         try:
             async with self.shared.running():
                 yield
         finally:
             await self.fleet.close()
+            if self.recorder is not None:
+                await asyncio.to_thread(self.recorder.stop)
 
     def listen(self) -> socket.socket:
         """Takes the port. OSError if it is not free."""

@@ -62,6 +62,7 @@ class Gateway:
         self.telemetry = telemetry
         self.clock = clock
         self.bytes_per_token: dict[str, float] = {}
+        self.on_end: list[Callable[[Ticket, str], None]] = [telemetry.ended]
         self._count = 0
 
     async def answer(self, request: Request) -> None:
@@ -116,7 +117,8 @@ class Gateway:
         finally:
             if ticket.exact:
                 self.learn(ticket)
-            self.telemetry.ended(ticket, outcome)
+            for note in self.on_end:
+                note(ticket, outcome)
 
     def learn(self, ticket: Ticket) -> None:
         """The engine has told how long the prompt was: the tenant's next estimate is nearer to it."""

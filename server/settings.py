@@ -71,6 +71,16 @@ class HealthSettings(BaseModel):
     )
 
 
+class RecordSettings(BaseModel):
+    """The traffic as a trace without content, for `evenhand replay`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    folder: Path | None = Field(None, description="folder for the trace's files; default: nothing is recorded")
+    max_bytes: int = Field(1024**3, ge=1024**2, description="of all files together; the oldest is removed")
+    file_bytes: int = Field(64 * 1024**2, ge=1024, description="of one file")
+
+
 class Settings(BaseSettings):
     """The gateway's settings."""
 
@@ -101,6 +111,7 @@ class Settings(BaseSettings):
     tenant_labels: int = Field(20, ge=1, le=1000, description="tenants named in metrics; the rest is `other`")
     edge: EdgeSettings = EdgeSettings()
     admission: AdmissionSettings = AdmissionSettings()
+    record: RecordSettings = RecordSettings()
     disaggregation: DisaggregationSettings = DisaggregationSettings()
     health: HealthSettings = HealthSettings()
 

@@ -134,3 +134,15 @@ def test_a_report_of_no_records_says_which_file(tmp_path: Path, capsys: pytest.C
     path.write_text("nonsense\n")
     assert report_command.run(parsed(report_command, str(path))) == 2
     assert "x.jsonl:1 is not a record" in capsys.readouterr().err
+
+
+def test_rows_that_come_in_the_order_of_their_ends_are_sent_in_that_of_their_arrivals(
+    engine: FakeEngine, tmp_path: Path
+) -> None:
+    path, out = tmp_path / "trace.jsonl", tmp_path / "out.jsonl"
+    rows = [(9.3, 7), (9.0, 5), (9.1, 6)]
+    path.write_text("".join(f'{{"at_s": {at}, "prompt_tokens": 20, "output_tokens": {n}}}\n' for at, n in rows))
+    assert replay.run(parsed(replay, str(path), "--url", engine.url, "--out", str(out))) == 0
+    _, records = read(out)
+    sent = sorted((record.due_s, record.output_tokens) for record in records)
+    assert sent == [(0.0, 5), (pytest.approx(0.1), 6), (pytest.approx(0.3), 7)]
