@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-PACK_CHUNKS = 64
+PACK_CHUNKS = 256
 MAX_KEPT_BYTES = 8 * 1024 * 1024  # packed, about a million tokens
 
 _DONE = b"data: [DONE]"

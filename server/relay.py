@@ -19,6 +19,7 @@ from server.telemetry import Distribution
 MAX_EVENT_BYTES = 64 * 1024 * 1024
 MAX_HELD_BYTES = 8 * 1024 * 1024
 _GOES_ON = b'"finish_reason":null'
+_TAIL_BYTES = 72  # vLLM says that a stream goes on in the last bytes of an event
 
 
 class Answer(Protocol):
@@ -174,9 +175,12 @@ class Stream(Pipe):
         self.mark = route.token_mark
         self.last = b"[DONE]\n\n" if self.mark == b"\n\n" else b"\0"  # an event that carries no token
         self.openings = ticket.call.sequences if route.role_first else 0
+        self.steady = False  # it has begun, and the next event is most likely one more token
         self.received: Received | None = None
+        self.chunks: list[bytes] = []
         if route.resumes:
             self.received = ticket.received = ticket.received or Received()
+            self.chunks = self.received.chunks
 
     def head(self, status: int, content_type: bytes, length: int | None) -> None:
         super().head(status, content_type, length)
@@ -186,20 +190,49 @@ class Stream(Pipe):
             whole.head(status, content_type, length)
 
     def body(self, data: bytes) -> None:
+        if (
+            self.rest
+            or not self.steady
+            or data.find(_GOES_ON, -_TAIL_BYTES) < 0
+            or not data.endswith(b"\n\n")
+            or data.count(b"\n") != 2
+        ):
+            self._unlike(data)
+            return
+        # One more token of many: what follows is done for each of them.
+        ticket, chunks = self.ticket, self.chunks
+        chunks.append(data)
+        if len(chunks) >= PACK_CHUNKS:
+            self._pack()
+        now = self.clock()
+        self.itl.observe(now - ticket.last_at)
+        ticket.last_at = now
+        if not ticket.uncharged:
+            self.charge.append(ticket)
+        ticket.uncharged += 1
+        ticket.tokens += 1
+        self.out.write(data)
+
+    def _unlike(self, data: bytes) -> None:
+        """What is not one event with one token: the beginning, the end, several events or a part of one, a failure."""
         if self.instead is not None:
             self.instead.body(data)
             return
         if self.rest or not data.endswith(b"\n\n"):
             data = self._whole(self.rest + data)
-        received = self.received
-        if received is not None and data:
+        if not data:
+            return
+        if self.received is not None:
             if data.count(_GOES_ON) != data.count(b"\n\n"):
                 data = self._until_failure(data)
-            received.chunks.append(data)
-            if len(received.chunks) >= PACK_CHUNKS:
-                received.pack()
+            self.chunks.append(data)
         if data:
             self._forward(data)
+        self.steady = self.received is not None and self.instead is None and self.out.begun and not self.openings
+
+    def _pack(self) -> None:
+        if self.received is not None:
+            self.received.pack()
 
     def _forward(self, data: bytes) -> None:
         """Whole events: counted, timed, and on their way."""

@@ -57,8 +57,8 @@ class Ticks:
 
 
 def event(content: str | None = None, **more: object) -> bytes:
-    choices = [] if content is None else [{"index": 0, "delta": {"content": content}}]
-    return b"data: " + json.dumps({"choices": choices, **more}).encode() + b"\n\n"
+    choices = [] if content is None else [{"index": 0, "delta": {"content": content}, "finish_reason": None}]
+    return b"data: " + json.dumps({"choices": choices, **more}, separators=(",", ":")).encode() + b"\n\n"
 
 
 ROLE = b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}\n\n'
