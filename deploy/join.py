@@ -25,14 +25,14 @@ from pydantic import Field
 from rich.console import Console
 
 from deploy.canary import Canary
-from deploy.engine_args import EngineArgsError, EnginePlan, has_plugin, slots
+from deploy.engine_args import EngineArgsError, EnginePlan, Ports, has_plugin, slots
 from deploy.log_file import LogFile
 from deploy.model import ModelError, cache_folder, resolve
 from deploy.preflight import PreflightError, check, check_transfer, in_words, plan_workers
 from deploy.screen import Screen
 from deploy.serving import Stop, Surroundings, log_to_screen, state_folder
 from deploy.settings import ServeSettings
-from deploy.worker import Listeners, State, WorkerError, WorkerEvent, WorkerProcess
+from deploy.worker import Listeners, State, WorkerError, WorkerEvent, WorkerProcess, is_free
 from scheduler.workers import Role, Worker
 from server.__main__ import policy_options
 from server.engine import Engine
@@ -59,6 +59,9 @@ class JoinSettings(ServeSettings):
         description="where gateways reach it; whoever else does can use it without a key, so keep it private",
     )
     name: str = Field("", max_length=64, description="its name in the fleet; default: the host's, with the role")
+    engine_port: int | None = Field(
+        None, ge=1, le=65534, description="the engine's port, and the next one for its KV transfer; default: free ones"
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--redis-url", "redis_url", "URL")
     option("--address", "address", "HOST")
     option("--name", "name", "NAME")
+    option("--engine-port", "engine_port", "PORT", int)
     option("--model", "model", "NAME|PATH|HF_ID")
     option("--policy", "policy", "NAME")
     parser.add_argument(
@@ -127,6 +131,20 @@ def plan_of(settings: JoinSettings, around: Surroundings) -> EnginePlan:
     return replace(plan, role=role, host=settings.address)
 
 
+def ports_of(settings: JoinSettings) -> Ports | None:
+    """The ports that were asked for. ValueError if one of them cannot be had."""
+    first = settings.engine_port
+    if first is None:
+        return None
+    for port in (first, first + 1):
+        if not is_free(settings.address, port):
+            raise ValueError(
+                f"an engine cannot listen on {settings.address}:{port}: it is taken, or no address of this machine; "
+                "choose another --engine-port"
+            )
+    return Ports(first, first + 1)
+
+
 async def _joined(settings: JoinSettings, plan: EnginePlan, redis_url: str, around: Surroundings) -> int:
     try:
         store = RedisStore(redis_url)
@@ -160,6 +178,7 @@ class Joining:
             Listeners(self._moved, self._screen.log),
             LogFile(state_folder(settings, os.environ) / f"{self.name}.log"),
             replace(around.timing, start_s=settings.start_timeout_s),
+            ports_of(settings),
         )
 
     async def run(self) -> int:

@@ -115,6 +115,7 @@ class WorkerProcess:
     """Keeps one engine alive.
 
     `build` makes the command for the ports of one start; they stay the same from start to start while they are free.
+    `ports` are those of the first, free ones if None.
     `run` is the whole life: cancel it for a clean stop, and call `kill` to have no grace given.
     """
 
@@ -126,6 +127,7 @@ class WorkerProcess:
         listeners: Listeners,
         log: LogFile,
         timing: Timing,
+        ports: Ports | None = None,
     ) -> None:
         self.name = name
         self.state = State.STARTING
@@ -134,7 +136,7 @@ class WorkerProcess:
         self._listeners = listeners
         self._log = log
         self._timing = timing
-        self._ports: Ports | None = None
+        self._ports = ports
         self._child: Child | None = None
         self._url = ""
         self._started_at_s = 0.0

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -37,8 +38,8 @@ class Fleet:
         self.redis_url = redis_url
         self.programs: list[asyncio.subprocess.Process] = []
 
-    async def start(self, name: str, role: str) -> asyncio.subprocess.Process:
-        argv = ["--model", str(self.model), "--redis-url", self.redis_url, "--role", role, "--name", name]
+    async def start(self, name: str, role: str, *more: str) -> asyncio.subprocess.Process:
+        argv = [*more, "--model", str(self.model), "--redis-url", self.redis_url, "--role", role, "--name", name]
         program = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "tests.deploy.worker_program", *argv, "--state-folder", str(self.model.parent)),
             env={**os.environ, MARK: self.mark, "TEST_ENGINE": ENGINE},
@@ -100,10 +101,23 @@ async def chunks(wire: object) -> AsyncIterator[bytes]:
         yield chunk
 
 
+def two_free_ports() -> int:
+    """The first of two neighbours."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = int(first.getsockname()[1])
+            with contextlib.suppress(OSError, OverflowError):
+                second.bind(("127.0.0.1", port + 1))
+                return port
+
+
 async def test_a_second_signal_ends_it_at_once(model: Path, redis_url: str) -> None:
     async with fleet_of(model, redis_url) as (fleet, gateway):
-        worker = await fleet.start("both", "both")
+        port = two_free_ports()
+        worker = await fleet.start("both", "both", "--engine-port", str(port))
         await gateway.ready()
+        assert gateway.server.fleet.members["both"].worker.url == f"http://127.0.0.1:{port}"
         endless = completion(prompt=[7] * 50, max_tokens=8000, ignore_eos=True, stream=True)
         wire = await gateway.send(request("/v1/completions", endless))
         await wire.head()
@@ -112,6 +126,15 @@ async def test_a_second_signal_ends_it_at_once(model: Path, redis_url: str) -> N
         worker.send_signal(signal.SIGINT)
         assert await asyncio.wait_for(worker.wait(), 20) == 130
         wire.reset()
+
+
+def test_a_port_that_cannot_be_had_is_refused_before_anything_starts(model: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        args = ["--redis-url", "redis://127.0.0.1:1/0", "--engine-port", str(port)]
+        test_what_cannot_be_is_refused_in_one_sentence(args, {}, f"cannot listen on 127.0.0.1:{port}", model)
 
 
 @pytest.mark.parametrize(
