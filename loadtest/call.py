@@ -10,6 +10,7 @@ class Call:
     at_s: when to send it, seconds since the start of the run.
     prompt: token ids (for /v1/completions), or text.
     output_tokens: how long the answer is to be, exactly; 0 leaves it to the model.
+    session: the conversation it belongs to. after: the call whose answer it waits for, "" for none.
     kind: which application it belongs to ("chat", "code", …), for the report only.
     """
 
@@ -21,3 +22,4 @@ class Call:
     output_tokens: int
     kind: str = ""
     session: str = ""
+    after: str = ""

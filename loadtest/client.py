@@ -8,7 +8,7 @@ import asyncio
 import ssl
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -348,6 +348,9 @@ class Client:
         self._started_at = 0.0
         self._quiet = asyncio.Event()
         self._freed: asyncio.Event | None = None
+        self._unended: set[str] = set()
+        self._parked: dict[str, list[tuple[Call, bytes]]] = {}
+        self._closing = False
 
     async def open_loop(self, calls: Iterable[Call], *, drain_s: float | None = None) -> Sequence[Record]:
         """Send every call when it is due, however slow the answers are; wait `drain_s` for the last ones.
@@ -360,7 +363,7 @@ class Client:
                 request = self.target.request(call)  # before it is due: building it is no lag
                 await self._until(call.at_s)
                 self.progress.lag_s.append(perf_counter() - self._started_at - call.at_s)
-                self._send(call, request)
+                self._offer(call, request)
             await self._drain(drain_s)
         return self.records
 
@@ -383,13 +386,32 @@ class Client:
             call = next(pending, None)
             if call is None:
                 return False
-            self._send(call, self.target.request(call))
+            self._offer(call, self.target.request(call))
         return True
 
     async def _until(self, at_s: float) -> None:
         wait_s = self._started_at + at_s - perf_counter()
         # Behind or not, the loop must turn: what arrived meanwhile is to be noted before more is sent.
         await asyncio.sleep(max(0.0, wait_s))
+
+    def _offer(self, call: Call, request: bytes) -> None:
+        """Send the call, or keep it until the answer that it waits for is there: then it is due."""
+        self._unended.add(call.id)
+        if call.after in self._unended:
+            self._parked.setdefault(call.after, []).append((call, request))
+        else:
+            self._send(call, request)
+
+    def _release(self, ended: str) -> None:
+        self._unended.discard(ended)
+        for call, request in self._parked.pop(ended, ()):
+            due = replace(call, at_s=perf_counter() - self._started_at)
+            if self._closing:
+                exchange = Exchange(due, request, self._started_at, self._ended, sent_at=perf_counter())
+                exchange.error = "the run was over before its turn came"
+                _end(exchange, Ending.UNFINISHED, perf_counter())
+            else:
+                self._send(due, request)
 
     def _send(self, call: Call, request: bytes) -> None:
         exchange = Exchange(call, request, self._started_at, self._ended)
@@ -446,6 +468,7 @@ class Client:
         self.records.append(record)
         if self._note is not None:
             self._note(record)
+        self._release(record.id)
         if self._freed is not None:
             self._freed.set()
         if not self._open:
@@ -467,6 +490,7 @@ class Client:
             try:
                 await asyncio.wait_for(self._quiet.wait(), drain_s)
             except TimeoutError:
+                self._closing = True
                 for exchange in list(self._open):
                     self._give_up(exchange, Ending.UNFINISHED)
         for connection in self._idle[:]:

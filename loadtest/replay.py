@@ -70,7 +70,18 @@ def add_when(group: "argparse._ArgumentGroup") -> None:
     group.add_argument("--rate-scale", type=float, default=1.0, help="pass a trace so many times as fast (default: 1)")
     group.add_argument("--rate", type=float, help="requests per second, in place of a trace's times (workloads: 1)")
     group.add_argument("--cv", type=float, default=1.0, help="burstiness with --rate: 1 is Poisson (default: 1)")
+    group.add_argument(
+        "--on-off", type=_on_off, metavar="ON,OFF", help="with --rate: arrivals for ON seconds, none for OFF, again"
+    )
+    group.add_argument(
+        "--no-wait", action="store_true", help="send a conversation's next turn though the last is not answered"
+    )
     group.add_argument("--concurrency", type=int, help="closed loop: keep so many requests on their way, no times")
+
+
+def _on_off(text: str) -> tuple[float, float]:
+    on_s, _, off_s = text.partition(",")
+    return float(on_s), float(off_s)
 
 
 def _what(group: "argparse._ArgumentGroup") -> None:
@@ -151,7 +162,7 @@ def prepare(args: argparse.Namespace) -> Prepared:
     )
     fit = Fit(args.length_scale, args.context or context_tokens or 8192)
     skipped = Skipped()
-    calls, total = calls_of(args, Maker(_prompts(args), fit, shares), skipped)
+    calls, total = calls_of(args, Maker(_prompts(args), fit, shares, wait=not args.no_wait), skipped)
     objective = report.Objective.of(args.ttft, args.tpot)
     drain_s = args.timeout if args.drain is None else args.drain
     return Prepared(
@@ -203,8 +214,7 @@ def calls_of(args: argparse.Namespace, maker: Maker, skipped: Skipped) -> tuple[
     if args.trace in MIXES and not Path(args.trace).exists():
         total = args.limit or 200
         drawn = shapes(args.trace, Random(args.seed + 1), args.traces)
-        times_s = arrivals.gamma(args.rate or 1.0, args.cv, Random(args.seed + 2))
-        return islice(maker.calls(drawn, times_s, rng), total), total
+        return islice(maker.calls(drawn, _paced(args, args.rate or 1.0), rng), total), total
     rows = list(islice(read(Path(args.trace), form=args.form or "", skipped=skipped), args.limit))
     if not rows:
         raise CannotReplay(f"{args.trace} has no row that can be replayed: {skipped}.")
@@ -226,7 +236,15 @@ def _times(args: argparse.Namespace, rows: Sequence[TraceRow]) -> Iterator[float
         if any(row.at_s is None for row in rows):
             raise CannotReplay(f"{args.trace} has no times: give --rate REQUESTS_PER_SECOND or --concurrency N.")
         return arrivals.timed((row.at_s or 0.0 for row in rows), args.rate_scale)
-    return arrivals.gamma((args.rate or 1.0) * args.rate_scale, args.cv, Random(args.seed + 2))
+    return _paced(args, (args.rate or 1.0) * args.rate_scale)
+
+
+def _paced(args: argparse.Namespace, rate_per_s: float) -> Iterator[float]:
+    rng = Random(args.seed + 2)
+    if args.on_off:
+        on_s, off_s = args.on_off
+        return arrivals.on_off(rate_per_s, on_s, off_s, rng)
+    return arrivals.gamma(rate_per_s, args.cv, rng)
 
 
 # The run

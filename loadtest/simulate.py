@@ -20,6 +20,7 @@ from scheduler.lanes import Lanes
 from scheduler.policy import window_for
 
 SAMPLE_S = 1.0
+_MOST_PARTS = 1 << 10
 _MOST_BLOCKS = 1 << 20  # of one prompt: keeps the ids of different calls apart
 
 
@@ -110,6 +111,8 @@ class Simulation:
         self._seq = 0
         self._sample_at = 0.0
         self._iterations = 0
+        self._unended: set[str] = set()
+        self._parked: dict[str, list[Call]] = {}
         self._note = note
         self._records: list[Record] = []
         self._samples: list[Sample] = []
@@ -142,6 +145,11 @@ class Simulation:
             self._step(worker, now)
 
     def _arrive(self, call: Call, now: float) -> None:
+        """A call is due; it waits for the answer before it in its conversation, if that is not there."""
+        self._unended.add(call.id)
+        if call.after in self._unended:
+            self._parked.setdefault(call.after, []).append(call)
+            return
         self._seq += 1
         name = f"{self._seq}"
         flight = _Flight(call, now, _job(call, name, now), _job(call, name, now) if self._line is not None else None)
@@ -217,6 +225,9 @@ class Simulation:
         self._records.append(record)
         if self._note is not None:
             self._note(record)
+        self._unended.discard(flight.call.id)
+        for call in self._parked.pop(flight.call.id, ()):
+            self._arrive(call, now)
 
     def _sample(self, now: float) -> None:
         if now < self._sample_at:
@@ -245,15 +256,24 @@ def _job(call: Call, name: str, now: float) -> Job:
 def block_prompts(block_tokens: int) -> Prompts:
     """Prompts for a simulation: no tokens are needed, only the ids of their blocks, shared ones and own.
 
-    block_tokens: of the engine's prefix cache (0 for none); a trace with shared blocks must have blocks of this size.
+    block_tokens: of the engine's prefix cache (0 for none). A trace's larger blocks are cut to this size; of smaller
+    ones the last that ends with one of these stands for all before it.
     """
 
-    def make(call: int, tokens: int, blocks: Sequence[int], _: int) -> list[int]:
+    def make(call: int, tokens: int, blocks: Sequence[int], trace_tokens: int) -> list[int]:
         if not block_tokens:
             return []
         full = tokens // block_tokens
-        shared = list(blocks[:full])
+        shared = _resized(blocks, trace_tokens, block_tokens)[:full]
         first = -1 - call * _MOST_BLOCKS
         return shared + list(range(first, first - (full - len(shared)), -1))
 
     return make
+
+
+def _resized(blocks: Sequence[int], from_tokens: int, to_tokens: int) -> list[int]:
+    if from_tokens >= to_tokens:
+        parts = from_tokens // to_tokens
+        return [block * _MOST_PARTS + part for block in blocks for part in range(parts)]
+    step = to_tokens // max(from_tokens, 1)
+    return list(blocks[step - 1 :: step])

@@ -17,7 +17,7 @@ from loadtest.records import Recorded, Run, Writer
 from loadtest.replay import CannotReplay
 from loadtest.sides import Side, rows
 from loadtest.simulate import Plan, Simulation, block_prompts
-from loadtest.traces import READERS, Skipped, read
+from loadtest.traces import READERS, Skipped
 from loadtest.workload import MIXES, Fit, Maker, parse_shares
 from scheduler.catalog import choose, describe
 
@@ -72,14 +72,13 @@ def run(args: argparse.Namespace) -> int:
 def _side(args: argparse.Namespace, text: str, objective: report.Objective | None, screen: Console) -> Side:
     policy, options = choose(text)
     cost = cost_of(args)
-    block_tokens = _block_tokens(args) or cost.prefix_block_tokens
-    cost = replace(cost, prefix_block_tokens=block_tokens)
     plan = Plan(cost, policy, options, workers=args.workers, concurrency=args.concurrency)
     skipped = Skipped()
     maker = Maker(
-        block_prompts(block_tokens),
+        block_prompts(cost.prefix_block_tokens),
         Fit(args.length_scale, min(args.context, cost.kv_capacity_tokens)),
         parse_shares(args.shares) if args.shares else None,
+        wait=not args.no_wait,
     )
     calls, _ = replay.calls_of(args, maker, skipped)
     out = args.out / f"{text.replace('=', '-')}.jsonl" if args.out else None
@@ -99,15 +98,6 @@ def cost_of(args: argparse.Namespace) -> CostModel:
     """The cost model that the options name. ValueError for a file that is none."""
     cost = CostModel.read(args.cost_file) if args.cost_file else PRESETS[args.cost]
     return replace(cost, max_seqs=args.slots or cost.max_seqs)
-
-
-def _block_tokens(args: argparse.Namespace) -> int:
-    """Of the trace's own prefix blocks, 0 if it has none."""
-    path = Path(args.trace)
-    if args.trace in MIXES and not path.exists():
-        return 0
-    first = next(iter(read(path, form=args.form or "")), None)
-    return first.block_tokens if first is not None else 0
 
 
 def simulate(

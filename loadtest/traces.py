@@ -1,13 +1,15 @@
-"""Public traces as rows: Azure LLM inference, ShareGPT, its lengths, Mooncake, the VTC arena, our own JSON lines.
+"""Public traces as rows: Azure LLM inference, BurstGPT, ShareGPT, its lengths, Mooncake, Qwen-Bailian, the VTC arena,
+our own JSON lines.
 
 A row that cannot be read is left out, and counted with its line number in `Skipped`: never silently.
 """
 
 import csv
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from datetime import datetime
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ class TraceRow:
 
     at_s: arrival, seconds since the trace's first row; None where the trace has no times.
     prefix_hashes: ids of the prompt's blocks, equal where two prompts begin alike (`block_tokens` each).
-    session, turn: which conversation, and where in it. prompt: the text, where the trace has it.
+    session, turn: which conversation, and where in it. prompt: the text, where the trace has it. kind: which
+    application it belongs to, where the trace says so.
     """
 
     at_s: float | None
@@ -37,6 +40,7 @@ class TraceRow:
     prefix_hashes: tuple[int, ...] = ()
     block_tokens: int = 0
     prompt: str = ""
+    kind: str = ""
 
 
 @dataclass(slots=True)
@@ -83,7 +87,10 @@ def recognise(path: Path) -> str:
     if head.startswith("["):
         return "sharegpt"
     if head.startswith("{"):
-        return "mooncake" if '"input_length"' in head.partition("\n")[0] else "jsonl"
+        first = head.partition("\n")[0]
+        if '"input_length"' in first:
+            return "qwen-bailian" if '"chat_id"' in first else "mooncake"
+        return "jsonl"
     columns = {column.strip() for column in head.partition("\n")[0].split(",")}
     for form, needed in _COLUMNS.items():
         if needed <= columns:
@@ -94,6 +101,7 @@ def recognise(path: Path) -> str:
 
 _COLUMNS: Mapping[str, frozenset[str]] = {
     "azure": frozenset({"TIMESTAMP", "ContextTokens", "GeneratedTokens"}),
+    "burstgpt": frozenset({"Timestamp", "Request tokens", "Response tokens"}),
     "sharegpt-lengths": frozenset({"conv_id", "turn", "role", "num_tokens"}),
     "vtc-arena": frozenset({"adapter_dir", "prompt_len", "output_len", "req_time"}),
 }
@@ -139,15 +147,7 @@ def _kept(rows: Iterable[tuple[int, Any]], parse: Callable[[Any], TraceRow], ski
             yield parsed
             continue
         first_s = parsed.at_s if first_s is None else first_s
-        yield _moved(parsed, first_s)
-
-
-def _moved(row: TraceRow, first_s: float) -> TraceRow:
-    at_s = (row.at_s or 0.0) - first_s
-    return TraceRow(
-        at_s, row.prompt_tokens, row.output_tokens, row.tenant, row.session, row.turn, row.prefix_hashes,
-        row.block_tokens, row.prompt,
-    )  # fmt: skip
+        yield replace(parsed, at_s=parsed.at_s - first_s)
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -173,16 +173,21 @@ def _json_lines(path: Path, skipped: Skipped) -> Iterator[tuple[int, Mapping[str
                 skipped.add(number, "no JSON object")
 
 
+_STAMP = re.compile(r"(\d{4}-[01]\d-[0-3]\d [0-2]\d:[0-5]\d:[0-5]\d)(\.\d+)?(?:\+00:00|Z)?")
+
+
 def azure(path: Path, skipped: Skipped) -> Iterator[TraceRow]:
-    """Azure LLM inference 2023 (Splitwise): TIMESTAMP,ContextTokens,GeneratedTokens; seven digits of a second."""
+    """Azure LLM inference 2023 (Splitwise) and 2024 (DynamoLLM): TIMESTAMP,ContextTokens,GeneratedTokens.
+
+    Times have up to seven digits of a second, or none, and in 2024 a time zone, which is always UTC.
+    """
 
     def parse(row: Mapping[str, Any]) -> TraceRow:
         stamp = str(_field(row, "TIMESTAMP"))
-        try:
-            at = datetime.fromisoformat(stamp[:19])
-            at_s = at.timestamp() + (float("0" + stamp[19:26]) if len(stamp) > 19 else 0.0)
-        except ValueError:
-            raise _BadRow(f"TIMESTAMP is {stamp!r}, no time") from None
+        parts = _STAMP.fullmatch(stamp)
+        if parts is None:
+            raise _BadRow(f"TIMESTAMP is {stamp!r}, no time")
+        at_s = datetime.fromisoformat(parts[1]).replace(tzinfo=UTC).timestamp() + float(f"0{parts[2] or '.0'}")
         prompt, output = _field(row, "ContextTokens"), _field(row, "GeneratedTokens")
         return TraceRow(at_s, _tokens(prompt, "ContextTokens"), _tokens(output, "GeneratedTokens"))
 
@@ -221,9 +226,57 @@ def mooncake(path: Path, skipped: Skipped) -> Iterator[TraceRow]:
     return _kept(_json_lines(path, skipped), parse, skipped)
 
 
+def qwen_bailian(path: Path, skipped: Skipped) -> Iterator[TraceRow]:
+    """Qwen-Bailian (Alibaba): chat_id, parent_chat_id (-1 at the root), timestamp in seconds, turn, hash_ids of
+    16-token blocks. A conversation is named after its root."""
+    roots: dict[object, str] = {}
+
+    def parse(row: Mapping[str, Any]) -> TraceRow:
+        hashes = row.get("hash_ids") or []
+        if not isinstance(hashes, list) or not all(isinstance(one, int) for one in hashes):
+            raise _BadRow("hash_ids is no list of whole numbers")
+        chat, parent = _field(row, "chat_id"), row.get("parent_chat_id", -1)
+        roots[chat] = session = roots.get(parent, str(chat))
+        return TraceRow(
+            _number(_field(row, "timestamp"), "timestamp"),
+            _tokens(_field(row, "input_length"), "input_length"),
+            _tokens(_field(row, "output_length"), "output_length"),
+            session=session,
+            turn=max(0, _tokens(row.get("turn", 1), "turn", least=0) - 1),
+            prefix_hashes=tuple(hashes),
+            block_tokens=16,
+            kind=str(row.get("type", "")),
+        )
+
+    return _kept(_json_lines(path, skipped), parse, skipped)
+
+
+def burstgpt(path: Path, skipped: Skipped) -> Iterator[TraceRow]:
+    """BurstGPT, all versions, columns by name: Timestamp in seconds, Request and Response tokens, Log Type; the third
+    has Session ID too. Failed requests have no response tokens, and are left out."""
+    turns: dict[str, int] = {}
+
+    def parse(row: Mapping[str, Any]) -> TraceRow:
+        session = str(row.get("Session ID") or "").strip()
+        turn = turns.get(session, -1) + 1 if session else 0
+        parsed = TraceRow(
+            _number(_field(row, "Timestamp"), "Timestamp"),
+            _tokens(_field(row, "Request tokens"), "Request tokens"),
+            _tokens(_field(row, "Response tokens"), "Response tokens"),
+            session=session,
+            turn=turn,
+            kind=str(row.get("Log Type") or "").partition(" ")[0].lower(),
+        )
+        if session:
+            turns[session] = turn
+        return parsed
+
+    return _kept(_csv_rows(path), parse, skipped)
+
+
 def own(path: Path, skipped: Skipped) -> Iterator[TraceRow]:
     """Our own form, one JSON object a line: prompt_tokens, output_tokens, and where known at_s, tenant, session, turn,
-    prefix_hashes, block_tokens, prompt."""
+    prefix_hashes, block_tokens, prompt, kind."""
 
     def parse(row: Mapping[str, Any]) -> TraceRow:
         prompt = row.get("prompt", "")
@@ -238,6 +291,7 @@ def own(path: Path, skipped: Skipped) -> Iterator[TraceRow]:
             prefix_hashes=tuple(row.get("prefix_hashes", ())),
             block_tokens=_tokens(row.get("block_tokens", 0), "block_tokens", least=0),
             prompt=str(prompt),
+            kind=str(row.get("kind", "")),
         )
 
     return _kept(_json_lines(path, skipped), parse, skipped)
@@ -332,6 +386,8 @@ READERS: Mapping[str, Reader] = {
     "sharegpt": sharegpt,
     "sharegpt-lengths": sharegpt_lengths,
     "mooncake": mooncake,
+    "qwen-bailian": qwen_bailian,
+    "burstgpt": burstgpt,
     "vtc-arena": vtc_arena,
     "jsonl": own,
 }

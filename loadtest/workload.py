@@ -5,6 +5,7 @@ S, ShareGPT's first turns (answers alike in length, where preempting cannot win)
 its chat requests (CV of answers 1.4); R, C with 5 % long answers of a reasoning model (CV above 3).
 """
 
+import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -144,14 +145,30 @@ def parse_shares(text: str) -> dict[str, float]:
     return shares
 
 
+_SESSION_BLOCK_TOKENS = 64
+
+
+def _of_session(row: TraceRow) -> TraceRow:
+    """The row with blocks that all turns of its conversation share."""
+    if not row.session or row.prefix_hashes:
+        return row
+    first = zlib.crc32(row.session.encode()) << 20
+    blocks = range(first, first + row.prompt_tokens // _SESSION_BLOCK_TOKENS)
+    return replace(row, prefix_hashes=tuple(blocks), block_tokens=_SESSION_BLOCK_TOKENS)
+
+
 @dataclass(frozen=True, slots=True)
 class Maker:
-    """Turns lengths and times into calls. shares: of the requests, by tenant; a trace's own tenants go first."""
+    """Turns lengths and times into calls. shares: of the requests, by tenant; a trace's own tenants go first.
+
+    wait: a conversation's next turn waits for the answer to the one before.
+    """
 
     prompts: Prompts
     fit: Fit = Fit()
     shares: Mapping[str, float] | None = None
     name: str = "call"
+    wait: bool = True
 
     def calls(self, drawn: Iterable[Shape], times_s: Iterable[float], rng: Random) -> Iterator[Call]:
         """One call per time, as long as both last."""
@@ -159,9 +176,16 @@ class Maker:
             yield self._call(number, at_s, self.fit(shape), TraceRow(None, 0, 0), rng)
 
     def replay(self, rows: Iterable[TraceRow], times_s: Iterable[float], rng: Random) -> Iterator[Call]:
-        """The rows of a trace, each at its time."""
+        """The rows of a trace, each at its time. Turns of one conversation begin alike, where the trace does not say
+        itself what is shared."""
+        latest: dict[str, str] = {}
         for number, (row, at_s) in enumerate(zip(rows, times_s, strict=False)):
-            yield self._call(number, at_s, self.fit(Shape(row.prompt_tokens, row.output_tokens)), row, rng)
+            shape = self.fit(Shape(row.prompt_tokens, row.output_tokens, row.kind))
+            call = self._call(number, at_s, shape, _of_session(row), rng)
+            if row.session and self.wait:
+                call = replace(call, after=latest.get(row.session, ""))
+                latest[row.session] = call.id
+            yield call
 
     def _call(self, number: int, at_s: float, shape: Shape, row: TraceRow, rng: Random) -> Call:
         shares = self.shares or {"default": 1.0}

@@ -1,6 +1,8 @@
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -165,3 +167,22 @@ async def test_a_stream_that_says_it_failed_is_no_success(stream: bytes, told: s
         (record,) = await Client(Target(url)).open_loop(calls(1))
     assert record.ending is Ending.ERROR_EVENT
     assert told in record.error
+
+
+async def test_a_conversations_next_turn_waits_for_the_answer_before_it() -> None:
+    turns = [replace(call, after=f"c{at - 1}" if at else "", at_s=0.0) for at, call in enumerate(calls(3))]
+    async with FakeEngine(SLOW) as engine:
+        records = await Client(Target(engine.url)).open_loop(turns)
+    assert [record.id for record in records] == ["c0", "c1", "c2"]
+    for earlier, later in pairwise(records):
+        answered_s = earlier.sent_s + earlier.e2e_s
+        assert answered_s <= later.sent_s + 1e-5
+        assert later.due_s == pytest.approx(later.sent_s, abs=0.05)
+
+
+async def test_turns_whose_time_never_came_are_told_when_the_run_is_over() -> None:
+    turns = [replace(call, after=f"c{at - 1}" if at else "", at_s=0.0) for at, call in enumerate(calls(3))]
+    async with FakeEngine(SLOW, faults=Faults(stall_after_tokens=0)) as engine:
+        records = await Client(Target(engine.url)).open_loop(turns, drain_s=0.01)
+    assert sorted(record.id for record in records) == ["c0", "c1", "c2"]
+    assert {record.ending for record in records} == {Ending.UNFINISHED}

@@ -132,3 +132,18 @@ def test_a_call_that_can_never_run_is_told() -> None:
     small = CostModel(0.01, max_seqs=4, kv_capacity_tokens=64)
     with pytest.raises(ValueError, match="exceeds the KV capacity"):
         simulated(Plan(small), [call("a", prompt=100)])
+
+
+def test_a_conversations_next_turn_waits_for_the_answer_before_it() -> None:
+    first, second = call("a"), Call("b", 0.0, "t", [], 100, 10, after="a")
+    records = {record.id: record for record in simulated(Plan(COST), [first, second]).records}
+    assert records["b"].sent_s == pytest.approx(records["a"].e2e_s, abs=1e-5)
+
+
+@pytest.mark.parametrize(("blocks", "trace_tokens"), [((5, 6), 32), ((1, 2, 3, 4, 5, 6, 7, 8), 8)])
+def test_blocks_of_another_size_share_as_many_tokens(blocks: tuple[int, ...], trace_tokens: int) -> None:
+    make = block_prompts(16)
+    one, two = (make(at, 160, blocks, trace_tokens) for at in range(2))
+    assert len(one) == len(two) == 10
+    assert one[:4] == two[:4]
+    assert not set(one[4:]) & set(two[4:])

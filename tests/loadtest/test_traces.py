@@ -24,6 +24,22 @@ SAMPLES = {
         '{"timestamp": 6000, "input_length": 7322, "output_length": 490, "hash_ids": [0, 14]}\n'
         '{"timestamp": 6000, "input_length": 10}\nnot json\n'
     ),
+    "burstgpt": (
+        "Timestamp,Session ID,Elapsed time,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+        "45,,3.2,ChatGPT,472,18,490,API log\n"
+        "53.5,7,9.1,GPT-4,100,200,300,Conversation log\n"
+        "54,,0,ChatGPT,1087,0,1087,API log\n"
+        "60,7,4.4,GPT-4,420,90,510,Conversation log\n"
+    ),
+    "qwen-bailian": (
+        '{"chat_id": 5, "parent_chat_id": -1, "timestamp": 61.1, "input_length": 40, "output_length": 9, '
+        '"type": "text", "turn": 1, "hash_ids": [1, 2]}\n'
+        '{"chat_id": 6, "parent_chat_id": -1, "timestamp": 61.2, "input_length": 7, "output_length": 9, '
+        '"type": "search", "turn": 1, "hash_ids": []}\n'
+        '{"chat_id": 9, "parent_chat_id": 5, "timestamp": 70.1, "input_length": 80, "output_length": 3, '
+        '"type": "text", "turn": 2, "hash_ids": [1, 2, 8, 9]}\n'
+        '{"chat_id": 10, "parent_chat_id": 9, "timestamp": 71, "input_length": 80, "turn": 3, "hash_ids": [1]}\n'
+    ),
     "sharegpt-lengths": (
         "conv_id,turn,role,num_chars,num_tokens\n"
         "a,0,human,190,33\na,1,gpt,1298,256\na,2,human,188,35\na,3,gpt,1659,329\n"
@@ -141,3 +157,39 @@ def test_real_traces_are_read_whole(
     if mean_prompt is not None and mean_output is not None:
         assert sum(row.prompt_tokens for row in seen) / len(seen) == pytest.approx(mean_prompt, abs=1)
         assert sum(row.output_tokens for row in seen) / len(seen) == pytest.approx(mean_output, abs=1)
+
+
+def test_azures_2024_times_have_a_zone_and_sometimes_no_fraction(tmp_path: Path) -> None:
+    rows, skipped = rows_of(
+        "azure", tmp_path,
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:00.009930+00:00,2162,5\n"
+        "2024-05-10 00:00:01+00:00,2399,6\n2024-05-10T00:00:02,1,1\n",
+    )  # fmt: skip
+    assert [row.at_s for row in rows] == [0.0, pytest.approx(0.99007, abs=1e-6)]
+    assert "line 4: TIMESTAMP" in str(skipped)
+
+
+def test_burstgpt_is_read_by_column_and_its_failed_requests_are_left_out(tmp_path: Path) -> None:
+    rows, skipped = rows_of("burstgpt", tmp_path)
+    assert [(row.at_s, row.output_tokens, row.session, row.turn, row.kind) for row in rows] == [
+        (0.0, 18, "", 0, "api"),
+        (8.5, 200, "7", 0, "conversation"),
+        (15.0, 90, "7", 1, "conversation"),
+    ]
+    assert str(skipped) == "1 rows skipped (line 4: Response tokens is 0, less than 1)"
+    first, _ = rows_of(
+        "burstgpt", tmp_path,
+        "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n5,GPT-4,10,20,30,Conversation log\n",
+    )  # fmt: skip
+    assert (first[0].prompt_tokens, first[0].output_tokens, first[0].session) == (10, 20, "")
+
+
+def test_bailians_turns_belong_to_the_conversation_of_their_root(tmp_path: Path) -> None:
+    rows, skipped = rows_of("qwen-bailian", tmp_path)
+    assert [(row.session, row.turn, row.kind, row.prefix_hashes) for row in rows] == [
+        ("5", 0, "text", (1, 2)),
+        ("6", 0, "search", ()),
+        ("5", 1, "text", (1, 2, 8, 9)),
+    ]
+    assert {row.block_tokens for row in rows} == {16}
+    assert skipped.count == 1

@@ -111,3 +111,14 @@ def test_a_replayed_trace_keeps_its_tenants_its_lengths_and_its_times() -> None:
 def test_shares_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="NAME=SHARE"):
         parse_shares(text)
+
+
+def test_turns_of_a_conversation_begin_alike_and_wait_for_each_other() -> None:
+    rows = [TraceRow(0.0, 200, 5, session="s"), TraceRow(1.0, 300, 5, session="s"), TraceRow(2.0, 200, 5, session="o")]
+    first, second, other = Maker(token_prompts(0)).replay(rows, (0.0, 1.0, 2.0), Random(1))
+    assert (first.after, second.after, other.after) == ("", first.id, "")
+    assert first.prompt[:192] == second.prompt[:192]
+    assert first.prompt[:64] != other.prompt[:64]
+    assert not [
+        call.after for call in Maker(token_prompts(0), wait=False).replay(rows, (0.0,) * 3, Random(1)) if call.after
+    ]
