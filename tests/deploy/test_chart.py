@@ -1,0 +1,254 @@
+"""The Helm chart, rendered by Helm's own engine: valid for Kubernetes, in step with our commands, strict on values."""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import helm_python
+import kubernetes_validate
+import pytest
+import yaml
+
+from deploy.dashboards import BOARDS
+from deploy.join import JoinSettings
+from deploy.join import add_arguments as worker_arguments
+from scheduler.catalog import POLICIES
+from server.__main__ import add_arguments as gateway_arguments
+from server.settings import Settings, read_settings
+from server.telemetry import SECONDS
+from server.tenants import read_file
+from tests.deploy.queries import ROOT, RULES
+
+CHART = ROOT / "deploy" / "chart"
+VALUES: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
+SCHEMA: dict[str, Any] = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
+OLDEST, NEWEST = "1.27", "1.33"
+KEY = {"admin": {"key": "an-admin-key-for-the-tests"}}
+EVERYTHING = KEY | {
+    "gateway": {
+        "autoscaling": {"enabled": True},
+        "policyOptions": {"within": "gittins", "min_samples": 100},
+        "settings": {"shutdown_s": 120, "admission": {"max_waiting": 500}},
+        "nodeSelector": {"disk": "fast"},
+        "tolerations": [{"operator": "Exists"}],
+    },
+    "tenants": {"list": [{"name": "acme", "keys": ["sha256:" + "0" * 64], "weight": 2}]},
+    "workers": {
+        "main": None,
+        "read": {"role": "prefill", "replicas": 2, "engineArgs": ["--max-num-seqs=64"], "huggingFaceSecret": "hub"},
+        "write": {
+            "role": "decode",
+            "storage": {"size": "100Gi", "className": "fast"},
+            "autoscaling": {"enabled": True, "maxReplicas": 8},
+            "env": [{"name": "VLLM_LOGGING_LEVEL", "value": "DEBUG"}],
+        },
+        "small": {"storage": {"existingClaim": "models"}, "resources": {}, "model": "smollm2"},
+    },
+    "monitoring": {"enabled": True, "labels": {"release": "prometheus"}},
+    "imagePullSecrets": [{"name": "registry"}],
+}
+OWN_SECRETS = {
+    "admin": {"existingSecret": "admin"},
+    "tenants": {"existingSecret": "tenants"},
+    "redis": {"enabled": False, "existingSecret": "redis"},
+    "networkPolicy": {"enabled": False},
+}
+VARIANTS = {"least": KEY, "everything": EVERYTHING, "own secrets": OWN_SECRETS}
+Doc = dict[str, Any]
+
+
+def rendered(values: Mapping[str, Any]) -> list[Doc]:
+    """Every resource. ValueError is what Helm says of wrong values."""
+    with helm_python.Chart.load(str(CHART)) as chart:
+        files = chart.render(dict(values), name="prod", namespace="llm")
+    texts = [text for name, text in files.items() if name.endswith(".yaml")]
+    return [document for text in texts for document in yaml.safe_load_all(text) if document]
+
+
+DOCS = {name: rendered(values) for name, values in VARIANTS.items()}
+
+
+def of(variant: str, kind: str, name: str = "") -> Doc:
+    (found,) = [
+        doc for doc in DOCS[variant] if doc["kind"] == kind and doc["metadata"]["name"].endswith(name or "gateway")
+    ]
+    return found
+
+
+def container(doc: Doc) -> Doc:
+    (only,) = doc["spec"]["template"]["spec"]["containers"]
+    return dict(only)
+
+
+@pytest.mark.parametrize("version", [OLDEST, NEWEST])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_the_chart_renders_is_valid_for_kubernetes(variant: str, version: str) -> None:
+    for document in DOCS[variant]:
+        if "monitoring.coreos.com" not in document["apiVersion"]:
+            kubernetes_validate.validate(document, version, strict=True)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_two_resources_have_one_name_and_all_carry_the_labels(variant: str) -> None:
+    names = [(doc["kind"], doc["metadata"]["name"]) for doc in DOCS[variant]]
+    assert len(names) == len(set(names))
+    for doc in DOCS[variant]:
+        assert doc["metadata"]["labels"]["app.kubernetes.io/instance"] == "prod"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_selector_selects_pods_of_the_chart(variant: str) -> None:
+    pods = [doc["spec"]["template"]["metadata"]["labels"] for doc in DOCS[variant] if "template" in doc.get("spec", {})]
+    for doc in DOCS[variant]:
+        spec = doc.get("spec", {})
+        selector = spec.get("podSelector") or spec.get("selector")
+        if selector and doc["kind"] != "ServiceMonitor":
+            wanted = selector.get("matchLabels", selector).items()
+            assert any(wanted <= labels.items() for labels in pods), doc["metadata"]["name"]
+    for one in pods:
+        assert sum(other["app.kubernetes.io/component"] == one["app.kubernetes.io/component"] for other in pods) >= 1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nobody_runs_as_root_or_with_a_token_of_the_cluster(variant: str) -> None:
+    for doc in DOCS[variant]:
+        if "template" not in doc.get("spec", {}):
+            continue
+        pod = doc["spec"]["template"]["spec"]
+        assert pod["automountServiceAccountToken"] is False and pod["securityContext"]["runAsNonRoot"] is True
+        security = container(doc)["securityContext"]
+        assert security["allowPrivilegeEscalation"] is False and security["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_the_gateway_is_probed_where_it_answers_and_has_time_to_finish() -> None:
+    deployment = of("everything", "Deployment")
+    probes = container(deployment)
+    assert probes["livenessProbe"]["httpGet"]["path"] == "/health"
+    assert probes["readinessProbe"]["httpGet"]["path"] == "/ready"
+    (pause,) = probes["lifecycle"]["preStop"]["exec"]["command"][1:]
+    grace = deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert grace > int(pause) + EVERYTHING["gateway"]["settings"]["shutdown_s"]  # type: ignore[index]
+    assert deployment["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
+
+
+def environment(doc: Doc) -> dict[str, Any]:
+    return {item["name"]: item.get("value") for item in container(doc)["env"]}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variables_are_settings_and_arguments_are_understood(variant: str) -> None:
+    for doc in DOCS[variant]:
+        if doc["metadata"]["name"].endswith("redis") or "template" not in doc.get("spec", {}):
+            continue
+        gateway = doc["kind"] == "Deployment"
+        kind = Settings if gateway else JoinSettings
+        for name in environment(doc):
+            assert not name.startswith("EVENHAND_") or name.removeprefix("EVENHAND_").lower() in kind.model_fields
+        parser = argparse.ArgumentParser(exit_on_error=False)
+        (gateway_arguments if gateway else worker_arguments)(parser)
+        words = container(doc)["args"]
+        parser.parse_args(words[1:] if gateway else words)
+
+
+def test_the_gateway_takes_its_settings_as_rendered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gateway.yaml").write_text(of("everything", "ConfigMap")["data"]["gateway.yaml"])
+    for name, value in environment(of("everything", "Deployment")).items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    settings = read_settings({}, tmp_path / "gateway.yaml", Settings)
+    assert settings.policy == "vtc" and settings.policy_options == {"within": "gittins", "min_samples": "100"}
+    assert settings.admission.max_waiting == 500 and settings.shutdown_s == 120
+    assert settings.redis_url is not None
+    assert settings.redis_url.get_secret_value() == "redis://prod-evenhand-redis:6379/0"
+
+
+def test_tenants_are_a_file_that_the_gateway_reads(tmp_path: Path) -> None:
+    (tmp_path / "tenants.yaml").write_text(of("everything", "Secret", "tenants")["stringData"]["tenants.yaml"])
+    (tenant,) = read_file(tmp_path / "tenants.yaml")
+    assert (tenant.name, tenant.weight) == ("acme", 2.0)
+
+
+def test_a_worker_gets_its_role_its_model_and_its_disk_and_an_unwanted_one_is_gone() -> None:
+    workers = {
+        doc["metadata"]["name"].rpartition("-")[2]: doc
+        for doc in DOCS["everything"]
+        if doc["kind"] == "StatefulSet" and "worker" in doc["metadata"]["name"]
+    }
+    assert set(workers) == {"read", "write", "small"}
+    assert container(workers["read"])["args"][:2] == ["--role", "prefill"]
+    assert "--engine-arg=--max-num-seqs=64" in container(workers["read"])["args"]
+    assert workers["read"]["spec"]["replicas"] == 2 and "replicas" not in workers["write"]["spec"]
+    (claim,) = workers["write"]["spec"]["volumeClaimTemplates"]
+    assert claim["spec"]["resources"]["requests"]["storage"] == "100Gi"
+    assert "smollm2" in container(workers["small"])["args"]
+    for doc in workers.values():
+        pod = doc["spec"]["template"]["spec"]
+        assert pod["terminationGracePeriodSeconds"] > VALUES["workerDefaults"]["shutdownSeconds"]
+        mounted = {mount["name"] for mount in container(doc)["volumeMounts"]}
+        given = {volume["name"] for volume in pod["volumes"]}
+        assert mounted == given | {claim["metadata"]["name"] for claim in doc["spec"].get("volumeClaimTemplates", [])}
+
+
+def test_only_gateways_prometheus_and_workers_reach_an_engine() -> None:
+    policy = of("everything", "NetworkPolicy", "worker")
+    engine, among = policy["spec"]["ingress"]
+    assert [port["port"] for port in engine["ports"]] == ["engine"]
+    components = [
+        peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"]
+        for peer in engine["from"]
+        if "podSelector" in peer
+    ]
+    assert components == ["gateway"] and {"namespaceSelector": {}} in engine["from"]
+    assert among["from"][0]["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "worker"
+    assert {"namespaceSelector": {}} not in of("least", "NetworkPolicy", "worker")["spec"]["ingress"][0]["from"]
+
+
+def test_prometheus_gets_the_rules_of_the_repository_with_the_objectives_of_the_values() -> None:
+    assert of("everything", "PrometheusRule", "evenhand")["spec"] == yaml.safe_load(RULES.read_text(encoding="utf-8"))
+    objectives = {"ttftSeconds": "0.5", "tpotSeconds": "0.05", "fairnessGap": 1000000}
+    monitoring = {"enabled": True, "objectives": objectives}
+    (rule,) = [doc for doc in rendered(KEY | {"monitoring": monitoring}) if doc["kind"] == "PrometheusRule"]
+    text = yaml.safe_dump(rule)
+    assert text.count('ttft_seconds_bucket{le="0.5"}') == text.count('tpot_seconds_bucket{le="0.05"}') == 4
+    assert "> 1000000" in text and 'le="2.0"' not in text and 'le="0.1"' not in text
+
+
+def test_grafana_gets_every_dashboard() -> None:
+    given = of("everything", "ConfigMap", "dashboards")["data"]
+    assert set(given) == {f"{name}.json" for name in BOARDS}
+    assert all(json.loads(text)["uid"].startswith("evenhand-") for text in given.values())
+
+
+def test_the_schema_allows_what_the_code_has() -> None:
+    assert set(SCHEMA["definitions"]["policy"]["enum"]) == set(POLICIES)
+    assert SCHEMA["definitions"]["bound"]["enum"] == [repr(bound) for bound in SECONDS]
+
+
+WRONG = [
+    ({}, "admin.key"),
+    ({"admin": {"key": "short"}}, "key"),
+    (KEY | {"gateway": {"policy": "lifo"}}, "policy"),
+    (KEY | {"gateway": {"replicas": 0}}, "replicas"),
+    (KEY | {"gateway": {"replica": 2}}, "replica"),
+    (KEY | {"gateway": {"settings": {"redis_url": "redis://x"}}}, "redis_url"),
+    (KEY | {"redis": {"url": "redis://:secret@host"}}, "url"),
+    (KEY | {"redis": {"url": "redis://host"}}, "redis.enabled"),
+    (KEY | {"redis": {"enabled": False}}, "redis"),
+    (KEY | {"tenants": {"list": [{"name": "a"}], "existingSecret": "b"}}, "tenants"),
+    (KEY | {"workers": {"main": {"role": "cook"}}}, "role"),
+    (KEY | {"workers": {"main": {"role": "prefill"}}}, "workers.main.role"),
+    (KEY | {"workers": {"Main_1": {}}}, "Main_1"),
+    (KEY | {"workers": {"main": {"engineArgs": ["max-num-seqs"]}}}, "engineArgs"),
+    (KEY | {"workers": {"main": {"storage": {"size": "1Gi", "existingClaim": "x"}}}}, "workers.main.storage"),
+    (KEY | {"monitoring": {"objectives": {"ttftSeconds": "1.7"}}}, "ttftSeconds"),
+    (KEY | {"monitorring": {}}, "monitorring"),
+]
+
+
+@pytest.mark.parametrize(("values", "named"), WRONG, ids=lambda item: item if isinstance(item, str) else "")
+def test_a_wrong_value_is_refused_by_its_name(values: dict[str, Any], named: str) -> None:
+    with pytest.raises(helm_python.HelmError) as refused:
+        rendered(values)
+    assert named in str(refused.value)
