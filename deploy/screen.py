@@ -84,6 +84,18 @@ class Screen:
             self._said.add(line.text)
             self.line(name, f"{line.level.lower()}: {line.text}", "dim")
 
+    def gateway(self, line: str) -> None:
+        """A line of a gateway of its own, `LEVEL logger: text`: all of them if `verbose`, else each warning. What more
+        than one of its processes says, `LEVEL logger[number]: text`, is shown once."""
+        level, _, rest = line.partition(" ")
+        name, _, text = rest.partition(": ")
+        if self._verbose or level not in ("WARNING", "ERROR", "CRITICAL"):
+            if self._verbose or level not in ("INFO", "DEBUG"):
+                self.line("gateway", line, "dim")
+        elif not (name.endswith("]") and text in self._said):
+            self._said.add(text)
+            self.line("gateway", f"{level.lower()}: {text}", "dim")
+
     def beat(self) -> None:
         """Called now and then: says that a start goes on, where nothing moves on the screen."""
         if self._console.is_terminal or self._clock() - self._last_beat_s < BEAT_S:

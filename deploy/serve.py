@@ -8,6 +8,7 @@ import argparse
 import errno
 import signal
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,14 +16,15 @@ import uvloop
 from rich.console import Console
 
 from deploy.engine_args import EngineArgsError
+from deploy.front import Front, front_for
 from deploy.model import ModelError, cache_folder
-from deploy.preflight import PreflightError, check
+from deploy.preflight import PreflightError, check, worker_roles
+from deploy.screen import Screen
 from deploy.serving import Serving, Surroundings
 from deploy.settings import ServeSettings
 from deploy.worker import WorkerError
 from server.__main__ import add_arguments as add_gateway_arguments
 from server.__main__ import overrides as gateway_overrides
-from server.app import GatewayServer
 from server.settings import read_settings
 
 
@@ -67,10 +69,11 @@ def run(args: argparse.Namespace, surroundings: Surroundings | None = None) -> i
     complain = Console(stderr=True)
     try:
         settings = read_settings(overrides(args), args.config, ServeSettings)
-        server = GatewayServer(settings)
-        sock = listen(server)
+        screen = Screen(Console(highlight=False), list(worker_roles(settings)), settings.verbose, time.monotonic)
+        front = front_for(settings, screen.gateway)
+        sock = listen(front, settings)
         checked = check(settings, around.machine(), cache_folder())
-        serving = Serving(settings, checked, server, around)
+        serving = Serving(settings, checked, front, screen, around)
         exit_code: int = uvloop.run(serving.serve(sock))
         return exit_code
     except KeyboardInterrupt:  # before our own handler was in place
@@ -83,11 +86,11 @@ def run(args: argparse.Namespace, surroundings: Surroundings | None = None) -> i
         return 2
 
 
-def listen(server: GatewayServer) -> socket.socket:
+def listen(front: Front, settings: ServeSettings) -> socket.socket:
     """Takes the gateway's port; PreflightError with a way out if it cannot be had."""
-    host, port = server.settings.host, server.settings.port
+    host, port = settings.host, settings.port
     try:
-        return server.listen()
+        return front.listen()
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise PreflightError(

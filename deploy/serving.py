@@ -17,20 +17,18 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-
 from deploy.canary import Canary
 from deploy.child import ChildEnded, running
 from deploy.engine_args import EngineCommand, EnginePlan, Ports, engine_command, has_plugin, slots
+from deploy.front import Front
 from deploy.log_file import LogFile
 from deploy.machine import Machine, look
 from deploy.model import ModelError, ModelSource, cache_folder, resolve
-from deploy.preflight import Checked, in_words, plan_workers, worker_roles
+from deploy.preflight import Checked, in_words, plan_workers
 from deploy.screen import Screen, ScreenLog
 from deploy.settings import ServeSettings
 from deploy.worker import Listeners, State, Timing, WorkerError, WorkerEvent, WorkerProcess
 from scheduler.workers import Worker
-from server.app import GatewayServer
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # A program of its own, so that nothing that it imports stays with the gateway, and a stop ends it.
@@ -75,26 +73,24 @@ class Serving:
     """One run of gateway and engines."""
 
     def __init__(
-        self, settings: ServeSettings, checked: Checked, server: GatewayServer, surroundings: Surroundings
+        self, settings: ServeSettings, checked: Checked, front: Front, screen: Screen, surroundings: Surroundings
     ) -> None:
         self._settings = settings
         self._checked = checked
-        self._server = server
+        self._front = front
         self._around = surroundings
-        self._names = list(worker_roles(settings))
-        self._screen = Screen(Console(highlight=False), self._names, settings.verbose, time.monotonic)
+        self._screen = screen
         self._logs = state_folder(settings, os.environ) / str(settings.port)
         self._plans: Mapping[str, EnginePlan] = {}
         self._workers: dict[str, WorkerProcess] = {}
         self._all_ready = asyncio.Event()
-        self._leaving: set[asyncio.Task[None]] = set()
 
     async def serve(self, sock: socket.socket) -> int:
         """From the taken port to the exit code. WorkerError or ModelError when the start fails."""
         stop = Stop()
         with self._screen:
             log_to_screen(self._screen, verbose=self._settings.verbose)
-            gateway = asyncio.create_task(self._server.serve(sock), name="gateway")
+            gateway = asyncio.create_task(self._front.serve(sock), name="gateway")
             work = asyncio.create_task(self._engines(), name="engines")
             beat = asyncio.create_task(self._beat())
             asked = asyncio.create_task(stop.asked.wait())
@@ -160,16 +156,13 @@ class Serving:
     def _moved(self, event: WorkerEvent) -> None:
         """A worker's move, told to the screen and to the gateway's fleet."""
         self._screen.worker(event)
-        fleet, plan = self._server.fleet, self._plans[event.worker]
-        fleet.starting.pop(event.worker, None)
+        front, plan = self._front, self._plans[event.worker]
         if event.state is State.READY:
-            fleet.add(Worker(event.worker, event.url, plan.role, slots(plan), has_plugin(plan)))
-        elif event.state is not State.STOPPED:
-            fleet.starting[event.worker] = event.detail
-        if event.state is not State.READY and event.worker in fleet.members:
-            task = asyncio.get_running_loop().create_task(fleet.remove(event.worker))
-            self._leaving.add(task)
-            task.add_done_callback(self._leaving.discard)
+            front.join(Worker(event.worker, event.url, plan.role, slots(plan), has_plugin(plan)))
+        else:
+            front.leave(event.worker)
+            if event.state is not State.STOPPED:
+                front.starting(event.worker, event.detail)
         if all(worker.state is State.READY for worker in self._workers.values()):
             self._all_ready.set()
 
@@ -186,19 +179,19 @@ class Serving:
                 self._screen.say(
                     f"\nStopping: running answers may finish (at most {limit_s:.0f} s). Again to stop at once."
                 )
-            self._server.stop(at_once=not self._all_ready.is_set())
+            self._front.stop(at_once=not self._all_ready.is_set())
             await asyncio.wait({gateway})
             work.cancel()
             await asyncio.wait({work})
         finally:
             hurry.cancel()
-        await asyncio.gather(*self._leaving, return_exceptions=True)
+        await self._front.settled()
         for task in (gateway, work):
             if not task.cancelled() and (error := task.exception()) is not None:
                 raise error
 
     def _stop_at_once(self) -> None:
-        self._server.stop(at_once=True)
+        self._front.stop(at_once=True)
         for worker in self._workers.values():
             worker.kill()
 
@@ -207,18 +200,9 @@ class Serving:
             await asyncio.sleep(BEAT_S)
             self._screen.beat()
 
-    async def _taking_requests(self) -> None:
-        """Returns when every worker is ready, and the gateway has seen that it is."""
-        await self._all_ready.wait()
-        fleet, changed = self._server.fleet, asyncio.Event()
-        fleet.changed.append(changed.set)
-        while len(fleet.ready()) < len(self._workers):
-            await changed.wait()
-            changed.clear()
-        fleet.changed.remove(changed.set)
-
     async def _when_ready(self, source: ModelSource) -> None:
-        await self._taking_requests()
+        await self._all_ready.wait()
+        await self._front.takes_requests(len(self._workers))
         settings = self._settings
         host = "127.0.0.1" if settings.host in {"0.0.0.0", "::"} else settings.host
         url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"

@@ -13,6 +13,7 @@ import uvloop
 
 from scheduler.catalog import describe
 from server.app import GatewayServer
+from server.prefork import reserved, serve_processes
 from server.settings import Settings, read_settings
 
 
@@ -49,6 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--record", type=Path, metavar="FOLDER", help="write the traffic as a trace without content (default: no)"
     )
+    parser.add_argument(
+        "--gateway-processes", type=int, metavar="N", help="processes behind the port, for as many cores (default 1)"
+    )
+    parser.add_argument("--store-socket", type=Path, help=argparse.SUPPRESS)  # for a program that starts a gateway
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of the settings")
     parser.epilog = describe()
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # the table of policies is laid out already
@@ -56,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
     """What the command line says, as settings. ValueError for a policy option that is not KEY=VALUE."""
-    names = ("host", "port", "workers", "policy", "tenants", "allow_open", "redis_url", "replica")
+    names = ("host", "port", "workers", "policy", "tenants", "allow_open", "redis_url", "replica", "gateway_processes")
     given = {name: getattr(args, name) for name in names}
     if args.policy_option:
         given["policy_options"] = policy_options(args.policy_option)
@@ -82,16 +87,20 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     logging.getLogger("httpx2").setLevel(logging.WARNING)
     try:
-        server = GatewayServer(read_settings(overrides(args), args.config, Settings))
+        settings = read_settings(overrides(args), args.config, Settings)
+        server = GatewayServer(settings)
     except ValueError as error:
         sys.stderr.write(f"evenhand gateway: {error}\n")
         return 2
+    several = settings.gateway_processes > 1
     try:
-        sock = server.listen()
+        sock = reserved(settings) if several else server.listen()
     except OSError as error:
-        address = f"{server.settings.host}:{server.settings.port}"
+        address = f"{settings.host}:{settings.port}"
         sys.stderr.write(f"evenhand gateway: cannot listen on {address}: {error.strerror}. Choose another --port.\n")
         return 1
+    if several:
+        return serve_processes(settings, sock, args.store_socket)
     uvloop.run(_serve(server, sock))
     return 0
 

@@ -21,6 +21,7 @@ from server.limits import Gate
 from server.live_policy import LivePolicy
 from server.records import DRAINED, LIVE, POLICY, TENANT, PolicyRecord, Records
 from server.registry import worker_from
+from server.siblings import Siblings
 from server.store import StoreAway
 from server.tenants import (
     KeyRecord,
@@ -66,6 +67,7 @@ class Admin:
     lines: Lines
     fleet: Fleet
     records: Records
+    siblings: Siblings
     wall: Callable[[], float]
 
     def authorize(self, request: Request) -> None:
@@ -122,12 +124,20 @@ class Admin:
         if unknown := sorted(body.keys() - WORKER_FIELDS):
             raise BadRequest(f"A worker has no field '{unknown[0]}'; there are url, role and slots.", param=unknown[0])
         try:
-            worker = worker_from(worker_id, orjson.dumps(body).decode())
-            self.fleet.add(worker)
+            await self.siblings.add(worker_from(worker_id, orjson.dumps(body).decode()))
         except ValueError as error:
             raise BadRequest(f"{error}.") from None
+        except StoreAway as error:
+            raise StoreUnreachable(f"{error}. Nothing is changed.", retry_after_s=5.0) from None
         if worker_id in self.records.drained:  # that was said of one that is gone
             await self.write(self.records.store.drop(DRAINED, worker_id))
+
+    async def drop_worker(self, worker_id: str) -> None:
+        """This gateway has a worker no more."""
+        try:
+            await self.siblings.remove(worker_id)
+        except StoreAway as error:
+            raise StoreUnreachable(f"{error}. Nothing is changed.", retry_after_s=5.0) from None
 
 
 async def json_object(request: Request) -> dict[str, Any]:
@@ -189,7 +199,7 @@ def _workers(admin: Admin) -> APIRouter:
     @router.delete("/{worker_id}", summary="Remove a worker from this gateway; drain it first to lose no answer")
     async def remove(worker_id: str) -> Response:
         known(worker_id)
-        await fleet.remove(worker_id)
+        await admin.drop_worker(worker_id)
         return Response(status_code=204)
 
     @router.post("/{worker_id}/drain", summary="No new requests for a worker, at any gateway")

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from time import monotonic
@@ -31,6 +31,7 @@ from server.routes import public_app
 from server.settings import Settings
 from server.shared import Shared
 from server.sharing import Sharing
+from server.siblings import Process, Siblings
 from server.steering import Steering
 from server.telemetry import Telemetry
 
@@ -65,15 +66,20 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.stopping = asyncio.Event()
+        self.on_start: Callable[[], None] = lambda: None
 
     async def main_loop(self) -> None:
+        self.on_start()
         await self.stopping.wait()
 
 
 class GatewayServer:
-    """A gateway that can be served. `fleet` may be filled while it runs."""
+    """A gateway that can be served. `fleet` may be filled while it runs.
 
-    def __init__(self, settings: Settings) -> None:
+    process: which one this is, where a gateway is several.
+    """
+
+    def __init__(self, settings: Settings, process: Process | None = None) -> None:
         """Raises ValueError with a clear sentence for a policy, an option or a worker that cannot be."""
         self.settings = settings
         self.stopping = False
@@ -82,7 +88,10 @@ class GatewayServer:
         self.fleet = Fleet(probe_s=settings.probe_s, health=settings.health)
         self.fleet.policy = self.policy.order
         self.lines = Lines(self._dispatcher, self.fleet)
-        self.shared = Shared(settings, self.fleet, self.lines, self.policy, clock=monotonic, wall=wall_clock)
+        self.process = process
+        self.shared = Shared(
+            settings, self.fleet, self.lines, self.policy, clock=monotonic, wall=wall_clock, process=process
+        )
         gate, tenants = self.shared.gate, self.shared.tenants
         self.telemetry = Telemetry(self.lines.depth, self.lines.placed, self.fleet.rows)
         steering = Steering(self.lines)
@@ -98,15 +107,21 @@ class GatewayServer:
         self.fleet.movable = failover.can_move
         self.gateway = Gateway(tenants, gate, self.lines, handover, failover, self.telemetry, sharing, monotonic)
         self.recorder = self._recorder()
-        self.app = public_app(self.fleet, self.telemetry, tenants, self._notes, self._lifespan)
+        number = process.number if process is not None else 0
+        self.siblings = Siblings(self.shared.local, number, self.fleet, self.telemetry.registry)
+        self.app = public_app(self.fleet, self.siblings.metrics, tenants, self._notes, self._lifespan)
         admin = self._admin()
         self.app.include_router(admin_routes(admin))
         self.app.include_router(console_routes(self._console(sharing), admin.authorize))
-        edge = settings.edge
+        self.uvicorn = self._listener()
+
+    def _listener(self) -> _Server:
+        """Where clients come in: our own protocol, and the application behind it."""
+        settings, edge = self.settings, self.settings.edge
         bounds = Bounds(
             edge.max_head_bytes, edge.max_body_bytes, edge.head_timeout_s, edge.body_timeout_s, edge.stall_timeout_s
         )
-        self.uvicorn = _Server(
+        return _Server(
             uvicorn.Config(
                 self.app,
                 host=settings.host,
@@ -135,6 +150,7 @@ class GatewayServer:
             self.lines,
             self.fleet,
             shared.records,
+            self.siblings,
             wall_clock,
         )
 
@@ -142,6 +158,8 @@ class GatewayServer:
         record = self.settings.record
         if record.folder is None:
             return None
+        if self.settings.gateway_processes > 1:
+            raise ValueError("a recording is made by one process: leave out --record or --gateway-processes")
         recorder = Recorder(record.folder, FileBounds(record.max_bytes, record.file_bytes), monotonic)
         self.gateway.on_end.append(recorder.note)
         return recorder
@@ -183,7 +201,7 @@ class GatewayServer:
         if self.recorder is not None:
             self.recorder.start()
         try:
-            async with self.shared.running():
+            async with self.shared.running(), self.siblings.running(alone=self.process is None):
                 yield
         finally:
             await self.fleet.close()
@@ -191,10 +209,12 @@ class GatewayServer:
                 await asyncio.to_thread(self.recorder.stop)
 
     def listen(self) -> socket.socket:
-        """Takes the port. OSError if it is not free."""
+        """Takes the port; with other processes of this gateway, its share of it. OSError if it is not free."""
         family = socket.AF_INET6 if ":" in self.settings.host else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_STREAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if self.process is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         try:
             sock.bind((self.settings.host, self.settings.port))
             sock.listen(4096)

@@ -1,21 +1,21 @@
 """What is not relayed: models, health, readiness, metrics, and the OpenAPI page (of the relayed routes too)."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import orjson
 from fastapi import APIRouter, FastAPI, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from server.errors import NotFound, ServiceError, UnknownModel, WrongMethod, error_object, status_of
 from server.fleet import Fleet, State, described
 from server.schemas import ROUTES
-from server.telemetry import Telemetry
 from server.tenants import Tenants
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+Metrics = Callable[[], Awaitable[bytes]]
 
 
 def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -28,11 +28,11 @@ def _error(error: ServiceError) -> Response:
 
 
 def public_app(
-    fleet: Fleet, telemetry: Telemetry, tenants: Tenants, notes: Callable[[], dict[str, Any]], lifespan: Lifespan
+    fleet: Fleet, metrics: Metrics, tenants: Tenants, notes: Callable[[], dict[str, Any]], lifespan: Lifespan
 ) -> FastAPI:
     """The ASGI application beside the relayed routes. notes: what /ready says beside the workers."""
     app = FastAPI(title="Evenhand", summary="OpenAI-compatible serving, fairly shared.", lifespan=lifespan)
-    app.include_router(operations(fleet, telemetry, notes))
+    app.include_router(operations(fleet, metrics, notes))
     app.include_router(models(fleet, tenants))
 
     @app.exception_handler(ServiceError)
@@ -52,7 +52,7 @@ def public_app(
     return app
 
 
-def operations(fleet: Fleet, telemetry: Telemetry, notes: Callable[[], dict[str, Any]]) -> APIRouter:
+def operations(fleet: Fleet, metrics: Metrics, notes: Callable[[], dict[str, Any]]) -> APIRouter:
     """What operators and load balancers ask."""
     router = APIRouter(tags=["operations"])
 
@@ -70,8 +70,8 @@ def operations(fleet: Fleet, telemetry: Telemetry, notes: Callable[[], dict[str,
         return _json(waiting, 503, {"retry-after": "5"})
 
     @router.get("/metrics", summary="Prometheus metrics")
-    async def metrics() -> Response:
-        return Response(generate_latest(telemetry.registry), media_type=CONTENT_TYPE_LATEST)
+    async def counted() -> Response:
+        return Response(await metrics(), media_type=CONTENT_TYPE_LATEST)
 
     return router
 

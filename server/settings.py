@@ -93,6 +93,7 @@ class Settings(BaseSettings):
     policy: str = Field("fcfs", description="order of the waiting line: fcfs, mlfq, vtc or gittins")
     policy_options: dict[str, str] = Field(default_factory=dict, description="options of the policy, key: value")
     workers: list[str] = Field(default_factory=list, description="engines: URL[,role=prefill|decode|both][,slots=N]")
+    gateway_processes: int = Field(1, ge=1, le=64, description="processes that are this gateway, behind one port")
     probe_s: Positive = Field(1.0, description="between two probes of a worker, seconds")
     lame_duck_s: float = Field(
         0.0, ge=0, description="after a stop signal /ready says 503 and requests are still taken, seconds"

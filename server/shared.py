@@ -19,6 +19,8 @@ from server.redis_store import RedisStore
 from server.registry import Registry
 from server.replicas import Replicas
 from server.settings import Settings
+from server.siblings import Process
+from server.socket_store import LOCAL, SHARED, SocketStore
 from server.store import MemoryStore, Store
 from server.tenants import TenantFile, Tenants
 
@@ -37,7 +39,8 @@ def is_loopback(host: str) -> bool:
 
 
 class Shared:
-    """The shared state of one gateway. Without a Redis it is the state of this process alone, and ends with it."""
+    """The shared state of one gateway. Without a Redis it is the state of this process alone, or of all processes of
+    this gateway, and ends with them."""
 
     def __init__(
         self,
@@ -48,41 +51,44 @@ class Shared:
         *,
         clock: Callable[[], float],
         wall: Callable[[], float],
+        process: Process | None = None,
     ) -> None:
         """ValueError for a tenant file or an address that cannot be, and for an open gateway that others can reach."""
-        self._redis = settings.redis_url is not None
-        if not (self._redis or settings.tenants or settings.allow_open or is_loopback(settings.host)):
+        self._ring = settings.redis_url is not None or process is not None  # there may be other replicas
+        self._speaks = process is None or process.number == 0
+        if not (settings.redis_url or settings.tenants or settings.allow_open or is_loopback(settings.host)):
             raise ValueError(
                 f"without tenants anybody who reaches {settings.host} could use this gateway: give --tenants FILE, "
                 "listen on 127.0.0.1, or say --allow-open if that is what you want"
             )
         self._may_be_open = settings.allow_open or is_loopback(settings.host)
-        self.tenants = Tenants(wall, open=self._may_be_open, learned=not self._redis)
+        self.tenants = Tenants(wall, open=self._may_be_open, learned=not self._ring)
         self.file = TenantFile(settings.tenants, self.tenants) if settings.tenants is not None else None
-        self.store: Store = _store(settings, clock)
+        self.store: Store = _store(settings, clock, process)
+        self.local: Store = MemoryStore(clock) if process is None else SocketStore(process.socket, LOCAL)
         name = f"{settings.replica or socket.gethostname()}-{token_hex(4)}"
         self.replicas = Replicas(name, self.store, clock=clock, sync_s=settings.sync_s)
-        ring = self.replicas if self._redis else ALONE
+        ring = self.replicas if self._ring else ALONE
         self.gate = Gate(name, self.tenants.named, clock=clock, wall=wall, ring=ring)
         self.replicas.parts = [self.gate, Ledger(lambda: lines.by_model, clock)]
         self.replicas.kept = [self.gate]
         self.records = Records(self.store, self.tenants, policy, fleet, lambda: lines.by_model.values())
         self.replicas.on_records.append(self.records.are_stale)
         self.replicas.on_loss.append(self.records.are_lost)
-        if self._redis:
+        if self._ring:
             self.records.confirm = self.replicas.confirm
         self._registry = Registry(self.store, fleet, clock)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Keeps everything fresh while the block runs. What the store has is known before it begins, if it answers."""
-        if self._redis:
+        if self._ring:
             await self.replicas.exchange()
         await self.records.follow()
-        if self.tenants.open and self.tenants.learned:
+        if self._speaks and self.tenants.open and self.tenants.learned:
             log.warning("no tenant is configured: this gateway is OPEN, whoever reaches it may use it without a key")
         tasks = [asyncio.create_task(self._follow(), name="follow shared state")]
-        if self._redis:
+        if self._ring:
             tasks.append(asyncio.create_task(self.replicas.run(), name="exchange with replicas"))
             tasks.append(asyncio.create_task(self._follow_registry(), name="follow worker registry"))
         for task in tasks:
@@ -93,7 +99,7 @@ class Shared:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
-            if self._redis:
+            if self._ring:
                 await self.replicas.exchange()  # what was used last is told, too
             await self.store.close()
 
@@ -111,12 +117,12 @@ class Shared:
 
     def store_state(self) -> tuple[bool, int]:
         """Whether the store answers, and how many gateways share it."""
-        return (self.replicas.up, self.replicas.count) if self._redis else (True, 1)
+        return (self.replicas.up, self.replicas.count) if self._ring else (True, 1)
 
     def notes(self) -> dict[str, Any]:
         """What /ready says: a gateway whose store is away or whose tenant file is broken serves on what it knows."""
         notes: dict[str, Any] = {}
-        if self._redis:
+        if self._ring:
             notes["store"] = {
                 "up": self.replicas.up,
                 "replicas": self.replicas.count,
@@ -127,9 +133,9 @@ class Shared:
         return notes
 
 
-def _store(settings: Settings, clock: Callable[[], float]) -> Store:
+def _store(settings: Settings, clock: Callable[[], float], process: Process | None) -> Store:
     if settings.redis_url is None:
-        return MemoryStore(clock)
+        return MemoryStore(clock) if process is None else SocketStore(process.socket, SHARED)
     try:
         return RedisStore(settings.redis_url.get_secret_value())
     except ValueError:

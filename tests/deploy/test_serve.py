@@ -135,6 +135,29 @@ def test_a_chat_goes_through_an_engine_that_reads_and_one_that_answers(program: 
     assert "policy fcfs, prompts from 1 tokens on are read apart" in out
 
 
+def test_a_gateway_of_several_processes_knows_every_engine_and_leaves_nothing(program: Program) -> None:
+    process = program.start("--gateway-processes", "2", "--workers", "2", "--policy", "vtc")
+    assert eventually(lambda: program.get("/ready")[1].count('"state":"ready"') == 2, 30)
+    assert process.poll() is None, process.communicate()
+    assert eventually(lambda: "evenhand_replicas 2.0" in program.get("/metrics")[1])
+    engines = [
+        pid for pid, command in marked(program.mark).items() if "fake_engine" in command and "leash" not in command
+    ]
+    os.kill(engines[0], signal.SIGKILL)
+    assert eventually(lambda: any(program.get("/ready")[1].count('"state":"ready"') < 2 for _ in range(8)))
+    assert eventually(lambda: all(program.get("/ready")[1].count('"state":"ready"') == 2 for _ in range(16)), 30)
+    process.terminate()
+    code, out, err = ended(process)
+    assert (code, err) == (0, "")
+    assert out.count("Ready: toy at") == 1 and out.count("is OPEN") == 1
+
+
+def test_the_gateway_s_own_processes_do_not_outlive_a_killed_serve(program: Program) -> None:
+    process = program.ready("--gateway-processes", "2")
+    process.kill()
+    assert eventually(lambda: not marked(program.mark), 20)
+
+
 def test_engines_that_cannot_hand_over_kv_are_not_started(program: Program) -> None:
     said = program.refused("--prefill-workers", "1", "--decode-workers", "1", TEST_NIXL="no")
     assert "NIXL, which is not installed here: run `make install`" in said

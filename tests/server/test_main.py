@@ -39,6 +39,8 @@ def test_the_gateway_loads_neither_torch_nor_vllm_and_is_there_within_two_second
         (["--worker", "http://127.0.0.1:1,slots=none"], "slots"),
         (["--worker", "http://127.0.0.1:1,role=cook"], "role"),
         (["--port", "70000"], "port"),
+        (["--gateway-processes", "0"], "gateway_processes"),
+        (["--gateway-processes", "2", "--record", "/tmp"], "--record"),
         (["--config", "/no/such/file.yaml"], "/no/such/file.yaml"),
     ],
 )

@@ -1,9 +1,11 @@
-"""One contract over both stores: in memory, and a real Redis."""
+"""One contract over all stores: in memory, over a Unix socket, and a real Redis."""
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from itertools import count
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,16 +13,38 @@ from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from server.redis_store import RedisStore
+from server.socket_store import LOCAL, SHARED, SocketStore, listen_at, serving_stores
 from server.store import MemoryStore, News, Offer, Store, StoreAway
 
 NAMES = count()
 SHORT_S = 0.15
 
 
-@pytest.fixture(params=["memory", "redis"])
-async def store(request: pytest.FixtureRequest) -> AsyncIterator[Store]:
+class OverSocket(SocketStore):
+    """A store over a socket, with what it is over."""
+
+    def __init__(self, path: Path, memory: MemoryStore) -> None:
+        super().__init__(path, SHARED)
+        self.memory = memory
+
+
+@asynccontextmanager
+async def over_socket(path: Path) -> AsyncIterator[OverSocket]:
+    memory = MemoryStore(time.monotonic)
+    async with serving_stores(listen_at(path), {SHARED: memory}):
+        store = OverSocket(path, memory)
+        yield store
+        await store.close()
+
+
+@pytest.fixture(params=["memory", "socket", "redis"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
     if request.param == "memory":
         yield MemoryStore(time.monotonic)
+        return
+    if request.param == "socket":
+        async with over_socket(tmp_path / "store") as store:
+            yield store
         return
     redis = RedisStore(request.getfixturevalue("redis_url"), prefix=f"test-{next(NAMES)}")
     yield redis
@@ -31,6 +55,9 @@ async def lose_everything(store: Store) -> None:
     """What a restart does to a server that keeps nothing on disk."""
     if isinstance(store, MemoryStore):
         store.clear()
+        return
+    if isinstance(store, OverSocket):
+        store.memory.clear()
         return
     assert isinstance(store, RedisStore)
     keys = [key async for key in store._redis.scan_iter(f"{store._tag}:*")]
@@ -195,22 +222,27 @@ STEPS = st.lists(
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=STEPS)
-async def test_both_stores_say_the_same_in_any_order_of_exchanges(
-    redis_url: str, steps: list[tuple[str, str, int, bool]]
+async def test_all_stores_say_the_same_in_any_order_of_exchanges(
+    redis_url: str, tmp_path: Path, steps: list[tuple[str, str, int, bool]]
 ) -> None:
     redis = RedisStore(redis_url, prefix=f"both-{next(NAMES)}")
     heard: list[list[object]] = []
-    for store in (MemoryStore(time.monotonic), redis):
-        replicas = {name: Reader(store, name) for name in ("one", "two", "three")}
-        said: list[object] = []
-        for name, key, value, lost in steps:
-            news = await replicas[name].says({key: str(value)}, {("day:1", key, name): value})
-            if lost and value == 50:
-                await lose_everything(store)
-            said.append((news.known, news.alive, news.live, news.kept, news.cursor))
-        heard.append(said)
+    async with over_socket(tmp_path / "store") as socket:
+        for store in (MemoryStore(time.monotonic), socket, redis):
+            heard.append(await said_by(store, steps))
     await redis.close()
-    assert heard[0] == heard[1]
+    assert heard[0] == heard[1] == heard[2]
+
+
+async def said_by(store: Store, steps: list[tuple[str, str, int, bool]]) -> list[object]:
+    replicas = {name: Reader(store, name) for name in ("one", "two", "three")}
+    said: list[object] = []
+    for name, key, value, lost in steps:
+        news = await replicas[name].says({key: str(value)}, {("day:1", key, name): value})
+        if lost and value == 50:
+            await lose_everything(store)
+        said.append((news.known, news.alive, news.live, news.kept, news.cursor))
+    return said
 
 
 async def test_a_redis_that_is_not_there_is_one_kind_of_error() -> None:
@@ -247,3 +279,69 @@ async def test_all_keys_of_a_system_share_one_hash_tag(redis_url: str) -> None:
     assert keys and all(key.startswith(f"{{{prefix}}}:") for key in keys)
     await client.aclose()
     await store.close()
+
+
+async def test_a_socket_that_nobody_serves_is_one_kind_of_error_and_is_found_when_somebody_does(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    store = SocketStore(path, SHARED)
+    with pytest.raises(StoreAway, match="does not answer"):
+        await store.records("tenant")
+    for round_number in range(2):  # whoever serves it may come and go
+        memory = MemoryStore(time.monotonic)
+        async with serving_stores(listen_at(path), {SHARED: memory}):
+            await store.put("tenant", "acme", str(round_number))
+            assert await memory.records("tenant") == {"acme": str(round_number)}
+        with pytest.raises(StoreAway):
+            await store.records("tenant")
+    await store.close()
+
+
+async def test_a_socket_that_says_nothing_is_given_up_in_time_and_late_answers_are_nobody_s(tmp_path: Path) -> None:
+    waiting = asyncio.Event()
+
+    class Slow(MemoryStore):
+        async def records(self, kind: str) -> dict[str, str]:
+            if kind == "slow":
+                await waiting.wait()
+            return {"kind": kind}
+
+    async with serving_stores(listen_at(tmp_path / "store"), {SHARED: Slow(time.monotonic)}):
+        store = SocketStore(tmp_path / "store", SHARED, timeout_s=0.1)
+        with pytest.raises(StoreAway):
+            await store.records("slow")
+        patient = SocketStore(tmp_path / "store", SHARED, timeout_s=30)
+        cancelled = asyncio.create_task(patient.records("slow"))
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        await asyncio.wait([cancelled])
+        waiting.set()
+        assert await store.records("a") == {"kind": "a"}
+        assert await patient.records("b") == {"kind": "b"}
+        for one in (store, patient):
+            await one.close()
+
+
+async def test_spaces_are_apart_and_one_that_is_not_served_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    async with serving_stores(
+        listen_at(path), {SHARED: MemoryStore(time.monotonic), LOCAL: MemoryStore(time.monotonic)}
+    ):
+        shared, local, other = (SocketStore(path, space) for space in (SHARED, LOCAL, "other"))
+        await shared.put("tenant", "acme", "{}")
+        assert await local.records("tenant") == {}
+        with pytest.raises(StoreAway, match="'other'"):
+            await other.records("tenant")
+        for one in (shared, local, other):
+            await one.close()
+
+
+async def test_nonsense_on_the_socket_ends_that_connection_alone(tmp_path: Path) -> None:
+    async with over_socket(tmp_path / "store") as store:
+        await store.put("tenant", "acme", "{}")
+        for nonsense in (b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 8, b"\x00\x00\x00\x01\xc1", b"\x00\x00\x00\x01\x90"):
+            reader, writer = await asyncio.open_unix_connection(tmp_path / "store")
+            writer.write(nonsense)
+            async with asyncio.timeout(5):
+                assert await reader.read() == b""
+            writer.close()
+        assert await store.records("tenant") == {"acme": "{}"}

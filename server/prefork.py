@@ -1,0 +1,127 @@
+"""A gateway of several processes: one port, one state, one start-up message.
+
+They share fairness, limits and operators' changes as gateways over Redis do: through that Redis, or, without one,
+through a store in a process of its own that they reach over a Unix socket. That process holds the records of this
+gateway alone (its workers, its metrics) in either case.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import tempfile
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from time import monotonic
+
+import uvloop
+
+from server.app import GatewayServer
+from server.processes import Order, Post, Program, Supervisor
+from server.settings import Settings
+from server.siblings import Process
+from server.socket_store import LOCAL, SHARED, listen_at, serving_stores
+from server.store import MemoryStore, Store
+
+log = logging.getLogger("evenhand")
+
+
+def serve_processes(settings: Settings, held: socket.socket, stores: Path | None) -> int:
+    """Serves until a signal; returns the exit code.
+
+    held: from `reserved`. stores: the socket where another program serves this gateway's stores, None if nobody does.
+    """
+    with held, tempfile.TemporaryDirectory(prefix="evenhand-") as folder:
+        settings = settings.model_copy(update={"port": held.getsockname()[1]})
+        path = stores or Path(folder) / "stores"
+        numbers = range(settings.gateway_processes)
+        gateways = [Program(f"gateway-{n}", partial(_gateway, settings, Process(n, path))) for n in numbers]
+        # The parent listens, so that whoever asks while the store's process is started anew waits, and is answered.
+        hub = [] if stores else [Program("store", partial(_stores, listen_at(path)), last=True)]
+
+        def all_ready() -> None:
+            log.info(
+                "listening on http://%s:%d with %d processes, policy %s",
+                settings.host,
+                settings.port,
+                settings.gateway_processes,
+                settings.policy,
+            )
+
+        return Supervisor([*hub, *gateways], grace_s=settings.shutdown_s, clock=monotonic, all_ready=all_ready).run()
+
+
+def reserved(settings: Settings) -> socket.socket:
+    """The gateway's address, held for its processes. OSError if somebody else has it.
+
+    Asked for alone first: SO_REUSEPORT would share it with whoever has set that too, another gateway for one.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as alone:
+        alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        alone.bind((settings.host, settings.port))
+        alone.listen()
+        port = alone.getsockname()[1]
+    held = socket.socket(family, socket.SOCK_STREAM)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        held.bind((settings.host, port))
+    except OSError:
+        held.close()
+        raise
+    return held
+
+
+def _gateway(settings: Settings, process: Process, post: Post) -> int:
+    """One of the gateway's processes."""
+    _speak(process.number, starting=True)
+    server = GatewayServer(settings, process)
+
+    def started() -> None:
+        _speak(process.number, starting=False)
+        post.ready()
+
+    server.uvicorn.on_start = started
+    uvloop.run(_obeying(server.serve(server.listen()), post, server.stop))
+    return 0
+
+
+def _speak(number: int, *, starting: bool) -> None:
+    """What concerns all processes is said by the first alone, and the others say what goes wrong, with their number."""
+    if number == 0:
+        return
+    logging.getLogger().setLevel(logging.ERROR if starting else logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(logging.Formatter(f"%(levelname)s %(name)s[{number}]: %(message)s"))
+
+
+def _stores(listener: socket.socket, post: Post) -> int:
+    """The process that holds what the others share."""
+    uvloop.run(_hold(listener, post))
+    return 0
+
+
+async def _hold(listener: socket.socket, post: Post) -> None:
+    stores: dict[str, Store] = {SHARED: MemoryStore(monotonic), LOCAL: MemoryStore(monotonic)}
+    ended = asyncio.Event()
+    async with serving_stores(listener, stores):
+        post.ready()
+        await _obeying(ended.wait(), post, lambda at_once: ended.set())
+
+
+async def _obeying(work: Awaitable[object], post: Post, stop: Callable[..., None]) -> None:
+    """Does the work; the parent's orders, its end, and SIGTERM stop it."""
+    loop = asyncio.get_running_loop()
+
+    def ordered() -> None:
+        order = os.read(post.orders, 1)
+        stop(at_once=order == Order.STOP_AT_ONCE.value)
+        if not order:
+            loop.remove_reader(post.orders)
+
+    loop.add_reader(post.orders, ordered)
+    loop.add_signal_handler(signal.SIGTERM, partial(stop, at_once=False))
+    await work
