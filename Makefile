@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALL := $(PYTHON) -m deploy.install --engine $(ENGINE)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint bench lock dashboards clean
+.PHONY: help install serve test soak lint bench lock dashboards clean
 
 help:  ## show this
 	@echo "usage: make TARGET"; echo
@@ -22,6 +22,10 @@ test:  ## install if needed, lint, run all tests; TESTS="tests/server -k vtc"
 	@$(INSTALL) --tests
 	@$(MAKE) --no-print-directory lint
 	@$(BIN)/python -m pytest $(TESTS)
+
+soak:  ## hours of what `make test` does for seconds: hostile bytes, dying workers; TIMES=200
+	@$(INSTALL) --tests
+	@EVENHAND_SOAK=$(or $(TIMES),200) $(BIN)/python -m pytest --timeout=0 tests/server/test_fuzz.py tests/chaos
 
 lint:  ## style, types and import rules
 	@$(BIN)/ruff check --quiet .

@@ -94,7 +94,7 @@ class GatewayServer:
         )
         gate, tenants = self.shared.gate, self.shared.tenants
         self.telemetry = Telemetry(self.lines.depth, self.lines.placed, self.fleet.rows)
-        steering = Steering(self.lines)
+        steering = Steering(self.lines, salt_cache=settings.salt_cache)
         relay = Relay(self.telemetry.itl, steering.body_for)
         handover = Handover(
             steering.to_prefill, self.fleet, timeout_s=settings.disaggregation.prefill_timeout_s, clock=monotonic

@@ -215,10 +215,12 @@ class Resumed(Stream):
         """A choice as the client knows them; None if it holds nothing that is new to the client."""
         if self.plan.restart:
             return choice if "delta" not in choice or not choice["delta"].get("role") else None
-        choice.pop("prompt_token_ids", None)
+        if "prompt_token_ids" in choice:
+            choice["prompt_token_ids"] = None
         text = self._unsaid(choice.get("text") or "", ends=bool(choice.get("finish_reason")))
         if self.chat:
             del choice["text"]
+            choice.pop("prompt_token_ids", None)
             if not choice.get("finish_reason"):
                 choice.pop("stop_reason", None)
             choice = {"index": choice["index"], "delta": {"content": text}, **choice}

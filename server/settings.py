@@ -109,6 +109,9 @@ class Settings(BaseSettings):
     redis_url: SecretStr | None = Field(None, description="Redis that replicas share, e.g. redis://127.0.0.1:6379/0")
     replica: str = Field("", max_length=64, description="this gateway's name among its replicas; default: the host's")
     sync_s: Positive = Field(0.1, le=5.0, description="between two exchanges with the replicas, seconds")
+    salt_cache: bool = Field(
+        False, description="a prefix cache of its own for each tenant: none learns from time what another has asked"
+    )
     tenant_labels: int = Field(20, ge=1, le=1000, description="tenants named in metrics; the rest is `other`")
     edge: EdgeSettings = EdgeSettings()
     admission: AdmissionSettings = AdmissionSettings()

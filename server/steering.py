@@ -24,8 +24,10 @@ _READ_ONLY = {
 class Steering:
     """Writes `vllm_xargs` and `kv_transfer_params` into request bodies."""
 
-    def __init__(self, lines: Lines) -> None:
+    def __init__(self, lines: Lines, *, salt_cache: bool = False) -> None:
+        """salt_cache: tenants share no prefix cache."""
         self.lines = lines
+        self.salt_cache = salt_cache
 
     def body_for(self, ticket: Ticket, worker: Worker) -> bytes:
         """The body that a worker gets: the client's own bytes, and ours behind them."""
@@ -43,6 +45,8 @@ class Steering:
             more = _joined(b'"vllm_xargs":' + self._words(ticket), more)
         if worker.token_ids and call.stream and call.route.resumes and b'"return_token_ids"' not in body:
             more = _joined(b'"return_token_ids":true', more)
+        if self.salt_cache and call.route.generates and "cache_salt" not in call.tenant.grants:
+            more = _joined(b'"cache_salt":' + orjson.dumps(f"evenhand-{call.tenant.name}"), more)
         return splice(body, more) if more else body
 
     def _words(self, ticket: Ticket) -> bytes:

@@ -19,7 +19,7 @@ from server.tenants import read_file
 
 ROOT = Path(__file__).resolve().parent.parent
 OPERATIONS = ROOT / "docs" / "operations.md"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 WORD = re.compile(r"\bevenhand_[a-z0-9_]+")
 LINK = re.compile(r"\]\(([^)\s]+)\)")

@@ -6,12 +6,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scheduler.catalog import build
+from scheduler.lanes import Lanes
 from scheduler.workers import Worker
 from server.call import Route
+from server.dispatch import Lines
 from server.errors import BadRequest
+from server.fleet import Fleet
 from server.schemas import CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, RESPONSES, splice, with_usage
+from server.steering import Steering
 from server.tenants import Tenant
-from tests.server.calls import call_of
+from tests.server.calls import call_of, ticket_of
 
 
 @pytest.mark.parametrize(
@@ -100,19 +105,14 @@ def test_asking_for_usage_changes_nothing_else(others: dict[str, object], option
 
 
 def test_the_scheduler_s_words_cannot_be_overwritten_by_a_client() -> None:
-    from scheduler.catalog import build
-    from scheduler.lanes import Lanes
-    from server.steering import Steering
-    from tests.server.calls import ticket_of
-
     class OneLine:
         lanes = Lanes(build("vtc", {}))
 
-    class Lines:
+    class TheLines:
         by_model = {"m": OneLine()}
 
     worker = Worker("w", "http://127.0.0.1:1", plugin=True)
-    steering = Steering(Lines())  # type: ignore[arg-type]
+    steering = Steering(TheLines())  # type: ignore[arg-type]
     for body in (b'{"model":"m"}', b'{"model":"m","vllm_xargs":null}', b'{"model":"m","vllm_xarg\\u0073":null}'):
         sent = json.loads(steering.body_for(ticket_of(lambda: 0.0, call_of(body)), worker))
         assert sent["vllm_xargs"]["evenhand_tenant"] == "anybody"
@@ -122,3 +122,15 @@ def test_the_scheduler_s_words_cannot_be_overwritten_by_a_client() -> None:
     assert b"123456789012345678901234567890" in sent_bytes
     sent = json.loads(sent_bytes)
     assert sent["vllm_xargs"]["mine"] == 1 and sent["vllm_xargs"]["evenhand_tenant"] == "t"
+
+
+@pytest.mark.parametrize(("granted", "salted"), [(frozenset(), True), (frozenset({"cache_salt"}), False)])
+def test_tenants_share_no_prefix_cache_where_that_is_asked_for(granted: frozenset[str], salted: bool) -> None:
+    body = b'{"model":"m","messages":[]}'
+    for tenant in ("acme", "beta"):
+        ticket = ticket_of(lambda: 0.0, call_of(body, tenant=Tenant(tenant, grants=granted)))
+        steering = Steering(Lines(None, Fleet()), salt_cache=True)  # type: ignore[arg-type]  # no line is made here
+        sent = json.loads(steering.body_for(ticket, Worker("w", "http://127.0.0.1:9")))
+        assert sent.get("cache_salt") == (f"evenhand-{tenant}" if salted else None)
+        plain = Steering(Lines(None, Fleet()))  # type: ignore[arg-type]
+        assert plain.body_for(ticket, Worker("w", "http://127.0.0.1:9")) == body
