@@ -23,11 +23,16 @@ _MOST_BESIDE = 4  # runs whose table leaves room for the picture beside it
 
 
 def page(
-    sides: Sequence[Side], objective: report.Objective | None = None, *, title: str = "", command: str = ""
+    sides: Sequence[Side],
+    objective: report.Objective | None = None,
+    *,
+    title: str = "",
+    command: str = "",
+    lead: str = "",
 ) -> str:
-    """The whole page. The first side is the baseline; title: "" for the workload's name."""
+    """The whole page. The first side is the baseline; title: "" for the workload's name; lead: HTML to begin with."""
     title = title or _title(sides)
-    parts = [f"<h1>{escape(title)}</h1>", f'<p class="sub">{_subtitle(sides)}</p>', _keys(sides)]
+    parts = [f"<h1>{escape(title)}</h1>", f'<p class="sub">{_subtitle(sides)}</p>', lead, _keys(sides)]
     parts += _headline(sides)
     parts += _section("How long they waited", _READ_QUANTILES, pictures.distributions(sides))
     parts += _section("Over time", _first_repetition(sides), pictures.over_time(sides))
@@ -69,7 +74,7 @@ def _subtitle(sides: Sequence[Side]) -> str:
     repeated = f", {len(sides[0].runs)} repetitions" if len(sides[0].runs) > 1 else ""
     sent_s = max((one.due_s for one in sides[0].runs[0].records), default=0.0)
     offered = f", {summary.requests / sent_s:.3g} requests/s offered" if sent_s else ", closed loop"
-    started = sorted(run.run.started_at for side in sides for run in side.runs if run.run)
+    started = sorted(run.run.started_at for side in sides for run in side.runs if run.run and run.run.started_at)
     when = " · " + escape(started[0].replace("T", " ").replace("+00:00", " UTC")) if started else ""
     return f"{summary.requests:,} requests{offered}{repeated}{when}"
 
@@ -147,6 +152,8 @@ def _verdict(base: Side, side: Side) -> str:
     if not known:
         return ""
     (worst, worst_name), (best, best_name) = known[0], known[-1]
+    if max(best, 1 / worst) <= _ALIKE:
+        return f"<b>{escape(side.name)}</b> is like {escape(base.name)}."
     gains = f"{times(best)} better in {best_name}" if best > _ALIKE else "better in nothing"
     losses = f"{times(1 / worst)} worse in {worst_name}" if 1 / worst > _ALIKE else "worse in nothing"
     return f"<b>{escape(side.name)}</b> against {escape(base.name)}: {gains}, {losses}."

@@ -80,7 +80,16 @@ class Measure:
 
 
 def _percentile(share: float) -> Callable[[Floats], float]:
-    return lambda values: float(np.percentile(values, share))
+    """Between two values by a straight line, as np.percentile, which for a short array takes twenty times as long."""
+
+    def of(values: Floats) -> float:
+        place = (values.size - 1) * share / 100
+        low = int(place)
+        high = min(low + 1, values.size - 1)
+        ordered = np.partition(values, (low, high))
+        return float(ordered[low] + (place - low) * (ordered[high] - ordered[low]))
+
+    return of
 
 
 def _ttft(record: Record) -> float | None:

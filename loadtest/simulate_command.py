@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     screen = Console(stderr=True)
     objective = report.Objective.of(args.ttft, args.tpot)
     try:
-        sides = [_side(args, text, objective, screen) for text in args.policy.split(",")]
+        sides = [simulated(args, text, objective, screen) for text in args.policy.split(",")]
         if args.html:
             args.html.write_text(page(sides, objective, command=provenance.command()), "utf-8")
     except (CannotReplay, ValueError, OSError) as error:
@@ -69,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _side(args: argparse.Namespace, text: str, objective: report.Objective | None, screen: Console) -> Side:
+def simulated(args: argparse.Namespace, text: str, objective: report.Objective | None, screen: Console) -> Side:
+    """One policy, NAME[:KEY=VALUE…], as the options say. Raises what `run` tells."""
     policy, options = choose(text)
     cost = cost_of(args)
     plan = Plan(cost, policy, options, workers=args.workers, concurrency=args.concurrency)

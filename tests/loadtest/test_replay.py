@@ -1,40 +1,20 @@
 import argparse
-import asyncio
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from loadtest import replay, report_command
-from loadtest.costmodel import PRESETS
-from loadtest.fake_engine import EngineSetup, FakeEngine
-from loadtest.faults import HEALTHY, Faults
+from loadtest.fake_engine import FakeEngine
+from loadtest.faults import Faults
 from loadtest.records import read
+from tests.loadtest.engines import engine_in_a_thread
 
 
 def parsed(module: object, *argv: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)  # type: ignore[attr-defined]
     return parser.parse_args(argv)
-
-
-@contextmanager
-def engine_in_a_thread(faults: Faults = HEALTHY) -> Iterator[FakeEngine]:
-    """The command has an event loop of its own, so the engine it talks to lives in another thread."""
-    loop = asyncio.new_event_loop()
-    engine = FakeEngine(EngineSetup(cost=PRESETS["instant"]), faults=faults)
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    try:
-        asyncio.run_coroutine_threadsafe(engine.__aenter__(), loop).result(10)
-        yield engine
-    finally:
-        asyncio.run_coroutine_threadsafe(engine.__aexit__(None, None, None), loop).result(10)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
-        loop.close()
 
 
 @pytest.fixture

@@ -1,7 +1,10 @@
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from loadtest import report
 from loadtest.records import Record, Recorded, Run, write
@@ -68,3 +71,11 @@ def test_a_window_without_requests_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", [record("a", 1.0)])
     with pytest.raises(ValueError, match=r"a\.jsonl has no request"):
         sides([str(tmp_path / "a.jsonl")], from_s=10.0)
+
+
+@given(st.lists(st.floats(0.001, 1000.0), min_size=1, max_size=30), st.sampled_from(["TTFT, P99", "E2E, median"]))
+def test_percentiles_are_those_of_the_summary(values: list[float], name: str) -> None:
+    one = measure(name)
+    records = [record("a", value) for value in values]
+    seen = np.array([found for each in records if one.of is not None and (found := one.of(each)) is not None])
+    assert one.statistic(seen) == pytest.approx(one.pick(report.summarize(records)))

@@ -1,0 +1,27 @@
+"""A fake engine for commands that have an event loop of their own."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from loadtest.costmodel import PRESETS
+from loadtest.fake_engine import EngineSetup, FakeEngine
+from loadtest.faults import HEALTHY, Faults
+
+
+@contextmanager
+def engine_in_a_thread(faults: Faults = HEALTHY, setup: EngineSetup | None = None) -> Iterator[FakeEngine]:
+    """Runs while the block does, on a loop in another thread."""
+    loop = asyncio.new_event_loop()
+    engine = FakeEngine(setup or EngineSetup(cost=PRESETS["instant"]), faults=faults)
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        asyncio.run_coroutine_threadsafe(engine.__aenter__(), loop).result(10)
+        yield engine
+    finally:
+        asyncio.run_coroutine_threadsafe(engine.__aexit__(None, None, None), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+        loop.close()
