@@ -1,4 +1,5 @@
-"""`evenhand advise`: by simulation, under which policy how many workers keep a trace inside its objective."""
+"""`evenhand advise`: by simulation, under which policy how many workers keep a trace inside its objective, and how many
+of them should only read prompts."""
 
 import argparse
 import sys
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--most-workers", type=int, default=_MOST_WORKERS, help="do not look further (default: %(default)s)"
     )
+    parser.add_argument("--apart", action="store_true", help="try workers that only read prompts, too")
     parser.set_defaults(policy="fcfs,mlfq,vtc,gittins")
 
 
@@ -62,12 +64,14 @@ def run(args: argparse.Namespace) -> int:
 class Advice:
     """What was found for one policy. workers: the fewest that are enough, None if none is.
 
-    shares: of the requests inside the objective, by workers tried. side: the run with `workers`, else with the most.
+    shares: of the requests inside the objective, by workers tried, as well divided as was found. readers: how many of
+    them only read prompts. side: the run with `workers`, else with the most.
     """
 
     policy: str
     workers: int | None
     shares: dict[int, float]
+    readers: dict[int, int]
     side: Side
 
     @property
@@ -93,18 +97,26 @@ def fewest(enough: Callable[[int], bool], most: int) -> int | None:
 
 def _search(args: argparse.Namespace, policy: str, objective: report.Objective, screen: Console) -> Advice:
     shares: dict[int, float] = {}
+    readers: dict[int, int] = {}
     sides: dict[int, Side] = {}
 
     def enough(workers: int) -> bool:
-        if workers not in shares:
-            args.workers = workers
-            sides[workers] = simulate_command.simulated(args, policy, objective, screen)
-            attained = sides[workers].summaries[0].attainment
-            shares[workers] = attained.share if attained else 0.0
+        for reading in divisions(workers) if args.apart else [0]:
+            args.workers, args.prefill_workers = workers - reading, reading
+            side = simulate_command.simulated(args, policy, objective, screen)
+            attained = side.summaries[0].attainment
+            share = attained.share if attained else 0.0
+            if share > shares.get(workers, -1.0):
+                shares[workers], readers[workers], sides[workers] = share, reading, side
         return shares[workers] >= ATTAINMENT_GOAL
 
     workers = fewest(enough, args.most_workers)
-    return Advice(policy, workers, dict(sorted(shares.items())), sides[workers or max(sides)])
+    return Advice(policy, workers, dict(sorted(shares.items())), readers, sides[workers or max(sides)])
+
+
+def divisions(workers: int) -> list[int]:
+    """How many of so many workers might only read prompts: none, a quarter, a third, a half, two thirds."""
+    return sorted({0, workers // 4, workers // 3, workers // 2, 2 * workers // 3} - {workers})
 
 
 def sentence(best: Advice) -> str:
@@ -112,14 +124,17 @@ def sentence(best: Advice) -> str:
     if best.workers is None:
         return f"No policy keeps {ATTAINMENT_GOAL:.0%} inside the objective with {max(best.shares)} workers or fewer."
     plural = "worker" if best.workers == 1 else "workers"
-    return f"{best.policy} on {best.workers} {plural}: {best.share:.1%} inside the objective."
+    reading = best.readers[best.workers]
+    apart = f", {reading} of which only read prompts" if reading else ""
+    return f"{best.policy} on {best.workers} {plural}{apart}: {best.share:.1%} inside the objective."
 
 
 def _rows(advice: Sequence[Advice]) -> report.Rows:
-    rows: report.Rows = [["policy", "workers", "inside", "tried"]]
+    rows: report.Rows = [["policy", "workers", "only reading", "inside", "tried"]]
     for one in advice:
         tried = ", ".join(f"{workers}: {share:.0%}" for workers, share in one.shares.items())
-        rows.append([one.policy, f"{one.workers or '-'}", f"{one.share:.1%}", tried])
+        reading = f"{one.readers[one.workers]}" if one.workers else "-"
+        rows.append([one.policy, f"{one.workers or '-'}", reading, f"{one.share:.1%}", tried])
     return rows
 
 

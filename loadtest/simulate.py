@@ -1,8 +1,8 @@
-"""A gateway's line and its workers in virtual time: the real policies and lanes, the batch and cost model of the fake
-engine, no clock, no network, no model. A discrete-event simulation, as Vidur's and SplitwiseSim's.
+"""A gateway's line and its workers in virtual time: the real policies, lanes and placement, the batch and cost model of
+the fake engine, no clock, no network, no model. A discrete-event simulation, as Vidur's and SplitwiseSim's.
 
 What it does not have: the gateway's and the network's own time, and a worker's prefix cache decides nothing about
-where a request goes (that is the worker with the least work that has room).
+where a request goes (that is the worker with the fewest pending tokens that has room).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +17,9 @@ from loadtest.records import Record, Sample
 from scheduler.catalog import build
 from scheduler.jobs import Job, Outcome
 from scheduler.lanes import Lanes
+from scheduler.placement import Apart, Place, Rules, Together, place
 from scheduler.policy import window_for
+from scheduler.workers import Role, Worker
 
 SAMPLE_S = 1.0
 _MOST_PARTS = 1 << 10
@@ -28,6 +30,7 @@ _MOST_BLOCKS = 1 << 20  # of one prompt: keeps the ids of different calls apart
 class Plan:
     """What is simulated.
 
+    workers: that answer. prefill_workers: others that only read prompts, as `rules` say when.
     gateway: a line before the workers, under the same policy; without one the first worker gets all.
     concurrency: a closed loop of so many calls, whose `at_s` is then not looked at.
     """
@@ -36,25 +39,27 @@ class Plan:
     policy: str = "fcfs"
     policy_options: Mapping[str, str] = field(default_factory=dict)
     workers: int = 1
+    prefill_workers: int = 0
+    rules: Rules = Rules()
     gateway: bool = True
     concurrency: int | None = None
 
 
 @dataclass(slots=True, eq=False)
 class _Flight:
-    """One call on its way. waits, runs: the same request as the gateway's lanes and as the engine's see it."""
+    """One call on its way. waits, runs, reads: the same request as the gateway's lanes, the engine's, and those of the
+    worker that only reads its prompt see it; `reads` as long as it does. pending_tokens: counted at `worker`."""
 
     call: Call
     sent_s: float
     runs: Job
     waits: Job | None
+    reads: Job | None = None
     worker: "_Worker | None" = None
     arrivals_s: list[float] = field(default_factory=list)
     uncharged: int = 0
-
-    @property
-    def size_tokens(self) -> int:
-        return self.call.prompt_tokens + self.call.output_tokens
+    pending_tokens: int = 0
+    arriving_tokens: int = 0
 
     def record(self, now: float) -> Record:
         call, arrivals = self.call, self.arrivals_s
@@ -77,10 +82,23 @@ class _Flight:
 
 @dataclass(slots=True, eq=False)
 class _Worker:
+    is_: Worker
     batch: ContinuousBatch
     in_flight: int = 0
     pending_tokens: int = 0
+    arriving_tokens: int = 0
     busy: bool = False
+
+    def place(self, window: int) -> Place:
+        """Itself as placement sees it; compared by what is pending."""
+        return Place(
+            self.is_,
+            self.in_flight < window,
+            self.pending_tokens,
+            self.pending_tokens,
+            self.arriving_tokens,
+            kv_usage=self.batch.kv_usage(),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +119,9 @@ class Simulation:
         policy = build(plan.policy, plan.policy_options)
         self._line = Lanes(policy) if plan.gateway else None
         self._window = plan.cost.max_seqs + window_for(policy, None)
-        self._workers = [
-            _Worker(ContinuousBatch(plan.cost, Lanes(build(plan.policy, plan.policy_options))))
-            for _ in range(plan.workers)
-        ]
+        self._workers = self._made(plan.workers, Role.DECODE if plan.prefill_workers else Role.BOTH)
+        self._readers = self._made(plan.prefill_workers, Role.PREFILL)
+        self._by_id = {one.is_.id: one for one in (*self._workers, *self._readers)}
         self._flights: dict[str, _Flight] = {}
         self._charge: list[_Flight] = []
         self._events: list[tuple[float, int, _Worker, Iteration]] = []
@@ -116,6 +133,16 @@ class Simulation:
         self._note = note
         self._records: list[Record] = []
         self._samples: list[Sample] = []
+
+    def _made(self, number: int, role: Role) -> list[_Worker]:
+        plan = self._plan
+        return [
+            _Worker(
+                Worker(f"{role.value}-{at}", "", role, plan.cost.max_seqs),
+                ContinuousBatch(plan.cost, Lanes(build(plan.policy, plan.policy_options))),
+            )
+            for at in range(number)
+        ]
 
     def run(self, calls: Iterable[Call]) -> Simulated:
         """All calls to their ends. They come in order of `at_s`."""
@@ -171,20 +198,53 @@ class Simulation:
                 flight.uncharged = 0
         self._charge.clear()
         while (job := line.peek(now)) is not None:
-            free = [worker for worker in self._workers if worker.in_flight < self._window]
-            if not free:
+            room = self._room(job)
+            if room is None:
                 return
             line.pop(now)
-            self._occupy(min(free, key=lambda worker: worker.pending_tokens), self._flights[job.id], now)
+            self._occupy(room[0], self._flights[job.id], now, room[1])
 
-    def _occupy(self, worker: _Worker, flight: _Flight, now: float) -> None:
+    def _room(self, job: Job) -> tuple[_Worker, _Worker | None] | None:
+        """Who answers, and who reads the prompt if that is another."""
+        if not self._readers:
+            free = [worker for worker in self._workers if worker.in_flight < self._window]
+            return (min(free, key=lambda worker: worker.pending_tokens), None) if free else None
+        places = [worker.place(self._window) for worker in self._by_id.values()]
+        match place(job.prompt_tokens, places, self._plan.rules, splittable=True):
+            case Apart(prefill, decode):
+                return self._by_id[decode.id], self._by_id[prefill.id]
+            case Together(worker, _):
+                return self._by_id[worker.id], None
+        return None
+
+    def _occupy(self, worker: _Worker, flight: _Flight, now: float, reader: _Worker | None = None) -> None:
+        call = flight.call
         flight.worker = worker
         worker.in_flight += 1
-        worker.pending_tokens += flight.size_tokens
-        prompt = flight.call.prompt
-        blocks = prompt if isinstance(prompt, list) and self._plan.cost.prefix_block_tokens else ()
-        worker.batch.add(flight.runs, now, blocks=blocks)
-        self._step(worker, now)
+        flight.pending_tokens = call.output_tokens + (call.prompt_tokens if reader is None else 0)
+        worker.pending_tokens += flight.pending_tokens
+        blocks = call.prompt if isinstance(call.prompt, list) and self._plan.cost.prefix_block_tokens else ()
+        if reader is None:
+            worker.batch.add(flight.runs, now, blocks=blocks)
+            self._step(worker, now)
+            return
+        flight.reads = _job(call, flight.runs.id, now)
+        flight.arriving_tokens = call.prompt_tokens
+        worker.arriving_tokens += call.prompt_tokens
+        reader.in_flight += 1
+        reader.pending_tokens += call.prompt_tokens
+        reader.batch.add(flight.reads, now, blocks=blocks)
+        self._step(reader, now)
+
+    def _hand_over(self, reader: _Worker, flight: _Flight, job: Job, now: float) -> None:
+        """The prompt is read; who answers fetches its KV in an iteration of its own."""
+        reader.batch.finish(job, Outcome.LENGTH, now)
+        reader.in_flight -= 1
+        reader.pending_tokens -= flight.call.prompt_tokens
+        flight.reads = None
+        if flight.worker is not None:
+            flight.worker.batch.add(flight.runs, now, transferred=True)
+            self._step(flight.worker, now)
 
     def _step(self, worker: _Worker, now: float) -> None:
         if worker.busy:
@@ -201,6 +261,11 @@ class Simulation:
         ended = 0
         for job in worker.batch.complete(iteration, now):
             flight = self._flights[job.id]
+            if job is flight.reads:
+                self._hand_over(worker, flight, job, now)
+                continue
+            worker.arriving_tokens -= flight.arriving_tokens
+            flight.arriving_tokens = 0
             flight.arrivals_s.append(now)
             if flight.waits is not None:
                 if not flight.uncharged:
@@ -214,7 +279,7 @@ class Simulation:
     def _end(self, worker: _Worker, flight: _Flight, now: float) -> None:
         worker.batch.finish(flight.runs, Outcome.DONE, now)
         worker.in_flight -= 1
-        worker.pending_tokens -= flight.size_tokens
+        worker.pending_tokens -= flight.pending_tokens
         if self._line is not None and flight.waits is not None:
             if flight.uncharged:
                 self._line.serve(flight.waits, flight.uncharged, now)
@@ -233,7 +298,7 @@ class Simulation:
         if now < self._sample_at:
             return
         self._sample_at = now - now % SAMPLE_S + SAMPLE_S
-        batches = [worker.batch for worker in self._workers]
+        batches = [worker.batch for worker in self._by_id.values()]
         waiting = sum(batch.waiting() for batch in batches) + (len(self._line) if self._line is not None else 0)
         kv_usage = sum(batch.kv_usage() for batch in batches) / len(batches)
         preemptions = sum(batch.counts.preemptions for batch in batches)

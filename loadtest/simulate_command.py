@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--workers", type=int, default=1, help="engines behind the gateway (default: %(default)s)")
     parser.add_argument(
+        "--prefill-workers", type=int, default=0, help="more engines that only read prompts (default: %(default)s)"
+    )
+    parser.add_argument(
         "--cost", choices=sorted(PRESETS), default="gpu-7b", help="cost model of an engine (default: %(default)s)"
     )
     parser.add_argument("--cost-file", type=Path, metavar="JSON", help="cost model that `evenhand calibrate` wrote")
@@ -73,7 +76,16 @@ def simulated(args: argparse.Namespace, text: str, objective: report.Objective |
     """One policy, NAME[:KEY=VALUE…], as the options say. Raises what `run` tells."""
     policy, options = choose(text)
     cost = cost_of(args)
-    plan = Plan(cost, policy, options, workers=args.workers, concurrency=args.concurrency)
+    if args.workers < 1 or args.prefill_workers < 0:
+        raise ValueError("There must be at least one worker that answers.")
+    plan = Plan(
+        cost,
+        policy,
+        options,
+        workers=args.workers,
+        prefill_workers=args.prefill_workers,
+        concurrency=args.concurrency,
+    )
     skipped = Skipped()
     maker = Maker(
         block_prompts(cost.prefix_block_tokens),
@@ -83,7 +95,7 @@ def simulated(args: argparse.Namespace, text: str, objective: report.Objective |
     )
     calls, _ = replay.calls_of(args, maker, skipped)
     out = args.out / f"{text.replace('=', '-')}.jsonl" if args.out else None
-    told = {"workers": f"{args.workers}", "cost model": words(cost)}
+    told = {"workers": f"{args.workers}", "prefill workers": f"{args.prefill_workers}", "cost model": words(cost)}
     began = perf_counter()
     recorded = simulate(plan, calls, out, Path(args.trace).stem, told, skipped)
     took_s = perf_counter() - began

@@ -60,3 +60,19 @@ def test_when_nothing_is_enough_the_exit_code_says_so(capsys: pytest.CaptureFixt
 def test_without_an_objective_it_asks_for_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert advise.run(parsed("S")) == 2
     assert "--slo ttft=1,tpot=0.1" in capsys.readouterr().err
+
+
+def test_workers_are_divided_into_those_that_read_and_those_that_answer() -> None:
+    assert advise.divisions(1) == [0]
+    assert advise.divisions(2) == [0, 1]
+    assert advise.divisions(12) == [0, 3, 4, 6, 8]
+
+
+def test_where_reading_apart_pays_it_is_advised(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    trace, cost = tmp_path / "trace.jsonl", tmp_path / "cost.json"
+    row = '"prompt_tokens": 1500, "output_tokens": 200'
+    trace.write_text("".join(f'{{"at_s": {at * 0.4}, {row}}}\n' for at in range(60)))
+    cost.write_text('{"iteration_s": 0.005, "prefill_s_per_token": 2e-4, "prefix_block_tokens": 0}')
+    argv = (str(trace), "--policy", "fcfs", "--apart", "--cost-file", str(cost), "--slo", "ttft=1,tpot=0.008")
+    assert advise.run(parsed(*argv)) == 0
+    assert "fcfs on 2 workers, 1 of which only read prompts" in capsys.readouterr().out

@@ -147,3 +147,33 @@ def test_blocks_of_another_size_share_as_many_tokens(blocks: tuple[int, ...], tr
     assert len(one) == len(two) == 10
     assert one[:4] == two[:4]
     assert not set(one[4:]) & set(two[4:])
+
+
+def test_a_prompt_that_is_read_elsewhere_costs_its_transfer_where_it_is_answered() -> None:
+    cost = CostModel(0.01, 1e-3, 1e-3, transfer_s_per_token=1e-5, max_seqs=4, prefix_block_tokens=0)
+    plan = Plan(cost, workers=1, prefill_workers=1)
+    (record,) = simulated(plan, [call("a", prompt=500)]).records
+    read_s = 0.01 + 500 * 1e-3
+    fetch_s = 0.01 + 500 * 1e-5
+    assert record.ttft_s == pytest.approx(read_s + fetch_s, abs=1e-5)
+    (short,) = simulated(plan, [call("b", prompt=100)]).records  # below the rules' least: read where it is answered
+    assert short.ttft_s == pytest.approx(0.01 + 100 * 1e-3, abs=1e-5)
+
+
+def test_long_prompts_that_are_read_elsewhere_no_longer_hold_up_running_answers() -> None:
+    cost = CostModel(0.005, 2e-4, 1e-4, transfer_s_per_token=1e-6, max_seqs=16, prefix_block_tokens=0)
+    calls = [call(f"{at}", at * 0.4, prompt=1500, output=300) for at in range(80)]
+    together, apart = (
+        summarize(simulated(Plan(cost, workers=2 - readers, prefill_workers=readers), calls).records)
+        for readers in (0, 1)
+    )
+    assert apart.requests == together.requests == 80
+    assert apart.longest_gap.p99 < together.longest_gap.p99 / 5
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_call_ends_when_prompts_are_read_apart_too(policy: str) -> None:
+    calls = list(load(200, 10.0))
+    seen = simulated(Plan(COST, policy, workers=2, prefill_workers=2), calls)
+    assert sorted(record.id for record in seen.records) == sorted(one.id for one in calls)
+    assert all(record.output_tokens == record.asked_tokens for record in seen.records)
