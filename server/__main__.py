@@ -13,8 +13,15 @@ import uvloop
 
 from scheduler.catalog import describe
 from server.app import GatewayServer
+from server.logs import write_to_standard_error
 from server.prefork import reserved, serve_processes
 from server.settings import Settings, read_settings
+
+# Options that are settings of the same name.
+SAME_NAME = (
+    "host", "port", "workers", "policy", "tenants", "allow_open", "redis_url", "replica", "gateway_processes",
+    "log_format", "log_level",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gateway-processes", type=int, metavar="N", help="processes behind the port, for as many cores (default 1)"
     )
+    parser.add_argument("--log-format", metavar="text|json", help="json: a line for each request, too (default text)")
+    parser.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error (default info)")
     parser.add_argument("--store-socket", type=Path, help=argparse.SUPPRESS)  # for a program that starts a gateway
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of the settings")
     parser.epilog = describe()
@@ -61,8 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
     """What the command line says, as settings. ValueError for a policy option that is not KEY=VALUE."""
-    names = ("host", "port", "workers", "policy", "tenants", "allow_open", "redis_url", "replica", "gateway_processes")
-    given = {name: getattr(args, name) for name in names}
+    given = {name: getattr(args, name) for name in SAME_NAME}
     if args.policy_option:
         given["policy_options"] = policy_options(args.policy_option)
     if args.record is not None:
@@ -83,11 +91,9 @@ def policy_options(pairs: list[str]) -> dict[str, str]:
 
 def run(args: argparse.Namespace) -> int:
     """Serves until SIGINT or SIGTERM. 2 for wrong settings, 1 for a port that is taken."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
     try:
         settings = read_settings(overrides(args), args.config, Settings)
+        write_to_standard_error(settings.log_format, settings.log_level)
         server = GatewayServer(settings)
     except ValueError as error:
         sys.stderr.write(f"evenhand gateway: {error}\n")

@@ -58,7 +58,10 @@ class StoreUnreachable(ServiceError):
 
 @dataclass(slots=True)
 class Admin:
-    """What the routes act on. key: the operators' own; None refuses everybody. wall: seconds since 1970."""
+    """What the routes act on. key: the operators' own; None refuses everybody. wall: seconds since 1970.
+
+    pseudonym: what the log calls a tenant.
+    """
 
     key: str | None
     tenants: Tenants
@@ -69,6 +72,7 @@ class Admin:
     records: Records
     siblings: Siblings
     wall: Callable[[], float]
+    pseudonym: Callable[[str], str]
 
     def authorize(self, request: Request) -> None:
         """Raises NotAllowed where no admin key is set, UnknownKey for another one."""
@@ -92,7 +96,9 @@ class Admin:
         keys = [{"id": key_id(key.key), "expires": key.expires} for key in record.keys]
         in_file = record.name in self.tenants.names_in_file()
         told = record.model_dump(mode="json", exclude={"keys"})
-        return {**told, "keys": keys, "source": "file" if in_file else "store", "used": self.gate.usage(record.name)}
+        source = "file" if in_file else "store"
+        name, used = self.pseudonym(record.name), self.gate.usage(record.name)
+        return {**told, "keys": keys, "source": source, "used": used, "log_name": name}
 
     async def put_tenant(self, record: TenantRecord) -> None:
         """Writes a tenant; the other gateways have it an exchange later."""

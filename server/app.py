@@ -24,6 +24,7 @@ from server.fleet import Fleet
 from server.gateway import Gateway
 from server.handover import Handover
 from server.live_policy import LivePolicy
+from server.logs import Pseudonyms, RequestLog, log_routes
 from server.recorder import Bounds as FileBounds
 from server.recorder import Recorder
 from server.relay import Relay
@@ -106,14 +107,23 @@ class GatewayServer:
         self.telemetry.failovers = failover.outcomes
         self.fleet.movable = failover.can_move
         self.gateway = Gateway(tenants, gate, self.lines, handover, failover, self.telemetry, sharing, monotonic)
+        key = settings.admin_key
+        self.pseudonyms = Pseudonyms(key.get_secret_value() if key is not None else None)
         self.recorder = self._recorder()
         number = process.number if process is not None else 0
         self.siblings = Siblings(self.shared.local, number, self.fleet, self.telemetry.registry)
         self.app = public_app(self.fleet, self.siblings.metrics, tenants, self._notes, self._lifespan)
-        admin = self._admin()
-        self.app.include_router(admin_routes(admin))
-        self.app.include_router(console_routes(self._console(sharing), admin.authorize))
+        self._for_operators(sharing)
         self.uvicorn = self._listener()
+
+    def _for_operators(self, sharing: Sharing) -> None:
+        """Their routes, and the log's line for each request."""
+        admin = self._admin()
+        console = console_routes(self._console(sharing), admin.authorize)
+        for routes in (admin_routes(admin), console, log_routes(admin.authorize)):
+            self.app.include_router(routes)
+        if self.settings.log_format == "json":
+            self.gateway.on_end.append(RequestLog(self.pseudonyms).note)
 
     def _listener(self) -> _Server:
         """Where clients come in: our own protocol, and the application behind it."""
@@ -152,6 +162,7 @@ class GatewayServer:
             shared.records,
             self.siblings,
             wall_clock,
+            self.pseudonyms.of,
         )
 
     def _recorder(self) -> Recorder | None:

@@ -19,6 +19,7 @@ from time import monotonic
 import uvloop
 
 from server.app import GatewayServer
+from server.logs import JsonLines
 from server.processes import Order, Post, Program, Supervisor
 from server.settings import Settings
 from server.siblings import Process
@@ -95,7 +96,8 @@ def _speak(number: int, *, starting: bool) -> None:
         return
     logging.getLogger().setLevel(logging.ERROR if starting else logging.WARNING)
     for handler in logging.getLogger().handlers:
-        handler.setFormatter(logging.Formatter(f"%(levelname)s %(name)s[{number}]: %(message)s"))
+        plain = logging.Formatter(f"%(levelname)s %(name)s[{number}]: %(message)s")
+        handler.setFormatter(JsonLines(number) if isinstance(handler.formatter, JsonLines) else plain)
 
 
 def _stores(listener: socket.socket, post: Post) -> int:

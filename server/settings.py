@@ -16,6 +16,10 @@ from pydantic_settings import (
 Positive = Annotated[float, Field(gt=0)]
 
 
+LogFormat = Literal["text", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
 class EdgeSettings(BaseModel):
     """What a client may send before it is refused."""
 
@@ -113,6 +117,8 @@ class Settings(BaseSettings):
         False, description="a prefix cache of its own for each tenant: none learns from time what another has asked"
     )
     tenant_labels: int = Field(20, ge=1, le=1000, description="tenants named in metrics; the rest is `other`")
+    log_format: LogFormat = Field("text", description="of the gateway's log: text, or json with a line per request")
+    log_level: LogLevel = Field("info", description="from which level on the gateway's log speaks")
     edge: EdgeSettings = EdgeSettings()
     admission: AdmissionSettings = AdmissionSettings()
     record: RecordSettings = RecordSettings()
