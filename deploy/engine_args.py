@@ -47,6 +47,7 @@ class EnginePlan:
     cores: where a CPU engine computes. kv_cache_gib: its KV cache, for a CPU engine.
     gpu: its id for CUDA_VISIBLE_DEVICES, empty on a CPU. gpu_share: the part of that GPU's memory it may take.
     model_args: what this model needs; user_args: what the user gave, which wins over everything of ours.
+    hands_over: one of role `both` has a KV connector too, so that it may lean to either side.
     host: the address on which it listens, for gateways and for engines that fetch its KV.
     """
 
@@ -65,6 +66,12 @@ class EnginePlan:
     model_args: tuple[str, ...] = ()
     user_args: tuple[str, ...] = ()
     host: str = "127.0.0.1"
+    hands_over: bool = False
+
+    @property
+    def connected(self) -> bool:
+        """Whether the engine has a KV connector."""
+        return self.hands_over or self.role is not Role.BOTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +130,7 @@ def _options(plan: EnginePlan, ports: Ports) -> Options:
         options |= _cpu_options(plan)
     elif plan.gpu_share < 1:
         options["--gpu-memory-utilization"] = f"{0.9 * plan.gpu_share:.2f}"
-    if plan.role is not Role.BOTH:
+    if plan.connected:
         options["--kv-transfer-config"] = json.dumps(kv_transfer(plan.role, plan.build), separators=(",", ":"))
     return options
 
@@ -172,7 +179,7 @@ def _environment(plan: EnginePlan, ports: Ports) -> dict[str, str]:
         env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, plan.cores)) or "nobind"
     elif plan.gpu:
         env["CUDA_VISIBLE_DEVICES"] = plan.gpu
-    if plan.role is not Role.BOTH:
+    if plan.connected:
         env |= {"VLLM_NIXL_SIDE_CHANNEL_HOST": plan.host, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(ports.side_channel)}
     return env
 

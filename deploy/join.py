@@ -40,7 +40,7 @@ from server.errors import EngineGone
 from server.fleet import is_idle
 from server.redis_store import RedisStore
 from server.registry import HEARTBEAT_S, WORKER_TTL_S, registration_of
-from server.settings import read_settings
+from server.settings import DisaggregationSettings, read_settings
 from server.shared import REGISTRY_S
 from server.store import Store, StoreAway
 
@@ -74,6 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, dest=name, metavar=metavar, type=kind, help=f"{setting.description}{default}")
 
     option("--role", "role", "prefill|decode|both")
+    parser.add_argument(
+        "--balance-roles",
+        action="store_true",
+        default=None,
+        help="give an engine of role both a KV connector, so that gateways may have it lean to a side",
+    )
     option("--redis-url", "redis_url", "URL")
     option("--address", "address", "HOST")
     option("--name", "name", "NAME")
@@ -97,6 +103,8 @@ def overrides(args: argparse.Namespace) -> dict[str, object]:
     """What the command line says, as settings. ValueError for a policy option that is not KEY=VALUE."""
     ours = set(JoinSettings.model_fields) & set(vars(args))
     given = {name: value for name in ours if (value := getattr(args, name)) is not None}
+    if args.balance_roles:
+        given["disaggregation"] = {"balance_roles": True}
     return given | ({"policy_options": policy_options(args.policy_option)} if args.policy_option else {})
 
 
@@ -123,12 +131,21 @@ def run(args: argparse.Namespace, surroundings: Surroundings | None = None) -> i
 
 def plan_of(settings: JoinSettings, around: Surroundings) -> EnginePlan:
     """The engine. EngineArgsError, ModelError, PreflightError or ValueError says what is wrong."""
-    alone = settings.model_copy(update={"worker_count": 1, "prefill_workers": 0, "decode_workers": 0, "workers": []})
+    alone = settings.model_copy(
+        update={
+            "worker_count": 1,
+            "prefill_workers": 0,
+            "decode_workers": 0,
+            "workers": [],
+            "disaggregation": DisaggregationSettings(),
+        }
+    )
     role, machine = Role(settings.role), around.machine()
-    check_transfer([role], machine)
+    leans = role is Role.BOTH and settings.disaggregation.balance_roles
+    check_transfer([Role.PREFILL if leans else role], machine)
     checked = check(alone, machine, cache_folder())
     (plan,) = plan_workers(alone, machine, checked, resolve(settings.model, cache_folder())).values()
-    return replace(plan, role=role, host=settings.address)
+    return replace(plan, role=role, host=settings.address, hands_over=leans)
 
 
 def ports_of(settings: JoinSettings) -> Ports | None:
@@ -240,7 +257,8 @@ class Joining:
         if not self._url:
             await self._store.leave(self.name)
             return
-        worker = Worker(self.name, self._url, self._plan.role, slots(self._plan), has_plugin(self._plan))
+        plan = self._plan
+        worker = Worker(self.name, self._url, plan.role, slots(plan), has_plugin(plan), hands_over=plan.hands_over)
         await self._store.register(self.name, registration_of(worker, draining=self._draining), WORKER_TTL_S)
 
     async def _drain(self, stop: Stop) -> None:

@@ -64,6 +64,10 @@ def check(settings: ServeSettings, machine: Machine, cache: Path) -> Checked:
     check_user_args(settings.engine_args)
     build = build_in_use(machine)
     workers = len(worker_roles(settings))
+    if settings.disaggregation.balance_roles and not (settings.prefill_workers and settings.worker_count):
+        raise ValueError(
+            "--balance-roles needs a worker of each kind: give --prefill-workers, --decode-workers and --workers"
+        )
     check_transfer(worker_roles(settings).values(), machine)
     weights = weights_bytes(settings.model, cache, in_float32=build == "cpu" and not machine.bf16)
     free = machine.available_bytes - workers * (ENGINE_BYTES + weights)
@@ -138,6 +142,7 @@ def plan_workers(
             kv_cache_gib=checked.kv_cache_gib,
             gpu=gpus[index][0],
             gpu_share=gpus[index][1],
+            hands_over=settings.disaggregation.balance_roles,
             model_args=source.engine_args,
             user_args=tuple(settings.engine_args),
         )

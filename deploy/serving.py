@@ -158,7 +158,8 @@ class Serving:
         self._screen.worker(event)
         front, plan = self._front, self._plans[event.worker]
         if event.state is State.READY:
-            front.join(Worker(event.worker, event.url, plan.role, slots(plan), has_plugin(plan)))
+            worker = Worker(event.worker, event.url, plan.role, slots(plan), has_plugin(plan))
+            front.join(replace(worker, hands_over=plan.hands_over))
         else:
             front.leave(event.worker)
             if event.state is not State.STOPPED:

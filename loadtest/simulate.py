@@ -93,6 +93,7 @@ class _Worker:
         """Itself as placement sees it; compared by what is pending."""
         return Place(
             self.is_,
+            self.is_.role,
             self.in_flight < window,
             self.pending_tokens,
             self.pending_tokens,

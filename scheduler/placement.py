@@ -29,6 +29,7 @@ class Why(Enum):
 class Place:
     """A worker that is up, as one request sees it.
 
+    role: what it does at present; one that does both may lean to a side.
     has_room: it may be given this request now.
     cost: what it has to compute before this request's first token, in tokens or whatever `Place`s are compared by.
     pending_tokens: still to be computed there for others.
@@ -38,6 +39,7 @@ class Place:
     """
 
     worker: Worker
+    role: Role
     has_room: bool
     cost: float
     pending_tokens: int = 0
@@ -86,10 +88,10 @@ def place(prompt_tokens: int, places: Sequence[Place], rules: Rules, *, splittab
 
     prompt_tokens: of the whole prompt. splittable: it is one answer to one prompt on an endpoint with a hand-over.
     """
-    prefills = [each for each in places if each.worker.role is Role.PREFILL]
-    decodes = [each for each in places if each.worker.role is Role.DECODE]
+    prefills = [each for each in places if each.role is Role.PREFILL]
+    decodes = [each for each in places if each.role is Role.DECODE]
     # A prefill worker can answer as well; it has to where nobody else is left.
-    whole = [each for each in places if each.worker.role is not Role.PREFILL] or prefills
+    whole = [each for each in places if each.role is not Role.PREFILL] or prefills
     if not splittable:
         return _together(whole, Why.UNFIT)
     if not (prefills and decodes):
@@ -107,7 +109,7 @@ def place(prompt_tokens: int, places: Sequence[Place], rules: Rules, *, splittab
     decode = _cheapest(each for each in decodes if _can_fetch(each, prompt_tokens, rules))
     if decode is None:
         # A decode worker that cannot take more KV cannot take the prompt either: only one that does both may.
-        return _together([each for each in whole if each.worker.role is Role.BOTH], Why.BACK_PRESSURE)
+        return _together([each for each in whole if each.role is Role.BOTH], Why.BACK_PRESSURE)
     return Apart(prefill.worker, decode.worker)
 
 

@@ -20,6 +20,7 @@ class Worker:
     url: where its HTTP server listens, e.g. "http://127.0.0.1:8101" (no trailing slash).
     slots: sequences that its batch holds (vLLM's max_num_seqs).
     plugin: whether our scheduler plug-in runs inside, so that tenant and service may travel with a request.
+    hands_over: whether one of role `both` has a KV connector, so that it can take one half of a request too.
     token_ids: whether it tells the token ids of a stream (vLLM's `return_token_ids`), so that another can continue it.
     """
 
@@ -29,6 +30,7 @@ class Worker:
     slots: int = 256
     plugin: bool = False
     token_ids: bool = False
+    hands_over: bool = False
 
 
 @dataclass(frozen=True, slots=True)

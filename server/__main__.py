@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--worker",
         action="append",
         dest="workers",
-        metavar="URL[,role=…][,slots=N]",
+        metavar="URL[,role=…][,slots=N][,kv=yes]",
         help="an OpenAI-compatible engine, e.g. http://127.0.0.1:8101,slots=256; may be repeated",
     )
     parser.add_argument("--policy", help="fcfs, mlfq, vtc or gittins (default fcfs)")
@@ -50,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--redis-url",
         metavar="URL",
         help="Redis that several gateways share; with a password in it, set EVENHAND_REDIS_URL instead",
+    )
+    parser.add_argument(
+        "--balance-roles",
+        action="store_true",
+        default=None,
+        help="workers of role both that can hand over KV lean to the side (prefill, decode) that is short",
     )
     parser.add_argument(
         "--replica", metavar="NAME", help="this gateway's name among its replicas (default: the host's)"
@@ -75,6 +81,8 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
         given["policy_options"] = policy_options(args.policy_option)
     if args.record is not None:
         given["record"] = {"folder": args.record}
+    if args.balance_roles:
+        given["disaggregation"] = {"balance_roles": True}
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -16,6 +16,7 @@ from scheduler.lanes import Lanes
 from scheduler.placement import Rules
 from scheduler.workers import Role, Worker
 from server.admin import Admin, admin_routes
+from server.balancer import Balancer
 from server.console import Console, console_routes
 from server.dispatch import Dispatcher, Lines
 from server.edge import Bounds, edge_for
@@ -45,20 +46,23 @@ def wall_clock() -> float:
 
 
 def parse_worker(text: str, number: int) -> Worker:
-    """`URL[,role=prefill|decode|both][,slots=N][,id=NAME]` → Worker. ValueError with what is wrong."""
+    """`URL[,role=prefill|decode|both][,slots=N][,id=NAME][,kv=yes]` → Worker. ValueError with what is wrong."""
     url, *pairs = text.split(",")
     if not url.startswith("http://"):
         raise ValueError(f"worker {text!r}: write it as http://HOST:PORT[,role=both][,slots=256]")
     options = dict(pair.partition("=")[::2] for pair in pairs)
-    if unknown := set(options) - {"role", "slots", "id"}:
-        raise ValueError(f"worker {text!r}: unknown option {sorted(unknown)[0]!r}; there are role, slots and id")
+    if unknown := set(options) - {"role", "slots", "id", "kv"}:
+        raise ValueError(f"worker {text!r}: unknown option {sorted(unknown)[0]!r}; there are role, slots, id and kv")
     roles = {role.value: role for role in Role}
     role, slots = options.get("role", "both"), options.get("slots", "256")
     if role not in roles:
         raise ValueError(f"worker {text!r}: role is prefill, decode or both, not {role!r}")
     if not slots.isdigit() or int(slots) < 1:
         raise ValueError(f"worker {text!r}: slots is how many sequences its batch holds, not {slots!r}")
-    return Worker(options.get("id", f"worker-{number}"), url.rstrip("/"), roles[role], int(slots))
+    if options.get("kv", "no") not in ("yes", "no"):
+        raise ValueError(f"worker {text!r}: kv is yes if its engine can hand over KV, else no")
+    worker_id, kv = options.get("id", f"worker-{number}"), options.get("kv") == "yes"
+    return Worker(worker_id, url.rstrip("/"), roles[role], int(slots), hands_over=kv)
 
 
 class _Server(uvicorn.Server):
@@ -101,7 +105,8 @@ class GatewayServer:
             steering.to_prefill, self.fleet, timeout_s=settings.disaggregation.prefill_timeout_s, clock=monotonic
         )
         sharing = Sharing(gate.refusals, self.shared.store_state, monotonic, settings.tenant_labels)
-        for collector in (sharing, handover):
+        self.balancer = Balancer(self.fleet, settings.disaggregation.busy_tokens, clock=monotonic)
+        for collector in (sharing, handover, self.balancer):
             self.telemetry.registry.register(collector)
         failover = Failover(relay, steering, settings.health.attempts)
         self.telemetry.failovers = failover.outcomes
@@ -211,10 +216,15 @@ class GatewayServer:
             self.fleet.add(worker)
         if self.recorder is not None:
             self.recorder.start()
+        balancing = self.settings.disaggregation.balance_roles
+        task = asyncio.create_task(self.balancer.run(), name="balance roles") if balancing else None
         try:
             async with self.shared.running(), self.siblings.running(alone=self.process is None):
                 yield
         finally:
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
             await self.fleet.close()
             if self.recorder is not None:
                 await asyncio.to_thread(self.recorder.stop)

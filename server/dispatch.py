@@ -283,7 +283,7 @@ class Dispatcher:
         call = ticket.call
         prompt = beginnings(call.body, call.route.content_field, call.prompt_tokens)
         known = self.affinity.known(prompt)
-        if any(member.worker.role is Role.PREFILL for member in ready):
+        if any(member.role is Role.PREFILL for member in ready):
             room = self._room_in_pools(ticket, ready, known)
         else:
             options = [_option(member, known) for member in roomy]
@@ -303,6 +303,7 @@ class Dispatcher:
         places = [
             Place(
                 member.worker,
+                member.role,
                 self._has_room(member, ticket),
                 score(_option(member, known), typical_tokens),
                 member.pending_tokens,

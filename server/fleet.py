@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from math import inf
 from time import monotonic
 from typing import Protocol
 
@@ -53,6 +54,7 @@ class Member:
     policy: name and options that its plug-in was last told, None if it was told nothing yet.
     arriving_tokens: prompts of requests that it is to answer and whose KV is another worker's yet.
     kv_received_bytes: KV that it has fetched from other workers, as it counts itself.
+    leans: the side to which one of role `both` leans, since `leaned_at`; BOTH if to none.
     """
 
     worker: Worker
@@ -65,6 +67,8 @@ class Member:
     kv_usage: float = 0.0
     arriving_tokens: int = 0
     kv_received_bytes: float = 0.0
+    leans: Role = Role.BOTH
+    leaned_at: float = -inf
     misses: int = 0
     breaker: Breaker = field(default_factory=Breaker)
     output: Output = field(default_factory=Output)
@@ -74,6 +78,11 @@ class Member:
     models_json: list[dict[str, object]] = field(default_factory=list)
     legs: set["Leg"] = field(default_factory=set)
     look_now: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def role(self) -> Role:
+        """What it does at present."""
+        return self.leans if self.worker.role is Role.BOTH else self.worker.role
 
     @property
     def load(self) -> Load:
@@ -154,8 +163,8 @@ class Fleet:
     def rows(self) -> Iterator[tuple[str, Role, bool, int, int]]:
         """(id, role, ready, sequences in flight, tokens pending) per worker, for metrics."""
         for member in self.members.values():
-            worker = member.worker
-            yield worker.id, worker.role, member.state is State.READY, member.in_flight, member.pending_tokens
+            ready = member.state is State.READY
+            yield member.worker.id, member.role, ready, member.in_flight, member.pending_tokens
 
     def failed(self, member: Member, error: BaseException) -> None:
         """A relayed request failed at this worker. It is out until a probe finds it well: at once if it cannot be
@@ -317,6 +326,7 @@ def described(members: Iterable[Member]) -> list[dict[str, object]]:
             "models": list(member.models),
             "in_flight": member.in_flight,
             "slots": member.worker.slots,
+            **({"leans": member.leans.value} if member.leans is not Role.BOTH else {}),
             **({"note": member.note} if member.note else {}),
         }
         for member in members

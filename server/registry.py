@@ -23,9 +23,11 @@ class Registration(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
     slots: int = 256
     plugin: bool = False
     draining: bool = False
+    hands_over: bool = False
 
     def worker(self, worker_id: str) -> Worker:
-        return Worker(worker_id, self.url.rstrip("/"), self.role, self.slots, self.plugin)
+        url = self.url.rstrip("/")
+        return Worker(worker_id, url, self.role, self.slots, self.plugin, hands_over=self.hands_over)
 
 
 def registration_from(worker_id: str, text: str) -> Registration:
@@ -46,7 +48,7 @@ def worker_from(worker_id: str, text: str) -> Worker:
 
 def registration_of(worker: Worker, *, draining: bool = False) -> str:
     """What a worker writes into the store."""
-    said = Registration(worker.url, worker.role, worker.slots, worker.plugin, draining)
+    said = Registration(worker.url, worker.role, worker.slots, worker.plugin, draining, worker.hands_over)
     return msgspec.json.encode(said).decode()
 
 

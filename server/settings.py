@@ -57,6 +57,7 @@ class DisaggregationSettings(BaseModel):
     max_arriving_tokens: int = Field(
         16384, ge=1, description="prompts whose KV is on its way to one decode worker, tokens"
     )
+    balance_roles: bool = Field(False, description="workers of role `both` lean to the side that is short")
     prefill_timeout_s: Positive = Field(120.0, description="then the prompt is read where it is answered, seconds")
 
 

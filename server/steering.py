@@ -11,8 +11,8 @@ from server.schemas import CHAT, COMPLETIONS, raw_members, splice
 
 # One token, in one piece: nothing that is changed here may change the prompt, whose KV another engine will take over.
 _ONE_TOKEN = (
-    b'"stream":false,"stream_options":null,"max_tokens":1,"min_tokens":0,"stop":null,"kv_transfer_params":'
-    b'{"do_remote_decode":true,"do_remote_prefill":false,"remote_engine_id":null,"remote_block_ids":null,'
+    b'"stream":false,"stream_options":null,"max_tokens":1,"min_tokens":0,"stop":null,"return_token_ids":false,'
+    b'"kv_transfer_params":{"do_remote_decode":true,"do_remote_prefill":false,"remote_engine_id":null,"remote_block_ids":null,'
     b'"remote_host":null,"remote_port":null}'
 )
 _READ_ONLY = {

@@ -11,6 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from deploy.settings import ServeSettings
+from server.balancer import Balancer
 from server.fleet import Fleet
 from server.handover import Handover
 from server.sharing import Sharing
@@ -48,6 +49,7 @@ def metrics() -> set[str]:
     """Every metric by the name under which Prometheus stores it."""
     collectors = (
         Telemetry(lambda: [], lambda: [], lambda: []),
+        Balancer(Fleet(), 1, clock=lambda: 0.0),
         Handover(lambda ticket, worker: b"", Fleet(), timeout_s=1.0, clock=lambda: 0.0),
         Sharing(Counter(), lambda: (True, 1), lambda: 0.0, labels=1),
     )

@@ -111,6 +111,9 @@ def test_engines_apart_hand_over_kv_and_compute_again_what_does_not_arrive() -> 
     assert transfer["kv_role"] == "kv_consumer"
     assert "kv_buffer_device" not in transfer
     assert "--kv-transfer-config" not in engine_command(plan(), PORTS, "python").argv
+    leaning = engine_command(plan(hands_over=True), PORTS, "python")
+    assert json.loads(value_of(leaning.argv, "--kv-transfer-config"))["kv_role"] == "kv_both"
+    assert leaning.env["VLLM_NIXL_SIDE_CHANNEL_PORT"] == "9002"
 
 
 def test_an_engine_on_a_gpu_sees_that_one_only_and_shares_its_memory() -> None:

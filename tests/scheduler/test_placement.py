@@ -16,7 +16,7 @@ def worker(name: str) -> Worker:
 
 
 def at(name: str, cost: float = 0.0, *, room: bool = True, **how: float) -> Place:
-    return Place(worker(name), room, cost, **how)  # type: ignore[arg-type]
+    return Place(worker(name), worker(name).role, room, cost, **how)  # type: ignore[arg-type]
 
 
 def apart(prefill: str, decode: str) -> Apart:
@@ -108,6 +108,12 @@ def test_what_cannot_be_split_is_never_split() -> None:
     assert place(500, [P, D], RULES, splittable=False) == together("d0", Why.UNFIT)
     assert place(500, [P, replace(D, has_room=False)], RULES, splittable=False) is None
     assert place(500, [P], RULES, splittable=False) == together("p0", Why.UNFIT)
+
+
+def test_a_worker_that_leans_is_one_of_its_side() -> None:
+    reads, answers = replace(at("b0", 1), role=Role.PREFILL), replace(at("b1", 1), role=Role.DECODE)
+    assert place(500, [at("p0", 2), at("d0", 2), reads, answers], RULES, splittable=True) == apart("b0", "b1")
+    assert place(9, [P, at("d0", 2), reads], RULES, splittable=True) == together("d0", Why.SHORT_PROMPT)
 
 
 def test_whoever_is_chosen_has_room() -> None:

@@ -6,6 +6,7 @@ The engines here are without a model; they keep, fetch and lose KV as vLLM's NIX
 import asyncio
 import contextlib
 import json
+import random
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from loadtest import hash_model
 from loadtest.costmodel import PRESETS
 from loadtest.fake_engine import EngineSetup, FakeEngine
 from loadtest.faults import Faults
@@ -269,13 +271,33 @@ async def test_a_prefill_worker_that_dies_behind_the_handover_costs_no_answer() 
         await both.prefill.listen()
 
 
-async def test_a_decode_worker_that_dies_leaves_nothing_behind() -> None:
-    async with pools(replace(QUICK, kv_lease_s=0.2), shutdown_s=1.0) as both:
-        both.decode.faults = Faults(die_after_tokens=0)
-        reply = await both.ask()
-        assert reply.status in (200, 502, 503), "whoever answered, nobody was left waiting"
+@pytest.mark.parametrize("tokens", [0, 1, 7])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_when_the_decode_worker_dies_the_prefill_worker_answers(stream: bool, tokens: int) -> None:
+    fields = {"stream": stream, "ignore_eos": True}
+    expected = await alone(CHAT, fields)
+    async with pools(replace(QUICK, kv_lease_s=0.2)) as both:
+        both.decode.faults = Faults(die_after_tokens=tokens)
+        reply = await both.ask(**fields)
+        assert reply.status == 200
+        if stream:
+            assert reply.text == expected.text
+        else:
+            assert reply.json()["choices"] == expected.json()["choices"]
         await eventually(both.nothing_held)
         both.decode.heal()
+        await both.decode.listen()
+
+
+async def test_kv_for_a_decode_worker_that_died_before_it_fetched_is_released() -> None:
+    async with pools(replace(QUICK, kv_lease_s=0.2)) as both:
+        both.prefill.faults = Faults(stall_after_tokens=0)
+        wire = await both.gateway.send(request(CHAT, body()))
+        await eventually(lambda: both.prefill.running, "the prompt is being read")
+        both.decode.die()
+        both.prefill.heal()
+        assert (await wire.answer()).status == 200, "the prefill worker is still there"
+        await eventually(lambda: both.prefill.kept.expired == 1)
         await both.decode.listen()
 
 
@@ -357,3 +379,43 @@ async def test_many_at_once_all_are_answered_once_and_nothing_is_left() -> None:
         )
         assert all(reply.json()["usage"]["completion_tokens"] == 5 for reply in replies)
         assert await both.placements("apart") == sum(len(prompt) >= 32 for prompt in prompts)
+
+
+async def test_a_soak_with_clients_that_leave_and_engines_that_die_ends_with_nothing_held() -> None:
+    """2,000 short requests; whoever stays gets the one right answer, whatever happens to the engines."""
+    moments = random.Random(11)
+    setup = EngineSetup(cost=replace(PRESETS["quick"], iteration_s=0.0005), kv_lease_s=0.2)
+    async with pools(setup, probe_s=0.05, health={"attempts": 4}) as both:
+        served = 0
+
+        async def client(number: int) -> None:
+            nonlocal served
+            prompt = [3 + number % 997] * moments.randint(1, 200)
+            stream = bool(number % 2)
+            fields = {"prompt": prompt, "max_tokens": moments.randint(1, 20), "ignore_eos": True, "stream": stream}
+            wire = await both.gateway.send(request(TEXT, body(TEXT, **fields)))
+            if number % 10 == 0:
+                await asyncio.sleep(moments.uniform(0.0, 0.05))  # somewhere between its first and its last step
+                wire.reset()
+                return
+            reply = await wire.answer()
+            assert reply.status == 200, reply.body
+            text = reply.text if stream else reply.json()["choices"][0]["text"]
+            ids = hash_model.continuation(prompt, mean_tokens=setup.mean_answer_tokens, salt=0)
+            assert text == hash_model.decode(ids.next(may_end=False) for _ in range(fields["max_tokens"]))
+            served += 1
+            await wire.close()
+
+        async def crash(engine: FakeEngine) -> None:
+            await asyncio.sleep(0.01)  # somewhere in what is going on
+            engine.die()
+            await asyncio.sleep(0.05)  # a short time without it
+            await engine.listen()
+
+        crashes = {500: both.prefill, 1200: both.decode}
+        for start in range(0, 2000, 50):
+            clients = [client(number) for number in range(start, start + 50)]
+            await asyncio.gather(*clients, *([crash(crashes[start])] if start in crashes else []))
+        assert served == 1800
+        assert await both.placements("apart") > 500
+        await eventually(both.nothing_held)
