@@ -25,9 +25,11 @@ from rich.text import Text
 from loadtest import arrivals, provenance, report
 from loadtest.call import Call
 from loadtest.client import Client, Target
+from loadtest.page import page
 from loadtest.prompts import Prompts, text_prompts, token_prompts
 from loadtest.records import Record, Run, Writer
 from loadtest.samples import PERIOD_S, Sampler
+from loadtest.sides import sides
 from loadtest.traces import READERS, Skipped, TraceRow, read
 from loadtest.workload import MIXES, Fit, Maker, parse_shares, shapes
 
@@ -47,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", required=True, help="the server, for example http://127.0.0.1:8000")
     parser.add_argument("--limit", type=int, help="requests to send (default: all of a trace, 200 of a workload)")
     parser.add_argument("--out", type=Path, help="write the records here, one JSON line per request")
+    parser.add_argument("--html", type=Path, metavar="PAGE", help="write the report's page, and the records beside it")
     parser.add_argument(
         "--metrics", action="append", metavar="URL", help="record these servers' /metrics too (default: that of --url)"
     )
@@ -111,6 +114,8 @@ def _who(group: "argparse._ArgumentGroup") -> None:
 def run(args: argparse.Namespace) -> int:
     """0 when every request ended well, 1 when some did not, 2 when the run could not begin."""
     errors = Console(stderr=True)
+    if args.html and not args.out:
+        args.out = args.html.with_suffix(".jsonl")
     try:
         prepared = prepare(args)
     except (CannotReplay, ValueError, OSError) as error:
@@ -119,6 +124,10 @@ def run(args: argparse.Namespace) -> int:
     records, done = measure(prepared, errors)
     for line in _closing(prepared, records, done):
         sys.stdout.write(line + "\n")
+    if args.html and prepared.out:
+        read = sides([str(prepared.out)], prepared.objective)
+        args.html.write_text(page(read, prepared.objective, command=provenance.command()), "utf-8")
+        sys.stdout.write(f"Page: {args.html}\n")
     return 0 if all(record.ok for record in records) else 1
 
 

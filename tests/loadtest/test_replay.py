@@ -61,6 +61,14 @@ def test_a_workload_needs_no_file(engine: FakeEngine, capsys: pytest.CaptureFixt
     assert "of demand" in capsys.readouterr().out
 
 
+def test_a_replay_makes_its_page_itself(engine: FakeEngine, trace: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    argv = (str(trace), "--url", engine.url, "--rate-scale", "8", "--html", str(page), "--ttft", "1")
+    assert replay.run(parsed(replay, *argv)) == 0
+    assert "service by tenant" in page.read_text()
+    assert len(read(tmp_path / "page.jsonl")[1]) == 30
+
+
 def test_closed_loop_needs_no_times(engine: FakeEngine, tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     path.write_text('{"prompt_tokens": 20, "output_tokens": 5}\n' * 10)
