@@ -9,7 +9,7 @@ from loadtest import pictures, report
 from loadtest.page_style import STYLE
 from loadtest.pictures import colour
 from loadtest.records import Run
-from loadtest.sides import MEASURES, Measure, Side, amount, exact, measure, measured, not_ok, ratio, times
+from loadtest.sides import MEASURES, Measure, Side, amount, base_of, exact, measure, measured, not_ok, ratio, times
 
 _TILES = (
     ("TTFT, median", "TTFT, P99", "to the first token, median", "P99"),
@@ -104,12 +104,12 @@ def _headline(sides: Sequence[Side]) -> Iterator[str]:
     if len(sides) == 1:
         yield f'<div class="tiles">{"".join(_tiles(sides[0]))}</div>'
         return
-    yield f"<p>{' '.join(_verdict(sides[0], side) for side in sides[1:])}</p>"
+    yield f"<p>{' '.join(_verdict(base, side) for side in sides if (base := base_of(side, sides)) is not side)}</p>"
     look = "look" if len(sides) <= _MOST_BESIDE else ""
     yield f'<div class="{look}">{pictures.overview(sides)}{_scroll(_table(sides))}</div>'
     yield (
-        f'<p class="note">Under each number: how many times better than {escape(sides[0].name)}, and its interval. '
-        f"Bold: the whole interval is on one side of 1. {pictures.interval_words(sides)}</p>"
+        f'<p class="note">Under each number: how many times better than {escape(pictures.baseline(sides))}, and its '
+        f"interval. Bold: the whole interval is on one side of 1. {pictures.interval_words(sides)}</p>"
     )
 
 
@@ -166,7 +166,7 @@ def _table(sides: Sequence[Side]) -> str:
     head = "".join(f'<th class="{colour(at, len(sides))}">{escape(side.name)}</th>' for at, side in enumerate(sides))
     rows = [f"<tr><th></th>{head}</tr>"]
     for one in measured(sides):
-        cells = "".join(_cell(one, sides[0], side) for side in sides)
+        cells = "".join(_cell(one, base_of(side, sides), side) for side in sides)
         gap = ' class="gap"' if one.name in _GROUPS else ""
         rows.append(f"<tr{gap}><td>{escape(one.name)}</td>{cells}</tr>")
     endings = "".join(f"<td>{not_ok(side):,}</td>" for side in sides)

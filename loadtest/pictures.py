@@ -11,7 +11,7 @@ from loadtest.charts import ALONE, NAMED, Axis, Dot, Panel, Series, dot_plot, li
 from loadtest.fairness import Timeline, timeline
 from loadtest.records import Record, Recorded, Sample
 from loadtest.report import ATTAINMENT_GOAL, Objective, goodput
-from loadtest.sides import MEASURES, Side, exact, ratio
+from loadtest.sides import MEASURES, Side, base_of, exact, ratio
 
 Floats = NDArray[np.float64]
 
@@ -82,12 +82,12 @@ def better(value: float) -> str:
 
 def overview(sides: Sequence[Side]) -> str:
     """Every run's ratios to the first, a row per measure; empty for a run alone."""
-    base, *others = sides
     rows = []
     for measure in (one for one in MEASURES if one.name in OVERVIEW):
         dots = []
-        for at, other in enumerate(others, 1):
-            found = ratio(measure, base, other)
+        for at, side in enumerate(sides):
+            base = base_of(side, sides)
+            found = ratio(measure, base, side) if side is not base else None
             if found is not None:
                 dots.append(Dot(colour(at, len(sides)), found.value, found.low, found.high))
         if dots:
@@ -99,8 +99,14 @@ def overview(sides: Sequence[Side]) -> str:
     axis = logarithmic([*ends, 0.8, 1.25], better, floor_at=1 / _FARTHEST)
     if not any(value == 1.0 for value, _ in axis.ticks):
         axis = Axis(axis.low, axis.high, [*axis.ticks, (1.0, "1×")], axis.scale)
-    about = f"Right of the rule: better than {base.name}. {interval_words(sides)}"
+    about = f"Right of the rule: better than {baseline(sides)}. {interval_words(sides)}"
     return dot_plot(rows, axis, "How many times better", about)
+
+
+def baseline(sides: Sequence[Side]) -> str:
+    """What ratios are to, in words."""
+    name, _, load = sides[0].name.partition("@")
+    return f"{name} at the same load" if load else name
 
 
 def interval_words(sides: Sequence[Side]) -> str:

@@ -155,6 +155,12 @@ class Ratio:
         return self.low is not None and self.high is not None and (self.low > 1.0 or self.high < 1.0)
 
 
+def base_of(side: Side, sides: Sequence[Side]) -> Side:
+    """What a side is compared with: the first, of runs NAME@LOAD the first of the same load. It may be itself."""
+    load = side.name.partition("@")[2]
+    return next(one for one in sides if one.name.partition("@")[2] == load)
+
+
 def ratio(measure: Measure, base: Side, other: Side) -> Ratio | None:
     """None where it makes no sense: a zero, or nothing measured."""
     pairs = zip(base.summaries, other.summaries, strict=False)
@@ -214,7 +220,7 @@ def rows(sides: Sequence[Side]) -> report.Rows:
     """A column per side, a row per measure: its value and, after the first, how many times better that is."""
     table: report.Rows = [["", *(side.name for side in sides)]]
     for one in measured(sides):
-        table.append([one.name, *(_cell(one, sides[0], side) for side in sides)])
+        table.append([one.name, *(_cell(one, base_of(side, sides), side) for side in sides)])
     table.append(["did not end well", *(f"{not_ok(side)}" for side in sides)])
     return table
 

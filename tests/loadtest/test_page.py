@@ -121,6 +121,16 @@ def test_runs_at_several_rates_make_a_goodput_curve() -> None:
     assert "Inside, by offered rate" not in page([side("fcfs"), side("vtc")], OBJECTIVE)
 
 
+def test_runs_at_several_rates_are_compared_at_the_same_one() -> None:
+    said = " ".join(Reader(page([side(name, factor) for name, factor in LOADS], OBJECTIVE)).text)
+    assert "better than fcfs at the same load" in said
+    assert "vtc@2  against fcfs@2:" in said
+    assert "fcfs@2  against" not in said
+
+
+LOADS = (("fcfs@1", 0.3), ("vtc@1", 0.2), ("fcfs@2", 2.0), ("vtc@2", 1.0))
+
+
 def test_what_was_not_measured_is_said_to_be_so() -> None:
     said = " ".join(Reader(page([side("x", tenants=1)])).text)
     assert "No objective was given" in said
