@@ -25,6 +25,7 @@ from deploy.settings import ServeSettings
 from deploy.worker import WorkerError
 from server.__main__ import add_arguments as add_gateway_arguments
 from server.__main__ import overrides as gateway_overrides
+from server.app import calm_collector
 from server.settings import read_settings
 
 
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace, surroundings: Surroundings | None = None) -> i
         sock = listen(front, settings)
         checked = check(settings, around.machine(), cache_folder())
         serving = Serving(settings, checked, front, screen, around)
+        calm_collector()
         exit_code: int = uvloop.run(serving.serve(sock))
         return exit_code
     except KeyboardInterrupt:  # before our own handler was in place

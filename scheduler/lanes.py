@@ -49,6 +49,24 @@ class Lanes:
 
     def push(self, job: Job, now: float) -> None:
         """The job arrives and waits. ValueError if its id is known, or its weight is not positive."""
+        self._arrive(self._enter(job, now), front=False)
+
+    def admit(self, job: Job, now: float) -> None:
+        """`push`, and the `pop` that would take this very job, in one: for a job that finds nobody waiting.
+
+        ValueError as `push`, and if somebody waits.
+        """
+        if self._waiting:
+            raise ValueError(f"job {job.id!r} cannot pass those that wait")
+        place = self._enter(job, now)
+        if self._shares is not None:
+            self._lift(place.account)
+            self._last_left = place.account
+            place.bill = self._shares.take(place.account, job)
+        self._next = None
+        self._go(place)
+
+    def _enter(self, job: Job, now: float) -> Place:
         if job.id in self._places:
             raise ValueError(f"job {job.id!r} is already in: give every job an id of its own")
         if job.weight <= 0:
@@ -57,7 +75,7 @@ class Lanes:
         line.account.weight = job.weight
         self._seq += 1
         place = self._places[job.id] = Place(job, line, self._seq, now)
-        self._arrive(place, front=False)
+        return place
 
     def peek(self, now: float) -> Job | None:
         """The job that goes next, or None. Charges nothing; a `pop` that follows takes this very job."""
@@ -285,12 +303,16 @@ class Lanes:
             account.counter = floor
 
     def _arrive(self, place: Place, *, front: bool) -> None:
-        account = place.account
-        if self._shares is not None and not place.line.waiting and not account.elsewhere:
+        if self._shares is not None and not place.line.waiting:
+            self._lift(place.account)
+        self._wait(place, front=front)
+
+    def _lift(self, account: Account) -> None:
+        """A tenant is back that has nothing in line."""
+        if self._shares is not None and not account.elsewhere:
             before = account.counter
             self._shares.lift(account, self._level())
             account.lifted += account.counter - before
-        self._wait(place, front=front)
 
     def _wait(self, place: Place, *, front: bool) -> None:
         place.line.wait(place, front=front)

@@ -12,7 +12,7 @@ from typing import Any
 import uvloop
 
 from scheduler.catalog import describe
-from server.app import GatewayServer
+from server.app import GatewayServer, calm_collector
 from server.logs import write_to_standard_error
 from server.prefork import reserved, serve_processes
 from server.settings import Settings, read_settings
@@ -132,6 +132,7 @@ async def _serve(server: GatewayServer, sock: socket.socket) -> None:
         loop.add_signal_handler(number, stop)
     host, port = sock.getsockname()[:2]
     logging.getLogger("evenhand").info("listening on http://%s:%d, policy %s", host, port, server.settings.policy)
+    calm_collector()
     await server.serve(sock)
 
 

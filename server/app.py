@@ -1,6 +1,7 @@
 """The composition root: the only place that builds long-lived objects."""
 
 import asyncio
+import gc
 import logging
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -39,10 +40,20 @@ from server.telemetry import Telemetry
 
 log = logging.getLogger("evenhand")
 
+YOUNG_OBJECTS = 20_000
+
 
 def wall_clock() -> float:
     """Seconds since 1970, for what follows the calendar."""
     return datetime.now(UTC).timestamp()
+
+
+def calm_collector() -> None:
+    """For a process that serves and does nothing else, once all is imported and built: that is there to stay and is not
+    looked at again, and what requests leave behind is collected in larger heaps (a tenth of the time per request)."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(YOUNG_OBJECTS, 20, 20)
 
 
 def parse_worker(text: str, number: int) -> Worker:

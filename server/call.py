@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+import msgspec
+
 from scheduler.jobs import Job
 from server.fleet import Member
 from server.received import Received
@@ -42,8 +44,7 @@ class Route:
     token_mark: bytes = b"\n\n"
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(msgspec.Struct, frozen=True):
     """What a client asked for.
 
     body: the JSON object as it came, but for the exact count of tokens that we ask for where the client did not.
@@ -79,6 +80,7 @@ class Phase(IntEnum):
     CANCELLED = 5  # the client left, or we are told to stop
 
 
+_PHASES = len(Phase)
 _ENDS = (Phase.FAILED, Phase.CANCELLED)
 NEXT: tuple[tuple[Phase, ...], ...] = (
     (Phase.PREFILLING, *_ENDS),
@@ -164,7 +166,7 @@ class Ticket:
     job: Job
     clock: Callable[[], float]
     phase: Phase = Phase.WAITING
-    times: list[float | None] = field(default_factory=lambda: [None] * len(Phase))
+    times: list[float | None] = field(default_factory=lambda: [None] * _PHASES)
     prompt_tokens: int = 0
     cached_tokens: int = 0
     tokens: int = 0
@@ -202,8 +204,3 @@ class Ticket:
     @property
     def ended(self) -> bool:
         return not NEXT[self.phase]
-
-    def since(self, earlier: Phase, later: Phase) -> float | None:
-        """Seconds between two phases, None if one of them was not reached."""
-        begin, end = self.times[earlier], self.times[later]
-        return None if begin is None or end is None else end - begin

@@ -17,6 +17,7 @@ from server.fleet import Fleet, Member
 from server.routing import Affinity, Option, beginnings, best, score
 
 RATE_MEMORY_S = 20.0
+FORGET_EVERY_S = 0.05  # nothing fades in so short a time
 LONGEST_RETRY_S = 600.0
 TYPICAL_TOKENS_PER_S = 10.0  # of one sequence, before any request was seen
 TYPICAL_PROMPT_TOKENS = TYPICAL_OUTPUT_TOKENS = 256.0  # before any request was seen
@@ -38,7 +39,8 @@ class Pace:
         self.at = now
 
     def freed(self, now: float) -> None:
-        self._decay(now)
+        if now - self.at > FORGET_EVERY_S:
+            self._decay(now)
         self.count += 1.0
 
     def per_s(self, now: float) -> float:
@@ -173,10 +175,9 @@ class Dispatcher:
             raise NoWorker(f"No worker serves '{self.model}' right now.", retry_after_s=self.fleet.probe_s * 5)
         if not ticket.call.route.generates:
             return self._aside(ticket, ready)
-        if not len(self.lanes) and (room := self._room(ticket)) is not None:
+        if not len(self.lanes) and (room := self._room(ticket, ready)) is not None:
             self.settle(now)
-            self.lanes.push(ticket.job, now)
-            self.lanes.pop(now)
+            self.lanes.admit(ticket.job, now)
             return self._occupy(room, ticket)
         if len(self.lanes) >= self.max_waiting:
             raise Overloaded(
@@ -254,6 +255,8 @@ class Dispatcher:
     def advance(self) -> None:
         """Lets in whom the policy names, as long as a worker has room. The first who does not fit stops it: nobody is
         skipped, or the policies' bounds would not hold."""
+        if not len(self.lanes):
+            return
         now = self.clock()
         self.settle(now)
         while (job := self.lanes.peek(now)) is not None:
@@ -261,7 +264,7 @@ class Dispatcher:
             if future.done():  # it has just left or expired; its own `finally` will come, but its turn is now
                 self._forget(job, now)
                 continue
-            room = self._room(ticket)
+            room = self._room(ticket, self.fleet.ready(self.model))
             if room is None:
                 return
             self.lanes.pop(now)
@@ -272,14 +275,15 @@ class Dispatcher:
         del self._waiters[job]
         self.lanes.finish(job, Outcome.ABORTED, now)
 
-    def _room(self, ticket: Ticket) -> "Room | None":
+    def _room(self, ticket: Ticket, ready: list[Member]) -> "Room | None":
         """Where a request fits: one worker that has room, or two where prompts are read apart."""
-        ready = self.fleet.ready(self.model)
         if ticket.avoid:
             ready = [member for member in ready if member.worker.id != ticket.avoid] or ready
+        if len(ready) == 1:  # nothing to choose
+            return Room(ready[0]) if self._has_room(ready[0], ticket) else None
         roomy = [member for member in ready if self._has_room(member, ticket)]
-        if len(ready) == 1 or not roomy:
-            return Room(roomy[0]) if roomy else None
+        if not roomy:
+            return None
         call = ticket.call
         prompt = beginnings(call.body, call.route.content_field, call.prompt_tokens)
         known = self.affinity.known(prompt)

@@ -10,13 +10,14 @@ import logging
 import os
 import re
 from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import count
+from typing import Any, NamedTuple, Protocol
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.call import Route
-from server.engine import Connection
+from server.engine import MOST_HEADS, Connection, keyed
 from server.errors import (
     BadRequest,
     HeadTooLarge,
@@ -37,6 +38,8 @@ _SAFE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _STATUS = {
     code: b"HTTP/1.1 %d %b\r\n" % (code, http.HTTPStatus(code).phrase.encode()) for code in map(int, http.HTTPStatus)
 }
+# Headers that make a head different every time, or say how its body comes: such a head is read anew.
+_ONE_OF_ITS_OWN = frozenset((b"x-request-id", b"traceparent", b"transfer-encoding", b"upgrade", b"expect"))
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _COMMENT = b":\n\n"
 _KNOCKS_S = (0.25, 1.0, 4.0, 16.0)  # pauses between the signs of life that a half-closed connection gets
@@ -56,6 +59,13 @@ class Bounds:
     head_s: float = 15.0
     body_s: float = 60.0
     stall_s: float = 120.0
+
+
+class Head(NamedTuple):
+    """A request's head that the parser has read once, and that a client sends again and again."""
+
+    route: Route
+    headers: list[tuple[bytes, bytes]]
 
 
 class Serves(Protocol):
@@ -120,7 +130,8 @@ class Exchange:
 
     def name_it(self) -> str:
         """The request id: the client's own if it is harmless, else a fresh one."""
-        self.request_id = request_id_in(self.headers)
+        if not self.request_id:
+            self.request_id = request_id_in(self.headers)
         return self.request_id
 
     # the answer
@@ -221,10 +232,13 @@ class Edge(HttpToolsProtocol):
     in_message: a request has begun to arrive and is not complete; in_head: nor is its head.
     current: what is being answered; uvicorn's `cycle` is the newest, which may still be arriving or wait behind it.
     last_words: the refusal of bytes that made no request, while answers before it are on their way.
+    heads: what the parser has said of heads, for all connections.
+    idle_since: when the last answer was complete, on the loop's clock.
     """
 
     gateway: Serves
     bounds: Bounds
+    heads: dict[bytes, Head]
     cycle: Any  # uvicorn's RequestResponseCycle, or an Exchange in its place
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # uvicorn's own arguments, handed through
@@ -241,6 +255,7 @@ class Edge(HttpToolsProtocol):
         self.deadline: asyncio.TimerHandle | None = None
         self.deadline_s = 0.0
         self.stall: asyncio.TimerHandle | None = None
+        self.idle_since = 0.0
 
     # the connection
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -286,7 +301,18 @@ class Edge(HttpToolsProtocol):
         if self.last_words:
             return
         was_in_head = self.in_head
-        self._feed(data)
+        if self.in_message or not self._idle() or self.transport.is_closing():
+            self._feed(data)
+        else:
+            key, length, at = keyed(data)
+            whole = bool(key) and len(data) == at + length <= self.bounds.body_bytes
+            head = self.heads.get(key) if whole else None
+            if head is not None:
+                self._start_known(head, data[at:])
+                return
+            self._feed(data)
+            if whole:
+                self._remember(key, length)
         if self.in_message or self._idle():
             if was_in_head and self.in_head:  # a header without an end shows only in the bytes that arrive
                 self.unread_size += len(data)
@@ -298,8 +324,34 @@ class Edge(HttpToolsProtocol):
     def _idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
 
+    def _start_known(self, head: Head, body: bytes) -> None:
+        """A whole request whose head has been read before. The parser stands between two messages, and stays there."""
+        if self.deadline is not None:
+            self._no_deadline()
+        self.headers = head.headers
+        exchange = Exchange(self, head.route, keep_alive=True, http10=False)
+        exchange.request_id = fresh_id()
+        exchange.received = body
+        exchange.complete = True
+        self.cycle = exchange
+        self._start(exchange)
+
+    def _remember(self, key: bytes, length: int) -> None:
+        """Keeps what the parser said of this head, if it said of it all that matters."""
+        exchange = self.cycle
+        if (
+            not isinstance(exchange, Exchange)
+            or not (exchange.complete and exchange.keep_alive)
+            or exchange.expects_continue
+            or not self.declared_size == self.body_size == length
+            or not _ONE_OF_ITS_OWN.isdisjoint(name for name, _ in exchange.headers)
+        ):
+            return
+        if len(self.heads) >= MOST_HEADS:
+            self.heads.clear()
+        self.heads[key] = Head(exchange.route, exchange.headers)
+
     def _feed(self, data: bytes) -> None:
-        self._unset_keepalive_if_required()
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as stopped:
@@ -493,12 +545,36 @@ class Edge(HttpToolsProtocol):
             self.transport.write(_CONTINUE)
 
     def on_response_complete(self) -> None:
+        """As uvicorn's own, but for its timer, which is set anew for every request there."""
         if self.last_words and not self.pipeline and not self.transport.is_closing():
             self._say_last()
             return
-        super().on_response_complete()
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        else:
+            self.idle_since = self.loop.time()
+            if self.timeout_keep_alive_task is None:
+                self._await_next(self.timeout_keep_alive)
         if self.in_message:
             self._await_rest()
+
+    def _await_next(self, limit_s: float) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(limit_s, self.timeout_keep_alive_handler)
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Closes a connection that has been idle for long; the timer of one that was used meanwhile goes on."""
+        self.timeout_keep_alive_task = None
+        if self.in_message or not self._idle():
+            return  # set again when the answer is complete
+        left_s = self.idle_since + self.timeout_keep_alive - self.loop.time()
+        if left_s > 0:
+            self._await_next(left_s)
+        else:
+            super().timeout_keep_alive_handler()
 
     # a client that does not keep up
     def pause_writing(self) -> None:
@@ -520,14 +596,23 @@ class Edge(HttpToolsProtocol):
         self.transport.abort()
 
 
+_PROCESS = os.urandom(10).hex()  # so that the ids of two gateways differ
+_serial = count()
+
+
+def fresh_id() -> str:
+    """A request id that no other request has."""
+    return f"{_PROCESS}{next(_serial):012x}"
+
+
 def request_id_in(headers: list[tuple[bytes, bytes]]) -> str:
     """The id that a request goes by: its own x-request-id if that is harmless, else a fresh one."""
     for name, value in headers:
         if name == b"x-request-id":
-            return value.decode() if _SAFE_ID.fullmatch(value) else os.urandom(16).hex()
-    return os.urandom(16).hex()
+            return value.decode() if _SAFE_ID.fullmatch(value) else fresh_id()
+    return fresh_id()
 
 
 def edge_for(gateway: Serves, bounds: Bounds) -> type[asyncio.Protocol]:
     """The protocol class for uvicorn, with the gateway it serves."""
-    return type("Edge", (Edge,), {"gateway": gateway, "bounds": bounds})
+    return type("Edge", (Edge,), {"gateway": gateway, "bounds": bounds, "heads": {}})

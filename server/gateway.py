@@ -96,16 +96,17 @@ class Gateway:
         ticket = self.ticket(call)
         slot = dispatcher.slot(ticket)
         try:
-            async with self.limits.admit(ticket, out), self.sharing.watch(ticket), slot as member:
-                self.sharing.started(ticket)
-                ticket.move(Phase.PREFILLING)
-                await self.handover.prefill(ticket)
-                try:
-                    await self.relay.pump(ticket, member, dispatcher.charge, out)
-                except ServiceError as error:
-                    await self.failover.go_on(ticket, slot, dispatcher.charge, out, error)
-                ticket.move(Phase.DONE)
-                outcome = "ok"
+            with self.limits.admit(ticket, out), self.sharing.watch(ticket):
+                async with slot as member:
+                    self.sharing.started(ticket)
+                    ticket.move(Phase.PREFILLING)
+                    await self.handover.prefill(ticket)
+                    try:
+                        await self.relay.pump(ticket, member, dispatcher.charge, out)
+                    except ServiceError as error:
+                        await self.failover.go_on(ticket, slot, dispatcher.charge, out, error)
+                    ticket.move(Phase.DONE)
+                    outcome = "ok"
         except asyncio.CancelledError:
             ticket.move(Phase.CANCELLED)
             outcome = "cancelled"

@@ -12,7 +12,6 @@ rounds of exchanges gives out at most its share of what is left. So, with R repl
 from asyncio import CancelledError
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from math import ceil
 from types import TracebackType
@@ -119,6 +118,11 @@ class Bucket:
         self.share -= amount
 
 
+_LINES = b"x-ratelimit-limit-%b: %%d\r\nx-ratelimit-remaining-%b: %%d\r\nx-ratelimit-reset-%b: %%b\r\n"
+_REQUEST_LINES = _LINES % ((b"requests",) * 3)
+_TOKEN_LINES = _LINES % ((b"tokens",) * 3)
+
+
 class Standing:
     """One tenant's state. Rates and budgets may change under it; what was used stays used.
 
@@ -153,18 +157,11 @@ class Standing:
     def headers(self) -> bytes:
         """x-ratelimit-… as OpenAI sends them."""
         lines = b""
-        for what, bucket in ((b"requests", self.requests), (b"tokens", self.tokens)):
+        for lines_for, bucket in ((_REQUEST_LINES, self.requests), (_TOKEN_LINES, self.tokens)):
             if bucket is not None:
-                left = max(0, int(min(bucket.level, bucket.burst)))
-                full = span((bucket.burst - bucket.level) / bucket.per_s)
-                lines += b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: %d\r\nx-ratelimit-reset-%b: %b\r\n" % (
-                    what,
-                    bucket.burst,
-                    what,
-                    left,
-                    what,
-                    full,
-                )
+                left, most = bucket.level, bucket.burst
+                full = span((most - left) / bucket.per_s)
+                lines += lines_for % (most, left if 0 < left < most else max(0.0, min(left, most)), full)
         return lines
 
     def row(self) -> str:
@@ -208,10 +205,10 @@ def _whole(seconds: float) -> int:
 class Free:
     """The admission of a tenant without limits."""
 
-    async def __aenter__(self) -> None:
+    def __enter__(self) -> None:
         return
 
-    async def __aexit__(self, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         return
 
 
@@ -228,12 +225,12 @@ class Admission:
         self.ticket = ticket
         self.out = out
 
-    async def __aenter__(self) -> None:
+    def __enter__(self) -> None:
         tenant = self.ticket.call.tenant
         self.reserved = estimate(self.ticket.call)
         self.standing = self.gate.enter(tenant, self.reserved, self.out)
 
-    async def __aexit__(
+    def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         ticket = self.ticket
@@ -266,7 +263,9 @@ def permitted(call: Call) -> Call:
         )
     if call.max_tokens:
         return call
-    return replace(call, body=_with_limit(call.body, name, tenant.max_tokens), max_tokens=tenant.max_tokens)
+    return msgspec.structs.replace(
+        call, body=_with_limit(call.body, name, tenant.max_tokens), max_tokens=tenant.max_tokens
+    )
 
 
 def _with_limit(body: bytes, name: str, most: int) -> bytes:
@@ -312,7 +311,7 @@ class Gate:
 
     # calls
     def admit(self, ticket: Ticket, out: Headed) -> Admission | Free:
-        """`async with` this: AtLimit if the tenant is at one; else its use is booked while the block runs."""
+        """`with` this: AtLimit if the tenant is at one; else its use is booked while the block runs."""
         return FREE if ticket.call.tenant.limits is None else Admission(self, ticket, out)
 
     def enter(self, tenant: Tenant, tokens: int, out: Headed) -> Standing:

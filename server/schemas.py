@@ -104,7 +104,7 @@ def call_from(route: Route, body: bytes, tenant: Tenant, call_id: str, bytes_per
         sequences=(1 if fields.n is None else _within(fields.n, 1, MAX_SEQUENCES, "n"))
         * (_prompts(content) if route.prompts else 1),
         kind=_kind(fields),
-        steers_kv=bytes(fields.kv_transfer_params) not in (b"", b"null"),
+        steers_kv=fields.kv_transfer_params is not ABSENT and bytes(fields.kv_transfer_params) != b"null",
     )
 
 
@@ -130,6 +130,12 @@ def _parsed(body: bytes) -> Fields:
 
 
 def _refuse_steering(fields: Fields, tenant: Tenant) -> None:
+    if (
+        fields.vllm_xargs is ABSENT is fields.priority
+        and fields.kv_transfer_params is ABSENT is fields.cache_salt
+        and fields.request_id is ABSENT is fields.data_parallel_rank
+    ):
+        return  # nearly all: what follows costs as much as all else that is read here
     for name in STEERING:
         if bytes(getattr(fields, name)) not in (b"", b"null") and name not in tenant.grants:
             raise BadRequest(
@@ -147,9 +153,9 @@ def _within(value: int, least: int, most: int, name: str) -> int:
 
 
 def _kind(fields: Fields) -> str:
-    if bytes(fields.tools) not in (b"", b"null", b"[]"):
+    if fields.tools is not ABSENT and bytes(fields.tools) not in (b"null", b"[]"):
         return "tools"
-    return "json" if b"json" in bytes(fields.response_format) else ""
+    return "json" if fields.response_format is not ABSENT and b"json" in bytes(fields.response_format) else ""
 
 
 def with_usage(body: bytes) -> bytes:

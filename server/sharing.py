@@ -21,10 +21,10 @@ class Watched:
         self.sharing = sharing
         self.ticket = ticket
 
-    async def __aenter__(self) -> None:
+    def __enter__(self) -> None:
         self.sharing.tally.queued(self.ticket.job)
 
-    async def __aexit__(
+    def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         waited = self.ticket.times[Phase.PREFILLING] is None
@@ -55,7 +55,7 @@ class Sharing(Collector):
         self._service: Counter[str] = Counter()
 
     def watch(self, ticket: Ticket) -> Watched:
-        """`async with` this while the call waits and runs."""
+        """`with` this while the call waits and runs."""
         return Watched(self, ticket)
 
     def started(self, ticket: Ticket) -> None:

@@ -81,25 +81,24 @@ class Telemetry(Collector):
     def ended(self, ticket: Ticket, outcome: str) -> None:
         """A call is over: its phases become latencies."""
         self.outcomes[ticket.call.route.path, outcome] += 1
-        waited = ticket.since(Phase.WAITING, Phase.PREFILLING)
-        if waited is not None:
-            self.queue.observe(waited)
+        arrived, sent, first, done = ticket.times[: Phase.DONE + 1]
+        assert arrived is not None  # a ticket begins with it
+        if sent is not None:
+            self.queue.observe(sent - arrived)
         if not ticket.call.route.generates:
             return
         self.tokens["completion"] += ticket.tokens
         if ticket.exact:
             self.tokens["prompt"] += ticket.prompt_tokens
             self.tokens["cached"] += ticket.cached_tokens
-        first = ticket.since(Phase.WAITING, Phase.DECODING)
-        total = ticket.since(Phase.WAITING, Phase.DONE)
         if first is not None and ticket.call.stream:
-            self.ttft.observe(first)
-            if total is not None and ticket.tokens > 1:
-                self.tpot.observe((total - first) / (ticket.tokens - 1))
+            self.ttft.observe(first - arrived)
+            if done is not None and ticket.tokens > 1:
+                self.tpot.observe((done - first) / (ticket.tokens - 1))
             if ticket.split is not None and ticket.split.read_at is not None:
-                self.kv_transfer.observe(ticket.job.arrived_at + first - ticket.split.read_at)
-        if total is not None:
-            self.e2e.observe(total)
+                self.kv_transfer.observe(first - ticket.split.read_at)
+        if done is not None:
+            self.e2e.observe(done - arrived)
 
     def collect(self) -> Iterator[Metric]:
         for distribution in (self.ttft, self.itl, self.tpot, self.e2e, self.queue, self.kv_transfer):

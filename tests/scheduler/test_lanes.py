@@ -3,6 +3,8 @@
 import random
 import sys
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -26,6 +28,16 @@ POLICIES: dict[str, tuple[str, dict[str, str]]] = {
     "vtc of gittins": ("vtc", {"within": "gittins", "min_samples": "20", "patience_s": "3", "predict": "last5"}),
 }
 NAMES = st.sampled_from(sorted(POLICIES))
+
+
+def state_of(lanes: Lanes) -> object:
+    """All that a caller can tell."""
+    accounts = [
+        (account.tenant, account.counter, account.lifted, account.weight, waits)
+        for account, waits in lanes.standings()
+    ]  # fmt: skip
+    victim = lanes.victim(0.0)
+    return accounts, lanes.depth(), lanes.running(), len(lanes), None if victim is None else victim.id
 
 
 class Machine(RuleBasedStateMachine):
@@ -63,6 +75,27 @@ class Machine(RuleBasedStateMachine):
             self.lanes.push(job, self.now)
         self.waiting[job.id] = job
         self.made[job.id] = 0
+
+    @precondition(lambda self: not self.waiting)
+    @rule(tenant=st.integers(0, 3), prompt=st.integers(0, 4000), weight=st.sampled_from([0.5, 1.0, 3.0]))
+    def admit(self, tenant: int, prompt: int, weight: float) -> None:
+        """As if it were pushed and popped."""
+        self.count += 1
+        job = Job(f"j{self.count}", f"t{tenant}", prompt, self.now, weight=weight, max_tokens=self.count % 3 * 100)
+        twin = deepcopy(self.lanes)
+        same = replace(job)
+        twin.push(same, self.now)
+        assert twin.pop(self.now) is same
+        self.lanes.admit(job, self.now)
+        self.running[job.id] = job
+        self.made[job.id] = 0
+        assert state_of(self.lanes) == state_of(twin)
+
+    @precondition(lambda self: self.waiting)
+    @rule()
+    def admit_past_those_that_wait(self) -> None:
+        with pytest.raises(ValueError, match="cannot pass"):
+            self.lanes.admit(Job("late", "t0", 1, self.now), self.now)
 
     @rule(steps=st.floats(0, 2))
     def time_passes(self, steps: float) -> None:

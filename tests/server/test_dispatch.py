@@ -5,12 +5,12 @@ import json
 import random
 from collections import Counter
 from collections.abc import Coroutine
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from scheduler.catalog import build
 from scheduler.lanes import Lanes

@@ -2,12 +2,12 @@
 
 import random
 import time
-from dataclasses import replace
 
 import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from scheduler.jobs import Job
 from server.call import Call, Phase, Ticket
@@ -126,7 +126,7 @@ async def test_tokens_are_charged_by_estimate_and_corrected_to_what_was_used() -
     world = World()
     tenant, gate = world.tenant(tokens_per_minute=100), world.gate()
     ticket = a_ticket(tenant, world, prompt_tokens=10, max_tokens=70)
-    async with gate.admit(ticket, answer := Answer()):
+    with gate.admit(ticket, answer := Answer()):
         assert answer.header("x-ratelimit-remaining-tokens") == "20"
         assert not try_enter(gate, tenant, 30)
         ticket.move(Phase.PREFILLING)
@@ -142,7 +142,7 @@ async def test_an_answer_longer_than_was_charged_is_paid_back_before_the_next() 
     world = World()
     tenant, gate = world.tenant(tokens_per_minute=60), world.gate()
     ticket = a_ticket(tenant, world, max_tokens=0)
-    async with gate.admit(ticket, Answer()):
+    with gate.admit(ticket, Answer()):
         ticket.move(Phase.PREFILLING)
         ticket.tokens = 110  # 10 + 110 used of 60
     assert not try_enter(gate, tenant, 1)
@@ -158,7 +158,7 @@ async def test_a_call_that_got_nothing_from_an_engine_costs_no_tokens(reached: b
     tenant, gate = world.tenant(tokens_per_minute=100, tokens_per_day=1000, concurrency=1), world.gate()
     ticket = a_ticket(tenant, world)
     with pytest.raises(ConnectionError):
-        async with gate.admit(ticket, Answer()):
+        with gate.admit(ticket, Answer()):
             if reached:
                 ticket.move(Phase.PREFILLING)
             raise ConnectionError
