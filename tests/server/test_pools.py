@@ -7,9 +7,9 @@ M counts a request's prompt and its final output from the moment it has its two 
 import asyncio
 import random
 from collections import Counter
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from scheduler.catalog import build
 from scheduler.lanes import Lanes
