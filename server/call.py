@@ -204,3 +204,8 @@ class Ticket:
     @property
     def ended(self) -> bool:
         return not NEXT[self.phase]
+
+    def since(self, earlier: Phase, later: Phase) -> float | None:
+        """Seconds between two phases, None if one of them was not reached."""
+        begin, end = self.times[earlier], self.times[later]
+        return None if begin is None or end is None else end - begin

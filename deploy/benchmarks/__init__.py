@@ -13,7 +13,7 @@ BENCHMARKS: Mapping[str, tuple[str, str]] = {
     "fresh": ("deploy.benchmarks.fresh", "a fresh clone: make install, make serve, the first answer"),
     "schedule": ("deploy.benchmarks.schedule", "what the plug-in costs at each iteration, against stock vLLM"),
     "policies": ("deploy.benchmarks.policies", "every policy on a real engine, against stock vLLM"),
-    "isolation": ("deploy.benchmarks.isolation", "a light tenant's first token while another floods the engine"),
+    "iterations": ("deploy.benchmarks.iterations", "every policy inside real engines, on their own CPU time"),
 }
 
 

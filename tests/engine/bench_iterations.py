@@ -1,6 +1,6 @@
 """Policies against stock vLLM inside real engines, on a clock that is the engine's own CPU time.
 
-python -m tests.engine.bench_iterations --workloads C --policies mlfq,gittins --loads 1.2,0.9,3:200 --slots 8
+evenhand bench iterations --workloads C --policies mlfq,gittins --loads 1.2,0.9,3:200 --slots 8
 
 Two real engines on a tiny model, stock and with the plug-in, each in a process of its own without a server in front.
 Requests arrive on a clock that stands still while an engine does not compute: what else the machine does, and how its
@@ -18,20 +18,24 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from loadtest import policies_bench, report
+from deploy.benchmarks import iterations
+from loadtest import report
+from loadtest.call import Call
 from loadtest.policies_bench import MEASURES, Draws, Results, Setting, page_of, parse_load
 from loadtest.records import read
+from tests.engine import isolation
 from tests.engine.iterated import Engine
 from tests.engine.real import ENVIRONMENT, chaotic_model
 
 STOCK = "stock"
+_SATURATING_JOBS = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +62,6 @@ OURS: Mapping[str, Callable[[Iterated], float]] = {
     # Turned round, so that here too a ratio above 1 is good.
     "throughput until the last arrival (as seconds per token of all)": lambda run: 1.0 / run.throughput,
 }
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    policies_bench.add_workload_arguments(parser)
-    parser.add_argument("--policies", default="fcfs,mlfq,vtc,gittins", help="NAME[:KEY=VALUE…], beside stock vLLM")
-    parser.add_argument("--core", type=int, help="the core that the engines run on, one at a time (default: any)")
-    parser.add_argument("--taught", type=int, default=1000, help="lengths that Gittins is taught first (default: 1000)")
-    parser.set_defaults(length_scale=0.3, prompt_scale=0.3, context=4096, loads="1.2", slots="8", limit=1000)
-    parser.add_argument("--out", type=Path, default=Path("runs/iterations"), help="records (default: runs/iterations)")
-    parser.add_argument("--child", choices=(STOCK, "plugin"), help=argparse.SUPPRESS)
-    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
 
 
 class Child:
@@ -114,22 +107,29 @@ class Comparison:
     def run(self) -> Results[Iterated]:
         results: Results[Iterated] = {}
         for slots in map(int, self._args.slots.split(",")):
-            with ExitStack() as stack:
-                engines = {
-                    kind: stack.enter_context(child(self._args, kind, slots, self._model))
-                    for kind in ((STOCK, "plugin") if self._policies else (STOCK,))
-                }
+            with self._engines(slots) as engines:
                 for workload in self._args.workloads.split(","):
                     self._workload(results, engines, workload, slots)
         return results
 
+    @contextmanager
+    def _engines(self, slots: int) -> Iterator[Mapping[str, Child]]:
+        with ExitStack() as stack:
+            yield {
+                kind: stack.enter_context(child(self._args, kind, slots, self._model))
+                for kind in ((STOCK, "plugin") if self._policies else (STOCK,))
+            }
+
+    @staticmethod
+    def _warm_up(engines: Mapping[str, Child], workload: str) -> None:
+        """An engine's first steps are slower than all later ones."""
+        for kind, engine in engines.items():
+            policy = "" if kind == STOCK else "fcfs"
+            engine.run(policy=policy, workload=workload, rate=None, repetition=-1, jobs=100, out="", flood=None)
+
     def _workload(self, results: Results[Iterated], engines: Mapping[str, Child], workload: str, slots: int) -> None:
         names = [STOCK, *self._policies]
-        for kind, engine in engines.items():  # an engine's first steps are slower than all later ones
-            engine.run(
-                policy="" if kind == STOCK else "fcfs", workload=workload, rate=None, repetition=-1, jobs=100, out="",
-                slots=slots,
-            )  # fmt: skip
+        self._warm_up(engines, workload)
         for repetition in range(self._args.repetitions):
             full = self._ask(engines, STOCK, workload, slots, None, repetition, self._args.limit)
             rate = full["saturation_per_s"]
@@ -142,13 +142,28 @@ class Comparison:
 
     def _ask(
         self, engines: Mapping[str, Child], name: str, workload: str, slots: int, rate: float | None, repetition: int,
-        jobs: int,
+        jobs: int, flood: float | None = None,
     ) -> Any:  # fmt: skip
-        out = self._args.out / f"{workload}-{slots}-{rate or 0:.3g}-{name}-{repetition}.jsonl"
+        out = self._args.out / f"{workload}-{slots}-{rate or 0:.3g}-{flood}-{name}-{repetition}.jsonl"
         return engines[STOCK if name == STOCK else "plugin"].run(
             policy="" if name == STOCK else name, workload=workload, rate=rate, repetition=repetition, jobs=jobs,
-            out=str(out), slots=slots,
+            out=str(out), flood=flood,
         )  # fmt: skip
+
+    def isolation(self) -> str:
+        """The page of what a flood does to a light tenant."""
+        workload, slots = self._args.workloads.split(",")[0], int(self._args.slots.split(",")[0])
+        with self._engines(slots) as engines:
+            self._warm_up(engines, workload)
+
+            def saturation_per_s(repetition: int) -> float:
+                full = self._ask(engines, STOCK, workload, slots, None, repetition, _SATURATING_JOBS)
+                return float(full["saturation_per_s"])
+
+            def ask(name: str, light_per_s: float, flood: float, repetition: int) -> Any:
+                return self._ask(engines, name, workload, slots, light_per_s, repetition, self._args.limit, flood)
+
+            return isolation.compare(self._args, [STOCK, *self._policies], saturation_per_s, ask)
 
     def _read(self, told: Mapping[str, Any], label: str) -> Iterated:
         _, records = read(Path(told["out"]))
@@ -176,6 +191,12 @@ def preemption_rows(results: Results[Iterated]) -> report.Rows:
     return rows
 
 
+def whole_page(results: Results[Iterated]) -> str:
+    """In Markdown."""
+    preempted = report.markdown(preemption_rows(results))
+    return f"{page_of(results, OURS)}\n## Preemptions, and tokens computed again\n\n{preempted}\n"
+
+
 def say(line: str) -> None:
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
@@ -185,12 +206,19 @@ def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     Draws.of(args)
     with tempfile.TemporaryDirectory() as folder:
-        results = Comparison(args, chaotic_model(Path(folder))).run()
-    page = page_of(results, OURS)
-    page += f"\n## Preemptions, and tokens computed again\n\n{report.markdown(preemption_rows(results))}\n"
+        comparison = Comparison(args, chaotic_model(Path(folder)))
+        page = comparison.isolation() if args.isolation else whole_page(comparison.run())
     (args.out / "iterations.md").write_text(page)
     sys.stdout.write(page)
     return 0
+
+
+def calls_for(draws: Draws, asked: Mapping[str, Any]) -> list[Call]:
+    """What one run sends."""
+    workload, rate, repetition, jobs = asked["workload"], asked["rate"], asked["repetition"], asked["jobs"]
+    if asked["flood"] is not None:
+        return isolation.calls_of(draws, workload, rate, asked["flood"], repetition, jobs)
+    return list(draws.calls(workload, rate or 1.0, repetition, jobs))
 
 
 def serve(args: argparse.Namespace) -> None:
@@ -200,17 +228,19 @@ def serve(args: argparse.Namespace) -> None:
     with Engine.started(args.model, plugin=args.child == "plugin", slots=slots, context=args.context) as engine:
         for line in sys.stdin:
             asked = json.loads(line)
-            calls = list(draws.calls(asked["workload"], asked["rate"] or 1.0, asked["repetition"], asked["jobs"]))
+            calls = calls_for(draws, asked)
             taught = islice(draws.calls(asked["workload"], 1.0, 7000 + asked["repetition"], args.taught), args.taught)
             told = engine.run(calls, asked, [call.output_tokens for call in taught])
             sys.stdout.write("\n" + json.dumps(told) + "\n")
             sys.stdout.flush()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    args = parser.parse_args(argv)
+    iterations.add_arguments(parser)
+    parser.add_argument("--child", choices=(STOCK, "plugin"), help=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
     if args.child:
         serve(args)
         return 0

@@ -100,14 +100,16 @@ class Engine:
         self._running.reset_prefix_cache()
         tokens, steps, preempted = self._tokens, self._steps, self._preempted(name)
         begun_s = self._clock()
-        served, starved_s = self._serve(calls, at_once=asked["rate"] is None, begun_s=begun_s)
+        served, starved_s = self._serve(
+            calls, at_once=asked["rate"] is None, begun_s=begun_s, watched="" if asked["flood"] is None else "light"
+        )
         end_s = max(one.sent_s for one in served)
         made = sum(len(one.at) for one in served)
         ideal = made + sum(one.call.prompt_tokens - 1 for one in served)
         in_time = sum(at <= end_s for one in served for at in one.at)
         if asked["out"]:
             with Writer(Path(asked["out"])) as writer:
-                for one in served:
+                for one in (one for one in served if one.at):
                     writer.write(one.record(begun_s))
                 writer.finish(Run("engine", asked["workload"], "", round(self._clock() - begun_s, 3)))
         return {
@@ -119,11 +121,17 @@ class Engine:
             "tokens_per_step": made / (self._steps - steps),
         }
 
-    def _serve(self, calls: Sequence[Call], *, at_once: bool, begun_s: float) -> tuple[list[Served], float]:
-        """All calls to their end, and when the line was empty for the first time after the last arrival."""
+    def _serve(
+        self, calls: Sequence[Call], *, at_once: bool, begun_s: float, watched: str
+    ) -> tuple[list[Served], float]:
+        """All calls to their end, and when the line was empty for the first time after the last arrival.
+
+        watched: the tenant whose calls all must end; the others are then dropped. "" for all of them.
+        """
         running, clock = self._running, self._clock
         coming, served = list(reversed(calls)), {}
         starved_s = 0.0
+        awaited = sum(call.tenant == watched for call in calls) if watched else -1
         while coming or running.has_unfinished_requests():
             if coming and not running.has_unfinished_requests() and not at_once:
                 clock.skip_to(begun_s + coming[-1].at_s)
@@ -136,10 +144,20 @@ class Engine:
             now = clock()
             with clock.standing():
                 for output in outputs:
-                    served[output.request_id].at.extend([now] * len(output.outputs[0].token_ids))
+                    one = served[output.request_id]
+                    one.at.extend([now] * len(output.outputs[0].token_ids))
+                    awaited -= output.finished and one.call.tenant == watched
+                if not awaited:
+                    self._drop(served)
+                    break
             if not coming and not starved_s and not self._scheduler.get_request_counts()[1]:
                 starved_s = now
         return list(served.values()), starved_s
+
+    def _drop(self, served: Mapping[str, Served]) -> None:
+        self._running.abort_request([name for name, one in served.items() if len(one.at) < one.call.output_tokens])
+        while self._running.has_unfinished_requests():
+            self._running.step()
 
     def _add(self, call: Call) -> None:
         params = SamplingParams(

@@ -1,0 +1,45 @@
+"""Every policy inside real engines, against stock vLLM, on a clock of the engines' own CPU time."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from loadtest.policies_bench import add_workload_arguments
+
+POLICIES = "fcfs,mlfq,vtc,gittins:max_tokens=ignore"
+# The programs that import vLLM stand with the tests: see tests/engine/bench_iterations.py.
+PROGRAM = "tests.engine.bench_iterations"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_workload_arguments(parser)
+    parser.add_argument(
+        "--policies", default=POLICIES, help="NAME[:KEY=VALUE…], beside stock vLLM (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--isolation",
+        action="store_true",
+        help="instead: a light tenant's first token, alone and beside a flood, with the first workload",
+    )
+    parser.add_argument("--light", type=float, default=0.2, help="its load by saturation (default: %(default)s)")
+    parser.add_argument("--flood", type=float, default=10.0, help="the flood's, by its own (default: %(default)s)")
+    parser.add_argument("--core", type=int, help="core for the engines, which run one at a time (default: any)")
+    parser.add_argument("--taught", type=int, default=1000, help="lengths that gittins knows (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/iterations"), help="records (default: %(default)s)")
+    parser.set_defaults(length_scale=0.3, prompt_scale=0.17, context=4096, loads="1.2", slots="8", limit=1000)
+    parser.set_defaults(repetitions=5)
+
+
+def run(args: argparse.Namespace) -> int:
+    """In a program of its own, since it imports vLLM."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    command = [sys.executable, "-m", PROGRAM]
+    for action in parser._actions:
+        value = getattr(args, action.dest, None)
+        if value is True:
+            command.append(action.option_strings[-1])
+        elif value not in (None, False):
+            command += [action.option_strings[-1], str(value)]
+    return subprocess.run(command).returncode
