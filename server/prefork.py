@@ -18,7 +18,7 @@ from time import monotonic
 
 import uvloop
 
-from server.app import GatewayServer
+from server.app import GatewayServer, calm_collector
 from server.logs import JsonLines
 from server.processes import Order, Post, Program, Supervisor
 from server.settings import Settings
@@ -86,6 +86,7 @@ def _gateway(settings: Settings, process: Process, post: Post) -> int:
         post.ready()
 
     server.uvicorn.on_start = started
+    calm_collector()
     uvloop.run(_obeying(server.serve(server.listen()), post, server.stop))
     return 0
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import random
 import re
 import socket
 
@@ -487,3 +488,40 @@ async def test_a_gateway_without_a_worker_can_be_stopped() -> None:
 async def test_a_completion_is_relayed_too() -> None:
     async with over_fake() as (gateway, _):
         assert (await gateway.ask("/v1/completions", completion())).json()["object"] == "text_completion"
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_however_requests_are_cut_each_gets_its_answer(seed: int) -> None:
+    """Heads that came before are known by then, and what is known must not depend on how bytes arrive."""
+    rng = random.Random(seed)
+    long = request(CHAT, chat(messages=[{"role": "user", "content": "word " * 400}]))
+    wanted = {HELLO: "chat.completion", HELLO_STREAM: "[DONE]", HEALTH: '"ok"', long: "chat.completion"}
+    wanted[CHUNKED + b"0\r\n\r\n"] = "invalid_json"
+    asked = [rng.choice(list(wanted)) for _ in range(24)]
+    async with over_fake() as (gateway, _):
+        wire = await gateway.connect()
+        ids = set()
+        for first, second in zip(asked[::2], asked[1::2], strict=True):
+            both = first + second
+            cut = rng.choice([0, len(first), rng.randrange(len(both)), len(both)])
+            await wire.send(both[:cut])
+            await asyncio.sleep(rng.choice([0, 0.002]))
+            await wire.send(both[cut:])
+            for data in (first, second):
+                reply = await wire.answer()
+                assert wanted[data] in reply.body.decode()
+                ids.add(reply.headers["x-request-id"])
+        assert len(ids) == len(asked)
+
+
+async def test_a_connection_in_use_stays_and_an_idle_one_is_closed() -> None:
+    async with over_fake(edge={"keep_alive_s": 1}) as (gateway, _):
+        wire = await gateway.connect()
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        while loop.time() < begun + 1.5:  # longer than an idle one may live
+            await wire.send(HELLO)
+            assert (await wire.answer()).status == 200
+            await asyncio.sleep(0.05)
+        assert await wire.closed()
+        assert loop.time() > begun + 2.4

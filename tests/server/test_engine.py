@@ -1,6 +1,7 @@
 """The client towards workers: connections that are kept, lost, shared by nobody at once."""
 
 import asyncio
+import random
 from collections.abc import AsyncIterator
 
 import pytest
@@ -60,6 +61,26 @@ async def test_one_connection_serves_many_requests(scripted: ScriptedEngine) -> 
     assert scripted.asked[0].headers["x-request-id"] == "id-1"
     await engine.close()
     await eventually(lambda: scripted.open == 0)
+
+
+async def test_a_head_that_was_read_before_is_read_alike() -> None:
+    """Lengths, statuses and the pieces in which an answer comes may all change from one to the next."""
+    answers = [(200, b'{"ok":1}'), (200, b'{"okay":12345}'), (404, b'{"ok":1}'), (200, b""), (200, b"x" * 5000)]
+    rng = random.Random(3)
+    order = [rng.choice(answers) for _ in range(40)]
+    scripts = []
+    for status, body in order:
+        said = plain(body).replace(b"200 OK", b"%d Whatever" % status)
+        cut = rng.choice([0, 0, 0, 5, len(said) - len(body), len(said) - 1])
+        scripts.append(says(said[:cut], said[cut:]) if cut else says(said))
+    async with ScriptedEngine(scripts).run() as scripted:
+        engine = Engine(scripted.url)
+        for status, body in order:
+            sink, _ = await ask(engine)
+            assert (sink.status, sink.got, sink.length) == (status, body, len(body))
+        assert scripted.accepted == 1
+        assert 0 < len(engine.heads) <= 2
+        await engine.close()
 
 
 async def test_a_prefix_in_the_workers_address_is_kept(scripted: ScriptedEngine) -> None:
