@@ -90,6 +90,7 @@ MEASURES: Mapping[str, Callable[[report.Summary], float]] = {
     "P99 TTFT": lambda summary: summary.ttft.p99,
     "P99 longest gap": lambda summary: summary.longest_gap.p99,
     "max service difference": lambda summary: summary.fairness.difference.maximum if summary.fairness else 0.0,
+    "mean service difference": lambda summary: summary.fairness.difference.average if summary.fairness else 0.0,
     "span": lambda summary: summary.duration_s,
 }
 
