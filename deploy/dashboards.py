@@ -269,6 +269,67 @@ POLICIES = Board(
     ),
 )
 
+APART = Board(
+    "evenhand-apart",
+    "Evenhand / Prefill and decode",
+    "Prompts read by one worker and answered by another: who takes what, and does the KV cache arrive?",
+    (
+        Row(
+            "Where requests go",
+            (
+                Panel(
+                    "Placements",
+                    "reqps",
+                    (Query(rate("evenhand_placements_total", "placement"), "{{placement}}"),),
+                    "`apart`, or why one worker took a request whole. Nothing here: there has been no prefill worker.",
+                    stacked=True,
+                ),
+                Panel(
+                    "Work ahead by role",
+                    "short",
+                    (Query("sum by (role) (evenhand_worker_pending_tokens)", "{{role}}"),),
+                    "Tokens that the workers of a role have yet to compute for the gateways.",
+                ),
+            ),
+        ),
+        Row(
+            "Reading",
+            (
+                Panel(
+                    "Prompts at prefill workers",
+                    "reqps",
+                    (Query(rate("evenhand_prefills_total", "outcome"), "{{outcome}}"),),
+                    "All but `read` were read again where they are answered.",
+                    stacked=True,
+                ),
+                Panel(
+                    "Time to read a prompt",
+                    "s",
+                    quantiles("evenhand_prefill_seconds", 0.5, 0.95, 0.99),
+                    "At a prefill worker, waiting included.",
+                ),
+            ),
+        ),
+        Row(
+            "KV transfer",
+            (
+                Panel(
+                    "From read to first bytes",
+                    "s",
+                    quantiles("evenhand_kv_transfer_seconds", 0.5, 0.95, 0.99),
+                    "The fetch of the KV and the first token, of streamed answers.",
+                ),
+                Panel(
+                    "KV fetched",
+                    "Bps",
+                    (Query(rate("evenhand_kv_transfer_bytes_total", "worker"), "{{worker}}"),),
+                    "By the worker that fetched it.",
+                ),
+            ),
+        ),
+    ),
+)
+
 WORKERS = Board(
     "evenhand-workers",
     "Evenhand / Workers and KV cache",
@@ -411,6 +472,13 @@ GATEWAY = Board(
                     "About two for each request in flight.",
                 ),
                 Panel(
+                    "Answers that workers broke off",
+                    "short",
+                    (Query(rate("evenhand_failovers_total", "outcome"), "{{outcome}}"),),
+                    "Per second. `retried` and `resumed`: another worker went on and no client noticed.",
+                    stacked=True,
+                ),
+                Panel(
                     "Failed or refused",
                     "reqps",
                     (Query(rate('evenhand_requests_total{outcome!~"ok|cancelled"}', "outcome"), "{{outcome}}"),),
@@ -422,7 +490,7 @@ GATEWAY = Board(
 )
 
 BOARDS: Mapping[str, Board] = {
-    board.uid.removeprefix("evenhand-"): board for board in (OVERVIEW, TENANTS, POLICIES, WORKERS, GATEWAY)
+    board.uid.removeprefix("evenhand-"): board for board in (OVERVIEW, TENANTS, POLICIES, APART, WORKERS, GATEWAY)
 }
 
 

@@ -135,7 +135,9 @@ class GatewayServer:
     def _for_operators(self, sharing: Sharing) -> None:
         """Their routes, and the log's line for each request."""
         admin = self._admin()
-        console = console_routes(self._console(sharing), admin.authorize)
+        seen = self._console(sharing)
+        self.siblings.view = seen.published
+        console = console_routes(seen, admin.authorize)
         for routes in (admin_routes(admin), console, log_routes(admin.authorize)):
             self.app.include_router(routes)
         if self.settings.log_format == "json":
@@ -201,6 +203,7 @@ class GatewayServer:
             self.policy,
             shared.tenants,
             shared.store_state,
+            self.siblings,
             monotonic,
         )
 

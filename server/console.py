@@ -7,8 +7,10 @@ latencies and the policy come from /admin/live, which asks for the key.
 import base64
 import hashlib
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from importlib.resources import files
 from typing import Any
 
@@ -20,10 +22,12 @@ from server.dispatch import Dispatcher, Lines
 from server.fleet import Fleet, Member, described
 from server.live_policy import LivePolicy
 from server.sharing import Sharing
+from server.siblings import Siblings
 from server.telemetry import Distribution, Telemetry
 from server.tenants import Tenants
 
 TENANTS_SHOWN = 50
+View = dict[str, Any]
 _INLINE = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
 
 
@@ -70,15 +74,24 @@ class Console:
     policy: LivePolicy
     tenants: Tenants
     store: Callable[[], tuple[bool, int]]
+    siblings: Siblings
     clock: Callable[[], float]
 
-    def live(self) -> dict[str, Any]:
-        """Everything at this moment. Counters and histograms are totals since the start."""
+    async def live(self) -> View:
+        """Everything at this moment, of all processes of this gateway. Counters and histograms are totals."""
+        return reduce(joined, (orjson.loads(text) for text in await self.siblings.views()), self.view())
+
+    def published(self) -> str:
+        """This process's view, for the others."""
+        return orjson.dumps(self.view()).decode()
+
+    def view(self) -> View:
+        """What this process alone has."""
         telemetry, standing = self.telemetry, self.sharing.standing()
         up, replicas = self.store()
-        outcomes: dict[str, int] = {}
+        outcomes: Counter[str] = Counter()
         for (_, outcome), count in telemetry.outcomes.items():
-            outcomes[outcome] = outcomes.get(outcome, 0) + count
+            outcomes[outcome] += count
         return {
             "at_s": self.clock(),
             "policy": {"name": self.policy.name, "options": self.policy.options},
@@ -88,7 +101,7 @@ class Console:
             "service": standing.service,
             "weights": {record.name: record.weight for record in self.tenants.all() if record.weight != 1.0},
             "gap": standing.gap,
-            "outcomes": outcomes,
+            "outcomes": dict(outcomes),
             "tokens": {kind: telemetry.tokens[kind] for kind in ("prompt", "completion", "cached")},
             "ttft": histogram(telemetry.ttft),
             "itl": histogram(telemetry.itl),
@@ -97,12 +110,43 @@ class Console:
         }
 
 
-def seen(member: Member) -> dict[str, Any]:
+def joined(one: View, other: View) -> View:
+    """Two processes' views as one: what is counted is added up, the wider gap counts, and the rest is the first's."""
+    both = {**one, "gap": max(one["gap"], other["gap"])}
+    for name in ("service", "outcomes", "tokens"):
+        both[name] = added(one[name], other[name])
+    for name in ("ttft", "itl", "queue"):
+        counts = [a + b for a, b in zip(one[name]["counts"], other[name]["counts"], strict=True)]
+        both[name] = {**one[name], "counts": counts, "sum": one[name]["sum"] + other[name]["sum"]}
+    busy = {worker["id"]: worker["in_flight"] for worker in other["workers"]}
+    both["workers"] = [
+        {**worker, "in_flight": worker["in_flight"] + busy.get(worker["id"], 0)} for worker in one["workers"]
+    ]
+    by_model = {line["model"]: line for line in (*one["lines"], *other["lines"])}
+    for line in one["lines"]:
+        if (theirs := by_model[line["model"]]) is not line:
+            by_model[line["model"]] = joined_lines(line, theirs)
+    both["lines"] = list(by_model.values())
+    return both
+
+
+def joined_lines(one: View, other: View) -> View:
+    numbers = {name: one[name] + other[name] for name in ("waiting", "running", "other_tenants")}
+    return {**one, **numbers, **{name: added(one[name], other[name]) for name in ("by_tenant", "by_lane")}}
+
+
+def added(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    """Longest first, as each of them is."""
+    both = {name: one.get(name, 0) + other.get(name, 0) for name in {**one, **other}}
+    return dict(sorted(both.items(), key=lambda item: -item[1]))
+
+
+def seen(member: Member) -> View:
     """A worker as operators see it: as /ready tells, and how full it is."""
     return {**described([member])[0], "kv_usage": member.kv_usage, "plugin": member.worker.plugin}
 
 
-def line(dispatcher: Dispatcher) -> dict[str, Any]:
+def line(dispatcher: Dispatcher) -> View:
     """A model's waiting line: by tenant, longest first, and by the policy's lane."""
     waiting = sorted(dispatcher.waiting_by_tenant().items(), key=lambda item: (-item[1], item[0]))
     named = dict(waiting[:TENANTS_SHOWN])
@@ -117,7 +161,7 @@ def line(dispatcher: Dispatcher) -> dict[str, Any]:
     }
 
 
-def histogram(distribution: Distribution) -> dict[str, Any]:
+def histogram(distribution: Distribution) -> View:
     """Bounds in seconds; counts has one more, for what is above the last bound."""
     return {"bounds": distribution.bounds, "counts": distribution.counts, "sum": distribution.sum}
 
@@ -150,7 +194,7 @@ def console_routes(console: Console, authorize: Callable[[Request], None]) -> AP
 
     @admins.get("/live", summary="What the console shows: workers, lines, shares, latencies, as totals")
     async def live() -> Response:
-        return Response(orjson.dumps(console.live()), media_type="application/json")
+        return Response(orjson.dumps(await console.live()), media_type="application/json")
 
     @admins.get("/policies", summary="The policies and options that can be chosen")
     async def policies() -> Response:

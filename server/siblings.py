@@ -24,7 +24,7 @@ log = logging.getLogger("evenhand.siblings")
 FOLLOW_S = 0.25
 PUBLISH_S = 1.0
 # Kinds of records. A worker's is its registration, empty once it was taken out; the others are by process number.
-WORKER, STARTING, READY, METRICS = "worker", "starting", "ready", "metrics"
+WORKER, STARTING, READY, METRICS, VIEW = "worker", "starting", "ready", "metrics", "view"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,7 @@ class Siblings:
         self._applied: dict[str, str] = {}
         self._inherited: list[Family] = []
         self._said_ready = ""
+        self.view: Callable[[], str] | None = None  # what operators see of this process, published beside its metrics
 
     @asynccontextmanager
     async def running(self, *, alone: bool) -> AsyncIterator[None]:
@@ -140,8 +141,18 @@ class Siblings:
         """Says what was counted here."""
         try:
             await self._store.put(METRICS, self._number, written(self._own()))
+            if self.view is not None:
+                await self._store.put(VIEW, self._number, self.view())
         except StoreAway as error:
             log.warning("%s", error)
+
+    async def views(self) -> list[str]:
+        """What operators see of the other processes, as of up to a second ago; nothing while their store is away."""
+        try:
+            told = await self._store.records(VIEW)
+        except StoreAway:
+            return []
+        return [text for number, text in told.items() if number != self._number]
 
     async def metrics(self) -> bytes:
         """What all processes counted, the others up to a second ago; this one's alone while their store is away."""

@@ -116,8 +116,12 @@ async def works(gateway: Running) -> list[Wire]:
 async def test_every_panel_has_data_in_a_real_prometheus_that_finds_the_engines_by_itself(tmp_path: Path) -> None:
     cost = replace(PRESETS["quick"], iteration_s=0.02, max_seqs=2, prefix_block_tokens=8)
     setup = EngineSetup(cost=cost, plugin=True, policy="mlfq")
-    options = {"admin_key": ADMIN_KEY, "policy": "mlfq", "slots": 2, "host": "127.0.0.1"}
-    async with FakeEngine(setup) as engine, serving(engine.url, **options) as gateway:
+    options = {"admin_key": ADMIN_KEY, "policy": "mlfq", "slots": 2, "disaggregation": {"min_prompt_tokens": 1}}
+    async with (
+        FakeEngine(setup) as engine,
+        FakeEngine(setup) as reader,
+        serving(f"{engine.url},role=decode", f"{reader.url},role=prefill", **options) as gateway,
+    ):
         async with prometheus(gateway, tmp_path) as client:
             wires = await works(gateway)
             missing = {what: query.expr for what, query in QUERIES.items() if not only_real(query)}
@@ -127,6 +131,6 @@ async def test_every_panel_has_data_in_a_real_prometheus_that_finds_the_engines_
                 await gateway.ask("/v1/chat/completions", short)
                 missing = {what: expr for what, expr in missing.items() if not await has_data(client, expr)}
             assert not missing
-            assert await has_data(client, 'vllm:num_requests_running{worker="worker-0", role="both"}')
+            assert await has_data(client, 'vllm:num_requests_running{worker="worker-0", role="decode"}')
             for wire in wires:
                 await wire.close()

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from scheduler.catalog import POLICIES
-from server.console import choices, page
+from server.console import choices, joined, page
 from tests.server.conftest import SLOW, chat, eventually, over_fake, request
 from tests.server.test_admin import ADMIN_KEY, admin
 from tests.server.test_tenants import KEY, OTHER
@@ -115,3 +115,30 @@ async def test_what_the_page_offers_can_be_chosen() -> None:
             options = {option["name"]: option["default"] for option in entry["options"]}
             chosen = await admin(gateway, "PUT", "/policy", {"policy": entry["name"], "options": options})
             assert chosen.json()["policy"] == entry["name"], chosen.body
+
+
+async def test_several_processes_of_a_gateway_are_shown_as_one(tmp_path: Path) -> None:
+    (tmp_path / "tenants.yaml").write_text(TENANTS)
+    options = {"tenants": tmp_path / "tenants.yaml", "admin_key": ADMIN_KEY}
+    async with over_fake(**options) as (gateway, _):
+        headers = {"authorization": f"Bearer {KEY}"}
+        assert (await gateway.ask("/v1/chat/completions", chat(stream=True), headers=headers)).status == 200
+        await eventually(gateway.at_rest)
+        one = (await admin(gateway, "GET", "/live")).json()
+    waiting = {"model": "far", "waiting": 3, "running": 1, "by_tenant": {"zenith": 3}, "other_tenants": 0}
+    other = {
+        **one,
+        "gap": one["gap"] + 7,
+        "lines": [{**one["lines"][0], "waiting": 2, "by_tenant": {"acme": 2}}, {**waiting, "by_lane": {"all": 3}}],
+        "workers": [{**one["workers"][0], "in_flight": 5}],
+    }
+    both = joined(one, other)
+    assert both["outcomes"] == {"ok": 2} and both["gap"] == one["gap"] + 7
+    assert both["service"]["acme"] == 2 * one["service"]["acme"]
+    assert sum(both["ttft"]["counts"]) == 2 and both["ttft"]["bounds"] == one["ttft"]["bounds"]
+    assert [worker["in_flight"] for worker in both["workers"]] == [5]
+    assert [(line["model"], line["waiting"], line["by_tenant"]) for line in both["lines"]] == [
+        ("fake", 2, {"acme": 2}),
+        ("far", 3, {"zenith": 3}),
+    ]
+    assert both["policy"] == one["policy"] and both["at_s"] == one["at_s"]

@@ -149,6 +149,16 @@ async def test_metrics_are_those_of_all_processes(store: Away) -> None:
     assert seen["evenhand_queue_depth"] == 1 + 2
 
 
+async def test_each_sees_what_the_others_show_operators_and_not_its_own(store: Away) -> None:
+    one, other = One(store, 0), One(store, 1)
+    one.siblings.view, other.siblings.view = (lambda: "of one"), (lambda: "of the other")
+    await one.siblings.publish()
+    await other.siblings.publish()
+    assert await one.siblings.views() == ["of the other"] and await other.siblings.views() == ["of one"]
+    store.away = True
+    assert await one.siblings.views() == []
+
+
 async def test_a_process_that_is_started_anew_goes_on_counting_where_it_ended(store: Away) -> None:
     one, before = One(store, 0), One(store, 1)
     for _ in range(5):
