@@ -10,6 +10,7 @@ BENCHMARKS: Mapping[str, tuple[str, str]] = {
     "start": ("deploy.benchmarks.start", "seconds from the command to the gateway's first answer"),
     "ttft": ("deploy.benchmarks.ttft", "what the gateway adds to the time to the first token of a real engine"),
     "gateway": ("deploy.benchmarks.gateway", "what the gateway costs on one core, beside nginx and any other gateway"),
+    "replicas": ("deploy.benchmarks.replicas", "whether several gateways share an engine among tenants as one does"),
     "fresh": ("deploy.benchmarks.fresh", "a fresh clone: make install, make serve, the first answer"),
     "schedule": ("deploy.benchmarks.schedule", "what the plug-in costs at each iteration, against stock vLLM"),
     "policies": ("deploy.benchmarks.policies", "every policy on a real engine, against stock vLLM"),
