@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="URL[,role=…][,slots=N][,kv=yes]",
         help="an OpenAI-compatible engine, e.g. http://127.0.0.1:8101,slots=256; may be repeated",
     )
-    parser.add_argument("--policy", help="fcfs, mlfq, vtc or gittins (default fcfs)")
+    parser.add_argument("--policy", help="fcfs, mlfq, vtc, gittins or srpt (default fcfs)")
     parser.add_argument(
         "--policy-option", action="append", metavar="KEY=VALUE", help="an option of the policy; may be repeated"
     )

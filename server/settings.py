@@ -95,7 +95,7 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on")
-    policy: str = Field("fcfs", description="order of the waiting line: fcfs, mlfq, vtc or gittins")
+    policy: str = Field("fcfs", description="order of the waiting line: fcfs, mlfq, vtc, gittins or srpt")
     policy_options: dict[str, str] = Field(default_factory=dict, description="options of the policy, key: value")
     workers: list[str] = Field(default_factory=list, description="engines: URL[,role=prefill|decode|both][,slots=N]")
     gateway_processes: int = Field(1, ge=1, le=64, description="processes that are this gateway, behind one port")

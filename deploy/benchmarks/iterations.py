@@ -24,6 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--light", type=float, default=0.2, help="its load by saturation (default: %(default)s)")
     parser.add_argument("--flood", type=float, default=10.0, help="the flood's, by its own (default: %(default)s)")
+    parser.add_argument(
+        "--step-ms",
+        type=float,
+        help="let a step take so long, and its tokens as --tokens-per-step says: the same on any machine "
+        "(default: the engine's own CPU time)",
+    )
+    parser.add_argument(
+        "--tokens-per-step", type=float, default=256.0, help="tokens that take as long as a step (default: %(default)s)"
+    )
     parser.add_argument("--core", type=int, help="core for the engines, which run one at a time (default: any)")
     parser.add_argument("--taught", type=int, default=1000, help="lengths that gittins knows (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/iterations"), help="records (default: %(default)s)")

@@ -3,9 +3,11 @@
 evenhand bench iterations --workloads C --policies mlfq,gittins --loads 1.2,0.9,3:200 --slots 8
 
 Two real engines on a tiny model, stock and with the plug-in, each in a process of its own without a server in front.
-Requests arrive on a clock that stands still while an engine does not compute: what else the machine does, and how its
-cores are shared, is in no figure. A server's and a client's work is not in them either; `evenhand bench policies`
-measures those too, on the wall clock, where the machine is quiet enough.
+Requests arrive on a clock that stands still while an engine does not compute: that other programs use the cores is in
+no figure. How fast the machine is from one minute to the next still is; with --step-ms the clock counts the steps and
+the tokens that the engine computes, and the same command gives the same figures anywhere. A server's and a client's
+work is not in them either; `evenhand bench policies` measures those too, on the wall clock, where the machine is quiet
+enough.
 
 Each repetition draws its own requests, measures at which rate stock vLLM is saturated by them, and offers them to all
 at the loads asked for. Gittins is taught the lengths of other requests of the same kind first, as it would have been
@@ -31,7 +33,7 @@ from loadtest.call import Call
 from loadtest.policies_bench import MEASURES, Draws, Results, Setting, page_of, parse_load
 from loadtest.records import read
 from tests.engine import isolation
-from tests.engine.iterated import Engine
+from tests.engine.iterated import Engine, Pace
 from tests.engine.real import ENVIRONMENT, chaotic_model
 
 STOCK = "stock"
@@ -191,10 +193,17 @@ def preemption_rows(results: Results[Iterated]) -> report.Rows:
     return rows
 
 
-def whole_page(results: Results[Iterated]) -> str:
+def whole_page(args: argparse.Namespace, results: Results[Iterated]) -> str:
     """In Markdown."""
     preempted = report.markdown(preemption_rows(results))
-    return f"{page_of(results, OURS)}\n## Preemptions, and tokens computed again\n\n{preempted}\n"
+    return f"{clock_of(args)}\n\n{page_of(results, OURS)}\n## Preemptions, and tokens computed again\n\n{preempted}\n"
+
+
+def clock_of(args: argparse.Namespace) -> str:
+    """What a second is."""
+    if args.step_ms is None:
+        return "Seconds are the engine's own CPU time."
+    return f"A step takes {args.step_ms:g} ms, and as long again for every {args.tokens_per_step:g} tokens it computes."
 
 
 def say(line: str) -> None:
@@ -207,7 +216,7 @@ def run(args: argparse.Namespace) -> int:
     Draws.of(args)
     with tempfile.TemporaryDirectory() as folder:
         comparison = Comparison(args, chaotic_model(Path(folder)))
-        page = comparison.isolation() if args.isolation else whole_page(comparison.run())
+        page = comparison.isolation() if args.isolation else whole_page(args, comparison.run())
     (args.out / "iterations.md").write_text(page)
     sys.stdout.write(page)
     return 0
@@ -225,7 +234,8 @@ def serve(args: argparse.Namespace) -> None:
     """The child: one engine, one run per line."""
     draws = Draws.of(args)
     slots = int(args.slots)
-    with Engine.started(args.model, plugin=args.child == "plugin", slots=slots, context=args.context) as engine:
+    pace = None if args.step_ms is None else Pace(args.step_ms / 1000, args.tokens_per_step)
+    with Engine.started(args.model, pace, plugin=args.child == "plugin", slots=slots, context=args.context) as engine:
         for line in sys.stdin:
             asked = json.loads(line)
             calls = calls_for(draws, asked)

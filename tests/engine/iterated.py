@@ -1,4 +1,4 @@
-"""A real engine in this process, fed on a clock that is its own CPU time."""
+"""A real engine in this process, fed on a clock that is its own CPU time, or one that counts its work."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,6 +41,38 @@ class Clock:
             self._offset_s -= thread_time() - begun
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What a step takes on a clock that counts work: the same on any machine, however busy.
+
+    step_s: seconds of a step as such. tokens_per_step: tokens computed that take as long again.
+    """
+
+    step_s: float
+    tokens_per_step: float
+
+    def seconds(self, tokens: int) -> float:
+        """Of one step that computes so many tokens."""
+        return self.step_s * (1.0 + tokens / self.tokens_per_step)
+
+
+class Count(Clock):
+    """Seconds by what the engine has computed."""
+
+    def __init__(self) -> None:
+        self._now_s = 0.0
+
+    def __call__(self) -> float:
+        return self._now_s
+
+    def skip_to(self, at_s: float) -> None:
+        self._now_s = max(self._now_s, at_s)
+
+    @contextmanager
+    def standing(self) -> Iterator[None]:
+        yield
+
+
 @dataclass(slots=True)
 class Served:
     """One request on its way. at: when each of its tokens came."""
@@ -62,9 +94,10 @@ class Served:
 class Engine:
     """Runs lists of calls, one list after the other."""
 
-    def __init__(self, running: LLMEngine, clock: Clock, *, plugin: bool) -> None:
+    def __init__(self, running: LLMEngine, clock: Clock, pace: Pace | None, *, plugin: bool) -> None:
         self._running = running
         self._clock = clock
+        self._pace = pace
         self._plugin = plugin
         self._scheduler = running.engine_core.engine_core.scheduler
         self._tokens = 0
@@ -73,13 +106,13 @@ class Engine:
 
     @classmethod
     @contextmanager
-    def started(cls, model: Path, *, plugin: bool, slots: int, context: int) -> Iterator[Self]:
-        """`context` in tokens. The KV cache holds all slots at that length."""
-        clock = Clock()
+    def started(cls, model: Path, pace: Pace | None, *, plugin: bool, slots: int, context: int) -> Iterator[Self]:
+        """`context` in tokens. The KV cache holds all slots at that length. pace: None for CPU time."""
+        clock = Clock() if pace is None else Count()
         PolicyScheduler.clock = staticmethod(clock)
         settings = {"max_model_len": context, "max_num_seqs": slots, "num_gpu_blocks_override": slots * context // 32}
         with engine(model, "fcfs" if plugin else None, **settings) as running:
-            yield cls(running, clock, plugin=plugin)
+            yield cls(running, clock, pace, plugin=plugin)
 
     def _count_tokens(self) -> None:
         schedule = self._scheduler.schedule
@@ -140,7 +173,10 @@ class Engine:
                 with clock.standing():
                     self._add(call)
                 served[call.id] = Served(call, begun_s if at_once else begun_s + call.at_s)
+            tokens = self._tokens
             outputs = running.step()
+            if self._pace is not None:
+                clock.skip_to(clock() + self._pace.seconds(self._tokens - tokens))
             now = clock()
             with clock.standing():
                 for output in outputs:
