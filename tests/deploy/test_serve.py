@@ -137,7 +137,7 @@ def test_a_chat_goes_through_an_engine_that_reads_and_one_that_answers(program: 
 
 def test_a_gateway_of_several_processes_knows_every_engine_and_leaves_nothing(program: Program) -> None:
     process = program.start("--gateway-processes", "2", "--workers", "2", "--policy", "vtc")
-    assert eventually(lambda: program.get("/ready")[1].count('"state":"ready"') == 2, 30)
+    assert eventually(lambda: all(program.get("/ready")[1].count('"state":"ready"') == 2 for _ in range(16)), 30)
     assert process.poll() is None, process.communicate()
     assert eventually(lambda: "evenhand_replicas 2.0" in program.get("/metrics")[1])
     engines = [
