@@ -1,20 +1,28 @@
 """A worker fails in the middle of an answer, and its client cannot tell."""
 
 import asyncio
+import contextlib
+import copy
+import json
+from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx2
 import pytest
 
 from loadtest import hash_model
 from loadtest.fake_engine import FakeEngine
-from loadtest.faults import Faults
+from loadtest.faults import HEALTHY, Faults
 from tests.server.conftest import (
     INSTANT,
     Reply,
+    Running,
+    Script,
     ScriptedEngine,
     chat,
     completion,
     eventually,
+    plain,
     serving,
     streamed,
 )
@@ -211,3 +219,103 @@ async def test_what_closes_a_stream_is_said_even_if_the_worker_dies_before_it_sa
         assert reply.text == "Hi" and "prompt_token_ids" not in str(reply.events[0]["choices"])
         assert reply.events[-2]["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
         assert len(engine.asked) == 1
+
+
+def dying(*events: bytes, done: bool = False) -> Script:
+    """An engine that says these events and then drops the connection."""
+
+    async def play(writer: asyncio.StreamWriter) -> None:
+        said = streamed(*events)
+        writer.write(said if done else said.removesuffix(b"0\r\n\r\n"))
+        await writer.drain()
+        if not done:
+            await asyncio.sleep(0.05)  # so that what was said arrives before the reset
+            writer.transport.abort()
+
+    return play
+
+
+class Cut:
+    """A completion as a vLLM says it, of which the last events can be held back: what it says next is known."""
+
+    body = completion(max_tokens=TOKENS, stream=True, stop=["@@@"])
+
+    def __init__(self, whole: list[dict[str, Any]]) -> None:
+        self.whole = [event for event in whole[:-1] if event["choices"]]
+        self.text = "".join(event["choices"][0]["text"] for event in self.whole)
+
+    @classmethod
+    async def asked(cls, engine: FakeEngine) -> "Cut":
+        async with httpx2.AsyncClient(base_url=engine.url, trust_env=False) as client:
+            answer = await client.post(COMPLETIONS, json=cls.body | {"return_token_ids": True})
+        datas = [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line]
+        return cls([json.loads(data) for data in datas[:-1]] + ["[DONE]"])
+
+    def events(self, count: int, *, held_back: int, per_event: int = 1) -> list[bytes]:
+        """The first `count` tokens, so many to an event, without the last `held_back` characters of their text."""
+        events = []
+        text = self.text[: len("".join(event["choices"][0]["text"] for event in self.whole[:count])) - held_back]
+        for at in range(0, count, per_event):
+            group = self.whole[at : at + per_event]
+            event = copy.deepcopy(group[0])
+            choice = event["choices"][0]
+            choice["token_ids"] = [token for one in group for token in one["choices"][0]["token_ids"]]
+            said = "".join(one["choices"][0]["text"] for one in group)
+            choice["text"], text = text[: len(said)], text[len(said) :]
+            events.append(b"data: " + json.dumps(event, separators=(",", ":")).encode() + b"\n\n")
+        return events
+
+
+@contextlib.asynccontextmanager
+async def over_script_and_fake(
+    script: Script, faults: Faults = HEALTHY
+) -> AsyncIterator[tuple[Running, ScriptedEngine, FakeEngine]]:
+    """A worker that says what the script says, taken for a vLLM, and one to go on in its place."""
+    listed = plain(b'{"object":"list","data":[{"id":"fake","object":"model","owned_by":"vllm"}]}')
+    async with ScriptedEngine([script], gets={"/v1/models": listed}).run() as first, FakeEngine(INSTANT) as second:
+        async with serving(first.url, second.url, probe_s=60.0) as gateway:
+            await eventually(lambda: len(gateway.server.fleet.ready()) == 2)
+            second.faults = faults
+            yield gateway, first, second
+
+
+async def asked_of_the_first(gateway: Running, first: ScriptedEngine, body: dict[str, object]) -> Reply:
+    reply = await gateway.ask(COMPLETIONS, body)
+    while not first.asked:
+        reply = await gateway.ask(COMPLETIONS, body)
+    return reply
+
+
+@pytest.mark.parametrize("per_event", [1, 3])
+@pytest.mark.parametrize("held_back", [0, 1, 3, 7])
+async def test_text_that_an_engine_held_back_is_neither_lost_nor_repeated(held_back: int, per_event: int) -> None:
+    async with FakeEngine(INSTANT) as engine:
+        cut = await Cut.asked(engine)
+    script = dying(*cut.events(6, held_back=held_back, per_event=per_event))
+    async with over_script_and_fake(script) as (gateway, first, _):
+        reply = await asked_of_the_first(gateway, first, Cut.body)
+        assert_one_stream(reply, COMPLETIONS)
+        assert reply.text == cut.text
+
+
+async def test_another_worker_that_says_something_else_ends_the_stream_with_an_error() -> None:
+    async with FakeEngine(INSTANT) as engine:
+        cut = await Cut.asked(engine)
+    script = dying(*cut.events(6, held_back=2))
+    async with over_script_and_fake(script, Faults(wrong_answers=True)) as (gateway, first, second):
+        reply = await asked_of_the_first(gateway, first, Cut.body)
+        *_, error, done = reply.events
+        assert done == "[DONE]" and error["error"]["code"] == "engine_gone"
+        assert cut.text.startswith(reply.text[:-1]), "nothing of the other answer was mixed in"
+
+
+async def test_an_engine_that_aborts_what_it_runs_is_no_end_of_an_answer() -> None:
+    async with FakeEngine(INSTANT) as engine:
+        cut = await Cut.asked(engine)
+    *events, last = cut.events(6, held_back=0)
+    aborted = last.replace(b'"finish_reason":null', b'"finish_reason":"abort"')
+    script = dying(*events, aborted, b"data: [DONE]\n\n", done=True)
+    async with over_script_and_fake(script) as (gateway, first, _):
+        reply = await asked_of_the_first(gateway, first, Cut.body)
+        assert_one_stream(reply, COMPLETIONS)
+        assert reply.text == cut.text and reply.events[-2]["choices"][0]["finish_reason"] == "length"
