@@ -123,6 +123,8 @@ class Comparison:
         self._args = args
         self._screen = screen
         self._choices = [Choice.parse(text) for text in args.policies.split(",")]
+        if args.cost_file and args.engine != "simulated":
+            raise ValueError("--cost-file is for --engine simulated: a fake engine takes one of the presets of --cost.")
         args.workloads = args.workload
         self._cost = cost_of(args)
         self._draws = Draws.of(args)

@@ -59,6 +59,7 @@ def test_in_virtual_time_a_trace_takes_no_time(tmp_path: Path, capsys: pytest.Ca
         (("C", "--policies", "vtc:speed=9"), "no option 'speed'"),
         (("nowhere.csv",), "no workload nowhere.csv"),
         (("C", "--loads", "fast"), "no LOAD"),
+        (("C", "--cost-file", "cost.json"), "for --engine simulated"),
     ],
 )
 def test_what_cannot_be_compared_says_what_to_do(
