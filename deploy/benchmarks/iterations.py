@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens-per-step", type=float, default=256.0, help="tokens that take as long as a step (default: %(default)s)"
     )
+    parser.add_argument(
+        "--kv-tokens", type=int, help="size of the KV cache (default: every slot's whole context, and no more)"
+    )
     parser.add_argument("--core", type=int, help="core for the engines, which run one at a time (default: any)")
     parser.add_argument("--taught", type=int, default=1000, help="lengths that gittins knows (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/iterations"), help="records (default: %(default)s)")

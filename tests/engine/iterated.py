@@ -106,11 +106,17 @@ class Engine:
 
     @classmethod
     @contextmanager
-    def started(cls, model: Path, pace: Pace | None, *, plugin: bool, slots: int, context: int) -> Iterator[Self]:
-        """`context` in tokens. The KV cache holds all slots at that length. pace: None for CPU time."""
+    def started(
+        cls, model: Path, pace: Pace | None, *, plugin: bool, slots: int, context: int, kv_tokens: int | None = None
+    ) -> Iterator[Self]:
+        """`context` in tokens. kv_tokens: None for all slots at that length. pace: None for CPU time."""
         clock = Clock() if pace is None else Count()
         PolicyScheduler.clock = staticmethod(clock)
-        settings = {"max_model_len": context, "max_num_seqs": slots, "num_gpu_blocks_override": slots * context // 32}
+        settings = {
+            "max_model_len": context,
+            "max_num_seqs": slots,
+            "num_gpu_blocks_override": (kv_tokens or slots * context) // 32,
+        }
         with engine(model, "fcfs" if plugin else None, **settings) as running:
             yield cls(running, clock, pace, plugin=plugin)
 
@@ -136,10 +142,8 @@ class Engine:
         served, starved_s = self._serve(
             calls, at_once=asked["rate"] is None, begun_s=begun_s, watched="" if asked["flood"] is None else "light"
         )
-        end_s = max(one.sent_s for one in served)
         made = sum(len(one.at) for one in served)
         ideal = made + sum(one.call.prompt_tokens - 1 for one in served)
-        in_time = sum(at <= end_s for one in served for at in one.at)
         if asked["out"]:
             with Writer(Path(asked["out"])) as writer:
                 for one in (one for one in served if one.at):
@@ -147,7 +151,6 @@ class Engine:
                 writer.finish(Run("engine", asked["workload"], "", round(self._clock() - begun_s, 3)))
         return {
             "out": asked["out"],
-            "throughput": in_time / max(end_s - begun_s, 1e-9),
             "saturation_per_s": len(calls) / (starved_s - begun_s),
             "preemptions": self._preempted(name) - preempted,
             "recomputed": (self._tokens - tokens) / ideal - 1.0,
