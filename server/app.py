@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -37,6 +37,9 @@ from server.sharing import Sharing
 from server.siblings import Process, Siblings
 from server.steering import Steering
 from server.telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from server.tracing import Tracing
 
 log = logging.getLogger("evenhand")
 
@@ -125,7 +128,7 @@ class GatewayServer:
         self.gateway = Gateway(tenants, gate, self.lines, handover, failover, self.telemetry, sharing, monotonic)
         key = settings.admin_key
         self.pseudonyms = Pseudonyms(key.get_secret_value() if key is not None else None)
-        self.recorder = self._recorder()
+        self.recorder, self.tracing = self._recorder(), self._tracing()
         number = process.number if process is not None else 0
         self.siblings = Siblings(self.shared.local, number, self.fleet, self.telemetry.registry)
         self.app = public_app(self.fleet, self.siblings.metrics, tenants, self._notes, self._lifespan)
@@ -183,6 +186,17 @@ class GatewayServer:
             self.pseudonyms.of,
         )
 
+    def _tracing(self) -> "Tracing | None":
+        """Spans, if they are wanted; OpenTelemetry is loaded only then."""
+        if self.settings.tracing.endpoint is None:
+            return None
+        from server.tracing import Tracing
+
+        tracing = Tracing(self.shared.replicas.name, self.pseudonyms.of, self.settings.tracing.share)
+        self.gateway.on_begin.append(tracing.begin)
+        self.gateway.on_end.append(tracing.end)
+        return tracing
+
     def _recorder(self) -> Recorder | None:
         record = self.settings.record
         if record.folder is None:
@@ -230,6 +244,8 @@ class GatewayServer:
             self.fleet.add(worker)
         if self.recorder is not None:
             self.recorder.start()
+        if self.tracing is not None and self.settings.tracing.endpoint is not None:
+            self.tracing.start(self.settings.tracing.endpoint, monotonic, wall_clock)
         balancing = self.settings.disaggregation.balance_roles
         task = asyncio.create_task(self.balancer.run(), name="balance roles") if balancing else None
         try:
@@ -242,6 +258,8 @@ class GatewayServer:
             await self.fleet.close()
             if self.recorder is not None:
                 await asyncio.to_thread(self.recorder.stop)
+            if self.tracing is not None:
+                await asyncio.to_thread(self.tracing.stop)
 
     def listen(self) -> socket.socket:
         """Takes the port; with other processes of this gateway, its share of it. OSError if it is not free."""

@@ -160,6 +160,7 @@ class Ticket:
     split: set if prompt and answer are two workers' business; `worker` is then the one that answers.
     avoid: the worker that failed it last, which it should not be given again.
     received: what its stream has said so far, None where that is not kept.
+    trace: header lines that make what workers do for it a part of its trace; nothing if it has none.
     """
 
     call: Call
@@ -178,6 +179,7 @@ class Ticket:
     uncharged: int = 0
     avoid: str = ""
     received: Received | None = None
+    trace: bytes = b""
 
     def __post_init__(self) -> None:
         self.times[Phase.WAITING] = self.job.arrived_at

@@ -22,7 +22,7 @@ CONNECT_TIMEOUT_S = 5.0
 MAX_ERROR_BODY_BYTES = 64 * 1024
 
 _REQUEST = (
-    b"POST %b%b HTTP/1.1\r\nhost: %b\r\ncontent-type: application/json\r\nx-request-id: %b\r\n"
+    b"POST %b%b HTTP/1.1\r\nhost: %b\r\ncontent-type: application/json\r\nx-request-id: %b\r\n%b"
     b"content-length: %d\r\n\r\n%b"
 )
 
@@ -231,12 +231,14 @@ class Engine:
         self.heads: dict[bytes, Head] = {}
         self._client: httpx2.AsyncClient | None = None
 
-    async def ask(self, path: bytes, body: bytes, request_id: str, sink: Sink, *, fresh: bool = False) -> Connection:
+    async def ask(
+        self, path: bytes, body: bytes, request_id: str, sink: Sink, *, trace: bytes = b"", fresh: bool = False
+    ) -> Connection:
         """POSTs a JSON body; the answer goes to `sink`. `fresh` forbids a kept-alive connection.
 
-        EngineUnreachable if no connection can be had.
+        trace: header lines of the request's trace, if it has one. EngineUnreachable if no connection can be had.
         """
-        request = _REQUEST % (self.prefix, path, self._host_header, request_id.encode(), len(body), body)
+        request = _REQUEST % (self.prefix, path, self._host_header, request_id.encode(), trace, len(body), body)
         while self.idle and not fresh:
             connection = self.idle.pop()  # the one used last: its path is warm, and the oldest may time out in peace
             if not connection.transport.is_closing():

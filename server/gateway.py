@@ -62,6 +62,7 @@ class Gateway:
         self.telemetry = telemetry
         self.clock = clock
         self.bytes_per_token: dict[str, float] = {}
+        self.on_begin: list[Callable[[Ticket, bytes | None], None]] = []  # with the client's own `traceparent`
         self.on_end: list[Callable[[Ticket, str], None]] = [telemetry.ended]
         self._count = 0
 
@@ -94,6 +95,8 @@ class Gateway:
     async def serve(self, call: Call, dispatcher: Dispatcher, out: Request) -> None:
         """One call from admission to its last token: limits, a slot in policy order, a worker, the answer's flow."""
         ticket = self.ticket(call)
+        for begin in self.on_begin:
+            begin(ticket, out.header(b"traceparent"))
         slot = dispatcher.slot(ticket)
         try:
             with self.limits.admit(ticket, out), self.sharing.watch(ticket):

@@ -146,7 +146,9 @@ class Handover(Collector):
         body = self.body_for(ticket, member.worker)
         for last_try in (False, True):
             sink = _Whole(self.clock())
-            connection = await member.engine.ask(call.route.path.encode(), body, call.id, sink, fresh=last_try)
+            connection = await member.engine.ask(
+                call.route.path.encode(), body, call.id, sink, trace=ticket.trace, fresh=last_try
+            )
             stale = connection.reused
             member.legs.add(sink)
             try:

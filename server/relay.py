@@ -343,7 +343,8 @@ class Relay:
     async def through(self, pipe: Pipe, member: Member, path: bytes, body: bytes, *, fresh: bool) -> bool:
         """Asks a worker, and lets its answer through this pipe. False for a kept-alive connection that was closed just
         as we wrote: the engine never saw the request, and it may be sent again on a fresh one."""
-        connection = await member.engine.ask(path, body, pipe.ticket.call.id, pipe, fresh=fresh)
+        ticket = pipe.ticket
+        connection = await member.engine.ask(path, body, ticket.call.id, pipe, trace=ticket.trace, fresh=fresh)
         stale = connection.reused
         pipe.connection = connection
         pipe.out.flows_from(connection)

@@ -86,6 +86,17 @@ class RecordSettings(BaseModel):
     file_bytes: int = Field(64 * 1024**2, ge=1024, description="of one file")
 
 
+class TracingSettings(BaseModel):
+    """One OpenTelemetry trace per request."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    endpoint: str | None = Field(
+        None, pattern="^https?://", description="where spans go, OTLP over HTTP, e.g. http://127.0.0.1:4318/v1/traces"
+    )
+    share: float = Field(1.0, ge=0, le=1, description="of the requests that no caller has decided about")
+
+
 class Settings(BaseSettings):
     """The gateway's settings."""
 
@@ -123,6 +134,7 @@ class Settings(BaseSettings):
     edge: EdgeSettings = EdgeSettings()
     admission: AdmissionSettings = AdmissionSettings()
     record: RecordSettings = RecordSettings()
+    tracing: TracingSettings = TracingSettings()
     disaggregation: DisaggregationSettings = DisaggregationSettings()
     health: HealthSettings = HealthSettings()
 
