@@ -133,6 +133,12 @@ def test_the_gateway_is_probed_where_it_answers_and_has_time_to_finish() -> None
     assert deployment["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
 
 
+def test_a_gateway_that_cannot_write_to_its_disk_has_a_place_for_its_sockets() -> None:
+    gateway = container(of("everything", "Deployment"))
+    assert gateway["securityContext"]["readOnlyRootFilesystem"] is True
+    assert "/tmp" in {mount["mountPath"] for mount in gateway["volumeMounts"] if not mount.get("readOnly")}
+
+
 def environment(doc: Doc) -> dict[str, Any]:
     return {item["name"]: item.get("value") for item in container(doc)["env"]}
 
