@@ -22,7 +22,7 @@ from tests.server.conftest import Reply, Running, chat, completion, eventually, 
 WORKERS, CLIENTS = 3, 8
 START_S = 60.0
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-HEALTH = {"probe_timeout_s": 0.3, "stall_s": 1.0, "failures": 100, "canary": "answers"}
+HEALTH = {"probe_timeout_s": 1.0, "stall_s": 5.0, "failures": 100, "canary": "answers"}
 # Streams that are still going when a worker is hit: some hundred milliseconds each.
 ENGINE = ("--cost", "quick", "--mean-answer-tokens", "1000000")
 
