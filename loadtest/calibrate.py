@@ -37,7 +37,7 @@ from loadtest.workload import MIXES, Fit, Maker, shapes
 
 Floats = NDArray[np.float64]
 
-_PROBES = 5
+_PROBES = 3
 _PROMPT_LENGTHS = (16, 64, 128, 256, 512, 1024, 1536)
 _SHORT_TOKENS, _LONG_TOKENS = 32, 1024
 _ANSWER_TOKENS = 48
