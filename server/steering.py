@@ -16,8 +16,8 @@ _ONE_TOKEN = (
     b'"remote_host":null,"remote_port":null}'
 )
 _READ_ONLY = {
-    CHAT.path: _ONE_TOKEN + b',"max_completion_tokens":1',
-    COMPLETIONS.path: _ONE_TOKEN + b',"echo":false',
+    CHAT.path: _ONE_TOKEN + b',"max_completion_tokens":1,"logprobs":false,"top_logprobs":null',
+    COMPLETIONS.path: _ONE_TOKEN + b',"echo":false,"logprobs":null',
 }
 
 
