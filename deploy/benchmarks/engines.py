@@ -112,7 +112,7 @@ def gateway(*args: str) -> Iterator[str]:
     port = free_port()
     argv = ["taskset", "-c", str(cores()[1]), sys.executable, "-m", "deploy.cli", "gateway", "--port", str(port), *args]
     url = f"http://127.0.0.1:{port}"
-    with running(argv, dict(os.environ), f"{url}/ready", 30):
+    with running(argv, dict(os.environ), f"{url}/ready", 120):
         yield url
 
 

@@ -24,7 +24,7 @@ class OverSocket(SocketStore):
     """A store over a socket, with what it is over."""
 
     def __init__(self, path: Path, memory: MemoryStore) -> None:
-        super().__init__(path, SHARED)
+        super().__init__(path, SHARED, timeout_s=30.0)
         self.memory = memory
 
 
@@ -46,7 +46,7 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
         async with over_socket(tmp_path / "store") as store:
             yield store
         return
-    redis = RedisStore(request.getfixturevalue("redis_url"), prefix=f"test-{next(NAMES)}")
+    redis = RedisStore(request.getfixturevalue("redis_url"), prefix=f"test-{next(NAMES)}", timeout_s=30.0)
     yield redis
     await redis.close()
 
