@@ -61,7 +61,7 @@ class Program:
 
     def ready(self, *args: str, **environ: str) -> subprocess.Popen[str]:
         process = self.start(*args, **environ)
-        assert eventually(lambda: self.status("/ready") == 200 or process.poll() is not None, 20)
+        assert eventually(lambda: self.status("/ready") == 200 or process.poll() is not None, 60)
         assert process.poll() is None, process.communicate()
         return process
 
@@ -137,15 +137,15 @@ def test_a_chat_goes_through_an_engine_that_reads_and_one_that_answers(program: 
 
 def test_a_gateway_of_several_processes_knows_every_engine_and_leaves_nothing(program: Program) -> None:
     process = program.start("--gateway-processes", "2", "--workers", "2", "--policy", "vtc")
-    assert eventually(lambda: all(program.get("/ready")[1].count('"state":"ready"') == 2 for _ in range(16)), 30)
+    assert eventually(lambda: all(program.get("/ready")[1].count('"state":"ready"') == 2 for _ in range(16)), 60)
     assert process.poll() is None, process.communicate()
-    assert eventually(lambda: "evenhand_replicas 2.0" in program.get("/metrics")[1])
+    assert eventually(lambda: "evenhand_replicas 2.0" in program.get("/metrics")[1], 60)
     engines = [
         pid for pid, command in marked(program.mark).items() if "fake_engine" in command and "leash" not in command
     ]
     os.kill(engines[0], signal.SIGKILL)
-    assert eventually(lambda: any(program.get("/ready")[1].count('"state":"ready"') < 2 for _ in range(8)))
-    assert eventually(lambda: all(program.get("/ready")[1].count('"state":"ready"') == 2 for _ in range(16)), 30)
+    assert eventually(lambda: any(program.get("/ready")[1].count('"state":"ready"') < 2 for _ in range(8)), 30)
+    assert eventually(lambda: all(program.get("/ready")[1].count('"state":"ready"') == 2 for _ in range(16)), 60)
     process.terminate()
     code, out, err = ended(process)
     assert (code, err) == (0, "")
@@ -155,7 +155,7 @@ def test_a_gateway_of_several_processes_knows_every_engine_and_leaves_nothing(pr
 def test_the_gateway_s_own_processes_do_not_outlive_a_killed_serve(program: Program) -> None:
     process = program.ready("--gateway-processes", "2")
     process.kill()
-    assert eventually(lambda: not marked(program.mark), 20)
+    assert eventually(lambda: not marked(program.mark), 60)
 
 
 def test_engines_that_cannot_hand_over_kv_are_not_started(program: Program) -> None:
