@@ -105,7 +105,7 @@ class GatewayServer:
         self.workers = [parse_worker(text, number) for number, text in enumerate(settings.workers)]
         self.policy = LivePolicy(settings.policy, settings.policy_options, settings.admission.ahead, monotonic)
         self.fleet = Fleet(probe_s=settings.probe_s, health=settings.health)
-        self.fleet.policy = self.policy.order
+        self.fleet.policy, self.fleet.replicas = self.policy.order, self._replicas
         self.lines = Lines(self._dispatcher, self.fleet)
         self.process = process
         self.shared = Shared(
@@ -224,6 +224,10 @@ class GatewayServer:
     def _notes(self) -> dict[str, Any]:
         """What /ready says beside the workers."""
         return self.shared.notes() | ({"stopping": True} if self.stopping else {})
+
+    def _replicas(self) -> int:
+        """Gateways that share the workers, this one included."""
+        return self.shared.store_state()[1]
 
     def _dispatcher(self, model: str) -> Dispatcher:
         admission, apart = self.settings.admission, self.settings.disaggregation

@@ -298,8 +298,15 @@ class Dispatcher:
         return room
 
     def _has_room(self, member: Member, ticket: Ticket) -> bool:
-        """A request wider than a whole window runs alone."""
-        free = self.window(member.worker) - member.in_flight
+        """A request wider than a whole window runs alone.
+
+        What other gateways have at the worker takes room from this one, but for its own share of the window. Without
+        that each would fill the engine by itself, and a tenant would be served by how many gateways know it.
+        """
+        window = self.window(member.worker)
+        free = window - member.in_flight
+        if member.others and (replicas := self.fleet.replicas()) > 1:
+            free -= min(member.others, window * (replicas - 1) // replicas)
         return free >= ticket.call.sequences or (member.in_flight == 0 and free > 0)
 
     def _room_in_pools(self, ticket: Ticket, ready: list[Member], known: Mapping[str, int]) -> "Room | None":

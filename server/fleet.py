@@ -109,6 +109,7 @@ class Fleet:
         self.movable: Callable[[Leg], bool] = lambda leg: False  # whether another worker could go on with it
         self.trial_answers: dict[str, str] = {}
         self.changed: list[Callable[[], None]] = []
+        self.replicas: Callable[[], int] = lambda: 1  # gateways that feed these workers, this one included
         self.policy: Callable[[], tuple[str, tuple[str, ...]]] | None = None  # what plug-ins inside engines must follow
         self._probes: dict[str, asyncio.Task[None]] = {}
 
@@ -252,7 +253,9 @@ class Fleet:
         if (usage := _KV_USAGE.search(metrics)) is not None:
             member.kv_usage = float(usage.group(1))
         sequences = min(_MOST_SEQUENCES, sum(map(float, _SEQUENCES.findall(metrics))))
-        member.others = max(0, round(sequences) - member.in_flight)
+        before, member.others = member.others, max(0, round(sequences) - member.in_flight)
+        if member.others < before and member.state is State.READY:
+            self._tell()  # there may be room for who waits here
         if (received := _KV_RECEIVED.search(metrics)) is not None:
             member.kv_received_bytes = float(received.group(1))
         if not member.worker.plugin and _PLUGIN in metrics:

@@ -41,6 +41,7 @@ class Hall:
         slots: tuple[int, ...] = (2,),
         max_waiting: int = 1000,
         timeout_s: float | None = None,
+        replicas: int = 1,
     ) -> None:
         self.clock = asyncio.get_running_loop().time
         self.fleet = Fleet()
@@ -55,6 +56,7 @@ class Hall:
             queue_timeout_s=timeout_s,
             clock=self.clock,
         )
+        self.fleet.replicas = lambda: replicas
         self.fleet.changed.append(self.dispatcher.advance)
         self.order: list[int] = []
         self.running: Counter[str] = Counter()
@@ -527,3 +529,16 @@ def test_the_timer_of_one_who_was_just_let_in_does_no_harm() -> None:
         assert hall.order == [0, 1] and hall.is_empty()
 
     in_virtual_time(run())
+
+
+@pytest.mark.parametrize(
+    ("replicas", "others", "most"),
+    [(1, 0, 8), (1, 8, 8), (2, 0, 8), (2, 3, 5), (2, 8, 4), (2, 99, 4), (3, 99, 3), (20, 99, 1)],
+)
+async def test_a_window_is_shared_with_other_gateways_but_each_has_its_part(
+    replicas: int, others: int, most: int
+) -> None:
+    hall = Hall(slots=(8,), replicas=replicas)
+    hall.fleet.members["w0"].others = others
+    await asyncio.gather(*(hall.visit(hall.ticket(), stay_s=0.01) for _ in range(24)))
+    assert hall.most["w0"] == most
