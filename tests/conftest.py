@@ -16,6 +16,8 @@ import pytest
 # is to be as in a terminal, where Ctrl-C counts from the first moment.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup's doing
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 NO_SKIPS = "EVENHAND_NO_SKIPS"
 # The one thing that no installation can bring: other people's traces, which are not part of this repository.
