@@ -28,6 +28,8 @@ from loadtest.client import Target
 from loadtest.prompts import Prompts, token_prompts
 from loadtest.records import Record
 from loadtest.replay import CannotReplay, Prepared, measure, served
+from loadtest.sides import measure as measure_named
+from loadtest.sides import repeated
 from loadtest.traces import Skipped, TraceRow, read
 from loadtest.workload import MIXES, Fit, Maker, Shape, mean_lengths, parse_shares, shapes
 
@@ -83,14 +85,15 @@ def label(workload: str) -> str:
 Outcome = TypeVar("Outcome")
 Results = dict[Setting, dict[str, list[Outcome]]]
 
+# As scheduling papers call them, and as `sides` measures them. Smaller is better for all.
 MEASURES: Mapping[str, Callable[[report.Summary], float]] = {
-    "mean JCT": lambda summary: summary.e2e.mean,
-    "P99 JCT": lambda summary: summary.e2e.p99,
-    "mean time per token": lambda summary: summary.per_token.mean,
-    "P99 TTFT": lambda summary: summary.ttft.p99,
-    "P99 longest gap": lambda summary: summary.longest_gap.p99,
-    "max service difference": lambda summary: summary.fairness.difference.maximum if summary.fairness else 0.0,
-    "mean service difference": lambda summary: summary.fairness.difference.average if summary.fairness else 0.0,
+    "mean JCT": measure_named("E2E, mean").pick,
+    "P99 JCT": measure_named("E2E, P99").pick,
+    "mean time per token": measure_named("E2E per token, mean").pick,
+    "P99 TTFT": measure_named("TTFT, P99").pick,
+    "P99 longest gap": measure_named("longest gap, P99").pick,
+    "max service difference": measure_named("service difference, max").pick,
+    "mean service difference": measure_named("service difference, mean").pick,
     "span": lambda summary: summary.duration_s,
 }
 
@@ -355,10 +358,8 @@ def ratio_rows(results: Results[Outcome], measure: Callable[[Outcome], float]) -
 
 
 def _ratio(base: Sequence[float], other: Sequence[float]) -> str:
-    ratios = [one / two for one, two in zip(base, other, strict=True) if one > 0 and two > 0]
-    if not ratios:
-        return "-"
-    return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    made = repeated(base, other)
+    return f"{made.value:.2f}{made.interval}" if made is not None else "-"
 
 
 def page_of(results: Results[Outcome], measures: Mapping[str, Callable[[Outcome], float]]) -> str:

@@ -74,9 +74,13 @@ class Measure:
 
     def better(self, base: float, other: float) -> float:
         """How many times better than the base; NaN where one of them is nothing."""
-        if min(base, other) <= 0:
-            return float("nan")
-        return other / base if self.higher_is_better else base / other
+        return _better(base, other, higher_is_better=self.higher_is_better)
+
+
+def _better(base: float, other: float, *, higher_is_better: bool) -> float:
+    if min(base, other) <= 0:
+        return float("nan")
+    return other / base if higher_is_better else base / other
 
 
 def _percentile(share: float) -> Callable[[Floats], float]:
@@ -154,6 +158,11 @@ class Ratio:
         """Whether the whole interval lies on one side of 1."""
         return self.low is not None and self.high is not None and (self.low > 1.0 or self.high < 1.0)
 
+    @property
+    def interval(self) -> str:
+        """In words, with a space before; empty where it is not known."""
+        return f" ({self.low:.2f} to {self.high:.2f})" if self.low is not None and self.high is not None else ""
+
 
 def base_of(side: Side, sides: Sequence[Side]) -> Side:
     """What a side is compared with: the first, of runs NAME@LOAD the first of the same load. It may be itself."""
@@ -163,15 +172,22 @@ def base_of(side: Side, sides: Sequence[Side]) -> Side:
 
 def ratio(measure: Measure, base: Side, other: Side) -> Ratio | None:
     """None where it makes no sense: a zero, or nothing measured."""
-    pairs = zip(base.summaries, other.summaries, strict=False)
-    ratios = [measure.better(measure.pick(one), measure.pick(two)) for one, two in pairs]
+    ones, twos = ([measure.pick(summary) for summary in side.summaries] for side in (base, other))
+    within = repeated(ones, twos, higher_is_better=measure.higher_is_better)
+    if within is None or within.low is not None:
+        return within
+    interval = _resampled(measure, base.runs[0].records, other.runs[0].records)
+    return Ratio(within.value, *interval) if interval else within
+
+
+def repeated(base: Sequence[float], other: Sequence[float], *, higher_is_better: bool = False) -> Ratio | None:
+    """The same number of each repetition of two sides: the ratio within each, its median and range."""
+    pairs = zip(base, other, strict=False)
+    ratios = [_better(one, two, higher_is_better=higher_is_better) for one, two in pairs]
     known = [value for value in ratios if isfinite(value)]
     if not known:
         return None
-    if len(known) > 1:
-        return Ratio(median(known), min(known), max(known))
-    interval = _resampled(measure, base.runs[0].records, other.runs[0].records)
-    return Ratio(known[0], *interval) if interval else Ratio(known[0])
+    return Ratio(median(known), min(known), max(known)) if len(known) > 1 else Ratio(known[0])
 
 
 def _resampled(measure: Measure, base: Sequence[Record], other: Sequence[Record]) -> tuple[float, float] | None:
@@ -228,10 +244,7 @@ def rows(sides: Sequence[Side]) -> report.Rows:
 def _cell(of: Measure, base: Side, side: Side) -> str:
     value = amount(of.value(side), of.unit)
     made = ratio(of, base, side) if side is not base else None
-    if made is None:
-        return value
-    interval = f" ({made.low:.2f} to {made.high:.2f})" if made.low is not None and made.high is not None else ""
-    return f"{value}  {times(made.value)}{interval}"
+    return f"{value}  {times(made.value)}{made.interval}" if made is not None else value
 
 
 def exact(seconds: float) -> str:
