@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from tests.chaos.chaos import Chaos
 from tests.chaos.plan import plan
+from tests.chaos.workers import Chaos
 
 TIMES = int(os.environ.get("EVENHAND_SOAK", "1"))
 
@@ -13,9 +13,9 @@ TIMES = int(os.environ.get("EVENHAND_SOAK", "1"))
 @pytest.mark.parametrize("seed", range(1, 2 if TIMES == 1 else 11))
 async def test_no_answer_is_lost_or_changed_while_workers_die_and_freeze(seed: int) -> None:
     report = await Chaos(seed, blows=4 if TIMES == 1 else 20).run()
-    assert not report.wrong, report.wrong[:3]
-    assert report.answers["right"] >= 20
-    assert report.blows["stop"] >= 1 and report.blows["kill"] >= 3
+    assert not report.seen.wrong, report.seen.wrong[:3]
+    assert report.seen.answers["right"] >= 20
+    assert report.kinds["stop"] >= 1 and report.kinds["kill"] >= 3
     assert report.failovers["failed"] == 0 and report.failovers["resumed"] >= 1
 
 

@@ -1,0 +1,159 @@
+"""Clients that know what the undisturbed answer is, and compare every answer with it."""
+
+import asyncio
+import random
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.server.conftest import Reply, Wire, chat, completion, request
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+BROKEN = (AssertionError, OSError, EOFError, ValueError, KeyError, TimeoutError)  # what a wrong answer raises
+
+
+@dataclass(frozen=True)
+class Question:
+    path: str
+    body: dict[str, Any]
+
+    @property
+    def stream(self) -> bool:
+        return bool(self.body.get("stream"))
+
+
+def questions(seed: int, *, count: int = 16, least: int = 5, most: int = 120, whole: int = 4) -> list[Question]:
+    """Chats and completions of `least` to `most` tokens; every `whole`-th is no stream (0: all are streams)."""
+    dice = random.Random(seed)
+    asked = []
+    for number in range(count):
+        path, make = dice.choice([(CHAT, chat), (COMPLETIONS, completion)])
+        fields: dict[str, Any] = {"max_tokens": dice.randrange(least, most)}
+        text = f"Question {number} of {seed}: " + "why? " * dice.randrange(30)
+        fields |= {"messages": [{"role": "user", "content": text}]} if path == CHAT else {"prompt": text}
+        if not whole or number % whole:
+            fields |= {"stream": True, "stream_options": {"include_usage": True}}
+        asked.append(Question(path, make(**fields)))
+    return asked
+
+
+def told(question: Question, reply: Reply) -> Any:
+    """What an answer says, without what differs between two runs: ids and times. AssertionError if it is ill-formed."""
+    assert reply.status == 200, reply.body[:300]
+    if not question.stream:
+        answer = reply.json()
+        return [[{**choice} for choice in answer["choices"]], answer["usage"]]
+    *events, usage, done = reply.events
+    assert done == "[DONE]" and usage["choices"] == []
+    assert len({event["id"] for event in events}) == 1, "one stream has one id"
+    choices = [choice for event in events for choice in event["choices"]]
+    assert sum(bool(choice.get("delta", {}).get("role")) for choice in choices) == (question.path == CHAT)
+    assert [choice for choice in choices if choice["finish_reason"]] == choices[-1:], "one end, at the end"
+    return [choices, usage["usage"]]
+
+
+def first_difference(said: Any, expected: Any) -> str:
+    for at, (one, other) in enumerate(zip(said[0], expected[0], strict=False)):
+        if one != other:
+            return f"choice {at} is {one} in place of {other}"
+    return f"{len(said[0])} choices, {said[1]} in place of {len(expected[0])}, {expected[1]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """The longest time in which a request's stream said nothing, on the monotonic clock."""
+
+    request_id: str
+    began: float
+    ended: float
+
+    @property
+    def s(self) -> float:
+        return self.ended - self.began
+
+
+@dataclass
+class Seen:
+    """What the clients saw.
+
+    answers: by outcome. wrong: what was wrong with an answer that was not the undisturbed one. tokens: prompts and
+    answers together, as the usages say. longest_s: the longest that any answer took.
+    """
+
+    answers: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    pauses: list[Pause] = field(default_factory=list)
+    tokens: int = 0
+    longest_s: float = 0.0
+
+    @property
+    def asked(self) -> int:
+        return self.answers.total()
+
+
+async def listen(port: int, data: bytes) -> tuple[Reply, Pause]:
+    """Sends a request's bytes; the answer, and its longest silence between two chunks."""
+    wire = Wire(*await asyncio.open_connection("127.0.0.1", port))
+    try:
+        await wire.send(data)
+        reply = await wire.head()
+        now = time.monotonic()
+        request_id = reply.headers["x-request-id"]
+        longest = Pause(request_id, now, now)
+        if reply.headers.get("transfer-encoding") != "chunked":
+            reply.body = await wire.reader.readexactly(int(reply.headers["content-length"]))
+            return reply, longest
+        pieces, last = [], now
+        while piece := await wire.chunk():
+            pieces.append(piece)
+            now = time.monotonic()
+            if now - last > longest.s:
+                longest = Pause(request_id, last, now)
+            last = now
+        reply.body = b"".join(pieces)
+        return reply, longest
+    finally:
+        await wire.close()
+
+
+class Client:
+    """Asks the questions, any of them at a time, with a key if it has one."""
+
+    def __init__(self, asked: list[Question], seed: int, *, key: str = "") -> None:
+        self.questions = asked
+        self.dice = random.Random(seed)
+        self.headers = {"authorization": f"Bearer {key}"} if key else {}
+        self.expected: list[Any] = []
+        self.seen = Seen()
+
+    async def learn(self, port: int) -> None:
+        """What the undisturbed answers are."""
+        for asked in self.questions:
+            reply, _ = await listen(port, self._bytes(asked))
+            self.expected.append(told(asked, reply))
+
+    def _bytes(self, asked: Question) -> bytes:
+        return request(asked.path, asked.body, headers=self.headers)
+
+    async def ask(self, port: int) -> None:
+        """One question; what comes of it is in `seen`."""
+        number = self.dice.randrange(len(self.questions))
+        asked, began = self.questions[number], time.monotonic()
+        try:
+            reply, pause = await listen(port, self._bytes(asked))
+            said = told(asked, reply)
+            problem = "" if said == self.expected[number] else first_difference(said, self.expected[number])
+            self.seen.tokens += said[1]["total_tokens"]
+            if asked.stream:
+                self.seen.pauses.append(pause)
+        except BROKEN as error:
+            problem = repr(error)
+        self.seen.answers["wrong" if problem else "right"] += 1
+        self.seen.longest_s = max(self.seen.longest_s, time.monotonic() - began)
+        if problem:
+            self.seen.wrong.append(f"{asked}: {problem}"[:1000])
+
+    async def keep_asking(self, port: int, over: asyncio.Event) -> None:
+        while not over.is_set():
+            await self.ask(port)

@@ -1,0 +1,194 @@
+"""What a chaos run is over: engines without a model, gateways and a Redis, as programs, each at a port of its own."""
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from loadtest.bench_target import free_port
+from tests.conftest import redis_server
+from tests.server.conftest import Reply, Wire, request
+from tests.server.test_admin import ADMIN_KEY
+
+START_S, STOP_S = 120.0, 120.0
+POLL_S = 0.02
+HEALTH = {"probe_timeout_s": 1.0, "stall_s": 5.0, "failures": 100, "canary": "answers"}
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+async def ask(port: int, path: str, body: object = None, **how: Any) -> Reply:
+    """One request on a connection of its own."""
+    wire = Wire(*await asyncio.open_connection("127.0.0.1", port))
+    try:
+        await wire.send(request(path, body, **how))
+        return await wire.answer()
+    finally:
+        await wire.close()
+
+
+async def admin(port: int, method: str, path: str, body: object = None) -> Any:
+    """What /admin answers; AssertionError if it refuses."""
+    reply = await ask(port, f"/admin{path}", body, method=method, headers={"authorization": f"Bearer {ADMIN_KEY}"})
+    assert reply.status < 300, reply.body[:300]
+    return reply.json() if reply.body else None
+
+
+async def until(condition: Callable[[], Awaitable[object]], what: str, limit_s: float = START_S) -> None:
+    """Returns once the condition holds. TimeoutError if it does not within the limit."""
+    end = time.monotonic() + limit_s
+    while not await condition():
+        if time.monotonic() > end:
+            raise TimeoutError(f"still not after {limit_s:.0f} s: {what}")
+        await asyncio.sleep(POLL_S)  # between two looks
+
+
+async def metrics(port: int) -> Samples:
+    """Every sample of a gateway by name and labels."""
+    text = (await ask(port, "/metrics", method="GET")).body.decode()
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def summed(samples: Samples, name: str, **labels: str) -> float:
+    """The sum of a metric's samples that have these labels."""
+    wanted = set(labels.items())
+    return sum(value for (sample, has), value in samples.items() if sample == name and wanted <= set(has))
+
+
+@dataclass
+class Program:
+    """A process at a port of its own, which it keeps through every restart.
+
+    path: answers with 200 once the program is there; "" for one that speaks no HTTP. log: what all its lives have said.
+    """
+
+    name: str
+    command: Sequence[str]
+    log: Path
+    port: int
+    path: str
+    env: Mapping[str, str] = field(default_factory=dict)
+    process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        """Returns when it is there. RuntimeError with its last words if it does not come."""
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("EVENHAND_")}
+        with self.log.open("ab") as out:
+            self.process = await asyncio.create_subprocess_exec(
+                *self.command, stdout=out, stderr=out, env=clean | dict(self.env)
+            )
+        end = time.monotonic() + START_S
+        while not await self.there():
+            if self.process.returncode is not None or time.monotonic() > end:
+                raise RuntimeError(f"{self.name} does not start:\n{self.log.read_text(errors='replace')[-2000:]}")
+            await asyncio.sleep(POLL_S)  # between two looks
+
+    async def there(self) -> bool:
+        try:
+            if self.path:
+                return (await ask(self.port, self.path, method="GET")).status == 200
+            await Wire(*await asyncio.open_connection("127.0.0.1", self.port)).close()
+            return True
+        except (OSError, EOFError):
+            return False
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    async def kill(self) -> None:
+        """SIGKILL, whatever it is doing; also one that is stopped."""
+        if self.process is not None and self.process.returncode is None:
+            self.process.kill()
+            await self.process.wait()
+
+    async def end(self) -> int:
+        """SIGTERM, and its exit code. TimeoutError if it does not end."""
+        assert self.process is not None
+        self.process.terminate()
+        return await asyncio.wait_for(self.process.wait(), STOP_S)
+
+    def rss_bytes(self) -> int:
+        """What it holds in memory."""
+        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def open_files(self) -> int:
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def complaints(self) -> list[str]:
+        """Lines of its log that no run should have: errors, but for the one that Redis is away."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        return [line for line in lines if ("ERROR" in line and "evenhand.replicas" not in line) or "Traceback" in line]
+
+
+def engine(folder: Path, number: int, *options: str) -> Program:
+    """An engine without a model."""
+    port = free_port()
+    command = [sys.executable, "-m", "loadtest.fake_engine", "--port", str(port), *options]
+    return Program(f"engine-{number}", command, folder / f"engine-{number}.log", port, "/health")
+
+
+def redis(folder: Path) -> Program:
+    """A Redis that keeps nothing on disk."""
+    port = free_port()
+    options = ["--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", str(folder)]
+    return Program("redis", [str(redis_server()), "--port", str(port), *options], folder / "redis.log", port, "")
+
+
+def gateway(folder: Path, number: int, workers: Sequence[str], settings: Mapping[str, Any]) -> Program:
+    """A gateway over these workers, with a settings file of its own."""
+    port, name = free_port(), f"gateway-{number}"
+    config = folder / f"{name}.yaml"
+    told = {"port": port, "replica": name, "workers": list(workers), "health": HEALTH} | dict(settings)
+    config.write_text(yaml.safe_dump(told))
+    command = [sys.executable, "-m", "server", "--config", str(config)]
+    return Program(name, command, folder / f"{name}.log", port, "/ready", {"EVENHAND_ADMIN_KEY": ADMIN_KEY})
+
+
+def tenant_file(folder: Path, tenants: Sequence[Mapping[str, Any]]) -> Path:
+    path = folder / "tenants.yaml"
+    path.write_text(yaml.safe_dump({"tenants": list(tenants)}))
+    return path
+
+
+async def all_ready(gateways: Sequence[Program], workers: int) -> None:
+    """Returns when each of these gateways gives requests to so many workers."""
+
+    async def ready() -> bool:
+        return all([summed(await metrics(one.port), "evenhand_worker_up") >= workers for one in gateways])
+
+    await until(ready, "all workers are ready")
+
+
+@asynccontextmanager
+async def running(*programs: Program) -> AsyncIterator[None]:
+    """These programs, started together; gone at the end, whatever state they are in."""
+    try:
+        await asyncio.gather(*(program.start() for program in programs))
+        yield
+    finally:
+        for program in programs:
+            with suppress(ProcessLookupError):
+                await program.kill()

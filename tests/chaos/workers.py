@@ -1,0 +1,165 @@
+"""Workers are killed and stopped under load, and the promise is checked from the clients' side.
+
+Three fake engines in processes of their own, a gateway before them, clients that never pause. Every answer must be the
+undisturbed one, token for token, as one well-formed stream; and at the end nothing may be left of any request.
+"""
+
+import asyncio
+import signal
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from loadtest.costmodel import PRESETS
+from server.call import Ticket
+from tests.chaos.figures import Figure, none, quantile_ms
+from tests.chaos.load import Client, Pause, Seen, questions
+from tests.chaos.plan import Blow, Event, plan
+from tests.chaos.site import HEALTH, START_S, Program, engine, running
+from tests.server.conftest import eventually, serving
+
+WORKERS = 3
+PROBE_S = 0.1
+STREAMS_S = 600.0  # for those that are wanted beyond the last blow
+COST = "gpu-7b"
+LEAST_TOKENS, MOST_TOKENS = 5, 120
+LONGEST_TOKENS = 250  # prompt and answer of any of the questions, rounded up
+# Where all is well a stream says something at every iteration; one that is moved waits for the one that runs, too.
+PREFILL_S = PRESETS[COST].duration_s(LONGEST_TOKENS, 0, 0) + 2 * PRESETS[COST].iteration_s
+
+
+@dataclass(frozen=True, slots=True)
+class Struck:
+    """A blow that was dealt. began, noticed: when, and when the gateway had the worker out, on the monotonic clock."""
+
+    blow: Blow
+    began: float
+    noticed: float
+
+
+@dataclass
+class Report:
+    """What the clients saw. moved: requests that another worker went on with. failovers: how they ended."""
+
+    seen: Seen = field(default_factory=Seen)
+    blows: list[Struck] = field(default_factory=list)
+    moved: set[str] = field(default_factory=set)
+    failovers: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def kinds(self) -> Counter[str]:
+        return Counter(struck.blow.value for struck in self.blows)
+
+    def pauses(self, blow: Blow) -> list[tuple[Pause, Struck]]:
+        """The silences of moved streams, each with the blow that it was after."""
+        found = []
+        for pause in self.seen.pauses:
+            before = [struck for struck in self.blows if struck.began <= pause.ended]
+            if pause.request_id in self.moved and before and before[-1].blow is blow:
+                found.append((pause, before[-1]))
+        return found
+
+    def figures(self) -> list[Figure]:
+        """Beside their goals. The goal for pauses: what is left after the failure was noticed is one prefill."""
+        answers, kinds = self.seen.answers, ", ".join(f"{name} {count}" for name, count in sorted(self.kinds.items()))
+        figures = [
+            Figure("blows", kinds),
+            Figure("answers, of which streams", f"{answers.total()}, {len(self.seen.pauses)}"),
+            none("of them failed or different", self.seen.wrong),
+            Figure(
+                "went on at another worker, asked again", f"{self.failovers['resumed']}, {self.failovers['retried']}"
+            ),
+        ]
+        for blow in Blow:
+            pauses = self.pauses(blow)
+            late = [pause.ended - max(pause.began, struck.noticed) for pause, struck in pauses]
+            noticed = [struck.noticed - struck.began for struck in self.blows if struck.blow is blow]
+            over = max(0.0, sorted(late)[int(0.99 * len(late))] - PREFILL_S) if late else 0.0
+            figures += [
+                Figure(f"{blow.value}: until it was noticed, median and longest", _two(noticed, 0.5, 1.0)),
+                Figure(
+                    f"{blow.value}: silence of the {len(pauses)} streams that were moved, P50 and P99",
+                    _two([pause.s for pause, _ in pauses], 0.5, 0.99),
+                ),
+                Figure(
+                    f"{blow.value}: of it after it was noticed, P50 and P99",
+                    _two(late, 0.5, 0.99),
+                    f"P99 ≤ one prefill, {PREFILL_S * 1000:.0f} ms",
+                    not over,
+                ),
+            ]
+        return figures
+
+
+def _two(values_s: list[float], one: float, other: float) -> str:
+    return f"{quantile_ms(values_s, one)}, {quantile_ms(values_s, other)}"
+
+
+class Chaos:
+    """One run: blows by a plan that follows from the seed, and so many clients until at least `streams` have ended."""
+
+    def __init__(self, seed: int, blows: int, *, clients: int = 8, streams: int = 0) -> None:
+        self.events = plan(seed, WORKERS, blows)
+        self.report = Report()
+        self.streams = streams
+        asked = questions(seed, least=LEAST_TOKENS, most=MOST_TOKENS)
+        self.clients = [Client(asked, seed + number) for number in range(clients)]
+
+    async def run(self) -> Report:
+        options = ("--cost", COST, "--mean-answer-tokens", "1000000")
+        with tempfile.TemporaryDirectory(prefix="evenhand-chaos-") as folder:
+            self.workers = [engine(Path(folder), number, *options) for number in range(WORKERS)]
+            async with running(*self.workers):
+                urls = [worker.url for worker in self.workers]
+                async with serving(*urls, probe_s=PROBE_S, health=HEALTH) as self.gateway:
+                    await self._all_ready()
+                    await self._disturbed()
+        return self.report
+
+    async def _disturbed(self) -> None:
+        first, *others = self.clients
+        await first.learn(self.gateway.port)
+        for client in self.clients:
+            client.expected, client.seen = first.expected, self.report.seen
+        self.gateway.server.gateway.on_end.append(self._note)
+        over = asyncio.Event()
+        asking = [asyncio.create_task(client.keep_asking(self.gateway.port, over)) for client in self.clients]
+        try:
+            for event in self.events:
+                await asyncio.sleep(event.pause_s)  # the plan's own time
+                await self._strike(event)
+            await eventually(self._enough, f"{self.streams} streams", STREAMS_S)
+        finally:
+            over.set()
+            await asyncio.gather(*asking)
+        self.report.failovers = dict(self.gateway.server.gateway.failover.outcomes)
+
+    def _enough(self) -> bool:
+        return len(self.report.seen.pauses) >= self.streams
+
+    def _note(self, ticket: Ticket, outcome: str) -> None:
+        if ticket.avoid:
+            self.report.moved.add(ticket.call.id)
+
+    async def _strike(self, event: Event) -> None:
+        worker, began = self.workers[event.worker], time.monotonic()
+        if event.blow is Blow.KILL:
+            await worker.kill()
+        else:
+            worker.signal(signal.SIGSTOP)
+        await eventually(lambda: len(self.gateway.server.fleet.ready()) < WORKERS, f"the {event.blow.value} is noticed")
+        self.report.blows.append(Struck(event.blow, began, time.monotonic()))
+        await asyncio.sleep(event.away_s)
+        await self._mend(event.blow, worker)
+
+    async def _mend(self, blow: Blow, worker: Program) -> None:
+        if blow is Blow.KILL:
+            await worker.start()
+        else:
+            worker.signal(signal.SIGCONT)
+        await self._all_ready()
+
+    async def _all_ready(self) -> None:
+        await eventually(lambda: len(self.gateway.server.fleet.ready()) == WORKERS, "all workers are ready", START_S)
