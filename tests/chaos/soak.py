@@ -42,7 +42,7 @@ WARM_SHARE = 0.25  # of the run, whose memory is not looked at: caches fill
 GROWTH_GOAL = 0.03  # of the memory, an hour
 LIMITED, LEAVING, COUNTED = "limited", "leaving", ("steady", "light")
 KEYS = {name: f"sk-soak-{name}-0123456789" for name in (*COUNTED, LIMITED, LEAVING)}
-RARE = 20.0  # requests a minute that the limited tenant may send
+RARE = 6.0  # requests a minute that the limited tenant may send
 BLOWS = ("kill an engine", "stop an engine", "kill Redis", "restart a gateway")
 
 
