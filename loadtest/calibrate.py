@@ -1,19 +1,19 @@
 """`evenhand calibrate`: a cost model fitted to an engine over HTTP, and how well it foretells requests it has not seen.
 
-One request at a time with prompts of growing length says what prefill costs; batches of growing size, and one of long
-prompts, say what decode and attention cost. All are fitted together, each by its relative error.
+One request at a time with prompts of growing length says what prefill and a request as such cost; batches of growing
+size, and one of long prompts, say what decode and attention cost. All are fitted together, each by its relative error.
 """
 
 import argparse
 import asyncio
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
 from random import Random
-from statistics import median
+from statistics import fmean, median
 from time import perf_counter
 
 import httpx2
@@ -26,12 +26,11 @@ from loadtest import arrivals
 from loadtest.call import Call
 from loadtest.client import Client, Target
 from loadtest.costmodel import CostModel
-from loadtest.prefix_cache import block_hashes
-from loadtest.prompts import token_prompts
+from loadtest.kv_blocks import block_hashes
+from loadtest.prompts import Prompts, token_prompts
 from loadtest.records import Record, Sample
 from loadtest.replay import CannotReplay, served
 from loadtest.samples import Sampler
-from loadtest.sides import exact
 from loadtest.simulate import Plan, Simulation
 from loadtest.workload import MIXES, Fit, Maker, shapes
 
@@ -96,18 +95,14 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """request_s: what a request takes outside of iterations. errors: of each kind of iteration, relative."""
+    """errors: of each kind of iteration, relative."""
 
     cost: CostModel
-    request_s: float
     errors: Sequence[float]
 
     def __str__(self) -> str:
         worst, middle = max(map(abs, self.errors)), median(map(abs, self.errors))
-        return (
-            f"{len(self.errors)} kinds of iteration, error {middle:.1%} in the median and {worst:.1%} at most; "
-            f"a request spends {exact(self.request_s)} outside of iterations, which no simulation has"
-        )
+        return f"{len(self.errors)} kinds of iteration, error {middle:.1%} in the median and {worst:.1%} at most"
 
 
 def fit(seen: Sequence[Seen], like: CostModel) -> Fitted:
@@ -128,8 +123,9 @@ def fit(seen: Sequence[Seen], like: CostModel) -> Fitted:
         prefill_s_per_token=prefill_s,
         decode_s_per_sequence=decode_s,
         attention_s_per_kv_token=attention_s,
+        start_s_per_sequence=request_s,
     )
-    return Fitted(cost, request_s, [float(error) for error in errors])
+    return Fitted(cost, [float(error) for error in errors])
 
 
 def _no_less_than_zero(rows: Floats, goal: Floats) -> Floats:
@@ -169,6 +165,68 @@ def _e2e_s(record: Record) -> float:
     return record.e2e_s
 
 
+class Probes:
+    """What is asked of an idle engine to see what its iterations cost.
+
+    ask: sends calls, so many at a time, and returns their records; it raises where one fails.
+    most_tokens: of a prompt, so that it is read in one iteration.
+    """
+
+    def __init__(
+        self, ask: Callable[[Sequence[Call], int], Sequence[Record]], prompts: Prompts, context_tokens: int,
+        most_tokens: int,
+    ) -> None:  # fmt: skip
+        self._send = ask
+        self._prompts = prompts
+        self._context_tokens = context_tokens
+        self._most_tokens = min(most_tokens, context_tokens - 2)
+        self._numbers = count()
+
+    def seen(self, slots: int) -> list[Seen]:
+        """Prompts one at a time, and batches up to so many slots. CannotReplay if the engine is too fast to overlap."""
+        self._ask(_PROBES, 1, _SHORT_TOKENS, 2)  # the first requests of an engine are slower than all later ones
+        return [*self._prefill(), *self._decode(slots)]
+
+    def prompt(self, tokens: int) -> list[int] | str:
+        """One that was not asked before."""
+        return self._prompts(next(self._numbers), tokens, (), 0)
+
+    def _prefill(self) -> Iterator[Seen]:
+        for tokens in (length for length in _PROMPT_LENGTHS if length <= self._most_tokens):
+            records = self._ask(_PROBES, 1, tokens, 1)
+            yield Seen(tokens, 0, 0, median(record.ttft_s or 0.0 for record in records), request=True)
+
+    def _decode(self, slots: int) -> Iterator[Seen]:
+        sizes = [size for size in (1, 2, 4, 8, 16, 32, 64, 128, 256) if size < slots] + [slots]
+        for size in sizes:
+            yield self._batch(size, _SHORT_TOKENS)
+        long_tokens = min(_LONG_TOKENS, self._context_tokens - _ANSWER_TOKENS)
+        for size in {1, max(1, slots // 2)}:
+            yield self._batch(size, long_tokens)
+
+    def _batch(self, size: int, prompt_tokens: int) -> Seen:
+        """Gaps of a batch in which all decode: those between the last first token and the first last one."""
+        records = self._ask(size, size, prompt_tokens, _ANSWER_TOKENS)
+        begin = max(record.sent_s + (record.ttft_s or 0.0) for record in records)
+        gaps_s = []
+        for record in records:
+            at_s = record.sent_s + (record.ttft_s or 0.0)
+            for gap_us in record.gaps_us:
+                if at_s >= begin and gap_us:
+                    gaps_s.append(gap_us / 1e6)
+                at_s += gap_us / 1e6
+        if not gaps_s:
+            raise CannotReplay("The answers did not overlap: give fewer --slots.")
+        return Seen(0, size, size * (prompt_tokens + _ANSWER_TOKENS // 2), fmean(gaps_s))
+
+    def _ask(self, number: int, concurrency: int, prompt_tokens: int, output_tokens: int) -> Sequence[Record]:
+        calls = [
+            Call(f"probe-{at}", 0.0, "default", self._prompts(at, prompt_tokens, (), 0), prompt_tokens, output_tokens)
+            for at in (next(self._numbers) for _ in range(number))
+        ]
+        return self._send(calls, concurrency)
+
+
 class Engine:
     """An engine that is probed. Everything here talks to it."""
 
@@ -179,16 +237,14 @@ class Engine:
         self._target = Target(args.url, model, args.key, timeout_s=args.timeout)
         self._context_tokens = args.context or context_tokens or 2048
         self._prompts = token_prompts(args.seed)
-        self._numbers = count()
+        self._probes = Probes(self._ask, self._prompts, self._context_tokens, args.batched_tokens)
 
     def fit(self, screen: Console) -> Fitted:
         """CannotReplay if a probe fails, ValueError if the engine does not tell its slots and nobody else does."""
         slots = self._args.slots or self._slots()
         screen.print(f"{slots} slots; probing", highlight=False)
-        seen = [*self._prefill(), *self._decode(slots)]
-        like = CostModel(max_seqs=slots, max_batched_tokens=self._args.batched_tokens)
-        capacity_tokens = self._kv_tokens()
-        return fit(seen, replace(like, kv_capacity_tokens=capacity_tokens) if capacity_tokens else like)
+        seen = self._probes.seen(slots)
+        return fit(seen, self._with_kv(CostModel(max_seqs=slots, max_batched_tokens=self._args.batched_tokens)))
 
     def check(self, cost: CostModel) -> Check:
         """Sends a workload, and simulates the very same calls at the times at which they were sent."""
@@ -220,42 +276,7 @@ class Engine:
         rate = args.load * cost.saturation_tokens_per_s(prompt, output) / output
         return maker.calls(drawn, arrivals.poisson(rate, Random(args.seed + 2)), Random(args.seed + 3))
 
-    def _prefill(self) -> Iterator[Seen]:
-        self._ask(_PROBES, 1, _SHORT_TOKENS, 2)  # the first requests of an engine are slower than all later ones
-        most = min(self._args.batched_tokens, self._context_tokens - 2)
-        for tokens in (length for length in _PROMPT_LENGTHS if length <= most):
-            records = self._ask(_PROBES, 1, tokens, 1)
-            yield Seen(tokens, 0, 0, median(record.ttft_s or 0.0 for record in records), request=True)
-
-    def _decode(self, slots: int) -> Iterator[Seen]:
-        sizes = [size for size in (1, 2, 4, 8, 16, 32, 64, 128, 256) if size < slots] + [slots]
-        for size in sizes:
-            yield self._batch(size, _SHORT_TOKENS)
-        long_tokens = min(_LONG_TOKENS, self._context_tokens - _ANSWER_TOKENS)
-        for size in {1, max(1, slots // 2)}:
-            yield self._batch(size, long_tokens)
-
-    def _batch(self, size: int, prompt_tokens: int) -> Seen:
-        """Gaps of a batch in which all decode: those between the last first token and the first last one."""
-        records = self._ask(size, size, prompt_tokens, _ANSWER_TOKENS)
-        begin = max(record.sent_s + (record.ttft_s or 0.0) for record in records)
-        gaps_s = []
-        for record in records:
-            at_s = record.sent_s + (record.ttft_s or 0.0)
-            for gap_us in record.gaps_us:
-                if at_s >= begin and gap_us:
-                    gaps_s.append(gap_us / 1e6)
-                at_s += gap_us / 1e6
-        if not gaps_s:
-            raise CannotReplay("The answers did not overlap: give fewer --slots.")
-        return Seen(0, size, size * (prompt_tokens + _ANSWER_TOKENS // 2), median(gaps_s))
-
-    def _ask(self, number: int, concurrency: int, prompt_tokens: int, output_tokens: int) -> list[Record]:
-        calls = []
-        for _ in range(number):
-            at = next(self._numbers)
-            prompt = self._prompts(at, prompt_tokens, (), 0)
-            calls.append(Call(f"probe-{at}", 0.0, "default", prompt, prompt_tokens, output_tokens))
+    def _ask(self, calls: Sequence[Call], concurrency: int) -> Sequence[Record]:
         client = Client(self._target)
         asyncio.run(client.closed_loop(calls, concurrency))
         bad = [record for record in client.records if not record.ok]
@@ -271,7 +292,7 @@ class Engine:
             sampler = Sampler([self._args.url], seen.append, perf_counter, period_s=0.1)
             task = asyncio.create_task(sampler.run())
             calls = [
-                Call(f"flood-{at}", 0.0, "default", self._prompts(next(self._numbers), 8, (), 0), 8, _FLOOD_TOKENS)
+                Call(f"flood-{at}", 0.0, "default", self._probes.prompt(8), 8, _FLOOD_TOKENS)
                 for at in range(_MOST_SLOTS)
             ]
             await Client(self._target).closed_loop(calls, _MOST_SLOTS)
@@ -283,11 +304,14 @@ class Engine:
             raise ValueError("The server does not say how many requests it runs: give --slots.")
         return most
 
-    def _kv_tokens(self) -> int:
-        """The KV cache's room by the engine's own metrics, 0 if it does not say."""
+    def _with_kv(self, cost: CostModel) -> CostModel:
+        """With the KV cache's room by the engine's own metrics, if it says; one of its blocks holds nothing."""
         try:
             page = httpx2.get(f"{self._args.url.rstrip('/')}/metrics", timeout=10).text
         except httpx2.HTTPError:
-            return 0
+            return cost
         found = _BLOCKS.search(page)
-        return int(found[1]) * int(found[2]) if found else 0
+        if found is None:
+            return cost
+        size = int(found[1])
+        return replace(cost, prefix_block_tokens=size, kv_capacity_tokens=size * (int(found[2]) - 1))

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import orjson
 
+_PLAIN_BLOCK_TOKENS = 16  # vLLM's default
+
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
@@ -16,10 +18,11 @@ class CostModel:
     decode_s_per_sequence: seconds per sequence that makes one output token.
     attention_s_per_kv_token: seconds per KV token read by the decoding sequences.
     transfer_s_per_token: seconds per prompt token whose KV comes from a prefill worker instead of being computed.
+    start_s_per_sequence: seconds more per sequence that comes into the batch, for reading its request and preparing it.
     max_seqs: batch slots (vLLM's --max-num-seqs).
     max_batched_tokens: tokens of one iteration, decode and prefill chunks together (--max-num-batched-tokens).
     kv_capacity_tokens: tokens whose keys and values fit into memory.
-    prefix_block_tokens: of one block of the prefix cache; 0 for none.
+    prefix_block_tokens: of one block of the KV memory, which is what prefixes are shared in; 0 for no prefix cache.
     """
 
     iteration_s: float = 0.002
@@ -31,6 +34,7 @@ class CostModel:
     max_batched_tokens: int = 2048
     kv_capacity_tokens: int = 1 << 18
     prefix_block_tokens: int = 32
+    start_s_per_sequence: float = 0.0
 
     def __post_init__(self) -> None:
         if min(self.max_seqs, self.max_batched_tokens, self.kv_capacity_tokens) < 1:
@@ -47,14 +51,22 @@ class CostModel:
         except (orjson.JSONDecodeError, TypeError) as error:
             raise ValueError(f"{path} is no cost model: {error}. `evenhand calibrate --out` writes one.") from error
 
-    def duration_s(self, prefill_tokens: int, decode_sequences: int, kv_tokens: int, transfer_tokens: int = 0) -> float:
-        """Seconds of an iteration that computes so much: linear in each of the four."""
+    @property
+    def block_tokens(self) -> int:
+        """Of one block of KV memory, with a prefix cache or without."""
+        return self.prefix_block_tokens or _PLAIN_BLOCK_TOKENS
+
+    def duration_s(
+        self, prefill_tokens: int, decode_sequences: int, kv_tokens: int, transfer_tokens: int = 0, started: int = 0
+    ) -> float:
+        """Seconds of an iteration that computes so much: linear in each of the five."""
         return (
             self.iteration_s
             + self.prefill_s_per_token * prefill_tokens
             + self.decode_s_per_sequence * decode_sequences
             + self.attention_s_per_kv_token * kv_tokens
             + self.transfer_s_per_token * transfer_tokens
+            + self.start_s_per_sequence * started
         )
 
     def saturation_tokens_per_s(self, prompt_tokens: float, output_tokens: float) -> float:
@@ -70,7 +82,8 @@ class CostModel:
         decode_s = (
             self.iteration_s + self.decode_s_per_sequence * seqs + self.attention_s_per_kv_token * seqs * held_tokens
         )
-        per_request_s = output_tokens * decode_s / seqs + self.prefill_s_per_token * prompt_tokens
+        prefill_s = self.prefill_s_per_token * prompt_tokens + self.start_s_per_sequence
+        per_request_s = output_tokens * decode_s / seqs + prefill_s
         return output_tokens / per_request_s if per_request_s > 0 else float("inf")
 
 

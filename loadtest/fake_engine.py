@@ -29,8 +29,8 @@ from loadtest.engine_metrics import exposition
 from loadtest.faults import HEALTHY, Faults, faults_from
 from loadtest.http_server import Exchange
 from loadtest.kept_kv import FETCH_PATH, KeptKv, fetch
+from loadtest.kv_blocks import block_hashes
 from loadtest.messages_wire import MessagesWire, anthropic_error, ask_messages
-from loadtest.prefix_cache import block_hashes
 from loadtest.responses_wire import ResponsesWire, ask_responses
 from loadtest.vllm_wire import Ask, Json, OpenAIWire, Refused, Said, Wire, ask_chat, ask_completion
 from scheduler.catalog import build, options_from
@@ -147,7 +147,7 @@ class FakeEngine:
         self.seen: deque[Seen] = deque(maxlen=_SEEN)
         self.port = port
         self.batch = ContinuousBatch(self.setup.cost, Lanes(build(self.setup.policy, self.setup.policy_options)))
-        self.kept = KeptKv(self._hold_kv, self.setup.kv_lease_s)
+        self.kept = KeptKv(self.batch.keep, self.setup.kv_lease_s)
         self.fetched = self.not_fetched = 0
         self._fetches: set[asyncio.Task[None]] = set()
         self._wall_clock = wall_clock
@@ -282,9 +282,6 @@ class FakeEngine:
         self.not_fetched += not there
         if not answer.left:
             self._admit(answer, transferred=there)
-
-    def _hold_kv(self, tokens: int) -> None:
-        self.batch.kv_used_tokens += tokens
 
     def _give_kv(self, exchange: Exchange) -> None:
         name = str(vllm_wire.parse_body(exchange.body).get("remote_request_id"))

@@ -316,7 +316,8 @@ def _first(calls: Iterator[Call], most: int) -> Iterator[Call]:
 
 
 def _job(call: Call, name: str, now: float) -> Job:
-    return Job(name, call.tenant, call.prompt_tokens, now, max_tokens=call.output_tokens, kind=call.kind)
+    """As an engine sees it, which is not told what the report calls its kind."""
+    return Job(name, call.tenant, call.prompt_tokens, now, max_tokens=call.output_tokens)
 
 
 def block_prompts(block_tokens: int) -> Prompts:

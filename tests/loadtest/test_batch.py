@@ -68,7 +68,7 @@ def test_no_more_run_than_there_are_slots() -> None:
 
 @pytest.mark.parametrize("policy", ["fcfs", "mlfq", "vtc", "gittins"])
 def test_every_job_ends_and_all_memory_comes_back_when_kv_is_short(policy: str) -> None:
-    cost = CostModel(iteration_s=1.0, max_seqs=4, max_batched_tokens=64, kv_capacity_tokens=40)
+    cost = CostModel(iteration_s=1.0, max_seqs=4, max_batched_tokens=64, kv_capacity_tokens=40, prefix_block_tokens=1)
     batch = batch_of(cost, policy)
     lengths = {job(str(at), 6 + at): 25 for at in range(8)}
     for one in lengths:
@@ -81,7 +81,7 @@ def test_every_job_ends_and_all_memory_comes_back_when_kv_is_short(policy: str) 
 
 
 def test_a_preempted_job_is_computed_again_with_what_it_said() -> None:
-    cost = CostModel(iteration_s=1.0, max_seqs=2, max_batched_tokens=64, kv_capacity_tokens=21)
+    cost = CostModel(iteration_s=1.0, max_seqs=2, max_batched_tokens=64, kv_capacity_tokens=21, prefix_block_tokens=1)
     batch = batch_of(cost)
     lengths = {job("a", 8): 10, job("b", 8, arrived_at=0.1): 10}
     for one in lengths:

@@ -30,7 +30,7 @@ def test_a_linear_engine_is_found_exactly() -> None:
     found = fit(seen, CostModel(max_seqs=16))
     for name in ("iteration_s", "prefill_s_per_token", "decode_s_per_sequence", "attention_s_per_kv_token"):
         assert getattr(found.cost, name) == pytest.approx(getattr(TRUE, name), rel=1e-6)
-    assert found.request_s == pytest.approx(0.01, rel=1e-6)
+    assert found.cost.start_s_per_sequence == pytest.approx(0.01, rel=1e-6)
     assert max(map(abs, found.errors)) < 1e-9
 
 

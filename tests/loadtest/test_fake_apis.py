@@ -10,7 +10,6 @@ from loadtest.costmodel import PRESETS, CostModel
 from loadtest.embedding import vector
 from loadtest.fake_engine import EngineSetup, FakeEngine
 from loadtest.faults import Faults
-from loadtest.prefix_cache import PrefixCache, block_hashes
 
 QUESTION = "What is the capital of France?"
 ANSWER = "The capital of France is Paris."
@@ -114,24 +113,6 @@ async def test_a_failure_in_a_stream_has_the_apis_own_shape(engine: FakeEngine, 
 
 def test_a_vector_has_length_one() -> None:
     assert sum(value * value for value in vector([1, 2, 3])) == pytest.approx(1.0)
-
-
-def test_only_full_blocks_of_equal_beginnings_match() -> None:
-    cache = PrefixCache(1000, 4)
-    cache.keep(block_hashes([1, 2, 3, 4, 5, 6, 7, 8, 9], 4))
-    assert cache.match(block_hashes([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 4)) == 8
-    assert cache.match(block_hashes([1, 2, 3, 4, 0, 6, 7, 8], 4)) == 4
-    assert cache.match(block_hashes([0, 2, 3, 4, 5, 6, 7, 8], 4)) == 0
-
-
-def test_a_full_cache_forgets_what_was_used_longest_ago() -> None:
-    cache = PrefixCache(8, 4)
-    first, second, third = (block_hashes([at] * 4, 4) for at in range(3))
-    cache.keep(first)
-    cache.keep(second)
-    cache.match(first)
-    cache.keep(third)
-    assert (cache.match(first), cache.match(second), cache.match(third)) == (4, 0, 4)
 
 
 async def test_a_prompt_that_was_seen_is_computed_no_second_time() -> None:

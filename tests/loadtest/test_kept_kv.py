@@ -44,7 +44,7 @@ async def ask() -> AsyncIterator[Ask]:
 
 async def test_kv_is_kept_until_it_is_fetched(prefill: FakeEngine, decode: FakeEngine, ask: Ask) -> None:
     first = await ask(prefill, kv_transfer_params=KEEP)
-    assert len(prefill.kept) == 1 and prefill.batch.kv_used_tokens == 300
+    assert len(prefill.kept) == 1 and prefill.batch.kv_used_tokens == 320
     second = await ask(decode, kv_transfer_params=first["kv_transfer_params"])
     assert second["choices"][0]["text"] == first["choices"][0]["text"]
     assert (decode.fetched, decode.not_fetched) == (1, 0)

@@ -1,0 +1,98 @@
+"""The simulator's batch beside vLLM's real scheduler with our plug-in: step by step the same jobs make a token."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from loadtest.batch import ContinuousBatch
+from loadtest.costmodel import CostModel
+from scheduler.catalog import build
+from scheduler.jobs import Job, Outcome
+from scheduler.lanes import Lanes
+from tests.engine.driven import BLOCK_TOKENS, Clock, Engine, build_scheduler, request
+
+pytestmark = pytest.mark.engine
+
+SLOTS, STEP_TOKENS, STEP_S = 6, 128, 0.01
+PLENTY, SCARCE = 1000, 24  # KV blocks
+
+
+def work(seed: int) -> Iterator[list[tuple[str, int, int]]]:
+    """By step: name, prompt tokens and answer tokens of those that arrive."""
+    rng = random.Random(seed)
+    coming = [(f"r{at}", rng.randint(1, 190), rng.choice([1, 3, 20, 150])) for at in range(80)]
+    while coming:
+        number = rng.choice([0, 0, 0, 1, 3])
+        yield coming[:number]
+        coming = coming[number:]
+
+
+class Simulated:
+    """The simulator's batch, stepped by hand."""
+
+    def __init__(self, policy: str, blocks: int) -> None:
+        # One of vLLM's blocks is a placeholder.
+        capacity_tokens = (blocks - 1) * BLOCK_TOKENS
+        cost = CostModel(
+            max_seqs=SLOTS,
+            max_batched_tokens=STEP_TOKENS,
+            kv_capacity_tokens=capacity_tokens,
+            prefix_block_tokens=BLOCK_TOKENS,
+        )
+        self.batch = ContinuousBatch(cost, Lanes(build(policy, {})))
+        self._lengths: dict[Job, int] = {}
+
+    def add(self, name: str, prompt_tokens: int, output_tokens: int, now: float) -> None:
+        job = Job(name, f"t{int(name[1:]) % 3}", prompt_tokens, now, max_tokens=output_tokens)
+        self._lengths[job] = output_tokens
+        self.batch.add(job, now)
+
+    def step(self, now: float) -> set[str]:
+        """Who made a token."""
+        iteration = self.batch.schedule(now)
+        if iteration is None:
+            return set()
+        made = self.batch.complete(iteration, now)
+        for job in made:
+            if job.output_tokens == self._lengths[job]:
+                self.batch.finish(job, Outcome.LENGTH, now)
+        return {job.id for job in made}
+
+
+def said(engine: Engine) -> dict[str, int]:
+    return {name: len(tokens) for name, tokens in engine.answers.items()}
+
+
+@pytest.mark.parametrize("blocks", [PLENTY, SCARCE])
+@pytest.mark.parametrize("policy", ["fcfs", "mlfq", "vtc", "gittins"])
+def test_the_same_jobs_make_a_token_at_every_step(hollow_model: Path, policy: str, blocks: int) -> None:
+    clock = Clock()
+    scheduler = build_scheduler(hollow_model, policy, slots=SLOTS, step_tokens=STEP_TOKENS, blocks=blocks, clock=clock)
+    engine, simulated = Engine(scheduler, clock=clock, step_s=STEP_S), Simulated(policy, blocks)
+    coming = work(seed=3)
+    steps = 0
+    while len(engine.finished) < 80:
+        for name, prompt_tokens, output_tokens in next(coming, ()):
+            engine.add(request(name, prompt_tokens, output_tokens, tenant=f"t{int(name[1:]) % 3}"))
+            simulated.add(name, prompt_tokens, output_tokens, clock.now)
+        if not scheduler.has_requests():
+            continue
+        before = said(engine)
+        output = engine.step()
+        if output is None or not output.total_num_scheduled_tokens:
+            continue  # it only sent somebody away, and the next step goes on from there
+        steps += 1
+        made = {name for name, tokens in said(engine).items() if tokens > before.get(name, 0)}
+        assert simulated.step(clock.now) == made, f"step {steps}"
+    preempted = sum(
+        scheduler.registry.get_sample_value("evenhand_engine_preemptions_total", {"policy": policy, "reason": reason})
+        or 0
+        for reason in ("policy", "memory")
+    )
+    assert simulated.batch.counts.preemptions == preempted
+    assert (preempted > 0) == (blocks == SCARCE or policy in ("mlfq", "gittins"))
+    assert simulated.batch.kv_used_tokens == 0
