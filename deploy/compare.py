@@ -24,7 +24,7 @@ from loadtest.replay import CannotReplay
 from loadtest.sides import Side, rows, sides
 from loadtest.simulate import Plan, Simulation, block_prompts
 from loadtest.simulate_command import cost_of, simulate, words
-from loadtest.workload import MIXES, mean_lengths
+from loadtest.workload import WORKLOADS, mean_lengths
 from scheduler.catalog import choose, describe
 
 ENGINES = ("fake", "simulated", "real")
@@ -36,7 +36,7 @@ _SAMPLE_S = 0.25
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "workload", nargs="?", default="C", metavar="TRACE|WORKLOAD",
-        help=f"a trace file, or one of {', '.join(MIXES)} (default: %(default)s)",
+        help=f"a trace file, or one of {', '.join(WORKLOADS)} (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--policies", default=DEFAULT_POLICIES, metavar="NAME[:KEY=VALUE…],…",
@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     real = parser.add_argument_group("real engines")
     real.add_argument("--model", default="smollm2", help="what is served (default: %(default)s)")
     real.add_argument("--one-at-a-time", action="store_true", help="restart for every run, one engine alive at a time")
+    policies_bench.add_saturating_rounds(real)
     real.add_argument("--engine-args", default="", help="handed to every engine, as one string")
     parser.epilog = describe()
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

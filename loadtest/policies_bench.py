@@ -31,12 +31,23 @@ from loadtest.replay import CannotReplay, Prepared, measure, served
 from loadtest.sides import measure as measure_named
 from loadtest.sides import repeated
 from loadtest.traces import Skipped, TraceRow, read
-from loadtest.workload import MIXES, Fit, Maker, Shape, mean_lengths, parse_shares, shapes
+from loadtest.workload import (
+    CONVERSATIONS,
+    WORKLOADS,
+    Fit,
+    Maker,
+    Shape,
+    conversations,
+    mean_lengths,
+    mean_turns,
+    parse_shares,
+    shapes,
+)
 
 # Enough requests to fill every slot many times over; their rate is what the engine can do. An engine's first batches
 # are slower than all later ones: every target is warmed up before anything is measured.
 _SATURATING_ROUNDS = 100
-_WARMING_ROUNDS = 8
+_WARMING_PART = 0.08
 _MEAN_OF = 20_000
 
 
@@ -68,7 +79,7 @@ def rows_of(workload: str, traces: Path | None) -> list[TraceRow]:
         return arena(traces)
     if not Path(workload).is_file():
         raise ValueError(
-            f"There is no workload {workload}: choose of {', '.join(MIXES)}, {ARENA}, or give the path of a trace."
+            f"There is no workload {workload}: choose of {', '.join(WORKLOADS)}, {ARENA}, or give the path of a trace."
         )
     rows = list(read(Path(workload)))
     if not rows:
@@ -100,7 +111,7 @@ MEASURES: Mapping[str, Callable[[report.Summary], float]] = {
 
 def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     """What is asked of every target, and how often."""
-    parser.add_argument("--workloads", default="S,C,R", help="of S, C, R, A, or trace files (default: S,C,R)")
+    parser.add_argument("--workloads", default="S,C,R", help="of S, C, R, M, A, or trace files (default: S,C,R)")
     parser.add_argument(
         "--loads", default="0.7,1.0,1.2", metavar="LOAD[:JOBS],…",
         help="offered rate by saturation, 3:200 for a burst of 200 at three times it (default: %(default)s)",
@@ -125,6 +136,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_workload_arguments(parser)
     parser.add_argument("--saturation", type=float, help="requests per second at saturation (default: measured)")
+    add_saturating_rounds(parser)
     parser.add_argument("--ready", type=float, default=300.0, help="seconds a command may take to serve (default: 300)")
     parser.add_argument("--timeout", type=float, default=600.0, help="patience per request, seconds (default: 600)")
     parser.add_argument(
@@ -136,6 +148,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/policies"), help="records and logs (default: runs/policies)"
     )
+
+
+def add_saturating_rounds(group: "argparse._ActionsContainer") -> None:
+    group.add_argument(
+        "--saturating-rounds", type=int, default=_SATURATING_ROUNDS, metavar="N",
+        help="requests per slot that measure a real engine's saturation (default: %(default)s)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -168,7 +187,7 @@ class Draws:
     @classmethod
     def of(cls, args: argparse.Namespace) -> Self:
         """As the options say. ValueError for a workload that there is not, or without its trace."""
-        rows = {name: rows_of(name, args.traces) for name in args.workloads.split(",") if name not in MIXES}
+        rows = {name: rows_of(name, args.traces) for name in args.workloads.split(",") if name not in WORKLOADS}
         fit = Fit(args.length_scale, args.context, args.prompt_scale)
         return cls(fit, parse_shares(args.shares), args.traces, args.seed, rows)
 
@@ -178,6 +197,10 @@ class Draws:
         maker = Maker(self.prompts(seed), self.fit, self.shares)
         poisson = arrivals.poisson(rate, Random(seed + 2))
         rows = self.rows.get(workload)
+        if workload == CONVERSATIONS:
+            begin_s = arrivals.poisson(rate / mean_turns(self.traces), Random(seed + 2))
+            said = conversations(Random(seed + 1), self.traces)
+            return islice(maker.conversations(said, begin_s, Random(seed + 3)), number)
         if rows is None:
             drawn = shapes(workload, Random(seed + 1), self.traces)
             return islice(maker.calls(drawn, poisson, Random(seed + 3)), number)
@@ -189,6 +212,8 @@ class Draws:
     def sample(self, workload: str) -> Iterable[Shape]:
         """Lengths as the workload has them, before they are scaled."""
         rows = self.rows.get(workload)
+        if workload == CONVERSATIONS:
+            rows = list(islice(conversations(Random(0), self.traces), _MEAN_OF))
         if rows is not None:
             return [Shape(row.prompt_tokens, row.output_tokens) for row in rows]
         return islice(shapes(workload, Random(0), self.traces), _MEAN_OF)
@@ -251,9 +276,10 @@ class Bench:
         if self._args.saturation:
             return float(self._args.saturation)
         baseline = self.targets[0]
-        setting = Setting(workload, slots, 0.0, _SATURATING_ROUNDS * slots)
+        setting = Setting(workload, slots, 0.0, self._args.saturating_rounds * slots)
+        rounds = max(1, round(_WARMING_PART * self._args.saturating_rounds))
         for target in self.targets if urls else ():
-            warming = self._draws.calls(workload, 1.0, -2, _WARMING_ROUNDS * slots)
+            warming = self._draws.calls(workload, 1.0, -2, rounds * slots)
             self.measure(target, setting, urls, warming, f"{label(workload)}-{slots}-warming-{target.name}")
         calls = self._draws.calls(workload, 1.0, -1, setting.jobs)
         records = self.measure(baseline, setting, urls, calls, f"{label(workload)}-{slots}-saturation")

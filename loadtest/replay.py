@@ -31,7 +31,17 @@ from loadtest.records import Record, Run, Writer
 from loadtest.samples import PERIOD_S, Sampler
 from loadtest.sides import sides
 from loadtest.traces import READERS, Skipped, TraceRow, read
-from loadtest.workload import MIXES, Fit, Maker, parse_shares, shapes
+from loadtest.workload import (
+    CONVERSATIONS,
+    MIXES,
+    WORKLOADS,
+    Fit,
+    Maker,
+    conversations,
+    mean_turns,
+    parse_shares,
+    shapes,
+)
 
 _REFRESH_S = 0.5
 _ANSWER_S = 10.0  # for the one question asked before a run: which model is served
@@ -44,7 +54,7 @@ class CannotReplay(Exception):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "trace", metavar="TRACE", help=f"a trace file ({', '.join(READERS)}), or a workload: {', '.join(MIXES)}"
+        "trace", metavar="TRACE", help=f"a trace file ({', '.join(READERS)}), or a workload: {', '.join(WORKLOADS)}"
     )
     parser.add_argument("--url", required=True, help="the server, for example http://127.0.0.1:8000")
     parser.add_argument("--limit", type=int, help="requests to send (default: all of a trace, 200 of a workload)")
@@ -220,8 +230,12 @@ def _prompts(args: argparse.Namespace) -> Prompts:
 def calls_of(args: argparse.Namespace, maker: Maker, skipped: Skipped) -> tuple[Iterator[Call], int]:
     """The calls that the options ask for, made as they are needed, and how many. CannotReplay says what to do."""
     rng = Random(args.seed)
+    total = args.limit or 200
+    if args.trace == CONVERSATIONS and not Path(args.trace).exists():
+        times_s = _paced(args, (args.rate or 1.0) / mean_turns(args.traces))
+        said = conversations(Random(args.seed + 1), args.traces)
+        return islice(maker.conversations(said, times_s, rng), total), total
     if args.trace in MIXES and not Path(args.trace).exists():
-        total = args.limit or 200
         drawn = shapes(args.trace, Random(args.seed + 1), args.traces)
         return islice(maker.calls(drawn, _paced(args, args.rate or 1.0), rng), total), total
     rows = list(islice(read(Path(args.trace), form=args.form or "", skipped=skipped), args.limit))

@@ -18,13 +18,13 @@ from loadtest.replay import CannotReplay
 from loadtest.sides import Side, rows
 from loadtest.simulate import Plan, Simulation, block_prompts
 from loadtest.traces import READERS, Skipped
-from loadtest.workload import MIXES, Fit, Maker, parse_shares
+from loadtest.workload import WORKLOADS, Fit, Maker, parse_shares
 from scheduler.catalog import choose, describe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "trace", metavar="TRACE", help=f"a trace file ({', '.join(READERS)}), or a workload: {', '.join(MIXES)}"
+        "trace", metavar="TRACE", help=f"a trace file ({', '.join(READERS)}), or a workload: {', '.join(WORKLOADS)}"
     )
     parser.add_argument(
         "--policy", default="fcfs", metavar="NAME[:KEY=VALUE…],…",

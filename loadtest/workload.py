@@ -1,14 +1,17 @@
 """Who asks what: lengths, tenants, prompts and times put together into calls.
 
-Three named workloads, from the traces if they are there, else drawn from quantiles of the same traces:
+Named workloads, from the traces if they are there, else drawn from quantiles of the same traces:
 S, ShareGPT's first turns (answers alike in length, where preempting cannot win); C, 60 % of Azure's code and 40 % of
-its chat requests (CV of answers 1.4); R, C with 5 % long answers of a reasoning model (CV above 3).
+its chat requests (CV of answers 1.4); R, C with 5 % long answers of a reasoning model (CV above 3); and M, whole
+conversations of ShareGPT, in which a question waits for the answer before it and all said before is its prompt.
 """
 
 import zlib
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby, islice, tee
 from pathlib import Path
 from random import Random
 
@@ -17,7 +20,7 @@ from loadtest.prompts import Prompts
 from loadtest.traces import TraceRow, read
 
 # Quantiles of the traces: share of requests, then prompt and output tokens at it. Azure LLM inference 2023 (CC BY 4.0,
-# Patel et al., Splitwise); first turns of ShareGPT_V3 under the usual filter.
+# Patel et al., Splitwise); ShareGPT_V3 counted with SmolLM2's tokenizer, the first turns under the usual filter.
 _AT = (0.0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 _QUANTILES: Mapping[str, tuple[Sequence[int], Sequence[int]]] = {
     "code": (
@@ -32,20 +35,31 @@ _QUANTILES: Mapping[str, tuple[Sequence[int], Sequence[int]]] = {
         (4, 5, 7, 11, 17, 30, 66, 152, 303, 401, 551, 751, 856, 958, 1019),
         (4, 11, 33, 74, 133, 196, 257, 310, 363, 426, 535, 720, 817, 949, 1205),
     ),
+    # Any turn: questions of 106 tokens in the mean, answers of 314.
+    "turn": (
+        (1, 1, 3, 5, 8, 11, 14, 18, 25, 39, 68, 146, 431, 1743, 20877),
+        (1, 4, 25, 59, 119, 176, 232, 281, 330, 385, 468, 635, 777, 913, 1240),
+    ),
 }
+_TURNS = (1, 1, 1, 1, 1, 2, 2, 3, 4, 4, 5, 6, 8, 12, 26)  # of a conversation, 3.4 in the mean
 _FILES: Mapping[str, str] = {
     "code": "AzureLLMInferenceTrace_code.csv",
     "chat": "AzureLLMInferenceTrace_conv.csv",
     "sharegpt": "sharegpt_v3_lengths.first2000convs.csv",
 }
+CONVERSATIONS = "M"
 # Answers of a reasoning model: log-normal with a mean of 4,000 tokens and a CV of 0.5.
 _REASONING_MU, _REASONING_SIGMA = 8.18, 0.472
+_MEAN_OF = 20_000
 
 MIXES: Mapping[str, Mapping[str, float]] = {
     "S": {"sharegpt": 1.0},
     "C": {"code": 0.6, "chat": 0.4},
     "R": {"code": 0.57, "chat": 0.38, "reasoning": 0.05},
 }
+
+
+WORKLOADS = (*MIXES, CONVERSATIONS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +72,44 @@ class Shape:
 
 
 Draw = Callable[[Random], Shape]
+
+
+def conversations(rng: Random, traces: Path | None = None) -> Iterator[TraceRow]:
+    """An endless stream of conversations, turn after turn, none with a time."""
+    file = traces / _FILES["sharegpt"] if traces is not None else None
+    seen = _by_session(read(file)) if file is not None and file.is_file() else []
+    number = 0
+    while True:
+        rows = rng.choice(seen) if seen else _conversation(rng)
+        yield from (replace(row, session=f"conversation-{number}") for row in rows)
+        number += 1
+
+
+def _conversation(rng: Random) -> list[TraceRow]:
+    questions, answers = _QUANTILES["turn"]
+    rows, said_tokens = [], 0
+    for turn in range(_at(_TURNS, rng.random())):
+        said_tokens += _at(questions, rng.random())
+        rows.append(TraceRow(None, said_tokens, _at(answers, rng.random()), turn=turn, kind="chat"))
+        said_tokens += rows[-1].output_tokens
+    return rows
+
+
+def _by_session(rows: Iterable[TraceRow]) -> list[list[TraceRow]]:
+    return [list(of) for _, of in groupby(rows, key=lambda row: row.session)]
+
+
+def starting(rows: Iterable[TraceRow], times_s: Iterable[float]) -> Iterator[TraceRow]:
+    """Each conversation at a time of its own, all its turns at the same: they wait for each other."""
+    for (_, of), at_s in zip(groupby(rows, key=lambda row: row.session), times_s, strict=False):
+        yield from (replace(row, at_s=at_s) for row in of)
+
+
+def mean_turns(traces: Path | None = None) -> float:
+    """Of a conversation."""
+    drawn = islice(conversations(Random(0), traces), _MEAN_OF)
+    numbers = Counter(row.session for row in drawn)
+    return sum(numbers.values()) / len(numbers)
 
 
 def shapes(name: str, rng: Random, traces: Path | None = None) -> Iterator[Shape]:
@@ -115,10 +167,12 @@ class Fit:
     context_tokens: int = 8192
     prompt_scale: float = 1.0
 
+    def scaled_prompt(self, tokens: int) -> int:
+        """A prompt's length before it is cut."""
+        return round(tokens * self.length_scale * self.prompt_scale)
+
     def __call__(self, shape: Shape) -> Shape:
-        prompt = max(
-            1, min(round(shape.prompt_tokens * self.length_scale * self.prompt_scale), self.context_tokens // 2)
-        )
+        prompt = max(1, min(self.scaled_prompt(shape.prompt_tokens), self.context_tokens // 2))
         output = max(1, min(round(shape.output_tokens * self.length_scale), self.context_tokens - prompt))
         return Shape(prompt, output, shape.kind)
 
@@ -159,7 +213,8 @@ def _of_session(row: TraceRow) -> TraceRow:
 
 @dataclass(frozen=True, slots=True)
 class Maker:
-    """Turns lengths and times into calls. shares: of the requests, by tenant; a trace's own tenants go first.
+    """Turns lengths and times into calls. shares: of the requests, or of the conversations where there are some, by
+    tenant; a trace's own tenants go first.
 
     wait: a conversation's next turn waits for the answer to the one before.
     """
@@ -179,13 +234,23 @@ class Maker:
         """The rows of a trace, each at its time. Turns of one conversation begin alike, where the trace does not say
         itself what is shared."""
         latest: dict[str, str] = {}
+        tenants: dict[str, str] = {}
         for number, (row, at_s) in enumerate(zip(rows, times_s, strict=False)):
             shape = self.fit(Shape(row.prompt_tokens, row.output_tokens, row.kind))
             call = self._call(number, at_s, shape, _of_session(row), rng)
+            if row.session:
+                call = replace(call, tenant=tenants.setdefault(row.session, call.tenant))
             if row.session and self.wait:
                 call = replace(call, after=latest.get(row.session, ""))
                 latest[row.session] = call.id
             yield call
+
+    def conversations(self, rows: Iterable[TraceRow], times_s: Iterable[float], rng: Random) -> Iterator[Call]:
+        """Conversations that begin at these times, with turns as long as the context takes what was said before."""
+        most_tokens = self.fit.context_tokens // 2
+        fitting = (row for row in rows if row.turn == 0 or self.fit.scaled_prompt(row.prompt_tokens) <= most_tokens)
+        for_rows, for_times = tee(starting(fitting, times_s))
+        yield from self.replay(for_rows, (row.at_s or 0.0 for row in for_times), rng)
 
     def _call(self, number: int, at_s: float, shape: Shape, row: TraceRow, rng: Random) -> Call:
         shares = self.shares or {"default": 1.0}

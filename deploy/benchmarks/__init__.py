@@ -14,6 +14,9 @@ BENCHMARKS: Mapping[str, tuple[str, str]] = {
     "fresh": ("deploy.benchmarks.fresh", "a fresh clone: make install, make serve, the first answer"),
     "schedule": ("deploy.benchmarks.schedule", "what the plug-in costs at each iteration, against stock vLLM"),
     "policies": ("deploy.benchmarks.policies", "every policy on a real engine, against stock vLLM"),
+    "compare": ("deploy.benchmarks.compare", "three policies on the bundled model, as `evenhand compare` shows them"),
+    "replay": ("deploy.benchmarks.replay", "the replay client beside others, the fake engine, the simulator's speed"),
+    "simulator": ("deploy.benchmarks.simulator", "how near the simulator comes to a real engine"),
     "iterations": ("deploy.benchmarks.iterations", "every policy inside real engines, on their own CPU time"),
 }
 

@@ -3,6 +3,7 @@
 import argparse
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from loadtest.policies_bench import add_workload_arguments
@@ -45,9 +46,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """In a program of its own, since it imports vLLM."""
+    return in_a_program(PROGRAM, add_arguments, args)
+
+
+def in_a_program(
+    program: str, add_arguments: Callable[[argparse.ArgumentParser], None], args: argparse.Namespace
+) -> int:
+    """Runs a Python module with the options as they were given here; returns its exit code."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    command = [sys.executable, "-m", PROGRAM]
+    command = [sys.executable, "-m", program]
     for action in parser._actions:
         value = getattr(args, action.dest, None)
         if value is True:

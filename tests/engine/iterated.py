@@ -11,6 +11,7 @@ from vllm import LLMEngine, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from loadtest.call import Call
+from loadtest.costmodel import CostModel
 from loadtest.records import Record, Run, Writer
 from scheduler.jobs import Job, Outcome
 from scheduler.vllm_plugin import PolicyScheduler
@@ -135,7 +136,7 @@ class Engine:
         """rate None: all at once. Returns the figures of the run; its records go to the file `out`."""
         name, *options = (asked["policy"] or "").split(":")
         if self._plugin:
-            self._switch(name, dict(option.split("=", 1) for option in options), taught)
+            self.switch(name, dict(option.split("=", 1) for option in options), taught)
         self._running.reset_prefix_cache()
         tokens, steps, preempted = self._tokens, self._steps, self._preempted(name)
         begun_s = self._clock()
@@ -156,6 +157,23 @@ class Engine:
             "recomputed": (self._tokens - tokens) / ideal - 1.0,
             "tokens_per_step": made / (self._steps - steps),
         }
+
+    def serve(self, calls: Sequence[Call], *, at_once: bool) -> tuple[list[Record], float]:
+        """All calls to their ends under the policy in force, from an empty prefix cache; and how many a second while
+        nobody had to wait for calls."""
+        self._running.reset_prefix_cache()
+        begun_s = self._clock()
+        served, starved_s = self._serve(calls, at_once=at_once, begun_s=begun_s, watched="")
+        return [one.record(begun_s) for one in served], len(calls) / (starved_s - begun_s)
+
+    def limits(self) -> CostModel:
+        """What fits into its batch and its memory, at a cost that is not known; one block of KV holds nothing."""
+        config = self._running.vllm_config
+        scheduler, cache = config.scheduler_config, config.cache_config
+        return CostModel(
+            max_seqs=scheduler.max_num_seqs, max_batched_tokens=scheduler.max_num_batched_tokens,
+            kv_capacity_tokens=(cache.num_gpu_blocks - 1) * cache.block_size, prefix_block_tokens=cache.block_size,
+        )  # fmt: skip
 
     def _serve(
         self, calls: Sequence[Call], *, at_once: bool, begun_s: float, watched: str
@@ -205,7 +223,8 @@ class Engine:
         )  # fmt: skip
         self._running.add_request(call.id, {"prompt_token_ids": call.prompt}, params)
 
-    def _switch(self, name: str, options: Mapping[str, str], taught: Sequence[int]) -> None:
+    def switch(self, name: str, options: Mapping[str, str], taught: Sequence[int]) -> None:
+        """Another policy from here on, that knows these lengths of finished jobs."""
         switch(self._running, name, options)
         learn = self._scheduler._lanes.policy.order.learn
         for number, tokens in enumerate(taught):

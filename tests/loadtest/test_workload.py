@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loadtest import arrivals
 from loadtest.arrivals import steady, timed
+from loadtest.call import Call
 from loadtest.prompts import text_prompts, token_prompts
 from loadtest.traces import TraceRow
-from loadtest.workload import MIXES, Fit, Maker, Shape, mean_lengths, parse_shares, shapes
+from loadtest.workload import MIXES, Fit, Maker, Shape, conversations, mean_lengths, parse_shares, shapes
 
 
 def drawn(name: str, number: int = 20_000, traces: Path | None = None) -> list[Shape]:
@@ -122,3 +124,43 @@ def test_turns_of_a_conversation_begin_alike_and_wait_for_each_other() -> None:
     assert not [
         call.after for call in Maker(token_prompts(0), wait=False).replay(rows, (0.0,) * 3, Random(1)) if call.after
     ]
+
+
+def spoken(number: int, context_tokens: int = 8192) -> list[Call]:
+    maker = Maker(token_prompts(0), Fit(1.0, context_tokens), parse_shares("a=1,b=1"))
+    calls = maker.conversations(conversations(Random(1)), arrivals.poisson(1.0, Random(2)), Random(3))
+    return list(islice(calls, number))
+
+
+def test_a_question_waits_for_the_answer_before_it_and_begins_with_what_was_said() -> None:
+    calls = {call.id: call for call in spoken(300)}
+    waiting = [call for call in calls.values() if call.after]
+    assert len(waiting) > 150
+    for call in waiting:
+        before = calls[call.after]
+        assert (call.session, call.tenant, call.at_s) == (before.session, before.tenant, before.at_s)
+        assert call.prompt_tokens >= before.prompt_tokens + before.output_tokens
+        shared = before.prompt_tokens // 64 * 64
+        assert call.prompt[:shared] == before.prompt[:shared]
+    assert {call.tenant for call in calls.values()} == {"a", "b"}
+
+
+def test_conversations_are_as_long_as_those_of_sharegpt() -> None:
+    rows = list(islice(conversations(Random(1)), 20_000))
+    assert sum(row.output_tokens for row in rows) / len(rows) == pytest.approx(314, rel=0.05)
+    assert len(rows) / len({row.session for row in rows}) == pytest.approx(3.4, rel=0.05)
+
+
+def test_a_conversation_ends_where_the_context_does() -> None:
+    assert all(call.prompt_tokens + call.output_tokens <= 1024 for call in spoken(500, 1024))
+    assert all(call.prompt_tokens <= 512 for call in spoken(500, 1024) if call.after)
+
+
+def test_conversations_of_a_trace_keep_their_turns(tmp_path: Path) -> None:
+    lines = ["conv_id,turn,role,num_chars,num_tokens"]
+    for turn, (role, tokens) in enumerate([("human", 10), ("gpt", 20), ("human", 5), ("gpt", 7)]):
+        lines.append(f"x,{turn},{role},1,{tokens}")
+    (tmp_path / "sharegpt_v3_lengths.first2000convs.csv").write_text("\n".join(lines))
+    first, second, third = islice(conversations(Random(0), tmp_path), 3)
+    assert (first.prompt_tokens, first.output_tokens, second.prompt_tokens, second.output_tokens) == (10, 20, 35, 7)
+    assert first.session == second.session != third.session

@@ -1,0 +1,61 @@
+"""Three policies on the bundled model under a load of ShareGPT's shape: the table and picture of docs/benchmarks."""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from deploy import compare
+from deploy.benchmarks.table import machine
+from loadtest import provenance, report
+from loadtest.bench_target import CannotStart
+from loadtest.page import page
+from loadtest.replay import CannotReplay
+from loadtest.sides import rows
+
+_WIDTH, _HEIGHT = 1180, 1500
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    compare.add_arguments(parser)
+    parser.add_argument("--pages", type=Path, metavar="FOLDER", help="write compare.md and compare.png here")
+    parser.add_argument("--chromium", default="chromium", help="the browser for the picture (default: %(default)s)")
+    parser.set_defaults(workload="S", engine="real", policies="fcfs,mlfq,vtc", length_scale=0.1, context=1024)
+    parser.set_defaults(limit=80, loads="1.2", saturating_rounds=10, ttft=5.0, tpot=0.5, out=Path("runs/bench-compare"))
+
+
+def run(args: argparse.Namespace) -> int:
+    """0, or 2 when an engine or the browser cannot be started."""
+    screen = Console(stderr=True)
+    try:
+        comparison = compare.Comparison(args, screen)
+        read = comparison.run()
+        html = args.out / "page.html"
+        html.write_text(page(read, comparison.objective, command=provenance.command()), "utf-8")
+        text = f"{machine()}\n\n{report.markdown(rows(read))}\n"
+        if args.pages:
+            picture(html, args.pages / "compare.png", args.chromium)
+            (args.pages / "compare.md").write_text(text)
+    except (CannotStart, CannotReplay, ValueError, OSError, RuntimeError) as error:
+        screen.print(f"evenhand bench compare: {error}", style="red", markup=False, highlight=False)
+        return 2
+    sys.stdout.write(f"{text}\n{html}\n")
+    return 0
+
+
+def picture(html: Path, png: Path, chromium: str) -> None:
+    """What a person sees first of a page. RuntimeError without the browser."""
+    program = shutil.which(chromium)
+    if program is None:
+        raise RuntimeError(f"{chromium} is not installed here: give --chromium, or leave out --pages.")
+    with tempfile.TemporaryDirectory() as profile:
+        command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+        command += [f"--user-data-dir={profile}", "--disable-background-networking", "--disable-sync"]
+        command += [f"--window-size={_WIDTH},{_HEIGHT}", f"--screenshot={png.resolve()}", html.resolve().as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    if done.returncode or not png.is_file():
+        raise RuntimeError(f"{chromium} made no picture: {done.stderr[-500:]}")
