@@ -35,6 +35,13 @@ RESERVED = {
 }
 
 
+# With one of these an engine computes on several GPUs, so it is given all that there are for it.
+SPREADING = {
+    *("--tensor-parallel-size", "--pipeline-parallel-size", "--data-parallel-size", "--data-parallel-size-local"),
+    *("--nnodes", "--distributed-executor-backend"),
+}
+
+
 class EngineArgsError(ValueError):
     """An engine argument or version that cannot be used; the message says what to do."""
 
@@ -45,7 +52,7 @@ class EnginePlan:
 
     model: a folder or a hub id. local: whether it is a folder, so that no hub is asked.
     cores: where a CPU engine computes. kv_cache_gib: its KV cache, for a CPU engine.
-    gpu: its id for CUDA_VISIBLE_DEVICES, empty on a CPU. gpu_share: the part of that GPU's memory it may take.
+    gpu: for CUDA_VISIBLE_DEVICES, empty on a CPU. gpu_share: the part of each such GPU's memory it may take.
     model_args: what this model needs; user_args: what the user gave, which wins over everything of ours.
     hands_over: one of role `both` has a KV connector too, so that it may lean to either side.
     host: the address on which it listens, for gateways and for engines that fetch its KV.
@@ -218,8 +225,17 @@ def divide_cores(cores: Sequence[int], workers: int) -> list[tuple[int, ...]]:
     return [tuple(mine[start:end]) for start, end in zip(edges, edges[1:], strict=False)]
 
 
-def divide_gpus(gpus: Sequence[str], workers: int) -> list[tuple[str, float]]:
-    """(GPU, share of its memory) for each of `workers` engines, in turn."""
+def spreads(user_args: Sequence[str]) -> bool:
+    """Whether `user_args` split an engine over several GPUs."""
+    short = {arg.partition("=")[0] for arg in user_args}
+    return bool(option_names(user_args) & SPREADING or short & {"-tp", "-pp", "-dp"})
+
+
+def divide_gpus(gpus: Sequence[str], workers: int, *, several: bool = False) -> list[tuple[str, float]]:
+    """(GPUs, share of their memory) for each of `workers` engines: one GPU in turn, or `several`, as even as may be."""
+    if several and len(gpus) >= workers:
+        edges = [len(gpus) * index // workers for index in range(workers + 1)]
+        return [(",".join(gpus[start:end]), 1.0) for start, end in zip(edges, edges[1:], strict=False)]
     users = [-(-(workers - index) // len(gpus)) for index in range(len(gpus))]
     return [(gpus[index % len(gpus)], 1 / users[index % len(gpus)]) for index in range(workers)]
 

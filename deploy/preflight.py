@@ -13,6 +13,7 @@ from deploy.engine_args import (
     divide_cores,
     divide_gpus,
     option_names,
+    spreads,
 )
 from deploy.machine import GIB, Build, Machine
 from deploy.model import BUNDLED, BUNDLED_BYTES, TINY, ModelSource, resolve
@@ -127,7 +128,9 @@ def plan_workers(
     """The engine of each worker, by its name."""
     roles = worker_roles(settings)
     cores = divide_cores(machine.cores, len(roles))
-    gpus = divide_gpus(machine.gpus, len(roles)) if checked.build == "cuda" else [("", 1.0)] * len(roles)
+    gpus = [("", 1.0)] * len(roles)
+    if checked.build == "cuda":
+        gpus = divide_gpus(machine.gpus, len(roles), several=spreads(settings.engine_args))
     return {
         name: EnginePlan(
             model=source.path,
@@ -154,7 +157,7 @@ def in_words(plan: EnginePlan) -> str:
     """What an engine does and how, for a person: "reads prompts: CPU core 1, float32, eager, 1 GiB KV cache"."""
     does = {Role.PREFILL: "reads prompts: ", Role.DECODE: "answers: ", Role.BOTH: ""}[plan.role]
     if plan.build == "cuda":
-        return f"{does}GPU {plan.gpu}"
+        return f"{does}{'GPUs' if ',' in plan.gpu else 'GPU'} {plan.gpu}"
     cores = "core" if len(plan.cores) == 1 else "cores"
     where = f"CPU {cores} {','.join(map(str, plan.cores))}"
     given = option_names(plan.user_args) & {"--dtype", "--enforce-eager"}

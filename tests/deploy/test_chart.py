@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,16 +21,18 @@ from server.__main__ import add_arguments as gateway_arguments
 from server.settings import Settings, read_settings
 from server.telemetry import SECONDS
 from server.tenants import read_file
-from tests.deploy.queries import ROOT, RULES
+from tests.deploy.queries import ROOT, RULES, known
 
 CHART = ROOT / "deploy" / "chart"
 VALUES: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
 SCHEMA: dict[str, Any] = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
+FOREIGN = ("monitoring.coreos.com/", "leaderworkerset.x-k8s.io/")
+POD = {"apiVersion": "v1", "kind": "Pod"}
 OLDEST, NEWEST = "1.27", "1.33"
 KEY = {"admin": {"key": "an-admin-key-for-the-tests"}}
 EVERYTHING = KEY | {
     "gateway": {
-        "autoscaling": {"enabled": True},
+        "autoscaling": {"enabled": True, "waitingPerReplica": 500},
         "policyOptions": {"within": "gittins", "min_samples": 100},
         "settings": {"shutdown_s": 120, "admission": {"max_waiting": 500}},
         "nodeSelector": {"disk": "fast"},
@@ -45,6 +49,13 @@ EVERYTHING = KEY | {
             "env": [{"name": "VLLM_LOGGING_LEVEL", "value": "DEBUG"}],
         },
         "small": {"storage": {"existingClaim": "models"}, "resources": {}, "model": "smollm2"},
+        "wide": {
+            "replicas": 2,
+            "multiNode": {"nodes": 4},
+            "resources": {"limits": {"nvidia.com/gpu": 8}},
+            "engineArgs": ["--max-num-seqs=64"],
+        },
+        "rays": {"multiNode": {"nodes": 2, "backend": "ray"}, "autoscaling": {"enabled": True}},
     },
     "monitoring": {"enabled": True, "labels": {"release": "prometheus"}},
     "imagePullSecrets": [{"name": "registry"}],
@@ -77,17 +88,30 @@ def of(variant: str, kind: str, name: str = "") -> Doc:
     return found
 
 
-def container(doc: Doc) -> Doc:
-    (only,) = doc["spec"]["template"]["spec"]["containers"]
+def templates(doc: Doc) -> list[Doc]:
+    """The pods that a resource makes; the leader of a group comes before those that compute for it."""
+    spec = doc.get("spec", {})
+    group = spec.get("leaderWorkerTemplate", {})
+    parts = [spec.get("template"), group.get("leaderTemplate"), group.get("workerTemplate")]
+    return [part for part in parts if part]
+
+
+def container(doc: Doc, at: int = 0) -> Doc:
+    (only,) = templates(doc)[at]["spec"]["containers"]
     return dict(only)
 
 
 @pytest.mark.parametrize("version", [OLDEST, NEWEST])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_the_chart_renders_is_valid_for_kubernetes(variant: str, version: str) -> None:
+    """What other projects define is not in Kubernetes' schemas; the pods of a group are checked as pods."""
     for document in DOCS[variant]:
-        if "monitoring.coreos.com" not in document["apiVersion"]:
+        if not document["apiVersion"].startswith(FOREIGN):
             kubernetes_validate.validate(document, version, strict=True)
+        elif document["kind"] == "LeaderWorkerSet":
+            for pod in templates(document):
+                metadata = {**pod["metadata"], "name": "pod"}
+                kubernetes_validate.validate({**POD, "metadata": metadata, "spec": pod["spec"]}, version, strict=True)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -100,7 +124,7 @@ def test_no_two_resources_have_one_name_and_all_carry_the_labels(variant: str) -
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_selector_selects_pods_of_the_chart(variant: str) -> None:
-    pods = [doc["spec"]["template"]["metadata"]["labels"] for doc in DOCS[variant] if "template" in doc.get("spec", {})]
+    pods = [pod["metadata"]["labels"] for doc in DOCS[variant] for pod in templates(doc)]
     for doc in DOCS[variant]:
         spec = doc.get("spec", {})
         selector = spec.get("podSelector") or spec.get("selector")
@@ -113,12 +137,10 @@ def test_every_selector_selects_pods_of_the_chart(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_nobody_runs_as_root_or_with_a_token_of_the_cluster(variant: str) -> None:
-    for doc in DOCS[variant]:
-        if "template" not in doc.get("spec", {}):
-            continue
-        pod = doc["spec"]["template"]["spec"]
+    for pod in [template["spec"] for doc in DOCS[variant] for template in templates(doc)]:
         assert pod["automountServiceAccountToken"] is False and pod["securityContext"]["runAsNonRoot"] is True
-        security = container(doc)["securityContext"]
+        (only,) = pod["containers"]
+        security = only["securityContext"]
         assert security["allowPrivilegeEscalation"] is False and security["capabilities"] == {"drop": ["ALL"]}
 
 
@@ -131,6 +153,13 @@ def test_the_gateway_is_probed_where_it_answers_and_has_time_to_finish() -> None
     grace = deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     assert grace > int(pause) + EVERYTHING["gateway"]["settings"]["shutdown_s"]  # type: ignore[index]
     assert deployment["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
+
+
+def test_gateways_scale_by_cpu_and_where_it_is_asked_for_by_the_line() -> None:
+    by_cpu, by_line = of("everything", "HorizontalPodAutoscaler")["spec"]["metrics"]
+    assert by_cpu["resource"]["name"] == "cpu"
+    assert by_line["external"]["metric"]["name"] == "evenhand_queue_depth" in known()
+    assert by_line["external"]["target"]["averageValue"] == "500"
 
 
 def test_a_gateway_that_cannot_write_to_its_disk_has_a_place_for_its_sockets() -> None:
@@ -146,7 +175,7 @@ def environment(doc: Doc) -> dict[str, Any]:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variables_are_settings_and_arguments_are_understood(variant: str) -> None:
     for doc in DOCS[variant]:
-        if doc["metadata"]["name"].endswith("redis") or "template" not in doc.get("spec", {}):
+        if doc["metadata"]["name"].endswith("redis") or not templates(doc):
             continue
         gateway = doc["kind"] == "Deployment"
         kind = Settings if gateway else JoinSettings
@@ -155,7 +184,7 @@ def test_variables_are_settings_and_arguments_are_understood(variant: str) -> No
         parser = argparse.ArgumentParser(exit_on_error=False)
         (gateway_arguments if gateway else worker_arguments)(parser)
         words = container(doc)["args"]
-        parser.parse_args(words[1:] if gateway else words)
+        parser.parse_args(words[words.index("--role") :] if not gateway else words[1:])
 
 
 def test_the_gateway_takes_its_settings_as_rendered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,6 +224,48 @@ def test_a_worker_gets_its_role_its_model_and_its_disk_and_an_unwanted_one_is_go
         mounted = {mount["name"] for mount in container(doc)["volumeMounts"]}
         given = {volume["name"] for volume in pod["volumes"]}
         assert mounted == given | {claim["metadata"]["name"] for claim in doc["spec"].get("volumeClaimTemplates", [])}
+
+
+def test_an_engine_over_several_nodes_is_a_group_whose_leader_is_the_worker() -> None:
+    wide = of("everything", "LeaderWorkerSet", "wide")
+    assert wide["spec"]["replicas"] == 2 and wide["spec"]["leaderWorkerTemplate"]["size"] == 4
+    assert set(wide["spec"]["leaderWorkerTemplate"]) <= {"size", "restartPolicy", "leaderTemplate", "workerTemplate"}
+    leader, follower = container(wide, 0), container(wide, 1)
+    shared = [
+        *("--tensor-parallel-size=8", "--pipeline-parallel-size=4", "--distributed-executor-backend=mp", "--nnodes=4"),
+        *("--node-rank=$(LWS_WORKER_INDEX)", "--master-addr=$(LWS_LEADER_ADDRESS)", "--max-num-seqs=64"),
+    ]
+    assert leader["args"][4:] == [f"--engine-arg={arg}" for arg in shared]
+    assert follower["args"] == [VALUES["workerDefaults"]["model"], "--headless", *shared]
+    assert "readinessProbe" in leader and "ports" in leader
+    # Nobody asks a follower, and Redis is none of its business.
+    assert not {"readinessProbe", "startupProbe", "ports"} & set(follower)
+    assert not [item for item in follower["env"] if item["name"].startswith("EVENHAND")]
+    scaled = of("everything", "HorizontalPodAutoscaler", "rays")["spec"]["scaleTargetRef"]
+    assert (scaled["kind"], scaled["name"]) == (
+        "LeaderWorkerSet",
+        of("everything", "LeaderWorkerSet", "rays")["metadata"]["name"],
+    )
+
+
+@pytest.mark.parametrize("at", [0, 1], ids=["leader", "follower"])
+def test_under_ray_the_leader_is_the_head_and_the_others_join_it_when_it_is_there(at: int, tmp_path: Path) -> None:
+    """The shell lines are run, with programs that say how they were called and a head that comes up late."""
+    late = f'[ "$1" != health-check ] || [ -e {tmp_path}/up ] || {{ touch {tmp_path}/up; exit 1; }}'
+    for name, says in (("ray", f'echo ray "$@"; {late}'), ("evenhand", 'echo evenhand "$@"'), ("sleep", "")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{says}\n")
+        (tmp_path / name).chmod(0o755)
+    only = container(of("everything", "LeaderWorkerSet", "rays"), at)
+    given = {"VLLM_HOST_IP": "10.0.0.2", "EVENHAND_ADDRESS": "10.0.0.2", "LWS_LEADER_ADDRESS": "leader"}
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **given}
+    run = subprocess.run(only["command"] + only["args"], env=environ, capture_output=True, text=True, check=True)
+    checked = "ray health-check --address leader:6379"
+    where = "--node-ip-address=10.0.0.2 --disable-usage-stats"
+    if at == 0:
+        worker = f"evenhand worker --address 10.0.0.2 {' '.join(only['args'][2:])}"
+        assert run.stdout.splitlines() == [f"ray start --head --port=6379 {where}", worker]
+    else:
+        assert run.stdout.splitlines() == [checked, checked, f"ray start --block --address=leader:6379 {where}"]
 
 
 def test_only_gateways_prometheus_and_workers_reach_an_engine() -> None:
@@ -248,6 +319,10 @@ WRONG = [
     (KEY | {"workers": {"Main_1": {}}}, "Main_1"),
     (KEY | {"workers": {"main": {"engineArgs": ["max-num-seqs"]}}}, "engineArgs"),
     (KEY | {"workers": {"main": {"storage": {"size": "1Gi", "existingClaim": "x"}}}}, "workers.main.storage"),
+    (KEY | {"workers": {"main": {"multiNode": {"nodes": 2, "backend": "mpi"}}}}, "backend"),
+    (KEY | {"workers": {"main": {"multiNode": {"nodes": 0}}}}, "nodes"),
+    (KEY | {"workers": {"main": {"multiNode": {"nodes": 2}, "role": "decode"}}}, "workers.main.multiNode"),
+    (KEY | {"workers": {"main": {"multiNode": {"nodes": 2}, "storage": {"size": "1Gi"}}}}, "workers.main.storage.size"),
     (KEY | {"monitoring": {"objectives": {"ttftSeconds": "1.7"}}}, "ttftSeconds"),
     (KEY | {"monitorring": {}}, "monitorring"),
 ]

@@ -17,6 +17,7 @@ from deploy.engine_args import (
     has_plugin,
     option_names,
     slots,
+    spreads,
 )
 from deploy.machine import GIB, Build, Engine, Machine
 from scheduler.workers import Role
@@ -155,6 +156,17 @@ def test_gpus_are_taken_in_turn_and_shared_when_there_are_too_few() -> None:
     assert divide_gpus(["0", "1"], 2) == [("0", 1.0), ("1", 1.0)]
     assert divide_gpus(["4", "6"], 3) == [("4", 0.5), ("6", 1.0), ("4", 0.5)]
     assert divide_gpus(["0", "1", "2"], 1) == [("0", 1.0)]
+
+
+def test_an_engine_that_is_split_gets_all_gpus_that_there_are_for_it() -> None:
+    assert divide_gpus(["0", "1", "2", "3"], 1, several=True) == [("0,1,2,3", 1.0)]
+    assert divide_gpus(["0", "1", "2", "3"], 2, several=True) == [("0,1", 1.0), ("2,3", 1.0)]
+    assert divide_gpus(["0"], 2, several=True) == [("0", 0.5), ("0", 0.5)]
+
+
+@pytest.mark.parametrize("args", [["--tensor-parallel-size=2"], ["-tp", "2"], ["-pp=2"], ["--data_parallel_size", "2"]])
+def test_arguments_that_split_an_engine_are_known(args: list[str]) -> None:
+    assert spreads(["--max-num-seqs=8", *args]) and not spreads(["--max-num-seqs=8", "2"])
 
 
 def test_the_kv_cache_follows_the_free_memory_within_bounds() -> None:

@@ -77,6 +77,14 @@ capabilities: {drop: [ALL]}
 {{- if and $worker.storage.size $worker.storage.existingClaim }}
 {{- fail (printf "workers.%s.storage: set size for a volume of each pod, or existingClaim for a shared one, not both" $name) }}
 {{- end }}
+{{- if gt (int $worker.multiNode.nodes) 1 }}
+{{- if ne $worker.role "both" }}
+{{- fail (printf "workers.%s.multiNode: an engine over several nodes has role both, not %s" $name $worker.role) }}
+{{- end }}
+{{- if $worker.storage.size }}
+{{- fail (printf "workers.%s.storage.size: the pods of a group need existingClaim, a volume that all of them can mount, or neither" $name) }}
+{{- end }}
+{{- end }}
 {{- end }}
 {{- end }}
 {{- if and (hasKey $roles "prefill") (not (hasKey $roles "decode")) }}
