@@ -6,11 +6,11 @@ BIN := $(VENV)/bin
 INSTALL := $(PYTHON) -m deploy.install --engine $(ENGINE)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test soak lint bench lock dashboards clean
+.PHONY: help install serve test soak lint bench lock dashboards compatibility pictures clean
 
 help:  ## show this
 	@echo "usage: make TARGET"; echo
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name what; do printf '  %-10s %s\n' "$$name" "$$what"; done
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name what; do printf '  %-13s %s\n' "$$name" "$$what"; done
 
 install:  ## make .venv and the model; ENGINE=cpu|cuda|none, else by the GPU
 	@$(INSTALL)
@@ -43,6 +43,13 @@ lock:  ## make the lock files anew from pyproject.toml; UPGRADE=1: newest versio
 
 dashboards:  ## make deploy/grafana/dashboards anew from deploy/dashboards.py
 	@$(BIN)/python -m deploy.dashboards
+
+compatibility: install  ## every client of docs/compatibility.md against a real engine; ARGS="--only langchain --newest"
+	@$(BIN)/python -m tests.compatibility $(ARGS)
+
+pictures:  ## make docs/pictures anew from a gateway under load; needs Prometheus and Chromium
+	@$(INSTALL) --tests
+	@$(BIN)/python -m tests.pictures $(ARGS)
 
 clean:  ## remove .venv and everything else that was made here
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info build runs

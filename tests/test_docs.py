@@ -17,9 +17,11 @@ from server.handover import Handover
 from server.sharing import Sharing
 from server.telemetry import Telemetry
 from server.tenants import read_file
+from tests.compatibility.clients import CLIENTS
 
 ROOT = Path(__file__).resolve().parent.parent
 OPERATIONS = ROOT / "docs" / "operations.md"
+COMPATIBILITY = ROOT / "docs" / "compatibility.md"
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 WORD = re.compile(r"\bevenhand_[a-z0-9_]+")
@@ -102,6 +104,16 @@ def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
     links = [link for link in LINK.findall(page.read_text(encoding="utf-8")) if not re.match(r"[a-z]+:|#", link)]
     broken = [link for link in links if not (page.parent / link.partition("#")[0]).exists()]
     assert not broken
+
+
+def test_every_client_has_a_row_with_the_versions_that_are_installed_for_it() -> None:
+    rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \|$", COMPATIBILITY.read_text(encoding="utf-8"), re.MULTILINE)
+    written = {name: versions for name, versions, _ in rows}
+    for client in CLIENTS:
+        pins = [re.sub(r"\[\w+\]|==|(?<=\w)@", " ", package).split() for package in client.packages]
+        expected = ", ".join(" ".join(pin) for pin in pins)
+        assert client.name in written and written[client.name].startswith(expected)
+    assert not [said for *_, said in rows if "**failed**" in said]
 
 
 def test_the_example_tenant_file_can_be_served() -> None:
