@@ -156,7 +156,7 @@ def page(board: Board, ask: Ask, at_s: Floats) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(board.title)}</title><style>{STYLE}</style></head><body>"
-        f'<h1>{escape(board.title)}</h1><p class="sub">{escape(board.text)} {when}</p>'
+        f'<h1>{escape(board.title)}</h1><p class="sub">{escape(board.text)}<br>{when}</p>'
         f'<div class="tiles">{tiles}</div><div class="panels aligned">{pictures}</div></body></html>\n'
     )
 
