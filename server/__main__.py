@@ -15,7 +15,7 @@ from scheduler.catalog import describe
 from server.app import GatewayServer, calm_collector
 from server.logs import write_to_standard_error
 from server.prefork import reserved, serve_processes
-from server.settings import Settings, read_settings
+from server.settings import Settings, read_settings, whence
 
 # Options that are settings of the same name.
 SAME_NAME = (
@@ -102,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         settings = read_settings(overrides(args), args.config, Settings)
         write_to_standard_error(settings.log_format, settings.log_level)
+        if options := whence(settings, overrides(args), args.config):
+            logging.getLogger("evenhand").info("policy %s with %s", settings.policy, options)
         server = GatewayServer(settings)
     except ValueError as error:
         sys.stderr.write(f"evenhand gateway: {error}\n")

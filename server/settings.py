@@ -1,5 +1,6 @@
 """Every knob of the gateway in one typed tree: command line > EVENHAND_… > YAML file > default."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -7,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
+    EnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -167,6 +169,22 @@ def read_settings(overrides: dict[str, Any], config: Path | None, kind: type[Rea
         raise ValueError(f"{error}: write lists and mappings in the environment as JSON") from None
     except ValidationError as error:
         raise ValueError("\n".join(_sentence(dict(problem)) for problem in error.errors())) from None
+
+
+def whence(settings: Settings, overrides: Mapping[str, Any], config: Path | None) -> str:
+    """Each option of the policy and its place: `within=gittins (gateway.yaml), levels=4 (command line)`.
+
+    They are put together from all places, so that one of them can be from where nobody looks.
+    """
+    line = overrides.get("policy_options", {})
+    environment = EnvSettingsSource(type(settings))().get("policy_options", {})
+
+    def place(name: str) -> str:
+        if name in line:
+            return "command line"
+        return "EVENHAND_POLICY_OPTIONS" if name in environment else str(config)
+
+    return ", ".join(f"{name}={value} ({place(name)})" for name, value in settings.policy_options.items())
 
 
 def _check_file(config: Path) -> None:

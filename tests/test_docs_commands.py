@@ -25,6 +25,7 @@ from tests.deploy.test_chart import rendered
 
 ROOT = Path(__file__).resolve().parent.parent
 ADMIN_KEY = "admin-key-for-trying-out"
+ADMIN_ABOVE = 1000  # /admin's port is so far above the clients'
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "```sh" in path.read_text(encoding="utf-8"))
 SERVER = re.compile(r"^(?:\w+=(?:'[^']*'|\S+) )*(?:taskset \S+ \S+ )?evenhand (?:gateway|serve|worker)\b")
 PREPARED = ("TRACE", "key.txt")  # what a reader has: a trace of their own, a key
@@ -74,11 +75,12 @@ STOPPED = "for job in $(jobs -p); do kill -TERM $job; wait $job || { code=$?; [ 
 
 
 def free_port() -> int:
-    """One that nobody listens on, below those that the kernel gives to whoever connects in the meantime."""
+    """One that nobody listens on, nor on that of its /admin, below those that the kernel gives to who connects."""
     while True:
         port = random.randrange(15_000, 30_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
+        with socket.socket() as one, socket.socket() as other, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            other.bind(("127.0.0.1", port + ADMIN_ABOVE))
             return port
 
 
@@ -121,7 +123,8 @@ def placed(command: str, ports: dict[str, str]) -> str:
     """The command with this run's ports, and what is changed of it."""
     for old, new in CHANGED.items():
         command = command.replace(old, new)
-    return re.sub(r"\b(8000|8101|8102|8103|6379)\b", lambda found: ports[found.group()], command)
+    there = ports | {"9000": str(int(ports["8000"]) + ADMIN_ABOVE)}
+    return re.sub(r"\b(8000|8101|8102|8103|6379|9000)\b", lambda found: there[found.group()], command)
 
 
 def page_name(page: Path) -> str:

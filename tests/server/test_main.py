@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -42,3 +43,18 @@ def test_wrong_options_end_in_one_sentence(args: list[str], said: str) -> None:
     ran = python("-m", "server", *args)
     assert ran.returncode == 2
     assert said in ran.stderr and "Traceback" not in ran.stderr
+
+
+def test_each_option_of_the_policy_is_told_with_its_place_also_where_it_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "gateway.yaml").write_text("policy: vtc\npolicy_options: {within: gittins, predict: none}")
+    ran = subprocess.run(
+        [sys.executable, "-m", "server", "--config", "gateway.yaml", "--policy", "mlfq", "--policy-option", "levels=4"],
+        cwd=tmp_path,
+        env=CLEAN | {"EVENHAND_POLICY_OPTIONS": '{"patience_s": "5"}', "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ran.returncode == 2 and "has no option 'within'" in ran.stderr
+    for place in ("within=gittins (gateway.yaml)", "patience_s=5 (EVENHAND_POLICY_OPTIONS)", "levels=4 (command line)"):
+        assert place in ran.stderr
