@@ -15,7 +15,6 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -25,14 +24,15 @@ from pydantic import Field
 from rich.console import Console
 
 from deploy.canary import Canary
-from deploy.engine_args import EngineArgsError, EnginePlan, Ports, has_plugin, slots
+from deploy.command import exit_code, option
+from deploy.engine_args import EnginePlan, Ports, has_plugin, slots
 from deploy.log_file import LogFile
-from deploy.model import ModelError, cache_folder, resolve
-from deploy.preflight import PreflightError, check, check_transfer, in_words, plan_workers
+from deploy.model import cache_folder, resolve
+from deploy.preflight import check, check_transfer, in_words, plan_workers
 from deploy.screen import Screen
 from deploy.serving import Stop, Surroundings, log_to_screen, state_folder
 from deploy.settings import ServeSettings
-from deploy.worker import Listeners, State, WorkerError, WorkerEvent, WorkerProcess, is_free
+from deploy.worker import Listeners, State, WorkerEvent, WorkerProcess, is_free
 from scheduler.workers import Role, Worker
 from server.__main__ import policy_options
 from server.engine import Engine
@@ -66,32 +66,25 @@ class JoinSettings(ServeSettings):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is not given comes from EVENHAND_…, the file, or the default."""
-    fields = JoinSettings.model_fields
-
-    def option(flag: str, name: str, metavar: str, kind: Callable[[str], object] = str) -> None:
-        setting = fields[name]
-        default = "" if setting.default in (None, "") else f" (default: {setting.default})"
-        parser.add_argument(flag, dest=name, metavar=metavar, type=kind, help=f"{setting.description}{default}")
-
-    option("--role", "role", "prefill|decode|both")
+    option(parser, (JoinSettings, "role"), "prefill|decode|both")
     parser.add_argument(
         "--balance-roles",
         action="store_true",
         default=None,
         help="give an engine of role both a KV connector, so that gateways may have it lean to a side",
     )
-    option("--redis-url", "redis_url", "URL")
-    option("--address", "address", "HOST")
-    option("--name", "name", "NAME")
-    option("--engine-port", "engine_port", "PORT", int)
-    option("--model", "model", "NAME|PATH|HF_ID")
-    option("--policy", "policy", "NAME")
+    option(parser, (JoinSettings, "redis_url"), "URL")
+    option(parser, (JoinSettings, "address"), "HOST")
+    option(parser, (JoinSettings, "name"), "NAME")
+    option(parser, (JoinSettings, "engine_port"), "PORT", int)
+    option(parser, (JoinSettings, "model"), "NAME|PATH|HF_ID")
+    option(parser, (JoinSettings, "policy"), "NAME")
     parser.add_argument(
         "--policy-option", action="append", metavar="KEY=VALUE", help="an option of the policy; may be repeated"
     )
-    option("--kv-cache-gib", "kv_cache_gib", "GIB", int)
-    option("--start-timeout", "start_timeout_s", "SECONDS", float)
-    option("--state-folder", "state_folder", "FOLDER", Path)
+    option(parser, (JoinSettings, "kv_cache_gib"), "GIB", int)
+    option(parser, (JoinSettings, "start_timeout_s"), "SECONDS", float, flag="--start-timeout")
+    option(parser, (JoinSettings, "state_folder"), "FOLDER", Path)
     parser.add_argument(
         "--engine-arg", action="append", dest="engine_args", metavar="ARG", help="handed to vLLM as it stands"
     )
@@ -111,22 +104,16 @@ def overrides(args: argparse.Namespace) -> dict[str, object]:
 def run(args: argparse.Namespace, surroundings: Surroundings | None = None) -> int:
     """Serves until it is stopped; returns the exit code."""
     around = surroundings or Surroundings()
-    complain = Console(stderr=True)
-    try:
+
+    def serve() -> int:
         settings = read_settings(overrides(args), args.config, JoinSettings)
         if settings.redis_url is None:
             raise ValueError("a worker joins its gateways through Redis: give --redis-url URL, or EVENHAND_REDIS_URL")
         plan = plan_of(settings, around)
-        exit_code: int = uvloop.run(_joined(settings, plan, settings.redis_url.get_secret_value(), around))
-        return exit_code
-    except KeyboardInterrupt:  # before our own handler was in place
-        return 128 + signal.SIGINT
-    except (EngineArgsError, ModelError, PreflightError, WorkerError) as error:
-        complain.print(f"evenhand worker: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return 1
-    except ValueError as error:
-        complain.print(f"evenhand worker: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return 2
+        code: int = uvloop.run(_joined(settings, plan, settings.redis_url.get_secret_value(), around))
+        return code
+
+    return exit_code("evenhand worker", serve)
 
 
 def plan_of(settings: JoinSettings, around: Surroundings) -> EnginePlan:

@@ -6,23 +6,20 @@ Exit codes: 0 after SIGTERM to a server that was ready, 128 + the signal after a
 
 import argparse
 import errno
-import signal
 import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import uvloop
 from rich.console import Console
 
-from deploy.engine_args import EngineArgsError
+from deploy.command import exit_code, option
 from deploy.front import Front, front_for
-from deploy.model import ModelError, cache_folder
+from deploy.model import cache_folder
 from deploy.preflight import PreflightError, check, worker_roles
 from deploy.screen import Screen
 from deploy.serving import Serving, Surroundings
 from deploy.settings import ServeSettings
-from deploy.worker import WorkerError
 from server.__main__ import add_arguments as add_gateway_arguments
 from server.__main__ import overrides as gateway_overrides
 from server.app import calm_collector
@@ -31,20 +28,13 @@ from server.settings import read_settings
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The gateway's options and those of its local engines; what is not given comes from EVENHAND_…, file, default."""
-    fields = ServeSettings.model_fields
-
-    def option(flag: str, name: str, metavar: str, kind: Callable[[str], object] = str) -> None:
-        setting = fields[name]
-        default = "" if setting.default is None else f" (default: {setting.default})"
-        parser.add_argument(flag, dest=name, metavar=metavar, type=kind, help=f"{setting.description}{default}")
-
-    option("--model", "model", "NAME|PATH|HF_ID")
-    option("--workers", "worker_count", "N", int)
-    option("--prefill-workers", "prefill_workers", "N", int)
-    option("--decode-workers", "decode_workers", "N", int)
-    option("--kv-cache-gib", "kv_cache_gib", "GIB", int)
-    option("--start-timeout", "start_timeout_s", "SECONDS", float)
-    option("--state-folder", "state_folder", "FOLDER", Path)
+    option(parser, (ServeSettings, "model"), "NAME|PATH|HF_ID")
+    option(parser, (ServeSettings, "worker_count"), "N", int, flag="--workers")
+    option(parser, (ServeSettings, "prefill_workers"), "N", int)
+    option(parser, (ServeSettings, "decode_workers"), "N", int)
+    option(parser, (ServeSettings, "kv_cache_gib"), "GIB", int)
+    option(parser, (ServeSettings, "start_timeout_s"), "SECONDS", float, flag="--start-timeout")
+    option(parser, (ServeSettings, "state_folder"), "FOLDER", Path)
     parser.add_argument(
         "--engine-arg",
         action="append",
@@ -67,8 +57,8 @@ def overrides(args: argparse.Namespace) -> dict[str, object]:
 def run(args: argparse.Namespace, surroundings: Surroundings | None = None) -> int:
     """Serves until it is stopped; returns the exit code (see the module)."""
     around = surroundings or Surroundings()
-    complain = Console(stderr=True)
-    try:
+
+    def serve() -> int:
         settings = read_settings(overrides(args), args.config, ServeSettings)
         screen = Screen(Console(highlight=False), list(worker_roles(settings)), settings.verbose, time.monotonic)
         front = front_for(settings, screen.gateway)
@@ -76,16 +66,10 @@ def run(args: argparse.Namespace, surroundings: Surroundings | None = None) -> i
         checked = check(settings, around.machine(), cache_folder())
         serving = Serving(settings, checked, front, screen, around)
         calm_collector()
-        exit_code: int = uvloop.run(serving.serve(sock))
-        return exit_code
-    except KeyboardInterrupt:  # before our own handler was in place
-        return 128 + signal.SIGINT
-    except (EngineArgsError, ModelError, PreflightError, WorkerError) as error:
-        complain.print(f"evenhand serve: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return 1
-    except ValueError as error:
-        complain.print(f"evenhand serve: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return 2
+        code: int = uvloop.run(serving.serve(sock))
+        return code
+
+    return exit_code("evenhand serve", serve)
 
 
 def listen(front: Front, settings: ServeSettings) -> socket.socket:
