@@ -92,6 +92,7 @@ def figure(title: str, unit: str, expr: str, text: str = "") -> Panel:
 TTFT = latency(
     "Time to first token", "ttft", "Arrival to the first bytes of the answer, waiting included; streams only."
 )
+SECOND = latency("To the second token", "second_token", "From the first token of a streamed answer to its second.")
 ITL = latency("Gap between tokens", "itl", "Between two streamed chunks of one answer.")
 QUEUE = Panel(
     "Waiting line", "short", (Query("sum by (model) (evenhand_queue_depth)", "{{model}}"),), "At the gateways."
@@ -310,6 +311,7 @@ APART = Board(
                 ),
             ),
         ),
+        Row("What clients feel", (TTFT, SECOND)),
         Row(
             "KV transfer",
             (

@@ -156,6 +156,7 @@ class Ticket:
 
     times: seconds on the gateway's clock at which a phase was first reached, by phase; None if it was not.
     tokens: output tokens counted as they passed; `usage` corrects them when the answer is complete.
+    second_s: from a stream's first token to its second, None if there was none.
     pending_tokens: what the worker is taken to be busy with for it.
     split: set if prompt and answer are two workers' business; `worker` is then the one that answers.
     avoid: the worker that failed it last, which it should not be given again.
@@ -173,6 +174,7 @@ class Ticket:
     tokens: int = 0
     exact: bool = False
     last_at: float = 0.0
+    second_s: float | None = None
     worker: str = ""
     pending_tokens: int = 0
     split: Split | None = None

@@ -175,7 +175,7 @@ class Stream(Pipe):
         self.mark = route.token_mark
         self.last = b"[DONE]\n\n" if self.mark == b"\n\n" else b"\0"  # an event that carries no token
         self.openings = ticket.call.sequences if route.role_first else 0
-        self.steady = False  # it has begun, and the next event is most likely one more token
+        self.steady = False  # two tokens were there, and the next event is most likely one more
         self.received: Received | None = None
         self.chunks: list[bytes] = []
         if route.resumes:
@@ -228,7 +228,12 @@ class Stream(Pipe):
             self.chunks.append(data)
         if data:
             self._forward(data)
-        self.steady = self.received is not None and self.instead is None and self.out.begun and not self.openings
+        self.steady = (
+            self.received is not None
+            and self.instead is None
+            and self.ticket.second_s is not None
+            and not self.openings
+        )
 
     def _pack(self) -> None:
         if self.received is not None:
@@ -242,11 +247,13 @@ class Stream(Pipe):
             self.itl.observe(now - ticket.last_at)
         else:
             data = self._open(data)
-        ticket.last_at = now
+        gap_s, ticket.last_at = now - ticket.last_at, now
         made = self._made(data)
         if b'"usage"' in data:
             made, data = self._usage(made, data)
         if made > 0:
+            if ticket.tokens and ticket.second_s is None:
+                ticket.second_s = gap_s
             if not ticket.uncharged:
                 self.charge.append(ticket)
             ticket.uncharged += made

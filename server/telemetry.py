@@ -59,6 +59,9 @@ class Telemetry(Collector):
         self.placed = placed
         self.workers = workers
         self.ttft = Distribution("evenhand_request_ttft_seconds", "Arrival to the first bytes of the answer.")
+        self.second = Distribution(
+            "evenhand_request_second_token_seconds", "From the first token of a streamed answer to its second."
+        )
         self.itl = Distribution("evenhand_request_itl_seconds", "Gap between two streamed chunks of one answer.")
         self.tpot = Distribution("evenhand_request_tpot_seconds", "(E2E - TTFT) / (output tokens - 1).")
         self.e2e = Distribution("evenhand_request_e2e_seconds", "Arrival to the end of the answer.")
@@ -92,16 +95,22 @@ class Telemetry(Collector):
             self.tokens["prompt"] += ticket.prompt_tokens
             self.tokens["cached"] += ticket.cached_tokens
         if first is not None and ticket.call.stream:
-            self.ttft.observe(first - arrived)
-            if done is not None and ticket.tokens > 1:
-                self.tpot.observe((done - first) / (ticket.tokens - 1))
-            if ticket.split is not None and ticket.split.read_at is not None:
-                self.kv_transfer.observe(first - ticket.split.read_at)
+            self._streamed(ticket, first, done)
         if done is not None:
             self.e2e.observe(done - arrived)
 
+    def _streamed(self, ticket: Ticket, first: float, done: float | None) -> None:
+        self.ttft.observe(first - ticket.job.arrived_at)
+        if ticket.second_s is not None:
+            self.second.observe(ticket.second_s)
+        if done is not None and ticket.tokens > 1:
+            self.tpot.observe((done - first) / (ticket.tokens - 1))
+        if ticket.split is not None and ticket.split.read_at is not None:
+            self.kv_transfer.observe(first - ticket.split.read_at)
+
     def collect(self) -> Iterator[Metric]:
-        for distribution in (self.ttft, self.itl, self.tpot, self.e2e, self.queue, self.kv_transfer):
+        latencies = (self.ttft, self.second, self.itl, self.tpot, self.e2e, self.queue, self.kv_transfer)
+        for distribution in latencies:
             yield distribution.family()
         requests = CounterMetricFamily("evenhand_requests", "Requests by how they ended.", labels=("route", "outcome"))
         for (path, outcome), count in self.outcomes.items():

@@ -165,6 +165,17 @@ async def test_the_gaps_between_chunks_are_observed_but_not_the_first() -> None:
     assert stream.itl.sum == pytest.approx(ticket.last_at - ticket.times[Phase.DECODING], abs=0.02)  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("pieces", [[ROLE, *TOKENS], [ROLE + TOKENS[0], *TOKENS[1:]]], ids=["apart", "packed"])
+async def test_the_gap_to_the_second_token_is_noted_once(pieces: list[bytes]) -> None:
+    _, ticket, stream, _ = await streamed([*pieces, USAGE + DONE])
+    assert ticket.second_s is not None and 0 < ticket.second_s <= stream.itl.sum
+
+
+async def test_a_stream_of_one_token_has_no_second() -> None:
+    _, ticket, _, _ = await streamed([ROLE, TOKENS[0], DONE])
+    assert ticket.second_s is None
+
+
 async def test_a_stream_that_ends_without_an_event_is_a_failure() -> None:
     client, _, stream, _ = await streamed([])
     with pytest.raises(EngineGone):

@@ -6,7 +6,7 @@ from server.telemetry import SECONDS, Distribution
 from tests.server.conftest import SLOW, chat, completion, eventually, over_fake, request
 
 CHAT = "/v1/chat/completions"
-SUFFIX = ("ttft", "itl", "tpot", "e2e", "queue")
+SUFFIX = ("ttft", "second_token", "itl", "tpot", "e2e", "queue")
 
 
 def test_a_distribution_counts_what_is_at_or_below_each_bound() -> None:
@@ -52,6 +52,8 @@ async def test_after_known_traffic_every_number_is_right() -> None:
     count = {name: total(f"evenhand_request_{name}_seconds_count") for name in SUFFIX}
     assert count["ttft"] == 4 and count["tpot"] == 3 and count["e2e"] == 4 and count["queue"] == 5
     assert 15 <= count["itl"] <= 22 + 50
+    assert 3 <= count["second_token"] <= 4, "the one who left may have seen a second token"
+    assert 0.01 < total("evenhand_request_second_token_seconds_sum") / count["second_token"] < 0.08
     for name in SUFFIX:
         buckets = [total(f"evenhand_request_{name}_seconds_bucket", le=repr(bound)) for bound in SECONDS]
         assert buckets == sorted(buckets) and buckets[-1] <= count[name]
