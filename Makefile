@@ -25,7 +25,7 @@ test:  ## install if needed, lint, run all tests; TESTS="tests/server -k vtc"
 
 soak:  ## hours of what `make test` does for seconds: hostile bytes, dying workers; TIMES=200
 	@$(INSTALL) --tests
-	@EVENHAND_SOAK=$(or $(TIMES),200) $(BIN)/python -m pytest --timeout=0 tests/server/test_fuzz.py tests/chaos
+	@EVENHAND_SOAK=$(or $(TIMES),200) $(BIN)/python -m pytest --timeout=0 tests/server/test_fuzz.py tests/chaos tests/engine/test_disaggregation.py
 
 lint:  ## style, types and import rules
 	@$(BIN)/ruff check --quiet .

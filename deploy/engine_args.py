@@ -10,6 +10,7 @@ from scheduler.workers import Role
 
 MODULE = "vllm.entrypoints.openai.api_server"  # the console command `vllm` refuses to run in the CPU distribution
 SCHEDULER = "scheduler.vllm_plugin.PolicyScheduler"
+CONNECTOR = "scheduler.vllm_nixl"  # vLLM's own, on a CPU
 OLDEST, NEWEST_BELOW = (0, 26), (0, 34)
 
 # vLLM's block is 128 tokens on a CPU: most short sequences then have no full block that the prefix cache could keep, so
@@ -168,7 +169,7 @@ def kv_transfer(role: Role, build: Build) -> dict[str, object]:
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"kv_lease_duration": KV_LEASE_S},
     }
-    return config | {"kv_buffer_device": "cpu"} if build == "cpu" else config
+    return config | {"kv_buffer_device": "cpu", "kv_connector_module_path": CONNECTOR} if build == "cpu" else config
 
 
 def _environment(plan: EnginePlan, ports: Ports) -> dict[str, str]:

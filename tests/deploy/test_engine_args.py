@@ -104,13 +104,13 @@ def test_engines_apart_hand_over_kv_and_compute_again_what_does_not_arrive() -> 
     prefill = engine_command(plan(role=Role.PREFILL), PORTS, "python")
     transfer = json.loads(value_of(prefill.argv, "--kv-transfer-config"))
     assert transfer["kv_role"] == "kv_producer"
-    assert transfer["kv_buffer_device"] == "cpu"
+    assert transfer["kv_buffer_device"] == "cpu" and transfer["kv_connector_module_path"] == "scheduler.vllm_nixl"
     assert transfer["kv_load_failure_policy"] == "recompute"
     assert prefill.env["VLLM_NIXL_SIDE_CHANNEL_PORT"] == "9002"
     decode = engine_command(plan("cuda", role=Role.DECODE, gpu="1"), PORTS, "python")
     transfer = json.loads(value_of(decode.argv, "--kv-transfer-config"))
     assert transfer["kv_role"] == "kv_consumer"
-    assert "kv_buffer_device" not in transfer
+    assert not {"kv_buffer_device", "kv_connector_module_path"} & transfer.keys()
     assert "--kv-transfer-config" not in engine_command(plan(), PORTS, "python").argv
     leaning = engine_command(plan(hands_over=True), PORTS, "python")
     assert json.loads(value_of(leaning.argv, "--kv-transfer-config"))["kv_role"] == "kv_both"

@@ -5,11 +5,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
 from vllm import EngineArgs, LLMEngine
 
-from deploy.model import TINY_CONFIG, cache_folder, prepare_tiny
+from deploy.benchmarks.random_model import write
+from deploy.model import TINY_CONFIG
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -21,48 +20,8 @@ ENVIRONMENT = {
 
 
 def chaotic_model(folder: Path) -> Path:
-    """The tiny config and tokenizer with large seeded weights.
-
-    vLLM's dummy weights are so small that the answer is a cycle of two tokens, which would hide most mistakes.
-    """
-    tiny = prepare_tiny(cache_folder(), lambda _: None)
-    for file in tiny.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    config = (tiny / "config.json").read_text().replace('"tie_word_embeddings": true', '"tie_word_embeddings": false')
-    (folder / "config.json").write_text(config)
-    save_file(_weights(vocabulary=49_152), folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def _weights(vocabulary: int) -> dict[str, torch.Tensor]:
-    seeded = torch.Generator().manual_seed(7)
-
-    def normal(rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(rows, columns, generator=seeded) * (2.0 / columns**0.5)
-
-    width, inner = int(TINY_CONFIG["hidden_size"]), int(TINY_CONFIG["intermediate_size"])
-    queries = int(TINY_CONFIG["num_attention_heads"]) * int(TINY_CONFIG["head_dim"])
-    keys = int(TINY_CONFIG["num_key_value_heads"]) * int(TINY_CONFIG["head_dim"])
-    weights = {
-        "model.embed_tokens.weight": torch.randn(vocabulary, width, generator=seeded),
-        "model.norm.weight": torch.ones(width),
-        "lm_head.weight": normal(vocabulary, width),
-    }
-    shapes = {
-        "self_attn.q_proj": (queries, width),
-        "self_attn.k_proj": (keys, width),
-        "self_attn.v_proj": (keys, width),
-        "self_attn.o_proj": (width, queries),
-        "mlp.gate_proj": (inner, width),
-        "mlp.up_proj": (inner, width),
-        "mlp.down_proj": (width, inner),
-    }
-    for layer in range(int(TINY_CONFIG["num_hidden_layers"])):
-        for name, (rows, columns) in shapes.items():
-            weights[f"model.layers.{layer}.{name}.weight"] = normal(rows, columns)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            weights[f"model.layers.{layer}.{norm}.weight"] = torch.ones(width)
-    return weights
+    """The tiny model with large seeded weights; returns the folder."""
+    return write(folder, TINY_CONFIG)
 
 
 @contextmanager
