@@ -18,6 +18,7 @@ NAMED, ALONE = 66.0, 18.0  # margins to the right: with the lines' names, withou
 _LEFT, _TOP, _BOTTOM = 44.0, 10.0, 24.0
 _LINE_HEIGHT = 11.0
 _CHAR_WIDTH = 5.6
+_ROW_CHAR_WIDTH = 5.9  # of the larger names of rows, in a wide font
 _DOT_STEP = 7.5
 _MOST_TICKS = 5
 _NAME_CHARS = 11
@@ -227,7 +228,8 @@ class Dot:
 
 def dot_plot(rows: Sequence[tuple[str, Sequence[Dot]]], x: Axis, title: str, about: str) -> str:
     """A row per measure, a dot and whisker per run, and a rule at 1 (Cleveland's dot plot)."""
-    left, right, step = 118.0, 16.0, 10.0 + _DOT_STEP * max((len(dots) for _, dots in rows), default=1)
+    left = _ROW_CHAR_WIDTH * max((len(name) for name, _ in rows), default=0) + 12.0
+    right, step = 16.0, 10.0 + _DOT_STEP * max((len(dots) for _, dots in rows), default=1)
     height = _TOP + step * len(rows) + _BOTTOM + 4
     width, parts = WIDTH * 1.2, []
 

@@ -34,7 +34,8 @@ def _ids(rng: Random, tokens: int) -> list[int]:
 def text_prompts(seed: int, tokenizer_folder: Path) -> Prompts:
     """Prompts as text that a model's tokenizer reads as exactly so many tokens (without its chat template).
 
-    tokenizer_folder holds `tokenizer.json`. Raises FileNotFoundError, and ValueError where the tokenizer joins words.
+    Equal block ids give equal text, as with token ids. tokenizer_folder holds `tokenizer.json`. Raises
+    FileNotFoundError, and ValueError where the tokenizer joins words.
     """
     from tokenizers import Tokenizer  # comes with the engine; prompts as token ids need none
 
@@ -46,12 +47,14 @@ def text_prompts(seed: int, tokenizer_folder: Path) -> Prompts:
     def count(text: str) -> int:
         return len(tokenizer.encode(text, add_special_tokens=False).ids)
 
-    words = [word for word in WORDS if count(f" {word}") == 1]
-    openers = [word for word in WORDS if count(word) == 1]
+    words = [word for word in WORDS if count(f" {word}") == count(word) == 1]
 
     def make(call: int, tokens: int, blocks: Sequence[int], block_tokens: int) -> str:
-        rng = Random(f"{seed}:call:{call}")
-        text = rng.choice(openers) + "".join(f" {word}" for word in rng.choices(words, k=tokens - 1))
+        said: list[str] = []
+        for block in blocks[: tokens // block_tokens if block_tokens else 0]:
+            said += Random(f"{seed}:block:{block}").choices(words, k=block_tokens)
+        said += Random(f"{seed}:call:{call}").choices(words, k=tokens - len(said))
+        text = " ".join(said)
         if count(text) != tokens:
             raise ValueError(
                 f"The tokenizer in {tokenizer_folder} joins words, so prompts of exact length need token ids."

@@ -53,7 +53,7 @@ def picture(html: Path, png: Path, chromium: str) -> None:
     if program is None:
         raise RuntimeError(f"{chromium} is not installed here: give --chromium, or leave out --pages.")
     with tempfile.TemporaryDirectory() as profile:
-        command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+        command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
         command += [f"--user-data-dir={profile}", "--disable-background-networking", "--disable-sync"]
         command += [f"--window-size={_WIDTH},{_HEIGHT}", f"--screenshot={png.resolve()}", html.resolve().as_uri()]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -17,10 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--clock",
-        choices=("cpu", "work"),
-        default="cpu",
-        help="what a second is: the engine's own CPU time, for which the simulator is calibrated, or the steps and "
-        "tokens that it computes, which are then known exactly (default: %(default)s)",
+        choices=("steady", "cpu", "work"),
+        default="steady",
+        help="what a second is: the engine's own CPU time, corrected for the core's speed at that moment or not; or "
+        "the steps and tokens that it computes, whose cost is then known exactly (default: %(default)s)",
     )
     parser.add_argument(
         "--kv-tokens", type=int, help="size of the KV cache (default: every slot's whole context, and no more)"

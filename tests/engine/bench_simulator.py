@@ -3,8 +3,9 @@
 evenhand bench simulator --workloads S,C --loads 0.8 --traces FOLDER
 
 A real vLLM engine on a tiny model, with our plug-in, in this process without a server in front; its clock is its own
-CPU time, so that other programs are in no figure, or, with --clock work, counts the steps and tokens that it computes:
-then the cost of an iteration is known exactly, and all that is left is whether the simulator forms the same batches.
+CPU time, corrected for how fast the core is at that moment (--clock cpu: uncorrected), so that other programs are in no
+figure; or, with --clock work, it counts the steps and tokens that the engine computes: then the cost of an iteration is
+known exactly, and all that is left is whether the simulator forms the same batches.
 
 Before each run the engine is probed as `evenhand calibrate` does it, with other prompts than the trace has. The cost
 model is fitted to all probes together, and the simulator foretells each policy's calls once. How fast the machine is
@@ -40,7 +41,7 @@ from loadtest.records import Record
 from loadtest.simulate import Plan, Simulation
 from loadtest.simulate_command import words
 from scheduler.catalog import choose
-from tests.engine.iterated import Engine, Pace
+from tests.engine.iterated import Engine, Pace, Steadied
 from tests.engine.real import ENVIRONMENT, chaotic_model
 
 WORK = Pace(0.01, 256.0)
@@ -215,12 +216,18 @@ def ranking(results: Results) -> Iterator[str]:
         yield f"{name}: the same policy ahead in {kept} of {decided} pairs of policies in which the engine is clear"
 
 
+_CLOCKS: Mapping[str, str] = {
+    "steady": "the engine's own CPU time, corrected for the core's speed at that moment",
+    "cpu": "the engine's own CPU time",
+    "work": "the steps and tokens that it computes",
+}
+
+
 def page_of(args: argparse.Namespace, results: Results, cost: CostModel, off: float) -> str:
     """In Markdown."""
-    second = "the engine's own CPU time" if args.clock == "cpu" else "the steps and tokens that it computes"
     plural = "s" * (args.repetitions > 1)
     head = (
-        f"{machine()}\n\nA tiny model, {args.slots} slots; the clock is {second}; {args.limit} requests, "
+        f"{machine()}\n\nA tiny model, {args.slots} slots; the clock is {_CLOCKS[args.clock]}; {args.limit} requests, "
         f"{args.repetitions} repetition{plural}. Relative errors against the median over the repetitions; in brackets, "
         f"of one repetition against the others. Cost model, {off:.1%} off in the median of its probes: {words(cost)}."
     )
@@ -237,10 +244,11 @@ def run(args: argparse.Namespace) -> int:
         os.sched_setaffinity(0, {args.core})
     slots = int(args.slots)
     pace = WORK if args.clock == "work" else None
+    clock = Steadied() if args.clock == "steady" else None
     with tempfile.TemporaryDirectory() as folder:
         model = chaotic_model(Path(folder))
         sizes = {"slots": slots, "context": args.context, "kv_tokens": args.kv_tokens}
-        with Engine.started(model, pace, plugin=True, **sizes) as engine:
+        with Engine.started(model, pace, plugin=True, clock=clock, **sizes) as engine:
             page = page_of(args, *Comparison(args, engine, slots).run())
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"simulator-{args.clock}.md").write_text(page)

@@ -4,9 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from time import thread_time
 from typing import Any, Self
 
+import torch
 from vllm import LLMEngine, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
@@ -40,6 +42,52 @@ class Clock:
             yield
         finally:
             self._offset_s -= thread_time() - begun
+
+
+class Steadied(Clock):
+    """CPU seconds of a machine that is always as fast as when this clock was made.
+
+    A core that it shares with others is half as fast for seconds at a time, by CPU time too. So a piece of work that is
+    always the same is done between steps, and seconds count by how long that takes now.
+    """
+
+    def __init__(self) -> None:
+        self._now_s = 0.0
+        self._usual_s = median(_reference_s() for _ in range(_REFERENCES))
+        self._slowness = 1.0
+        self._read_s = thread_time()
+
+    def __call__(self) -> float:
+        read_s = thread_time()
+        self._now_s += (read_s - self._read_s) / self._slowness
+        self._read_s = read_s
+        return self._now_s
+
+    def skip_to(self, at_s: float) -> None:
+        self._now_s = max(self(), at_s)
+
+    @contextmanager
+    def standing(self) -> Iterator[None]:
+        self()
+        try:
+            yield
+        finally:
+            self._slowness += _FRESH * (_reference_s() / self._usual_s - self._slowness)
+            self._read_s = thread_time()
+
+
+_REFERENCES = 500
+_FRESH = 0.15  # of what is known about the machine's speed after one more reference
+_LEFT, _RIGHT = torch.ones(8, 128), torch.ones(128, 4096)
+
+
+def _reference_s() -> float:
+    """CPU seconds of some Python and some arithmetic, as a step of a tiny model has both."""
+    begun_s = thread_time()
+    sum(number * number for number in range(1500))
+    for _ in range(2):
+        torch.mm(_LEFT, _RIGHT)
+    return thread_time() - begun_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +156,11 @@ class Engine:
     @classmethod
     @contextmanager
     def started(
-        cls, model: Path, pace: Pace | None, *, plugin: bool, slots: int, context: int, kv_tokens: int | None = None
-    ) -> Iterator[Self]:
-        """`context` in tokens. kv_tokens: None for all slots at that length. pace: None for CPU time."""
-        clock = Clock() if pace is None else Count()
+        cls, model: Path, pace: Pace | None, *, plugin: bool, slots: int, context: int, kv_tokens: int | None = None,
+        clock: Clock | None = None,
+    ) -> Iterator[Self]:  # fmt: skip
+        """`context` in tokens. kv_tokens: None for all slots at that length. pace: None for CPU time, by `clock`."""
+        clock = clock or (Clock() if pace is None else Count())
         PolicyScheduler.clock = staticmethod(clock)
         settings = {
             "max_model_len": context,

@@ -84,6 +84,11 @@ def test_a_text_prompt_has_exactly_its_tokens_under_the_models_tokenizer(tmp_pat
     text = text_prompts(1, tmp_path)(5, 37, (), 0)
     assert isinstance(text, str)
     assert len(tokenizer.encode(text).ids) == 37
+    one, two = (text_prompts(1, tmp_path)(call, 37, (7, 8, 9), 16) for call in (5, 6))
+    assert isinstance(one, str) and isinstance(two, str)
+    assert one.split()[:32] == two.split()[:32] != text.split()[:32]
+    assert one.split()[32:] != two.split()[32:]
+    assert len(tokenizer.encode(one).ids) == 37
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
