@@ -86,10 +86,16 @@ class _Step:
 
     def add(self, entry: Entry, chunk: int) -> None:
         """So many tokens of it are computed."""
-        self._count(entry, chunk, 1)
+        computed = entry.computed
         self.chunks[entry] = chunk
-        entry.computed += chunk
-        if entry.computed == entry.tokens:
+        self.left -= chunk
+        if chunk == 1 and computed:
+            self.decoding += 1
+            self.kv_tokens += computed
+        else:
+            self.prefill_tokens += chunk
+        entry.computed = computed = computed + chunk
+        if computed == entry.tokens:
             self.producing.append(entry)
 
     def drop(self, entry: Entry) -> None:
@@ -100,15 +106,12 @@ class _Step:
         if entry.computed == entry.tokens:
             self.producing.remove(entry)
         entry.computed -= chunk
-        self._count(entry, chunk, -1)
-
-    def _count(self, entry: Entry, chunk: int, sign: int) -> None:
-        self.left -= sign * chunk
+        self.left += chunk
         if chunk == 1 and entry.computed:
-            self.decoding += sign
-            self.kv_tokens += sign * entry.computed
+            self.decoding -= 1
+            self.kv_tokens -= entry.computed
         else:
-            self.prefill_tokens += sign * chunk
+            self.prefill_tokens -= chunk
 
 
 class ContinuousBatch:
@@ -211,8 +214,11 @@ class ContinuousBatch:
                 return
             if step.short and entry.job not in self._running:
                 continue
-            chunk = min(entry.tokens - entry.computed, step.left)
-            end = entry.computed + chunk
+            end = entry.tokens
+            chunk = end - entry.computed
+            if chunk > step.left:
+                chunk = step.left
+                end = entry.computed + chunk
             if end > len(entry.blocks) * size and not self._grow(entry, end, step, now):
                 return
             step.add(entry, chunk)

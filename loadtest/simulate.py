@@ -265,8 +265,9 @@ class Simulation:
             if job is flight.reads:
                 self._hand_over(worker, flight, job, now)
                 continue
-            worker.arriving_tokens -= flight.arriving_tokens
-            flight.arriving_tokens = 0
+            if flight.arriving_tokens:
+                worker.arriving_tokens -= flight.arriving_tokens
+                flight.arriving_tokens = 0
             flight.arrivals_s.append(now)
             if flight.waits is not None:
                 if not flight.uncharged:

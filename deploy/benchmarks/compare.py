@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pages", type=Path, metavar="FOLDER", help="write compare.md and compare.png here")
     parser.add_argument("--chromium", default="chromium", help="the browser for the picture (default: %(default)s)")
     parser.set_defaults(workload="S", engine="real", policies="fcfs,mlfq,vtc", length_scale=0.1, context=1024)
-    parser.set_defaults(limit=80, loads="1.2", saturating_rounds=10, ttft=5.0, tpot=0.5, out=Path("runs/bench-compare"))
+    parser.set_defaults(limit=40, loads="1.2", saturating_rounds=5, ttft=5.0, tpot=0.5, out=Path("runs/bench-compare"))
 
 
 def run(args: argparse.Namespace) -> int:
