@@ -11,6 +11,10 @@ BENCHMARKS: Mapping[str, tuple[str, str]] = {
     "ttft": ("deploy.benchmarks.ttft", "what the gateway adds to the time to the first token of a real engine"),
     "gateway": ("deploy.benchmarks.gateway", "what the gateway costs on one core, beside nginx and any other gateway"),
     "replicas": ("deploy.benchmarks.replicas", "whether several gateways share an engine among tenants as one does"),
+    "disaggregation": (
+        "deploy.benchmarks.disaggregation",
+        "prefill and decode apart, against two engines that do both",
+    ),
     "fresh": ("deploy.benchmarks.fresh", "a fresh clone: make install, make serve, the first answer"),
     "schedule": ("deploy.benchmarks.schedule", "what the plug-in costs at each iteration, against stock vLLM"),
     "policies": ("deploy.benchmarks.policies", "every policy on a real engine, against stock vLLM"),
