@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from loadtest.costmodel import CostModel
 from loadtest.kv_blocks import KvBlocks
 from scheduler.jobs import Job, Outcome
+from scheduler.kept import Kept
 from scheduler.lanes import Lanes
 
 _MOST_BLOCKS = 1 << 20  # of one sequence: keeps the ids of different ones apart
@@ -124,6 +125,7 @@ class ContinuousBatch:
         self._size = cost.block_tokens
         self._all = max(1, cost.kv_capacity_tokens // self._size)
         self._kv = KvBlocks(self._all)
+        self._kept: Kept[int] = Kept(self._all, self._size, self._kv.has, self._kv.free_anew)
         self._cached = cost.prefix_block_tokens > 0
         self._entries: dict[Job, Entry] = {}
         self._running: dict[Job, Entry] = {}
@@ -175,6 +177,7 @@ class ContinuousBatch:
         self._go_on(step, now)
         if not step.short:
             self._take_in(step, barred, now)
+        self._kept.after(self.cost.max_batched_tokens - step.left, self.lanes.__contains__)
         self._memory_bound = barred is None and step.left > 0 and len(self.lanes) > 0
         if not step.chunks and not step.producing:
             # All that it did was to send somebody away: vLLM's next iteration follows at once.
@@ -315,6 +318,8 @@ class ContinuousBatch:
         if swap is None:
             return None
         self.counts.displaced += 1
+        named = [block for block in self._running[swap[1]].blocks if block != KvBlocks.NAMELESS]
+        self._kept.displaced(swap[1], named)
         self._preempt(swap[1], now)
         return swap[1]
 

@@ -42,11 +42,14 @@ class KvBlocks:
 
     def known(self, ids: Sequence[int]) -> int:
         """How many of these blocks, from the first on, it still has."""
-        held, idle = self._held, self._idle
         for at, block in enumerate(ids):
-            if block not in held and block not in idle:
+            if not self.has(block):
                 return at
         return len(ids)
+
+    def has(self, block: int) -> bool:
+        """Whether it still has this one."""
+        return block in self._held or block in self._idle
 
     def idle(self, ids: Iterable[int]) -> int:
         """How many of these nobody holds, so that to hold them takes room."""
@@ -67,7 +70,7 @@ class KvBlocks:
 
     def name(self, block: int) -> int:
         """A nameless block that is held has been filled. Returns what to let go of: its id, or NAMELESS for a twin."""
-        if block in self._held or block in self._idle:
+        if self.has(block):
             return self.NAMELESS
         self._held[block] = 1
         return block
@@ -83,3 +86,9 @@ class KvBlocks:
             else:
                 del held[block]
                 self._idle[block] = None
+
+    def free_anew(self, ids: Sequence[int]) -> None:
+        """As if they were let go of only now, the last of them first; those that are held stay as they are."""
+        for block in reversed(ids):
+            if block in self._idle:
+                self._idle.move_to_end(block)

@@ -78,7 +78,7 @@ def _one_of(*choices: str) -> Callable[[str], str]:
 _PREFILL = Option(
     "prefill_tokens_per_step", _whole(1), "256", "tokens", "prompt tokens whose prefill takes as long as a decode step"
 )
-_CAP = Option("preemptions_per_s", _whole(0), "10", "1/s", "most running jobs displaced in any one second")
+_CAP = Option("preemptions_per_s", _whole(0), "100", "1/s", "most running jobs displaced in any one second")
 
 POLICIES: Mapping[str, Entry] = {
     "fcfs": Entry("first come, first served", (), Fcfs),
@@ -100,6 +100,10 @@ POLICIES: Mapping[str, Entry] = {
             Option("output_weight", _number(0.0), "2", "service/token", "service per output token (VTC's w_q)"),
             Option("predict", _one_of("none", "last5"), "none", "", "charge the tenant's usual output in advance"),
             Option("charge", _one_of("all", "computed"), "all", "", "computed: prompt tokens found in cache are free"),
+            Option(
+                "slots", _one_of("free", "shared"), "free", "", "shared: who has few slots takes one from who has many"
+            ),
+            _CAP,
             Option("within", _one_of("fcfs", "mlfq", "gittins", "srpt"), "fcfs", "", "order inside one tenant"),
         ),
         None,

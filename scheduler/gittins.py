@@ -51,7 +51,7 @@ class Gittins:
         prefill_tokens_per_step: int = 256,
         hysteresis: float = 1.3,
         patience_s: float = 60.0,
-        preemptions_per_s: int = 10,
+        preemptions_per_s: int = 100,
         min_samples: int = 50,
         window: int = 2000,
         max_tokens: str = "use",

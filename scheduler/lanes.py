@@ -43,7 +43,7 @@ class Lanes:
         self._waits: list[tuple[float, int, Place]] = []
         self._waits_noted = 0
         self._busy: dict[Line, None] = {}
-        self._displaced_at: deque[float] = deque(maxlen=policy.order.preemptions_per_s)
+        self._displaced_at: deque[float] = deque(maxlen=policy.preemptions_per_s)
         self._offered: Place | None = None
         self._next: Place | None = None
 
@@ -125,8 +125,8 @@ class Lanes:
     def displacement(self, now: float) -> tuple[Job, Job] | None:
         """The waiting head and the running job it should replace while the batch is full, or None.
 
-        To do it, `preempt` the second and `pop`, which takes the first. Between tenants nobody is displaced: the
-        victim always belongs to the line that goes next.
+        To do it, `preempt` the second and `pop`, which takes the first. Between tenants nobody is displaced unless they
+        share the slots: else the victim always belongs to the line that goes next.
         """
         times = self._displaced_at
         if not times.maxlen or (len(times) == times.maxlen and now - times[0] < 1.0):
@@ -134,11 +134,30 @@ class Lanes:
         head = self._peek(now)
         if head is None:
             return None
-        victim = head.line.worst()
-        if victim is None or not self._order.displaces(head.job, victim.job, head.lane, victim.lane):
+        victim = self._victim_of_another(head.line) or self._victim_of_its_own(head)
+        if victim is None:
             return None
         self._offered = victim
         return head.job, victim.job
+
+    def _victim_of_its_own(self, head: Place) -> Place | None:
+        victim = head.line.worst()
+        if victim is None or not self._order.displaces(head.job, victim.job, head.lane, victim.lane):
+            return None
+        return victim
+
+    def _victim_of_another(self, line: Line) -> Place | None:
+        """Of the tenant with the most slots for its weight, if after the change it still has no fewer than `line`.
+
+        And if it has had more service, or it would be next again as soon as its job waits.
+        """
+        if self._shares is None or not self._shares.taken_per_s:
+            return None
+        ahead = (other for other in self._busy if other.account.counter > line.account.counter)
+        most = max(ahead, key=lambda other: other.running / other.account.weight, default=line)
+        if (most.running - 1) / most.account.weight < (line.running + 1) / line.account.weight:
+            return None
+        return most.worst()
 
     def preempt(self, job: Job, now: float) -> None:
         """The running job yields and waits, first in its lane; nothing is refunded, its prompt is not charged again."""
@@ -334,7 +353,7 @@ class Lanes:
     def _stop(self, place: Place) -> None:
         """The job runs no longer."""
         place.line.leave(place)
-        if not place.line.busy:
+        if not place.line.running:
             self._busy.pop(place.line, None)
         if place is self._offered:
             self._offered = None

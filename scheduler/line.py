@@ -49,13 +49,16 @@ class Line:
     them opened or closed. `depths` counts waiting jobs by lane over all lines.
     """
 
-    __slots__ = ("_epoch", "_order", "_ranking", "_running", "_waiting", "_worst", "account", "depths", "waiting")
+    __slots__ = (
+        "_epoch", "_order", "_ranking", "_running", "_waiting", "_worst", "account", "depths", "running", "waiting",
+    )  # fmt: skip
 
     def __init__(self, order: Order, account: Account, depths: dict[Lane, int]) -> None:
         self._order = order
         self.account = account
         self.depths = depths
         self.waiting = 0
+        self.running = 0
         self._epoch = order.epoch
         self._waiting: dict[Lane, OrderedDict[int, Place]] = {}
         self._running: dict[Lane, OrderedDict[int, Place]] = {}
@@ -66,11 +69,6 @@ class Line:
     def idle(self) -> bool:
         """Nothing waits and nothing runs."""
         return not self._waiting and not self._running
-
-    @property
-    def busy(self) -> bool:
-        """Something runs."""
-        return bool(self._running)
 
     def wait(self, place: Place, *, front: bool) -> None:
         """The job waits, first or last in its lane."""
@@ -95,6 +93,7 @@ class Line:
             lane = self._running[place.lane] = OrderedDict()
             self._worst = None
         lane[place.seq] = place
+        self.running += 1
         place.state = State.RUNNING
 
     def leave(self, place: Place) -> None:
@@ -104,6 +103,7 @@ class Line:
         else:
             lane = self._running[place.lane]
             del lane[place.seq]
+            self.running -= 1
             if not lane:
                 del self._running[place.lane]
                 self._worst = None

@@ -34,7 +34,7 @@ class Mlfq:
         levels: int = 6,
         prefill_tokens_per_step: int = 256,
         patience_s: float = 10.0,
-        preemptions_per_s: int = 10,
+        preemptions_per_s: int = 100,
     ) -> None:
         self.patience_s = patience_s
         self.preemptions_per_s = preemptions_per_s

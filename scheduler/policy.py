@@ -112,6 +112,10 @@ class Bill:
 class Shares(Protocol):
     """How tenants are charged; the tenant with the lowest counter goes first."""
 
+    @property
+    def taken_per_s(self) -> int:
+        """Most slots that tenants take from others that hold more, in any one second; 0 if they never do."""
+
     def lift(self, account: Account, level: float) -> None:
         """A tenant that had nothing waiting is back. `level`: lowest counter of those that wait, in counter units."""
 
@@ -139,6 +143,11 @@ class Policy:
     order: Order
     shares: Shares | None = None
 
+    @property
+    def preemptions_per_s(self) -> int:
+        """Most running jobs displaced in any one second; 0 if none ever is."""
+        return max(self.order.preemptions_per_s, 0 if self.shares is None else self.shares.taken_per_s)
+
 
 FAR_AHEAD = 4096  # a preempting policy wants newcomers inside the engine, where they can displace a running job
 
@@ -148,4 +157,4 @@ def window_for(policy: Policy, ahead: int | None) -> int:
     gateway can still be re-ordered, re-routed or shed; many for those that do. `ahead`, if given, is taken as it is."""
     if ahead is not None:
         return ahead
-    return FAR_AHEAD if policy.order.preemptions_per_s else 4
+    return FAR_AHEAD if policy.preemptions_per_s else 4

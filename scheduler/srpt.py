@@ -33,7 +33,7 @@ class Srpt:
         prefill_tokens_per_step: int = 256,
         hysteresis: float = 1.3,
         patience_s: float = 60.0,
-        preemptions_per_s: int = 10,
+        preemptions_per_s: int = 100,
     ) -> None:
         self.patience_s = patience_s
         self.preemptions_per_s = preemptions_per_s

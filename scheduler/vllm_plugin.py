@@ -18,13 +18,16 @@ import inspect
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from types import MethodType
 from typing import Any, Final, NamedTuple
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 from vllm.logger import init_logger
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy
@@ -36,6 +39,7 @@ from vllm.version import __version_tuple__ as vllm_version
 
 from scheduler.catalog import build, options_from
 from scheduler.jobs import Job, Outcome
+from scheduler.kept import Kept
 from scheduler.lanes import Lanes
 from scheduler.policy import Policy
 from scheduler.tally import Tally
@@ -72,12 +76,18 @@ METHODS: Final[Mapping[type, Mapping[str, tuple[str, ...]]]] = {
         "remove_request": ("request",),
         "remove_requests": ("requests",),
     },
+    KVCacheManager: {"get_blocks": ("request_id",)},
+    BlockPool: {"touch": ("blocks",), "free_blocks": ("ordered_blocks",)},
 }
 ATTRIBUTES: Final[Mapping[type, tuple[str, ...]]] = {
     Scheduler: (
         "vllm_config", "scheduler_config", "policy", "waiting", "running", "finished_req_ids_dict",
-        "max_num_running_reqs", "max_num_scheduled_tokens", "num_waiting_for_streaming_input",
+        "max_num_running_reqs", "max_num_scheduled_tokens", "num_waiting_for_streaming_input", "kv_cache_manager",
     ),
+    KVCacheManager: ("block_pool",),
+    KVCacheBlocks: ("blocks",),
+    KVCacheBlock: ("block_hash", "ref_cnt", "is_null"),
+    BlockPool: ("num_gpu_blocks",),
     Request: (
         "request_id", "client_index", "priority", "sampling_params", "pooling_params", "structured_output_request",
         "num_prompt_tokens", "num_output_tokens", "max_tokens", "status", "num_preemptions", "resumable",
@@ -330,6 +340,37 @@ class Deferred(RequestQueue):  # type: ignore[misc]
         return iter(self._queue)
 
 
+class Filled(NamedTuple):
+    """A full KV block and the hash of what was in it, all tokens up to its end."""
+
+    block: KVCacheBlock
+    content: object
+
+    def intact(self) -> bool:
+        return bool(self.block.block_hash == self.content)
+
+
+def filled(groups: Iterable[Sequence[KVCacheBlock]]) -> list[Filled]:
+    """Of a request's blocks those that can be found again once they are free."""
+    return [
+        Filled(block, block.block_hash)
+        for blocks in groups
+        for block in blocks
+        if block.block_hash and not block.is_null
+    ]
+
+
+def kept_in(pool: BlockPool, block_tokens: int) -> Kept[Filled]:
+    """Keeps displaced requests' blocks of vLLM's pool, of which one holds nothing."""
+
+    def free_anew(blocks: Sequence[Filled]) -> None:
+        free = [each.block for each in blocks if not each.block.ref_cnt]
+        pool.touch(free)
+        pool.free_blocks(reversed(free))
+
+    return Kept(pool.num_gpu_blocks - 1, block_tokens, Filled.intact, free_anew)
+
+
 class EngineMetrics:
     """What the plug-in exports. vLLM's API server shows it if PROMETHEUS_MULTIPROC_DIR was set before the start."""
 
@@ -393,6 +434,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         self._slots: int = getattr(self, "max_num_active_reqs", None) or self.max_num_running_reqs
         takes = inspect.signature(Scheduler._preempt_request).parameters
         self._preempt_options = {"drop_stale_output": self.requires_kv_delivery} if "drop_stale_output" in takes else {}
+        self._kept = kept_in(self.kv_cache_manager.block_pool, self.vllm_config.cache_config.block_size)
         self._memory_bound = False
         self._reason = "reset"
         self._singled_out: Request | None = None
@@ -448,6 +490,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         output = super().schedule(*args, **kwargs)
         self._reason = "reset"
         self._note_starts(output, now)
+        self._kept.after(output.total_num_scheduled_tokens, self._lanes.__contains__)
         self._memory_bound = self._stopped_at_memory(output)
         if now >= self._report_at:
             self._report(now)
@@ -470,6 +513,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
             return
         self.running.remove(victim)
         self._reason = "policy"
+        self._kept.displaced(swap[1], filled(self.kv_cache_manager.get_blocks(victim.request_id).blocks))
         self._preempt_request(victim, now, **self._preempt_options)
         self._queue.barred = swap[1]
 

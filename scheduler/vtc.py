@@ -19,12 +19,22 @@ class Vtc:
     prompt_weight, output_weight: service per prompt token and per output token (w_p and w_q; the paper's 1 and 2).
     predict: "last5" charges in advance the mean output of the tenant's last five finished jobs.
     charge: "computed" leaves out prompt tokens that the prefix cache held.
+    slots: "shared" lets the tenant that goes next take a slot from one that holds more of them for its weight, also
+        after the change; "free", as published, lets it wait for the next free slot.
+    preemptions_per_s: cap on the slots so taken.
     """
 
     prompt_weight: float = 1.0
     output_weight: float = 2.0
     predict: Literal["none", "last5"] = "none"
     charge: Literal["all", "computed"] = "all"
+    slots: Literal["free", "shared"] = "free"
+    preemptions_per_s: int = 100
+
+    @property
+    def taken_per_s(self) -> int:
+        """The cap, 0 where slots are not shared."""
+        return self.preemptions_per_s if self.slots == "shared" else 0
 
     def lift(self, account: Account, level: float) -> None:
         """Time away from the queue saves up nothing: the counter rises to the level of those that waited."""

@@ -3,7 +3,6 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Callable
 
 from loadtest import policies_bench
 
@@ -13,18 +12,11 @@ CONTEXT_TOKENS = 4096
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which policies and how much; the other options are those of the comparison itself."""
-    add_engine_arguments(parser, POLICIES, policies_bench.add_arguments)
-
-
-def add_engine_arguments(
-    parser: argparse.ArgumentParser, policies: str, add_own: Callable[[argparse.ArgumentParser], None]
-) -> None:
-    """The options of a comparison whose targets are real engines made here: stock vLLM, and one per policy."""
     parser.add_argument(
-        "--policies", default=policies, help=f"beside stock vLLM, NAME[:KEY=VALUE…] (default {policies})"
+        "--policies", default=POLICIES, help=f"beside stock vLLM, NAME[:KEY=VALUE…] (default {POLICIES})"
     )
     parser.add_argument("--engine-args", default="", help="handed to every engine, as one string")
-    add_own(parser)
+    policies_bench.add_arguments(parser)
     for action in parser._actions:  # the targets are made here, of real engines
         if action.dest == "target":
             action.required, action.help = False, argparse.SUPPRESS

@@ -5,9 +5,9 @@ evenhand bench iterations --workloads C --policies mlfq,gittins --loads 1.2,0.9,
 Two real engines on a tiny model, stock and with the plug-in, each in a process of its own without a server in front.
 Requests arrive on a clock that stands still while an engine does not compute: that other programs use the cores is in
 no figure. How fast the machine is from one minute to the next still is; with --step-ms the clock counts the steps and
-the tokens that the engine computes, and the same command gives the same figures anywhere. A server's and a client's
-work is not in them either; `evenhand bench policies` measures those too, on the wall clock, where the machine is quiet
-enough.
+the tokens that the engine computes, and the same command gives the same figures anywhere, whether the model is run or
+left out (--without-model). A server's and a client's work is not in them either; `evenhand bench policies` measures
+those too, on the wall clock, where the machine is quiet enough.
 
 Each repetition draws its own requests, measures at which rate stock vLLM is saturated by them, and offers them to all
 at the loads asked for. Gittins is taught the lengths of other requests of the same kind first, as it would have been
@@ -51,16 +51,10 @@ class Iterated:
     summary: report.Summary
     preemptions: int
     recomputed: float
-    tokens_per_step: float
 
 
 def _of(measure: Callable[[report.Summary], float]) -> Callable[[Iterated], float]:
     return lambda run: measure(run.summary)
-
-
-OURS: Mapping[str, Callable[[Iterated], float]] = {
-    **{name: _of(measure) for name, measure in MEASURES.items()},
-}
 
 
 class Child:
@@ -170,9 +164,9 @@ class Comparison:
         say(
             f"{label}: JCT {report.seconds(summary.e2e.mean)}  TTFT p99 {report.seconds(summary.ttft.p99)}  "
             f"span {report.seconds(summary.duration_s)}  {told['preemptions']} preemptions  "
-            f"recomputed {told['recomputed']:.1%}  {told['tokens_per_step']:.2f} tokens/step"
+            f"recomputed {told['recomputed']:.1%}"
         )
-        return Iterated(summary, told["preemptions"], told["recomputed"], told["tokens_per_step"])
+        return Iterated(summary, told["preemptions"], told["recomputed"])
 
 
 def preemption_rows(results: Results[Iterated]) -> report.Rows:
@@ -190,8 +184,9 @@ def preemption_rows(results: Results[Iterated]) -> report.Rows:
 
 def whole_page(args: argparse.Namespace, results: Results[Iterated]) -> str:
     """In Markdown."""
-    preempted = report.markdown(preemption_rows(results))
-    return f"{clock_of(args)}\n\n{page_of(results, OURS)}\n## Preemptions, and tokens computed again\n\n{preempted}\n"
+    measures = {name: _of(measure) for name, measure in MEASURES.items()}
+    preempted = f"## Preemptions, and tokens computed again\n\n{report.markdown(preemption_rows(results))}"
+    return f"{clock_of(args)}\n\n{page_of(results, measures)}\n{preempted}\n"
 
 
 def clock_of(args: argparse.Namespace) -> str:
@@ -231,7 +226,8 @@ def serve(args: argparse.Namespace) -> None:
     slots = int(args.slots)
     pace = None if args.step_ms is None else Pace(args.step_ms / 1000, args.tokens_per_step)
     sizes = {"slots": slots, "context": args.context, "kv_tokens": args.kv_tokens}
-    with Engine.started(args.model, pace, plugin=args.child == "plugin", **sizes) as engine:
+    made = {"plugin": args.child == "plugin", "with_model": not args.without_model}
+    with Engine.started(args.model, pace, **made, **sizes) as engine:
         for line in sys.stdin:
             asked = json.loads(line)
             calls = calls_for(draws, asked)

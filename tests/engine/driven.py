@@ -148,6 +148,45 @@ def expected(name: str, prompt_tokens: int, max_tokens: int) -> list[int]:
     return [token(name, prompt_tokens + index) for index in range(max_tokens)]
 
 
+class Rule:
+    """In the model's place: makes a step's tokens when it is launched, as a runner with token ids of its own would."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        self._computed: dict[str, int] = {}
+
+    def apply(self, output: SchedulerOutput) -> ModelRunnerOutput:
+        """A token for every sequence that has reached its last known one."""
+        for gone in output.finished_req_ids:
+            self._computed.pop(gone, None)
+        for new in output.scheduled_new_reqs:
+            self._computed[new.req_id] = new.num_computed_tokens
+        for name, computed in zip(
+            output.scheduled_cached_reqs.req_ids, output.scheduled_cached_reqs.num_computed_tokens, strict=True
+        ):
+            self._computed[name] = computed
+        names = list(output.num_scheduled_tokens)
+        sampled = []
+        for name in names:
+            live = self._scheduler.requests[name]
+            end = self._computed[name] + output.num_scheduled_tokens[name]
+            known = live.num_tokens + live.num_output_placeholders - (1 if self._samples(live) else 0)
+            sampled.append([token(name, end)] if end >= known else [])
+        return ModelRunnerOutput(
+            req_ids=names,
+            req_id_to_index={name: index for index, name in enumerate(names)},
+            sampled_token_ids=sampled,
+            logprobs=None,
+            prompt_logprobs_dict={},
+            pooler_output=[],
+        )
+
+    @staticmethod
+    def _samples(live: Request) -> bool:
+        """Whether the step just scheduled has already been given a placeholder (asynchronous scheduling only)."""
+        return bool(live.num_output_placeholders)
+
+
 class Engine:
     """Steps a scheduler as vLLM's EngineCore does: in step, or scheduling a step ahead of the output."""
 
@@ -163,7 +202,7 @@ class Engine:
         self._depth = 2 if is_async else 1
         self._clock = clock
         self._step_s = step_s
-        self._computed: dict[str, int] = {}
+        self._rule = Rule(scheduler)
         self._prompts: dict[str, int] = {}
 
     def add(self, *requests: Request) -> None:
@@ -181,7 +220,7 @@ class Engine:
         output = None
         if self.scheduler.has_requests():
             output = self.scheduler.schedule()
-            self._flight.append((output, self._compute(output)))
+            self._flight.append((output, self._rule.apply(output)))
         if len(self._flight) >= self._depth or output is None or not output.total_num_scheduled_tokens:
             self._take(*self._flight.popleft())
         return output
@@ -193,35 +232,6 @@ class Engine:
                 return
             self.step()
         raise AssertionError(f"not done after {steps} steps: {self.scheduler.get_request_counts()}")
-
-    def _compute(self, output: SchedulerOutput) -> ModelRunnerOutput:
-        """The rule, applied when the step is launched, as a model runner that keeps its own token ids would."""
-        for new in output.scheduled_new_reqs:
-            self._computed[new.req_id] = new.num_computed_tokens
-        for name, computed in zip(
-            output.scheduled_cached_reqs.req_ids, output.scheduled_cached_reqs.num_computed_tokens, strict=True
-        ):
-            self._computed[name] = computed
-        names = list(output.num_scheduled_tokens)
-        sampled = []
-        for name in names:
-            live = self.scheduler.requests[name]
-            end = self._computed[name] + output.num_scheduled_tokens[name]
-            known = live.num_tokens + live.num_output_placeholders - (1 if self._samples(live) else 0)
-            sampled.append([token(name, end)] if end >= known else [])
-        return ModelRunnerOutput(
-            req_ids=names,
-            req_id_to_index={name: index for index, name in enumerate(names)},
-            sampled_token_ids=sampled,
-            logprobs=None,
-            prompt_logprobs_dict={},
-            pooler_output=[],
-        )
-
-    @staticmethod
-    def _samples(live: Request) -> bool:
-        """Whether the step just scheduled has already been given a placeholder (asynchronous scheduling only)."""
-        return bool(live.num_output_placeholders)
 
     def _take(self, output: SchedulerOutput, result: ModelRunnerOutput) -> None:
         for client in self.scheduler.update_from_output(output, result).values():

@@ -1,6 +1,7 @@
 """A real engine in this process, fed on a clock that is its own CPU time, or one that counts its work."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any, Self
 import torch
 from vllm import LLMEngine, SamplingParams
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import ModelRunnerOutput
 
 from loadtest.call import Call
 from loadtest.costmodel import CostModel
@@ -18,6 +21,7 @@ from loadtest.records import Record, Run, Writer
 from scheduler.jobs import Job, Outcome
 from scheduler.vllm_plugin import PolicyScheduler
 from tests.engine.answers import preemptions, switch
+from tests.engine.driven import Rule
 from tests.engine.real import engine
 
 
@@ -140,6 +144,19 @@ class Served:
         )  # fmt: skip
 
 
+def _leave_out_the_model(running: LLMEngine) -> None:
+    """Every step's tokens come from a rule: on a clock that counts work, nothing depends on which tokens they are."""
+    core = running.engine_core.engine_core
+    rule = Rule(core.scheduler)
+
+    def execute_model(output: SchedulerOutput, non_block: bool) -> Future[ModelRunnerOutput]:
+        made: Future[ModelRunnerOutput] = Future()
+        made.set_result(rule.apply(output))
+        return made
+
+    core.model_executor.execute_model = execute_model
+
+
 class Engine:
     """Runs lists of calls, one list after the other."""
 
@@ -150,14 +167,13 @@ class Engine:
         self._plugin = plugin
         self._scheduler = running.engine_core.engine_core.scheduler
         self._tokens = 0
-        self._steps = 0
         self._count_tokens()
 
     @classmethod
     @contextmanager
     def started(
         cls, model: Path, pace: Pace | None, *, plugin: bool, slots: int, context: int, kv_tokens: int | None = None,
-        clock: Clock | None = None,
+        clock: Clock | None = None, with_model: bool = True,
     ) -> Iterator[Self]:  # fmt: skip
         """`context` in tokens. kv_tokens: None for all slots at that length. pace: None for CPU time, by `clock`."""
         clock = clock or (Clock() if pace is None else Count())
@@ -168,6 +184,8 @@ class Engine:
             "num_gpu_blocks_override": (kv_tokens or slots * context) // 32,
         }
         with engine(model, "fcfs" if plugin else None, **settings) as running:
+            if not with_model:
+                _leave_out_the_model(running)
             yield cls(running, clock, pace, plugin=plugin)
 
     def _count_tokens(self) -> None:
@@ -176,7 +194,6 @@ class Engine:
         def counted(*args: Any, **kwargs: Any) -> Any:
             output = schedule(*args, **kwargs)
             self._tokens += output.total_num_scheduled_tokens
-            self._steps += 1
             return output
 
         self._scheduler.schedule = counted
@@ -187,7 +204,7 @@ class Engine:
         if self._plugin:
             self.switch(name, dict(option.split("=", 1) for option in options), taught)
         self._running.reset_prefix_cache()
-        tokens, steps, preempted = self._tokens, self._steps, self._preempted(name)
+        tokens, preempted = self._tokens, self._preempted(name)
         begun_s = self._clock()
         served, starved_s = self._serve(
             calls, at_once=asked["rate"] is None, begun_s=begun_s, watched="" if asked["flood"] is None else "light"
@@ -204,7 +221,6 @@ class Engine:
             "saturation_per_s": len(calls) / (starved_s - begun_s),
             "preemptions": self._preempted(name) - preempted,
             "recomputed": (self._tokens - tokens) / ideal - 1.0,
-            "tokens_per_step": made / (self._steps - steps),
         }
 
     def serve(self, calls: Sequence[Call], *, at_once: bool) -> tuple[list[Record], float]:

@@ -13,11 +13,13 @@ from vllm.v1.request import Request, RequestStatus
 
 from scheduler.fcfs import Fcfs
 from scheduler.jobs import Job, Outcome
+from scheduler.kept import Kept
 from scheduler.lanes import Lanes
 from scheduler.policy import Policy
 from scheduler.tally import Tally
 from scheduler.vllm_plugin import (
     METHODS,
+    Filled,
     PolicyQueue,
     job_from,
     missing_members,
@@ -434,6 +436,47 @@ def test_the_line_and_the_longest_stall_are_shown(hollow_model: Path) -> None:
     scheduler._report(clock.now)
     scheduler._report(clock.now)
     assert metric(scheduler, "longest_stall_seconds") == 0
+
+
+def recomputed_by_a_displaced_request(folder: Path, *, kept: bool) -> int:
+    """Tokens that a long request computes twice, displaced while others fill the KV cache four times over."""
+    clock = Clock()
+    scheduler = build_scheduler(folder, "mlfq", slots=1, blocks=100, clock=clock)
+    if not kept:
+        scheduler._kept = Kept(99, 16, Filled.intact, lambda blocks: None)
+    engine = Engine(scheduler, clock=clock)
+    work = [("long", 320, 100), *((f"short{index}", 160, 5) for index in range(40))]
+    computed = 0
+    for step in range(1000):
+        if step == 0:
+            engine.add(request(*work[0]))
+        elif step == 30:
+            engine.add(*(request(*each) for each in work[1:]))
+        elif not scheduler.has_requests():
+            break
+        output = engine.step()
+        computed += output.total_num_scheduled_tokens if output else 0
+    assert engine.finished[-1] == "long"
+    assert engine.answers == {name: expected(name, *sizes) for name, *sizes in work}
+    return computed - sum(prompt + most - 1 for _, prompt, most in work)
+
+
+def test_what_a_displaced_request_has_computed_outlives_what_finished_requests_have(hollow_model: Path) -> None:
+    assert recomputed_by_a_displaced_request(hollow_model, kept=True) < 32
+    assert recomputed_by_a_displaced_request(hollow_model, kept=False) > 320
+
+
+def test_of_many_displaced_requests_no_more_are_kept_than_may_be(hollow_model: Path) -> None:
+    clock = Clock()
+    scheduler = build_scheduler(hollow_model, "mlfq", {"preemptions_per_s": "1000"}, slots=4, blocks=80, clock=clock)
+    engine = Engine(scheduler, clock=clock)
+    work = [(f"r{index}", 100 + index, 60) for index in range(30)]
+    engine.add(*(request(*each) for each in work))
+    engine.run()
+    assert engine.answers == {name: expected(name, *sizes) for name, *sizes in work}
+    assert metric(scheduler, "preemptions_total", policy="mlfq", reason="policy") > 30
+    assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 79  # all but vLLM's null block
+    assert scheduler.reset_prefix_cache()
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -25,6 +25,7 @@ POLICIES: dict[str, tuple[str, dict[str, str]]] = {
     "srpt": ("srpt", {"patience_s": "3"}),
     "vtc": ("vtc", {"predict": "last5", "charge": "computed"}),
     "vtc of mlfq": ("vtc", {"within": "mlfq", "quantum_steps": "2", "patience_s": "3"}),
+    "vtc sharing slots": ("vtc", {"slots": "shared", "preemptions_per_s": "100000"}),
     "vtc of gittins": ("vtc", {"within": "gittins", "min_samples": "20", "patience_s": "3", "predict": "last5"}),
 }
 NAMES = st.sampled_from(sorted(POLICIES))
@@ -182,7 +183,11 @@ class Machine(RuleBasedStateMachine):
         with pytest.raises(KeyError):
             self.lanes.finish(job, outcome, self.now)
 
-    @rule(tenant=st.integers(0, 5), service=st.floats(0, 1e6), weight=st.sampled_from([0.5, 1.0, 3.0]))
+    @rule(
+        tenant=st.integers(0, 5),
+        service=st.floats(0, 1e6, allow_subnormal=False),
+        weight=st.sampled_from([0.5, 1.0, 3.0]),
+    )
     def told(self, tenant: int, service: float, weight: float) -> None:
         self.lanes.told(f"t{tenant}", service, weight, self.now)
         shared = self.lanes.policy.shares is not None

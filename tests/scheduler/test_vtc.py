@@ -75,6 +75,51 @@ def test_jobs_of_one_tenant_displace_each_other_under_an_order_that_preempts() -
     assert [auditor.violations() for auditor in auditors] == [[]] * len(auditors)
 
 
+@pytest.mark.parametrize("within", ["fcfs", "mlfq", "gittins"])
+def test_bounds_hold_when_tenants_take_slots_from_each_other(within: str) -> None:
+    policy = {"within": within, "slots": "shared", "preemptions_per_s": "100000"}
+    auditors = [audit(build("vtc", policy), seed, slots=6, weights=(1.0, 2.0, 3.0, 0.5)) for seed in range(20)]
+    assert [auditor.violations() for auditor in auditors] == [[]] * len(auditors)
+    assert sum(auditor.engine.preemptions for auditor in auditors) > 100
+
+
+def run_of(lanes: Lanes, tenant: str, number: int, weight: float = 1.0) -> list[Job]:
+    """So many jobs of a tenant, all running."""
+    for index in range(number):
+        lanes.push(job(f"{tenant}{index}", tenant, weight=weight), 0.0)
+    return [lanes.pop(0.0) for _ in range(number)]
+
+
+def test_a_tenant_takes_slots_until_it_has_as_many_for_its_weight_as_the_other() -> None:
+    for weight, taken in ((1.0, 4), (3.0, 6), (1 / 3, 2)):
+        lanes = lanes_with(slots="shared")
+        running = run_of(lanes, "flood", 8)
+        for index in range(8):
+            lanes.push(job(f"light{index}", "light", 1, weight=weight), 0.0)
+        lanes.serve(running[0], 100, 0.0)
+        for _ in range(taken):
+            pair = lanes.displacement(0.0)
+            assert pair is not None and pair[1] is running.pop(), "the newest of the flood"
+            lanes.preempt(pair[1], 0.0)
+            assert lanes.pop(0.0) is pair[0]
+        assert lanes.displacement(0.0) is None
+
+
+def test_slots_are_taken_no_more_often_than_allowed_and_not_at_all_as_published() -> None:
+    for options, offers in (({"slots": "shared", "preemptions_per_s": "2"}, [True, True, False]), ({}, [False])):
+        lanes = lanes_with(**options)
+        running = run_of(lanes, "flood", 8)
+        for index in range(4):
+            lanes.push(job(f"light{index}", "light", 1), 0.0)
+        lanes.serve(running[0], 100, 0.0)
+        for offered in offers:
+            pair = lanes.displacement(0.5)
+            assert (pair is not None) is offered
+            if pair is not None:
+                lanes.preempt(pair[1], 0.5)
+                lanes.pop(0.5)
+
+
 class NoLift(Vtc):
     """Mutant: least counter first; time away saves up service."""
 
