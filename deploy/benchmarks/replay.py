@@ -8,7 +8,6 @@ import shlex
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from loadtest.records import load
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 128, 128
 LAG_GOAL_S = 0.001
+_EACH = 8  # requests on each of many simulated workers
 # `vllm bench serve`, which the command `vllm` of the CPU distribution does not start.
 VLLM_BENCH = (
     "from vllm.benchmarks.serve import add_cli_args, main\n"
@@ -99,24 +99,27 @@ def _listener(log: Path) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Used:
-    """What a program took: processor seconds of it and of all that it started and waited for, seconds, bytes."""
+    """What a program took: processor seconds of it and of all that it started and waited for, and its memory."""
 
     cpu_s: float
-    wall_s: float
     memory_bytes: int
 
 
 def used(argv: Sequence[str], log: Path) -> Used:
     """A client's run on the last core. RuntimeError with its last words if it fails."""
     env = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    began = time.perf_counter()
     with log.open("wb") as out:
         process = subprocess.Popen(["taskset", "-c", f"{cores()[0]}", *argv], stdout=out, stderr=out, env=env)
+    try:
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            process.wait()
     if process.returncode:
         raise RuntimeError(f"{shlex.join(argv[:4])} … failed:\n{log.read_text(errors='replace')[-2000:]}")
-    return Used(usage.ru_utime + usage.ru_stime, time.perf_counter() - began, usage.ru_maxrss * 1024)
+    return Used(usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
 # Beside others
@@ -230,14 +233,14 @@ def engine_speed(args: argparse.Namespace, folder: Path) -> str:
 
 
 def simulated(args: argparse.Namespace) -> str:
-    """A trace on many workers, at its own times and again as fast as keeps half of their slots busy."""
+    """A trace on one worker kept full; on many at its own times, and with some on each of them at any time."""
     trace = args.trace or "C"
     rows = []
     for name, workers, options in (
-        ("1 worker", 1, ("--concurrency", "256")),
+        ("1 worker, 256 on it", 1, ("--concurrency", "256")),
         (f"{args.workers} workers, at the trace's own times" if args.trace else f"{args.workers} workers, 5 requests/s",
          args.workers, () if args.trace else ("--rate", "5")),
-        (f"{args.workers} workers, half busy", args.workers, ("--concurrency", f"{128 * args.workers}")),
+        (f"{args.workers} workers, {_EACH} on each", args.workers, ("--concurrency", f"{_EACH * args.workers}")),
     ):  # fmt: skip
         argv = [sys.executable, "-m", "deploy.cli", "simulate", trace, "--workers", f"{workers}", "--limit"]
         argv += [f"{args.limit}", *options]

@@ -22,7 +22,7 @@ def test_every_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "| evenhand replay | " in said
     assert "| 4 | " in said and "At most 1 ms late: " in said
     assert "| 256 streams | " in said
-    assert "| 3 workers, half busy | 60 | " in said
+    assert "| 3 workers, 8 on each | 60 | " in said
 
 
 def test_what_a_failing_client_said_is_told(tmp_path: Path) -> None:
