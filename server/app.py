@@ -152,12 +152,13 @@ class GatewayServer:
         bounds = Bounds(
             edge.max_head_bytes, edge.max_body_bytes, edge.head_timeout_s, edge.body_timeout_s, edge.stall_timeout_s
         )
+        self.edge = edge_for(self.gateway, bounds)
         return _Server(
             uvicorn.Config(
                 self.app,
                 host=settings.host,
                 port=settings.port,
-                http=edge_for(self.gateway, bounds),
+                http=self.edge,
                 loop="uvloop",
                 ws="none",
                 lifespan="on",
@@ -289,7 +290,9 @@ class GatewayServer:
 
     def stop(self, *, at_once: bool = False) -> None:
         """Says so in /ready and, after `lame_duck_s`, takes no new connection, lets running answers finish, and makes
-        `serve` return. `at_once`: no waiting for anything."""
+        `serve` return. Until then every answer ends its connection, so that clients go elsewhere and none is idle when
+        it closes. `at_once`: no waiting for anything."""
+        self.edge.parting = True
         if not self.stopping and self.settings.lame_duck_s and not at_once:
             asyncio.get_running_loop().call_later(self.settings.lame_duck_s, self._close)
             self.stopping = True

@@ -14,6 +14,7 @@ from scheduler.workers import Role, Worker
 from server.call import Call, Phase, Split, Ticket
 from server.errors import NoWorker, Overloaded, ServiceError, UnknownModel
 from server.fleet import Fleet, Member
+from server.promises import Promises
 from server.routing import Affinity, Option, beginnings, best, score
 
 RATE_MEMORY_S = 20.0
@@ -22,6 +23,8 @@ LONGEST_RETRY_S = 600.0
 TYPICAL_TOKENS_PER_S = 10.0  # of one sequence, before any request was seen
 TYPICAL_PROMPT_TOKENS = TYPICAL_OUTPUT_TOKENS = 256.0  # before any request was seen
 LEARN_SHARE = 0.05
+UNKNOWN_RETRY_S = 5.0  # before any place has come free
+TIMES_LEFT = 4  # of the places that are left in line, one tenant may have so many times as many where tenants share
 
 
 class Pace:
@@ -157,6 +160,7 @@ class Dispatcher:
         self.rules = rules
         self.placed: Counter[str] = Counter()
         self.pace = Pace(clock())
+        self.promises = Promises(max_waiting)
         self.charge: list[Ticket] = []
         self.affinity = Affinity()
         self.sizes = Sizes()
@@ -179,12 +183,24 @@ class Dispatcher:
             self.settle(now)
             self.lanes.admit(ticket.job, now)
             return self._occupy(room, ticket)
-        if len(self.lanes) >= self.max_waiting:
-            raise Overloaded(
-                f"{len(self.lanes)} requests already wait for '{self.model}'.",
-                retry_after_s=self.retry_after_s(ticket.call.tenant.name),
-            )
+        tenant = ticket.call.tenant.name
+        if not self.promises.redeem(tenant, now) and self._is_full_for(tenant, now):
+            pace = self.pace.per_s(now)
+            retry_s = self.promises.make(tenant, pace, now) if pace > 0 else UNKNOWN_RETRY_S
+            waiting = f"{len(self.lanes)} requests already wait for '{self.model}'"
+            raise Overloaded(f"{waiting}.", retry_after_s=min(LONGEST_RETRY_S, max(1.0, retry_s)))
         return await self._wait(ticket, now)
+
+    def _is_full_for(self, tenant: str, now: float) -> bool:
+        """Whether the line has no room for one more request of this tenant.
+
+        Places that are kept for others count. Where tenants share, one that fills the line leaves room for the rest: it
+        may have so many times what is left, and no more (Choudhury and Hahne's dynamic threshold).
+        """
+        left = self.max_waiting - len(self.lanes) - self.promises.due(now)
+        if left <= 0:
+            return True
+        return self.lanes.policy.shares is not None and self._waiting_of[tenant] >= TIMES_LEFT * left
 
     async def take_another(self, ticket: Ticket, failed: Member, error: ServiceError) -> Member:
         """A place at another worker than `failed`, whose own is given back. The job goes first in its lane and is not
@@ -222,8 +238,8 @@ class Dispatcher:
         tenant = ticket.call.tenant.name
         self._waiters[ticket.job] = (future, ticket)
         self._waiting_of[tenant] += 1
-        patience = [s for s in (self.queue_timeout_s, ticket.call.deadline_s) if s is not None]
-        timer = loop.call_later(min(patience), self._expire, ticket) if patience else None
+        patience = self._patience_s(ticket)
+        timer = None if patience is None else loop.call_later(patience, self._expire, ticket)
         try:
             self.advance()
             return await future
@@ -240,6 +256,14 @@ class Dispatcher:
             if self._waiters.pop(ticket.job, None) is not None:
                 self.lanes.finish(ticket.job, Outcome.ABORTED, self.clock())
                 self.advance()  # who stood behind it may fit where it did not
+
+    def _patience_s(self, ticket: Ticket) -> float | None:
+        """How much longer a call waits, None for ever. Its client's deadline counts from its arrival, and no more once
+        its answer has begun."""
+        limits = [] if self.queue_timeout_s is None else [self.queue_timeout_s]
+        if ticket.call.deadline_s is not None and ticket.times[Phase.DECODING] is None:
+            limits.append(max(0.0, ticket.job.arrived_at + ticket.call.deadline_s - self.clock()))
+        return min(limits, default=None)
 
     def _expire(self, ticket: Ticket) -> None:
         future, _ = self._waiters.get(ticket.job, (None, ticket))
@@ -394,7 +418,7 @@ class Dispatcher:
             rounds = self._waiting_of[tenant] + 1
             ahead = min(ahead, float(rounds * max(1, len(self._waiting_of))))
         pace = self.pace.per_s(self.clock())
-        return min(LONGEST_RETRY_S, max(1.0, ahead / pace)) if pace > 0 else 5.0
+        return min(LONGEST_RETRY_S, max(1.0, ahead / pace)) if pace > 0 else UNKNOWN_RETRY_S
 
 
 class Room(NamedTuple):

@@ -151,6 +151,8 @@ class Exchange:
         else:
             self.chunked = True
             head.append(b"transfer-encoding: chunked\r\ncache-control: no-cache\r\n")
+        if self.edge.parting:
+            self.keep_alive = False
         if not self.keep_alive:
             head.append(b"connection: close\r\n")
         head.append(b"\r\n")
@@ -191,8 +193,8 @@ class Exchange:
         if self.begun:
             self._break_off(error)
             return
-        if error.retry_after_s is not None:
-            self.extra_headers += b"retry-after: %d\r\n" % max(1, round(error.retry_after_s))
+        if error.retry_after is not None:
+            self.extra_headers += b"retry-after: %d\r\n" % error.retry_after
         body = error_object(error, anthropic=self.route.anthropic)
         self.begin(status_of(error), b"application/json", len(body))
         self.write(body)
@@ -233,12 +235,14 @@ class Edge(HttpToolsProtocol):
     current: what is being answered; uvicorn's `cycle` is the newest, which may still be arriving or wait behind it.
     last_words: the refusal of bytes that made no request, while answers before it are on their way.
     heads: what the parser has said of heads, for all connections.
+    parting: for all connections, too: each closes with its next answer, for the gateway is about to stop.
     idle_since: when the last answer was complete, on the loop's clock.
     """
 
     gateway: Serves
     bounds: Bounds
     heads: dict[bytes, Head]
+    parting = False
     cycle: Any  # uvicorn's RequestResponseCycle, or an Exchange in its place
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # uvicorn's own arguments, handed through
@@ -613,6 +617,6 @@ def request_id_in(headers: list[tuple[bytes, bytes]]) -> str:
     return fresh_id()
 
 
-def edge_for(gateway: Serves, bounds: Bounds) -> type[asyncio.Protocol]:
+def edge_for(gateway: Serves, bounds: Bounds) -> type[Edge]:
     """The protocol class for uvicorn, with the gateway it serves."""
     return type("Edge", (Edge,), {"gateway": gateway, "bounds": bounds, "heads": {}})

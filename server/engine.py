@@ -282,7 +282,7 @@ class Engine:
             return await self._client.request(method, path, json=body, timeout=timeout_s)
         except httpx2.HTTPError as error:
             raise EngineGone(
-                f"The engine at {self.url} does not answer {path}: {error or type(error).__name__}."
+                f"The engine at {self.url} does not answer {path}: {str(error) or type(error).__name__}."
             ) from None
 
     async def close(self) -> None:

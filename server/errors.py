@@ -1,5 +1,6 @@
 """What can go wrong with a request, and how each dialect says it: one answer shape, written in one place."""
 
+from math import ceil
 from typing import ClassVar
 
 import orjson
@@ -26,6 +27,11 @@ class ServiceError(Exception):
         self.retry_after_s = retry_after_s
         if code is not None:
             self.code = code
+
+    @property
+    def retry_after(self) -> int | None:
+        """Retry-After has whole seconds: never too early, and not one more for a rounding error."""
+        return None if self.retry_after_s is None else max(1, ceil(self.retry_after_s - 1e-6))
 
 
 class BadRequest(ServiceError):

@@ -5,6 +5,8 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
+import msgspec
+
 from scheduler.jobs import Job
 from server.call import Call, Phase, Route, Ticket
 from server.dispatch import Dispatcher, Lines
@@ -13,7 +15,7 @@ from server.failover import Failover
 from server.handover import Handover
 from server.limits import Gate, permitted
 from server.relay import Answer
-from server.schemas import call_from
+from server.schemas import call_from, deadline_from
 from server.sharing import Sharing
 from server.telemetry import Telemetry
 from server.tenants import Tenants
@@ -90,7 +92,9 @@ class Gateway:
         call_id = request.name_it()
         tenant = self.tenants.identify(request.header(b"authorization"), request.header(b"x-api-key"))
         ratio = self.bytes_per_token.get(tenant.name, BYTES_PER_TOKEN)
-        return permitted(call_from(request.route, request.body, tenant, call_id, ratio))
+        call = permitted(call_from(request.route, request.body, tenant, call_id, ratio))
+        deadline = request.header(b"x-deadline-s")
+        return call if deadline is None else msgspec.structs.replace(call, deadline_s=deadline_from(deadline))
 
     async def serve(self, call: Call, dispatcher: Dispatcher, out: Request) -> None:
         """One call from admission to its last token: limits, a slot in policy order, a worker, the answer's flow."""

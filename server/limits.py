@@ -197,11 +197,6 @@ def span(seconds: float) -> bytes:
     return b"%dm%bs" % (minutes, text) if minutes else text + b"s"
 
 
-def _whole(seconds: float) -> int:
-    """Retry-After has whole seconds: never too early, and not one more for a rounding error."""
-    return max(1, ceil(seconds - 1e-6))
-
-
 class Free:
     """The admission of a tenant without limits."""
 
@@ -407,7 +402,7 @@ class Gate:
             return TooManyRequests(
                 f"Rate limit reached for requests per min (RPM): Limit {requests.burst:g}. "
                 f"Please try again in {span(wait_s).decode()}.",
-                retry_after_s=_whole(wait_s),
+                retry_after_s=wait_s,
             )
         if bucket is None:
             return None
@@ -421,7 +416,7 @@ class Gate:
                 f"Rate limit reached for tokens per min (TPM): Limit {bucket.burst:g}, "
                 f"Used {max(0, round(bucket.burst - bucket.level))}, Requested {tokens}. "
                 f"Please try again in {span(wait_s).decode()}.",
-                retry_after_s=_whole(wait_s),
+                retry_after_s=wait_s,
             )
         return None
 

@@ -179,7 +179,7 @@ async def _asked(answer: Awaitable[T]) -> T:
     try:
         return await answer
     except (RedisError, OSError) as error:
-        raise StoreAway(f"Redis does not answer: {error or type(error).__name__}") from None
+        raise StoreAway(f"Redis does not answer: {str(error) or type(error).__name__}") from None
 
 
 def _news(answer: list[Any]) -> News:

@@ -115,7 +115,8 @@ class Replicas:
         except StoreAway as error:
             self._everything = True  # whether it was written is not known, and writing it again does no harm
             if self.up or self._news is None:
-                log.error("%s. Serving on what is known; %d replicas share the limits.", error, self.count)
+                said = str(error).rstrip(".")
+                log.error("%s. Serving on what is known; %d replicas share the limits.", said, self.count)
             self.up, self.problem = False, str(error)
             return
         if not self.up:

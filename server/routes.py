@@ -23,7 +23,7 @@ def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None
 
 
 def _error(error: ServiceError) -> Response:
-    headers = {"retry-after": str(max(1, round(error.retry_after_s)))} if error.retry_after_s is not None else None
+    headers = None if error.retry_after is None else {"retry-after": str(error.retry_after)}
     return Response(error_object(error), status_of(error), headers, "application/json")
 
 

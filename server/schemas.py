@@ -43,6 +43,7 @@ STEERING = ("vllm_xargs", "priority", "kv_transfer_params", "cache_salt", "reque
 
 MAX_SEQUENCES = 128  # OpenAI's own bound on `n`
 MAX_OUTPUT_TOKENS = 2**31
+LONGEST_DEADLINE_S = 1e9
 
 
 ABSENT = msgspec.Raw(b"")
@@ -79,6 +80,19 @@ class Fields(msgspec.Struct):
 _decode = msgspec.json.Decoder(Fields).decode
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _list = msgspec.json.Decoder(list[msgspec.Raw]).decode
+
+
+def deadline_from(header: bytes) -> float:
+    """Seconds within which an answer must begin, as a client's `x-deadline-s` says. BadRequest unless above 0."""
+    try:
+        deadline_s = float(header)
+    except ValueError:
+        deadline_s = 0.0
+    if not 0.0 < deadline_s < LONGEST_DEADLINE_S:
+        raise BadRequest(
+            "'x-deadline-s' is how many seconds your answer may take to begin, above 0.", param="x-deadline-s"
+        )
+    return deadline_s
 
 
 def call_from(route: Route, body: bytes, tenant: Tenant, call_id: str, bytes_per_token: float) -> Call:

@@ -14,6 +14,10 @@ import uvloop
 
 from deploy.benchmarks.table import machine
 from tests.chaos.figures import Figure, table
+from tests.chaos.hostile import Hostile
+from tests.chaos.overload import Overload
+from tests.chaos.redis import RedisChaos
+from tests.chaos.rolling import Rolling
 from tests.chaos.soak import Soak
 from tests.chaos.workers import Chaos
 
@@ -24,13 +28,46 @@ class Run(NamedTuple):
     """purpose: in a line. options: (name, default, what it is). measure: the figures, for the options' values."""
 
     purpose: str
-    options: Sequence[tuple[str, float, str]]
+    options: Sequence[tuple[str, float | str, str]]
     measure: Callable[[argparse.Namespace], Coroutine[Any, Any, Figures]]
 
 
 async def workers(args: argparse.Namespace) -> Figures:
     report = await Chaos(args.seed, args.blows, clients=args.clients, streams=args.streams).run()
     return report.figures()
+
+
+async def engines(args: argparse.Namespace) -> Figures:
+    from tests.chaos.engines import real_engines  # loads torch
+
+    setting = real_engines(args.seed, args.workers)
+    return (await Chaos(args.seed, args.blows, clients=args.clients, setting=setting).run()).figures()
+
+
+async def seeds(args: argparse.Namespace) -> Figures:
+    figures = []
+    for seed in range(args.seed, args.seed + args.count):
+        report = await Chaos(seed, args.blows).run()
+        went = f"{report.seen.asked} answers, {report.failovers['resumed']} went on elsewhere, "
+        went += f"{len(report.seen.wrong)} failed or different"
+        figures.append(Figure(f"seed {seed}: {args.blows} blows", went, "0", not report.seen.wrong))
+    return figures
+
+
+async def redis(args: argparse.Namespace) -> Figures:
+    return (await RedisChaos(args.seed, args.restarts).run()).figures()
+
+
+async def rolling(args: argparse.Namespace) -> Figures:
+    return (await Rolling(args.seed, args.rounds, clients=args.clients).run()).figures()
+
+
+async def overload(args: argparse.Namespace) -> Figures:
+    return (await Overload(args.times, args.seconds, args.policy).run()).figures()
+
+
+async def hostile(args: argparse.Namespace) -> Figures:
+    return (await Hostile(args.seed, args.requests).run()).figures()
 
 
 async def soak(args: argparse.Namespace) -> Figures:
@@ -48,6 +85,45 @@ RUNS: Mapping[str, Run] = {
             ("streams", 0, "it goes on until so many have ended"),
         ),
         workers,
+    ),
+    "engines": Run(
+        "the same over real vLLM engines on a tiny model, which also get SIGTERM",
+        (
+            SEED,
+            ("workers", 3, "engines"),
+            ("blows", 6, "how often one is killed, stopped or told to end"),
+            ("clients", 6, "who never pause"),
+        ),
+        engines,
+    ),
+    "seeds": Run(
+        "workers are killed and stopped, one plan after the other",
+        (SEED, ("count", 10, "seeds, one after the other"), ("blows", 8, "of each plan")),
+        seeds,
+    ),
+    "redis": Run(
+        "Redis is killed under two gateways, and comes back empty",
+        (SEED, ("restarts", 20, "how often")),
+        redis,
+    ),
+    "rolling": Run(
+        "all gateways and all workers are restarted in turn",
+        (SEED, ("rounds", 3, "how often each"), ("clients", 12, "who never pause")),
+        rolling,
+    ),
+    "overload": Run(
+        "ten times as much is asked for as can be answered",
+        (
+            ("times", 10.0, "offered ÷ what the engine can do"),
+            ("seconds", 60.0, "how long"),
+            ("policy", "fcfs", "of the gateway"),
+        ),
+        overload,
+    ),
+    "hostile": Run(
+        "malformed requests, by the ten thousand",
+        (SEED, ("requests", 100_000, "how many")),
+        hostile,
     ),
     "soak": Run(
         "an hour in which all of it happens now and then: what grows, what is stuck, what is miscounted",

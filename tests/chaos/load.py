@@ -4,7 +4,9 @@ import asyncio
 import random
 import time
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from tests.server.conftest import Reply, Wire, chat, completion, request
@@ -53,6 +55,16 @@ def told(question: Question, reply: Reply) -> Any:
     return [choices, usage["usage"]]
 
 
+def told_by_a_model(question: Question, reply: Reply) -> Any:
+    """The same of a real engine, which may put several tokens into a chunk: text, token ids, ends and usage."""
+    choices, usage = told(question, reply)
+    if not question.stream:
+        return [choices, usage]
+    text = "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices)
+    ids = [token for choice in choices for token in choice.get("token_ids") or ()]
+    return [[text, ids, choices[-1]["finish_reason"]], usage]
+
+
 def first_difference(said: Any, expected: Any) -> str:
     for at, (one, other) in enumerate(zip(said[0], expected[0], strict=False)):
         if one != other:
@@ -92,57 +104,70 @@ class Seen:
         return self.answers.total()
 
 
-async def listen(port: int, data: bytes) -> tuple[Reply, Pause]:
-    """Sends a request's bytes; the answer, and its longest silence between two chunks."""
+async def listen(wire: Wire) -> tuple[Reply, Pause]:
+    """An answer, and its longest silence between two chunks."""
+    reply = await wire.head()
+    now = time.monotonic()
+    request_id = reply.headers["x-request-id"]
+    longest = Pause(request_id, now, now)
+    if reply.headers.get("transfer-encoding") != "chunked":
+        reply.body = await wire.reader.readexactly(int(reply.headers["content-length"]))
+        return reply, longest
+    pieces, last = [], now
+    while piece := await wire.chunk():
+        pieces.append(piece)
+        now = time.monotonic()
+        if now - last > longest.s:
+            longest = Pause(request_id, last, now)
+        last = now
+    reply.body = b"".join(pieces)
+    return reply, longest
+
+
+async def told_on_its_own(port: int, data: bytes) -> tuple[Reply, Pause]:
+    """What is answered to a request's bytes on a connection of their own."""
     wire = Wire(*await asyncio.open_connection("127.0.0.1", port))
     try:
         await wire.send(data)
-        reply = await wire.head()
-        now = time.monotonic()
-        request_id = reply.headers["x-request-id"]
-        longest = Pause(request_id, now, now)
-        if reply.headers.get("transfer-encoding") != "chunked":
-            reply.body = await wire.reader.readexactly(int(reply.headers["content-length"]))
-            return reply, longest
-        pieces, last = [], now
-        while piece := await wire.chunk():
-            pieces.append(piece)
-            now = time.monotonic()
-            if now - last > longest.s:
-                longest = Pause(request_id, last, now)
-            last = now
-        reply.body = b"".join(pieces)
-        return reply, longest
+        return await listen(wire)
     finally:
         await wire.close()
+
+
+Tell = Callable[[Question, Reply], Any]
 
 
 class Client:
     """Asks the questions, any of them at a time, with a key if it has one."""
 
-    def __init__(self, asked: list[Question], seed: int, *, key: str = "") -> None:
+    def __init__(self, asked: list[Question], seed: int, *, key: str = "", tell: Tell = told) -> None:
         self.questions = asked
+        self.told = tell
         self.dice = random.Random(seed)
         self.headers = {"authorization": f"Bearer {key}"} if key else {}
         self.expected: list[Any] = []
+        self.kept = 0  # requests on a connection that had carried one before
         self.seen = Seen()
 
     async def learn(self, port: int) -> None:
         """What the undisturbed answers are."""
         for asked in self.questions:
-            reply, _ = await listen(port, self._bytes(asked))
-            self.expected.append(told(asked, reply))
+            reply, _ = await told_on_its_own(port, self._bytes(asked))
+            self.expected.append(self.told(asked, reply))
 
     def _bytes(self, asked: Question) -> bytes:
         return request(asked.path, asked.body, headers=self.headers)
 
     async def ask(self, port: int) -> None:
-        """One question; what comes of it is in `seen`."""
+        """One question on a connection of its own; what comes of it is in `seen`."""
+        await self._ask(partial(told_on_its_own, port))
+
+    async def _ask(self, tell: Callable[[bytes], Awaitable[tuple[Reply, Pause]]]) -> Reply | None:
         number = self.dice.randrange(len(self.questions))
-        asked, began = self.questions[number], time.monotonic()
+        asked, began, reply = self.questions[number], time.monotonic(), None
         try:
-            reply, pause = await listen(port, self._bytes(asked))
-            said = told(asked, reply)
+            reply, pause = await tell(self._bytes(asked))
+            said = self.told(asked, reply)
             problem = "" if said == self.expected[number] else first_difference(said, self.expected[number])
             self.seen.tokens += said[1]["total_tokens"]
             if asked.stream:
@@ -153,7 +178,29 @@ class Client:
         self.seen.longest_s = max(self.seen.longest_s, time.monotonic() - began)
         if problem:
             self.seen.wrong.append(f"{asked}: {problem}"[:1000])
+        return reply
 
     async def keep_asking(self, port: int, over: asyncio.Event) -> None:
         while not over.is_set():
             await self.ask(port)
+
+    async def keep_asking_on_one(self, port: int, over: asyncio.Event) -> None:
+        """As long as it can on one connection; on the next one when the gateway has said that it closes this one."""
+        wire: Wire | None = None
+
+        async def tell(data: bytes) -> tuple[Reply, Pause]:
+            nonlocal wire
+            if wire is None or wire.reader.at_eof():  # as connection pools look
+                wire = Wire(*await asyncio.open_connection("127.0.0.1", port))
+            else:
+                self.kept += 1
+            await wire.send(data)
+            return await listen(wire)
+
+        while not over.is_set():
+            reply = await self._ask(tell)
+            if wire is not None and (reply is None or reply.headers.get("connection") == "close"):
+                await wire.close()
+                wire = None
+        if wire is not None:
+            await wire.close()

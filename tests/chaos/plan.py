@@ -1,6 +1,7 @@
 """What happens to the workers, and when: a plan that follows from its seed alone."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -10,6 +11,7 @@ class Blow(Enum):
 
     KILL = "kill"  # SIGKILL: connections are reset, a new process takes the address after a while
     STOP = "stop"  # SIGSTOP: connections stay open and nothing comes any more, then SIGCONT
+    TERM = "term"  # SIGTERM: vLLM aborts what it runs, and ends; a new process takes the address
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +24,12 @@ class Event:
     away_s: float
 
 
-def plan(seed: int, workers: int, blows: int) -> list[Event]:
-    """`blows` events over so many workers, one of which is away at a time. Every fourth is a stop."""
+FOUR = (Blow.KILL, Blow.KILL, Blow.KILL, Blow.STOP)
+
+
+def plan(seed: int, workers: int, blows: int, kinds_in_turn: Sequence[Blow] = FOUR) -> list[Event]:
+    """`blows` events over so many workers, one of which is away at a time; as many of each kind, in any order."""
     dice = random.Random(seed)
-    kinds = [Blow.STOP if number % 4 == 3 else Blow.KILL for number in range(blows)]
+    kinds = [kinds_in_turn[number % len(kinds_in_turn)] for number in range(blows)]
     dice.shuffle(kinds)
     return [Event(dice.uniform(0.05, 0.4), dice.randrange(workers), kind, dice.uniform(0.1, 0.5)) for kind in kinds]

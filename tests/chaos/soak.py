@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from tests.chaos.figures import Figure, none
-from tests.chaos.load import Client, listen, questions
+from tests.chaos.load import Client, questions, told_on_its_own
 from tests.chaos.site import (
     Program,
     admin,
@@ -151,7 +151,7 @@ class Soak:
     async def _knock(self, port: int) -> str:
         """A client that is often at its limit."""
         headers = {"authorization": f"Bearer {KEYS[LIMITED]}"}
-        reply, _ = await listen(port, request(self.question.path, self.question.body, headers=headers))
+        reply, _ = await told_on_its_own(port, request(self.question.path, self.question.body, headers=headers))
         if reply.status == 429 and "retry-after" in reply.headers:
             return "limited"
         if reply.status != 200:

@@ -297,6 +297,85 @@ def test_a_full_line_refuses_and_a_long_wait_ends() -> None:
     in_virtual_time(run())
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_who_is_refused_and_waits_as_long_as_told_gets_in_while_others_flood(policy: str) -> None:
+    async def run() -> None:
+        hall = Hall(policy, slots=(2,), max_waiting=10)
+        flood: list[asyncio.Task[None]] = []
+
+        async def pour() -> None:
+            while hall.clock() < 1300.0:  # ten times what two places can do
+                flood.extend(hall.send(hall.ticket("flood")) for _ in range(2))
+                await asyncio.sleep(0.1)
+
+        pouring = asyncio.create_task(pour())
+        await asyncio.sleep(30.0)
+        refusals = 0
+        for number in range(20):
+            light = f"light-{number % 3}"
+            for attempt in range(2):
+                try:
+                    await hall.visit(hall.ticket(light))
+                    break
+                except Overloaded as refused:
+                    assert attempt == 0, "it waited as long as it was told, and was refused again"
+                    refusals += 1
+                    assert refused.retry_after is not None and refused.retry_after <= 10
+                    await asyncio.sleep(refused.retry_after)
+        assert refusals or policy == "vtc"
+        assert len(hall.dispatcher.lanes) <= 2 * 10
+        await pouring
+        await asyncio.gather(*flood, return_exceptions=True)
+        assert hall.is_empty()
+
+    in_virtual_time(run())
+
+
+def test_under_vtc_a_tenant_that_fills_the_line_leaves_room_for_others() -> None:
+    async def run() -> None:
+        hall = Hall("vtc", slots=(1,), max_waiting=50)
+        heavy = [hall.send(hall.ticket("heavy")) for _ in range(200)]
+        await settle()
+        assert len(hall.dispatcher.lanes) == 40
+        light = [hall.send(hall.ticket(f"light-{number}"), 0.1) for number in range(10)]
+        await settle()
+        assert len(hall.dispatcher.lanes) == 50
+        assert [type(end) for end in await asyncio.gather(*light, return_exceptions=True)] == [type(None)] * 10
+        ends = await asyncio.gather(*heavy, return_exceptions=True)
+        assert sum(isinstance(end, Overloaded) for end in ends) == 159
+        assert hall.is_empty()
+
+    in_virtual_time(run())
+
+
+def test_a_deadline_counts_from_arrival_and_what_cannot_meet_it_is_not_started() -> None:
+    async def run() -> None:
+        hall = Hall(slots=(1,), timeout_s=60.0)
+        first = hall.send(hall.ticket(), 5.0)
+        await settle()
+        hurried, patient = hall.ticket(), hall.ticket()
+        hurried.call = replace(hurried.call, deadline_s=2.0)
+        tasks = [hall.send(hurried), hall.send(patient)]
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(end) for end in ends] == [Overloaded, type(None)]
+        assert hurried.times[Phase.PREFILLING] is None and hall.order == [0, 2]
+        await first
+        moved = hall.ticket()
+        moved.call = replace(moved.call, deadline_s=2.0)
+        hall.join("w1", 1)
+        error = EngineUnreachable("it is gone")
+        with pytest.raises(Overloaded):
+            slot = hall.dispatcher.slot(moved)
+            async with slot, hall.dispatcher.slot(hall.ticket()):
+                await asyncio.sleep(1.5)
+                began = hall.clock()
+                await slot.move(error)
+        assert hall.clock() - began == pytest.approx(0.5)
+        assert hall.is_empty()
+
+    in_virtual_time(run())
+
+
 def test_no_worker_is_said_at_once_and_after_a_wait() -> None:
     async def run() -> None:
         hall = Hall(slots=(1,), timeout_s=3.0)

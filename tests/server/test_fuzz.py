@@ -100,6 +100,22 @@ class Sent:
         return f"Sent({self.data[:1000]!r}, {len(self.data)} bytes)"
 
 
+def tell(port: int, data: bytes) -> bytes:
+    """Sends these bytes and no more; returns all that is answered."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        answer = b""
+        try:
+            client.sendall(data)
+            client.shutdown(socket.SHUT_WR)
+            while piece := client.recv(65536):
+                answer += piece
+        except TimeoutError:
+            raise
+        except OSError:
+            pass  # refused in the middle of what we sent
+        return answer
+
+
 class Live:
     """A gateway with a loop of its own, in a thread."""
 
@@ -128,19 +144,7 @@ class Live:
         assert not self.thread.is_alive(), "it stops, and nothing is left of any request"
 
     def tell(self, data: bytes) -> bytes:
-        """Sends these bytes and no more; returns all that is answered."""
-        with socket.create_connection(("127.0.0.1", self.gateway.port), timeout=20) as client:
-            answer = b""
-            try:
-                client.sendall(data)
-                client.shutdown(socket.SHUT_WR)
-                while piece := client.recv(65536):
-                    answer += piece
-            except TimeoutError:
-                raise
-            except OSError:
-                pass  # refused in the middle of what we sent
-            return answer
+        return tell(self.gateway.port, data)
 
 
 class Complaints(logging.Handler):

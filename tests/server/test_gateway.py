@@ -325,6 +325,20 @@ async def test_a_full_line_is_429_with_a_plausible_retry_after() -> None:
             assert (await wire.answer()).status == 200
 
 
+async def test_an_answer_that_cannot_begin_by_its_deadline_is_not_started() -> None:
+    async with over_fake(SLOW, slots=1, admission={"ahead": 0}) as (gateway, engine):
+        assert (await gateway.ask(CHAT, chat(), headers={"x-deadline-s": "30"})).status == 200
+        first = await gateway.send(request(CHAT, chat(stream=True, **LONG)))
+        await first.head()
+        began = time.monotonic()
+        reply = await gateway.ask(CHAT, chat(), headers={"x-deadline-s": "0.3"})
+        assert reply.status == 429 and 0.3 <= time.monotonic() - began < 10
+        assert gateway.waiting == 0 and len(engine.seen) == 2
+        for wrong in ("0", "-1", "soon", "nan", "inf", ""):
+            refused = await gateway.ask(CHAT, chat(), headers={"x-deadline-s": wrong})
+            assert (refused.status, refused.error["param"]) == (400, "x-deadline-s")
+
+
 async def test_who_waits_too_long_is_told() -> None:
     async with over_fake(SLOW, slots=1, admission={"ahead": 0, "queue_timeout_s": 0.3}) as (gateway, engine):
         first = await gateway.send(request(CHAT, chat(stream=True, **LONG)))

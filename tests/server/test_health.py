@@ -156,6 +156,8 @@ async def test_a_gateway_that_is_told_to_stop_says_so_before_it_closes() -> None
         ready = await gateway.ask("/ready", method="GET")
         assert ready.status == 503 and ready.json()["stopping"]
         assert (await gateway.ask("/health", method="GET")).status == 200
-        assert (await gateway.ask(CHAT, chat())).status == 200
+        answer = await gateway.ask(CHAT, chat())
+        assert answer.status == 200
+        assert answer.headers["connection"] == "close", "no connection is idle when it closes"
         await gateway.serving
         assert time.monotonic() - began >= 0.5

@@ -82,7 +82,7 @@ def test_a_refusal_tells_openai_s_code_and_when_to_come_back() -> None:
     with pytest.raises(TooManyRequests) as refused:
         gate.enter(tenant, 0, answer)
     assert (refused.value.status, refused.value.code, refused.value.kind) == (429, "rate_limit_exceeded", "requests")
-    assert refused.value.retry_after_s == 20
+    assert refused.value.retry_after == 20
     assert answer.header("x-ratelimit-remaining-requests") == "0"
     world.now += 20.0
     assert try_enter(gate, tenant)

@@ -1,0 +1,43 @@
+"""The same blows over real vLLM engines, on a tiny model with large seeded weights that says anything."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from loadtest.bench_target import free_port
+from tests.chaos.load import Question, questions, told_by_a_model
+from tests.chaos.plan import Blow
+from tests.chaos.site import HEALTH, Program
+from tests.chaos.workers import Setting
+from tests.engine.real import chaotic_model
+
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+# A busy machine may take seconds to answer a probe of an engine that is well.
+PATIENT = HEALTH | {"probe_timeout_s": 3.0, "stall_s": 20.0}
+
+
+def vllm(folder: Path, number: int, model: Path) -> Program:
+    """vLLM's API server, stock."""
+    port = free_port()
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--model", str(model), "--served-model-name", "fake", "--dtype", "float32", "--enforce-eager"]
+    command += ["--max-model-len", "512", "--max-num-seqs", "8", "--block-size", "32"]
+    return Program(f"vllm-{number}", command, folder / f"vllm-{number}.log", port, "/health", ENVIRONMENT)
+
+
+def real_engines(seed: int, count: int) -> Setting:
+    """So many vLLM engines; killed, stopped and told to end in turn. Answers are greedy and have a fixed length."""
+
+    def workers(folder: Path) -> list[Program]:
+        weights = folder / "model"
+        weights.mkdir()
+        model = chaotic_model(weights)
+        return [vllm(folder, number, model) for number in range(count)]
+
+    asked = [greedy(question) for question in questions(seed, least=60, most=300)]
+    kinds = (Blow.TERM, Blow.KILL, Blow.STOP)
+    return Setting(workers, asked, kinds, probe_s=0.5, health=PATIENT, prefill_s=None, told=told_by_a_model)
+
+
+def greedy(question: Question) -> Question:
+    return replace(question, body=question.body | {"temperature": 0, "ignore_eos": True})

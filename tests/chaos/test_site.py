@@ -1,0 +1,59 @@
+"""Redis dies, all is restarted, ten times too much is asked for: short runs of what `python -m tests.chaos` does.
+
+What hangs on how fast the machine is at this moment is measured by those runs, and not here.
+"""
+
+import pytest
+
+from tests.chaos.__main__ import RUNS, main
+from tests.chaos.figures import Figure, table
+from tests.chaos.overload import Overload
+from tests.chaos.redis import RedisChaos
+from tests.chaos.rolling import Rolling
+from tests.chaos.soak import Soak, slope_per_h
+
+pytestmark = pytest.mark.slow
+
+
+async def test_redis_may_die_again_and_again() -> None:
+    report = await RedisChaos(seed=1, restarts=2).run()
+    assert not report.wrong, report.wrong[:3]
+    assert len(report.reconciled_s) == 2 and max(report.reconciled_s) < 5
+    assert report.admitted <= report.most
+    assert 0.55 < report.shares["two"] < 0.75
+
+
+async def test_everything_is_restarted_in_turn_and_no_client_notices() -> None:
+    report = await Rolling(seed=1, rounds=1, clients=8).run()
+    assert not report.seen.wrong, report.seen.wrong[:3]
+    assert not report.problems
+    assert report.restarts == {"gateways": 2, "workers": 3}
+    assert report.seen.asked > 20 and report.kept > 5
+
+
+async def test_ten_times_too_much_is_survived_and_who_waits_as_told_gets_in() -> None:
+    report = await Overload(10.0, 8.0, "fcfs", peak_s=4.0).run()
+    assert not report.broken, report.broken[:3]
+    assert {told.status for told in report.flood + report.patient} == {200, 429}
+    assert report.came_back["in"] >= 10 and not report.came_back["refused"]
+
+
+async def test_a_soak_of_seconds_counts_as_its_clients_do() -> None:
+    figures = await Soak(seed=2, run_s=12.0, per_s=4.0, blow_s=4.0).run()
+    missed = [figure for figure in figures if not figure.met and "slope" not in figure.what]
+    assert not missed, table(missed)
+
+
+def test_a_slope_is_what_it_grows_by_in_an_hour() -> None:
+    assert slope_per_h([(float(s), 5.0 + 2.0 * s) for s in range(10)]) == pytest.approx(7200.0)
+
+
+def test_a_missed_goal_is_said() -> None:
+    assert "≤ 5: **missed**" in table([Figure("this", "6", "≤ 5", met=False)])
+
+
+def test_all_runs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert all(name in said for name in RUNS)
