@@ -133,7 +133,7 @@ class Several:
         self._child: Child | None = None
 
     def listen(self) -> socket.socket:
-        return reserved(self._settings)
+        return reserved(self._settings.host, self._settings.port)
 
     async def serve(self, sock: socket.socket) -> None:
         sock.close()  # it takes the port itself

@@ -78,6 +78,11 @@ def listen(front: Front, settings: ServeSettings) -> socket.socket:
     try:
         return front.listen()
     except OSError as error:
+        if error.filename is not None:
+            raise PreflightError(
+                f"cannot listen on {error.filename} for /admin ({error.strerror}): "
+                "set EVENHAND_ADMIN_PORT to another port"
+            ) from error
         if error.errno == errno.EADDRINUSE:
             raise PreflightError(
                 f"port {port} on {host} is taken, perhaps by another `evenhand serve`: stop that one, or choose "

@@ -14,7 +14,7 @@ import uvloop
 from scheduler.catalog import describe
 from server.app import GatewayServer, calm_collector
 from server.logs import write_to_standard_error
-from server.prefork import reserved, serve_processes
+from server.prefork import all_reserved, serve_processes
 from server.settings import Settings, read_settings, whence
 
 # Options that are settings of the same name.
@@ -110,14 +110,16 @@ def run(args: argparse.Namespace) -> int:
         return 2
     several = settings.gateway_processes > 1
     try:
-        sock = reserved(settings) if several else server.listen()
+        held = all_reserved(settings) if several else [server.listen()]
     except OSError as error:
-        address = f"{settings.host}:{settings.port}"
-        sys.stderr.write(f"evenhand gateway: cannot listen on {address}: {error.strerror}. Choose another --port.\n")
+        address, way_out = f"{settings.host}:{settings.port}", "Choose another --port."
+        if error.filename is not None:
+            address, way_out = f"{error.filename} for /admin", "Set EVENHAND_ADMIN_PORT to another one."
+        sys.stderr.write(f"evenhand gateway: cannot listen on {address}: {error.strerror}. {way_out}\n")
         return 1
     if several:
-        return serve_processes(settings, sock, args.store_socket)
-    uvloop.run(_serve(server, sock))
+        return serve_processes(settings, held, args.store_socket)
+    uvloop.run(_serve(server, held[0]))
     return 0
 
 

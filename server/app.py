@@ -30,8 +30,8 @@ from server.logs import Pseudonyms, RequestLog, log_routes
 from server.recorder import Bounds as FileBounds
 from server.recorder import Recorder
 from server.relay import Relay
-from server.routes import public_app
-from server.settings import Settings
+from server.routes import Apart, public_app
+from server.settings import Settings, admin_address
 from server.shared import Shared
 from server.sharing import Sharing
 from server.siblings import Process, Siblings
@@ -136,7 +136,9 @@ class GatewayServer:
         self.uvicorn = self._listener()
 
     def _for_operators(self, sharing: Sharing) -> None:
-        """Their routes, and the log's line for each request."""
+        """Their routes, their address, and the log's line for each request."""
+        self.apart = Apart(self.app)
+        self._admin_sock: socket.socket | None = None
         admin = self._admin()
         seen = self._console(sharing)
         self.siblings.view = seen.published
@@ -155,7 +157,7 @@ class GatewayServer:
         self.edge = edge_for(self.gateway, bounds)
         return _Server(
             uvicorn.Config(
-                self.app,
+                self.apart,
                 host=settings.host,
                 port=settings.port,
                 http=self.edge,
@@ -267,14 +269,27 @@ class GatewayServer:
                 await asyncio.to_thread(self.tracing.stop)
 
     def listen(self) -> socket.socket:
-        """Takes the port; with other processes of this gateway, its share of it. OSError if it is not free."""
-        family = socket.AF_INET6 if ":" in self.settings.host else socket.AF_INET
+        """Takes the ports; with other processes of this gateway, its share of them. Returns the public one's socket.
+        OSError if one is not free; with the address as its `filename` if that is the one for operators."""
+        sock = self._bound(self.settings.host, self.settings.port)
+        address = admin_address(self.settings, sock.getsockname()[1])
+        if address is not None:
+            try:
+                self._admin_sock = self._bound(*address)
+            except OSError as error:
+                sock.close()
+                raise OSError(error.errno, error.strerror, f"{address[0]}:{address[1]}") from None
+            self.apart.port = self._admin_sock.getsockname()[1]
+        return sock
+
+    def _bound(self, host: str, port: int) -> socket.socket:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_STREAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if self.process is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         try:
-            sock.bind((self.settings.host, self.settings.port))
+            sock.bind((host, port))
             sock.listen(4096)
         except OSError:
             sock.close()
@@ -284,7 +299,11 @@ class GatewayServer:
 
     async def serve(self, sock: socket.socket | None = None) -> None:
         """Serves until `stop` is called. Signals are the caller's business."""
-        await self.uvicorn._serve([sock or self.listen()])
+        sockets = [sock or self.listen()]
+        if self._admin_sock is not None:
+            sockets.append(self._admin_sock)
+            log.info("/admin and /console are on http://%s:%d", self.settings.admin_host, self.apart.port)
+        await self.uvicorn._serve(sockets)
         if self.uvicorn.force_exit:  # uvicorn then leaves the lifespan to be cancelled, with a stack in the log
             await self.uvicorn.lifespan.shutdown()
 

@@ -11,7 +11,8 @@ import os
 import signal
 import socket
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -21,7 +22,7 @@ import uvloop
 from server.app import GatewayServer, calm_collector
 from server.logs import JsonLines
 from server.processes import Order, Post, Program, Supervisor
-from server.settings import Settings
+from server.settings import Settings, admin_address
 from server.siblings import Process
 from server.socket_store import LOCAL, SHARED, listen_at, serving_stores
 from server.store import MemoryStore, Store
@@ -29,13 +30,17 @@ from server.store import MemoryStore, Store
 log = logging.getLogger("evenhand")
 
 
-def serve_processes(settings: Settings, held: socket.socket, stores: Path | None) -> int:
+def serve_processes(settings: Settings, held: Sequence[socket.socket], stores: Path | None) -> int:
     """Serves until a signal; returns the exit code.
 
-    held: from `reserved`. stores: the socket where another program serves this gateway's stores, None if nobody does.
+    held: from `all_reserved`. stores: the socket where another program serves this gateway's stores, None if nobody
+    does.
     """
-    with held, tempfile.TemporaryDirectory(prefix="evenhand-") as folder:
-        settings = settings.model_copy(update={"port": held.getsockname()[1]})
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="evenhand-"))
+        ports = [stack.enter_context(sock).getsockname()[1] for sock in held]
+        # The same port for both is how settings say that there is only one.
+        settings = settings.model_copy(update={"port": ports[0], "admin_port": ports[-1]})
         path = stores or Path(folder) / "stores"
         numbers = range(settings.gateway_processes)
         gateways = [Program(f"gateway-{n}", partial(_gateway, settings, Process(n, path))) for n in numbers]
@@ -54,22 +59,36 @@ def serve_processes(settings: Settings, held: socket.socket, stores: Path | None
         return Supervisor([*hub, *gateways], grace_s=settings.shutdown_s, clock=monotonic, all_ready=all_ready).run()
 
 
-def reserved(settings: Settings) -> socket.socket:
-    """The gateway's address, held for its processes. OSError if somebody else has it.
+def all_reserved(settings: Settings) -> list[socket.socket]:
+    """The gateway's public address and, if it has one, that for operators. OSError if somebody else has one of
+    them; with the address as its `filename` if that is the second."""
+    held = [reserved(settings.host, settings.port)]
+    address = admin_address(settings, held[0].getsockname()[1])
+    if address is not None:
+        try:
+            held.append(reserved(*address))
+        except OSError as error:
+            held[0].close()
+            raise OSError(error.errno, error.strerror, f"{address[0]}:{address[1]}") from None
+    return held
+
+
+def reserved(host: str, port: int) -> socket.socket:
+    """An address, held for the gateway's processes. OSError if somebody else has it.
 
     Asked for alone first: SO_REUSEPORT would share it with whoever has set that too, another gateway for one.
     """
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as alone:
         alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        alone.bind((settings.host, settings.port))
+        alone.bind((host, port))
         alone.listen()
         port = alone.getsockname()[1]
     held = socket.socket(family, socket.SOCK_STREAM)
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
-        held.bind((settings.host, port))
+        held.bind((host, port))
     except OSError:
         held.close()
         raise

@@ -8,6 +8,7 @@ import orjson
 from fastapi import APIRouter, FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from server.errors import NotFound, ServiceError, UnknownModel, WrongMethod, error_object, status_of
 from server.fleet import Fleet, State, described
@@ -15,6 +16,7 @@ from server.schemas import ROUTES
 from server.tenants import Tenants
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+OPERATORS_ONLY = ("/admin", "/console")
 Metrics = Callable[[], Awaitable[bytes]]
 
 
@@ -50,6 +52,28 @@ def public_app(
 
     describe_relayed(app)
     return app
+
+
+class Apart:
+    """The application as each address shows it: what is the operators' is not there where clients come in.
+
+    port: the operators' own; 0 as long as they have none, and everything is everywhere.
+    """
+
+    def __init__(self, app: FastAPI) -> None:
+        self.app = app
+        self.port = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] == "http" and self.port and scope["server"][1] != self.port:
+            if scope["path"].startswith(OPERATORS_ONLY):
+                hidden = NotFound(
+                    f"There is no {scope['method']} {scope['path']} here: it is on the gateway's admin port."
+                )
+                await _error(hidden)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 def operations(fleet: Fleet, metrics: Metrics, notes: Callable[[], dict[str, Any]]) -> APIRouter:

@@ -124,6 +124,13 @@ class Settings(BaseSettings):
         False, description="serve without any tenant on an address that others can reach: anybody may ask"
     )
     admin_key: SecretStr | None = Field(None, min_length=16, description="opens /admin; without one /admin refuses")
+    admin_host: str = Field("127.0.0.1", description="address for /admin and the console, once there is an admin key")
+    admin_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="their port; default: 1000 above `port`; the same as `port`: no address of their own",
+    )
     redis_url: SecretStr | None = Field(None, description="Redis that replicas share, e.g. redis://127.0.0.1:6379/0")
     replica: str = Field("", max_length=64, description="this gateway's name among its replicas; default: the host's")
     sync_s: Positive = Field(0.1, le=5.0, description="between two exchanges with the replicas, seconds")
@@ -139,6 +146,17 @@ class Settings(BaseSettings):
     tracing: TracingSettings = TracingSettings()
     disaggregation: DisaggregationSettings = DisaggregationSettings()
     health: HealthSettings = HealthSettings()
+
+
+ADMIN_ABOVE = 1000  # so much above the public port, unless that is too high
+
+
+def admin_address(settings: Settings, port: int) -> tuple[str, int] | None:
+    """Where /admin and the console are, for a gateway that listens on `port`; None for no address of their own."""
+    if settings.admin_key is None or settings.admin_port == settings.port:
+        return None
+    above = port + ADMIN_ABOVE if port + ADMIN_ABOVE <= 65535 else port - ADMIN_ABOVE
+    return settings.admin_host, above if settings.admin_port is None else settings.admin_port
 
 
 Read = TypeVar("Read", bound=Settings)

@@ -18,7 +18,7 @@ from server.records import Records
 from server.redis_store import RedisStore
 from server.registry import Registry
 from server.replicas import Replicas
-from server.settings import Settings
+from server.settings import Settings, admin_address
 from server.siblings import Process
 from server.socket_store import LOCAL, SHARED, SocketStore
 from server.store import MemoryStore, Store
@@ -36,6 +36,12 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def is_private(settings: Settings) -> bool:
+    """Whether nobody but this machine reaches the gateway, at either of its addresses."""
+    address = admin_address(settings, settings.port)
+    return is_loopback(settings.host) and (address is None or is_loopback(address[0]))
 
 
 class Shared:
@@ -56,12 +62,13 @@ class Shared:
         """ValueError for a tenant file or an address that cannot be, and for an open gateway that others can reach."""
         self._ring = settings.redis_url is not None or process is not None  # there may be other replicas
         self._speaks = process is None or process.number == 0
-        if not (settings.redis_url or settings.tenants or settings.allow_open or is_loopback(settings.host)):
+        if not (settings.redis_url or settings.tenants or settings.allow_open or is_private(settings)):
+            reached = settings.admin_host if is_loopback(settings.host) else settings.host
             raise ValueError(
-                f"without tenants anybody who reaches {settings.host} could use this gateway: give --tenants FILE, "
+                f"without tenants anybody who reaches {reached} could use this gateway: give --tenants FILE, "
                 "listen on 127.0.0.1, or say --allow-open if that is what you want"
             )
-        self._may_be_open = settings.allow_open or is_loopback(settings.host)
+        self._may_be_open = settings.allow_open or is_private(settings)
         self.tenants = Tenants(wall, open=self._may_be_open, learned=not self._ring)
         self.file = TenantFile(settings.tenants, self.tenants) if settings.tenants is not None else None
         self.store: Store = _store(settings, clock, process)

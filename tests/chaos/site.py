@@ -164,7 +164,9 @@ def gateway(folder: Path, number: int, workers: Sequence[str], settings: Mapping
     """A gateway over these workers, with a settings file of its own."""
     port, name = free_port(), f"gateway-{number}"
     config = folder / f"{name}.yaml"
-    told = {"port": port, "replica": name, "workers": list(workers), "health": HEALTH} | dict(settings)
+    told = {"port": port, "admin_port": port, "replica": name, "workers": list(workers), "health": HEALTH} | dict(
+        settings
+    )
     config.write_text(yaml.safe_dump(told))
     command = [sys.executable, "-m", "server", "--config", str(config)]
     return Program(name, command, folder / f"{name}.log", port, "/ready", {"EVENHAND_ADMIN_KEY": ADMIN_KEY})

@@ -68,7 +68,9 @@ def config_for(gateway: Running, folder: Path) -> Path:
     """The configuration of the repository, with this gateway's address and in a hurry."""
     (folder / "key").write_text(ADMIN_KEY)
     text = (ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text(encoding="utf-8")
-    text = text.replace("gateway:8000", f"127.0.0.1:{gateway.port}").replace("/run/secrets/admin_key", f"{folder}/key")
+    for address in ("gateway:8000", "gateway:9000"):
+        text = text.replace(address, f"127.0.0.1:{gateway.port}")
+    text = text.replace("/run/secrets/admin_key", f"{folder}/key")
     config = yaml.safe_load(text)
     config["global"] = {"scrape_interval": "500ms", "evaluation_interval": "500ms", "scrape_timeout": "500ms"}
     config["rule_files"] = [str(RULES)]

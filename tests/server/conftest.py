@@ -331,7 +331,15 @@ Serve = Callable[..., contextlib.AbstractAsyncContextManager[Running]]
 async def serving(*urls: str, ready: bool = True, slots: int = 256, **settings: Any) -> AsyncIterator[Running]:
     """A gateway over workers at these addresses; at its end nothing may be left of any request."""
     workers = [f"{url},slots={slots}" for url in urls]
-    options = {"host": "127.0.0.1", "port": 0, "probe_s": 0.2, "shutdown_s": 5.0, "workers": workers} | settings
+    # One port for all, as `admin_port` is that of the clients.
+    options = {
+        "host": "127.0.0.1",
+        "port": 0,
+        "admin_port": 0,
+        "probe_s": 0.2,
+        "shutdown_s": 5.0,
+        "workers": workers,
+    } | settings
     options["health"] = {"canary": "off"} | settings.get("health", {})  # what an engine is asked is for tests to say
     server = GatewayServer(Settings(**options))
     sock = server.listen()

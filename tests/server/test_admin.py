@@ -2,13 +2,18 @@
 
 import asyncio
 import logging
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from loadtest.bench_target import free_port
 from loadtest.fake_engine import FakeEngine
 from server.app import GatewayServer
-from server.settings import Settings, read_settings
+from server.settings import Settings, admin_address, read_settings
 from tests.server.conftest import INSTANT, SLOW, Reply, Running, chat, eventually, over_fake, request, serving
 from tests.server.test_tenants import KEY, OTHER
 
@@ -39,6 +44,53 @@ async def test_without_an_admin_key_everybody_is_refused() -> None:
         for method, path in ROUTES:
             refused = await admin(gateway, method, path)
             assert (refused.status, refused.error["code"]) == (403, "forbidden"), (method, path)
+
+
+async def test_with_a_key_it_is_off_the_port_that_clients_use() -> None:
+    async with over_fake(admin_key=ADMIN_KEY, admin_port=free_port()) as (gateway, _):
+        operators = Running(gateway.server, gateway.server.apart.port)
+        assert operators.port != gateway.port
+        for method, path in ROUTES:
+            hidden = await admin(gateway, method, path)
+            assert (hidden.status, hidden.error["code"]) == (404, "unknown_url"), (method, path)
+        assert (await gateway.ask("/console", method="GET")).status == 404
+        assert (await gateway.ask("/health", method="GET")).status == 200
+        assert (await operators.ask("/console", method="GET")).status == 200
+        assert (await admin(operators, "GET", "/workers")).status == 200
+        assert (await admin(operators, "GET", "/workers", key=KEY)).status == 401
+        assert (await operators.ask("/v1/chat/completions", chat())).status == 200, "the console asks as clients do"
+        for wire in operators.wires:
+            await wire.close()
+
+
+def test_it_is_a_thousand_above_and_reached_from_here_alone_unless_said_otherwise() -> None:
+    def address(**given: object) -> tuple[str, int] | None:
+        settings = Settings(admin_key=ADMIN_KEY, **given)  # type: ignore[arg-type]  # any setting
+        return admin_address(settings, settings.port)
+
+    assert address() == ("127.0.0.1", 9000)
+    assert address(host="0.0.0.0", port=65000) == ("127.0.0.1", 64000)
+    assert address(admin_host="0.0.0.0", admin_port=81) == ("0.0.0.0", 81)
+    assert address(port=80, admin_port=80) is None
+    assert admin_address(Settings(), 8000) is None
+
+
+def test_an_address_for_operators_that_others_reach_does_not_open_the_gateway() -> None:
+    with pytest.raises(ValueError, match="allow"):
+        GatewayServer(Settings(admin_key=ADMIN_KEY, admin_host="0.0.0.0"))
+
+
+def test_a_taken_port_for_operators_is_said_with_a_way_out() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        number = taken.getsockname()[1]
+        for processes in ("1", "2"):
+            command = [sys.executable, "-m", "server", "--port", f"{free_port()}", "--gateway-processes", processes]
+            env = os.environ | {"EVENHAND_ADMIN_KEY": ADMIN_KEY, "EVENHAND_ADMIN_PORT": f"{number}"}
+            ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+            assert ended.returncode == 1
+            assert f"127.0.0.1:{number} for /admin" in ended.stderr and "EVENHAND_ADMIN_PORT" in ended.stderr
 
 
 async def test_a_wrong_key_and_a_tenant_s_key_are_refused_everywhere(tmp_path: Path) -> None:

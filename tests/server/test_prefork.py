@@ -55,14 +55,16 @@ class Program:
     """A gateway of several processes, started as operators start it."""
 
     def __init__(self, engine_port: int, folder: Path, *options: str) -> None:
-        self.port = free_port()
+        self.port, self.admin_port = free_port(), free_port()
         self.log = folder / "log"
         command = [sys.executable, "-m", "server", "--port", str(self.port), "--gateway-processes", str(PROCESSES)]
         worker = ["--worker", f"http://127.0.0.1:{engine_port},slots=64"]
         clean = {name: value for name, value in os.environ.items() if not name.startswith("EVENHAND_")}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [*command, *worker, *options], stderr=log, env=clean | {"EVENHAND_ADMIN_KEY": ADMIN_KEY}
+                [*command, *worker, *options],
+                stderr=log,
+                env=clean | {"EVENHAND_ADMIN_KEY": ADMIN_KEY, "EVENHAND_ADMIN_PORT": f"{self.admin_port}"},
             )
         until(lambda: self.said("with 3 processes"), "it listens")
         self.everywhere(lambda: answers(self.port, "/ready"), "it is ready")
@@ -81,7 +83,7 @@ class Program:
         return call(self.port, "POST", "/v1/chat/completions", body, key)[0]
 
     def admin(self, method: str, path: str, body: object = None) -> Any:
-        status, said = call(self.port, method, f"/admin{path}", body, ADMIN_KEY)
+        status, said = call(self.admin_port, method, f"/admin{path}", body, ADMIN_KEY)
         assert status < 300, said
         return json.loads(said) if said else None
 
