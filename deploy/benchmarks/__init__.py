@@ -15,6 +15,7 @@ BENCHMARKS: Mapping[str, tuple[str, str]] = {
         "deploy.benchmarks.disaggregation",
         "prefill and decode apart, against two engines that do both",
     ),
+    "salt": ("deploy.benchmarks.salt", "what a prefix cache of its own for each tenant costs"),
     "fresh": ("deploy.benchmarks.fresh", "a fresh clone: make install, make serve, the first answer"),
     "schedule": ("deploy.benchmarks.schedule", "what the plug-in costs at each iteration, against stock vLLM"),
     "policies": ("deploy.benchmarks.policies", "every policy on a real engine, against stock vLLM"),

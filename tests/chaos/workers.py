@@ -71,7 +71,7 @@ class Report:
     seen: Seen = field(default_factory=Seen)
     blows: list[Struck] = field(default_factory=list)
     moved: set[str] = field(default_factory=set)
-    failovers: dict[str, int] = field(default_factory=dict)
+    failovers: Counter[str] = field(default_factory=Counter)
 
     @property
     def kinds(self) -> Counter[str]:
@@ -163,7 +163,7 @@ class Chaos:
         finally:
             over.set()
             await asyncio.gather(*asking)
-        self.report.failovers = dict(self.gateway.server.gateway.failover.outcomes)
+        self.report.failovers = Counter(self.gateway.server.gateway.failover.outcomes)
 
     def _enough(self) -> bool:
         return len(self.report.seen.pauses) >= self.streams
