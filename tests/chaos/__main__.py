@@ -90,9 +90,9 @@ RUNS: Mapping[str, Run] = {
         "the same over real vLLM engines on a tiny model, which also get SIGTERM",
         (
             SEED,
-            ("workers", 3, "engines"),
+            ("workers", 2, "engines"),
             ("blows", 6, "how often one is killed, stopped or told to end"),
-            ("clients", 6, "who never pause"),
+            ("clients", 4, "who never pause"),
         ),
         engines,
     ),

@@ -11,7 +11,13 @@ from tests.chaos.site import HEALTH, Program
 from tests.chaos.workers import Setting
 from tests.engine.real import chaotic_model
 
-ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+START_S = 400.0
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else all of them share one core
+}
 # A busy machine may take seconds to answer a probe of an engine that is well.
 PATIENT = HEALTH | {"probe_timeout_s": 3.0, "stall_s": 20.0}
 
@@ -22,7 +28,7 @@ def vllm(folder: Path, number: int, model: Path) -> Program:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--model", str(model), "--served-model-name", "fake", "--dtype", "float32", "--enforce-eager"]
     command += ["--max-model-len", "512", "--max-num-seqs", "8", "--block-size", "32"]
-    return Program(f"vllm-{number}", command, folder / f"vllm-{number}.log", port, "/health", ENVIRONMENT)
+    return Program(f"vllm-{number}", command, folder / f"vllm-{number}.log", port, "/health", ENVIRONMENT, START_S)
 
 
 def real_engines(seed: int, count: int) -> Setting:

@@ -73,6 +73,7 @@ class Program:
     """A process at a port of its own, which it keeps through every restart.
 
     path: answers with 200 once the program is there; "" for one that speaks no HTTP. log: what all its lives have said.
+    start_s: how long its start may take.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Program:
     port: int
     path: str
     env: Mapping[str, str] = field(default_factory=dict)
+    start_s: float = START_S
     process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
@@ -91,7 +93,7 @@ class Program:
             self.process = await asyncio.create_subprocess_exec(
                 *self.command, stdout=out, stderr=out, env=clean | dict(self.env), start_new_session=True
             )
-        end = time.monotonic() + START_S
+        end = time.monotonic() + self.start_s
         while not await self.there():
             if self.process.returncode is not None or time.monotonic() > end:
                 raise RuntimeError(f"{self.name} does not start:\n{self.log.read_text(errors='replace')[-2000:]}")
