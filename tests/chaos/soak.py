@@ -103,8 +103,8 @@ class Soak:
         return gateway(folder, number, [f"{program.url},slots=32" for program in self.engines], settings)
 
     async def _load(self) -> None:
-        began = time.monotonic()
-        watch, blows = asyncio.create_task(self._watch(began)), asyncio.create_task(self._strike())
+        began, over = time.monotonic(), asyncio.Event()
+        watch, blows = asyncio.create_task(self._watch(began)), asyncio.create_task(self._strike(over))
         asked: set[asyncio.Task[None]] = set()
         try:
             due = began
@@ -114,14 +114,9 @@ class Soak:
                 asked.add(task)
                 task.add_done_callback(asked.discard)
         finally:
-            for task in (watch, blows):
-                task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
-            for program in self.engines:
-                with suppress(ProcessLookupError):
-                    program.signal(signal.SIGCONT)  # if the end came while it was stopped
-        await asyncio.gather(*asked)
+            over.set()
+            watch.cancel()
+            await asyncio.wait([watch, blows, *asked])
 
     async def _one(self) -> None:
         """A request of any tenant, to any gateway that is in service."""
@@ -168,10 +163,13 @@ class Soak:
 
     # blows
 
-    async def _strike(self) -> None:
+    async def _strike(self, over: asyncio.Event) -> None:
+        """One blow after the other; what is struck when the run is over is still mended."""
         blows = (self._kill_engine, self._stop_engine, self._kill_redis, self._restart_gateway)
         while True:
-            await asyncio.sleep(self.dice.uniform(0.5, 1.5) * self.blow_s)  # the plan's own time
+            with suppress(TimeoutError):
+                await asyncio.wait_for(over.wait(), self.dice.uniform(0.5, 1.5) * self.blow_s)
+                return
             at = self.dice.choices(range(len(blows)), (4, 2, 2, 1))[0]
             try:
                 await blows[at]()
