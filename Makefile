@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALL := $(PYTHON) -m deploy.install --engine $(ENGINE)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test soak lint bench lock dashboards compatibility pictures clean
+.PHONY: help install serve test soak chaos lint bench lock dashboards compatibility pictures clean
 
 help:  ## show this
 	@echo "usage: make TARGET"; echo
@@ -26,6 +26,12 @@ test:  ## install if needed, lint, run all tests; TESTS="tests/server -k vtc"
 soak:  ## hours of what `make test` does for seconds: hostile bytes, dying workers; TIMES=200
 	@$(INSTALL) --tests
 	@EVENHAND_SOAK=$(or $(TIMES),200) $(BIN)/python -m pytest --timeout=0 tests/server/test_fuzz.py tests/chaos tests/engine/test_disaggregation.py
+	@$(BIN)/python -m tests.chaos soak
+
+chaos:  ## every figure of docs/reliability.md but the soak's, one after the other
+	@$(INSTALL) --tests
+	@missed=0; for run in workers engines seeds redis rolling overload hostile; do \
+		$(BIN)/python -m tests.chaos $$run || missed=1; done; exit $$missed
 
 lint:  ## style, types and import rules
 	@$(BIN)/ruff check --quiet .

@@ -80,9 +80,9 @@ RUNS: Mapping[str, Run] = {
         "workers are killed and stopped under streams",
         (
             SEED,
-            ("blows", 20, "how often a worker is killed or stopped"),
-            ("clients", 8, "who never pause"),
-            ("streams", 0, "it goes on until so many have ended"),
+            ("blows", 200, "how often a worker is killed or stopped"),
+            ("clients", 24, "who never pause"),
+            ("streams", 5000, "it goes on until so many have ended"),
         ),
         workers,
     ),
