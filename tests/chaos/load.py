@@ -74,15 +74,31 @@ def first_difference(said: Any, expected: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """The longest time in which a request's stream said nothing, on the monotonic clock."""
+    """A time in which a stream said nothing, on the monotonic clock."""
 
-    request_id: str
     began: float
     ended: float
 
     @property
     def s(self) -> float:
         return self.ended - self.began
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """When a request's stream was silent: between any two of its chunks."""
+
+    request_id: str
+    pauses: tuple[Pause, ...]
+
+    @property
+    def longest_s(self) -> float:
+        return max((pause.s for pause in self.pauses), default=0.0)
+
+    def around(self, began: float, ended: float) -> Pause | None:
+        """Its longest silence that meets this time, None if it had ended or not begun."""
+        met = [pause for pause in self.pauses if pause.began <= ended and pause.ended >= began]
+        return max(met, key=lambda pause: pause.s, default=None)
 
 
 @dataclass
@@ -95,7 +111,7 @@ class Seen:
 
     answers: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
-    pauses: list[Pause] = field(default_factory=list)
+    streams: list[Heard] = field(default_factory=list)
     tokens: int = 0
     longest_s: float = 0.0
 
@@ -104,27 +120,22 @@ class Seen:
         return self.answers.total()
 
 
-async def listen(wire: Wire) -> tuple[Reply, Pause]:
-    """An answer, and its longest silence between two chunks."""
+async def listen(wire: Wire) -> tuple[Reply, Heard]:
+    """An answer, and its silences."""
     reply = await wire.head()
-    now = time.monotonic()
     request_id = reply.headers["x-request-id"]
-    longest = Pause(request_id, now, now)
     if reply.headers.get("transfer-encoding") != "chunked":
         reply.body = await wire.reader.readexactly(int(reply.headers["content-length"]))
-        return reply, longest
-    pieces, last = [], now
+        return reply, Heard(request_id, ())
+    pieces, times = [], [time.monotonic()]
     while piece := await wire.chunk():
         pieces.append(piece)
-        now = time.monotonic()
-        if now - last > longest.s:
-            longest = Pause(request_id, last, now)
-        last = now
+        times.append(time.monotonic())
     reply.body = b"".join(pieces)
-    return reply, longest
+    return reply, Heard(request_id, tuple(map(Pause, times, times[1:])))
 
 
-async def told_on_its_own(port: int, data: bytes) -> tuple[Reply, Pause]:
+async def told_on_its_own(port: int, data: bytes) -> tuple[Reply, Heard]:
     """What is answered to a request's bytes on a connection of their own."""
     wire = Wire(*await asyncio.open_connection("127.0.0.1", port))
     try:
@@ -162,16 +173,16 @@ class Client:
         """One question on a connection of its own; what comes of it is in `seen`."""
         await self._ask(partial(told_on_its_own, port))
 
-    async def _ask(self, tell: Callable[[bytes], Awaitable[tuple[Reply, Pause]]]) -> Reply | None:
+    async def _ask(self, tell: Callable[[bytes], Awaitable[tuple[Reply, Heard]]]) -> Reply | None:
         number = self.dice.randrange(len(self.questions))
         asked, began, reply = self.questions[number], time.monotonic(), None
         try:
-            reply, pause = await tell(self._bytes(asked))
+            reply, heard = await tell(self._bytes(asked))
             said = self.told(asked, reply)
             problem = "" if said == self.expected[number] else first_difference(said, self.expected[number])
             self.seen.tokens += said[1]["total_tokens"]
             if asked.stream:
-                self.seen.pauses.append(pause)
+                self.seen.streams.append(heard)
         except BROKEN as error:
             problem = repr(error)
         self.seen.answers["wrong" if problem else "right"] += 1
@@ -188,7 +199,7 @@ class Client:
         """As long as it can on one connection; on the next one when the gateway has said that it closes this one."""
         wire: Wire | None = None
 
-        async def tell(data: bytes) -> tuple[Reply, Pause]:
+        async def tell(data: bytes) -> tuple[Reply, Heard]:
             nonlocal wire
             if wire is None or wire.reader.at_eof():  # as connection pools look
                 wire = Wire(*await asyncio.open_connection("127.0.0.1", port))

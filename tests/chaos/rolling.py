@@ -31,7 +31,7 @@ class Report:
     problems: list[str] = field(default_factory=list)
 
     def figures(self) -> list[Figure]:
-        pauses = [pause.s for pause in self.seen.pauses]
+        pauses = [stream.longest_s for stream in self.seen.streams]
         return [
             Figure("restarted", ", ".join(f"{name} {count}" for name, count in self.restarts.items())),
             Figure("answers, of which on a kept connection", f"{self.seen.asked}, {self.kept}"),

@@ -56,8 +56,9 @@ def without_a_model(seed: int) -> Setting:
 
 @dataclass(frozen=True, slots=True)
 class Struck:
-    """A blow that was dealt. began, noticed: when, and when the gateway had the worker out, on the monotonic clock."""
+    """A blow that was dealt to a worker. began, noticed: when, and when the gateway had it out; monotonic."""
 
+    worker: str
     blow: Blow
     began: float
     noticed: float
@@ -65,12 +66,12 @@ class Struck:
 
 @dataclass
 class Report:
-    """What the clients saw. moved: requests that another worker went on with. failovers: how they ended."""
+    """What the clients saw. moved: requests that another worker went on with, and whose they were before."""
 
     prefill_s: float | None = PREFILL_S
     seen: Seen = field(default_factory=Seen)
     blows: list[Struck] = field(default_factory=list)
-    moved: set[str] = field(default_factory=set)
+    moved: dict[str, str] = field(default_factory=dict)
     failovers: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -78,12 +79,14 @@ class Report:
         return Counter(struck.blow.value for struck in self.blows)
 
     def pauses(self, blow: Blow) -> list[tuple[Pause, Struck]]:
-        """The silences of moved streams, each with the blow that it was after."""
+        """The silences of moved streams that a blow of this kind made, each with it."""
         found = []
-        for pause in self.seen.pauses:
-            before = [struck for struck in self.blows if struck.began <= pause.ended]
-            if pause.request_id in self.moved and before and before[-1].blow is blow:
-                found.append((pause, before[-1]))
+        for stream in self.seen.streams:
+            failed = self.moved.get(stream.request_id)
+            for struck in self.blows:
+                if struck.worker == failed and struck.blow is blow:
+                    pause = stream.around(struck.began, struck.noticed)
+                    found += [(pause, struck)] if pause is not None else []
         return found
 
     def figures(self) -> list[Figure]:
@@ -91,7 +94,7 @@ class Report:
         answers, kinds = self.seen.answers, ", ".join(f"{name} {count}" for name, count in sorted(self.kinds.items()))
         figures = [
             Figure("blows", kinds),
-            Figure("answers, of which streams", f"{answers.total()}, {len(self.seen.pauses)}"),
+            Figure("answers, of which streams", f"{answers.total()}, {len(self.seen.streams)}"),
             none("of them failed or different", self.seen.wrong),
             Figure(
                 "went on at another worker, asked again", f"{self.failovers['resumed']}, {self.failovers['retried']}"
@@ -166,11 +169,11 @@ class Chaos:
         self.report.failovers = Counter(self.gateway.server.gateway.failover.outcomes)
 
     def _enough(self) -> bool:
-        return len(self.report.seen.pauses) >= self.streams
+        return len(self.report.seen.streams) >= self.streams
 
     def _note(self, ticket: Ticket, outcome: str) -> None:
         if ticket.avoid:
-            self.report.moved.add(ticket.call.id)
+            self.report.moved[ticket.call.id] = ticket.avoid
 
     async def _strike(self, event: Event) -> None:
         worker, began = self.workers[event.worker], time.monotonic()
@@ -181,7 +184,7 @@ class Chaos:
         else:
             await worker.end()
         await eventually(self._one_is_out, f"the {event.blow.value} is noticed", NOTICE_S)
-        self.report.blows.append(Struck(event.blow, began, time.monotonic()))
+        self.report.blows.append(Struck(f"worker-{event.worker}", event.blow, began, time.monotonic()))
         await asyncio.sleep(event.away_s)
         await self._mend(event.blow, worker)
 
