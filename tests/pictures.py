@@ -31,7 +31,7 @@ from tests.server.test_console_in_browser import chromium, shown
 
 ROOT = Path(__file__).resolve().parent.parent
 FLEET = (Role.PREFILL, Role.DECODE, Role.DECODE)
-COST = replace(PRESETS["gpu-7b"], iteration_s=0.03, max_seqs=5, prefix_block_tokens=16)
+COST = replace(PRESETS["gpu-7b"], iteration_s=0.03, max_seqs=12, prefix_block_tokens=16)
 SCRAPE_S = 0.5
 COLOURS = 96
 DESK, PHONE = (1280, 900), (390, 844)
