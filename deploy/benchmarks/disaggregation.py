@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rates", default="0.3,0.5,0.7,0.9,1.1,1.4", help="for goodput, by the same measure (default %(default)s)"
     )
-    parser.add_argument("--parts", default=",".join(PARTS), help="what is measured (default %(default)s)")
+    parser.add_argument("--parts", default=",".join(ALL_PARTS), help="what is measured (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default %(default)s)")
 
 
@@ -103,13 +103,22 @@ def goodputs(runs: Runs, objectives: Sequence[Objective]) -> list[float]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Starts both, measures, prints the tables."""
+    """Measures, simulates, prints the tables."""
     console, progress = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
-    wanted = set(args.parts.split(","))
-    if unknown := wanted - set(PARTS):
-        progress.print(f"evenhand bench disaggregation: no part {unknown.pop()!r}: choose of {', '.join(PARTS)}")
+    wanted = args.parts.split(",")
+    if unknown := set(wanted) - set(ALL_PARTS):
+        progress.print(f"evenhand bench disaggregation: no part {unknown.pop()!r}: choose of {', '.join(ALL_PARTS)}")
         return 2
     drawn = mixes(args.traces, Random(args.seed))
+    tables = list(measured(args, drawn, progress)) if set(wanted) & set(PARTS) else []
+    console.print(machine())
+    for table in [*tables, *([simulated(drawn)] if SIMULATED_PART in wanted else [])]:
+        console.print(f"\n{table}")
+    return 0
+
+
+def measured(args: argparse.Namespace, drawn: Mapping[str, list[Shape]], progress: Console) -> Iterator[str]:
+    """Starts both; a table for each part that is wanted."""
     with tempfile.TemporaryDirectory(prefix="evenhand-apart-") as name, ExitStack() as stack:
         folder = Path(name) / "bench"
         folder.mkdir()
@@ -118,13 +127,10 @@ def run(args: argparse.Namespace) -> int:
         for url in urls.values():
             wait_ready(url)
         bench = Bench(urls, args, progress)
-        parts = {part: PARTS[part](bench, drawn) for part in PARTS if part in wanted}
-        told = placements(urls[APART])
-    console.print(machine())
-    for table in parts.values():
-        console.print(f"\n{table}")
-    console.print(f"\nWhere requests went, apart: {told}")
-    return 0
+        for part in args.parts.split(","):
+            if part in PARTS:
+                yield PARTS[part](bench, drawn)
+        yield f"Where requests went, apart: {placements(urls[APART])}"
 
 
 @contextmanager
@@ -390,5 +396,6 @@ PARTS: Mapping[str, Callable[[Bench, Mapping[str, list[Shape]]], str]] = {
     "itl": Bench.stutter_table,
     "goodput": Bench.goodput_table,
     "equality": lambda bench, drawn: bench.equality(),
-    "simulated": lambda bench, drawn: simulated(drawn),
 }
+SIMULATED_PART = "simulated"
+ALL_PARTS = (*PARTS, SIMULATED_PART)
