@@ -3,9 +3,9 @@
 //   backend PORT
 //
 // One thread, epoll, HTTP/1.1 with keep-alive. A chat request's own fields say how it is answered: "stream",
-// "max_tokens" (content chunks), "seed" (microseconds between two chunks; absent: as fast as the reader takes them).
-// Every chunk carries @<CLOCK_MONOTONIC, 19 digits of nanoseconds>@, so that a client on this machine can tell how long
-// it took.
+// "max_tokens" (content chunks; some gateways pass it on as "max_completion_tokens"), "seed" (microseconds between two
+// chunks; absent: as fast as the reader takes them). Every chunk carries @<CLOCK_MONOTONIC, 19 digits of nanoseconds>@,
+// so that a client on this machine can tell how long it took.
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
@@ -206,7 +206,8 @@ static int chat(Conn *c, const char *body) {
                         (unsigned long long)now_ns(), filler);
         return reply(c, "200 OK", "application/json", text, n);
     }
-    c->remaining = atoi(field(body, "\"max_tokens\""));
+    const char *most = field(body, "\"max_tokens\"");
+    c->remaining = atoi(*most ? most : field(body, "\"max_completion_tokens\""));
     c->interval_ns = atol(field(body, "\"seed\"")) * 1000ull;
     c->wants_usage = is_true(body, "\"include_usage\"");
     c->streaming = 1;
