@@ -170,6 +170,14 @@ class Exchange:
             edge.hold = b""
         edge.transport.write(data)
 
+    def forward(self, chunk: bytes, at: int) -> None:
+        """A piece of the body that is framed already: `chunk[at:-2]` in an HTTP chunk."""
+        edge = self.edge
+        if edge.hold or not self.chunked:
+            self.write(chunk[at:-2])
+        elif not edge.transport.is_closing():
+            edge.transport.write(chunk)
+
     def end(self) -> None:
         """The answer is complete."""
         edge = self.edge

@@ -29,6 +29,7 @@ _REQUEST = (
 
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,12})\r\n", re.IGNORECASE)
 _LONGEST_HEAD_BYTES = 2048
+_LONGEST_SIZE_BYTES = 10  # of a chunk's size and the end of its line
 MOST_HEADS = 256  # forgotten all at once when there are more
 
 
@@ -45,11 +46,22 @@ def keyed(data: bytes) -> tuple[bytes, int, int]:
     return data[:begin] + data[end:at], int(data[begin:end]), at
 
 
+def content_at(data: bytes) -> int:
+    """Where the content of an HTTP chunk begins, if `data` is one whole chunk and no more; else 0."""
+    at = data.find(b"\r\n", 1, _LONGEST_SIZE_BYTES) + 2
+    size = len(data) - at - 2
+    return at if at > 2 and size > 0 and data.startswith(b"%x\r\n" % size) and data.endswith(b"\r\n") else 0
+
+
 class Sink(Protocol):
-    """Who receives an answer. Called from within the socket's callback: it must not block and must not raise."""
+    """Who receives an answer. Called from within the socket's callback: it must not block and must not raise.
+
+    chunk: a piece of the body as `body` gets it, with its HTTP framing around it: its content is `data[at:-2]`.
+    """
 
     def head(self, status: int, content_type: bytes, length: int | None) -> None: ...
     def body(self, data: bytes) -> None: ...
+    def chunk(self, data: bytes, at: int) -> None: ...
     def end(self) -> None: ...
     def lost(self, error: EngineGone) -> None: ...
 
@@ -65,11 +77,12 @@ class Connection(asyncio.Protocol):
     """One keep-alive connection to a worker; it carries one answer at a time.
 
     begun: bytes of the present answer have come; headed: its whole head. reused: it has carried an answer before.
+    between: the parser stands before a chunk's size, so that a whole chunk may pass without it.
     """
 
     __slots__ = (
         "engine", "transport", "sink", "parser", "pieces", "complete", "length", "content_type", "begun", "reused",
-        "keep", "paused", "headed", "chunked"
+        "keep", "paused", "headed", "chunked", "between",
     )  # fmt: skip
 
     def __init__(self, engine: "Engine") -> None:
@@ -90,6 +103,7 @@ class Connection(asyncio.Protocol):
         self.complete = False
         self.headed = False
         self.chunked = False
+        self.between = False
         self.pieces: list[bytes] = []
         self.length: int | None = None
         self.content_type = b"application/json"
@@ -99,6 +113,9 @@ class Connection(asyncio.Protocol):
         sink = self.sink
         if sink is None:  # bytes that nobody asked for: the connection cannot be trusted any more
             self.transport.abort()
+            return
+        if self.between and (at := content_at(data)):  # one more token of a stream: nearly all that comes
+            sink.chunk(data, at)
             return
         if not self.begun and self._whole(data, sink):
             return
@@ -112,6 +129,8 @@ class Connection(asyncio.Protocol):
         except httptools.HttpParserError as error:
             self._drop(EngineGone(f"The engine's answer is not HTTP: {error}."))
             return
+        if self.between and not data.endswith(b"\r\n"):  # it has begun to read a size
+            self.between = False
         pieces = self.pieces
         if pieces:
             if len(pieces) == 1:
@@ -174,6 +193,12 @@ class Connection(asyncio.Protocol):
 
     def on_body(self, data: bytes) -> None:
         self.pieces.append(data)
+
+    def on_chunk_header(self) -> None:
+        self.between = False
+
+    def on_chunk_complete(self) -> None:
+        self.between = True
 
     def on_message_complete(self) -> None:
         self.complete = True

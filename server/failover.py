@@ -14,6 +14,7 @@ from server.call import Ticket
 from server.errors import ServiceError, is_engine_failure
 from server.fleet import Leg, Member
 from server.received import Chunk, Progress, progress_of
+from server.receiver import answered
 from server.relay import Answer, Pipe, Relay
 from server.resume import (
     CannotResume,
@@ -117,10 +118,7 @@ class Failover:
         assert ticket.received is not None  # else there is no progress
         ticket.received.begin_leg(plan.kept)
         body = self.steering.dressed(ticket, member.worker, plan.body)
-        for last_try in (False, True):
-            pipe = Resumed(ticket, out, self.relay.itl, charge, plan)
-            if await self.relay.through(pipe, member, plan.path, body, fresh=last_try):
-                return
+        await answered(lambda: Resumed(ticket, out, self.relay.itl, charge, plan), ticket, member, plan.path, body)
 
 
 class Unresumable(ServiceError):

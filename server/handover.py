@@ -17,6 +17,7 @@ from server.call import Split, Ticket
 from server.engine import MAX_ERROR_BODY_BYTES
 from server.errors import EngineGone, refusal
 from server.fleet import Fleet, Member
+from server.receiver import Receiver, answered
 from server.schemas import splice
 from server.telemetry import Distribution
 
@@ -53,20 +54,13 @@ class NotRead(Exception):
         self.outcome = outcome
 
 
-class _Whole:
-    """Receives one small answer as a whole. asked_at: seconds on the gateway's clock."""
-
-    speaks = False
+class _Whole(Receiver):
+    """Receives one small answer as a whole."""
 
     def __init__(self, asked_at: float) -> None:
-        self.asked_at = asked_at
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        super().__init__(asked_at)
         self.status = 0
         self.data = bytearray()
-
-    def silent_s(self, now: float) -> float:
-        """Seconds for which nothing has come."""
-        return now - self.asked_at
 
     def head(self, status: int, content_type: bytes, length: int | None) -> None:
         self.status = status
@@ -76,17 +70,7 @@ class _Whole:
         self.data += data[: max(0, most - len(self.data))]
 
     def end(self) -> None:
-        if not self.done.done():
-            self.done.set_result(None)
-
-    def lost(self, error: EngineGone) -> None:
-        if not self.done.done():
-            self.done.set_exception(error)
-
-    def leave(self) -> None:
-        """Nobody waits for `done` any more: an error in it is no news."""
-        if not self.done.cancel() and not self.done.cancelled():
-            self.done.exception()
+        self.finish()
 
 
 class Handover(Collector):
@@ -142,27 +126,10 @@ class Handover(Collector):
         return self._kv_in(ticket, data)
 
     async def _ask(self, ticket: Ticket, member: Member) -> tuple[int, bytes]:
-        call = ticket.call
         body = self.body_for(ticket, member.worker)
-        for last_try in (False, True):
-            sink = _Whole(self.clock())
-            connection = await member.engine.ask(
-                call.route.path.encode(), body, call.id, sink, trace=ticket.trace, fresh=last_try
-            )
-            stale = connection.reused
-            member.legs.add(sink)
-            try:
-                await sink.done
-                break
-            except EngineGone:
-                # A kept-alive connection may have been closed just as we wrote: the engine never saw the request.
-                if not stale or connection.begun or last_try:
-                    raise
-            finally:
-                member.legs.discard(sink)
-                sink.leave()
-                connection.abandon(sink)
-        return sink.status, bytes(sink.data)
+        path = ticket.call.route.path.encode()
+        answer = await answered(lambda: _Whole(self.clock()), ticket, member, path, body)
+        return answer.status, bytes(answer.data)
 
     def _kv_in(self, ticket: Ticket, data: bytes) -> bytes:
         """Where the answer says that the KV is, with the count of tokens that came from the prefill worker's cache."""

@@ -1,25 +1,25 @@
 """From the engine to the client: who asks a worker, and the pipe through which its answer flows.
 
-What happens here for every chunk of a stream is a handful of C calls: see `Stream.body`.
+What happens here for every chunk of a stream is a handful of C calls: see `Stream.chunk`.
 """
 
-import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
 from scheduler.workers import Worker
 from server.call import Phase, Ticket
 from server.engine import MAX_ERROR_BODY_BYTES, Connection
-from server.errors import EngineGone, ServiceError, refusal
+from server.errors import EngineGone, refusal
 from server.fleet import Member
 from server.received import PACK_CHUNKS, Received
+from server.receiver import Receiver, answered
 from server.sse import USAGE_BYTES, engine_failure_in, is_usage_only, usage_in, without_prompt_ids, without_usage
 from server.telemetry import Distribution
 
 MAX_EVENT_BYTES = 64 * 1024 * 1024
 MAX_HELD_BYTES = 8 * 1024 * 1024
 _GOES_ON = b'"finish_reason":null'
-_TAIL_BYTES = 72  # vLLM says that a stream goes on in the last bytes of an event
+_TAIL_BYTES = 74  # vLLM says that a stream goes on in the last bytes of an event
 
 
 class Answer(Protocol):
@@ -29,27 +29,26 @@ class Answer(Protocol):
 
     def begin(self, status: int, content_type: bytes, length: int | None) -> None: ...
     def write(self, data: bytes) -> None: ...
+    def forward(self, chunk: bytes, at: int) -> None: ...
     def end(self) -> None: ...
     def flows_from(self, connection: Connection | None) -> None: ...
 
 
-class Pipe:
-    """Receives one answer; `done` ends it, with an error if the answer could not be had.
+class Pipe(Receiver):
+    """An answer on its way to a client.
 
     instead: who receives it once its head has shown that it is not what was expected.
     """
 
     def __init__(self, ticket: Ticket, out: Answer) -> None:
+        super().__init__(ticket.clock())
         self.ticket = ticket
         self.out = out
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.instead: Whole | Refusal | None = None
         self.connection: Connection | None = None
-        self.asked_at = ticket.clock()
 
     @property
     def speaks(self) -> bool:
-        """Whether its answer has begun."""
         return self.ticket.last_at > self.asked_at
 
     def silent_s(self, now: float) -> float:
@@ -58,6 +57,11 @@ class Pipe:
             return 0.0
         return now - max(self.asked_at, self.ticket.last_at)
 
+    def flows_from(self, connection: Connection | None) -> None:
+        if connection is not None:
+            self.connection = connection
+        self.out.flows_from(connection)
+
     def head(self, status: int, content_type: bytes, length: int | None) -> None:
         self.status = status
         self.content_type = content_type
@@ -65,32 +69,10 @@ class Pipe:
         if not 200 <= status < 300:
             self.instead = Refusal(self, status)
 
-    def fail(self, error: ServiceError) -> None:
-        if not self.done.done():
-            self.done.set_exception(error)
-
-    def finish(self) -> None:
-        if not self.done.done():
-            self.done.set_result(None)
-
-    def lost(self, error: EngineGone) -> None:
-        self.fail(error)
-
-    def body(self, data: bytes) -> None:
-        raise NotImplementedError
-
-    def end(self) -> None:
-        raise NotImplementedError
-
     def begin(self, length: int | None) -> None:
         """The answer gets its head."""
         self.ticket.move(Phase.DECODING)
         self.out.begin(self.status, self.content_type, length)
-
-    def leave(self) -> None:
-        """Nobody waits for `done` any more: an error in it is no news."""
-        if not self.done.cancel() and not self.done.cancelled():
-            self.done.exception()
 
 
 class Refusal:
@@ -189,21 +171,21 @@ class Stream(Pipe):
             whole.done = self.done
             whole.head(status, content_type, length)
 
-    def body(self, data: bytes) -> None:
+    def chunk(self, data: bytes, at: int) -> None:
         if (
             self.rest
             or not self.steady
             or data.find(_GOES_ON, -_TAIL_BYTES) < 0
-            or not data.endswith(b"\n\n")
-            or data.count(b"\n") != 2
+            or not data.endswith(b"\n\n\r\n")
+            or data.count(b"\n") != 4
         ):
-            self._unlike(data)
+            self.body(data[at:-2])
             return
         # One more token of many: what follows is done for each of them.
         ticket, chunks = self.ticket, self.chunks
-        chunks.append(data)
-        if len(chunks) >= PACK_CHUNKS:
-            self._pack()
+        chunks.append(data[at:-2])
+        if len(chunks) >= PACK_CHUNKS and self.received is not None:
+            self.received.pack()
         now = self.clock()
         self.itl.observe(now - ticket.last_at)
         ticket.last_at = now
@@ -211,9 +193,9 @@ class Stream(Pipe):
             self.charge.append(ticket)
         ticket.uncharged += 1
         ticket.tokens += 1
-        self.out.write(data)
+        self.out.forward(data, at)
 
-    def _unlike(self, data: bytes) -> None:
+    def body(self, data: bytes) -> None:
         """What is not one event with one token: the beginning, the end, several events or a part of one, a failure."""
         if self.instead is not None:
             self.instead.body(data)
@@ -226,6 +208,8 @@ class Stream(Pipe):
             if data.count(_GOES_ON) != data.count(b"\n\n"):
                 data = self._until_failure(data)
             self.chunks.append(data)
+            if len(self.chunks) >= PACK_CHUNKS:
+                self.received.pack()
         if data:
             self._forward(data)
         self.steady = (
@@ -234,10 +218,6 @@ class Stream(Pipe):
             and self.ticket.second_s is not None
             and not self.openings
         )
-
-    def _pack(self) -> None:
-        if self.received is not None:
-            self.received.pack()
 
     def _forward(self, data: bytes) -> None:
         """Whole events: counted, timed, and on their way."""
@@ -339,32 +319,9 @@ class Relay:
 
         charge: where a ticket is noted that has streamed tokens its policy has not been told about.
         """
-        call = ticket.call
         body = self.body_for(ticket, member.worker)
-        path = call.route.path.encode()
-        for last_try in (False, True):
-            pipe = Stream(ticket, out, self.itl, charge) if call.stream else Whole(ticket, out)
-            if await self.through(pipe, member, path, body, fresh=last_try):
-                return
 
-    async def through(self, pipe: Pipe, member: Member, path: bytes, body: bytes, *, fresh: bool) -> bool:
-        """Asks a worker, and lets its answer through this pipe. False for a kept-alive connection that was closed just
-        as we wrote: the engine never saw the request, and it may be sent again on a fresh one."""
-        ticket = pipe.ticket
-        connection = await member.engine.ask(path, body, ticket.call.id, pipe, trace=ticket.trace, fresh=fresh)
-        stale = connection.reused
-        pipe.connection = connection
-        pipe.out.flows_from(connection)
-        member.legs.add(pipe)
-        try:
-            await pipe.done
-            return True
-        except EngineGone:
-            if not stale or connection.begun or fresh:
-                raise
-            return False
-        finally:
-            member.legs.discard(pipe)
-            pipe.leave()
-            pipe.out.flows_from(None)
-            connection.abandon(pipe)
+        def pipe() -> Pipe:
+            return Stream(ticket, out, self.itl, charge) if ticket.call.stream else Whole(ticket, out)
+
+        await answered(pipe, ticket, member, ticket.call.route.path.encode(), body)

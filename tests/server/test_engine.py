@@ -5,8 +5,10 @@ import random
 from collections.abc import AsyncIterator
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from server.engine import Connection, Engine
+from server.engine import Connection, Engine, content_at
 from server.errors import EngineGone, EngineUnreachable
 from tests.server.conftest import ScriptedEngine, eventually, plain, says, streamed
 
@@ -19,6 +21,7 @@ class Recorder:
         self.content_type = b""
         self.length: int | None = None
         self.got = b""
+        self.chunks = 0
         self.ended = asyncio.Event()
         self.error: EngineGone | None = None
 
@@ -27,6 +30,10 @@ class Recorder:
 
     def body(self, data: bytes) -> None:
         self.got += data
+
+    def chunk(self, data: bytes, at: int) -> None:
+        self.body(data[at:-2])
+        self.chunks += 1
 
     def end(self) -> None:
         assert not self.ended.is_set()
@@ -81,6 +88,84 @@ async def test_a_head_that_was_read_before_is_read_alike() -> None:
         assert scripted.accepted == 1
         assert 0 < len(engine.heads) <= 2
         await engine.close()
+
+
+EVENTS = [
+    b"data: one\n\n",
+    b"data: two, longer than it\n\n",
+    b"data: \r\n\r\n1\r\nx\r\n\n\n",
+    b"x" * 300,
+    b"0",
+    b"\r\n",
+]
+
+
+def trailed(upper: bool) -> bytes:
+    """A stream with the same chunks over and over, as another server may frame it: trailers, sizes in capitals."""
+    said = streamed(*EVENTS, *EVENTS).removesuffix(b"0\r\n\r\n")
+    return (said.replace(b"12c\r\n", b"12C\r\n") if upper else said) + b"0\r\nx-trailer: 2\r\n\r\n"
+
+
+@given(st.lists(st.integers(0, len(trailed(upper=True))), max_size=60), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_any_cut_of_a_chunked_answer_gives_the_same_body(places: list[int], upper: bool) -> None:
+    said = trailed(upper)
+    ends = sorted({place % len(said) for place in places} | {0, len(said)})
+    sink, connection = received([said[start:end] for start, end in zip(ends, ends[1:], strict=False)])
+    assert sink.got == b"".join(EVENTS + EVENTS) and sink.ended.is_set() and sink.error is None
+    assert list(connection.engine.idle) == [connection], "the parser has seen the end, and stands before an answer"
+
+
+def test_a_chunk_that_comes_alone_and_whole_is_handed_on_with_its_framing() -> None:
+    head, _, rest = streamed(*EVENTS).partition(b"\r\n\r\n")
+    chunks = [b"%x\r\n%b\r\n" % (len(event), event) for event in EVENTS]
+    sink, _ = received([head + b"\r\n\r\n" + chunks[0], *chunks[1:], b"0\r\n\r\n"])
+    assert rest == b"".join(chunks) + b"0\r\n\r\n"
+    assert sink.chunks == len(EVENTS) - 1 and sink.got == b"".join(EVENTS) and sink.ended.is_set()
+
+
+@pytest.mark.parametrize(
+    "size", [b"+5", b"-2", b"0x5", b"5;ext=1", b" 5", b"05", b"5_0", b"g", b"fffffffffffffffff", b""]
+)
+def test_a_size_that_is_not_plainly_one_is_the_parsers_business(size: bytes) -> None:
+    assert content_at(size + b"\r\nhello\r\n") == 0
+    assert content_at(size + b"\r\n") == 0
+
+
+def test_a_chunk_is_one_only_if_it_ends_where_it_says() -> None:
+    assert content_at(b"5\r\nhello\r\n") == 3
+    for data in (b"5\r\nhello", b"5\r\nhello\r\n0", b"4\r\nhello\r\n", b"6\r\nhello\r\n", b"0\r\n\r\n", b"", b"\r\n"):
+        assert content_at(data) == 0
+
+
+class Wire(asyncio.Transport):
+    """A transport that leads nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = True
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        assert self.open
+
+    def is_closing(self) -> bool:
+        return not self.open
+
+    def close(self) -> None:
+        self.open = False
+
+    def abort(self) -> None:
+        self.open = False
+
+
+def received(pieces: list[bytes]) -> tuple[Recorder, Connection]:
+    """What a connection makes of an answer that comes in these pieces."""
+    connection, sink = Connection(Engine("http://127.0.0.1:9")), Recorder()
+    connection.connection_made(Wire())
+    connection.ask(b"", sink)
+    for piece in pieces:
+        connection.data_received(piece)
+    return sink, connection
 
 
 async def test_a_prefix_in_the_workers_address_is_kept(scripted: ScriptedEngine) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from server.call import Phase, Ticket
 from server.errors import EngineGone, Refused, ServiceError
+from server.received import PACK_CHUNKS
 from server.relay import Stream, Whole
 from server.schemas import CHAT, COMPLETIONS, MESSAGES
 from server.telemetry import Distribution
@@ -23,6 +24,7 @@ class Client:
         self.ended = False
         self.head: tuple[int, bytes, int | None] | None = None
         self.pieces: list[bytes] = []
+        self.forwarded = 0
 
     def begin(self, status: int, content_type: bytes, length: int | None) -> None:
         assert not self.begun
@@ -32,6 +34,10 @@ class Client:
     def write(self, data: bytes) -> None:
         assert self.begun and not self.ended and data
         self.pieces.append(data)
+
+    def forward(self, chunk: bytes, at: int) -> None:
+        self.write(chunk[at:-2])
+        self.forwarded += 1
 
     def end(self) -> None:
         assert self.begun and not self.ended
@@ -74,6 +80,7 @@ async def streamed(
     *,
     asked: bool = False,
     end: bool = True,
+    framed: bool = False,
     content_type: bytes = b"text/event-stream; charset=utf-8",
 ) -> tuple[Client, Ticket, Stream, list[Ticket]]:
     options = b',"stream_options":{"include_usage":true}' if asked else b""
@@ -83,7 +90,10 @@ async def streamed(
     stream = Stream(ticket, client, Distribution("itl", ""), charge)
     stream.head(200, content_type, None)
     for piece in pieces:
-        stream.body(piece)
+        if framed:
+            stream.chunk(b"%x\r\n%b\r\n" % (len(piece), piece), len(b"%x\r\n" % len(piece)))
+        else:
+            stream.body(piece)
     if end:
         stream.end()
     return client, ticket, stream, charge
@@ -94,18 +104,34 @@ def cut(data: bytes, places: list[int]) -> list[bytes]:
     return [data[start:end] for start, end in zip(ends, ends[1:], strict=False)]
 
 
-@given(st.lists(st.integers(0, len(STREAM)), max_size=40), st.booleans(), st.booleans())
+@given(st.lists(st.integers(0, len(STREAM)), max_size=40), st.booleans(), st.booleans(), st.booleans())
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_cut_of_a_stream_gives_the_same_bytes_and_the_same_count(
-    places: list[int], asked: bool, crlf: bool
+    places: list[int], asked: bool, crlf: bool, framed: bool
 ) -> None:
     data = STREAM.replace(b"\n", b"\r\n") if crlf else STREAM
-    client, ticket, _, charge = asyncio.run(streamed(cut(data, places), asked=asked))
+    client, ticket, _, charge = asyncio.run(streamed(cut(data, places), asked=asked, framed=framed))
     assert client.got == (STREAM if asked else SHOWN)
     assert all(piece.endswith(b"\n\n") for piece in client.pieces), "an event was torn apart"
     assert (ticket.prompt_tokens, ticket.tokens, ticket.cached_tokens, ticket.exact) == (12, 5, 4, True)
     assert charge == [ticket] and ticket.uncharged == 5
     assert client.ended
+
+
+async def test_an_event_with_one_token_is_forwarded_with_its_framing_and_counted_like_any_other() -> None:
+    client, ticket, stream, charge = await streamed([ROLE, *TOKENS, USAGE, DONE], framed=True)
+    assert client.forwarded == len(TOKENS)
+    assert client.got == SHOWN and ticket.tokens == 5 and charge == [ticket]
+    assert stream.received is not None and stream.received.events() == STREAM
+
+
+@pytest.mark.parametrize("framed", [True, False])
+async def test_what_is_kept_of_a_long_stream_is_packed_whichever_way_it_comes(framed: bool) -> None:
+    long = [ROLE, *(TOKENS[0] for _ in range(3 * PACK_CHUNKS))]
+    client, ticket, stream, _ = await streamed(long, framed=framed, end=False)
+    assert ticket.tokens == 3 * PACK_CHUNKS and client.got == b"".join(long)
+    assert len(stream.chunks) < PACK_CHUNKS
+    assert stream.received is not None and stream.received.events() == b"".join(long)
 
 
 async def test_every_byte_on_its_own_gives_the_same_stream() -> None:
