@@ -26,6 +26,19 @@ SAME_NAME = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The gateway's own options; whatever is not given comes from EVENHAND_…, the file, or the default."""
+    _add_workers_and_policy(parser)
+    _add_sharing(parser)
+    parser.add_argument(
+        "--record", type=Path, metavar="FOLDER", help="write the traffic as a trace without content (default: no)"
+    )
+    parser.add_argument("--log-format", metavar="text|json", help="json: a line for each request, too (default text)")
+    parser.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error (default info)")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of the settings")
+    parser.epilog = describe()
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # the table of policies is laid out already
+
+
+def _add_workers_and_policy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", help="address to listen on (default 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on (default 8000)")
     parser.add_argument(
@@ -39,6 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy-option", action="append", metavar="KEY=VALUE", help="an option of the policy; may be repeated"
     )
+    parser.add_argument(
+        "--balance-roles",
+        action="store_true",
+        default=None,
+        help="workers of role both that can hand over KV lean to the side (prefill, decode) that is short",
+    )
+
+
+def _add_sharing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tenants", type=Path, metavar="FILE", help="YAML file with tenants, their keys and limits")
     parser.add_argument(
         "--allow-open",
@@ -52,26 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Redis that several gateways share; with a password in it, set EVENHAND_REDIS_URL instead",
     )
     parser.add_argument(
-        "--balance-roles",
-        action="store_true",
-        default=None,
-        help="workers of role both that can hand over KV lean to the side (prefill, decode) that is short",
-    )
-    parser.add_argument(
         "--replica", metavar="NAME", help="this gateway's name among its replicas (default: the host's)"
-    )
-    parser.add_argument(
-        "--record", type=Path, metavar="FOLDER", help="write the traffic as a trace without content (default: no)"
     )
     parser.add_argument(
         "--gateway-processes", type=int, metavar="N", help="processes behind the port, for as many cores (default 1)"
     )
-    parser.add_argument("--log-format", metavar="text|json", help="json: a line for each request, too (default text)")
-    parser.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error (default info)")
     parser.add_argument("--store-socket", type=Path, help=argparse.SUPPRESS)  # for a program that starts a gateway
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of the settings")
-    parser.epilog = describe()
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # the table of policies is laid out already
 
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:

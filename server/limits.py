@@ -340,7 +340,7 @@ class Gate:
     def _book(self, standing: Standing, requests: int, tokens: int) -> None:
         standing.spent_requests += requests
         standing.spent_tokens += tokens
-        if standing.requests is not None:
+        if standing.requests is not None and requests:
             standing.requests.take(requests)
         if standing.tokens is not None:
             standing.tokens.take(tokens)
