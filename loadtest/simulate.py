@@ -32,6 +32,7 @@ class Plan:
 
     workers: that answer. prefill_workers: others that only read prompts, as `rules` say when.
     gateway: a line before the workers, under the same policy; without one the first worker gets all.
+    ahead: calls that the gateway gives a worker beyond its batch; None: as many as the policy wants.
     concurrency: a closed loop of so many calls, whose `at_s` is then not looked at.
     """
 
@@ -42,6 +43,7 @@ class Plan:
     prefill_workers: int = 0
     rules: Rules = Rules()
     gateway: bool = True
+    ahead: int | None = None
     concurrency: int | None = None
 
 
@@ -119,7 +121,7 @@ class Simulation:
         self._plan = plan
         policy = build(plan.policy, plan.policy_options)
         self._line = Lanes(policy) if plan.gateway else None
-        self._window = plan.cost.max_seqs + window_for(policy, None)
+        self._window = plan.cost.max_seqs + window_for(policy, plan.ahead)
         self._workers = self._made(plan.workers, Role.DECODE if plan.prefill_workers else Role.BOTH)
         self._readers = self._made(plan.prefill_workers, Role.PREFILL)
         self._by_id = {one.is_.id: one for one in (*self._workers, *self._readers)}

@@ -35,6 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefill-workers", type=int, default=0, help="more engines that only read prompts (default: %(default)s)"
     )
     parser.add_argument(
+        "--ahead", type=int, metavar="N",
+        help="calls that the gateway gives an engine beyond its batch (default: as many as the policy wants)",
+    )  # fmt: skip
+    parser.add_argument(
         "--cost", choices=sorted(PRESETS), default="gpu-7b", help="cost model of an engine (default: %(default)s)"
     )
     parser.add_argument("--cost-file", type=Path, metavar="JSON", help="cost model that `evenhand calibrate` wrote")
@@ -84,6 +88,7 @@ def simulated(args: argparse.Namespace, text: str, objective: report.Objective |
         options,
         workers=args.workers,
         prefill_workers=args.prefill_workers,
+        ahead=args.ahead,
         concurrency=args.concurrency,
     )
     skipped = Skipped()

@@ -177,3 +177,16 @@ def test_every_call_ends_when_prompts_are_read_apart_too(policy: str) -> None:
     seen = simulated(Plan(COST, policy, workers=2, prefill_workers=2), calls)
     assert sorted(record.id for record in seen.records) == sorted(one.id for one in calls)
     assert all(record.output_tokens == record.asked_tokens for record in seen.records)
+
+
+@pytest.mark.parametrize("policy", ["mlfq", "gittins"])
+def test_what_a_preempting_policy_gains_in_the_engine_it_keeps_behind_the_gateway(policy: str) -> None:
+    calls = list(load(300, 4.0, "R"))
+
+    def mean_s(plan: Plan) -> float:
+        return summarize(simulated(plan, calls).records).e2e.mean
+
+    first_come = mean_s(Plan(COST))
+    assert mean_s(Plan(COST, policy, gateway=False)) < 0.6 * first_come, "the engine alone gains nothing to be kept"
+    assert mean_s(Plan(COST, policy)) < 0.6 * first_come
+    assert mean_s(Plan(COST, policy, ahead=4)) > 0.75 * first_come, "the gateway's wide window makes no difference"
