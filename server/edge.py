@@ -76,18 +76,22 @@ class Serves(Protocol):
 
 
 class Exchange:
-    """One relayed request on its connection: what came, and the way back. Stands where uvicorn keeps a cycle."""
+    """One relayed request on its connection: what came, and the way back. Stands where uvicorn keeps a cycle.
+
+    flowing: the head and a first chunk of the body have been written.
+    """
 
     __slots__ = (
         "edge", "route", "headers", "received", "complete", "task", "begun", "chunked", "events", "keep_alive",
         "engine_side", "disconnected", "response_complete", "message_event", "request_id", "http10", "extra_headers",
-        "queued", "expects_continue",
+        "queued", "expects_continue", "transport", "flowing",
     )  # fmt: skip
 
     _unused_event = asyncio.Event()  # uvicorn sets its cycle's event when a connection is lost; nobody waits on ours
 
     def __init__(self, edge: "Edge", route: Route, *, keep_alive: bool, http10: bool) -> None:
         self.edge = edge
+        self.transport = edge.transport
         self.route = route
         self.headers = edge.headers
         self.received: bytes | bytearray = b""
@@ -96,6 +100,7 @@ class Exchange:
         self.task: asyncio.Task[None] | None = None
         self.begun = False
         self.chunked = False
+        self.flowing = False
         self.events = False
         self.keep_alive = keep_alive
         self.http10 = http10
@@ -168,15 +173,15 @@ class Exchange:
         if edge.hold:
             data = edge.hold + data
             edge.hold = b""
+            self.flowing = self.chunked
         edge.transport.write(data)
 
     def forward(self, chunk: bytes, at: int) -> None:
         """A piece of the body that is framed already: `chunk[at:-2]` in an HTTP chunk."""
-        edge = self.edge
-        if edge.hold or not self.chunked:
+        if not self.flowing:
             self.write(chunk[at:-2])
-        elif not edge.transport.is_closing():
-            edge.transport.write(chunk)
+        elif not self.transport.is_closing():
+            self.transport.write(chunk)
 
     def end(self) -> None:
         """The answer is complete."""

@@ -57,6 +57,8 @@ class NotRead(Exception):
 class _Whole(Receiver):
     """Receives one small answer as a whole."""
 
+    __slots__ = ("status", "data")
+
     def __init__(self, asked_at: float) -> None:
         super().__init__(asked_at)
         self.status = 0

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-PACK_CHUNKS = 256
+PACK_CHUNKS = 32  # few enough that what is not packed yet stays in the processor's caches
 MAX_KEPT_BYTES = 8 * 1024 * 1024  # packed, about a million tokens
 
 _DONE = b"data: [DONE]"

@@ -17,6 +17,8 @@ class Receiver(ABC):
     asked_at: seconds on the gateway's clock.
     """
 
+    __slots__ = ("asked_at", "done")
+
     def __init__(self, asked_at: float) -> None:
         self.asked_at = asked_at
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()

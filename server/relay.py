@@ -40,6 +40,8 @@ class Pipe(Receiver):
     instead: who receives it once its head has shown that it is not what was expected.
     """
 
+    __slots__ = ("ticket", "out", "instead", "connection", "status", "content_type", "length")
+
     def __init__(self, ticket: Ticket, out: Answer) -> None:
         super().__init__(ticket.clock())
         self.ticket = ticket
@@ -95,6 +97,8 @@ class Whole(Pipe):
     """An answer in one piece. Held until it is complete, so that another worker can be asked if it breaks off; what is
     longer than `MAX_HELD_BYTES` is forwarded as it comes. Its usage is picked out as it passes."""
 
+    __slots__ = ("tail", "usage", "held")
+
     def __init__(self, ticket: Ticket, out: Answer) -> None:
         super().__init__(ticket, out)
         self.tail = b""
@@ -144,7 +148,14 @@ class Whole(Pipe):
 
 
 class Stream(Pipe):
-    """An answer token by token. Only whole events are forwarded, so that a stream can always be ended in good form."""
+    """An answer token by token. Only whole events are forwarded, so that a stream can always be ended in good form.
+
+    steady: two tokens were there, and the next event is most likely one more.
+    """
+
+    __slots__ = (
+        "rest", "steady", "chunks", "clock", "itl", "charge", "received", "hide_usage", "mark", "last", "openings",
+    )  # fmt: skip
 
     def __init__(self, ticket: Ticket, out: Answer, itl: Distribution, charge: list[Ticket]) -> None:
         super().__init__(ticket, out)
@@ -157,7 +168,7 @@ class Stream(Pipe):
         self.mark = route.token_mark
         self.last = b"[DONE]\n\n" if self.mark == b"\n\n" else b"\0"  # an event that carries no token
         self.openings = ticket.call.sequences if route.role_first else 0
-        self.steady = False  # two tokens were there, and the next event is most likely one more
+        self.steady = False
         self.received: Received | None = None
         self.chunks: list[bytes] = []
         if route.resumes:

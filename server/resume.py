@@ -148,6 +148,8 @@ def closing(call: Call, progress: Progress) -> bytes:
 class Resumed(Stream):
     """The rest of an answer, said by another worker: each event becomes one of the first worker's stream."""
 
+    __slots__ = ("plan", "raw", "skip", "chat", "made_before", "prompt_tokens")
+
     def __init__(
         self, ticket: Ticket, out: Answer, itl: Distribution, charge: list[Ticket], plan: Continuation
     ) -> None:
