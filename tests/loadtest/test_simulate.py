@@ -186,7 +186,7 @@ def test_what_a_preempting_policy_gains_in_the_engine_it_keeps_behind_the_gatewa
     def mean_s(plan: Plan) -> float:
         return summarize(simulated(plan, calls).records).e2e.mean
 
-    first_come = mean_s(Plan(COST))
-    assert mean_s(Plan(COST, policy, gateway=False)) < 0.6 * first_come, "the engine alone gains nothing to be kept"
-    assert mean_s(Plan(COST, policy)) < 0.6 * first_come
-    assert mean_s(Plan(COST, policy, ahead=4)) > 0.75 * first_come, "the gateway's wide window makes no difference"
+    first_come, alone = mean_s(Plan(COST)), mean_s(Plan(COST, policy, gateway=False))
+    assert alone < 0.8 * first_come, "the engine alone gains nothing that could be kept"
+    assert mean_s(Plan(COST, policy)) == pytest.approx(alone, rel=0.02)
+    assert mean_s(Plan(COST, policy, ahead=4)) > (alone + first_come) / 2, "a short window would do as well"
