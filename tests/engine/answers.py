@@ -5,16 +5,18 @@ python -m tests.engine.answers MODEL_FOLDER COMBINATION POLICY…      ("stock" 
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from prometheus_client import REGISTRY
 from vllm import LLMEngine, SamplingParams
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-from tests.engine.real import engine
+from tests.engine.real import adapter, engine
 
 Answers = dict[str, list[list[int]]]
 
@@ -33,6 +35,15 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
         "max_num_batched_tokens": 64,
         "num_gpu_blocks_override": 24,
         "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3},
+    },
+    # One adapter at a time in a step: who needs the other is passed over, and first in line again.
+    "two_adapters": {
+        "max_num_batched_tokens": 64,
+        "num_gpu_blocks_override": 24,
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_cpu_loras": 2,
+        "max_lora_rank": 8,
     },
 }
 
@@ -61,14 +72,16 @@ def traffic(tag: str, with_twice: bool) -> dict[int, list[tuple[str, dict[str, A
     return {0: long, 30: [*short[:5], *shaped[:2]], 60: [*short[5:], *twice], 90: shaped[2:]}
 
 
-def serve(running: LLMEngine, tag: str, with_twice: bool) -> Answers:
+def serve(running: LLMEngine, tag: str, with_twice: bool, adapters: Sequence[LoRARequest]) -> Answers:
     """All answers but those of two requests that are aborted, one while it runs or waits and one early."""
     answers: Answers = {}
     coming = traffic(tag, with_twice)
     gone = {f"{tag}-long3", f"{tag}-short4"}
+    # Each with one of the adapters: what vLLM 0.32 answers without one depends on a CPU on who else is in the batch.
+    turns = cycle(adapters or [None])
     for step in range(5000):
         for name, text, params in coming.pop(step, []):
-            running.add_request(name, text, params)
+            running.add_request(name, text, params, lora_request=next(turns))
         if step in (35, 50):
             running.abort_request([f"{tag}-short4" if step == 35 else f"{tag}-long3"])
         for output in running.step():
@@ -99,12 +112,13 @@ def preemptions(policy: str) -> dict[str, float]:
 def main() -> None:
     folder, combination, *policies = sys.argv[1:]
     with_twice = combination != "drafted_by_ngram"  # vLLM 0.32 fails on a CPU when ngram meets top_k
+    adapters = [adapter(Path(folder), number) for number in (1, 2)] if combination == "two_adapters" else []
     seen = {}
     with engine(Path(folder), None if policies == ["stock"] else "fcfs", **COMBINATIONS[combination]) as running:
         for policy in policies:
             if policy != "stock":
                 switch(running, policy)
-            seen[policy] = {"answers": serve(running, policy, with_twice), "preemptions": preemptions(policy)}
+            seen[policy] = {"answers": serve(running, policy, with_twice, adapters), "preemptions": preemptions(policy)}
     sys.stdout.write("\n" + json.dumps(seen) + "\n")
 
 

@@ -39,7 +39,7 @@ def answers(model: Path, combination: str, *policies: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("combination", ["memory_scarce", "drafted_by_ngram"])
+@pytest.mark.parametrize("combination", ["memory_scarce", "drafted_by_ngram", "two_adapters"])
 def test_answers_are_those_of_stock_vllm_token_for_token(model: Path, combination: str) -> None:
     wanted = answers(model, combination, "stock")["stock"]["answers"]
     seen = answers(model, combination, *POLICIES)
