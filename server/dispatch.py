@@ -24,6 +24,7 @@ TYPICAL_TOKENS_PER_S = 10.0  # of one sequence, before any request was seen
 TYPICAL_PROMPT_TOKENS = TYPICAL_OUTPUT_TOKENS = 256.0  # before any request was seen
 LEARN_SHARE = 0.05
 UNKNOWN_RETRY_S = 5.0  # before any place has come free
+PROMISED_SHARE = 0.8  # of the places that come free: the line must not grow when they come slower than lately
 TIMES_LEFT = 4  # of the places that are left in line, one tenant may have so many times as many where tenants share
 
 
@@ -186,7 +187,7 @@ class Dispatcher:
         tenant = ticket.call.tenant.name
         if not self.promises.redeem(tenant, now) and self._is_full_for(tenant, now):
             pace = self.pace.per_s(now)
-            retry_s = self.promises.make(tenant, pace, now) if pace > 0 else UNKNOWN_RETRY_S
+            retry_s = self.promises.make(tenant, PROMISED_SHARE * pace, now) if pace > 0 else UNKNOWN_RETRY_S
             waiting = f"{len(self.lanes)} requests already wait for '{self.model}'"
             raise Overloaded(f"{waiting}.", retry_after_s=min(LONGEST_RETRY_S, max(1.0, retry_s)))
         return await self._wait(ticket, now)

@@ -58,7 +58,7 @@ class Report:
         odd = [one for one in told if one.status not in (200, 429) or (one.status == 429 and not one.retry_after_s)]
         goodput = len(good) / self.seconds
         prompt_s = sorted(one.took_s for one in refused)[int(0.99 * len(refused))]
-        grown = self.rss[-1] / self.rss[0] - 1
+        first, last = self.rss[len(self.rss) // 4], self.rss[-1]
         bound_s = 1.25 * (MAX_WAITING + 2 * SLOTS) / self.peak
         slow_s = sorted(one.took_s for one in good)[int(0.99 * len(good))]
         back = self.came_back
@@ -85,8 +85,9 @@ class Report:
             ),
             Figure("Retry-After, s, P50 and longest", ", ".join(map(str, _middle_and_longest(refused)))),
             Figure(
-                "memory of the gateway, MB", f"{self.rss[0] / 1e6:.1f} → {self.rss[-1] / 1e6:.1f}",
-                f"grows by ≤ {RSS_GOAL:.0%}", grown <= RSS_GOAL,
+                "memory of the gateway, MB, at a quarter of the time and at the end",
+                f"{first / 1e6:.1f} → {last / 1e6:.1f}",
+                f"grows by ≤ {RSS_GOAL:.0%}", last <= first * (1 + RSS_GOAL),
             ),
             none("neither 200 nor a 429 with Retry-After", [*odd, *self.broken]),
         ]  # fmt: skip
