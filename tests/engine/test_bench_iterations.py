@@ -52,7 +52,7 @@ def test_every_engine_gets_the_same_calls_and_the_clock_counts_their_steps(tmp_p
     # First come, first served is what stock vLLM does: on a clock that counts, to the microsecond.
     assert [one.e2e_s for one in fcfs] == pytest.approx([one.e2e_s for one in stock])
     assert [one.e2e_s for one in mlfq] != pytest.approx([one.e2e_s for one in stock])
-    bench(tmp_path / "counted", "--policies", "mlfq", "--without-model")
+    bench(tmp_path / "counted", "--policies", "fcfs,mlfq", "--without-model")
     assert records_of(tmp_path / "counted", "stock") == stock
     assert records_of(tmp_path / "counted", "mlfq") == mlfq
 
