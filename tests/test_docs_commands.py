@@ -44,6 +44,7 @@ NOT_RUN = {
     "PROMETHEUS_MULTIPROC_DIR=$(mktemp -d) python -m vllm": REAL,
     "evenhand compare TRACE": REAL,
     "evenhand compare  ": "takes two minutes; tests/deploy/test_compare.py runs a shorter one",
+    "deploy/benchmarks/peers/run.sh": "installs other people's gateways",
     "evenhand bench gateway --add": "adds a program of the reader's",
     "evenhand bench gateway --quick": "tests/deploy/benchmarks/test_gateway.py runs it",
     "python -m deploy.dashboard_page": "tests/deploy/test_dashboards.py asks a real Prometheus",
