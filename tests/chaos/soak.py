@@ -11,6 +11,7 @@ import signal
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -240,7 +241,8 @@ class Soak:
         steady = [(at, value) for at, value in self.rss if at > WARM_SHARE * self.run_s]
         grows, first = slope_per_h(steady), steady[0][1]
         share = grows / first
-        stuck, counted = await self._stuck(), await self._miscounted()
+        stuck = await self._after_a_while(self._held, "nothing is left of any request")
+        counted = await self._after_a_while(self._differences, "gateways and clients count alike")
         complaints = [line for program in self.gateways for line in program.complaints()]
         return [
             Figure("answers compared with the undisturbed ones", f"{sum(one.asked for one in seen)}"),
@@ -269,16 +271,19 @@ class Soak:
             Figure("files that it had open, at most and at the end", f"{max(self.files)}, {self.files[-1]}"),
         ]
 
-    async def _stuck(self) -> list[str]:
-        """What is left of any request, once there should be nothing."""
-        with suppress(TimeoutError):
-            await until(self._at_rest, "nothing is left of any request", SETTLE_S)
-        return await self._held()
+    @staticmethod
+    async def _after_a_while(wrong: Callable[[], Awaitable[list[str]]], what: str) -> list[str]:
+        """What is wrong still once there was time for nothing to be."""
 
-    async def _at_rest(self) -> bool:
-        return not await self._held()
+        async def right() -> bool:
+            return not await wrong()
+
+        with suppress(TimeoutError):
+            await until(right, what, SETTLE_S)
+        return await wrong()
 
     async def _held(self) -> list[str]:
+        """What is left of any request."""
         held = []
         for program in self.gateways:
             samples = await metrics(program.port)
@@ -289,15 +294,6 @@ class Soak:
             for name in ("vllm:num_requests_running", "vllm:num_requests_waiting"):
                 held.append((program.name, name, summed(samples, name)))
         return [f"{program}: {name} {value:.0f}" for program, name, value in held if value]
-
-    async def _miscounted(self) -> list[str]:
-        """What gateways and clients count differently, when the gateways have had the time to tell each other."""
-        with suppress(TimeoutError):
-            await until(self._agree, "gateways and clients count alike", SETTLE_S)
-        return await self._differences()
-
-    async def _agree(self) -> bool:
-        return not await self._differences()
 
     async def _differences(self) -> list[str]:
         """Requests by outcome and tokens by tenant, as the gateways and as the clients have counted them."""
