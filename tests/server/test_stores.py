@@ -214,6 +214,19 @@ async def test_a_worker_is_listed_until_its_heartbeats_stop(store: Store) -> Non
     assert await store.workers() == {}
 
 
+async def test_a_question_that_is_cancelled_ends_in_whatever_moment_it_is(store: Store) -> None:
+    """Whoever stops a gateway waits for those that ask: a cancellation that is lost would let it wait for ever."""
+    one = Reader(store, "one")
+    for steps in range(30):
+        await one.says()  # the connection is there, so that a question is sent at once
+        asking = asyncio.create_task(one.says())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        if asking.cancel():
+            await asyncio.wait([asking])
+            assert asking.cancelled(), f"it was cancelled after {steps} steps, and went on"
+
+
 STEPS = st.lists(
     st.tuples(st.sampled_from(["one", "two", "three"]), st.sampled_from("ab"), st.integers(0, 50), st.booleans()),
     max_size=25,
