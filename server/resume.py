@@ -15,7 +15,7 @@ from server.errors import EngineGone, ServiceError
 from server.received import PACK_CHUNKS, Chunk, Progress
 from server.relay import Answer, Stream
 from server.schemas import COMPLETIONS, raw_members
-from server.sse import is_usage_only
+from server.sse import is_broken_off, is_usage_only
 from server.telemetry import Distribution
 
 DEFAULT_COMPLETION_TOKENS = 16  # where /v1/completions is asked without a length
@@ -195,7 +195,7 @@ class Resumed(Stream):
         if not event.startswith(b"data:") or event.startswith(b"data: [DONE]"):
             return event + b"\n\n"
         said = orjson.loads(event[5:])
-        if "error" in said:
+        if "error" in said or is_broken_off(event):
             self.fail(EngineGone("The engine failed while it went on with the answer."))
             return b""
         said |= self.plan.kept.head
