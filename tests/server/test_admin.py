@@ -88,7 +88,7 @@ def test_a_taken_port_for_operators_is_said_with_a_way_out() -> None:
         for processes in ("1", "2"):
             command = [sys.executable, "-m", "server", "--port", f"{free_port()}", "--gateway-processes", processes]
             env = os.environ | {"EVENHAND_ADMIN_KEY": ADMIN_KEY, "EVENHAND_ADMIN_PORT": f"{number}"}
-            ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+            ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
             assert ended.returncode == 1
             assert f"127.0.0.1:{number} for /admin" in ended.stderr and "EVENHAND_ADMIN_PORT" in ended.stderr
 
