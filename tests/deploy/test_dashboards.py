@@ -93,7 +93,9 @@ async def prometheus(gateway: Running, folder: Path) -> AsyncIterator[httpx2.Asy
             program, f"--config.file={config_for(gateway, folder)}", *options, stdout=log, stderr=log
         )
     try:
-        async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}/api/v1", trust_env=False) as client:
+        async with httpx2.AsyncClient(
+            base_url=f"http://127.0.0.1:{port}/api/v1", trust_env=False, timeout=60
+        ) as client:
             yield client
     finally:
         server.terminate()
@@ -118,7 +120,7 @@ async def works(gateway: Running) -> list[Wire]:
 
 def pages(server: str, folder: Path) -> list[Path]:
     """The dashboards without Grafana, of what was seen since the load began."""
-    with httpx2.Client(base_url=server, trust_env=False) as client:
+    with httpx2.Client(base_url=server, trust_env=False, timeout=60) as client:
         now_s = float(client.get("/api/v1/query", params={"query": "time()"}).json()["data"]["result"][1])
         return write(folder / "pages", Prometheus(client, now_s - LIMIT_S, now_s, 0.5))
 

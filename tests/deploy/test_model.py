@@ -161,7 +161,7 @@ def test_a_second_preparation_waits_for_the_first_and_takes_its_result(
     assert second.is_alive(), "it did not wait for the lock"
     (tmp_path / "tiny-random").symlink_to(cache / "tiny-random")
     fcntl.flock(held_lock, fcntl.LOCK_UN)
-    second.join(timeout=10)
+    second.join(timeout=120)
     assert not second.is_alive()
     assert said == []
     assert (tmp_path / "tiny-random").is_symlink(), "it made the folder again"
