@@ -12,9 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from deploy.engine_args import EnginePlan
+from deploy.join import Joining, JoinSettings
 from scheduler.workers import Role
 from server.fleet import State
+from server.store import MemoryStore
 from tests.deploy.processes import MARK, eventually, marked, new_mark
+from tests.deploy.serve_program import surroundings
 from tests.server.conftest import LIMIT_S, Running, completion, request, serving
 from tests.server.conftest import eventually as soon
 
@@ -100,6 +104,22 @@ async def test_workers_join_with_their_roles_and_leave_when_their_answers_are_co
 async def chunks(wire: object) -> AsyncIterator[bytes]:
     while chunk := await wire.chunk():  # type: ignore[attr-defined]
         yield chunk
+
+
+async def test_its_heartbeats_end_in_whatever_moment_they_are(tmp_path: Path) -> None:
+    """Whoever stops a worker waits for them, also when something has just changed."""
+    plan = EnginePlan(model="toy", served_name="toy", local=True, build="cpu", bf16=False, policy="fcfs")
+    settings = JoinSettings(redis_url="redis://127.0.0.1:1/0", state_folder=tmp_path, name="w")
+    joining = Joining(settings, plan, MemoryStore(lambda: 0.0), surroundings())
+    for steps in range(10):
+        beats = asyncio.create_task(joining._beat())
+        await asyncio.sleep(0.01)  # it waits for a change, or for its time
+        joining._changed.set()
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        beats.cancel()
+        await asyncio.wait({beats}, timeout=LIMIT_S)
+        assert beats.cancelled(), f"they were cancelled {steps} steps after a change, and went on"
 
 
 def two_free_ports() -> int:
