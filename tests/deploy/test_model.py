@@ -83,7 +83,7 @@ def last_line_of(script: str, *arguments: str) -> str:
     """What a Python program of its own prints last: torch and transformers stay out of the test process."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
-        [sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True, timeout=560
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().splitlines()[-1]
