@@ -72,7 +72,7 @@ def config_for(gateway: Running, folder: Path) -> Path:
         text = text.replace(address, f"127.0.0.1:{gateway.port}")
     text = text.replace("/run/secrets/admin_key", f"{folder}/key")
     config = yaml.safe_load(text)
-    config["global"] = {"scrape_interval": "500ms", "evaluation_interval": "500ms", "scrape_timeout": "500ms"}
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s", "scrape_timeout": "1s"}
     config["rule_files"] = [str(RULES)]
     config["scrape_configs"] = [job for job in config["scrape_configs"] if job["job_name"].startswith("evenhand")]
     config["scrape_configs"][1]["http_sd_configs"][0]["refresh_interval"] = "1s"
@@ -112,7 +112,7 @@ async def has_data(client: httpx2.AsyncClient, expr: str) -> bool:
 
 async def works(gateway: Running) -> list[Wire]:
     """Traffic of which some waits and some ends, and a request that is refused."""
-    body = chat(stream=True, max_tokens=3000, ignore_eos=True)
+    body = chat(stream=True, max_tokens=8000, ignore_eos=True)
     wires = [await gateway.send(request("/v1/chat/completions", body)) for _ in range(8)]
     await gateway.ask("/v1/chat/completions", chat(model="nobody"))
     return wires
