@@ -179,7 +179,9 @@ class RedisStore:
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await answer
-        except (RedisError, OSError) as error:  # OSError: TimeoutError is one
+        except TimeoutError:
+            raise StoreAway(f"Redis does not answer within {self._timeout_s:g} s") from None
+        except (RedisError, OSError) as error:
             raise StoreAway(f"Redis does not answer: {str(error) or type(error).__name__}") from None
 
     async def close(self) -> None:

@@ -230,6 +230,7 @@ async def test_a_question_that_is_cancelled_ends_in_whatever_moment_it_is(store:
         if asking.cancel():
             await asyncio.wait([asking])
             assert asking.cancelled(), f"it was cancelled after {steps} steps, and went on"
+            assert await store.records("none") == {}, "and its answer is not taken for the next one's"
 
 
 STEPS = st.lists(
