@@ -1,6 +1,6 @@
 """Two real engines, one that reads prompts and one that answers: the answers are those of one engine, whatever dies.
 
-EVENHAND_SOAK makes it two of each, more requests and more deaths; `make soak` sets it.
+EVENHAND_SOAK makes it two of each, more requests and more deaths; `make soak` sets it. EVENHAND_DEATHS: of each kind.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from tests.engine.real import chaotic_model
 
 SOAK = os.environ.get("EVENHAND_SOAK", "1") != "1"
 EACH = 2 if SOAK else 1  # engines on a side
-RUNS = range(20 if SOAK else 1)  # of each death
+RUNS = range(int(os.environ.get("EVENHAND_DEATHS", 20 if SOAK else 1)))  # of each death
 REQUESTS = 2000 if SOAK else 80
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(0 if SOAK else 600)]
 
