@@ -1,8 +1,8 @@
 """How vLLM's processes wait for each other's messages where they share cores: asleep.
 
-vLLM looks for a message over and over for a second, and gives way (`sched_yield`) between two looks. Since Linux 6.18
-each time counts as a turn taken: a process that gave way thousands of times is behind everybody else once its message
-has come, and was seen to get it 0.3 s late, again for each chunk of a prompt. Who sleeps is woken at once.
+vLLM looks for a message over and over for a second, and gives way (`sched_yield`) between two looks. Linux's
+scheduler can hold that against a process: with Linux 6.18 one that had waited so was seen to get its message 0.4 s
+late (kernel commit 79104becf42b tells of such delays after many yields). Who sleeps is woken at once.
 
 A wake-up can get lost: the socket that brings it keeps the last one only, and its reader can fall asleep past it. vLLM
 looks again after five seconds; here it is the sooner the shorter the last message is ago.
