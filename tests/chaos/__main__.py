@@ -41,7 +41,8 @@ async def engines(args: argparse.Namespace) -> Figures:
     from tests.chaos.engines import real_engines  # loads torch
 
     setting = real_engines(args.seed, args.workers)
-    return (await Chaos(args.seed, args.blows, clients=args.clients, setting=setting).run()).figures()
+    chaos = Chaos(args.seed, args.blows, clients=args.clients, streams=args.streams, setting=setting)
+    return (await chaos.run()).figures()
 
 
 async def seeds(args: argparse.Namespace) -> Figures:
@@ -91,8 +92,9 @@ RUNS: Mapping[str, Run] = {
         (
             SEED,
             ("workers", 2, "engines"),
-            ("blows", 6, "how often one is killed, stopped or told to end"),
+            ("blows", 6, "how often one is killed, stopped or told to end; 0: what differs when all is well"),
             ("clients", 4, "who never pause"),
+            ("streams", 0, "it goes on until so many have ended"),
         ),
         engines,
     ),

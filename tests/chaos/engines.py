@@ -4,7 +4,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from deploy.model import cache_folder, prepare_tiny
 from loadtest.bench_target import free_port
+from tests.chaos.greedy import Judge
 from tests.chaos.load import Question, questions, told_by_a_model
 from tests.chaos.plan import Blow
 from tests.chaos.site import HEALTH, Program
@@ -42,8 +44,13 @@ def real_engines(seed: int, count: int) -> Setting:
 
     asked = [greedy(question) for question in questions(seed, least=60, most=300)]
     kinds = (Blow.TERM, Blow.KILL, Blow.STOP)
-    return Setting(workers, asked, kinds, probe_s=0.5, health=PATIENT, prefill_s=None, told=told_by_a_model)
+    judge = Judge(prepare_tiny(cache_folder(), lambda _: None))
+    return Setting(
+        workers, asked, kinds, probe_s=0.5, health=PATIENT, prefill_s=None, told=told_by_a_model, judge=judge
+    )
 
 
 def greedy(question: Question) -> Question:
-    return replace(question, body=question.body | {"temperature": 0, "ignore_eos": True})
+    """Of a fixed length. The gateway asks for a stream's token ids; of an answer in one piece the client must."""
+    body = question.body | {"temperature": 0, "ignore_eos": True}
+    return replace(question, body=body if question.stream else body | {"return_token_ids": True})

@@ -40,7 +40,10 @@ def questions(seed: int, *, count: int = 16, least: int = 5, most: int = 120, wh
     return asked
 
 
-def told(question: Question, reply: Reply) -> Any:
+Told = list[Any]  # what an answer says: how it differs from another is seen in its first part; its usage
+
+
+def told(question: Question, reply: Reply) -> Told:
     """What an answer says, without what differs between two runs: ids and times. AssertionError if it is ill-formed."""
     assert reply.status == 200, reply.body[:300]
     if not question.stream:
@@ -55,17 +58,16 @@ def told(question: Question, reply: Reply) -> Any:
     return [choices, usage["usage"]]
 
 
-def told_by_a_model(question: Question, reply: Reply) -> Any:
-    """The same of a real engine, which may put several tokens into a chunk: text, token ids, ends and usage."""
+def told_by_a_model(question: Question, reply: Reply) -> Told:
+    """The same of a real engine, which may put several tokens into a chunk: text, token ids, end; and usage."""
     choices, usage = told(question, reply)
-    if not question.stream:
-        return [choices, usage]
-    text = "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices)
+    said = [choice.get("delta") or choice.get("message") or {"content": choice.get("text")} for choice in choices]
+    text = "".join(one.get("content") or "" for one in said)
     ids = [token for choice in choices for token in choice.get("token_ids") or ()]
     return [[text, ids, choices[-1]["finish_reason"]], usage]
 
 
-def first_difference(said: Any, expected: Any) -> str:
+def first_difference(said: Told, expected: Told) -> str:
     for at, (one, other) in enumerate(zip(said[0], expected[0], strict=False)):
         if one != other:
             return f"choice {at} is {one} in place of {other}"
@@ -101,16 +103,28 @@ class Heard:
         return max(met, key=lambda pause: pause.s, default=None)
 
 
+@dataclass(frozen=True, slots=True)
+class Other:
+    """A well-formed answer that is not the undisturbed one. problem: how it differs."""
+
+    question: Question
+    said: Told
+    problem: str
+    request_id: str
+
+
 @dataclass
 class Seen:
     """What the clients saw.
 
-    answers: by outcome. wrong: what was wrong with an answer that was not the undisturbed one. tokens: prompts and
-    answers together, as the usages say. longest_s: the longest that any answer took.
+    answers: by outcome. wrong: what was wrong with an answer that was not the undisturbed one. others: such answers, if
+    they are to be judged later. tokens: prompts and answers together, as the usages say. longest_s: the longest that
+    any answer took.
     """
 
     answers: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
+    others: list[Other] = field(default_factory=list)
     streams: list[Heard] = field(default_factory=list)
     tokens: int = 0
     longest_s: float = 0.0
@@ -145,18 +159,24 @@ async def told_on_its_own(port: int, data: bytes) -> tuple[Reply, Heard]:
         await wire.close()
 
 
-Tell = Callable[[Question, Reply], Any]
+Tell = Callable[[Question, Reply], Told]
 
 
 class Client:
-    """Asks the questions, any of them at a time, with a key if it has one."""
+    """Asks the questions, any of them at a time, with a key if it has one.
 
-    def __init__(self, asked: list[Question], seed: int, *, key: str = "", tell: Tell = told) -> None:
+    judged: an answer that is well formed and not the undisturbed one is not wrong, but waits to be judged.
+    """
+
+    def __init__(
+        self, asked: list[Question], seed: int, *, key: str = "", tell: Tell = told, judged: bool = False
+    ) -> None:
         self.questions = asked
         self.told = tell
+        self.judged = judged
         self.dice = random.Random(seed)
         self.headers = {"authorization": f"Bearer {key}"} if key else {}
-        self.expected: list[Any] = []
+        self.expected: list[Told] = []
         self.kept = 0  # requests on a connection that had carried one before
         self.seen = Seen()
 
@@ -180,14 +200,17 @@ class Client:
             reply, heard = await tell(self._bytes(asked))
             said = self.told(asked, reply)
             problem = "" if said == self.expected[number] else first_difference(said, self.expected[number])
+            outcome = "right" if not problem else "other" if self.judged else "wrong"
             self.seen.tokens += said[1]["total_tokens"]
             if asked.stream:
                 self.seen.streams.append(heard)
+            if outcome == "other":
+                self.seen.others.append(Other(asked, said, problem, heard.request_id))
         except BROKEN as error:
-            problem = repr(error)
-        self.seen.answers["wrong" if problem else "right"] += 1
+            outcome, problem = "wrong", repr(error)
+        self.seen.answers[outcome] += 1
         self.seen.longest_s = max(self.seen.longest_s, time.monotonic() - began)
-        if problem:
+        if outcome == "wrong":
             self.seen.wrong.append(f"{asked}: {problem}"[:1000])
         return reply
 

@@ -16,7 +16,10 @@ from typing import Any
 
 from loadtest.costmodel import PRESETS
 from server.call import Ticket
+from server.fleet import Leg
+from server.relay import Stream
 from tests.chaos.figures import Figure, none, quantile_ms
+from tests.chaos.greedy import TIE, Judge
 from tests.chaos.load import Client, Pause, Question, Seen, Tell, questions, told
 from tests.chaos.plan import FOUR, Blow, Event, plan
 from tests.chaos.site import HEALTH, START_S, Program, engine, running
@@ -33,7 +36,10 @@ PREFILL_S = PRESETS[COST].duration_s(LONGEST_TOKENS, 0, 0) + 2 * PRESETS[COST].i
 
 @dataclass(frozen=True)
 class Setting:
-    """What is struck, and how. prefill_s: what one takes, None where nobody knows. told: how an answer is read."""
+    """What is struck, and how. prefill_s: what one takes, None where nobody knows. told: how an answer is read.
+
+    judge: of well-formed answers that are not the undisturbed ones, where such may be right. It asks the first worker.
+    """
 
     workers: Callable[[Path], list[Program]]
     questions: list[Question]
@@ -42,6 +48,7 @@ class Setting:
     health: Mapping[str, Any] = field(default_factory=lambda: HEALTH)
     prefill_s: float | None = PREFILL_S
     told: Tell = told
+    judge: Judge | None = None
 
 
 def without_a_model(seed: int) -> Setting:
@@ -66,13 +73,17 @@ class Struck:
 
 @dataclass
 class Report:
-    """What the clients saw. moved: requests that another worker went on with, and whose they were before."""
+    """What the clients saw. moved: requests that another worker went on with, and whose they were before.
+
+    gaps: of each answer that is right without being the undisturbed one, how far below the best its tokens are.
+    """
 
     prefill_s: float | None = PREFILL_S
     seen: Seen = field(default_factory=Seen)
     blows: list[Struck] = field(default_factory=list)
     moved: dict[str, str] = field(default_factory=dict)
     failovers: Counter[str] = field(default_factory=Counter)
+    gaps: dict[str, float] | None = None
 
     @property
     def kinds(self) -> Counter[str]:
@@ -100,9 +111,24 @@ class Report:
                 "went on at another worker, asked again", f"{self.failovers['resumed']}, {self.failovers['retried']}"
             ),
         ]
+        if self.gaps is not None:
+            figures += self._rounded(self.gaps)
         for blow in [blow for blow in Blow if self.kinds[blow.value]]:
             figures += self._pauses(blow)
         return figures
+
+    def _rounded(self, gaps: dict[str, float]) -> list[Figure]:
+        elsewhere = sum(request in self.moved for request in gaps)
+        return [
+            Figure(
+                "not the undisturbed ones, yet greedy up to rounding; of them went on or were asked again elsewhere",
+                f"{len(gaps)}, {elsewhere}",
+            ),
+            Figure(
+                f"their least likely token, below the best one (difference of logarithms, wrong above {TIE})",
+                f"{max(gaps.values(), default=0.0):.1e}",
+            ),
+        ]
 
     def _pauses(self, blow: Blow) -> list[Figure]:
         pauses = self.pauses(blow)
@@ -122,6 +148,11 @@ class Report:
         ]
 
 
+def _has_far_to_go(leg: Leg) -> bool:
+    """Whether it is a stream in its first half, so that a blow that is dealt now finds it running."""
+    return isinstance(leg, Stream) and leg.speaks and 2 * leg.ticket.tokens < (leg.ticket.call.max_tokens or 0)
+
+
 def _two(values_s: list[float], one: float, other: float) -> str:
     return f"{quantile_ms(values_s, one)}, {quantile_ms(values_s, other)}"
 
@@ -136,7 +167,10 @@ class Chaos:
         self.seed, self.blows = seed, blows
         self.report = Report(setting.prefill_s)
         self.streams = streams
-        self.clients = [Client(setting.questions, seed + number, tell=setting.told) for number in range(clients)]
+        judged = setting.judge is not None
+        self.clients = [
+            Client(setting.questions, seed + number, tell=setting.told, judged=judged) for number in range(clients)
+        ]
 
     async def run(self) -> Report:
         setting = self.setting
@@ -167,6 +201,22 @@ class Chaos:
             over.set()
             await asyncio.gather(*asking)
         self.report.failovers = Counter(self.gateway.server.gateway.failover.outcomes)
+        if self.setting.judge is not None:
+            await self._judge(self.setting.judge)
+
+    async def _judge(self, judge: Judge) -> None:
+        """What the other answers are, by an engine that nobody asks anything else now."""
+        port, seen = self.workers[0].port, self.report.seen
+        for question, said in zip(self.setting.questions, self.clients[0].expected, strict=True):
+            learned = await judge.verdict(port, question, said)
+            assert not learned.problem, f"an undisturbed answer: {learned.problem}"
+        self.report.gaps = {}
+        for other in seen.others:
+            verdict = await judge.verdict(port, other.question, other.said)
+            if verdict.problem:
+                seen.wrong.append(f"{other.question}: {verdict.problem}; {other.problem}"[:1000])
+            else:
+                self.report.gaps[other.request_id] = verdict.gap
 
     def _enough(self) -> bool:
         return len(self.report.seen.streams) >= self.streams
@@ -176,7 +226,10 @@ class Chaos:
             self.report.moved[ticket.call.id] = ticket.avoid
 
     async def _strike(self, event: Event) -> None:
-        worker, began = self.workers[event.worker], time.monotonic()
+        worker, name = self.workers[event.worker], f"worker-{event.worker}"
+        member = self.gateway.server.fleet.members[name]
+        await eventually(lambda: any(map(_has_far_to_go, member.legs)), f"{name} is in the middle of a stream", START_S)
+        began = time.monotonic()
         if event.blow is Blow.KILL:
             await worker.kill()
         elif event.blow is Blow.STOP:
@@ -184,7 +237,7 @@ class Chaos:
         else:
             await worker.end()
         await eventually(self._one_is_out, f"the {event.blow.value} is noticed", NOTICE_S)
-        self.report.blows.append(Struck(f"worker-{event.worker}", event.blow, began, time.monotonic()))
+        self.report.blows.append(Struck(name, event.blow, began, time.monotonic()))
         await asyncio.sleep(event.away_s)
         await self._mend(event.blow, worker)
 

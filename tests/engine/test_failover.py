@@ -14,7 +14,11 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
+from deploy.model import cache_folder, prepare_tiny
 from loadtest.bench_target import free_port
+from tests.chaos.greedy import TIE, Judge, Verdict
+from tests.chaos.load import Question, told_by_a_model
+from tests.chaos.site import ask
 from tests.engine.real import chaotic_model
 from tests.engine.test_over_http import wait_until_ready
 from tests.server.conftest import Reply, Running, eventually, serving
@@ -139,8 +143,32 @@ async def test_a_stream_cut_anywhere_goes_on_exactly(port: int, path: str, field
             reply = await gateway.ask(path, body)
             assert not cuts, "it was cut"
             text, ids, ends, usage = said(reply)
-            assert (text, ends) == (whole[0], whole[2]), (number, after)
+            assert (text, ids, ends) == whole[:3], (number, after)
             assert json.dumps(usage, sort_keys=True) == json.dumps(whole[3], sort_keys=True)
             await eventually(lambda: len(gateway.server.fleet.ready()) == 2)
         failovers = gateway.server.gateway.failover.outcomes
         assert failovers["failed"] == 0 and failovers["resumed"] + failovers["retried"] == len(CUTS)
+
+
+async def test_the_judge_of_greedy_answers_finds_what_was_lost_repeated_or_swapped(port: int) -> None:
+    judge = Judge(prepare_tiny(cache_folder(), lambda _: None))
+
+    async def verdict(text: str, ids: list[int]) -> Verdict:
+        usage = {"prompt_tokens": prompt, "completion_tokens": TOKENS}
+        return await judge.verdict(port, question, [[text, ids, "length"], usage])
+
+    body = body_for(COMPLETIONS, 1, stream=False, stream_options=None, return_token_ids=True)
+    longer, question = body | {"max_tokens": TOKENS + 1}, Question(COMPLETIONS, body)
+    (_, ids, _), usage = told_by_a_model(question, await ask(port, COMPLETIONS, longer))
+    prompt, right = usage["prompt_tokens"], ids[:TOKENS]
+    text = judge.plain(right)
+    whole = await verdict(text, right)
+    assert not whole.problem and whole.gap <= TIE / 10
+    for at in (0, 1, 17, TOKENS - 1):
+        lost = ids[:at] + ids[at + 1 :]
+        repeated = ids[: at + 1] + ids[at : TOKENS - 1]
+        swapped = ids[:at] + [(ids[at] + 1) % 1000] + ids[at + 1 : TOKENS]
+        for changed in (lost, repeated, swapped):
+            assert "below the best" in (await verdict(judge.plain(changed), changed)).problem, (at, changed)
+    assert "text" in (await verdict(text[:-1], right)).problem
+    assert "tokens" in (await verdict(judge.plain(right[:-1]), right[:-1])).problem
