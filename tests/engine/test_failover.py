@@ -164,7 +164,7 @@ async def test_the_judge_of_greedy_answers_finds_what_was_lost_repeated_or_swapp
     text = judge.plain(right)
     whole = await verdict(text, right)
     assert not whole.problem and whole.gap <= TIE / 10
-    for at in (0, 1, 17, TOKENS - 1):
+    for at in (0, 1, 17, TOKENS - 2):
         lost = ids[:at] + ids[at + 1 :]
         repeated = ids[: at + 1] + ids[at : TOKENS - 1]
         swapped = ids[:at] + [(ids[at] + 1) % 1000] + ids[at + 1 : TOKENS]
