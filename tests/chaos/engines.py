@@ -46,7 +46,15 @@ def real_engines(seed: int, count: int) -> Setting:
     kinds = (Blow.TERM, Blow.KILL, Blow.STOP)
     judge = Judge(prepare_tiny(cache_folder(), lambda _: None))
     return Setting(
-        workers, asked, kinds, probe_s=0.5, health=PATIENT, prefill_s=None, told=told_by_a_model, judge=judge
+        workers,
+        asked,
+        kinds,
+        probe_s=0.5,
+        health=PATIENT,
+        prefill_s=None,
+        told=told_by_a_model,
+        judge=judge,
+        rests=True,
     )
 
 

@@ -214,8 +214,11 @@ class Client:
             self.seen.wrong.append(f"{asked}: {problem}"[:1000])
         return reply
 
-    async def keep_asking(self, port: int, over: asyncio.Event) -> None:
+    async def keep_asking(self, port: int, over: asyncio.Event, going: asyncio.Event | None = None) -> None:
+        """Until it is over; it rests while `going` is not set."""
         while not over.is_set():
+            if going is not None:
+                await going.wait()
             await self.ask(port)
 
     async def keep_asking_on_one(self, port: int, over: asyncio.Event) -> None:

@@ -39,6 +39,7 @@ class Setting:
     """What is struck, and how. prefill_s: what one takes, None where nobody knows. told: how an answer is read.
 
     judge: of well-formed answers that are not the undisturbed ones, where such may be right. It asks the first worker.
+    rests: clients rest while a worker starts, where that takes a minute of all the cores there are.
     """
 
     workers: Callable[[Path], list[Program]]
@@ -49,6 +50,7 @@ class Setting:
     prefill_s: float | None = PREFILL_S
     told: Tell = told
     judge: Judge | None = None
+    rests: bool = False
 
 
 def without_a_model(seed: int) -> Setting:
@@ -167,6 +169,7 @@ class Chaos:
         self.seed, self.blows = seed, blows
         self.report = Report(setting.prefill_s)
         self.streams = streams
+        self.going = asyncio.Event()
         judged = setting.judge is not None
         self.clients = [
             Client(setting.questions, seed + number, tell=setting.told, judged=judged) for number in range(clients)
@@ -191,7 +194,10 @@ class Chaos:
             client.expected, client.seen = first.expected, self.report.seen
         self.gateway.server.gateway.on_end.append(self._note)
         over = asyncio.Event()
-        asking = [asyncio.create_task(client.keep_asking(self.gateway.port, over)) for client in self.clients]
+        self.going.set()
+        asking = [
+            asyncio.create_task(client.keep_asking(self.gateway.port, over, self.going)) for client in self.clients
+        ]
         try:
             for event in self.events:
                 await asyncio.sleep(event.pause_s)  # the plan's own time
@@ -199,6 +205,7 @@ class Chaos:
             await eventually(self._enough, f"{self.streams} streams", STREAMS_S)
         finally:
             over.set()
+            self.going.set()
             await asyncio.gather(*asking)
         self.report.failovers = Counter(self.gateway.server.gateway.failover.outcomes)
         if self.setting.judge is not None:
@@ -249,8 +256,11 @@ class Chaos:
             worker.signal(signal.SIGCONT)
         else:
             await worker.kill()  # what it may have left
+            if self.setting.rests:
+                self.going.clear()
             await worker.start()
         await self._all_ready()
+        self.going.set()
 
     async def _all_ready(self) -> None:
         ready = self.gateway.server.fleet.ready
