@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from tests.chaos.figures import Figure, none, quantile_ms
 from tests.chaos.load import BROKEN, told_on_its_own
-from tests.chaos.site import Program, engine, gateway, running, tenant_file
+from tests.chaos.site import UNHURRIED, Program, engine, gateway, running, tenant_file
 from tests.server.conftest import MODEL, request
 
 SLOTS, TOKENS, MAX_WAITING = 8, 20, 40
@@ -116,6 +116,7 @@ class Overload:
                 "tenants": str(tenant_file(folder, [{"name": name, "keys": [key_of(name)]} for name in tenants])),
                 "policy": self.policy,
                 "admission": {"max_waiting": MAX_WAITING},
+                "health": UNHURRIED,
             }
             front = gateway(folder, 0, [f"{worker.url},slots={SLOTS}"], settings)
             self.port = front.port

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests.chaos.figures import Figure, none
 from tests.chaos.load import Client, Seen, questions, told_on_its_own
-from tests.chaos.site import HEALTH, Program, engine, redis, running, summed, tenant_file
+from tests.chaos.site import UNHURRIED, Program, engine, redis, running, summed, tenant_file
 from tests.server.conftest import MODEL, Running, eventually, request, serving
 
 SLOTS = 6
@@ -33,10 +33,12 @@ BETWEEN_S = (1.0, 2.0)  # a Redis that is back stays so long, and is away as lon
 
 @dataclass
 class Report:
-    """reconciled_s: after each return. shares: of the weighted tokens, by tenant. admitted: of the limited tenant."""
+    """reconciled_s: after each return. exchanges: meanwhile, of the gateway with fewer. shares: of the weighted tokens,
+    by tenant. admitted: of the limited tenant."""
 
     seen: dict[str, Seen] = field(default_factory=dict)
     reconciled_s: list[float] = field(default_factory=list)
+    exchanges: list[int] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     shares: dict[str, float] = field(default_factory=dict)
     admitted: int = 0
@@ -104,7 +106,7 @@ class RedisChaos:
             "tenants": tenant_file(folder, [*tenants, limited]),
             "policy": "vtc",
             "sync_s": SYNC_S,
-            "health": HEALTH,
+            "health": UNHURRIED,
             "slots": SLOTS,
         }
         async with serving(worker.url, **settings) as one, serving(worker.url, **settings) as other:
@@ -161,7 +163,7 @@ class RedisChaos:
 
     async def _reconciled(self) -> float:
         """Seconds from Redis' return until all that had happened by then is known at both gateways."""
-        began = time.monotonic()
+        began, before = time.monotonic(), self._exchanges()
         used = {name: seen.tokens for name, seen in self.report.seen.items()}
         charged = {name: max(self._service(gateway, name) for gateway in self.gateways) for name in WEIGHTS}
 
@@ -175,7 +177,11 @@ class RedisChaos:
             )
 
         await eventually(known, "both gateways know all again")
+        self.report.exchanges.append(min(now - then for now, then in zip(self._exchanges(), before, strict=True)))
         return time.monotonic() - began
+
+    def _exchanges(self) -> list[int]:
+        return [gateway.server.shared.replicas.exchanges for gateway in self.gateways]
 
     @staticmethod
     def _service(gateway: Running, tenant: str) -> float:

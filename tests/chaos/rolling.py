@@ -47,8 +47,8 @@ class Report:
 class Rolling:
     """One run: `rounds` times every gateway and every worker."""
 
-    def __init__(self, seed: int, rounds: int, *, clients: int = 12) -> None:
-        self.rounds = rounds
+    def __init__(self, seed: int, rounds: int, *, clients: int = 12, lame_duck_s: float = LAME_DUCK_S) -> None:
+        self.rounds, self.lame_duck_s = rounds, lame_duck_s
         self.report = Report()
         asked = questions(seed, least=20, most=200)
         self.clients = [Client(asked, seed + number) for number in range(clients)]
@@ -65,7 +65,7 @@ class Rolling:
         store = redis(folder)
         settings = {
             "redis_url": f"redis://127.0.0.1:{store.port}/0",
-            "lame_duck_s": LAME_DUCK_S,
+            "lame_duck_s": self.lame_duck_s,
             "health": {"drain_s": DRAIN_S, "canary": "answers"},
             "probe_s": 0.2,
             "allow_open": True,

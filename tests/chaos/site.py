@@ -23,6 +23,8 @@ START_S, STOP_S = 120.0, 120.0
 POLL_S = 0.02
 # Blows come faster than streams end on a busy machine, so one may meet several.
 HEALTH = {"probe_timeout_s": 1.0, "stall_s": 5.0, "failures": 100, "attempts": 6, "canary": "answers"}
+# Where no worker is stopped: one that is slow because all is slow is not dead.
+UNHURRIED = HEALTH | {"probe_timeout_s": 10.0}
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 

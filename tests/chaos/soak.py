@@ -60,8 +60,8 @@ def slope_per_h(points: list[tuple[float, float]]) -> float:
 class Soak:
     """One run of `run_s` seconds: `per_s` requests a second, and a blow every `blow_s`."""
 
-    def __init__(self, seed: int, run_s: float, per_s: float, blow_s: float) -> None:
-        self.run_s, self.per_s, self.blow_s = run_s, per_s, blow_s
+    def __init__(self, seed: int, run_s: float, per_s: float, blow_s: float, settle_s: float = SETTLE_S) -> None:
+        self.run_s, self.per_s, self.blow_s, self.settle_s = run_s, per_s, blow_s, settle_s
         self.dice = random.Random(seed)
         asked = questions(seed)
         self.clients = {name: Client(asked, seed + at, key=KEYS[name]) for at, name in enumerate(COUNTED)}
@@ -254,7 +254,7 @@ class Soak:
             Figure(
                 "its slope, of it an hour", f"{share:+.2%}", f"between ± {GROWTH_GOAL:.0%}", abs(share) <= GROWTH_GOAL
             ),
-            none(f"requests that something still holds {SETTLE_S:.0f} s after the last", stuck),
+            none(f"requests that something still holds {self.settle_s:.0f} s after the last", stuck),
             none("counters that do not conserve", counted),
             none("lines in the gateways' logs with an error or a stack", complaints),
             none("other surprises", self.problems),
@@ -271,15 +271,14 @@ class Soak:
             Figure("files that it had open, at most and at the end", f"{max(self.files)}, {self.files[-1]}"),
         ]
 
-    @staticmethod
-    async def _after_a_while(wrong: Callable[[], Awaitable[list[str]]], what: str) -> list[str]:
+    async def _after_a_while(self, wrong: Callable[[], Awaitable[list[str]]], what: str) -> list[str]:
         """What is wrong still once there was time for nothing to be."""
 
         async def right() -> bool:
             return not await wrong()
 
         with suppress(TimeoutError):
-            await until(right, what, SETTLE_S)
+            await until(right, what, self.settle_s)
         return await wrong()
 
     async def _held(self) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 from tests.chaos.__main__ import RUNS, main
 from tests.chaos.figures import Figure, table
 from tests.chaos.overload import Overload
-from tests.chaos.redis import RedisChaos
+from tests.chaos.redis import GOAL_S, SYNC_S, RedisChaos
 from tests.chaos.rolling import Rolling
 from tests.chaos.soak import Soak, slope_per_h
 
@@ -18,13 +18,13 @@ pytestmark = pytest.mark.slow
 async def test_redis_may_die_again_and_again() -> None:
     report = await RedisChaos(seed=1, restarts=2).run()
     assert not report.wrong, report.wrong[:3]
-    assert len(report.reconciled_s) == 2 and max(report.reconciled_s) < 5
+    assert len(report.exchanges) == 2 and max(report.exchanges) <= GOAL_S / SYNC_S
     assert report.admitted <= report.most
     assert 0.55 < report.shares["two"] < 0.75
 
 
 async def test_everything_is_restarted_in_turn_and_no_client_notices() -> None:
-    report = await Rolling(seed=1, rounds=1, clients=8).run()
+    report = await Rolling(seed=1, rounds=1, clients=8, lame_duck_s=6.0).run()
     assert not report.seen.wrong, report.seen.wrong[:3]
     assert not report.problems
     assert report.restarts == {"gateways": 2, "workers": 3}
@@ -39,7 +39,7 @@ async def test_ten_times_too_much_is_survived_and_who_waits_as_told_gets_in() ->
 
 
 async def test_a_soak_of_seconds_counts_as_its_clients_do() -> None:
-    figures = await Soak(seed=2, run_s=12.0, per_s=4.0, blow_s=4.0).run()
+    figures = await Soak(seed=2, run_s=12.0, per_s=4.0, blow_s=4.0, settle_s=90.0).run()
     missed = [figure for figure in figures if not figure.met and "slope" not in figure.what]
     assert not missed, table(missed)
 

@@ -16,6 +16,7 @@ from openai import OpenAI
 from loadtest.bench_target import free_port
 
 START_S = 400.0
+LIMIT_S = 60.0  # for a busy machine, or one that stands still
 MODEL = "smollm2"
 ROOT = Path(__file__).parents[2]
 
@@ -31,14 +32,19 @@ class Stack:
 
     def engine_running(self) -> float:
         """Requests that the engine itself says it runs or holds waiting."""
-        text = httpx2.get(f"{self.engine_url}/metrics").text
+        text = httpx2.get(f"{self.engine_url}/metrics", timeout=LIMIT_S).text
         counts = re.findall(r"^vllm:num_requests_(?:running|waiting)\{[^}]*\} (\S+)", text, re.MULTILINE)
         assert counts
         return sum(map(float, counts))
 
+    def engine_made(self) -> float:
+        """Tokens that the engine itself says it has made."""
+        text = httpx2.get(f"{self.engine_url}/metrics", timeout=LIMIT_S).text
+        return sum(map(float, re.findall(r"^vllm:generation_tokens_total\{[^}]*\} (\S+)", text, re.MULTILINE)))
+
     def metric(self, name: str) -> float:
         """The sum of a gateway metric over its labels."""
-        text = httpx2.get(f"{self.url}/metrics").text
+        text = httpx2.get(f"{self.url}/metrics", timeout=LIMIT_S).text
         return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name))
 
 
@@ -93,7 +99,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     def ready() -> bool:
         assert process.poll() is None, f"evenhand serve ended with {process.returncode}:\n{log.read_text()}"
         try:
-            return httpx2.get(f"{url}/ready").status_code == 200
+            return httpx2.get(f"{url}/ready", timeout=LIMIT_S).status_code == 200
         except httpx2.HTTPError:
             return False
 
@@ -108,7 +114,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     finally:
         os.kill(serve_pid(process.pid), signal.SIGTERM)
         try:
-            code = process.wait(60)
+            code = process.wait(120)
         except subprocess.TimeoutExpired:
             process.kill()
             raise

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import Stack, in_ci, until
+from tests.end_to_end.conftest import LIMIT_S, Stack, in_ci, until
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(500)]
 
@@ -28,8 +28,9 @@ def node() -> str:
 
 
 def test_the_node_client_chats_streams_aborts_and_sees_errors(stack: Stack, node: str) -> None:
+    made = stack.engine_made()
     done = subprocess.run(
-        [node, "client.mjs", f"{stack.url}/v1", stack.model], cwd=FOLDER, capture_output=True, text=True, timeout=120
+        [node, "client.mjs", f"{stack.url}/v1", stack.model], cwd=FOLDER, capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
@@ -38,4 +39,5 @@ def test_the_node_client_chats_streams_aborts_and_sees_errors(stack: Stack, node
     assert seen["usage"]["completion_tokens"] == seen["streamUsage"]["completion_tokens"] == 8
     assert seen["error"] == {"status": 404, "code": "model_not_found", "name": "NotFoundError"}
     assert seen["models"] == [stack.model]
-    until(lambda: stack.engine_running() == 0, 1.0, "the aborted stream is gone from the engine")
+    until(lambda: stack.engine_running() == 0, LIMIT_S, "the aborted stream is gone from the engine")
+    assert stack.engine_made() - made < 1000, "the aborted stream was not made to its end, which is 2,000 tokens"

@@ -3,7 +3,7 @@
 import httpx2
 import pytest
 
-from tests.end_to_end.conftest import Stack
+from tests.end_to_end.conftest import LIMIT_S, Stack
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(500)]
 
@@ -15,27 +15,27 @@ def test_anthropic_messages_answer_and_err_in_anthropics_shape(stack: Stack) -> 
         "temperature": 0,
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
     }
-    answer = httpx2.post(f"{stack.url}/v1/messages", json=body, timeout=60).json()
+    answer = httpx2.post(f"{stack.url}/v1/messages", json=body, timeout=LIMIT_S).json()
     assert answer["content"][0]["text"] == "The capital of France is Paris."
-    wrong = httpx2.post(f"{stack.url}/v1/messages", json={**body, "model": "other"})
+    wrong = httpx2.post(f"{stack.url}/v1/messages", json={**body, "model": "other"}, timeout=LIMIT_S)
     assert wrong.status_code == 404
     assert wrong.json()["type"] == "error"
 
 
 def test_tokenize_answers(stack: Stack) -> None:
-    answer = httpx2.post(f"{stack.url}/tokenize", json={"model": stack.model, "prompt": "The sky is"})
+    answer = httpx2.post(f"{stack.url}/tokenize", json={"model": stack.model, "prompt": "The sky is"}, timeout=LIMIT_S)
     assert answer.json()["count"] == 3
 
 
 def test_embeddings_of_a_model_that_has_none_are_a_clear_error(stack: Stack) -> None:
-    answer = httpx2.post(f"{stack.url}/v1/embeddings", json={"model": stack.model, "input": "x"})
+    answer = httpx2.post(f"{stack.url}/v1/embeddings", json={"model": stack.model, "input": "x"}, timeout=LIMIT_S)
     assert 400 <= answer.status_code < 500
     assert answer.json()["error"]["message"]
 
 
 def test_health_and_readiness(stack: Stack) -> None:
-    assert httpx2.get(f"{stack.url}/health").json() == {"status": "ok"}
-    ready = httpx2.get(f"{stack.url}/ready").json()
+    assert httpx2.get(f"{stack.url}/health", timeout=LIMIT_S).json() == {"status": "ok"}
+    ready = httpx2.get(f"{stack.url}/ready", timeout=LIMIT_S).json()
     assert ready["status"] == "ready"
     assert [worker["state"] for worker in ready["workers"]] == ["ready"]
 

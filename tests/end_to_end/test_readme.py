@@ -21,12 +21,12 @@ def block(language: str, with_word: str) -> str:
 
 def test_the_curl_example_answers(stack: Stack) -> None:
     command = block("sh", "curl").replace(SERVED_AT, stack.url)
-    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=240)
     assert '"content":"' in done.stdout, done.stderr
     assert '"model":"smollm2"' in done.stdout
 
 
 def test_the_python_example_streams(stack: Stack) -> None:
     program = block("python", "OpenAI").replace(SERVED_AT, stack.url)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
     assert "Paris" in done.stdout, done.stderr

@@ -137,7 +137,7 @@ class Halves:
             names = ("evenhand_worker_in_flight", "evenhand_worker_pending_tokens", "evenhand_queue_depth")
             return not any([await self.metric(name) for name in names])
 
-        await until(at_rest, 10.0, "the gateway holds nothing")
+        await until(at_rest, 60.0, "the gateway holds nothing")
 
     async def all_ready(self) -> None:
         """Returns when every worker takes requests."""
@@ -200,7 +200,7 @@ def serving(model: Path, folder: Path, prefill: int, decode: int) -> Iterator[Ha
     finally:
         process.terminate()
         try:
-            code = process.wait(60)
+            code = process.wait(120)
         except subprocess.TimeoutExpired:
             process.kill()
             raise

@@ -33,7 +33,7 @@ def bench(out: Path, *options: str) -> str:
     argv = [sys.executable, "-m", "deploy.cli", "bench", "iterations", "--workloads", "C", "--out", str(out)]
     argv += ["--step-ms", "10", "--limit", "24", "--slots", "2", "--length-scale", "0.05", "--context", "400"]
     argv += ["--loads", "2", "--repetitions", "1", "--shares", "a=1,b=1", *options]
-    return subprocess.run(argv, capture_output=True, text=True, check=True, timeout=140).stdout
+    return subprocess.run(argv, capture_output=True, text=True, check=True, timeout=280).stdout
 
 
 def records_of(out: Path, name: str) -> list[Record]:

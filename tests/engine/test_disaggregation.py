@@ -6,6 +6,7 @@ EVENHAND_SOAK makes it two of each, more requests and more deaths; `make soak` s
 import asyncio
 import os
 import random
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -60,7 +61,7 @@ async def apart(halves: Halves, path: str, body: dict[str, Any]) -> Any:
     async def has_fetched() -> bool:
         return await halves.metric_of(halves.decodes, "vllm:nixl_bytes_transferred_sum") > fetched
 
-    await until(has_fetched, 20.0, "the decode engine says that it fetched KV")
+    await until(has_fetched, 60.0, "the decode engine says that it fetched KV")
     return answer
 
 
@@ -176,10 +177,10 @@ async def test_idle_engines_leave_the_processor_alone(halves: Halves) -> None:
     await halves.nothing_held()
     await asyncio.sleep(2.0)  # an engine looks out for its next step for a second
     engines = (*halves.prefills, *halves.decodes)
-    before = [half.cpu_s() for half in engines]
+    began, before = time.monotonic(), [half.cpu_s() for half in engines]
     await asyncio.sleep(3.0)
     used = [half.cpu_s() - first for half, first in zip(engines, before, strict=True)]
-    assert max(used) < 1.0, used
+    assert max(used) < (time.monotonic() - began) / 3, used
 
 
 async def test_a_soak_with_clients_that_leave_ends_with_nothing_held(halves: Halves) -> None:

@@ -47,7 +47,7 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
             yield port
         finally:
             process.terminate()
-            process.wait(60)
+            process.wait(120)
 
 
 class Address:
