@@ -32,7 +32,9 @@ def run(args: argparse.Namespace) -> int:
     """0, or 2 when an engine or the browser cannot be started."""
     screen = Console(stderr=True)
     try:
-        browser = _browser(args) if args.pages else ""  # before minutes are spent on what it is to show
+        browser = (
+            _browser(args.chromium, args.pages) if args.pages else ""
+        )  # before minutes are spent on what it is to show
         comparison = compare.Comparison(args, screen)
         read = comparison.run()
         html = args.out / "page.html"
@@ -48,12 +50,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _browser(args: argparse.Namespace) -> str:
+def _browser(chromium: str, pages: Path) -> str:
     """Its path; the folder of the pages is there then. RuntimeError without the browser."""
-    program = shutil.which(args.chromium)
+    program = shutil.which(chromium)
     if program is None:
-        raise RuntimeError(f"{args.chromium} is not installed here: give --chromium, or leave out --pages.")
-    args.pages.mkdir(parents=True, exist_ok=True)
+        raise RuntimeError(f"{chromium} is not installed here: give --chromium, or leave out --pages.")
+    pages.mkdir(parents=True, exist_ok=True)
     return program
 
 
