@@ -238,7 +238,8 @@ class Joining:
             else:
                 self._away = False
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), HEARTBEAT_S)
+                async with asyncio.timeout(HEARTBEAT_S):  # not wait_for, which under Python 3.11 loses cancellations
+                    await self._changed.wait()
 
     async def _tell(self) -> None:
         if not self._url:

@@ -488,7 +488,8 @@ class Client:
         while self._open:
             self._quiet.clear()
             try:
-                await asyncio.wait_for(self._quiet.wait(), drain_s)
+                async with asyncio.timeout(drain_s):  # not wait_for, which under Python 3.11 loses cancellations
+                    await self._quiet.wait()
             except TimeoutError:
                 self._closing = True
                 for exchange in list(self._open):

@@ -1,9 +1,8 @@
 """vLLM's NIXL connector for engines on a CPU, where what waits must not take the core on which the engine computes.
 
 NIXL's thread, as of 1.5, asks for events without a pause as long as the engine lives, and its Python API has no way to
-say otherwise (`pthrDelay` is 0); here it sleeps until there is something to do. vLLM's processes wake each other over a
-socket that keeps the last message only, and whose reader can fall asleep past it where they share cores; vLLM looks
-again after five seconds, here after a tenth of one.
+say otherwise (`pthrDelay` is 0); here it sleeps until there is something to do. So do vLLM's processes, both of them
+(vllm_waiting.py).
 
 In use where `kv_connector_module_path` names this module; engines with vLLM's own connector exchange KV with it.
 """
@@ -14,20 +13,20 @@ from contextlib import contextmanager
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.distributed.device_communicators import shm_broadcast
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl import NixlConnector as StockConnector
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
+from scheduler.vllm_waiting import sleep_while_waiting
+
 LONGEST_SLEEP_US = 1000  # events wake it before; NIXL knows whole milliseconds
-LOOK_AGAIN_MS = 100
 
 
 class NixlConnector(StockConnector):  # type: ignore[misc]  # vLLM is untyped here
     """The same under the same name, which vLLM looks at in several places. Made in both of an engine's processes."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
-        shm_broadcast.SHM_READER_RECHECK_INTERVAL_MS = LOOK_AGAIN_MS
+        sleep_while_waiting()
         with _sleeping_threads():
             super().__init__(vllm_config, role, kv_cache_config)
 

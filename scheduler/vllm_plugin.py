@@ -25,6 +25,7 @@ from typing import Any, Final, NamedTuple
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -43,12 +44,14 @@ from scheduler.kept import Kept
 from scheduler.lanes import Lanes
 from scheduler.policy import Policy
 from scheduler.tally import Tally
+from scheduler.vllm_waiting import sleep_while_waiting
 
 logger = init_logger("vllm.evenhand")  # below "vllm", or the engine's log would not show it
 
 OLDEST_VLLM: Final = (0, 26)
 FIRST_UNTRIED_VLLM: Final = (0, 34)
 REPORT_INTERVAL_S: Final = 1.0
+HELD_LOOK_S: Final = 0.005
 YIELDS_FIRST: Final = 2**31  # above any priority that a client may send
 
 # Everything below is what we rely on and vLLM does not promise; `missing_members` checks it when the engine starts.
@@ -59,6 +62,7 @@ METHODS: Final[Mapping[type, Mapping[str, tuple[str, ...]]]] = {
         "update_from_output": ("scheduler_output", "model_runner_output"),
         "add_request": ("request",),
         "has_requests": (),
+        "has_unfinished_requests": (),
         "get_request_counts": (),
         "_preempt_request": ("request", "timestamp"),
         "_free_request": ("request",),
@@ -83,6 +87,7 @@ ATTRIBUTES: Final[Mapping[type, tuple[str, ...]]] = {
     Scheduler: (
         "vllm_config", "scheduler_config", "policy", "waiting", "running", "finished_req_ids_dict",
         "max_num_running_reqs", "max_num_scheduled_tokens", "num_waiting_for_streaming_input", "kv_cache_manager",
+        "connector", "requests",
     ),
     KVCacheManager: ("block_pool",),
     KVCacheBlocks: ("blocks",),
@@ -422,6 +427,9 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         require_supported_vllm()
+        self._shares_cores = bool(current_platform.is_cpu())
+        if self._shares_cores:
+            sleep_while_waiting()
         self._vllm_policy = SchedulingPolicy.FCFS
         super().__init__(*args, **kwargs)
         policy = policy_from(self.vllm_config.additional_config)
@@ -481,6 +489,8 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
             self._singled_out.priority = YIELDS_FIRST
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:  # noqa: ANN401
+        if self._shares_cores and self._only_holds_kv():
+            time.sleep(HELD_LOOK_S)
         queue = self._queue
         now = queue.now = self.clock()
         queue.barred = None
@@ -495,6 +505,13 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         if now >= self._report_at:
             self._report(now)
         return output
+
+    def _only_holds_kv(self) -> bool:
+        """Whether all that is left is KV that another engine has not fetched yet.
+
+        vLLM then steps without a pause to see whether it has, which took a core from those who do the fetching.
+        """
+        return self.connector is not None and len(self.requests) > 0 and not self.has_unfinished_requests()
 
     def _slots_taken(self) -> bool:
         return bool(len(self.running) + self.num_waiting_for_streaming_input >= self._slots)

@@ -89,8 +89,9 @@ class Progress:
     """How far a stream has come, one choice.
 
     head: what each event has beside its choices (id, created, model). told: the text that the client has.
-    chunks: in order; their text may be shorter than `told` while a later leg says again what an earlier one had said.
-    finish: why it ended, if it did. said_usage, said_done: what closes a stream was sent, too.
+    told_ids: the token ids that it has. chunks: in order; they may be shorter than what was told while a later leg says
+    again what an earlier one had said. finish: why it ended, if it did. said_usage, said_done: what closes a stream was
+    sent, too.
     only_text: nothing but text was said, so that token ids carry all there is to know.
     """
 
@@ -102,6 +103,7 @@ class Progress:
     said_usage: bool = False
     said_done: bool = False
     only_text: bool = True
+    told_ids: list[int] = field(default_factory=list)
 
     @property
     def ids(self) -> list[int] | None:
@@ -167,6 +169,7 @@ def progress_of(received: Received) -> Progress:
                 progress.read(orjson.loads(event[5:]))
     except (TypeError, AttributeError) as error:
         raise ValueError(f"an event is not one of OpenAI's: {error}") from None
-    said = progress.text
+    said, ids = progress.text, progress.ids or []
     progress.told = said if earlier is None or len(said) > len(earlier.told) else earlier.told
+    progress.told_ids = ids if earlier is None or len(ids) > len(earlier.told_ids) else earlier.told_ids
     return progress

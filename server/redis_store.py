@@ -3,6 +3,7 @@
 The only file that imports redis. All keys share one hash tag, so a Redis Cluster keeps them together.
 """
 
+import asyncio
 from collections.abc import Awaitable, Sequence
 from secrets import token_hex
 from typing import Any, TypeVar, cast
@@ -110,13 +111,16 @@ class RedisStore:
     def __init__(self, url: str, *, prefix: str = "evenhand", timeout_s: float = TIMEOUT_S) -> None:
         """ValueError for an address that is none."""
         # Nobody waits for an exchange, and the next one repeats what a failed one should have written: no retries here.
+        # No socket_timeout, the time is kept by `_asked`: redis-py's is asyncio.wait_for, which under Python 3.11 loses
+        # a cancellation that comes in the moment in which a command was sent; whoever cancelled would wait for ever.
         self._redis = Redis.from_url(
             url,
             decode_responses=True,
-            socket_timeout=timeout_s,
+            socket_timeout=None,
             socket_connect_timeout=timeout_s,
             retry=Retry(NoBackoff(), 0),
         )
+        self._timeout_s = timeout_s
         self._tag = f"{{{prefix}}}"
         self._exchange = self._redis.register_script(_EXCHANGE)
         self._forget = self._redis.register_script(_FORGET)
@@ -134,29 +138,29 @@ class RedisStore:
             kept += (SEPARATOR.join(("K", *row)), amount)
         head = (offer.replica, round(offer.ttl_s * 1000), offer.cursor, offer.generation, token_hex(8), SEPARATOR)
         keys = self._keys("meta", "alive", "rows", "changes")
-        answer = await _asked(self._exchange(keys, [*head, len(offer.live), *live, *kept]))
+        answer = await self._asked(self._exchange(keys, [*head, len(offer.live), *live, *kept]))
         return _news(answer)
 
     async def forget(self, period: str) -> None:
-        await _asked(self._forget(self._keys("rows", "changes"), [SEPARATOR.join(("K", period, ""))]))
+        await self._asked(self._forget(self._keys("rows", "changes"), [SEPARATOR.join(("K", period, ""))]))
 
     async def put(self, kind: str, name: str, value: str) -> None:
         meta, records = self._keys("meta", f"records:{kind}")
         pipeline = self._redis.pipeline(transaction=True)
         pipeline.hset(records, name, value)
         pipeline.hincrby(meta, "version", 1)
-        await _asked(pipeline.execute())
+        await self._asked(pipeline.execute())
 
     async def drop(self, kind: str, name: str) -> bool:
         meta, records = self._keys("meta", f"records:{kind}")
         pipeline = self._redis.pipeline(transaction=True)
         pipeline.hdel(records, name)
         pipeline.hincrby(meta, "version", 1)
-        dropped, _ = await _asked(pipeline.execute())
+        dropped, _ = await self._asked(pipeline.execute())
         return bool(dropped)
 
     async def records(self, kind: str) -> dict[str, str]:
-        return await _asked(cast(Awaitable[dict[str, str]], self._redis.hgetall(*self._keys(f"records:{kind}"))))
+        return await self._asked(cast(Awaitable[dict[str, str]], self._redis.hgetall(*self._keys(f"records:{kind}"))))
 
     async def register(self, worker_id: str, value: str, ttl_s: float) -> None:
         await self._ask_workers([worker_id, value, round(ttl_s * 1000)])
@@ -168,18 +172,20 @@ class RedisStore:
         return await self._ask_workers([])
 
     async def _ask_workers(self, arguments: Sequence[str | int]) -> dict[str, str]:
-        pairs = await _asked(self._workers(self._keys("expiry", "workers"), arguments))
+        pairs = await self._asked(self._workers(self._keys("expiry", "workers"), arguments))
         return dict(zip(pairs[::2], pairs[1::2], strict=True))
+
+    async def _asked(self, answer: Awaitable[T]) -> T:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await answer
+        except TimeoutError:
+            raise StoreAway(f"Redis does not answer within {self._timeout_s:g} s") from None
+        except (RedisError, OSError) as error:
+            raise StoreAway(f"Redis does not answer: {str(error) or type(error).__name__}") from None
 
     async def close(self) -> None:
         await self._redis.aclose()
-
-
-async def _asked(answer: Awaitable[T]) -> T:
-    try:
-        return await answer
-    except (RedisError, OSError) as error:
-        raise StoreAway(f"Redis does not answer: {str(error) or type(error).__name__}") from None
 
 
 def _news(answer: list[Any]) -> News:

@@ -13,7 +13,15 @@ from server.errors import EngineGone, refusal
 from server.fleet import Member
 from server.received import PACK_CHUNKS, Received
 from server.receiver import Receiver, answered
-from server.sse import USAGE_BYTES, engine_failure_in, is_usage_only, usage_in, without_prompt_ids, without_usage
+from server.sse import (
+    USAGE_BYTES,
+    engine_failure_in,
+    is_broken_off,
+    is_usage_only,
+    usage_in,
+    without_prompt_ids,
+    without_usage,
+)
 from server.telemetry import Distribution
 
 MAX_EVENT_BYTES = 64 * 1024 * 1024
@@ -139,6 +147,9 @@ class Whole(Pipe):
             self.instead.end()
             return
         if not self.out.begun:
+            if is_broken_off(self.held):
+                self.fail(EngineGone("The engine stopped in the middle of the answer."))
+                return
             self._let_go(len(self.held))
         if (usage := usage_in(self.usage)) is not None:
             self.ticket.learn(usage.prompt_tokens, usage.cached_tokens)

@@ -15,7 +15,7 @@ from server.errors import EngineGone, ServiceError
 from server.received import PACK_CHUNKS, Chunk, Progress
 from server.relay import Answer, Stream
 from server.schemas import COMPLETIONS, raw_members
-from server.sse import is_usage_only
+from server.sse import is_broken_off, is_usage_only
 from server.telemetry import Distribution
 
 DEFAULT_COMPLETION_TOKENS = 16  # where /v1/completions is asked without a length
@@ -51,14 +51,15 @@ class Continuation:
     """The rest of a stream, as another worker is asked for it.
 
     kept: what of the progress it builds upon; the tokens of the last incomplete character, for one, are made again.
-    skip: text that the client has and that this worker will say again. restart: the client's own request once more,
-    since it has nothing but the role.
+    skip, skip_ids: text and token ids that the client has and that this worker will say again. restart: the client's
+    own request once more, since it has nothing but the role.
     """
 
     path: bytes
     body: bytes
     kept: Progress
     skip: str = ""
+    skip_ids: Sequence[int] = ()
     restart: bool = False
 
 
@@ -107,8 +108,10 @@ def continuation(call: Call, progress: Progress, kept_ids: list[int], kept_text:
     body["max_tokens"] = _left(call, members, len(kept_ids))
     least = orjson.loads(members.get("min_tokens", b"0")) or 0
     body["min_tokens"] = max(0, least - len(kept_ids))
-    kept = Progress(progress.head, progress.prompt_ids, [Chunk(kept_ids, kept_text)] if kept_ids else [], progress.told)
-    return Continuation(COMPLETIONS.path.encode(), orjson.dumps(body), kept, skip=progress.told[len(kept_text) :])
+    chunks = [Chunk(kept_ids, kept_text)] if kept_ids else []
+    kept = Progress(progress.head, progress.prompt_ids, chunks, progress.told, told_ids=progress.told_ids)
+    skip, skip_ids = progress.told[len(kept_text) :], progress.told_ids[len(kept_ids) :]
+    return Continuation(COMPLETIONS.path.encode(), orjson.dumps(body), kept, skip, skip_ids)
 
 
 def _left(call: Call, members: dict[str, bytes], made: int) -> int | None:
@@ -148,7 +151,7 @@ def closing(call: Call, progress: Progress) -> bytes:
 class Resumed(Stream):
     """The rest of an answer, said by another worker: each event becomes one of the first worker's stream."""
 
-    __slots__ = ("plan", "raw", "skip", "chat", "made_before", "prompt_tokens")
+    __slots__ = ("plan", "raw", "skip", "skip_ids", "chat", "made_before", "prompt_tokens")
 
     def __init__(
         self, ticket: Ticket, out: Answer, itl: Distribution, charge: list[Ticket], plan: Continuation
@@ -159,6 +162,7 @@ class Resumed(Stream):
         self.received = None  # what is kept are this worker's own events, not what they become
         self.openings = 0
         self.skip = plan.skip
+        self.skip_ids = plan.skip_ids
         self.chat = ticket.call.route.role_first
         self.made_before = 0 if plan.restart else len(plan.kept.ids or ())
         self.prompt_tokens = None if plan.restart or plan.kept.prompt_ids is None else len(plan.kept.prompt_ids)
@@ -191,7 +195,7 @@ class Resumed(Stream):
         if not event.startswith(b"data:") or event.startswith(b"data: [DONE]"):
             return event + b"\n\n"
         said = orjson.loads(event[5:])
-        if "error" in said:
+        if "error" in said or is_broken_off(event):
             self.fail(EngineGone("The engine failed while it went on with the answer."))
             return b""
         said |= self.plan.kept.head
@@ -220,6 +224,8 @@ class Resumed(Stream):
         if "prompt_token_ids" in choice:
             choice["prompt_token_ids"] = None
         text = self._unsaid(choice.get("text") or "", ends=bool(choice.get("finish_reason")))
+        if ids := choice.get("token_ids"):
+            ids = choice["token_ids"] = self._untold(ids)
         if self.chat:
             del choice["text"]
             choice.pop("prompt_token_ids", None)
@@ -228,7 +234,15 @@ class Resumed(Stream):
             choice = {"index": choice["index"], "delta": {"content": text}, **choice}
         else:
             choice["text"] = text
-        return choice if text or choice.get("finish_reason") else None
+        return choice if text or ids or choice.get("finish_reason") else None
+
+    def _untold(self, ids: list[int]) -> list[int]:
+        """`ids` without those that the client has already: their text had not come."""
+        again = min(len(ids), len(self.skip_ids))
+        if ids[:again] != list(self.skip_ids[:again]) and b'"return_token_ids"' in self.ticket.call.body:
+            self.fail(Diverged("The engine broke off, and no other said again the token ids that the client has."))
+        self.skip_ids = self.skip_ids[again:]
+        return ids[again:]
 
     def _unsaid(self, text: str, *, ends: bool) -> str:
         """`text` without what the client has already."""

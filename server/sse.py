@@ -13,7 +13,9 @@ _OUTPUT = re.compile(rb'"(?:completion_tokens|output_tokens)"\s*:\s*(\d{1,15})')
 _CACHED = re.compile(rb'"(?:cached_tokens|cache_read_input_tokens)"\s*:\s*(\d{1,15})')
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 _PROMPT_IDS = re.compile(rb'"prompt_token_ids":\[[\d,]*\]')
-_FAILURE = re.compile(rb'^data: (?=\{"error"|[^\n]*"finish_reason":"(?:abort|error)")', re.MULTILINE)
+_BROKEN_OFF = rb'"finish_reason":"(?:abort|error)"'
+_ABORTED = re.compile(_BROKEN_OFF)
+_FAILURE = re.compile(rb'^data: (?=\{"error"|[^\n]*' + _BROKEN_OFF + rb")", re.MULTILINE)
 USAGE_BYTES = 1024  # a usage object with all its details is shorter
 
 
@@ -57,6 +59,12 @@ def without_usage(events: bytes) -> bytes:
 def without_prompt_ids(events: bytes) -> bytes:
     """Events without the prompt's token ids, which vLLM sends with the first one where they are asked for."""
     return _PROMPT_IDS.sub(b'"prompt_token_ids":null', events)
+
+
+def is_broken_off(answer: bytes) -> bool:
+    """Whether an answer, or an event, says that the engine stopped in the middle of it: vLLM that is told to end gives
+    what it has as if it were whole."""
+    return _ABORTED.search(answer) is not None
 
 
 def engine_failure_in(events: bytes) -> tuple[ServiceError | None, int]:

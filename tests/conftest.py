@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # A shell starts what it puts in the background with SIGINT ignored, and programs inherit that. What the tests start
 # is to be as in a terminal, where Ctrl-C counts from the first moment.
@@ -22,7 +23,11 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup's doing
 NO_SKIPS = "EVENHAND_NO_SKIPS"
 # The one thing that no installation can bring: other people's traces, which are not part of this repository.
 MAY_BE_MISSING = "no folder of real traces"
-REDIS_START_S = 20.0
+REDIS_START_S = 60.0
+
+# How long an example takes says how busy the machine is, and not what is wrong.
+settings.register_profile("patient", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 
@@ -90,6 +95,6 @@ def wait_until_listening(port: int, server: subprocess.Popen[bytes], log: Path) 
         try:
             socket.create_connection(("127.0.0.1", port), timeout=1.0).close()
             return
-        except ConnectionRefusedError:
+        except OSError:
             time.sleep(0.02)
     raise RuntimeError(f"redis-server did not start: {log.read_text(errors='replace')[-1000:]}")

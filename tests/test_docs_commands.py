@@ -61,9 +61,9 @@ BEFORE = {
 PRELUDE = """
 set -euo pipefail
 trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
-curl() { command curl --silent --show-error --fail-with-body --max-time 60 "$@"; }
+curl() { command curl --silent --show-error --fail-with-body --max-time 180 "$@"; }
 answers() {
-  for _ in $(seq 600); do
+  for _ in $(seq 1800); do
     command curl -sf "$1" > answer && return
     kill -0 $! || return 1
     sleep 0.1
@@ -188,7 +188,7 @@ def test_the_commands_of_a_page_work_one_after_the_other(page: Path, folder: Pat
         "EVENHAND_ADMIN_KEY": ADMIN_KEY,
     }
     done = subprocess.run(
-        ["bash", "-x", "-c", script(page, ports)], cwd=folder, env=environ, capture_output=True, text=True, timeout=280
+        ["bash", "-x", "-c", script(page, ports)], cwd=folder, env=environ, capture_output=True, text=True, timeout=560
     )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 

@@ -29,7 +29,7 @@ def outcome(folder: Path, code: str, no_skips: str) -> str:
         f"--rootdir={folder}",
     ]
     environment = os.environ | {"EVENHAND_NO_SKIPS": no_skips, "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([*run, str(folder)], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*run, str(folder)], env=environment, capture_output=True, text=True, timeout=240)
     return f"exit {done.returncode}: {done.stdout}"
 
 

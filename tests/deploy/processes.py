@@ -41,7 +41,7 @@ def in_session(session: int) -> dict[int, str]:
     return found
 
 
-def eventually(holds: Callable[[], object], within_s: float = 10.0) -> bool:
+def eventually(holds: Callable[[], object], within_s: float = 120.0) -> bool:
     """Whether `holds` becomes true in time."""
     deadline = time.monotonic() + within_s
     while not holds():

@@ -16,7 +16,7 @@ NOWHERE: Mapping[str, Command] = {
 
 def evenhand(*arguments: str, code: str = "") -> subprocess.CompletedProcess[str]:
     program = f"import sys; from deploy.cli import main; code = main(); {code or 'sys.exit(code)'}"
-    return subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=240)
 
 
 @pytest.mark.parametrize(("typed", "meant"), [("srve", "serve"), ("reports", "report"), ("Serve", "serve")])
@@ -73,6 +73,6 @@ def test_output_cut_off_by_its_reader_is_no_error() -> None:
         ["bash", "-c", '"$0" -c "$1" | true; exit "${PIPESTATUS[0]}"', sys.executable, program],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert "Traceback" not in piped.stderr

@@ -33,7 +33,7 @@ COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 IMAGES = ["gateway", "worker-cpu", "worker-cuda"]
 OURS = [name for name, service in SERVICES.items() if "build" in service]
-START_S = 60.0
+START_S = 180.0
 
 
 # The Dockerfile
@@ -125,7 +125,7 @@ def answers(url: str) -> bool:
     end = time.monotonic() + START_S
     while time.monotonic() < end:
         try:
-            with urllib.request.urlopen(url, timeout=5) as answer:
+            with urllib.request.urlopen(url, timeout=30) as answer:
                 return bool(answer.status == 200)
         except OSError:
             time.sleep(0.05)  # between two looks

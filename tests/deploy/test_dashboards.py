@@ -72,7 +72,7 @@ def config_for(gateway: Running, folder: Path) -> Path:
         text = text.replace(address, f"127.0.0.1:{gateway.port}")
     text = text.replace("/run/secrets/admin_key", f"{folder}/key")
     config = yaml.safe_load(text)
-    config["global"] = {"scrape_interval": "500ms", "evaluation_interval": "500ms", "scrape_timeout": "500ms"}
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s", "scrape_timeout": "1s"}
     config["rule_files"] = [str(RULES)]
     config["scrape_configs"] = [job for job in config["scrape_configs"] if job["job_name"].startswith("evenhand")]
     config["scrape_configs"][1]["http_sd_configs"][0]["refresh_interval"] = "1s"
@@ -93,7 +93,9 @@ async def prometheus(gateway: Running, folder: Path) -> AsyncIterator[httpx2.Asy
             program, f"--config.file={config_for(gateway, folder)}", *options, stdout=log, stderr=log
         )
     try:
-        async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}/api/v1", trust_env=False) as client:
+        async with httpx2.AsyncClient(
+            base_url=f"http://127.0.0.1:{port}/api/v1", trust_env=False, timeout=60
+        ) as client:
             yield client
     finally:
         server.terminate()
@@ -110,7 +112,7 @@ async def has_data(client: httpx2.AsyncClient, expr: str) -> bool:
 
 async def works(gateway: Running) -> list[Wire]:
     """Traffic of which some waits and some ends, and a request that is refused."""
-    body = chat(stream=True, max_tokens=3000, ignore_eos=True)
+    body = chat(stream=True, max_tokens=8000, ignore_eos=True)
     wires = [await gateway.send(request("/v1/chat/completions", body)) for _ in range(8)]
     await gateway.ask("/v1/chat/completions", chat(model="nobody"))
     return wires
@@ -118,7 +120,7 @@ async def works(gateway: Running) -> list[Wire]:
 
 def pages(server: str, folder: Path) -> list[Path]:
     """The dashboards without Grafana, of what was seen since the load began."""
-    with httpx2.Client(base_url=server, trust_env=False) as client:
+    with httpx2.Client(base_url=server, trust_env=False, timeout=60) as client:
         now_s = float(client.get("/api/v1/query", params={"query": "time()"}).json()["data"]["result"][1])
         return write(folder / "pages", Prometheus(client, now_s - LIMIT_S, now_s, 0.5))
 

@@ -204,4 +204,4 @@ def test_the_second_of_two_installs_waits(tmp_path: Path) -> None:
         second = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment)
         assert second.stdout is not None
         assert "waiting" in second.stdout.readline()
-    assert second.communicate(timeout=20)[0] == "in\n"
+    assert second.communicate(timeout=120)[0] == "in\n"

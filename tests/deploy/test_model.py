@@ -83,7 +83,7 @@ def last_line_of(script: str, *arguments: str) -> str:
     """What a Python program of its own prints last: torch and transformers stay out of the test process."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
-        [sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True, timeout=560
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().splitlines()[-1]
@@ -161,7 +161,7 @@ def test_a_second_preparation_waits_for_the_first_and_takes_its_result(
     assert second.is_alive(), "it did not wait for the lock"
     (tmp_path / "tiny-random").symlink_to(cache / "tiny-random")
     fcntl.flock(held_lock, fcntl.LOCK_UN)
-    second.join(timeout=10)
+    second.join(timeout=120)
     assert not second.is_alive()
     assert said == []
     assert (tmp_path / "tiny-random").is_symlink(), "it made the folder again"

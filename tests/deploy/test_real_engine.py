@@ -114,7 +114,7 @@ def test_an_argument_that_vllm_refuses_is_one_sentence_and_leaves_nothing_behind
         + ["--state-folder", str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=560,
         env={**os.environ, MARK: mark},
     )
     assert done.returncode == 1

@@ -30,7 +30,8 @@ from deploy.worker import (
 )
 from tests.deploy.processes import MARK, eventually, marked, new_mark
 
-QUICK = Timing(start_s=20, probe_every_s=0.02, probe_timeout_s=0.3, watch_every_s=0.02, backoff_s=0.05, grace_s=1.0)
+QUICK = Timing(start_s=120, probe_every_s=0.02, probe_timeout_s=5, watch_every_s=0.02, backoff_s=0.05, grace_s=1.0)
+LIMIT_S = 120.0  # for a busy machine, or one that stands still
 FAKE = [sys.executable, "-m", "loadtest.fake_engine", "--model", "toy", "--cost", "instant", "--port"]
 
 
@@ -73,7 +74,7 @@ class Watched:
         return await self._event(lambda event: event.detail == detail, 1)
 
     async def _event(self, wanted: Callable[[WorkerEvent], bool], times: int) -> WorkerEvent:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(LIMIT_S):
             while True:
                 reached = [event for event in self.events if wanted(event)]
                 if len(reached) >= times:
@@ -100,7 +101,7 @@ async def alive(worker: WorkerProcess) -> AsyncIterator[asyncio.Task[None]]:
     finally:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError, WorkerError):
-            await asyncio.wait_for(task, 20)
+            await asyncio.wait_for(task, LIMIT_S)
 
 
 def says(text: str, then: str = "") -> Callable[[int], list[str]]:
@@ -119,7 +120,7 @@ async def test_a_worker_is_tested_before_it_is_ready_and_stops_without_a_trace(w
 
 
 async def answers(url: str) -> bool:
-    async with httpx2.AsyncClient(trust_env=False) as client:
+    async with httpx2.AsyncClient(trust_env=False, timeout=LIMIT_S) as client:
         try:
             return (await client.get(url + "/health")).status_code == 200
         except httpx2.HTTPError:
@@ -149,7 +150,7 @@ async def test_a_killed_leash_takes_its_engine_along_and_both_are_replaced(watch
 
 
 async def test_a_frozen_engine_is_taken_for_dead(watched: Watched) -> None:
-    timing = replace(QUICK, unanswered_s=0.5, grace_s=0.2)
+    timing = replace(QUICK, probe_timeout_s=0.3, unanswered_s=3.0, grace_s=0.2)
     async with alive(watched.worker(timing=timing)):
         await watched.until(State.READY)
         os.kill(watched.engine_pid(), signal.SIGSTOP)
@@ -234,7 +235,7 @@ async def test_kill_gives_no_grace(watched: Watched) -> None:
         task.cancel()
         await asyncio.sleep(0)
         worker.kill()
-        await asyncio.wait_for(asyncio.wait({task}), 10)
+        await asyncio.wait_for(asyncio.wait({task}), LIMIT_S)  # less than its grace
 
 
 async def test_cancelling_again_and_again_does_not_leave_the_engine_behind(watched: Watched) -> None:

@@ -43,7 +43,7 @@ def test_on_a_clock_that_counts_work_every_request_is_foretold(tmp_path: Path) -
     argv = [sys.executable, "-m", "deploy.cli", "bench", "simulator", "--clock", "work", "--workloads", "C"]
     argv += ["--policies", "fcfs,mlfq", "--limit", "24", "--slots", "2", "--length-scale", "0.05", "--context", "400"]
     argv += ["--loads", "2", "--repetitions", "1", "--out", str(tmp_path)]
-    page = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=250).stdout
+    page = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=560).stdout
     assert "| C | 2 | fcfs | 0.0% | 0.0% | 0.0% | 0.0% |" in page
     assert "| C | 2 | mlfq | 0.0% | 0.0% | 0.0% | 0.0% |" in page
     assert "All 2: 0.0% of a request's E2E in the median" in page

@@ -32,7 +32,7 @@ def answers(model: Path, combination: str, *policies: str) -> Any:
         env=os.environ | ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=560,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -9,7 +9,6 @@ pytest.importorskip("nixl", reason="NIXL is not installed")
 
 from nixl._api import nixl_agent
 from vllm.config import KVTransferConfig
-from vllm.distributed.device_communicators import shm_broadcast
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
 from deploy.engine_args import kv_transfer
@@ -32,14 +31,6 @@ def test_threads_of_agents_made_meanwhile_sleep_and_those_of_later_ones_do_not()
     with _sleeping_threads():
         assert pause_us() == LONGEST_SLEEP_US
     assert pause_us() == 0
-
-
-def test_vllm_looks_again_for_messages_after_so_long() -> None:
-    assert shm_broadcast.SHM_READER_RECHECK_INTERVAL_MS == 5000
-    assert (
-        "SHM_READER_RECHECK_INTERVAL_MS"
-        in shm_broadcast.MessageQueue.ReadTimeoutWithWarnings.timeout_ms.__code__.co_names
-    )
 
 
 @pytest.mark.parametrize("role", Role)

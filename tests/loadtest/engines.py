@@ -18,10 +18,10 @@ def engine_in_a_thread(faults: Faults = HEALTHY, setup: EngineSetup | None = Non
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     try:
-        asyncio.run_coroutine_threadsafe(engine.__aenter__(), loop).result(10)
+        asyncio.run_coroutine_threadsafe(engine.__aenter__(), loop).result(60)
         yield engine
     finally:
-        asyncio.run_coroutine_threadsafe(engine.__aexit__(None, None, None), loop).result(10)
+        asyncio.run_coroutine_threadsafe(engine.__aexit__(None, None, None), loop).result(60)
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
+        thread.join(60)
         loop.close()

@@ -28,7 +28,7 @@ async def client(engine: FakeEngine) -> AsyncIterator[openai.AsyncOpenAI]:
 
 
 async def events(engine: FakeEngine, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-    async with httpx2.AsyncClient(base_url=engine.url) as client:
+    async with httpx2.AsyncClient(base_url=engine.url, timeout=60) as client:
         text = (await client.post(path, json=body | {"stream": True})).text
     parts = [part.partition("\ndata: ") for part in text.split("\n\n") if part]
     parsed = [(head.removeprefix("event: "), orjson.loads(data)) for head, _, data in parts]
@@ -75,7 +75,7 @@ async def test_openais_own_client_sees_its_own_errors(client: openai.AsyncOpenAI
 
 async def test_messages_come_in_anthropics_shape(engine: FakeEngine) -> None:
     body = {"model": "fake", "max_tokens": 100, "messages": [{"role": "user", "content": QUESTION}]}
-    async with httpx2.AsyncClient(base_url=engine.url) as client:
+    async with httpx2.AsyncClient(base_url=engine.url, timeout=60) as client:
         answer = (await client.post("/v1/messages", json=body)).json()
         refused = await client.post("/v1/messages", json=body | {"max_tokens": "x"})
     assert answer["content"] == [{"type": "text", "text": ANSWER}]
@@ -117,7 +117,7 @@ def test_a_vector_has_length_one() -> None:
 
 async def test_a_prompt_that_was_seen_is_computed_no_second_time() -> None:
     setup = EngineSetup(cost=CostModel(iteration_s=0.001, prefill_s_per_token=10e-6))
-    async with FakeEngine(setup) as engine, httpx2.AsyncClient(base_url=engine.url) as client:
+    async with FakeEngine(setup) as engine, httpx2.AsyncClient(base_url=engine.url, timeout=60) as client:
         for _ in range(2):
             await client.post("/v1/completions", json={"prompt": [5] * 1000, "max_tokens": 1})
         assert engine.batch.counts.prefix_hits == 31 * 32

@@ -16,7 +16,7 @@ STORY = [{"role": "user", "content": "Tell me a story about a river."}]
 SLOW = EngineSetup(cost=CostModel(iteration_s=0.005, max_seqs=4))
 
 
-async def until(condition: Callable[[], bool], deadline_s: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], deadline_s: float = 60.0) -> None:
     """Poll until a condition holds; a failure names no more than the deadline."""
     async with asyncio.timeout(deadline_s):
         while not condition():  # noqa: ASYNC110 - the engine sets no event for us
@@ -36,7 +36,7 @@ async def client(engine: FakeEngine) -> AsyncIterator[httpx2.AsyncClient]:
 
 
 def client_of(engine: FakeEngine) -> httpx2.AsyncClient:
-    return httpx2.AsyncClient(base_url=engine.url, timeout=10)
+    return httpx2.AsyncClient(base_url=engine.url, timeout=60)
 
 
 async def stream(client: httpx2.AsyncClient, path: str, body: dict[str, Any]) -> list[Any]:
@@ -183,7 +183,7 @@ async def test_tokenize_counts_as_the_engine_counts(client: httpx2.AsyncClient) 
 
 async def test_many_requests_share_one_connection(engine: FakeEngine) -> None:
     limits = httpx2.Limits(max_connections=1)
-    async with httpx2.AsyncClient(base_url=engine.url, limits=limits) as client:
+    async with httpx2.AsyncClient(base_url=engine.url, limits=limits, timeout=60) as client:
         for _ in range(5):
             await chat(client, max_tokens=2)
 
@@ -199,10 +199,11 @@ async def test_a_client_that_leaves_frees_its_slot_and_its_memory() -> None:
         assert engine.batch.counts.finished == {"aborted": 1}
 
 
-async def test_requests_over_the_slots_wait(client: httpx2.AsyncClient) -> None:
-    async with FakeEngine(SLOW) as engine, client_of(engine) as client:
+async def test_requests_over_the_slots_wait() -> None:
+    async with FakeEngine(SLOW, faults=Faults(stall_after_tokens=0)) as engine, client_of(engine) as client:
         asks = [asyncio.create_task(chat(client, max_tokens=20, ignore_eos=True)) for _ in range(6)]
         await until(lambda: (engine.running, engine.waiting) == (4, 2))
+        engine.heal()
         await asyncio.gather(*asks)
         assert (engine.running, engine.waiting) == (0, 0)
 

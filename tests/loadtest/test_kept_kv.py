@@ -31,7 +31,7 @@ async def decode() -> AsyncIterator[FakeEngine]:
 
 @pytest.fixture
 async def ask() -> AsyncIterator[Ask]:
-    async with httpx2.AsyncClient(trust_env=False) as client:
+    async with httpx2.AsyncClient(trust_env=False, timeout=60) as client:
 
         async def post(engine: FakeEngine, **more: Any) -> dict[str, Any]:
             body = {"prompt": PROMPT, "max_tokens": 1} | more

@@ -18,7 +18,7 @@ from server.app import GatewayServer
 from server.settings import Settings
 
 MODEL = "fake"
-LIMIT_S = 30.0  # for a busy machine; nothing here takes a second on an idle one
+LIMIT_S = 60.0  # for a busy machine, or one that stands still; nothing here takes a second on an idle one
 INSTANT = EngineSetup(cost=PRESETS["instant"])
 SLOW = EngineSetup(cost=replace(PRESETS["quick"], iteration_s=0.02))
 
@@ -337,10 +337,11 @@ async def serving(*urls: str, ready: bool = True, slots: int = 256, **settings: 
         "port": 0,
         "admin_port": 0,
         "probe_s": 0.2,
-        "shutdown_s": 5.0,
+        "shutdown_s": 20.0,
         "workers": workers,
     } | settings
-    options["health"] = {"canary": "off"} | settings.get("health", {})  # what an engine is asked is for tests to say
+    # What an engine is asked is for tests to say. One that is slow because all is slow is not dead.
+    options["health"] = {"canary": "off", "probe_timeout_s": LIMIT_S} | settings.get("health", {})
     server = GatewayServer(Settings(**options))
     sock = server.listen()
     running = Running(server, sock.getsockname()[1])
@@ -358,7 +359,7 @@ async def serving(*urls: str, ready: bool = True, slots: int = 256, **settings: 
         for wire in running.wires:
             wire.reset()
         server.stop()
-        await asyncio.wait_for(running.serving, 20)
+        await asyncio.wait_for(running.serving, LIMIT_S)
         await eventually(lambda: not server.uvicorn.server_state.connections, "no connection is left")
 
 

@@ -18,7 +18,9 @@ def obey(folder: Path, name: str, behaviour: str, post: Post) -> int:
         return 3
     if behaviour == "raises" and name == "b":
         raise ValueError("this cannot be")
-    (folder / f"{name}.pid").write_text(str(os.getpid()))
+    whole = folder / f"{name}.pid.{os.getpid()}"
+    whole.write_text(str(os.getpid()))
+    whole.rename(folder / f"{name}.pid")  # whoever looks sees the old number or the new one
     post.ready()
     heard = b""
     while True:

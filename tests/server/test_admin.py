@@ -88,7 +88,7 @@ def test_a_taken_port_for_operators_is_said_with_a_way_out() -> None:
         for processes in ("1", "2"):
             command = [sys.executable, "-m", "server", "--port", f"{free_port()}", "--gateway-processes", processes]
             env = os.environ | {"EVENHAND_ADMIN_KEY": ADMIN_KEY, "EVENHAND_ADMIN_PORT": f"{number}"}
-            ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+            ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
             assert ended.returncode == 1
             assert f"127.0.0.1:{number} for /admin" in ended.stderr and "EVENHAND_ADMIN_PORT" in ended.stderr
 
@@ -184,7 +184,8 @@ async def test_nonsense_is_refused_with_an_error_that_quotes_no_key(
 
 async def test_a_drained_worker_gets_nothing_new_and_finishes_what_it_has() -> None:
     async with FakeEngine(SLOW) as one, FakeEngine(INSTANT) as other, serving(one.url, admin_key=ADMIN_KEY) as gateway:
-        running = await gateway.send(request("/v1/chat/completions", chat(max_tokens=30, stream=True)))
+        long = chat(max_tokens=150, stream=True, ignore_eos=True)
+        running = await gateway.send(request("/v1/chat/completions", long))
         await running.head()
         assert (await admin(gateway, "POST", "/workers/worker-0/drain")).json()["state"] == "draining"
         added = await admin(gateway, "PUT", "/workers/spare", {"url": other.url, "slots": 8})
@@ -221,7 +222,8 @@ async def test_the_policy_changes_under_load_and_nobody_loses_an_answer(tmp_path
     file.write_text(f"tenants: [{{name: a, keys: [{KEY}]}}, {{name: b, keys: [{OTHER}], weight: 2}}]")
     options = {"admin_key": ADMIN_KEY, "tenants": file, "slots": 2, "admission": {"ahead": 0}}
     async with over_fake(SLOW, **options) as (gateway, _):
-        asked = [asyncio.create_task(ask(gateway, (KEY, OTHER)[number % 2], stream=True)) for number in range(24)]
+        fields = {"stream": True, "max_tokens": 16}
+        asked = [asyncio.create_task(ask(gateway, (KEY, OTHER)[number % 2], **fields)) for number in range(24)]
         await eventually(lambda: gateway.waiting > 10)
         for policy, given in [("vtc", {}), ("mlfq", {"levels": "3"}), ("gittins", {}), ("vtc", {"within": "mlfq"})]:
             told = await admin(gateway, "PUT", "/policy", {"policy": policy, "options": given})

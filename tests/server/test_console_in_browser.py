@@ -23,7 +23,7 @@ FLAGS = [
     "--disable-component-update",
     "--no-first-run",
 ]
-PATIENCE_MS = 30_000
+PATIENCE_MS = 60_000
 
 
 @contextlib.asynccontextmanager
@@ -32,7 +32,7 @@ async def chromium() -> AsyncIterator[Browser]:
     if program is None:
         pytest.skip("no Chromium here: install it (Debian and Ubuntu: apt install chromium)")
     async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=program, args=FLAGS)
+        browser = await playwright.chromium.launch(executable_path=program, args=FLAGS, timeout=PATIENCE_MS)
         try:
             yield browser
         finally:
@@ -66,6 +66,7 @@ class Shown:
 async def shown(browser: Browser, gateway: Running, width: int, height: int, scheme: str) -> AsyncIterator[Shown]:
     context = await browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)  # type: ignore[arg-type]
     page = await context.new_page()
+    page.set_default_timeout(PATIENCE_MS)
     opened = Shown(page)
 
     def complain(message: ConsoleMessage) -> None:
@@ -88,7 +89,7 @@ async def busy(tmp_path: Path) -> AsyncIterator[Running]:
     async with over_fake(SLOW, admission={"ahead": 0}, **options) as (gateway, _):
         wires: list[Wire] = []
         for key in (KEY, KEY, KEY, OTHER):
-            body = chat(stream=True, max_tokens=2000, ignore_eos=True)
+            body = chat(stream=True, max_tokens=8000, ignore_eos=True)  # longer than any of this takes
             wires.append(
                 await gateway.send(request("/v1/chat/completions", body, headers={"authorization": f"Bearer {key}"}))
             )

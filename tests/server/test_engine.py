@@ -268,9 +268,17 @@ async def test_what_is_paused_stops_and_what_is_resumed_goes_on(scripted: Script
 
 
 async def test_bytes_that_nobody_asked_for_end_the_connection(scripted: ScriptedEngine) -> None:
+    has_its_answer = asyncio.Event()
+
+    async def says_more(writer: asyncio.StreamWriter) -> None:
+        writer.write(plain(b"{}"))
+        await has_its_answer.wait()
+        writer.write(b"HTTP/1.1 200 OK\r\n")
+
     engine = Engine(scripted.url)
-    scripted.scripts = [says(plain(b"{}"), b"HTTP/1.1 200 OK\r\n", pause_s=0.05)]
+    scripted.scripts = [says_more]
     await ask(engine)
+    has_its_answer.set()
     await eventually(lambda: not engine.idle, "the connection is not offered again")
     await engine.close()
 

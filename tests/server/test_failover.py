@@ -309,6 +309,55 @@ async def test_another_worker_that_says_something_else_ends_the_stream_with_an_e
         assert cut.text.startswith(reply.text[:-1]), "nothing of the other answer was mixed in"
 
 
+def piece(token: int, text: str, finish: str | None = None) -> bytes:
+    """One token of a completion as vLLM says it."""
+    choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish, "token_ids": [token]}
+    event = {"id": "c", "object": "text_completion", "created": 1, "model": "fake", "choices": [choice]}
+    if token == HALF[0][0]:
+        choice["prompt_token_ids"] = [5, 6, 7]
+    return b"data: " + json.dumps(event, separators=(",", ":")).encode() + b"\n\n"
+
+
+HALF = [(8, "a"), (9, ""), (10, ""), (11, "é"), (12, ""), (13, "!")]  # characters of three tokens and of two
+ENDED = (
+    piece(*HALF[-1], "length"),
+    b'data: {"id":"c","object":"text_completion","created":1,"model":"fake","choices":[],"usage":'
+    b'{"prompt_tokens":4,"completion_tokens":5,"total_tokens":9}}\n\n',
+    b"data: [DONE]\n\n",
+)
+
+
+ABORTED = (
+    b'data: {"id":"c","object":"text_completion","created":1,"model":"fake","choices":[{"index":0,"text":"",'
+    b'"logprobs":null,"finish_reason":"abort","token_ids":[]}]}\n\n',
+    b"data: [DONE]\n\n",
+)
+
+
+@pytest.mark.parametrize("had", [1, 2, 3])
+@pytest.mark.parametrize("again", [0, 1, 2], ids="then fails after {}".format)
+@pytest.mark.parametrize("aborts", [False, True])
+async def test_token_ids_of_characters_in_parts_are_neither_lost_nor_repeated(
+    had: int, again: int, aborts: bool
+) -> None:
+    """The second worker may die, or abort, before it has said again what the first one had said of a character."""
+    rest = dying(*(piece(*one) for one in HALF[1:-1]), *ENDED, done=True)
+    makes = [piece(*one) for one in HALF[1 : 1 + again]]
+    second = [dying(*makes, *(ABORTED if aborts else ()), done=aborts)] if again else []
+    scripts = [dying(*(piece(*one) for one in HALF[:had])), *second, rest]
+    listed = {"/v1/models": plain(b'{"object":"list","data":[{"id":"fake","object":"model","owned_by":"vllm"}]}')}
+    engines = [ScriptedEngine(scripts, gets=listed) for _ in range(3)]
+    async with engines[0].run() as one, engines[1].run() as two, engines[2].run() as three:
+        async with serving(one.url, two.url, three.url, probe_s=60.0) as gateway:
+            await eventually(lambda: len(gateway.server.fleet.ready()) == 3)
+            reply = await gateway.ask(COMPLETIONS, completion(max_tokens=len(HALF), **USAGE))
+    assert_one_stream(reply, COMPLETIONS)
+    choices = [choice for event in reply.events[:-1] for choice in event["choices"]]
+    assert [token for choice in choices for token in choice["token_ids"]] == [token for token, _ in HALF]
+    assert reply.text == "aé!"
+    assert reply.events[-2]["usage"] == {"prompt_tokens": 3, "completion_tokens": 6, "total_tokens": 9}
+
+
 async def test_an_engine_that_aborts_what_it_runs_is_no_end_of_an_answer() -> None:
     async with FakeEngine(INSTANT) as engine:
         cut = await Cut.asked(engine)
@@ -319,3 +368,23 @@ async def test_an_engine_that_aborts_what_it_runs_is_no_end_of_an_answer() -> No
         reply = await asked_of_the_first(gateway, first, Cut.body)
         assert_one_stream(reply, COMPLETIONS)
         assert reply.text == cut.text and reply.events[-2]["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_a_whole_answer_that_an_engine_aborted_is_asked_for_again(path: str) -> None:
+    """vLLM that is told to end says 200 and what it has made so far."""
+    choice = {"index": 0, "text": "cut", "message": {"role": "assistant", "content": "cut"}, "finish_reason": "abort"}
+    usage = {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4}
+    answer = {"id": "c", "model": "fake", "choices": [choice], "usage": usage}
+
+    async def aborts(writer: asyncio.StreamWriter) -> None:
+        writer.write(plain(json.dumps(answer, separators=(",", ":")).encode()))
+
+    async with over_script_and_fake(aborts) as (gateway, first, _):
+        reply = await gateway.ask(path, body_for(path))
+        while not first.asked:
+            reply = await gateway.ask(path, body_for(path))
+        (said,) = reply.json()["choices"]
+        assert reply.status == 200 and said["finish_reason"] == "length"
+        assert reply.json()["usage"]["completion_tokens"] == TOKENS
+        assert gateway.server.gateway.failover.outcomes["retried"] == 1

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from server.schemas import ROUTES
-from tests.server.conftest import INSTANT, Running, chat, completion, over_fake, request
+from tests.server.conftest import INSTANT, LIMIT_S, Running, chat, completion, over_fake, request
 
 TIMES = int(os.environ.get("EVENHAND_SOAK", "1"))
 REQUESTS_AT_ONCE = 10
@@ -102,7 +102,7 @@ class Sent:
 
 def tell(port: int, data: bytes) -> bytes:
     """Sends these bytes and no more; returns all that is answered."""
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+    with socket.create_connection(("127.0.0.1", port), timeout=LIMIT_S) as client:
         answer = b""
         try:
             client.sendall(data)
@@ -129,18 +129,18 @@ class Live:
         self.loop = asyncio.get_running_loop()
         self.loop.set_exception_handler(lambda loop, context: self.errors.append(str(context)))
         self.over = asyncio.Event()
-        async with over_fake(INSTANT, edge={"head_timeout_s": 2.0, "body_timeout_s": 2.0}) as (self.gateway, _):
+        async with over_fake(INSTANT, edge={"head_timeout_s": 20.0, "body_timeout_s": 20.0}) as (self.gateway, _):
             self.ready.set()
             await self.over.wait()
 
     def __enter__(self) -> "Live":
         self.thread.start()
-        assert self.ready.wait(30)
+        assert self.ready.wait(LIMIT_S)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.loop.call_soon_threadsafe(self.over.set)
-        self.thread.join(60)
+        self.thread.join(2 * LIMIT_S)
         assert not self.thread.is_alive(), "it stops, and nothing is left of any request"
 
     def tell(self, data: bytes) -> bytes:
@@ -185,7 +185,7 @@ def test_no_bytes_make_the_gateway_fail(live: Live, requests: list[Sent]) -> Non
 @given(data=st.data(), base=st.sampled_from(BASES))
 def test_a_client_may_vanish_at_any_byte(live: Live, data: st.DataObject, base: bytes) -> None:
     cut = data.draw(st.integers(0, len(base)))
-    client = socket.create_connection(("127.0.0.1", live.gateway.port), timeout=20)
+    client = socket.create_connection(("127.0.0.1", live.gateway.port), timeout=LIMIT_S)
     client.sendall(base[:cut])
     if data.draw(st.booleans()):
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")  # a reset

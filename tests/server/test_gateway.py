@@ -332,7 +332,7 @@ async def test_an_answer_that_cannot_begin_by_its_deadline_is_not_started() -> N
         await first.head()
         began = time.monotonic()
         reply = await gateway.ask(CHAT, chat(), headers={"x-deadline-s": "0.3"})
-        assert reply.status == 429 and 0.3 <= time.monotonic() - began < 10
+        assert reply.status == 429 and time.monotonic() - began >= 0.3
         assert gateway.waiting == 0 and len(engine.seen) == 2
         for wrong in ("0", "-1", "soon", "nan", "inf", ""):
             refused = await gateway.ask(CHAT, chat(), headers={"x-deadline-s": wrong})
@@ -361,13 +361,13 @@ async def test_a_stalled_engine_does_not_keep_the_client_from_leaving() -> None:
 
 
 async def test_a_client_that_leaves_a_whole_answer_is_charged_for_what_was_made_for_it() -> None:
-    async with over_fake(SLOW) as (gateway, _):
+    async with over_fake(SLOW) as (gateway, engine):
         for _ in range(30):
             await gateway.ask(CHAT, chat(max_tokens=10, ignore_eos=True))  # 50 tokens a second is what it learns
         before = (await gateway.metrics())["evenhand_tokens_total", (("kind", "completion"),)]
+        made_so_far = engine.batch.counts.generation_tokens
         wire = await gateway.send(request(CHAT, chat(max_tokens=30, ignore_eos=True)))
-        await eventually(lambda: gateway.in_flight == 1)
-        await asyncio.sleep(0.3)
+        await eventually(lambda: engine.batch.counts.generation_tokens >= made_so_far + 12)
         wire.reset()
         await eventually(gateway.at_rest)
         made = (await gateway.metrics())["evenhand_tokens_total", (("kind", "completion"),)] - before

@@ -1,7 +1,7 @@
 """When a worker is out, and when it is back."""
 
 import asyncio
-import time
+from time import monotonic
 
 import pytest
 
@@ -11,7 +11,20 @@ from scheduler.workers import Worker
 from server.fleet import Fleet, State
 from server.health import Breaker, Output
 from server.settings import HealthSettings
-from tests.server.conftest import INSTANT, SLOW, ScriptedEngine, chat, eventually, over_fake, plain, request, says
+from tests.server.conftest import (
+    INSTANT,
+    LIMIT_S,
+    SLOW,
+    ScriptedEngine,
+    chat,
+    eventually,
+    over_fake,
+    plain,
+    request,
+    says,
+    serving,
+    streamed,
+)
 from tests.server.crowd import over_crowd
 
 CHAT = "/v1/chat/completions"
@@ -60,19 +73,61 @@ async def test_a_stream_is_moved_when_its_engine_runs_and_makes_nothing() -> Non
         stuck.heal()
 
 
+class Ahead:
+    """A clock that a test sets ahead. looks: how often it was looked at."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+        self.looks = 0
+
+    def __call__(self) -> float:
+        self.looks += 1
+        return monotonic() + self.ahead_s
+
+
+async def looked_at(clock: Ahead, times: int = 6) -> None:
+    """Returns when so many probes and what follows from them are over."""
+    until = clock.looks + times
+    await eventually(lambda: clock.looks > until, "the workers are looked at")
+
+
 async def test_a_client_that_does_not_read_is_no_stall() -> None:
-    async with over_crowd(health={"stall_s": 0.1}) as crowd:
-        body = chat(max_tokens=4000, stream=True, ignore_eos=True)
-        wire = await crowd.gateway.send(request(CHAT, body))
+    """Two engines that say they run something and make nothing; the one that answers waits for the client to read."""
+    stuck = plain(b"vllm:num_requests_running 1\nvllm:generation_tokens_total 7\n")
+    event = b'data: {"choices":[{"index":0,"delta":{"content":"%b"}}]}\n\n' % (b"x" * 32_000)
+    enough = asyncio.Event()
+
+    async def much(writer: asyncio.StreamWriter) -> None:
+        writer.write(streamed(event).removesuffix(b"0\r\n\r\n"))
+        while not enough.is_set():
+            writer.write(b"%x\r\n%b\r\n" % (len(event), event))
+            await writer.drain()
+
+    async with (
+        ScriptedEngine([much], gets={"/metrics": stuck}).run() as one,
+        ScriptedEngine([much], gets={"/metrics": stuck}).run() as other,
+        serving(one.url, other.url, ready=False, probe_s=0.02, health={"stall_s": 60.0, "failures": 1000}) as gateway,
+    ):
+        fleet, clock = gateway.server.fleet, Ahead()
+        await eventually(lambda: len(fleet.ready()) == 2)
+        wire = await gateway.send(request(CHAT, chat(stream=True)))
         await wire.head()
-        await asyncio.sleep(0.6)  # six times the patience, nothing read
-        assert len(crowd.asked) == 1
-        await wire.close()
+        (leg,) = [leg for member in fleet.members.values() for leg in member.legs]
+        await eventually(lambda: leg.connection is not None and leg.connection.paused, "its client does not keep up")
+        fleet.clock = clock
+        clock.ahead_s = 600.0  # ten times the patience, nothing read
+        await looked_at(clock)
+        assert leg.speaks and [leg for member in fleet.members.values() for leg in member.legs] == [leg]
+        assert not any(gateway.server.gateway.failover.outcomes.values())
+        enough.set()
+        wire.reset()
 
 
 async def test_an_engine_that_fails_again_and_again_is_out_and_costs_nobody_an_answer() -> None:
     async with over_crowd(probe_s=0.05, health={"failures": 3}) as crowd:
         bad, good = crowd.engines
+        now = monotonic()  # stands still: its pause ends when the test says so
+        crowd.gateway.server.fleet.clock = lambda: now
         bad.faults = Faults(error_status=500)
         bad.crowd = None  # type: ignore[assignment]  # this fault stays
         bad._strike = lambda: None  # type: ignore[method-assign]
@@ -81,6 +136,7 @@ async def test_an_engine_that_fails_again_and_again_is_out_and_costs_nobody_an_a
             assert (await crowd.gateway.ask(CHAT, chat())).status == 200
         assert member.state is State.DOWN and len(bad.seen) == 3
         bad.faults = HEALTHY
+        now += 1.5  # longer than its first pause
         await eventually(lambda: member.state is State.READY)
         assert member.breaker.failures == 3, "the next failure opens it again at once"
         while member.breaker.failures:
@@ -125,7 +181,7 @@ async def test_after_its_time_a_drained_worker_s_streams_go_on_elsewhere_and_the
     async with over_crowd(SLOW, health={"drain_s": 0.05}) as crowd:
         fleet = crowd.gateway.server.fleet
         for fields, moves in (({}, True), ({"n": 2}, False)):
-            body = chat(max_tokens=30, stream=True, ignore_eos=True, **fields)
+            body = chat(max_tokens=60, stream=True, ignore_eos=True, **fields)
             whole = await crowd.gateway.ask(CHAT, body)
             before = len(crowd.asked)
             wire = await crowd.gateway.send(request(CHAT, body))
@@ -150,8 +206,7 @@ def said(events: list[object]) -> list[object]:
 
 
 async def test_a_gateway_that_is_told_to_stop_says_so_before_it_closes() -> None:
-    async with over_fake(lame_duck_s=0.5) as (gateway, _):
-        began = time.monotonic()
+    async with over_fake(lame_duck_s=3600.0) as (gateway, _):
         gateway.server.stop()
         ready = await gateway.ask("/ready", method="GET")
         assert ready.status == 503 and ready.json()["stopping"]
@@ -159,5 +214,14 @@ async def test_a_gateway_that_is_told_to_stop_says_so_before_it_closes() -> None
         answer = await gateway.ask(CHAT, chat())
         assert answer.status == 200
         assert answer.headers["connection"] == "close", "no connection is idle when it closes"
-        await gateway.serving
-        assert time.monotonic() - began >= 0.5
+        assert not gateway.serving.done()
+        gateway.server.stop()  # told again: at once
+        await asyncio.wait_for(asyncio.shield(gateway.serving), LIMIT_S)
+
+
+async def test_it_closes_when_it_has_said_so_for_long_enough() -> None:
+    async with over_fake(lame_duck_s=0.5) as (gateway, _):
+        began = monotonic()
+        gateway.server.stop()
+        await asyncio.wait_for(asyncio.shield(gateway.serving), LIMIT_S)
+        assert monotonic() - began >= 0.5

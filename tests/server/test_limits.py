@@ -241,11 +241,11 @@ def test_admission_takes_microseconds() -> None:
     gate, answer = world.gate(), Answer()
     best_s = float("inf")
     for _ in range(20):
-        began = time.perf_counter()
+        began = time.thread_time()  # what else the machine does is not its doing
         for _ in range(500):
             answer.extra_headers = b""
             gate.leave(gate.enter(tenant, 100, answer), 100, 80)
-        best_s = min(best_s, (time.perf_counter() - began) / 500)
+        best_s = min(best_s, (time.thread_time() - began) / 500)
     assert best_s < 40e-6  # four times the goal, for slow machines
 
 

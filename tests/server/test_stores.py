@@ -15,16 +15,17 @@ from redis.asyncio import Redis
 from server.redis_store import RedisStore
 from server.socket_store import LOCAL, SHARED, SocketStore, listen_at, serving_stores
 from server.store import MemoryStore, News, Offer, Store, StoreAway
+from tests.server.conftest import LIMIT_S
 
 NAMES = count()
-SHORT_S = 0.15
+SHORT_S = 0.15  # what is to expire while a test waits for it
 
 
 class OverSocket(SocketStore):
     """A store over a socket, with what it is over."""
 
     def __init__(self, path: Path, memory: MemoryStore) -> None:
-        super().__init__(path, SHARED, timeout_s=30.0)
+        super().__init__(path, SHARED, timeout_s=LIMIT_S)
         self.memory = memory
 
 
@@ -46,7 +47,7 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
         async with over_socket(tmp_path / "store") as store:
             yield store
         return
-    redis = RedisStore(request.getfixturevalue("redis_url"), prefix=f"test-{next(NAMES)}", timeout_s=30.0)
+    redis = RedisStore(request.getfixturevalue("redis_url"), prefix=f"test-{next(NAMES)}", timeout_s=LIMIT_S)
     yield redis
     await redis.close()
 
@@ -82,7 +83,7 @@ class Reader:
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + LIMIT_S
     while not await condition():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)
@@ -124,9 +125,11 @@ async def test_a_kept_row_never_falls_back_to_a_smaller_value(store: Store) -> N
 
 
 async def test_live_rows_go_with_their_replica_and_kept_rows_stay(store: Store) -> None:
-    gone, stays = Reader(store, "gone", ttl_s=SHORT_S), Reader(store, "stays")
+    gone, stays = Reader(store, "gone"), Reader(store, "stays")
     await gone.says({"a": "1"}, {("day:1", "acme", "gone"): 3})
     assert "gone" in (await stays.says()).alive
+    gone.ttl_s = SHORT_S
+    await gone.says()
 
     async def buried() -> bool:
         return "gone" not in (await stays.says()).alive
@@ -138,8 +141,9 @@ async def test_live_rows_go_with_their_replica_and_kept_rows_stay(store: Store) 
 
 
 async def test_a_replica_that_was_taken_for_gone_is_told_so(store: Store) -> None:
-    late, other = Reader(store, "late", ttl_s=SHORT_S), Reader(store, "other")
+    late, other = Reader(store, "late"), Reader(store, "other")
     assert not (await late.says({"a": "1"})).known
+    late.ttl_s = SHORT_S
     assert (await late.says()).known
 
     async def buried() -> bool:
@@ -200,8 +204,9 @@ async def test_records_are_kept_by_kind_and_every_change_shows_in_the_version(st
 
 async def test_a_worker_is_listed_until_its_heartbeats_stop(store: Store) -> None:
     await store.register("w-0", "one", ttl_s=60.0)
-    await store.register("w-1", "two", ttl_s=SHORT_S)
+    await store.register("w-1", "two", ttl_s=60.0)
     assert await store.workers() == {"w-0": "one", "w-1": "two"}
+    await store.register("w-1", "two", ttl_s=SHORT_S)
 
     async def expired() -> bool:
         return await store.workers() == {"w-0": "one"}
@@ -212,6 +217,20 @@ async def test_a_worker_is_listed_until_its_heartbeats_stop(store: Store) -> Non
     await store.leave("w-0")
     await store.leave("w-0")
     assert await store.workers() == {}
+
+
+async def test_a_question_that_is_cancelled_ends_in_whatever_moment_it_is(store: Store) -> None:
+    """Whoever stops a gateway waits for those that ask: a cancellation that is lost would let it wait for ever."""
+    one = Reader(store, "one")
+    for steps in range(30):
+        await one.says()  # the connection is there, so that a question is sent at once
+        asking = asyncio.create_task(one.says())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        if asking.cancel():
+            await asyncio.wait([asking])
+            assert asking.cancelled(), f"it was cancelled after {steps} steps, and went on"
+            assert await store.records("none") == {}, "and its answer is not taken for the next one's"
 
 
 STEPS = st.lists(
@@ -225,7 +244,7 @@ STEPS = st.lists(
 async def test_all_stores_say_the_same_in_any_order_of_exchanges(
     redis_url: str, tmp_path: Path, steps: list[tuple[str, str, int, bool]]
 ) -> None:
-    redis = RedisStore(redis_url, prefix=f"both-{next(NAMES)}")
+    redis = RedisStore(redis_url, prefix=f"both-{next(NAMES)}", timeout_s=LIMIT_S)
     heard: list[list[object]] = []
     async with over_socket(tmp_path / "store") as socket:
         for store in (MemoryStore(time.monotonic), socket, redis):
@@ -261,7 +280,7 @@ async def test_a_redis_that_accepts_and_says_nothing_is_given_up_in_time() -> No
 
     server = await asyncio.start_server(mute, "127.0.0.1", 0)
     store = RedisStore(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0", timeout_s=0.1)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(LIMIT_S):
         with pytest.raises(StoreAway):
             await store.workers()
     await store.close()
@@ -270,7 +289,7 @@ async def test_a_redis_that_accepts_and_says_nothing_is_given_up_in_time() -> No
 
 async def test_all_keys_of_a_system_share_one_hash_tag(redis_url: str) -> None:
     prefix = f"tagged-{next(NAMES)}"
-    store = RedisStore(redis_url, prefix=prefix)
+    store = RedisStore(redis_url, prefix=prefix, timeout_s=LIMIT_S)
     await store.exchange(Offer("one", 60.0, live={"a": "1"}))
     await store.put("tenant", "acme", "{}")
     await store.register("w", "x", 60.0)
@@ -283,7 +302,7 @@ async def test_all_keys_of_a_system_share_one_hash_tag(redis_url: str) -> None:
 
 async def test_a_socket_that_nobody_serves_is_one_kind_of_error_and_is_found_when_somebody_does(tmp_path: Path) -> None:
     path = tmp_path / "store"
-    store = SocketStore(path, SHARED)
+    store = SocketStore(path, SHARED, timeout_s=LIMIT_S)
     with pytest.raises(StoreAway, match="does not answer"):
         await store.records("tenant")
     for round_number in range(2):  # whoever serves it may come and go
@@ -309,7 +328,8 @@ async def test_a_socket_that_says_nothing_is_given_up_in_time_and_late_answers_a
         store = SocketStore(tmp_path / "store", SHARED, timeout_s=0.1)
         with pytest.raises(StoreAway):
             await store.records("slow")
-        patient = SocketStore(tmp_path / "store", SHARED, timeout_s=30)
+        store._timeout_s = LIMIT_S  # what it asks now is answered, however slowly
+        patient = SocketStore(tmp_path / "store", SHARED, timeout_s=LIMIT_S)
         cancelled = asyncio.create_task(patient.records("slow"))
         await asyncio.sleep(0)
         cancelled.cancel()
@@ -326,7 +346,7 @@ async def test_spaces_are_apart_and_one_that_is_not_served_says_so(tmp_path: Pat
     async with serving_stores(
         listen_at(path), {SHARED: MemoryStore(time.monotonic), LOCAL: MemoryStore(time.monotonic)}
     ):
-        shared, local, other = (SocketStore(path, space) for space in (SHARED, LOCAL, "other"))
+        shared, local, other = (SocketStore(path, space, timeout_s=LIMIT_S) for space in (SHARED, LOCAL, "other"))
         await shared.put("tenant", "acme", "{}")
         assert await local.records("tenant") == {}
         with pytest.raises(StoreAway, match="'other'"):
@@ -341,7 +361,7 @@ async def test_nonsense_on_the_socket_ends_that_connection_alone(tmp_path: Path)
         for nonsense in (b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 8, b"\x00\x00\x00\x01\xc1", b"\x00\x00\x00\x01\x90"):
             reader, writer = await asyncio.open_unix_connection(tmp_path / "store")
             writer.write(nonsense)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(LIMIT_S):
                 assert await reader.read() == b""
             writer.close()
         assert await store.records("tenant") == {"acme": "{}"}

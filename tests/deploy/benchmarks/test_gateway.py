@@ -20,7 +20,7 @@ RELAY = "import sys; sys.exit('this one never relays')"
 
 def bench(*options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "deploy.cli", "bench", "gateway", "--quick", "--streams", "50", *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, capture_output=True, text=True, timeout=560)
 
 
 def test_it_prints_a_line_for_each_gateway_or_says_what_it_needs() -> None:
