@@ -19,8 +19,8 @@ import orjson
 
 from loadtest.call import Call
 from loadtest.records import Ending, Record
+from loadtest.watch import Watch
 
-_TICK_S = 0.02
 # vLLM ends a stream in good form where its engine could not go on; its reason is the only sign.
 _BAD_FINISHES = frozenset({"error", "abort"})
 _PACKED_US = 1e6
@@ -357,7 +357,7 @@ class Client:
 
         Calls come in order of `at_s`. Returns the records in the order in which they ended.
         """
-        async with _Watch(self.progress):
+        async with Watch(self.progress.loop_s):
             self._started_at = perf_counter()
             for call in calls:
                 request = self.target.request(call)  # before it is due: building it is no lag
@@ -371,7 +371,7 @@ class Client:
         self, calls: Iterable[Call], concurrency: int, *, drain_s: float | None = None
     ) -> Sequence[Record]:
         """Keep `concurrency` calls on their way until there are no more; `at_s` is not looked at."""
-        async with _Watch(self.progress):
+        async with Watch(self.progress.loop_s):
             self._started_at = perf_counter()
             pending = iter(calls)
             self._freed = asyncio.Event()
@@ -497,26 +497,3 @@ class Client:
         for connection in self._idle[:]:
             connection.drop()
         await asyncio.gather(*self._tasks, return_exceptions=False)
-
-
-class _Watch:
-    """Measures how late the event loop wakes while a run goes on: what bends a measurement, bends this first."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._timer: asyncio.TimerHandle | None = None
-
-    async def __aenter__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._arm()
-
-    async def __aexit__(self, *_: object) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def _arm(self) -> None:
-        self._timer = self._loop.call_later(_TICK_S, self._woke, perf_counter() + _TICK_S)
-
-    def _woke(self, due_at: float) -> None:
-        self._progress.loop_s.append(max(0.0, perf_counter() - due_at))
-        self._arm()

@@ -32,14 +32,17 @@ def run(args: argparse.Namespace) -> int:
     """0, or 2 when an engine or the browser cannot be started."""
     screen = Console(stderr=True)
     try:
+        browser = (
+            _browser(args.chromium, args.pages) if args.pages else ""
+        )  # before minutes are spent on what it is to show
         comparison = compare.Comparison(args, screen)
         read = comparison.run()
         html = args.out / "page.html"
         html.write_text(page(read, comparison.objective, command=provenance.command()), "utf-8")
         text = f"{machine()}\n\n{report.markdown(rows(read))}\n"
         if args.pages:
-            picture(html, args.pages / "compare.png", args.chromium)
             (args.pages / "compare.md").write_text(text)
+            picture(html, args.pages / "compare.png", browser)
     except (CannotStart, CannotReplay, ValueError, OSError, RuntimeError) as error:
         screen.print(f"evenhand bench compare: {error}", style="red", markup=False, highlight=False)
         return 2
@@ -47,15 +50,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def picture(html: Path, png: Path, chromium: str) -> None:
-    """What a person sees first of a page. RuntimeError without the browser."""
+def _browser(chromium: str, pages: Path) -> str:
+    """Its path; the folder of the pages is there then. RuntimeError without the browser."""
     program = shutil.which(chromium)
     if program is None:
         raise RuntimeError(f"{chromium} is not installed here: give --chromium, or leave out --pages.")
+    pages.mkdir(parents=True, exist_ok=True)
+    return program
+
+
+def picture(html: Path, png: Path, program: str) -> None:
+    """What a person sees first of a page. RuntimeError if the browser fails."""
     with tempfile.TemporaryDirectory() as profile:
         command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
         command += [f"--user-data-dir={profile}", "--disable-background-networking", "--disable-sync"]
         command += [f"--window-size={_WIDTH},{_HEIGHT}", f"--screenshot={png.resolve()}", html.resolve().as_uri()]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if done.returncode or not png.is_file():
-        raise RuntimeError(f"{chromium} made no picture: {done.stderr[-500:]}")
+        raise RuntimeError(f"{program} made no picture: {done.stderr[-500:]}")

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from deploy.benchmarks import replay
-from deploy.benchmarks.compare import picture
 
 
 def parsed(*argv: str) -> argparse.Namespace:
@@ -33,8 +32,3 @@ def test_what_a_failing_client_said_is_told(tmp_path: Path) -> None:
 def test_processor_time_of_a_client_counts_what_it_started(tmp_path: Path) -> None:
     busy = "python3 -c 'x = sum(range(6_000_000))'"
     assert replay.used(["sh", "-c", f"{busy}; {busy}"], tmp_path / "log").cpu_s > 0.1
-
-
-def test_without_the_browser_there_is_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="is not installed here"):
-        picture(tmp_path / "page.html", tmp_path / "page.png", "no-such-browser")
