@@ -207,7 +207,8 @@ class Serving:
         settings = self._settings
         host = "127.0.0.1" if settings.host in {"0.0.0.0", "::"} else settings.host
         url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
-        body = f'{{"model": "{source.served_name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+        asked = '"max_tokens": 64, "messages": [{"role": "user", "content": "Hello!"}]'
+        body = f'{{"model": "{source.served_name}", {asked}}}'
         say = self._screen.say
         say()
         apart = f", prompts from {settings.disaggregation.min_prompt_tokens} tokens on are read apart"

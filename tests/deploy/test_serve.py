@@ -107,6 +107,17 @@ def ended(process: subprocess.Popen[str], within_s: float = LIMIT_S) -> tuple[in
     return process.returncode, out, err
 
 
+def heard(process: subprocess.Popen[str], words: str) -> str:
+    """What it has said once these words are among it. Read past Popen's buffer, so that the rest is left for `ended`."""
+    said = b""
+    assert process.stdout is not None
+    while words.encode() not in said:
+        piece = os.read(process.stdout.fileno(), 1 << 16)
+        assert piece, said
+        said += piece
+    return said.decode(errors="replace")
+
+
 def test_it_serves_says_how_to_ask_and_after_ctrl_c_leaves_nothing(program: Program) -> None:
     process = program.ready("--policy", "vtc")
     body = json.dumps({"model": "toy", "messages": [{"role": "user", "content": "What is the capital of France?"}]})
@@ -151,6 +162,7 @@ def test_a_gateway_of_several_processes_knows_every_engine_and_leaves_nothing(pr
     process = program.start(*options, TEST_ENGINE=behind(gate))
     assert eventually(lambda: all(program.get("/ready")[1].count('"state":"ready"') == 2 for _ in range(16)))
     assert process.poll() is None, process.communicate()
+    said = heard(process, "Ready: toy at")
     assert eventually(lambda: "evenhand_replicas 2.0" in program.get("/metrics")[1])
     engines = [
         pid for pid, command in marked(program.mark).items() if "fake_engine" in command and "leash" not in command
@@ -162,6 +174,7 @@ def test_a_gateway_of_several_processes_knows_every_engine_and_leaves_nothing(pr
     assert eventually(lambda: all(program.get("/ready")[1].count('"state":"ready"') == 2 for _ in range(16)))
     process.terminate()
     code, out, err = ended(process)
+    out = said + out
     assert (code, err) == (0, "")
     assert out.count("Ready: toy at") == 1 and out.count("is OPEN") == 1
 

@@ -22,7 +22,7 @@ def block(language: str, with_word: str) -> str:
 def test_the_curl_example_answers(stack: Stack) -> None:
     command = block("sh", "curl").replace(SERVED_AT, stack.url)
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=240)
-    assert '"content":"' in done.stdout, done.stderr
+    assert '"content":"The capital of France is Paris."' in done.stdout, done.stderr
     assert '"model":"smollm2"' in done.stdout
 
 
