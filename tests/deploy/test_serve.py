@@ -108,7 +108,7 @@ def ended(process: subprocess.Popen[str], within_s: float = LIMIT_S) -> tuple[in
 
 
 def heard(process: subprocess.Popen[str], words: str) -> str:
-    """What it has said once these words are among it. Read past Popen's buffer, so that the rest is left for `ended`."""
+    """What it has said once these words are among it; read past Popen's buffer, so that the rest is left to `ended`."""
     said = b""
     assert process.stdout is not None
     while words.encode() not in said:
