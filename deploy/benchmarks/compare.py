@@ -32,9 +32,8 @@ def run(args: argparse.Namespace) -> int:
     """0, or 2 when an engine or the browser cannot be started."""
     screen = Console(stderr=True)
     try:
-        browser = (
-            _browser(args.chromium, args.pages) if args.pages else ""
-        )  # before minutes are spent on what it is to show
+        # Before minutes are spent on what it is to show.
+        browser = _browser(args.chromium, args.pages) if args.pages else ""
         comparison = compare.Comparison(args, screen)
         read = comparison.run()
         html = args.out / "page.html"
