@@ -33,7 +33,7 @@ BETWEEN_S = (1.0, 2.0)  # a Redis that is back stays so long, and is away as lon
 
 @dataclass
 class Report:
-    """reconciled_s: after each return. exchanges: meanwhile, of the gateway with fewer. shares: of the weighted tokens,
+    """reconciled_s: after each return. exchanges: meanwhile, of the gateway with more. shares: of the weighted tokens,
     by tenant. admitted: of the limited tenant."""
 
     seen: dict[str, Seen] = field(default_factory=dict)
@@ -177,7 +177,7 @@ class RedisChaos:
             )
 
         await eventually(known, "both gateways know all again")
-        self.report.exchanges.append(min(now - then for now, then in zip(self._exchanges(), before, strict=True)))
+        self.report.exchanges.append(max(now - then for now, then in zip(self._exchanges(), before, strict=True)))
         return time.monotonic() - began
 
     def _exchanges(self) -> list[int]:
