@@ -20,18 +20,18 @@ class Command(NamedTuple):
 
 
 COMMANDS: Mapping[str, Command] = {
-    "serve": Command("deploy.serve", "serve a model on this machine: the gateway and its workers"),
+    "serve": Command("deploy.serve.serve", "serve a model on this machine: the gateway and its workers"),
     "gateway": Command("server.__main__", "the gateway alone, before OpenAI-compatible engines already there"),
-    "worker": Command("deploy.join", "one engine that joins the gateways of a Redis"),
+    "worker": Command("deploy.serve.join", "one engine that joins the gateways of a Redis"),
     "tenant": Command("deploy.tenant", "make or hash an API key for the tenant file"),
-    "model": Command("deploy.model", "make the bundled model ready"),
-    "replay": Command("loadtest.replay", "send a trace or a workload, record how each request went"),
-    "report": Command("loadtest.report_command", "latencies, goodput and fairness of recorded runs"),
+    "model": Command("deploy.engine.model", "make the bundled model ready"),
+    "replay": Command("loadtest.client.replay", "send a trace or a workload, record how each request went"),
+    "report": Command("loadtest.report.report_command", "latencies, goodput and fairness of recorded runs"),
     "compare": Command("deploy.compare", "the same calls under each policy, and the page that shows it"),
-    "simulate": Command("loadtest.simulate_command", "a trace through the real policies in virtual time"),
-    "calibrate": Command("loadtest.calibrate", "a cost model fitted to an engine, for simulations"),
-    "advise": Command("loadtest.advise", "which policy, and how many workers, a trace needs"),
-    "bench": Command("deploy.benchmarks", "print the figures of docs/benchmarks, measured here and now"),
+    "simulate": Command("loadtest.simulator.simulate_command", "a trace through the real policies in virtual time"),
+    "calibrate": Command("loadtest.simulator.calibrate", "a cost model fitted to an engine, for simulations"),
+    "advise": Command("loadtest.simulator.advise", "which policy, and how many workers, a trace needs"),
+    "bench": Command("loadtest.bench", "print the figures of docs/benchmarks, measured here and now"),
     "doctor": Command("deploy.doctor", "say what would go wrong on this machine, and what to do about it"),
 }
 

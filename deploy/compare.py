@@ -13,18 +13,19 @@ from pathlib import Path
 
 from rich.console import Console
 
-from deploy.benchmarks import policies
-from loadtest import policies_bench, provenance, report
-from loadtest.bench_target import BenchTarget, CannotStart
-from loadtest.costmodel import PRESETS, CostModel
-from loadtest.page import page
-from loadtest.policies_bench import Bench, Draws, Setting, run_name, saturation_per_s
-from loadtest.prompts import Prompts
-from loadtest.replay import CannotReplay
-from loadtest.sides import Side, rows, sides
-from loadtest.simulate import Plan, Simulation, block_prompts
-from loadtest.simulate_command import cost_of, simulate, words
-from loadtest.workload import WORKLOADS, mean_lengths
+from loadtest import provenance
+from loadtest.bench import policies, policies_bench
+from loadtest.bench.bench_target import BenchTarget, CannotStart
+from loadtest.bench.policies_bench import Bench, Draws, Setting, run_name, saturation_per_s
+from loadtest.client.replay import CannotReplay
+from loadtest.report import report
+from loadtest.report.comparison import Side, rows, sides
+from loadtest.report.page import page
+from loadtest.simulator.costmodel import PRESETS, CostModel
+from loadtest.simulator.simulate import Plan, Simulation, block_prompts
+from loadtest.simulator.simulate_command import cost_of, simulate, words
+from loadtest.traces.prompts import Prompts
+from loadtest.traces.workload import WORKLOADS, mean_lengths
 from scheduler.catalog import choose, describe
 
 ENGINES = ("fake", "simulated", "real")
@@ -173,7 +174,7 @@ class Comparison:
 
     def _fake(self, choice: Choice) -> str:
         options = " ".join(f"--policy-option {shlex.quote(f'{key}={value}')}" for key, value in choice.options.items())
-        start = f"{shlex.quote(sys.executable)} -m loadtest.fake_engine --port {{port}} --max-seqs {{slots}}"
+        start = f"{shlex.quote(sys.executable)} -m loadtest.fake.engine --port {{port}} --max-seqs {{slots}}"
         context = f"--max-model-len {self._args.context}"
         return f"{_file(choice)}={start} --cost {self._args.cost} {context} --policy {choice.policy} {options}"
 

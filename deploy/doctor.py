@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deploy.engine_args import EngineArgsError, build_in_use
-from deploy.machine import GIB, Machine, cpu_flags, look
-from deploy.model import BUNDLED, BUNDLED_BYTES, MADE_HERE, ModelError, cache_folder, is_complete, resolve
-from deploy.preflight import PreflightError, TransferError, check, check_transfer, worker_roles
+from deploy.engine.engine_args import EngineArgsError, build_in_use
+from deploy.engine.machine import GIB, Machine, cpu_flags, look
+from deploy.engine.model import BUNDLED, BUNDLED_BYTES, MADE_HERE, ModelError, cache_folder, is_complete, resolve
+from deploy.engine.worker import is_free
+from deploy.serve.preflight import PreflightError, TransferError, check, check_transfer, worker_roles
 from deploy.settings import ServeSettings
-from deploy.worker import is_free
 from server.settings import read_settings
 
 Level = Literal["ok", "warn", "bad"]

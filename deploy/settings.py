@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from deploy.model import BUNDLED
+from deploy.engine.model import BUNDLED
 from server.settings import Positive, Settings
 
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 from getpass import getpass
 
-from server.tenants import hashed, key_id, new_key
+from server.request.tenants import hashed, key_id, new_key
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

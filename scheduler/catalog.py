@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from scheduler.fcfs import Fcfs
-from scheduler.gittins import Gittins
-from scheduler.mlfq import Mlfq
+from scheduler.policies.fcfs import Fcfs
+from scheduler.policies.gittins import Gittins
+from scheduler.policies.mlfq import Mlfq
+from scheduler.policies.srpt import Srpt
+from scheduler.policies.vtc import Vtc
 from scheduler.policy import Order, Policy
-from scheduler.srpt import Srpt
-from scheduler.vtc import Vtc
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ import uvloop
 
 from scheduler.catalog import describe
 from server.app import GatewayServer, calm_collector
-from server.logs import write_to_standard_error
-from server.prefork import all_reserved, serve_processes
+from server.operators.logs import write_to_standard_error
+from server.processes.prefork import all_reserved, serve_processes
 from server.settings import Settings, read_settings, whence
 
 # Options that are settings of the same name.

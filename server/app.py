@@ -16,30 +16,30 @@ from fastapi import FastAPI
 from scheduler.lanes import Lanes
 from scheduler.placement import Rules
 from scheduler.workers import Role, Worker
-from server.admin import Admin, admin_routes
-from server.balancer import Balancer
-from server.console import Console, console_routes
-from server.dispatch import Dispatcher, Lines
-from server.edge import Bounds, edge_for
-from server.failover import Failover
-from server.fleet import Fleet
-from server.gateway import Gateway
-from server.handover import Handover
-from server.live_policy import LivePolicy
-from server.logs import Pseudonyms, RequestLog, log_routes
-from server.recorder import Bounds as FileBounds
-from server.recorder import Recorder
-from server.relay import Relay
-from server.routes import Apart, public_app
+from server.admission.dispatch import Dispatcher, Lines
+from server.admission.live_policy import LivePolicy
+from server.cluster.local_sync import Process, Siblings
+from server.cluster.state import Shared
+from server.fleet.balancer import Balancer
+from server.fleet.fleet import Fleet
+from server.front.gateway import Gateway
+from server.front.protocol import Bounds, edge_for
+from server.front.routes import Apart, public_app
+from server.observe.fairness_metrics import Sharing
+from server.observe.recorder import Bounds as FileBounds
+from server.observe.recorder import Recorder
+from server.observe.telemetry import Telemetry
+from server.operators.admin import Admin, admin_routes
+from server.operators.console import Console, console_routes
+from server.operators.logs import Pseudonyms, RequestLog, log_routes
+from server.relay.engine_body import Steering
+from server.relay.failover import Failover
+from server.relay.prefill_leg import Handover
+from server.relay.relay import Relay
 from server.settings import Settings, admin_address
-from server.shared import Shared
-from server.sharing import Sharing
-from server.siblings import Process, Siblings
-from server.steering import Steering
-from server.telemetry import Telemetry
 
 if TYPE_CHECKING:
-    from server.tracing import Tracing
+    from server.observe.tracing import Tracing
 
 log = logging.getLogger("evenhand")
 
@@ -191,7 +191,7 @@ class GatewayServer:
         """Spans, if they are wanted; OpenTelemetry is loaded only then."""
         if self.settings.tracing.endpoint is None:
             return None
-        from server.tracing import Tracing
+        from server.observe.tracing import Tracing
 
         tracing = Tracing(self.shared.replicas.name, self.pseudonyms.of, self.settings.tracing.share)
         self.gateway.on_begin.append(tracing.begin)

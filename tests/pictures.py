@@ -19,11 +19,11 @@ import httpx2
 from PIL import Image
 from playwright.async_api import Browser, Page
 
-from deploy.dashboard_page import Prometheus, write
-from loadtest.costmodel import PRESETS
-from loadtest.fake_engine import EngineSetup, FakeEngine
+from deploy.observability.dashboard_page import Prometheus, write
+from loadtest.fake.engine import EngineSetup, FakeEngine
+from loadtest.simulator.costmodel import PRESETS
 from scheduler.workers import Role
-from server.tenants import HASHED, digest_of
+from server.request.tenants import HASHED, digest_of
 from tests.deploy.test_dashboards import prometheus
 from tests.server.conftest import Running, serving
 from tests.server.test_admin import ADMIN_KEY

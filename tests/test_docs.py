@@ -11,12 +11,12 @@ import pytest
 from pydantic import BaseModel
 
 from deploy.settings import ServeSettings
-from server.balancer import Balancer
-from server.fleet import Fleet
-from server.handover import Handover
-from server.sharing import Sharing
-from server.telemetry import Telemetry
-from server.tenants import read_file
+from server.fleet.balancer import Balancer
+from server.fleet.fleet import Fleet
+from server.observe.fairness_metrics import Sharing
+from server.observe.telemetry import Telemetry
+from server.relay.prefill_leg import Handover
+from server.request.tenants import read_file
 from tests.compatibility.clients import CLIENTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,13 +60,13 @@ def metrics() -> set[str]:
         for collector in collectors
         for family in collector.collect()
     }
-    plugin = (ROOT / "scheduler" / "vllm_plugin.py").read_text(encoding="utf-8")  # importing it needs vLLM
+    plugin = (ROOT / "scheduler" / "vllm" / "plugin.py").read_text(encoding="utf-8")  # importing it needs vLLM
     return names | {f"evenhand_engine_{name}" for name in IN_PLUGIN.findall(plugin)}
 
 
 def words_to_engines() -> set[str]:
     """The names in `vllm_xargs`, which look like metrics."""
-    files = ("server/steering.py", "server/fleet.py", "scheduler/vllm_plugin.py")
+    files = ("server/relay/engine_body.py", "server/fleet/fleet.py", "scheduler/vllm/plugin.py")
     texts = [(ROOT / file).read_text(encoding="utf-8") for file in files]
     return {word for text in texts for word in re.findall(r'"(evenhand_\w+)"', text)} - {"evenhand_engine_policy_info"}
 

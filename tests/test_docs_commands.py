@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deploy.benchmarks.engines import running
 from deploy.cli import COMMANDS
+from loadtest.bench.engines import running
 from tests.deploy.test_chart import rendered
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,10 +44,10 @@ NOT_RUN = {
     "PROMETHEUS_MULTIPROC_DIR=$(mktemp -d) python -m vllm": REAL,
     "evenhand compare TRACE": REAL,
     "evenhand compare  ": "takes two minutes; tests/deploy/test_compare.py runs a shorter one",
-    "deploy/benchmarks/peers/run.sh": "installs other people's gateways",
+    "loadtest/bench/peers/run.sh": "installs other people's gateways",
     "evenhand bench gateway --add": "adds a program of the reader's",
-    "evenhand bench gateway --quick": "tests/deploy/benchmarks/test_gateway.py runs it",
-    "python -m deploy.dashboard_page": "tests/deploy/test_dashboards.py asks a real Prometheus",
+    "evenhand bench gateway --quick": "tests/loadtest/bench/test_gateway.py runs it",
+    "python -m deploy.observability.dashboard_page": "tests/deploy/test_dashboards.py asks a real Prometheus",
 }
 # What a reader would wait for, or a busy machine may lack.
 CHANGED = {"--rate 0.5": "--rate 20", "evenhand doctor": "{ evenhand doctor || [ $? = 1 ]; }"}
@@ -171,7 +171,7 @@ def ports(page: Path, redis_url: str) -> Iterator[dict[str, str]]:
     worker = f"http://127.0.0.1:{given['8101']}"
     with contextlib.ExitStack() as stack:
         for port in ("8101", "8102", "8103"):
-            argv = [sys.executable, "-m", "loadtest.fake_engine", "--port", given[port], "--model", "smollm2"]
+            argv = [sys.executable, "-m", "loadtest.fake.engine", "--port", given[port], "--model", "smollm2"]
             stack.enter_context(running(argv, environ, f"http://127.0.0.1:{given[port]}/health"))
         argv = [sys.executable, "-m", "deploy.cli", "gateway", "--worker", worker, *tenants]
         stack.enter_context(running(argv, environ, f"http://127.0.0.1:{given['8000']}/ready"))

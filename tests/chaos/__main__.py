@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import uvloop
 
-from deploy.benchmarks.table import machine
+from loadtest.bench.table import machine
 from tests.chaos.figures import Figure, table
 from tests.chaos.hostile import Hostile
 from tests.chaos.overload import Overload

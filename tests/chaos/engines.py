@@ -4,14 +4,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from deploy.model import cache_folder, prepare_tiny
-from loadtest.bench_target import free_port
+from deploy.engine.model import cache_folder, prepare_tiny
+from loadtest.bench.bench_target import free_port
+from loadtest.bench.in_process_engine import chaotic_model
 from tests.chaos.greedy import Judge
 from tests.chaos.load import Question, questions, told_by_a_model
 from tests.chaos.plan import Blow
 from tests.chaos.site import HEALTH, Program
 from tests.chaos.workers import Setting
-from tests.engine.real import chaotic_model
 
 START_S = 400.0
 ENVIRONMENT = {

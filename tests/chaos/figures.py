@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deploy.benchmarks.table import markdown
+from loadtest.bench.table import markdown
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from loadtest.bench_target import free_port
+from loadtest.bench.bench_target import free_port
 from tests.conftest import redis_server
 from tests.server.conftest import Reply, Wire, request
 from tests.server.test_admin import ADMIN_KEY
@@ -153,7 +153,7 @@ class Program:
 def engine(folder: Path, number: int, *options: str) -> Program:
     """An engine without a model."""
     port = free_port()
-    command = [sys.executable, "-m", "loadtest.fake_engine", "--port", str(port), *options]
+    command = [sys.executable, "-m", "loadtest.fake.engine", "--port", str(port), *options]
     return Program(f"engine-{number}", command, folder / f"engine-{number}.log", port, "/health")
 
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loadtest.costmodel import PRESETS
-from server.call import Ticket
-from server.fleet import Leg
-from server.relay import Stream
+from loadtest.simulator.costmodel import PRESETS
+from server.fleet.fleet import Leg
+from server.relay.relay import Stream
+from server.request.call import Ticket
 from tests.chaos.figures import Figure, none, quantile_ms
 from tests.chaos.greedy import TIE, Judge
 from tests.chaos.load import Client, Pause, Question, Seen, Tell, questions, told

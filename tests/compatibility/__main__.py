@@ -12,11 +12,11 @@ import venv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from deploy.benchmarks.engines import running
-from deploy.benchmarks.table import machine, markdown
-from deploy.lock import UV
-from deploy.model import cache_folder, obtain
-from loadtest.bench_target import free_port
+from deploy.engine.model import cache_folder, obtain
+from deploy.install.lock import UV
+from loadtest.bench.bench_target import free_port
+from loadtest.bench.engines import running
+from loadtest.bench.table import machine, markdown
 from loadtest.provenance import versions
 from tests.compatibility.clients import CLIENTS, PROGRAMS, Client
 

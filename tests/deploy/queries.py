@@ -9,17 +9,17 @@ import yaml
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from deploy.dashboards import Query
-from loadtest.batch import ContinuousBatch
-from loadtest.costmodel import PRESETS
-from loadtest.engine_metrics import exposition
+from deploy.observability.dashboards import Query
+from loadtest.fake.engine_metrics import exposition
+from loadtest.simulator.batch import ContinuousBatch
+from loadtest.simulator.costmodel import PRESETS
 from scheduler.catalog import build
 from scheduler.lanes import Lanes
 from server.app import GatewayServer
 from server.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-RULES = ROOT / "deploy" / "prometheus" / "rules.yml"
+RULES = ROOT / "deploy" / "observability" / "prometheus" / "rules.yml"
 OF_PLUGIN = re.compile(r'self\._(?:gauge|counter)\(\s*registry,\s*"(\w+)"')
 OF_PROMETHEUS = {"up"}
 
@@ -64,7 +64,7 @@ def of_engine() -> set[str]:
 
 def of_plugin() -> set[str]:
     """Every metric of the scheduler plug-in, which cannot be imported without vLLM."""
-    source = (ROOT / "scheduler" / "vllm_plugin.py").read_text(encoding="utf-8")
+    source = (ROOT / "scheduler" / "vllm" / "plugin.py").read_text(encoding="utf-8")
     return {f"evenhand_engine_{name}" for name in OF_PLUGIN.findall(source)}
 
 

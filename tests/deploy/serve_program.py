@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING
 from deploy import cli
 
 if TYPE_CHECKING:
-    from deploy.engine_args import EngineCommand, EnginePlan, Ports
-    from deploy.machine import Machine
-    from deploy.serving import Surroundings
+    from deploy.engine.engine_args import EngineCommand, EnginePlan, Ports
+    from deploy.engine.machine import Machine
+    from deploy.serve.serving import Surroundings
 
-FAKE_ENGINE = "{python} -m loadtest.fake_engine --port {port} --model {model} --cost instant"
+FAKE_ENGINE = "{python} -m loadtest.fake.engine --port {port} --model {model} --cost instant"
 
 
 def engine(plan: "EnginePlan", ports: "Ports", python: str) -> "EngineCommand":
-    from deploy.engine_args import EngineCommand
+    from deploy.engine.engine_args import EngineCommand
 
     template = os.environ.get("TEST_ENGINE", FAKE_ENGINE)
     argv = [part.format(python=python, port=ports.http, model=plan.served_name) for part in shlex.split(template)]
@@ -31,7 +31,7 @@ def engine(plan: "EnginePlan", ports: "Ports", python: str) -> "EngineCommand":
 
 
 def machine() -> "Machine":
-    from deploy.machine import Engine, look
+    from deploy.engine.machine import Engine, look
 
     seen = look(os.environ)
     free = int(os.environ.get("TEST_FREE_BYTES", 32 * 1024**3))
@@ -42,14 +42,14 @@ def machine() -> "Machine":
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from deploy import serve
+    from deploy.serve import serve
 
     serve.add_arguments(parser)
 
 
 def surroundings() -> "Surroundings":
-    from deploy.serving import Surroundings
-    from deploy.worker import Timing
+    from deploy.engine.worker import Timing
+    from deploy.serve.serving import Surroundings
 
     grace_s = float(os.environ.get("TEST_GRACE_S", "2"))
     timing = Timing(probe_every_s=0.05, watch_every_s=0.05, backoff_s=0.1, grace_s=grace_s)
@@ -57,7 +57,7 @@ def surroundings() -> "Surroundings":
 
 
 def run(args: argparse.Namespace) -> int:
-    from deploy import serve
+    from deploy.serve import serve
 
     return serve.run(args, surroundings())
 

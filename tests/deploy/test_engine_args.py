@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.engine_args import (
+from deploy.engine.engine_args import (
     EngineArgsError,
     EnginePlan,
     Ports,
@@ -19,7 +19,7 @@ from deploy.engine_args import (
     slots,
     spreads,
 )
-from deploy.machine import GIB, Build, Engine, Machine
+from deploy.engine.machine import GIB, Build, Engine, Machine
 from scheduler.workers import Role
 
 PORTS = Ports(9001, 9002)
@@ -60,7 +60,7 @@ def test_a_cpu_with_bfloat16_and_a_gpu_are_left_to_vllm() -> None:
 @pytest.mark.parametrize("policy", ["fcfs", "mlfq", "vtc", "gittins"])
 def test_every_policy_travels_to_the_plug_in_with_its_options(policy: str) -> None:
     argv = engine_command(plan(policy=policy, policy_options={"levels": "4"}), PORTS, "python").argv
-    assert value_of(argv, "--scheduler-cls") == "scheduler.vllm_plugin.PolicyScheduler"
+    assert value_of(argv, "--scheduler-cls") == "scheduler.vllm.plugin.PolicyScheduler"
     told = json.loads(value_of(argv, "--additional-config"))
     assert told == {"evenhand": {"policy": policy, "options": {"levels": "4"}}}
     assert value_of(argv, "--block-size") == "32"
@@ -104,7 +104,7 @@ def test_engines_apart_hand_over_kv_and_compute_again_what_does_not_arrive() -> 
     prefill = engine_command(plan(role=Role.PREFILL), PORTS, "python")
     transfer = json.loads(value_of(prefill.argv, "--kv-transfer-config"))
     assert transfer["kv_role"] == "kv_producer"
-    assert transfer["kv_buffer_device"] == "cpu" and transfer["kv_connector_module_path"] == "scheduler.vllm_nixl"
+    assert transfer["kv_buffer_device"] == "cpu" and transfer["kv_connector_module_path"] == "scheduler.vllm.nixl"
     assert transfer["kv_load_failure_policy"] == "recompute"
     assert prefill.env["VLLM_NIXL_SIDE_CHANNEL_PORT"] == "9002"
     decode = engine_command(plan("cuda", role=Role.DECODE, gpu="1"), PORTS, "python")

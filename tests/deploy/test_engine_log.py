@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from deploy.engine_log import STAGES, cause, deserves_showing, parse, stage
+from deploy.engine.engine_log import STAGES, cause, deserves_showing, parse, stage
 
 # As vLLM 0.32 wrote them, from the start of the process to its first request, shortened at the right.
 A_START = """\

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from deploy import install
-from deploy.install import InstallError, Place, Stage
-from deploy.install_line import Line, PipProgress
+from deploy.install import __main__ as install
+from deploy.install.__main__ import InstallError, Place, Stage
+from deploy.install.progress import Line, PipProgress
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_a_full_disk_is_told_before_anything_is_fetched(monkeypatch: pytest.Monk
 
 def test_the_second_of_two_installs_waits(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from deploy.install import only_one\n"
+        "import sys; from pathlib import Path; from deploy.install.__main__ import only_one\n"
         f"with only_one(Path({str(tmp_path)!r}), sys.stdout): print('in')"
     )
     environment = os.environ | {"PYTHONPATH": str(install.ROOT)}

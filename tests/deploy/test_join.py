@@ -12,17 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from deploy.engine_args import EnginePlan
-from deploy.join import Joining, JoinSettings
+from deploy.engine.engine_args import EnginePlan
+from deploy.serve.join import Joining, JoinSettings
 from scheduler.workers import Role
-from server.fleet import State
-from server.store import MemoryStore
+from server.fleet.fleet import State
+from server.store.store import MemoryStore
 from tests.deploy.processes import MARK, eventually, marked, new_mark
 from tests.deploy.serve_program import surroundings
 from tests.server.conftest import LIMIT_S, Running, completion, request, serving
 from tests.server.conftest import eventually as soon
 
-ENGINE = "{python} -m loadtest.fake_engine --port {port} --model {model} --cost quick"
+ENGINE = "{python} -m loadtest.fake.engine --port {port} --model {model} --cost quick"
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.lock import EXCLUDES, FOLDER, LOCKS, ROOT
+from deploy.install.lock import EXCLUDES, FOLDER, LOCKS, ROOT
 
 LINE = re.compile(r"^([a-z0-9._-]+)==(\S+)(.*)$", re.MULTILINE)
 

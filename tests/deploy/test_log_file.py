@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from deploy.log_file import LogFile
+from deploy.serve.log_file import LogFile
 
 
 def test_lines_are_on_disk_as_soon_as_they_are_written_and_a_second_run_appends(tmp_path: Path) -> None:

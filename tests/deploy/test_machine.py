@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.machine import available_bytes, cpu_flags, installed_engine, look, usable_cores, visible_gpus
+from deploy.engine.machine import available_bytes, cpu_flags, installed_engine, look, usable_cores, visible_gpus
 
 
 def put(root: Path, path: str, text: str) -> None:

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from deploy.engine_args import EngineArgsError
-from deploy.machine import GIB, Engine, Machine
-from deploy.model import ModelError, ModelSource
-from deploy.preflight import Checked, PreflightError, check, in_words, plan_workers, weights_bytes, worker_roles
+from deploy.engine.engine_args import EngineArgsError
+from deploy.engine.machine import GIB, Engine, Machine
+from deploy.engine.model import ModelError, ModelSource
+from deploy.serve.preflight import Checked, PreflightError, check, in_words, plan_workers, weights_bytes, worker_roles
 from deploy.settings import ServeSettings
 from scheduler.workers import Role
 from server.settings import DisaggregationSettings

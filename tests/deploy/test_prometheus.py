@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from server.telemetry import SECONDS
+from server.observe.telemetry import SECONDS
 from tests.deploy.queries import ROOT, RULES, known, rules, selectors
 
 RUNBOOKS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")

@@ -14,12 +14,12 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from deploy.canary import QUESTION, Canary
-from deploy.engine_args import EngineCommand, EnginePlan, Ports, divide_cores, engine_command
-from deploy.log_file import LogFile
-from deploy.machine import look
-from deploy.model import BUNDLED, cache_folder, obtain
-from deploy.worker import Listeners, State, Timing, WorkerEvent, WorkerProcess
+from deploy.engine.canary import QUESTION, Canary
+from deploy.engine.engine_args import EngineCommand, EnginePlan, Ports, divide_cores, engine_command
+from deploy.engine.machine import look
+from deploy.engine.model import BUNDLED, cache_folder, obtain
+from deploy.engine.worker import Listeners, State, Timing, WorkerEvent, WorkerProcess
+from deploy.serve.log_file import LogFile
 from tests.deploy.processes import MARK, in_session, marked, new_mark
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]

@@ -2,9 +2,9 @@ import io
 
 from rich.console import Console
 
-from deploy.engine_log import parse
-from deploy.screen import Screen
-from deploy.worker import State, WorkerEvent
+from deploy.engine.engine_log import parse
+from deploy.engine.worker import State, WorkerEvent
+from deploy.serve.screen import Screen
 
 
 class Clock:

@@ -97,7 +97,7 @@ def behind(gate: Path) -> str:
     """The fake engine, which starts only while there is this file: who waits for it to be away does not miss that."""
     code = "import os, sys, time\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.02)\n"
     code += "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
-    engine = "-m loadtest.fake_engine --port {port} --model {model} --cost instant"
+    engine = "-m loadtest.fake.engine --port {port} --model {model} --cost instant"
     return f"{sys.executable} -c '{code}' {gate} {engine}"
 
 
@@ -165,7 +165,7 @@ def test_a_gateway_of_several_processes_knows_every_engine_and_leaves_nothing(pr
     said = heard(process, "Ready: toy at")
     assert eventually(lambda: "evenhand_replicas 2.0" in program.get("/metrics")[1])
     engines = [
-        pid for pid, command in marked(program.mark).items() if "fake_engine" in command and "leash" not in command
+        pid for pid, command in marked(program.mark).items() if "fake.engine" in command and "reaper" not in command
     ]
     gate.unlink()
     os.kill(engines[0], signal.SIGKILL)
@@ -214,7 +214,7 @@ def test_an_engine_that_dies_is_replaced_and_requests_are_taken_again(program: P
     gate.touch()
     process = program.ready(TEST_ENGINE=behind(gate))
     engine = next(
-        pid for pid, command in marked(program.mark).items() if command.count("fake_engine") and "leash" not in command
+        pid for pid, command in marked(program.mark).items() if command.count("fake.engine") and "reaper" not in command
     )
     gate.unlink()
     os.kill(engine, signal.SIGKILL)

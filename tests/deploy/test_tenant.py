@@ -5,7 +5,7 @@ import io
 import pytest
 
 from deploy.cli import main
-from server.tenants import Tenants, read_record
+from server.request.tenants import Tenants, read_record
 
 
 def opens(shown: str, key: str) -> bool:

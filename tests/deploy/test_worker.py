@@ -13,10 +13,9 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from deploy.canary import Canary, CanaryError
-from deploy.engine_args import EngineCommand, Ports
-from deploy.log_file import LogFile
-from deploy.worker import (
+from deploy.engine.canary import Canary, CanaryError
+from deploy.engine.engine_args import EngineCommand, Ports
+from deploy.engine.worker import (
     MOVES,
     Check,
     Listeners,
@@ -28,11 +27,12 @@ from deploy.worker import (
     is_free,
     usable_ports,
 )
+from deploy.serve.log_file import LogFile
 from tests.deploy.processes import MARK, eventually, marked, new_mark
 
 QUICK = Timing(start_s=120, probe_every_s=0.02, probe_timeout_s=5, watch_every_s=0.02, backoff_s=0.05, grace_s=1.0)
 LIMIT_S = 120.0  # for a busy machine, or one that stands still
-FAKE = [sys.executable, "-m", "loadtest.fake_engine", "--model", "toy", "--cost", "instant", "--port"]
+FAKE = [sys.executable, "-m", "loadtest.fake.engine", "--model", "toy", "--cost", "instant", "--port"]
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Watched:
                 await asyncio.sleep(0.01)
 
     def engine_pid(self) -> int:
-        return next(pid for pid, command in marked(self.mark).items() if "leash.py" not in command)
+        return next(pid for pid, command in marked(self.mark).items() if "reaper.py" not in command)
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ async def test_a_killed_engine_is_replaced_at_the_same_address(watched: Watched)
 async def test_a_killed_leash_takes_its_engine_along_and_both_are_replaced(watched: Watched) -> None:
     async with alive(watched.worker()):
         await watched.until(State.READY)
-        leash = next(pid for pid, command in marked(watched.mark).items() if "leash.py" in command)
+        leash = next(pid for pid, command in marked(watched.mark).items() if "reaper.py" in command)
         engine = watched.engine_pid()
         os.kill(leash, signal.SIGKILL)
         await watched.until(State.READY, times=2)

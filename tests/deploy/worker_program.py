@@ -8,13 +8,13 @@ from tests.deploy.serve_program import surroundings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from deploy import join
+    from deploy.serve import join
 
     join.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from deploy import join
+    from deploy.serve import join
 
     return join.run(args, surroundings())
 

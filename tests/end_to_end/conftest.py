@@ -13,7 +13,7 @@ import httpx2
 import pytest
 from openai import OpenAI
 
-from loadtest.bench_target import free_port
+from loadtest.bench.bench_target import free_port
 
 START_S = 400.0
 LIMIT_S = 60.0  # for a busy machine, or one that stands still

@@ -5,18 +5,16 @@ python -m tests.engine.answers MODEL_FOLDER COMBINATION POLICY…      ("stock" 
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from prometheus_client import REGISTRY
 from vllm import LLMEngine, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-from tests.engine.real import adapter, engine
+from loadtest.bench.in_process_engine import adapter, engine, preemptions, switch
 
 Answers = dict[str, list[list[int]]]
 
@@ -90,23 +88,6 @@ def serve(running: LLMEngine, tag: str, with_twice: bool, adapters: Sequence[LoR
         if not coming and not running.has_unfinished_requests():
             return answers
     raise AssertionError(f"not done, still missing: {len(coming)} arrivals")
-
-
-def switch(running: LLMEngine, policy: str, options: Mapping[str, str] = MappingProxyType({})) -> None:
-    """The order that a gateway sends."""
-    running.reset_prefix_cache()
-    pairs = [f"{name}={value}" for name, value in options.items()]
-    params = greedy(1, extra_args={"evenhand_policy": policy, "evenhand_policy_options": pairs})
-    running.add_request(f"to-{policy}", {"prompt_token_ids": [1]}, params)
-    (answer,) = running.step()
-    assert answer.kv_transfer_params == {"evenhand": {"policy": policy}}
-
-
-def preemptions(policy: str) -> dict[str, float]:
-    """How many there have been, by reason."""
-    name = "evenhand_engine_preemptions_total"
-    reasons = ("policy", "memory")
-    return {reason: REGISTRY.get_sample_value(name, {"policy": policy, "reason": reason}) or 0 for reason in reasons}
 
 
 def main() -> None:

@@ -17,8 +17,8 @@ from typing import Any
 
 import httpx2
 
-from loadtest.bench_target import free_port
-from server.fleet import is_idle
+from loadtest.bench.bench_target import free_port
+from server.fleet.fleet import is_idle
 from tests.deploy.processes import MARK, in_session, marked, new_mark
 
 START_S = 280.0

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from deploy.benchmarks import iterations
-from loadtest.policies_bench import Draws, add_workload_arguments
+from loadtest.bench import isolation, iterations
+from loadtest.bench.policies_bench import Draws, add_workload_arguments
 from loadtest.records import Record, read
-from tests.engine import isolation
 
 
 def draws() -> Draws:

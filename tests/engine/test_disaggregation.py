@@ -15,8 +15,8 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytest.importorskip("nixl", reason="NIXL is not installed")
 
+from loadtest.bench.in_process_engine import chaotic_model
 from tests.engine.halves import CHAT, CONTEXT_TOKENS, TEXT, Half, Halves, choices, serving, text_of, token_ids, until
-from tests.engine.real import chaotic_model
 
 SOAK = os.environ.get("EVENHAND_SOAK", "1") != "1"
 EACH = 2 if SOAK else 1  # engines on a side

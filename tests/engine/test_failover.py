@@ -14,12 +14,12 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from deploy.model import cache_folder, prepare_tiny
-from loadtest.bench_target import free_port
+from deploy.engine.model import cache_folder, prepare_tiny
+from loadtest.bench.bench_target import free_port
+from loadtest.bench.in_process_engine import chaotic_model
 from tests.chaos.greedy import TIE, Judge, Verdict
 from tests.chaos.load import Question, told_by_a_model
 from tests.chaos.site import ask
-from tests.engine.real import chaotic_model
 from tests.engine.test_over_http import wait_until_ready
 from tests.server.conftest import Reply, Running, eventually, serving
 

@@ -7,8 +7,8 @@ import httpx2
 import orjson
 import pytest
 
-from loadtest.costmodel import PRESETS
-from loadtest.fake_engine import EngineSetup, FakeEngine
+from loadtest.fake.engine import EngineSetup, FakeEngine
+from loadtest.simulator.costmodel import PRESETS
 
 pytestmark = pytest.mark.engine
 

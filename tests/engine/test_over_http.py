@@ -14,8 +14,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from deploy.model import cache_folder, prepare_tiny
-from loadtest.bench_target import free_port
+from deploy.engine.model import cache_folder, prepare_tiny
+from loadtest.bench.bench_target import free_port
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -32,7 +32,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx2.Client]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--model", str(model), "--served-model-name", "tiny", "--load-format", "dummy", "--dtype", "float32"]
     command += ["--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "2", "--block-size", "32"]
-    command += ["--scheduler-cls", "scheduler.vllm_plugin.PolicyScheduler", "--additional-config", config]
+    command += ["--scheduler-cls", "scheduler.vllm.plugin.PolicyScheduler", "--additional-config", config]
     env = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     metrics = folder / "metrics"
     metrics.mkdir()

@@ -8,12 +8,12 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from loadtest.batch import ContinuousBatch
-from loadtest.costmodel import CostModel
+from loadtest.bench.driven import BLOCK_TOKENS, Clock, Engine, build_scheduler, request
+from loadtest.simulator.batch import ContinuousBatch
+from loadtest.simulator.costmodel import CostModel
 from scheduler.catalog import build
 from scheduler.jobs import Job, Outcome
 from scheduler.lanes import Lanes
-from tests.engine.driven import BLOCK_TOKENS, Clock, Engine, build_scheduler, request
 
 pytestmark = pytest.mark.engine
 

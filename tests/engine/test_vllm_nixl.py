@@ -1,4 +1,4 @@
-"""What scheduler/vllm_nixl.py relies on in vLLM and NIXL; the hand-over itself is in test_disaggregation.py."""
+"""What scheduler/vllm/nixl.py relies on in vLLM and NIXL; the hand-over itself is in test_disaggregation.py."""
 
 import importlib
 
@@ -11,8 +11,8 @@ from nixl._api import nixl_agent
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
-from deploy.engine_args import kv_transfer
-from scheduler.vllm_nixl import LONGEST_SLEEP_US, NixlConnector, _sleeping_threads
+from deploy.engine.engine_args import kv_transfer
+from scheduler.vllm.nixl import LONGEST_SLEEP_US, NixlConnector, _sleeping_threads
 from scheduler.workers import Role
 
 pytestmark = pytest.mark.engine

@@ -11,13 +11,14 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from vllm import PoolingParams
 from vllm.v1.request import Request, RequestStatus
 
-from scheduler.fcfs import Fcfs
+from loadtest.bench.driven import Clock, Engine, build_scheduler, expected, request, token
+from scheduler.fairness import Tally
 from scheduler.jobs import Job, Outcome
-from scheduler.kept import Kept
+from scheduler.kept_blocks import Kept
 from scheduler.lanes import Lanes
+from scheduler.policies.fcfs import Fcfs
 from scheduler.policy import Policy
-from scheduler.tally import Tally
-from scheduler.vllm_plugin import (
+from scheduler.vllm.plugin import (
     METHODS,
     Filled,
     PolicyQueue,
@@ -27,7 +28,6 @@ from scheduler.vllm_plugin import (
     policy_from,
     require_supported_vllm,
 )
-from tests.engine.driven import Clock, Engine, build_scheduler, expected, request, token
 
 pytestmark = pytest.mark.engine
 

@@ -1,4 +1,4 @@
-"""vLLM's message queue between two processes, with the waiting of scheduler/vllm_waiting.py."""
+"""vLLM's message queue between two processes, with the waiting of scheduler/vllm/waiting.py."""
 
 import multiprocessing
 import time
@@ -11,7 +11,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from vllm.distributed.device_communicators.shm_broadcast import Handle, MessageQueue, SpinCondition
 
-from scheduler.vllm_waiting import sleep_while_waiting
+from scheduler.vllm.waiting import sleep_while_waiting
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]
 

@@ -5,9 +5,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from loadtest.costmodel import PRESETS
-from loadtest.fake_engine import EngineSetup, FakeEngine
-from loadtest.faults import HEALTHY, Faults
+from loadtest.fake.engine import EngineSetup, FakeEngine
+from loadtest.fake.faults import HEALTHY, Faults
+from loadtest.simulator.costmodel import PRESETS
 
 
 @contextmanager

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest import advise
-from loadtest.advise import fewest, slo
+from loadtest.simulator import advise
+from loadtest.simulator.advise import fewest, slo
 
 
 def parsed(*argv: str) -> argparse.Namespace:

@@ -4,7 +4,7 @@ from statistics import mean, pstdev
 
 import pytest
 
-from loadtest.arrivals import gamma, on_off, poisson, steady, timed
+from loadtest.traces.arrivals import gamma, on_off, poisson, steady, timed
 
 
 def gaps(times: list[float]) -> list[float]:

@@ -1,7 +1,7 @@
 import pytest
 
-from loadtest.batch import ContinuousBatch
-from loadtest.costmodel import CostModel
+from loadtest.simulator.batch import ContinuousBatch
+from loadtest.simulator.costmodel import CostModel
 from scheduler.catalog import build
 from scheduler.jobs import Job, Outcome
 from scheduler.lanes import Lanes

@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 
-from loadtest import calibrate
-from loadtest.calibrate import Check, Seen, fit
-from loadtest.costmodel import CostModel
-from loadtest.fake_engine import EngineSetup
-from loadtest.faults import Faults
+from loadtest.fake.engine import EngineSetup
+from loadtest.fake.faults import Faults
 from loadtest.records import Record
+from loadtest.simulator import calibrate
+from loadtest.simulator.calibrate import Check, Seen, fit
+from loadtest.simulator.costmodel import CostModel
 from tests.loadtest.engines import engine_in_a_thread
 
 TRUE = CostModel(0.05, 1e-3, 4e-3, 2e-6, max_seqs=16)

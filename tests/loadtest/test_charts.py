@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest.charts import Axis, Dot, Panel, Series, apart, dot_plot, linear, logarithmic
-from loadtest.pictures import time_axis
+from loadtest.report.charts import Axis, Dot, Panel, Series, apart, dot_plot, linear, logarithmic
+from loadtest.report.pictures import time_axis
 
 
 def text(value: float) -> str:

@@ -7,11 +7,11 @@ from itertools import pairwise
 import pytest
 
 from loadtest.call import Call
-from loadtest.client import Client, Target
-from loadtest.costmodel import PRESETS, CostModel
-from loadtest.fake_engine import EngineSetup, FakeEngine
-from loadtest.faults import Faults
+from loadtest.client.client import Client, Target
+from loadtest.fake.engine import EngineSetup, FakeEngine
+from loadtest.fake.faults import Faults
 from loadtest.records import Ending
+from loadtest.simulator.costmodel import PRESETS, CostModel
 
 SLOW = EngineSetup(cost=CostModel(iteration_s=0.005, max_seqs=64))
 

@@ -6,10 +6,10 @@ import openai
 import orjson
 import pytest
 
-from loadtest.costmodel import PRESETS, CostModel
-from loadtest.embedding import vector
-from loadtest.fake_engine import EngineSetup, FakeEngine
-from loadtest.faults import Faults
+from loadtest.fake.embedding import vector
+from loadtest.fake.engine import EngineSetup, FakeEngine
+from loadtest.fake.faults import Faults
+from loadtest.simulator.costmodel import PRESETS, CostModel
 
 QUESTION = "What is the capital of France?"
 ANSWER = "The capital of France is Paris."

@@ -7,9 +7,9 @@ import httpx2
 import orjson
 import pytest
 
-from loadtest.costmodel import PRESETS, CostModel
-from loadtest.fake_engine import EngineSetup, FakeEngine
-from loadtest.faults import Faults
+from loadtest.fake.engine import EngineSetup, FakeEngine
+from loadtest.fake.faults import Faults
+from loadtest.simulator.costmodel import PRESETS, CostModel
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 STORY = [{"role": "user", "content": "Tell me a story about a river."}]

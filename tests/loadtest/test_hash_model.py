@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest.hash_model import KNOWN_ANSWERS, TURN_END, continuation, decode, encode, render_chat
+from loadtest.traces.hash_model import KNOWN_ANSWERS, TURN_END, continuation, decode, encode, render_chat
 
 QUESTION = render_chat([("user", "Tell me about the river, please; it is called Zürichsee 42.")])
 

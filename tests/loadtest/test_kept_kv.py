@@ -7,9 +7,9 @@ from typing import Any
 import httpx2
 import pytest
 
-from loadtest.costmodel import PRESETS
-from loadtest.fake_engine import EngineSetup, FakeEngine
-from loadtest.faults import Faults
+from loadtest.fake.engine import EngineSetup, FakeEngine
+from loadtest.fake.faults import Faults
+from loadtest.simulator.costmodel import PRESETS
 from tests.server.conftest import eventually
 
 PROMPT = [5] * 300

@@ -1,6 +1,6 @@
 """Blocks of KV memory: what a prefix finds, who holds what, and what is forgotten first."""
 
-from loadtest.kv_blocks import KvBlocks, block_hashes
+from loadtest.simulator.kv_blocks import KvBlocks, block_hashes
 
 NAMELESS = KvBlocks.NAMELESS
 

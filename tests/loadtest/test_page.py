@@ -6,10 +6,10 @@ from random import Random
 
 import pytest
 
-from loadtest import report
-from loadtest.page import page, times
 from loadtest.records import Ending, Record, Recorded, Run, Sample
-from loadtest.sides import Side
+from loadtest.report import report
+from loadtest.report.comparison import Side
+from loadtest.report.page import page, times
 
 OBJECTIVE = report.Objective(1.0, 0.05)
 VOID = {"meta", "circle", "path", "br", "rect", "link", "img"}

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from loadtest import policies_bench
-from loadtest.bench_target import BenchTarget, CannotStart, running
-from loadtest.policies_bench import MEASURES, Setting, page_of, ratio_rows, saturation_per_s
+from loadtest.bench import policies_bench
+from loadtest.bench.bench_target import BenchTarget, CannotStart, running
+from loadtest.bench.policies_bench import MEASURES, Setting, page_of, ratio_rows, saturation_per_s
 from loadtest.records import Record, read
-from loadtest.report import Summary, summarize
+from loadtest.report.report import Summary, summarize
 
-FAKE = f"{sys.executable} -m loadtest.fake_engine --port {{port}} --cost instant --max-seqs {{slots}}"
+FAKE = f"{sys.executable} -m loadtest.fake.engine --port {{port}} --cost instant --max-seqs {{slots}}"
 
 
 def summary(e2e_s: float) -> Summary:

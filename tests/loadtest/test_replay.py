@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from loadtest import replay, report_command
-from loadtest.fake_engine import FakeEngine
-from loadtest.faults import Faults
+from loadtest.client import replay
+from loadtest.fake.engine import FakeEngine
+from loadtest.fake.faults import Faults
 from loadtest.records import read
+from loadtest.report import report_command
 from tests.loadtest.engines import engine_in_a_thread
 
 

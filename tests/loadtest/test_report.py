@@ -1,8 +1,19 @@
 import pytest
 
-from loadtest.fairness import fairness, jain
 from loadtest.records import Ending, Record, Run
-from loadtest.report import Objective, client_lag, compare, goodput, markdown, spread, summarize, tenants, text, window
+from loadtest.report.fairness import fairness, jain
+from loadtest.report.report import (
+    Objective,
+    client_lag,
+    compare,
+    goodput,
+    markdown,
+    spread,
+    summarize,
+    tenants,
+    text,
+    window,
+)
 
 
 def record(

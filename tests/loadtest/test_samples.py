@@ -1,7 +1,7 @@
-from loadtest.costmodel import PRESETS
-from loadtest.fake_engine import EngineSetup, FakeEngine
+from loadtest.client.samples import Sampler, sample_of
+from loadtest.fake.engine import EngineSetup, FakeEngine
 from loadtest.records import Sample
-from loadtest.samples import Sampler, sample_of
+from loadtest.simulator.costmodel import PRESETS
 
 ENGINE = """# HELP vllm:num_requests_waiting x
 vllm:num_requests_running{engine="0"} 3.0

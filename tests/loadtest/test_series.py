@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from loadtest import series
 from loadtest.records import Record
+from loadtest.report import series
 
 
 def record(sent_s: float, e2e_s: float, gaps_us: list[int] | None = None, tokens: int = 3) -> Record:

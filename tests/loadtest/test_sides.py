@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest import report
 from loadtest.records import Record, Recorded, Run, write
-from loadtest.sides import MEASURES, Measure, Ratio, Side, ratio, sides
+from loadtest.report import report
+from loadtest.report.comparison import MEASURES, Measure, Ratio, Side, ratio, sides
 
 
 def record(name: str, e2e_s: float, due_s: float = 0.0) -> Record:

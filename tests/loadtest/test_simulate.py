@@ -6,13 +6,13 @@ from random import Random
 
 import pytest
 
-from loadtest import arrivals
-from loadtest.batch import ContinuousBatch
 from loadtest.call import Call
-from loadtest.costmodel import CostModel
-from loadtest.report import summarize
-from loadtest.simulate import Plan, Simulated, Simulation, block_prompts
-from loadtest.workload import Fit, Maker, parse_shares, shapes
+from loadtest.report.report import summarize
+from loadtest.simulator.batch import ContinuousBatch
+from loadtest.simulator.costmodel import CostModel
+from loadtest.simulator.simulate import Plan, Simulated, Simulation, block_prompts
+from loadtest.traces import arrivals
+from loadtest.traces.workload import Fit, Maker, parse_shares, shapes
 from scheduler.catalog import POLICIES, build
 from scheduler.jobs import Job, Outcome
 from scheduler.lanes import Lanes

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from loadtest import simulate_command
 from loadtest.records import load
+from loadtest.simulator import simulate_command
 
 MOONCAKE = "".join(
     f'{{"timestamp": {at * 3000}, "input_length": 2048, "output_length": 20, "hash_ids": [0, 1, 2, {at + 3}]}}\n'

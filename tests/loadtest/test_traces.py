@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.traces import READERS, Skipped, TraceRow, read, recognise
+from loadtest.traces.formats import READERS, Skipped, TraceRow, read, recognise
 
 REAL = Path(os.environ.get("EVENHAND_TRACES", Path(__file__).parents[3] / "shared" / "traces"))
 

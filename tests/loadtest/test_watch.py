@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import uvloop
 
-from loadtest.watch import Watch
+from loadtest.client.watch import Watch
 from tests.server.conftest import eventually
 
 

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest import arrivals
-from loadtest.arrivals import steady, timed
 from loadtest.call import Call
-from loadtest.prompts import text_prompts, token_prompts
-from loadtest.traces import TraceRow
-from loadtest.workload import MIXES, Fit, Maker, Shape, conversations, mean_lengths, parse_shares, shapes
+from loadtest.traces import arrivals
+from loadtest.traces.arrivals import steady, timed
+from loadtest.traces.formats import TraceRow
+from loadtest.traces.prompts import text_prompts, token_prompts
+from loadtest.traces.workload import MIXES, Fit, Maker, Shape, conversations, mean_lengths, parse_shares, shapes
 
 
 def drawn(name: str, number: int = 20_000, traces: Path | None = None) -> list[Shape]:

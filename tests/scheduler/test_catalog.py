@@ -5,11 +5,11 @@ import math
 import pytest
 
 from scheduler.catalog import POLICIES, build, describe
-from scheduler.fcfs import Fcfs
-from scheduler.gittins import Gittins
-from scheduler.mlfq import Mlfq
-from scheduler.srpt import Srpt
-from scheduler.vtc import Vtc
+from scheduler.policies.fcfs import Fcfs
+from scheduler.policies.gittins import Gittins
+from scheduler.policies.mlfq import Mlfq
+from scheduler.policies.srpt import Srpt
+from scheduler.policies.vtc import Vtc
 
 
 def test_every_policy_is_built_without_options() -> None:

@@ -5,9 +5,9 @@ import random
 import pytest
 
 from scheduler.catalog import build
-from scheduler.gittins import Gittins
 from scheduler.jobs import Job, Outcome
 from scheduler.lanes import Lanes
+from scheduler.policies.gittins import Gittins
 from scheduler.policy import Order, Policy, Spot
 from tests.scheduler.engine_model import Request
 from tests.scheduler.workloads import (

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from scheduler.jobs import Job
-from scheduler.kept import Kept
+from scheduler.kept_blocks import Kept
 
 
 class Memory:

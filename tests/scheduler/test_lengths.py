@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from scheduler.lengths import Lengths
+from scheduler.policies.lengths import Lengths
 
 
 def lengths_of(samples: list[int], window: int = 5000) -> Lengths:

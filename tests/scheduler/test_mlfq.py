@@ -8,7 +8,7 @@ import pytest
 from scheduler.catalog import build
 from scheduler.jobs import Job
 from scheduler.lanes import Lanes
-from scheduler.mlfq import Mlfq
+from scheduler.policies.mlfq import Mlfq
 from scheduler.policy import NEVER, Policy, Spot
 from tests.scheduler.engine_model import Engine, Request
 from tests.scheduler.mlfq_reference import Auditor

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from scheduler.catalog import build
 from scheduler.jobs import Job
-from scheduler.srpt import Srpt
+from scheduler.policies.srpt import Srpt
 from tests.scheduler.workloads import Sizes, chat, code_and_chat, mean_jct_s, open_loop, simulate, with_reasoning
 
 

@@ -2,8 +2,8 @@
 
 from itertools import count
 
+from scheduler.fairness import OTHER, Tally
 from scheduler.jobs import Job
-from scheduler.tally import OTHER, Tally
 
 ids = count()
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 
 from scheduler.catalog import build
-from scheduler.fcfs import Fcfs
 from scheduler.jobs import Job, Outcome
 from scheduler.lanes import Lanes
+from scheduler.policies.fcfs import Fcfs
+from scheduler.policies.vtc import Vtc
 from scheduler.policy import Account, Bill, Policy
-from scheduler.vtc import Vtc
 from tests.scheduler.engine_model import Engine, Request
 from tests.scheduler.vtc_reference import Auditor
 

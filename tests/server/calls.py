@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 from scheduler.jobs import Job
-from server.call import Call, Route, Ticket
-from server.schemas import CHAT, call_from
-from server.tenants import Tenant
+from server.request.call import Call, Route, Ticket
+from server.request.schemas import CHAT, call_from
+from server.request.tenants import Tenant
 
 ANYBODY = Tenant(name="anybody")
 

@@ -12,8 +12,8 @@ import pytest
 import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 
-from loadtest.costmodel import PRESETS
-from loadtest.fake_engine import EngineSetup, FakeEngine
+from loadtest.fake.engine import EngineSetup, FakeEngine
+from loadtest.simulator.costmodel import PRESETS
 from server.app import GatewayServer
 from server.settings import Settings
 

@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
-from loadtest.fake_engine import EngineSetup, FakeEngine, Seen
-from loadtest.faults import HEALTHY, Faults
+from loadtest.fake.engine import EngineSetup, FakeEngine, Seen
+from loadtest.fake.faults import HEALTHY, Faults
 from tests.server.conftest import INSTANT, Running, eventually, serving
 
 

@@ -4,10 +4,10 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from server.limits import AtLimit, Gate, Standing
-from server.replicas import Part, Replicas
-from server.store import MemoryStore, News, Offer, StoreAway
-from server.tenants import Limits, Tenant
+from server.admission.limits import AtLimit, Gate, Standing
+from server.cluster.replicas import Part, Replicas
+from server.request.tenants import Limits, Tenant
+from server.store.store import MemoryStore, News, Offer, StoreAway
 
 NOON_S = 1_748_779_200.0  # 2025-06-01 12:00 UTC
 

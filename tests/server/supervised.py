@@ -9,7 +9,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from server.processes import Post, Program, Supervisor
+from server.processes.supervisor import Post, Program, Supervisor
 
 
 def obey(folder: Path, name: str, behaviour: str, post: Post) -> int:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.bench_target import free_port
-from loadtest.fake_engine import FakeEngine
+from loadtest.bench.bench_target import free_port
+from loadtest.fake.engine import FakeEngine
 from server.app import GatewayServer
 from server.settings import Settings, admin_address, read_settings
 from tests.server.conftest import INSTANT, SLOW, Reply, Running, chat, eventually, over_fake, request, serving

@@ -3,12 +3,12 @@
 import contextlib
 from collections.abc import AsyncIterator
 
-from loadtest.fake_engine import FakeEngine
+from loadtest.fake.engine import FakeEngine
 from scheduler.balance import Swing
 from scheduler.workers import Role, Worker
-from server.balancer import Balancer, loads
-from server.engine import Engine
-from server.fleet import Fleet, Member, State
+from server.engine.client import Engine
+from server.fleet.balancer import Balancer, loads
+from server.fleet.fleet import Fleet, Member, State
 from tests.server.conftest import Running, completion, eventually, serving
 from tests.server.test_handover import QUICK
 

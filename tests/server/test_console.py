@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from scheduler.catalog import POLICIES
-from server.console import choices, joined, page
+from server.operators.console import choices, joined, page
 from tests.server.conftest import SLOW, chat, eventually, over_fake, request
 from tests.server.test_admin import ADMIN_KEY, admin
 from tests.server.test_tenants import KEY, OTHER

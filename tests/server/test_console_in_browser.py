@@ -149,7 +149,7 @@ async def test_on_a_dark_phone_everything_fits_and_the_chat_box_tells_its_times(
             await page.press("#ask", "Enter")
             await console.says(".meter", "12 tokens")
             assert "first token after" in await console.text(".meter") and "tokens/s" in await console.text(".meter")
-            assert len(await console.text(".said.model")) > 10
+            assert (await console.text(".said.model")).strip()
 
             await console.says("#shares", "open")
             wide = await page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")

@@ -15,11 +15,11 @@ from msgspec.structs import replace
 from scheduler.catalog import build
 from scheduler.lanes import Lanes
 from scheduler.workers import Worker
-from server.call import Phase, Ticket
-from server.dispatch import LONGEST_RETRY_S, Dispatcher, Lines, Pace
-from server.engine import Engine
-from server.errors import EngineUnreachable, NoWorker, Overloaded, ServiceError, UnknownModel
-from server.fleet import Fleet, Member, State
+from server.admission.dispatch import LONGEST_RETRY_S, Dispatcher, Lines, Pace
+from server.engine.client import Engine
+from server.fleet.fleet import Fleet, Member, State
+from server.request.call import Phase, Ticket
+from server.request.errors import EngineUnreachable, NoWorker, Overloaded, ServiceError, UnknownModel
 from tests.server.calls import call_of, ticket_of
 from tests.server.conftest import VirtualLoop
 

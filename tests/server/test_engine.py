@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine import Connection, Engine, content_at
-from server.errors import EngineGone, EngineUnreachable
+from server.engine.client import Connection, Engine, content_at
+from server.request.errors import EngineGone, EngineUnreachable
 from tests.server.conftest import LIMIT_S, ScriptedEngine, eventually, plain, says, streamed
 
 

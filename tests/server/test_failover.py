@@ -10,9 +10,9 @@ from typing import Any
 import httpx2
 import pytest
 
-from loadtest import hash_model
-from loadtest.fake_engine import FakeEngine
-from loadtest.faults import HEALTHY, Faults
+from loadtest.fake.engine import FakeEngine
+from loadtest.fake.faults import HEALTHY, Faults
+from loadtest.traces import hash_model
 from tests.server.conftest import (
     INSTANT,
     Reply,

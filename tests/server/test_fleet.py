@@ -2,9 +2,9 @@
 
 import pytest
 
-from loadtest.fake_engine import EngineSetup, FakeEngine
+from loadtest.fake.engine import EngineSetup, FakeEngine
 from scheduler.workers import Worker
-from server.fleet import Fleet, State
+from server.fleet.fleet import Fleet, State
 from server.settings import HealthSettings
 from tests.server.conftest import SLOW, ScriptedEngine, chat, eventually, over_fake, plain, request, says
 

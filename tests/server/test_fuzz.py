@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server.schemas import ROUTES
+from server.request.schemas import ROUTES
 from tests.server.conftest import INSTANT, LIMIT_S, Running, chat, completion, over_fake, request
 
 TIMES = int(os.environ.get("EVENHAND_SOAK", "1"))

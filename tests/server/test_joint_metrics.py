@@ -5,8 +5,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import CollectorRegistry
 
-from server.joint_metrics import Family, exposition, joined, lasting, read, taken, written
-from server.telemetry import Distribution
+from server.cluster.merged_metrics import Family, exposition, joined, lasting, read, taken, written
+from server.observe.telemetry import Distribution
 
 
 class Shows:

@@ -10,8 +10,8 @@ import pytest
 from scheduler.catalog import build
 from scheduler.jobs import Job, Outcome
 from scheduler.lanes import Lanes
-from server.ledger import Ledger
-from server.replicas import Replicas
+from server.cluster.account_sync import Ledger
+from server.cluster.replicas import Replicas
 from tests.server.replicated import Store
 
 STEP_S = 0.02

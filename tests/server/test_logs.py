@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from server.logs import JsonLines, Pseudonyms, set_level, write_to_standard_error
+from server.operators.logs import JsonLines, Pseudonyms, set_level, write_to_standard_error
 from tests.server.conftest import SLOW, chat, eventually, over_fake, request
 from tests.server.test_admin import ADMIN_KEY, admin
 from tests.server.test_tenants import KEY

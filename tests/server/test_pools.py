@@ -15,10 +15,10 @@ from scheduler.catalog import build
 from scheduler.lanes import Lanes
 from scheduler.placement import Rules
 from scheduler.workers import Role, Worker
-from server.call import Phase, Ticket
-from server.dispatch import Dispatcher
-from server.engine import Engine
-from server.fleet import Fleet, Member, State
+from server.admission.dispatch import Dispatcher
+from server.engine.client import Engine
+from server.fleet.fleet import Fleet, Member, State
+from server.request.call import Phase, Ticket
 from tests.server.calls import ticket_of
 from tests.server.test_dispatch import in_virtual_time
 

@@ -22,7 +22,7 @@ from tests.server.test_processes import LIMIT_S, is_alive, until
 from tests.server.test_tenants import KEY, OTHER
 
 PROCESSES = 3
-ENGINE = ["-m", "loadtest.fake_engine", "--model", "fake", "--cost", "quick"]
+ENGINE = ["-m", "loadtest.fake.engine", "--model", "fake", "--cost", "quick"]
 
 
 def free_port() -> int:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.promises import KEPT_S, Promises
+from server.admission.reservations import KEPT_S, Promises
 
 PACE = 10.0
 

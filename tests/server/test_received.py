@@ -5,7 +5,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.received import MAX_KEPT_BYTES, PACK_CHUNKS, Chunk, Received, progress_of
+from server.request.transcript import MAX_KEPT_BYTES, PACK_CHUNKS, Chunk, Received, progress_of
 
 ROLE = {"id": "c", "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
 

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server.call import Phase, Ticket
-from server.errors import EngineGone, Refused, ServiceError
-from server.received import PACK_CHUNKS
-from server.relay import Stream, Whole
-from server.schemas import CHAT, COMPLETIONS, MESSAGES
-from server.telemetry import Distribution
+from server.observe.telemetry import Distribution
+from server.relay.relay import Stream, Whole
+from server.request.call import Phase, Ticket
+from server.request.errors import EngineGone, Refused, ServiceError
+from server.request.schemas import CHAT, COMPLETIONS, MESSAGES
+from server.request.transcript import PACK_CHUNKS
 from tests.server.calls import call_of, ticket_of
 
 
@@ -215,7 +215,7 @@ async def test_an_event_that_the_end_cuts_short_is_completed() -> None:
 
 
 async def test_an_event_without_end_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.relay.MAX_EVENT_BYTES", 1000)
+    monkeypatch.setattr("server.relay.relay.MAX_EVENT_BYTES", 1000)
     _, _, stream, _ = await streamed([b"x" * 300] * 10, end=False)
     assert len(stream.rest) <= 1300
     with pytest.raises(EngineGone):

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from server.received import Chunk, Progress
-from server.resume import CannotResume, clean_length, closing, continuation, fit_to_resume
-from server.schemas import CHAT, COMPLETIONS
+from server.relay.resume import CannotResume, clean_length, closing, continuation, fit_to_resume
+from server.request.schemas import CHAT, COMPLETIONS
+from server.request.transcript import Chunk, Progress
 from tests.server.calls import call_of
 
 HEAD = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m"}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.routing import AFFINITY, LONGEST_BYTES, WORKERS_EACH, Affinity, Option, beginnings, best, score
+from scheduler.routing import AFFINITY, LONGEST_BYTES, WORKERS_EACH, Affinity, Option, beginnings, best, score
 
 TYPICAL = 500.0
 IDLE = Option(8)

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from scheduler.catalog import build
 from scheduler.lanes import Lanes
 from scheduler.workers import Worker
-from server.call import Route
-from server.dispatch import Lines
-from server.errors import BadRequest
-from server.fleet import Fleet
-from server.schemas import CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, RESPONSES, splice, with_usage
-from server.steering import Steering
-from server.tenants import Tenant
+from server.admission.dispatch import Lines
+from server.fleet.fleet import Fleet
+from server.relay.engine_body import Steering
+from server.request.call import Route
+from server.request.errors import BadRequest
+from server.request.schemas import CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, RESPONSES, splice, with_usage
+from server.request.tenants import Tenant
 from tests.server.calls import call_of, ticket_of
 
 

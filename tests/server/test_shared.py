@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.fake_engine import FakeEngine
+from loadtest.fake.engine import FakeEngine
 from scheduler.workers import Role, Worker
-from server.fleet import Fleet, State
-from server.redis_store import RedisStore
-from server.registry import WORKER_TTL_S, Registry, registration_of
-from server.store import MemoryStore
+from server.fleet.fleet import Fleet, State
+from server.fleet.registry import WORKER_TTL_S, Registry, registration_of
+from server.store.redis_store import RedisStore
+from server.store.store import MemoryStore
 from tests.conftest import redis_server, wait_until_listening
 from tests.server.conftest import INSTANT, LIMIT_S, Running, chat, eventually, serving
 from tests.server.test_admin import ADMIN_KEY, admin, ask

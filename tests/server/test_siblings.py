@@ -6,10 +6,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from scheduler.workers import Role, Worker
-from server.fleet import Fleet
-from server.siblings import READY, STARTING, Siblings
-from server.store import MemoryStore, StoreAway
-from server.telemetry import Telemetry
+from server.cluster.local_sync import READY, STARTING, Siblings
+from server.fleet.fleet import Fleet
+from server.observe.telemetry import Telemetry
+from server.store.store import MemoryStore, StoreAway
 
 NOWHERE = "http://127.0.0.1:9"
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.sse import Usage, is_usage_only, usage_in, without_usage
+from server.engine.sse import Usage, is_usage_only, usage_in, without_usage
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis.asyncio import Redis
 
-from server.redis_store import RedisStore
-from server.socket_store import LOCAL, SHARED, SocketStore, listen_at, serving_stores
-from server.store import MemoryStore, News, Offer, Store, StoreAway
+from server.store.redis_store import RedisStore
+from server.store.socket_store import LOCAL, SHARED, SocketStore, listen_at, serving_stores
+from server.store.store import MemoryStore, News, Offer, Store, StoreAway
 from tests.server.conftest import LIMIT_S
 
 NAMES = count()

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from server.app import GatewayServer
-from server.errors import NoWorker, UnknownKey
+from server.request.errors import NoWorker, UnknownKey
+from server.request.tenants import OPEN, TenantFile, Tenants, hashed, new_key, read_file, read_record
 from server.settings import Settings
-from server.tenants import OPEN, TenantFile, Tenants, hashed, new_key, read_file, read_record
 from tests.server.conftest import chat, eventually, over_fake
 
 KEY = "sk-test-0123456789abcdef"

@@ -1,0 +1,1 @@
+"""Starting one vLLM engine: its model, arguments, machine resources, process and log."""

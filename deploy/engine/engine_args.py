@@ -1,0 +1,278 @@
+"""Role, model, machine and policy → the command line and environment of one vLLM server. Pure."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from deploy.engine.machine import GIB, Build, Machine
+from scheduler.workers import Role
+
+MODULE = "vllm.entrypoints.openai.api_server"  # the console command `vllm` refuses to run in the CPU distribution
+SCHEDULER = "scheduler.vllm.plugin.PolicyScheduler"
+CONNECTOR = "scheduler.vllm.nixl"  # vLLM's own, on a CPU
+OLDEST, NEWEST_BELOW = (0, 26), (0, 34)
+
+# vLLM's block is 128 tokens on a CPU: most short sequences then have no full block that the prefix cache could keep, so
+# that a preemption recomputes everything. 32 is the smallest that its CPU kernels take.
+CPU_BLOCK_TOKENS = 32
+# A step computes a whole chunk of a prompt before anyone's next token. At about 250 prompt tokens a second (two AVX2
+# cores, 135M parameters) vLLM's own 2,048 would stop every stream for eight seconds; this stops them for about one.
+SLOW_CPU_CHUNK_TOKENS = 256
+SLOW_CPU_SLOTS = 32
+DEFAULT_SLOTS = 256
+
+# KV whose request died between two engines is held so long. Who waits for it renews the lease, every sixth of it.
+KV_LEASE_S = 15
+
+# What the supervisor decides: it must know where the engine listens and under which name.
+RESERVED = {
+    "--host": "the engine listens on 127.0.0.1, behind the gateway; `evenhand worker` has --address",
+    "--port": "a free port is chosen for each engine",
+    "--model": "use --model",
+    "--served-model-name": "the model is served under the name of its folder",
+    "--uds": "the gateway asks the engine over TCP",
+    "--api-key": "the engine listens on 127.0.0.1 only, and keys are the gateway's: see --tenants",
+}
+
+
+# With one of these an engine computes on several GPUs, so it is given all that there are for it.
+SPREADING = {
+    *("--tensor-parallel-size", "--pipeline-parallel-size", "--data-parallel-size", "--data-parallel-size-local"),
+    *("--nnodes", "--distributed-executor-backend"),
+}
+
+
+class EngineArgsError(ValueError):
+    """An engine argument or version that cannot be used; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnginePlan:
+    """One engine, before it has a port.
+
+    model: a folder or a hub id. local: whether it is a folder, so that no hub is asked.
+    cores: where a CPU engine computes. kv_cache_gib: its KV cache, for a CPU engine.
+    gpu: for CUDA_VISIBLE_DEVICES, empty on a CPU. gpu_share: the part of each such GPU's memory it may take.
+    model_args: what this model needs; user_args: what the user gave, which wins over everything of ours.
+    hands_over: one of role `both` has a KV connector too, so that it may lean to either side.
+    host: the address on which it listens, for gateways and for engines that fetch its KV.
+    """
+
+    model: str
+    served_name: str
+    local: bool
+    build: Build
+    bf16: bool
+    role: Role = Role.BOTH
+    policy: str = "fcfs"
+    policy_options: Mapping[str, str] = field(default_factory=dict)
+    cores: tuple[int, ...] = ()
+    kv_cache_gib: int = 1
+    gpu: str = ""
+    gpu_share: float = 1.0
+    model_args: tuple[str, ...] = ()
+    user_args: tuple[str, ...] = ()
+    host: str = "127.0.0.1"
+    hands_over: bool = False
+
+    @property
+    def connected(self) -> bool:
+        """Whether the engine has a KV connector."""
+        return self.hands_over or self.role is not Role.BOTH
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """Free ports for one start: the HTTP server's, and the one over which NIXL engines find each other."""
+
+    http: int
+    side_channel: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCommand:
+    """What to run, and what to add to the environment. `url` is where it will answer."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    url: str
+
+
+Options = dict[str, str | None]
+
+
+def engine_command(plan: EnginePlan, ports: Ports, python: str) -> EngineCommand:
+    """The vLLM server of `plan`, run by the interpreter `python`; EngineArgsError for an argument that we must give."""
+    check_user_args(plan.user_args)
+    options = _options(plan, ports)
+    extra = (*plan.model_args, *plan.user_args)
+    for name in option_names(extra):
+        options.pop(name, None)
+    ours = [part for name, value in options.items() for part in ((name,) if value is None else (name, value))]
+    # -P: a folder called `scheduler` or `vllm` where the user stands must not be imported in place of the real one.
+    argv = (python, "-P", "-m", MODULE, *ours, *extra)
+    return EngineCommand(argv, _environment(plan, ports), f"http://{plan.host}:{ports.http}")
+
+
+def check_user_args(user_args: Sequence[str]) -> None:
+    """EngineArgsError for an argument that the supervisor decides."""
+    for name in sorted(option_names(user_args) & set(RESERVED)):
+        raise EngineArgsError(f"--engine-arg={name} cannot be given: {RESERVED[name]}")
+
+
+def _options(plan: EnginePlan, ports: Ports) -> Options:
+    options: Options = {
+        "--model": plan.model,
+        "--served-model-name": plan.served_name,
+        "--host": plan.host,
+        "--port": str(ports.http),
+        "--disable-uvicorn-access-log": None,
+        # Every engine carries the plug-in, under FCFS too, so that the policy can be changed while it runs.
+        "--scheduler-cls": SCHEDULER,
+        "--additional-config": json.dumps(
+            {"evenhand": {"policy": plan.policy, "options": dict(plan.policy_options)}}, separators=(",", ":")
+        ),
+    }
+    if plan.build == "cpu":
+        options |= _cpu_options(plan)
+    elif plan.gpu_share < 1:
+        options["--gpu-memory-utilization"] = f"{0.9 * plan.gpu_share:.2f}"
+    if plan.connected:
+        options["--kv-transfer-config"] = json.dumps(kv_transfer(plan.role, plan.build), separators=(",", ":"))
+    return options
+
+
+def _cpu_options(plan: EnginePlan) -> Options:
+    # "auto" takes the model's own context, or what of it the KV cache can hold once.
+    options: Options = {"--block-size": str(CPU_BLOCK_TOKENS), "--max-model-len": "auto"}
+    if not plan.bf16:
+        # Emulated bfloat16 is slower than float32, and compiled it has given wrong text with status 200.
+        options |= {
+            "--dtype": "float32",
+            "--enforce-eager": None,
+            "--max-num-seqs": str(SLOW_CPU_SLOTS),
+            "--max-num-batched-tokens": str(SLOW_CPU_CHUNK_TOKENS),
+        }
+    return options
+
+
+def kv_transfer(role: Role, build: Build) -> dict[str, object]:
+    """vLLM's `--kv-transfer-config`: prefill workers produce KV, decode workers consume it, over NIXL.
+
+    KV that did not arrive is computed again: the client gets its answer late in place of an error.
+    """
+    kv_role = {Role.PREFILL: "kv_producer", Role.DECODE: "kv_consumer", Role.BOTH: "kv_both"}[role]
+    config: dict[str, object] = {
+        "kv_connector": "NixlConnector",
+        "kv_role": kv_role,
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"kv_lease_duration": KV_LEASE_S},
+    }
+    return config | {"kv_buffer_device": "cpu", "kv_connector_module_path": CONNECTOR} if build == "cpu" else config
+
+
+def _environment(plan: EnginePlan, ports: Ports) -> dict[str, str]:
+    env = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_DO_NOT_TRACK": "1",
+        "VLLM_LOGGING_COLOR": "0",
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if plan.local:
+        env["HF_HUB_OFFLINE"] = "1"
+    if plan.build == "cpu":
+        env["VLLM_CPU_KVCACHE_SPACE"] = str(plan.kv_cache_gib)
+        env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, plan.cores)) or "nobind"
+    elif plan.gpu:
+        env["CUDA_VISIBLE_DEVICES"] = plan.gpu
+    if plan.connected:
+        env |= {"VLLM_NIXL_SIDE_CHANNEL_HOST": plan.host, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(ports.side_channel)}
+    return env
+
+
+def option_names(args: Sequence[str]) -> set[str]:
+    """The long options that `args` set, spelt with dashes as vLLM does; `--no-x` sets `--x` too."""
+    names = {arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("--")}
+    return names | {"--" + name.removeprefix("--no-") for name in names if name.startswith("--no-")}
+
+
+def has_plugin(plan: EnginePlan) -> bool:
+    """Whether the engine of `plan` runs our scheduler, and not one that the user chose."""
+    return "--scheduler-cls" not in option_names(plan.user_args)
+
+
+def slots(plan: EnginePlan) -> int:
+    """How many sequences the engine of `plan` runs at once: vLLM's `--max-num-seqs`."""
+    args = [*plan.model_args, *plan.user_args]
+    given = re.findall(r"--max[-_]num[-_]seqs[= ](\d+)", " ".join(args))
+    if given:
+        return int(given[-1])
+    return SLOW_CPU_SLOTS if plan.build == "cpu" and not plan.bf16 else DEFAULT_SLOTS
+
+
+def divide_cores(cores: Sequence[int], workers: int) -> list[tuple[int, ...]]:
+    """Cores for each of `workers` engines, as even as may be.
+
+    Where every engine gets one anyway, the first core is left to the gateway and the engines' own HTTP servers: a step
+    waits for its slowest thread, and one that shares its core is slower than a step with one thread less. Engines
+    without a core of their own take turns.
+    """
+    mine = list(cores[1:]) if len(cores) > workers else list(cores)
+    if len(mine) < workers:
+        return [(mine[index % len(mine)],) for index in range(workers)]
+    edges = [round(len(mine) * index / workers) for index in range(workers + 1)]
+    return [tuple(mine[start:end]) for start, end in zip(edges, edges[1:], strict=False)]
+
+
+def spreads(user_args: Sequence[str]) -> bool:
+    """Whether `user_args` split an engine over several GPUs."""
+    short = {arg.partition("=")[0] for arg in user_args}
+    return bool(option_names(user_args) & SPREADING or short & {"-tp", "-pp", "-dp"})
+
+
+def divide_gpus(gpus: Sequence[str], workers: int, *, several: bool = False) -> list[tuple[str, float]]:
+    """(GPUs, share of their memory) for each of `workers` engines: one GPU in turn, or `several`, as even as may be."""
+    if several and len(gpus) >= workers:
+        edges = [len(gpus) * index // workers for index in range(workers + 1)]
+        return [(",".join(gpus[start:end]), 1.0) for start, end in zip(edges, edges[1:], strict=False)]
+    users = [-(-(workers - index) // len(gpus)) for index in range(len(gpus))]
+    return [(gpus[index % len(gpus)], 1 / users[index % len(gpus)]) for index in range(workers)]
+
+
+def default_kv_cache_gib(free_bytes: int, workers: int) -> int:
+    """KV cache for one CPU engine: an eighth of what engines and weights leave free, shared, from 1 to 4 GiB.
+
+    vLLM fills all of it at its start, so it is taken from the rest of the machine, and knows whole GiB only.
+    `free_bytes` may be negative: whether anything fits is another check.
+    """
+    return max(1, min(4, free_bytes // 8 // workers // GIB))
+
+
+def check_version(version: str) -> None:
+    """EngineArgsError unless the plug-in's contract with vLLM is known to hold for `version`."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if not found or not OLDEST <= (int(found.group(1)), int(found.group(2))) < NEWEST_BELOW:
+        raise EngineArgsError(
+            f"vLLM {version} is installed, and this version of Evenhand works with "
+            f"{_dotted(OLDEST)} up to, but not including, {_dotted(NEWEST_BELOW)}: "
+            "run `make install`, which installs a version that fits"
+        )
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
+
+
+def build_in_use(machine: Machine) -> Build:
+    """Which build will run; EngineArgsError when none is installed, when it does not fit, or lacks its GPU."""
+    if machine.engine is None:
+        raise EngineArgsError("vLLM is not installed here: run `make install`")
+    check_version(machine.engine.version)
+    if machine.engine.build == "cuda" and not machine.gpus:
+        raise EngineArgsError(
+            "the CUDA build of vLLM is installed, but no NVIDIA GPU is visible: check `nvidia-smi` and "
+            "CUDA_VISIBLE_DEVICES, or run `make install` for the CPU build"
+        )
+    return machine.engine.build

@@ -1,0 +1,175 @@
+"""vLLM's log, read for people: which stage of its start it is in, what deserves showing, and why it died. Pure."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+# "(EngineCore pid=6511) INFO 11-21 04:51:48 [core.py:133] text", of which every part before the text may be missing.
+LINE = re.compile(
+    r"^(?:\((?P<process>[\w-]+) pid=\d+\) ?)?"
+    r"(?:(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d [\d:]+ \[[^\]]*\] ?)?"
+    r"(?P<text>.*)$"
+)
+
+FIRST_STAGE = "importing the engine"
+# In the order in which they come, some left out on some machines; a line of an earlier stage may come again later.
+STAGES: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"(?!)"), FIRST_STAGE),
+    (re.compile(r"non-default args: "), "reading the model's configuration"),
+    (re.compile(r"Resolved architecture: "), "starting the engine's processes"),
+    (re.compile(r"Initializing a V1 LLM engine"), "starting the model's processes"),
+    (re.compile(r"Starting to load model "), "loading the model"),
+    (re.compile(r"(Explicitly|Auto) set \(|KV cache size: "), "reserving the KV cache"),
+    (re.compile(r"^Warming up model|^Start compiling|Capturing CUDA graph|torch\.compile took"), "warming up"),
+    (re.compile(r"init engine \(profile"), "starting its HTTP server"),
+    (re.compile(r"Starting vLLM server on |Application startup complete"), "answering"),
+)
+
+# Said at every start, on every machine, and of no use to whoever runs it.
+NOISE = re.compile(
+    r"Found ulimit of|Enforce eager set|Inductor compilation was disabled|Triton is not installed|requires Triton|"
+    r"is not found in LD_PRELOAD|OMP_NUM_THREADS|not public|libtcmalloc|libiomp|Enabled custom fusions|"
+    r"Default vLLM sampling parameters have been overridden"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    """One line: the process that wrote it and the level, each empty if the line does not say."""
+
+    process: str
+    level: str
+    text: str
+
+
+def parse(line: str) -> LogLine:
+    found = LINE.match(line.rstrip("\r\n"))
+    if found is None:
+        return LogLine("", "", line)
+    return LogLine(found["process"] or "", found["level"] or "", found["text"])
+
+
+def stage(line: LogLine, reached: int = 0) -> int:
+    """The stage (its place in STAGES) that a start is in after this line, having `reached` one before."""
+    for place in range(reached + 1, len(STAGES)):
+        if STAGES[place][0].search(line.text):
+            return place
+    return reached
+
+
+def deserves_showing(line: LogLine) -> bool:
+    """Warnings and worse, once per sentence and without the stack that follows it."""
+    is_warning = line.level in {"WARNING", "ERROR", "CRITICAL"}
+    is_sentence = bool(line.text.strip()) and not line.text.startswith((" ", "Traceback", "\t"))
+    return is_warning and is_sentence and not NOISE.search(line.text)
+
+
+Cause = tuple[re.Pattern[str], Callable[[re.Match[str]], str]]
+
+CAUSES: tuple[Cause, ...] = (
+    (
+        re.compile(r"^[\w. -]+: error: ((?:unrecognized|argument|the following|ambiguous).+)"),
+        lambda found: f"vLLM refuses an engine argument ({found[1]}): correct the --engine-arg",
+    ),
+    (
+        re.compile(r"reaper\.py: error: (.+)"),
+        lambda found: f"the engine cannot be run: {found[1]}",
+    ),
+    (
+        re.compile(r"less than requested memory for kv \(([\d.]+)[^)]*GiB\)"),
+        lambda found: (
+            f"not enough free memory for a KV cache of {found[1]} GiB: give less with --kv-cache-gib, use fewer "
+            "workers, or free memory"
+        ),
+    ),
+    (
+        re.compile(r"([\d.]+) GiB KV cache is needed|No available memory for the cache blocks"),
+        lambda _: (
+            "the KV cache cannot hold one request of the model's full length: give more with --kv-cache-gib, "
+            "or shorten it with --engine-arg=--max-model-len=2048"
+        ),
+    ),
+    (
+        re.compile(r"CUDA out of memory|OutOfMemoryError|Free memory on device"),
+        lambda _: (
+            "the GPU has too little free memory: free some, or take less with "
+            "--engine-arg=--gpu-memory-utilization=0.5 or a smaller model"
+        ),
+    ),
+    (
+        re.compile(r"MemoryError|Cannot allocate memory|DefaultCPUAllocator: can't allocate|std::bad_alloc"),
+        lambda _: "the machine ran out of memory: use a smaller model, fewer workers or a smaller --kv-cache-gib",
+    ),
+    (
+        re.compile(r"Address already in use"),
+        lambda _: "its port was taken by another program in the moment it started: try again",
+    ),
+    (
+        re.compile(r"has model type `([^`]+)` but Transformers does not recognize"),
+        lambda found: f"vLLM does not know models of type {found[1]!r}: choose another model",
+    ),
+    (
+        re.compile(r"Model architectures \[([^\]]*)\].*(?:not supported|failed to be inspected)"),
+        lambda found: f"vLLM does not support the model's architecture ({found[1]}): choose another model",
+    ),
+    (
+        re.compile(r"Invalid repository ID or local directory specified: '([^']*)'"),
+        lambda found: f"{found[1]} is neither a model folder (with a config.json) nor a model of the hub",
+    ),
+    (
+        re.compile(
+            r"LocalEntryNotFoundError|We couldn't connect to|outgoing traffic has been disabled|OfflineModeIsEnabled"
+        ),
+        lambda _: (
+            "the model is not on this machine, and its hub cannot be reached: give --model the path of a "
+            "folder, or download it first"
+        ),
+    ),
+    (
+        re.compile(r"(?:GatedRepoError|RepositoryNotFoundError|401 Client Error|404 Client Error)"),
+        lambda _: "the model hub has no such model, or it needs a token (HF_TOKEN): check the name given to --model",
+    ),
+    (
+        re.compile(r"(?:Cannot find any model weights|safetensors_rust\.SafetensorError|SafetensorError|header too)"),
+        lambda _: "the model's weight files are missing or damaged: get the model folder again",
+    ),
+    (
+        re.compile(r"^(?:ModuleNotFoundError|ImportError): (.+)"),
+        lambda found: f"the engine's installation is incomplete ({found[1]}): run `make install`",
+    ),
+    (
+        re.compile(r"No space left on device"),
+        lambda _: "the disk, or the shared memory in /dev/shm, is full: free some space",
+    ),
+    (
+        re.compile(r"^\s*Value error, (.+?)(?: \[type=.*)?$"),
+        lambda found: f"vLLM refuses the configuration: {found[1].rstrip('.')}",
+    ),
+)
+
+# The last line of a Python stack: "package.SomeError: what happened".
+RAISED = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt)): (.+)$")
+# Said by the processes that noticed a death, not by the one that died.
+CORE_GONE = re.compile(r"engine core exited unexpectedly|Engine core proc \S+ died unexpectedly|WorkerProc.* died")
+ECHOES = re.compile(
+    r"Engine core initialization failed|EngineDeadError|Executor failed|WorkerProc initialization failed"
+)
+
+
+def cause(lines: Sequence[str], exit_code: int | None) -> str:
+    """One sentence on why the engine ended, by its last lines and exit code (None if it still runs), and what to do."""
+    texts = [parse(line).text for line in lines]
+    for pattern, sentence in CAUSES:
+        for text in texts:
+            if found := pattern.search(text):
+                return sentence(found)
+    raised = [found for text in texts if (found := RAISED.match(text.strip())) and not ECHOES.search(text)]
+    if raised:
+        return f"it failed with {raised[0][1]}: {shortened(raised[0][2])}"
+    if exit_code == 137 or any(CORE_GONE.search(text) for text in texts):
+        return "one of its processes was killed, most often by the system for want of memory"
+    return f"it ended with exit code {exit_code}" if exit_code is not None else "it stopped answering"
+
+
+def shortened(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else text[: most - 1].rstrip() + "…"

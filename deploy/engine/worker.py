@@ -1,0 +1,293 @@
+"""One engine as a child process: started, watched, tested, restarted when it dies, and stopped without a trace."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import socket
+import tempfile
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+import httpx2
+
+from deploy.engine.canary import CanaryError
+from deploy.engine.child import Child, ChildEnded, running
+from deploy.engine.engine_args import EngineCommand, Ports
+from deploy.engine.engine_log import STAGES, LogLine, cause, parse, stage
+from deploy.serve.log_file import LogFile
+
+KEPT_LINES = 1000  # enough for the stacks of all of vLLM's processes, root cause included
+NOT_INHERITED = ("VLLM_API_KEY", "VLLM_PORT")  # would give the engine a key or ports that the gateway does not know
+
+
+class State(Enum):
+    """Where a worker is in its life."""
+
+    STARTING = "starting"
+    CANARY = "canary"
+    READY = "ready"
+    DEAD = "dead"
+    STOPPED = "stopped"
+
+
+MOVES: Mapping[State, frozenset[State]] = {
+    State.STARTING: frozenset({State.CANARY, State.DEAD, State.STOPPED}),
+    State.CANARY: frozenset({State.READY, State.DEAD, State.STOPPED}),
+    State.READY: frozenset({State.DEAD, State.STOPPED}),
+    State.DEAD: frozenset({State.STARTING, State.STOPPED}),
+    State.STOPPED: frozenset(),
+}
+
+
+class WorkerError(Exception):
+    """The engine could not be started or has ended; the message is one sentence that says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEvent:
+    """A move of a worker, or a new stage of its start.
+
+    url: where it answers, or will. detail: the stage, what the canary heard, or why it died.
+    elapsed_s: since this start began.
+    """
+
+    worker: str
+    state: State
+    url: str
+    detail: str
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """How one start of an engine went: why it ended, and for how long it was ready (None if it never was)."""
+
+    end: str
+    ready_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How patient a supervisor is. All in seconds.
+
+    start_s: for one start, canary included.
+    probe_every_s, watch_every_s: between two probes, before and after it is ready.
+    unanswered_s: a ready engine that has not answered for so long is taken for hung; long, for on a busy CPU one step
+    can hold everything up.
+    backoff_s: doubles with each death up to backoff_most_s, and is forgotten after stable_s alive.
+    grace_s: from asking an engine to stop to killing it.
+    """
+
+    start_s: float = 900.0
+    probe_every_s: float = 0.25
+    probe_timeout_s: float = 10.0
+    watch_every_s: float = 1.0
+    unanswered_s: float = 60.0
+    backoff_s: float = 1.0
+    backoff_most_s: float = 60.0
+    stable_s: float = 120.0
+    grace_s: float = 15.0
+
+    def backoff_after(self, deaths: int) -> float:
+        """How long to wait before the next start, after so many deaths in a row (1 or more)."""
+        return min(self.backoff_most_s, self.backoff_s * 2.0 ** min(deaths - 1, 30))
+
+
+class Check(Protocol):
+    """A test that a started engine has to pass: `deploy.engine.canary.Canary`. Raises CanaryError."""
+
+    async def check(self, client: httpx2.AsyncClient, url: str) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Listeners:
+    """Who hears of a worker: `tell` its moves and stages, `line` every line of its log."""
+
+    tell: Callable[[WorkerEvent], None]
+    line: Callable[[str, LogLine], None]
+
+
+class WorkerProcess:
+    """Keeps one engine alive.
+
+    `build` makes the command for the ports of one start; they stay the same from start to start while they are free.
+    `ports` are those of the first, free ones if None.
+    `run` is the whole life: cancel it for a clean stop, and call `kill` to have no grace given.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        build: Callable[[Ports], EngineCommand],
+        canary: Check,
+        listeners: Listeners,
+        log: LogFile,
+        timing: Timing,
+        ports: Ports | None = None,
+    ) -> None:
+        self.name = name
+        self.state = State.STARTING
+        self._build = build
+        self._canary = canary
+        self._listeners = listeners
+        self._log = log
+        self._timing = timing
+        self._ports = ports
+        self._child: Child | None = None
+        self._url = ""
+        self._started_at_s = 0.0
+        self._stage = 0
+        self._lines: deque[str] = deque(maxlen=KEPT_LINES)
+
+    async def run(self) -> None:
+        """Starts the engine and restarts it for ever. WorkerError if it did not become ready the first time."""
+        deaths = 0
+        try:
+            while True:
+                life = await self._one_life()
+                if deaths == 0 and life.ready_s is None:
+                    raise WorkerError(f"{self.name} did not start: {life.end} (its log: {self._log.path})")
+                deaths = 1 if (life.ready_s or 0.0) >= self._timing.stable_s else deaths + 1
+                pause_s = self._timing.backoff_after(deaths)
+                self._move(State.DEAD, f"{life.end}; it starts again in {pause_s:.0f} s")
+                await asyncio.sleep(pause_s)
+                self._move(State.STARTING, "restarting")
+        finally:
+            self._move(State.STOPPED, "stopped")
+            self._log.close()
+
+    def kill(self) -> None:
+        """Ends the engine and all that it started, at once."""
+        if self._child is not None:
+            self._child.kill()
+
+    async def _one_life(self) -> Life:
+        """From start to death."""
+        self._started_at_s = _now_s()
+        try:
+            async with self._process() as child, httpx2.AsyncClient(trust_env=False) as client:
+                await self._become_ready(child, client)
+                ready_at_s = _now_s()
+                end = await self._ready_until(child, client)
+        except WorkerError as error:
+            return Life(str(error), None)
+        return Life(end, _now_s() - ready_at_s)
+
+    async def _become_ready(self, child: Child, client: httpx2.AsyncClient) -> None:
+        try:
+            async with asyncio.timeout(self._timing.start_s):
+                await child.or_end(self._answering(client))
+                self._move(State.CANARY, "asking it a question whose answer is known")
+                said = await child.or_end(self._canary.check(client, self._url))
+        except ChildEnded as end:
+            raise WorkerError(cause(self._lines, end.exit_code)) from end
+        except CanaryError as error:
+            raise WorkerError(str(error)) from error
+        except TimeoutError as error:
+            limit_s = self._timing.start_s
+            raise WorkerError(f"it was not ready after {limit_s:.0f} s: allow more with --start-timeout") from error
+        self._move(State.READY, said)
+
+    async def _ready_until(self, child: Child, client: httpx2.AsyncClient) -> str:
+        """Watches a ready engine until it dies or hangs; returns why, as a sentence."""
+        try:
+            return await child.or_end(self._unhealthy(client))
+        except ChildEnded as end:
+            return cause(self._lines, end.exit_code)
+
+    async def _answering(self, client: httpx2.AsyncClient) -> None:
+        """Returns when the engine says that it is healthy."""
+        while True:
+            if await self._health(client) == 200:
+                return
+            await asyncio.sleep(self._timing.probe_every_s)
+
+    async def _unhealthy(self, client: httpx2.AsyncClient) -> str:
+        """Returns when a healthy engine has become useless. vLLM answers 503 once its core is dead."""
+        answered_at_s = _now_s()
+        while (silent_s := _now_s() - answered_at_s) < self._timing.unanswered_s:
+            await asyncio.sleep(self._timing.watch_every_s)
+            status = await self._health(client)
+            if status == 503:
+                await asyncio.sleep(self._timing.watch_every_s)  # its last words are still on their way
+                return cause(self._lines, None)
+            answered_at_s = _now_s() if status == 200 else answered_at_s
+        return f"it has not answered for {silent_s:.0f} s"
+
+    async def _health(self, client: httpx2.AsyncClient) -> int:
+        """Its status, 0 if it did not answer."""
+        try:
+            return (await client.get(self._url + "/health", timeout=self._timing.probe_timeout_s)).status_code
+        except httpx2.HTTPError:
+            return 0
+
+    @contextlib.asynccontextmanager
+    async def _process(self) -> AsyncIterator[Child]:
+        """The engine with fresh ports and a fresh folder for its metrics, where a dead one's must not count."""
+        self._lines.clear()
+        self._stage = 0
+        metrics_folder = tempfile.mkdtemp(prefix="evenhand-metrics-")
+        try:
+            self._ports = usable_ports(self._ports)
+            command = self._build(self._ports)
+            self._url = command.url
+            env = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
+            env |= {**command.env, "PROMETHEUS_MULTIPROC_DIR": metrics_folder}
+            self._log.write(f"$ {' '.join(command.argv)}")
+            async with running(command.argv, env, self._timing.grace_s, self._heard) as self._child:
+                self._tell(STAGES[0][1])
+                yield self._child
+        except OSError as error:
+            raise WorkerError(f"it could not be started: {error.strerror or error}") from error
+        finally:
+            self._child = None
+            shutil.rmtree(metrics_folder, ignore_errors=True)
+
+    def _heard(self, text: str) -> None:
+        line = parse(text)
+        self._log.write(text)
+        self._lines.append(text)
+        self._listeners.line(self.name, line)
+        if self.state is State.STARTING and (reached := stage(line, self._stage)) != self._stage:
+            self._stage = reached
+            self._tell(STAGES[reached][1])
+
+    def _move(self, state: State, detail: str) -> None:
+        if state not in MOVES[self.state]:
+            raise ValueError(f"{self.name} cannot go from {self.state.value} to {state.value}")
+        self.state = state
+        self._tell(detail)
+
+    def _tell(self, detail: str) -> None:
+        elapsed_s = _now_s() - self._started_at_s if self._started_at_s else 0.0
+        self._listeners.tell(WorkerEvent(self.name, self.state, self._url, detail, elapsed_s))
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def usable_ports(last: Ports | None) -> Ports:
+    """The ports of the last start if they are free, else others."""
+    if last is not None and is_free("127.0.0.1", last.http) and is_free("127.0.0.1", last.side_channel):
+        return last
+    with socket.socket() as http, socket.socket() as side_channel:
+        for one in (http, side_channel):
+            one.bind(("127.0.0.1", 0))
+        return Ports(http.getsockname()[1], side_channel.getsockname()[1])
+
+
+def is_free(host: str, port: int) -> bool:
+    """Whether a server could listen there; closed connections that linger do not count, as they do not for it."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,1 @@
+"""`make install`: everything that a checkout needs, in .venv. Runs before any package is installed."""

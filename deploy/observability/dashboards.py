@@ -1,0 +1,567 @@
+"""The Grafana dashboards, made from one table of panels: `make dashboards` writes them into
+grafana/dashboards beside this file.
+
+A query is about what gateway, plug-in and vLLM export, or about a recording rule of prometheus/rules.yml.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from string import ascii_uppercase
+
+from grafana_foundation_sdk.builders import dashboard, prometheus, stat, timeseries
+from grafana_foundation_sdk.builders.common import StackingConfig, VizLegendOptions, VizTooltipOptions
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models import dashboard as model
+from grafana_foundation_sdk.models.common import (
+    GraphDrawStyle,
+    LegendDisplayMode,
+    LegendPlacement,
+    StackingMode,
+    TooltipDisplayMode,
+    VisibilityMode,
+)
+
+FOLDER = Path(__file__).resolve().parent / "grafana" / "dashboards"
+SOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")
+OF_GATEWAYS = '{job=~".*evenhand-gateway"}'
+WIDTH = 24
+HEIGHT = 8
+STAT_HEIGHT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A PromQL expression and the name of its lines; {{label}} takes a label's value."""
+
+    expr: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One panel. unit: Grafana's name of it. text: what a reader should know. number: one figure in place of lines."""
+
+    title: str
+    unit: str
+    queries: tuple[Query, ...]
+    text: str = ""
+    stacked: bool = False
+    number: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Panels side by side, as wide as each other."""
+
+    title: str
+    panels: tuple[Panel, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Board:
+    """One dashboard. uid: part of its address, so it must not change."""
+
+    uid: str
+    title: str
+    text: str
+    rows: tuple[Row, ...]
+
+
+def rate(metric: str, by: str = "") -> str:
+    """A counter's rate, summed over everything but `by`."""
+    return f"sum by ({by}) (rate({metric}[$__rate_interval]))"
+
+
+def quantiles(histogram: str, *shares: float) -> tuple[Query, ...]:
+    return tuple(
+        Query(f"histogram_quantile({share}, sum by (le) (rate({histogram}_bucket[$__rate_interval])))", f"{share:.0%}")
+        for share in shares
+    )
+
+
+def latency(title: str, name: str, text: str) -> Panel:
+    return Panel(title, "s", quantiles(f"evenhand_request_{name}_seconds", 0.5, 0.95, 0.99), text)
+
+
+def figure(title: str, unit: str, expr: str, text: str = "") -> Panel:
+    return Panel(title, unit, (Query(expr, title),), text, number=True)
+
+
+TTFT = latency(
+    "Time to first token", "ttft", "Arrival to the first bytes of the answer, waiting included; streams only."
+)
+SECOND = latency("To the second token", "second_token", "From the first token of a streamed answer to its second.")
+ITL = latency("Gap between tokens", "itl", "Between two streamed chunks of one answer.")
+QUEUE = Panel(
+    "Waiting line", "short", (Query("sum by (model) (evenhand_queue_depth)", "{{model}}"),), "At the gateways."
+)
+
+OVERVIEW = Board(
+    "evenhand-overview",
+    "Evenhand / Overview",
+    "Is everybody served, and how fast?",
+    (
+        Row(
+            "Now",
+            (
+                figure("Requests", "reqps", rate("evenhand_requests_total")),
+                figure("Output tokens", "short", rate('evenhand_tokens_total{kind="completion"}'), "per second"),
+                figure("Waiting", "short", "sum(evenhand_queue_depth)"),
+                figure("Workers ready", "short", "count(max by (worker) (evenhand_worker_up) == 1) or vector(0)"),
+                figure("First token, median", "s", quantiles("evenhand_request_ttft_seconds", 0.5)[0].expr),
+                figure("Missed first-token objective", "percentunit", "evenhand:ttft_misses:ratio5m", "last 5 minutes"),
+            ),
+        ),
+        Row("Latency", (TTFT, ITL)),
+        Row(
+            "More latency",
+            (
+                latency("Time per output token", "tpot", "(E2E − TTFT) ÷ (output tokens − 1); streams only."),
+                latency("Whole answer", "e2e", "Arrival to the end of the answer."),
+            ),
+        ),
+        Row(
+            "Traffic",
+            (
+                Panel(
+                    "Requests by how they ended",
+                    "reqps",
+                    (Query(rate("evenhand_requests_total", "outcome"), "{{outcome}}"),),
+                    "ok, cancelled (the client left), or the error's code.",
+                    stacked=True,
+                ),
+                Panel(
+                    "Tokens",
+                    "short",
+                    (Query(rate("evenhand_tokens_total", "kind"), "{{kind}}"),),
+                    "Per second, of finished requests. `cached` is a part of `prompt`.",
+                ),
+            ),
+        ),
+        Row(
+            "Objectives",
+            (
+                QUEUE,
+                Panel(
+                    "Streams that missed their objective",
+                    "percentunit",
+                    (
+                        Query("evenhand:ttft_misses:ratio5m", "first token, 5 min"),
+                        Query("evenhand:ttft_misses:ratio1h", "first token, 1 h"),
+                        Query("evenhand:tpot_misses:ratio5m", "time per token, 5 min"),
+                        Query("evenhand:tpot_misses:ratio1h", "time per token, 1 h"),
+                    ),
+                    "1 % is what the objective allows.",
+                ),
+            ),
+        ),
+    ),
+)
+
+TENANTS = Board(
+    "evenhand-tenants",
+    "Evenhand / Tenants and fairness",
+    "Who gets how much, and is it fair? Service is weighted tokens: a prompt token 1, an output token 2.",
+    (
+        Row(
+            "Service",
+            (
+                Panel(
+                    "Service by tenant",
+                    "short",
+                    (Query(rate("evenhand_tenant_service_total", "tenant"), "{{tenant}}"),),
+                    "Weighted tokens per second. The largest tenants are named, the rest is `other`.",
+                    stacked=True,
+                ),
+                Panel(
+                    "Share of service",
+                    "percentunit",
+                    (Query("evenhand:tenant_service:share5m", "{{tenant}}"),),
+                    "Of the last five minutes.",
+                    stacked=True,
+                ),
+            ),
+        ),
+        Row(
+            "Fairness",
+            (
+                Panel(
+                    "Fairness gap",
+                    "short",
+                    (Query("max by (instance) (evenhand_fairness_max_service_gap)", "{{instance}}"),),
+                    "Weighted tokens per weight between the most and the least served of the tenants that wait. "
+                    "Bounded under VTC; under the others it shows what the policy costs.",
+                ),
+                Panel(
+                    "Refused at a limit",
+                    "reqps",
+                    (Query(rate("evenhand_limit_refusals_total", "reason"), "{{reason}}"),),
+                    "A tenant's own limits; nobody else is affected.",
+                ),
+            ),
+        ),
+        Row(
+            "Waiting",
+            (QUEUE, latency("Wait in line", "queue", "Until a worker had room.")),
+        ),
+    ),
+)
+
+POLICIES = Board(
+    "evenhand-policies",
+    "Evenhand / Policies and preemption",
+    "What the scheduler plug-in decides inside the engines.",
+    (
+        Row(
+            "Inside the engines",
+            (
+                Panel(
+                    "Waiting by lane",
+                    "short",
+                    (Query("sum by (lane) (evenhand_engine_waiting)", "{{lane}}"),),
+                    "Lanes are the policy's: levels under MLFQ, ages under Gittins, one under FCFS.",
+                    stacked=True,
+                ),
+                Panel(
+                    "Preemptions",
+                    "short",
+                    (Query(rate("evenhand_engine_preemptions_total", "policy, reason"), "{{policy}}: {{reason}}"),),
+                    "Per second. `policy`: for a waiting request; `memory`: the KV cache was full; `reset`: ordered.",
+                ),
+            ),
+        ),
+        Row(
+            "Costs",
+            (
+                Panel(
+                    "Longest stall",
+                    "s",
+                    (Query("max by (worker) (evenhand_engine_longest_stall_seconds)", "{{worker}}"),),
+                    "The longest that a request that had begun went without its slot.",
+                ),
+                Panel(
+                    "Fairness gap in the engines",
+                    "short",
+                    (Query("max by (worker) (evenhand_engine_service_gap)", "{{worker}}"),),
+                    "Among the tenants that wait in that engine.",
+                ),
+            ),
+        ),
+        Row(
+            "In force",
+            (
+                Panel(
+                    "Engines by policy",
+                    "short",
+                    (Query("sum by (policy) (evenhand_engine_policy_info)", "{{policy}}"),),
+                    "More than one name for longer than a second or so: an engine refused the change.",
+                    stacked=True,
+                ),
+                Panel(
+                    "Changes of policy",
+                    "short",
+                    (Query("sum by (outcome) (evenhand_engine_policy_switches_total)", "{{outcome}}"),),
+                    "Since the engines' start.",
+                ),
+            ),
+        ),
+    ),
+)
+
+APART = Board(
+    "evenhand-apart",
+    "Evenhand / Prefill and decode",
+    "Prompts read by one worker and answered by another: who takes what, and does the KV cache arrive?",
+    (
+        Row(
+            "Where requests go",
+            (
+                Panel(
+                    "Placements",
+                    "reqps",
+                    (Query(rate("evenhand_placements_total", "placement"), "{{placement}}"),),
+                    "`apart`, or why one worker took a request whole. Nothing here: there has been no prefill worker.",
+                    stacked=True,
+                ),
+                Panel(
+                    "Work ahead by role",
+                    "short",
+                    (Query("sum by (role) (evenhand_worker_pending_tokens)", "{{role}}"),),
+                    "Tokens that the workers of a role have yet to compute for the gateways.",
+                ),
+            ),
+        ),
+        Row(
+            "Reading",
+            (
+                Panel(
+                    "Prompts at prefill workers",
+                    "reqps",
+                    (Query(rate("evenhand_prefills_total", "outcome"), "{{outcome}}"),),
+                    "All but `read` were read again where they are answered.",
+                    stacked=True,
+                ),
+                Panel(
+                    "Time to read a prompt",
+                    "s",
+                    quantiles("evenhand_prefill_seconds", 0.5, 0.95, 0.99),
+                    "At a prefill worker, waiting included.",
+                ),
+            ),
+        ),
+        Row("What clients feel", (TTFT, SECOND)),
+        Row(
+            "KV transfer",
+            (
+                Panel(
+                    "From read to first bytes",
+                    "s",
+                    quantiles("evenhand_kv_transfer_seconds", 0.5, 0.95, 0.99),
+                    "The fetch of the KV and the first token, of streamed answers.",
+                ),
+                Panel(
+                    "KV fetched",
+                    "Bps",
+                    (Query(rate("evenhand_kv_transfer_bytes_total", "worker"), "{{worker}}"),),
+                    "By the worker that fetched it.",
+                ),
+            ),
+        ),
+    ),
+)
+
+WORKERS = Board(
+    "evenhand-workers",
+    "Evenhand / Workers and KV cache",
+    "How loaded is each engine?",
+    (
+        Row(
+            "Fleet",
+            (
+                Panel(
+                    "Takes requests",
+                    "short",
+                    (Query("max by (worker, role) (evenhand_worker_up)", "{{worker}} ({{role}})"),),
+                    "1 if any gateway reaches it and it is not drained.",
+                ),
+                Panel(
+                    "In flight",
+                    "short",
+                    (Query("sum by (worker) (evenhand_worker_in_flight)", "{{worker}}"),),
+                    "Sequences that it has from the gateways.",
+                ),
+            ),
+        ),
+        Row(
+            "Inside",
+            (
+                Panel(
+                    "Batch and line",
+                    "short",
+                    (
+                        Query("sum by (worker) (vllm:num_requests_running)", "{{worker}} running"),
+                        Query("sum by (worker) (vllm:num_requests_waiting)", "{{worker}} waiting"),
+                    ),
+                    "As vLLM counts them.",
+                ),
+                Panel(
+                    "KV cache in use",
+                    "percentunit",
+                    (Query("max by (worker) (vllm:kv_cache_usage_perc)", "{{worker}}"),),
+                ),
+            ),
+        ),
+        Row(
+            "Work",
+            (
+                Panel(
+                    "Prompt tokens computed",
+                    "short",
+                    (Query(rate("vllm:prompt_tokens_total", "worker, role"), "{{worker}} ({{role}})"),),
+                    "Per second.",
+                ),
+                Panel(
+                    "Tokens made",
+                    "short",
+                    (Query(rate("vllm:generation_tokens_total", "worker, role"), "{{worker}} ({{role}})"),),
+                    "Per second.",
+                ),
+            ),
+        ),
+        Row(
+            "Cache",
+            (
+                Panel(
+                    "Prefix cache hits",
+                    "percentunit",
+                    (
+                        Query(
+                            f"{rate('vllm:prefix_cache_hits_total', 'worker')} / "
+                            f"{rate('vllm:prefix_cache_queries_total', 'worker')}",
+                            "{{worker}}",
+                        ),
+                    ),
+                    "Of the prompt tokens looked up.",
+                ),
+                Panel(
+                    "Preemptions",
+                    "short",
+                    (Query(rate("vllm:num_preemptions_total", "worker"), "{{worker}}"),),
+                    "Per second, whatever the reason.",
+                ),
+            ),
+        ),
+    ),
+)
+
+GATEWAY = Board(
+    "evenhand-gateway",
+    "Evenhand / Gateway",
+    "The gateway processes themselves.",
+    (
+        Row(
+            "Process",
+            (
+                Panel(
+                    "CPU",
+                    "percentunit",
+                    (Query(rate(f"process_cpu_seconds_total{OF_GATEWAYS}", "instance"), "{{instance}}"),),
+                    "Of one core: a gateway uses one.",
+                ),
+                Panel(
+                    "Memory",
+                    "bytes",
+                    (Query(f"process_resident_memory_bytes{OF_GATEWAYS}", "{{instance}}"),),
+                ),
+            ),
+        ),
+        Row(
+            "Work",
+            (
+                latency("Wait in line", "queue", "Until a worker had room."),
+                Panel(
+                    "Requests by route",
+                    "reqps",
+                    (Query(rate("evenhand_requests_total", "route"), "{{route}}"),),
+                    "An empty route: bytes that made no request.",
+                    stacked=True,
+                ),
+            ),
+        ),
+        Row(
+            "Shared state",
+            (
+                Panel(
+                    "Redis answers", "short", (Query("evenhand_store_up", "{{instance}}"),), "1 too where none is used."
+                ),
+                Panel(
+                    "Gateways that see each other",
+                    "short",
+                    (Query("evenhand_replicas", "{{instance}}"),),
+                    "Fewer than there are: they do not share limits and fairness.",
+                ),
+            ),
+        ),
+        Row(
+            "Connections",
+            (
+                Panel(
+                    "Open files",
+                    "short",
+                    (Query(f"process_open_fds{OF_GATEWAYS}", "{{instance}}"),),
+                    "About two for each request in flight.",
+                ),
+                Panel(
+                    "Answers that workers broke off",
+                    "short",
+                    (Query(rate("evenhand_failovers_total", "outcome"), "{{outcome}}"),),
+                    "Per second. `retried` and `resumed`: another worker went on and no client noticed.",
+                    stacked=True,
+                ),
+                Panel(
+                    "Failed or refused",
+                    "reqps",
+                    (Query(rate('evenhand_requests_total{outcome!~"ok|cancelled"}', "outcome"), "{{outcome}}"),),
+                    "Nothing here means that nothing failed.",
+                ),
+            ),
+        ),
+    ),
+)
+
+BOARDS: Mapping[str, Board] = {
+    board.uid.removeprefix("evenhand-"): board for board in (OVERVIEW, TENANTS, POLICIES, APART, WORKERS, GATEWAY)
+}
+
+
+def built(board: Board) -> str:
+    """The dashboard as Grafana reads it."""
+    made = (
+        dashboard.Dashboard(board.title)
+        .uid(board.uid)
+        .description(board.text)
+        .tags(["evenhand"])
+        .refresh("10s")
+        .time("now-1h", "now")
+        .timezone("browser")
+        .editable()
+        .tooltip(model.DashboardCursorSync.CROSSHAIR)
+        .with_variable(dashboard.DatasourceVariable("datasource").label("Prometheus").type("prometheus"))
+        .link(
+            dashboard.DashboardLink("Evenhand")
+            .type(model.DashboardLinkType.DASHBOARDS)
+            .tags(["evenhand"])
+            .as_dropdown(True)
+        )
+    )
+    ids = count(1)
+    for row in board.rows:
+        made.with_row(dashboard.Row(row.title).id(next(ids)))
+        for panel in row.panels:
+            made.with_panel(_panel(panel, WIDTH // len(row.panels)).id(next(ids)))
+    return JSONEncoder(sort_keys=True, indent=2).encode(made.build()) + "\n"
+
+
+def _panel(panel: Panel, width: int) -> stat.Panel | timeseries.Panel:
+    made = stat.Panel().height(STAT_HEIGHT) if panel.number else _lines(panel)
+    made.title(panel.title).description(panel.text).unit(panel.unit).span(width).datasource(SOURCE)
+    for letter, query in zip(ascii_uppercase, panel.queries, strict=False):
+        target = prometheus.Dataquery().ref_id(letter).expr(query.expr).legend_format(query.name)
+        made.with_target(target.datasource(SOURCE))
+    return made
+
+
+def _lines(panel: Panel) -> timeseries.Panel:
+    made = (
+        timeseries.Panel()
+        .height(HEIGHT)
+        .min(0)
+        .draw_style(GraphDrawStyle.LINE)
+        .line_width(1.5)
+        .fill_opacity(25 if panel.stacked else 5)
+        .show_points(VisibilityMode.NEVER)
+        .legend(
+            VizLegendOptions().display_mode(LegendDisplayMode.LIST).placement(LegendPlacement.BOTTOM).show_legend(True)
+        )
+        .tooltip(VizTooltipOptions().mode(TooltipDisplayMode.MULTI))
+    )
+    return made.stacking(StackingConfig().mode(StackingMode.NORMAL)) if panel.stacked else made
+
+
+def panels(board: Board) -> Sequence[Panel]:
+    """All panels of a dashboard."""
+    return [panel for row in board.rows for panel in row.panels]
+
+
+def main() -> int:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name, board in BOARDS.items():
+        (FOLDER / f"{name}.json").write_text(built(board), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""`evenhand serve` and `evenhand worker`: from a command line to running processes."""

@@ -1,0 +1,278 @@
+"""`evenhand worker`: one engine on this machine that joins the gateways of a Redis, and leaves them in good order.
+
+It says every `HEARTBEAT_S` that it is there. SIGTERM, Ctrl-C or SIGHUP: it says that it wants nothing new, finishes
+what it has, waits until its KV has been fetched, and goes; a second signal ends it at once. Exit codes as of
+`evenhand serve`.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import uvloop
+from pydantic import Field
+from rich.console import Console
+
+from deploy.engine.canary import Canary
+from deploy.engine.engine_args import EnginePlan, Ports, has_plugin, slots
+from deploy.engine.model import cache_folder, resolve
+from deploy.engine.worker import Listeners, State, WorkerEvent, WorkerProcess, is_free
+from deploy.serve.command import exit_code, option
+from deploy.serve.log_file import LogFile
+from deploy.serve.preflight import check, check_transfer, in_words, plan_workers
+from deploy.serve.screen import Screen
+from deploy.serve.serving import Stop, Surroundings, log_to_screen, state_folder
+from deploy.settings import ServeSettings
+from scheduler.workers import Role, Worker
+from server.__main__ import policy_options
+from server.cluster.state import REGISTRY_S
+from server.engine.client import Engine
+from server.fleet.fleet import is_idle
+from server.fleet.registry import HEARTBEAT_S, WORKER_TTL_S, registration_of
+from server.request.errors import EngineGone
+from server.settings import DisaggregationSettings, read_settings
+from server.store.redis_store import RedisStore
+from server.store.store import Store, StoreAway
+
+log = logging.getLogger("evenhand.worker")
+
+HEARD_S = 2.5 * REGISTRY_S  # until every gateway has read that it wants nothing new
+LOOK_S = 0.25
+
+
+class JoinSettings(ServeSettings):
+    """One engine of a fleet. What concerns gateways only is accepted, for a file may serve both, and not used."""
+
+    role: Literal["prefill", "decode", "both"] = Field("both", description="which half of a request it takes")
+    address: str = Field(
+        "127.0.0.1",
+        description="where gateways reach it; whoever else does can use it without a key, so keep it private",
+    )
+    name: str = Field("", max_length=64, description="its name in the fleet; default: the host's, with the role")
+    engine_port: int | None = Field(
+        None, ge=1, le=65534, description="the engine's port, and the next one for its KV transfer; default: free ones"
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is not given comes from EVENHAND_…, the file, or the default."""
+    option(parser, (JoinSettings, "role"), "prefill|decode|both")
+    parser.add_argument(
+        "--balance-roles",
+        action="store_true",
+        default=None,
+        help="give an engine of role both a KV connector, so that gateways may have it lean to a side",
+    )
+    option(parser, (JoinSettings, "redis_url"), "URL")
+    option(parser, (JoinSettings, "address"), "HOST")
+    option(parser, (JoinSettings, "name"), "NAME")
+    option(parser, (JoinSettings, "engine_port"), "PORT", int)
+    option(parser, (JoinSettings, "model"), "NAME|PATH|HF_ID")
+    option(parser, (JoinSettings, "policy"), "NAME")
+    parser.add_argument(
+        "--policy-option", action="append", metavar="KEY=VALUE", help="an option of the policy; may be repeated"
+    )
+    option(parser, (JoinSettings, "kv_cache_gib"), "GIB", int)
+    option(parser, (JoinSettings, "start_timeout_s"), "SECONDS", float, flag="--start-timeout")
+    option(parser, (JoinSettings, "state_folder"), "FOLDER", Path)
+    parser.add_argument(
+        "--engine-arg", action="append", dest="engine_args", metavar="ARG", help="handed to vLLM as it stands"
+    )
+    parser.add_argument("--verbose", action="store_true", default=None, help="show the engine's whole log")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of the settings")
+
+
+def overrides(args: argparse.Namespace) -> dict[str, object]:
+    """What the command line says, as settings. ValueError for a policy option that is not KEY=VALUE."""
+    ours = set(JoinSettings.model_fields) & set(vars(args))
+    given = {name: value for name in ours if (value := getattr(args, name)) is not None}
+    if args.balance_roles:
+        given["disaggregation"] = {"balance_roles": True}
+    return given | ({"policy_options": policy_options(args.policy_option)} if args.policy_option else {})
+
+
+def run(args: argparse.Namespace, surroundings: Surroundings | None = None) -> int:
+    """Serves until it is stopped; returns the exit code."""
+    around = surroundings or Surroundings()
+
+    def serve() -> int:
+        settings = read_settings(overrides(args), args.config, JoinSettings)
+        if settings.redis_url is None:
+            raise ValueError("a worker joins its gateways through Redis: give --redis-url URL, or EVENHAND_REDIS_URL")
+        plan = plan_of(settings, around)
+        code: int = uvloop.run(_joined(settings, plan, settings.redis_url.get_secret_value(), around))
+        return code
+
+    return exit_code("evenhand worker", serve)
+
+
+def plan_of(settings: JoinSettings, around: Surroundings) -> EnginePlan:
+    """The engine. EngineArgsError, ModelError, PreflightError or ValueError says what is wrong."""
+    alone = settings.model_copy(
+        update={
+            "worker_count": 1,
+            "prefill_workers": 0,
+            "decode_workers": 0,
+            "workers": [],
+            "disaggregation": DisaggregationSettings(),
+        }
+    )
+    role, machine = Role(settings.role), around.machine()
+    leans = role is Role.BOTH and settings.disaggregation.balance_roles
+    check_transfer([Role.PREFILL if leans else role], machine)
+    checked = check(alone, machine, cache_folder())
+    (plan,) = plan_workers(alone, machine, checked, resolve(settings.model, cache_folder())).values()
+    return replace(plan, role=role, host=settings.address, hands_over=leans)
+
+
+def ports_of(settings: JoinSettings) -> Ports | None:
+    """The ports that were asked for. ValueError if one of them cannot be had."""
+    first = settings.engine_port
+    if first is None:
+        return None
+    for port in (first, first + 1):
+        if not is_free(settings.address, port):
+            raise ValueError(
+                f"an engine cannot listen on {settings.address}:{port}: it is taken, or no address of this machine; "
+                "choose another --engine-port"
+            )
+    return Ports(first, first + 1)
+
+
+async def _joined(settings: JoinSettings, plan: EnginePlan, redis_url: str, around: Surroundings) -> int:
+    try:
+        store = RedisStore(redis_url)
+    except ValueError:
+        raise ValueError("the Redis address is none: write it as redis://HOST:PORT/0, or rediss:// for TLS") from None
+    try:
+        return await Joining(settings, plan, store, around).run()
+    finally:
+        await store.close()
+
+
+class Joining:
+    """One engine, from its start to its leave."""
+
+    def __init__(self, settings: JoinSettings, plan: EnginePlan, store: Store, around: Surroundings) -> None:
+        self.name = settings.name or f"{socket.gethostname()}-{settings.role}-{secrets.token_hex(2)}"
+        self._settings = settings
+        self._plan = plan
+        self._store = store
+        self._around = around
+        self._screen = Screen(Console(highlight=False), [self.name], settings.verbose, time.monotonic)
+        self._url = ""  # while it is ready
+        self._draining = False
+        self._was_ready = False
+        self._changed = asyncio.Event()
+        self._away = False
+        self._worker = WorkerProcess(
+            self.name,
+            lambda ports: around.command(plan, ports, sys.executable),
+            Canary(plan.served_name),
+            Listeners(self._moved, self._screen.log),
+            LogFile(state_folder(settings, os.environ) / f"{self.name}.log"),
+            replace(around.timing, start_s=settings.start_timeout_s),
+            ports_of(settings),
+        )
+
+    async def run(self) -> int:
+        """Returns the exit code. WorkerError if the engine does not start."""
+        stop = Stop()
+        with self._screen:
+            log_to_screen(self._screen, verbose=self._settings.verbose)
+            self._screen.table({"model": self._plan.served_name, self.name: in_words(self._plan)})
+            self._screen.say()
+            engine = asyncio.create_task(self._worker.run(), name="engine")
+            beats = asyncio.create_task(self._beat(), name="heartbeats")
+            asked = asyncio.create_task(stop.asked.wait())
+            try:
+                await asyncio.wait({engine, asked}, return_when=asyncio.FIRST_COMPLETED)
+                if self._url and stop.asked.is_set():
+                    await self._drain(stop)
+            finally:
+                await self._end(engine, beats, asked, stop)
+        self._screen.say("Stopped. Nothing is left running.", "dim")
+        return 0 if stop.number == signal.SIGTERM and self._was_ready else 128 + stop.number
+
+    async def _end(
+        self, engine: asyncio.Task[None], beats: asyncio.Task[None], asked: asyncio.Task[bool], stop: Stop
+    ) -> None:
+        for task in (beats, asked):
+            task.cancel()
+        await asyncio.wait({beats, asked})
+        with contextlib.suppress(StoreAway):  # then it is forgotten when its time runs out
+            await self._store.leave(self.name)
+        if stop.at_once.is_set():
+            self._worker.kill()
+        engine.cancel()
+        await asyncio.wait({engine})
+        if not engine.cancelled() and (error := engine.exception()) is not None:
+            raise error
+
+    def _moved(self, event: WorkerEvent) -> None:
+        self._screen.worker(event)
+        self._url = event.url if event.state is State.READY else ""
+        self._was_ready = self._was_ready or bool(self._url)
+        self._changed.set()
+
+    async def _beat(self) -> None:
+        """Tells the store that the engine is there, as often as it has to, and at once when something has changed."""
+        while True:
+            self._changed.clear()
+            try:
+                await self._tell()
+            except StoreAway as error:
+                if not self._away:
+                    log.error("%s. Gateways that know this worker go on; others do not find it.", error)
+                self._away = True
+            else:
+                self._away = False
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(HEARTBEAT_S):  # not wait_for, which under Python 3.11 loses cancellations
+                    await self._changed.wait()
+
+    async def _tell(self) -> None:
+        if not self._url:
+            await self._store.leave(self.name)
+            return
+        plan = self._plan
+        worker = Worker(self.name, self._url, plan.role, slots(plan), has_plugin(plan), hands_over=plan.hands_over)
+        await self._store.register(self.name, registration_of(worker, draining=self._draining), WORKER_TTL_S)
+
+    async def _drain(self, stop: Stop) -> None:
+        """Nothing new, and until what is there is finished; at most `shutdown_s`."""
+        limit_s = self._settings.shutdown_s
+        self._screen.say(
+            f"\nLeaving: running answers may finish (at most {limit_s:.0f} s). Again to stop at once.", "dim"
+        )
+        self._draining = True
+        self._changed.set()
+        hurry = asyncio.create_task(stop.at_once.wait())
+        idle = asyncio.create_task(self._idle())
+        await asyncio.wait({hurry, idle}, timeout=HEARD_S + limit_s, return_when=asyncio.FIRST_COMPLETED)
+        for task in (hurry, idle):
+            task.cancel()
+
+    async def _idle(self) -> None:
+        """Returns when the engine has nothing more to do."""
+        await asyncio.sleep(HEARD_S)
+        engine = Engine(self._url)
+        try:
+            while True:
+                if is_idle((await engine.get("/metrics")).text):
+                    return
+                await asyncio.sleep(LOOK_S)
+        except EngineGone as error:
+            log.warning("%s", error.message)
+        finally:
+            await engine.close()

@@ -1,0 +1,165 @@
+"""All that can be found wrong before anything is started, and the plan that follows when nothing is."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy.engine.engine_args import (
+    EnginePlan,
+    build_in_use,
+    check_user_args,
+    default_kv_cache_gib,
+    divide_cores,
+    divide_gpus,
+    option_names,
+    spreads,
+)
+from deploy.engine.machine import GIB, Build, Machine
+from deploy.engine.model import BUNDLED, BUNDLED_BYTES, TINY, ModelSource, resolve
+from deploy.settings import ServeSettings
+from scheduler.workers import Role
+
+# vLLM's three processes for one CPU engine, without weights and KV cache: 0.7 + 0.6 + 0.8 GB resident were seen.
+ENGINE_BYTES = 2 * GIB
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf")
+
+
+class PreflightError(Exception):
+    """It cannot work here; the message says why and what to do."""
+
+
+class TransferError(PreflightError):
+    """Engines here cannot hand KV to each other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What was found: the build that will run, and the KV cache of each CPU engine in GiB."""
+
+    build: Build
+    kv_cache_gib: int
+
+
+def worker_roles(settings: ServeSettings) -> dict[str, Role]:
+    """Each worker's name and role; ValueError when prefill and decode are not both there, or nobody is."""
+    prefill, decode, both = settings.prefill_workers, settings.decode_workers, settings.worker_count
+    if bool(prefill) != bool(decode):
+        raise ValueError("prefill and decode workers need each other: give both --prefill-workers and --decode-workers")
+    if both is None:
+        both = 0 if prefill else 1
+    if not (prefill or both):
+        raise ValueError("with no worker nothing can be served: give --workers 1 or more")
+    names = {"prefill": (Role.PREFILL, prefill), "decode": (Role.DECODE, decode), "worker": (Role.BOTH, both)}
+    return {f"{name}-{index}": role for name, (role, count) in names.items() for index in range(count)}
+
+
+def check(settings: ServeSettings, machine: Machine, cache: Path) -> Checked:
+    """Looks at engine, model and memory.
+
+    EngineArgsError, ModelError, PreflightError or ValueError says what is wrong.
+    """
+    if settings.workers:
+        raise ValueError("`evenhand serve` starts its own workers: leave --worker out, or use `evenhand gateway`")
+    check_user_args(settings.engine_args)
+    build = build_in_use(machine)
+    workers = len(worker_roles(settings))
+    if settings.disaggregation.balance_roles and not (settings.prefill_workers and settings.worker_count):
+        raise ValueError(
+            "--balance-roles needs a worker of each kind: give --prefill-workers, --decode-workers and --workers"
+        )
+    check_transfer(worker_roles(settings).values(), machine)
+    weights = weights_bytes(settings.model, cache, in_float32=build == "cpu" and not machine.bf16)
+    free = machine.available_bytes - workers * (ENGINE_BYTES + weights)
+    kv_cache_gib = settings.kv_cache_gib or default_kv_cache_gib(free, workers)
+    if build == "cpu":
+        _check_memory(settings.model, machine, workers, weights, kv_cache_gib)
+    return Checked(build, kv_cache_gib)
+
+
+def check_transfer(roles: Iterable[Role], machine: Machine) -> None:
+    """TransferError if engines are to hand over KV and cannot."""
+    if not machine.nixl and any(role is not Role.BOTH for role in roles):
+        raise TransferError(
+            "prefill and decode workers hand KV over with NIXL, which is not installed here: run `make install` "
+            "(there is NIXL for Linux only), or use --workers N"
+        )
+
+
+def _check_memory(model: str, machine: Machine, workers: int, weights: int, kv_cache_gib: int) -> None:
+    one = ENGINE_BYTES + weights + kv_cache_gib * GIB
+    if workers * one <= machine.available_bytes:
+        return
+    many = f"{workers} workers of " if workers > 1 else ""
+    raise PreflightError(
+        f"too little memory: {model} needs about {many}{one / GIB:.1f} GiB ({weights / GIB:.1f} weights, "
+        f"{kv_cache_gib} KV cache, {ENGINE_BYTES / GIB:.0f} engine), and {machine.available_bytes / GIB:.1f} GiB are "
+        f"free: free some memory, or use {'fewer --workers' if workers > 1 else 'a smaller model'}"
+        + (", or a smaller --kv-cache-gib" if kv_cache_gib > 1 else "")
+    )
+
+
+def weights_bytes(model: str, cache: Path, in_float32: bool) -> int:
+    """What the weights take in memory, 0 for a hub's model. ModelError if it is not there."""
+    if model == TINY:
+        return 0
+    if model == BUNDLED:
+        return BUNDLED_BYTES * (2 if in_float32 else 1)
+    folder = Path(resolve(model, cache).path)
+    if not folder.is_dir():
+        return 0
+    on_disk = max(sum(file.stat().st_size for file in folder.glob(kind)) for kind in WEIGHT_FILES)
+    return on_disk * 4 // stored_bytes(folder) if in_float32 else on_disk
+
+
+def stored_bytes(folder: Path) -> int:
+    """How many bytes a weight takes on disk, by the folder's config; 4 where it does not say."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 4
+    return DTYPE_BYTES.get(str(config.get("dtype") or config.get("torch_dtype")), 4)
+
+
+def plan_workers(
+    settings: ServeSettings, machine: Machine, checked: Checked, source: ModelSource
+) -> Mapping[str, EnginePlan]:
+    """The engine of each worker, by its name."""
+    roles = worker_roles(settings)
+    cores = divide_cores(machine.cores, len(roles))
+    gpus = [("", 1.0)] * len(roles)
+    if checked.build == "cuda":
+        gpus = divide_gpus(machine.gpus, len(roles), several=spreads(settings.engine_args))
+    return {
+        name: EnginePlan(
+            model=source.path,
+            served_name=source.served_name,
+            local=Path(source.path).is_dir(),
+            build=checked.build,
+            bf16=machine.bf16,
+            role=role,
+            policy=settings.policy,
+            policy_options=settings.policy_options,
+            cores=cores[index],
+            kv_cache_gib=checked.kv_cache_gib,
+            gpu=gpus[index][0],
+            gpu_share=gpus[index][1],
+            hands_over=settings.disaggregation.balance_roles,
+            model_args=source.engine_args,
+            user_args=tuple(settings.engine_args),
+        )
+        for index, (name, role) in enumerate(roles.items())
+    }
+
+
+def in_words(plan: EnginePlan) -> str:
+    """What an engine does and how, for a person: "reads prompts: CPU core 1, float32, eager, 1 GiB KV cache"."""
+    does = {Role.PREFILL: "reads prompts: ", Role.DECODE: "answers: ", Role.BOTH: ""}[plan.role]
+    if plan.build == "cuda":
+        return f"{does}{'GPUs' if ',' in plan.gpu else 'GPU'} {plan.gpu}"
+    cores = "core" if len(plan.cores) == 1 else "cores"
+    where = f"CPU {cores} {','.join(map(str, plan.cores))}"
+    given = option_names(plan.user_args) & {"--dtype", "--enforce-eager"}
+    how = "as --engine-arg says" if given else "the model's dtype, compiled" if plan.bf16 else "float32, eager"
+    return f"{does}{where}, {how}, {plan.kv_cache_gib} GiB KV cache"

@@ -1,0 +1,92 @@
+"""`evenhand serve`: the gateway and its engines on this machine; here its options and the checks before the start.
+
+Exit codes: 0 after SIGTERM to a server that was ready, 128 + the signal after any other stop (130 after Ctrl-C),
+2 for settings that cannot be, 1 for everything else that cannot work.
+"""
+
+import argparse
+import errno
+import socket
+import time
+from pathlib import Path
+
+import uvloop
+from rich.console import Console
+
+from deploy.engine.model import cache_folder
+from deploy.serve.command import exit_code, option
+from deploy.serve.gateway import Front, front_for
+from deploy.serve.preflight import PreflightError, check, worker_roles
+from deploy.serve.screen import Screen
+from deploy.serve.serving import Serving, Surroundings
+from deploy.settings import ServeSettings
+from server.__main__ import add_arguments as add_gateway_arguments
+from server.__main__ import overrides as gateway_overrides
+from server.app import calm_collector
+from server.settings import read_settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The gateway's options and those of its local engines; what is not given comes from EVENHAND_…, file, default."""
+    option(parser, (ServeSettings, "model"), "NAME|PATH|HF_ID")
+    option(parser, (ServeSettings, "worker_count"), "N", int, flag="--workers")
+    option(parser, (ServeSettings, "prefill_workers"), "N", int)
+    option(parser, (ServeSettings, "decode_workers"), "N", int)
+    option(parser, (ServeSettings, "kv_cache_gib"), "GIB", int)
+    option(parser, (ServeSettings, "start_timeout_s"), "SECONDS", float, flag="--start-timeout")
+    option(parser, (ServeSettings, "state_folder"), "FOLDER", Path)
+    parser.add_argument(
+        "--engine-arg",
+        action="append",
+        dest="engine_args",
+        metavar="ARG",
+        help="handed to vLLM as it stands, e.g. --engine-arg=--max-num-seqs=8; wins over ours; may be repeated",
+    )
+    parser.add_argument("--verbose", action="store_true", default=None, help="show the engines' whole logs")
+    add_gateway_arguments(parser)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # the table of policies is laid out already
+
+
+def overrides(args: argparse.Namespace) -> dict[str, object]:
+    """What the command line says, as settings."""
+    ours = set(ServeSettings.model_fields) & set(vars(args))
+    given = {name: value for name in ours if (value := getattr(args, name)) is not None}
+    return given | gateway_overrides(args)
+
+
+def run(args: argparse.Namespace, surroundings: Surroundings | None = None) -> int:
+    """Serves until it is stopped; returns the exit code (see the module)."""
+    around = surroundings or Surroundings()
+
+    def serve() -> int:
+        settings = read_settings(overrides(args), args.config, ServeSettings)
+        screen = Screen(Console(highlight=False), list(worker_roles(settings)), settings.verbose, time.monotonic)
+        front = front_for(settings, screen.gateway)
+        sock = listen(front, settings)
+        checked = check(settings, around.machine(), cache_folder())
+        serving = Serving(settings, checked, front, screen, around)
+        calm_collector()
+        code: int = uvloop.run(serving.serve(sock))
+        return code
+
+    return exit_code("evenhand serve", serve)
+
+
+def listen(front: Front, settings: ServeSettings) -> socket.socket:
+    """Takes the gateway's port; PreflightError with a way out if it cannot be had."""
+    host, port = settings.host, settings.port
+    try:
+        return front.listen()
+    except OSError as error:
+        if error.filename is not None:
+            raise PreflightError(
+                f"cannot listen on {error.filename} for /admin ({error.strerror}): "
+                "set EVENHAND_ADMIN_PORT to another port"
+            ) from error
+        if error.errno == errno.EADDRINUSE:
+            raise PreflightError(
+                f"port {port} on {host} is taken, perhaps by another `evenhand serve`: stop that one, or choose "
+                f"another with --port, for example --port {port + 1 if port < 65535 else port - 1}"
+            ) from error
+        why = error.strerror or str(error)
+        raise PreflightError(f"cannot listen on {host}:{port} ({why}): choose another --host or --port") from error

@@ -1,0 +1,253 @@
+"""One run of a gateway and its engines on this machine: started, watched and stopped together.
+
+The gateway takes the port first and answers /health at once; each engine joins it when its canary has been heard.
+Ctrl-C, SIGTERM and SIGHUP let running answers finish and stop everything; a second one stops at once.
+"""
+
+import asyncio
+import logging
+import os
+import shlex
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from deploy.engine.canary import Canary
+from deploy.engine.child import ChildEnded, running
+from deploy.engine.engine_args import EngineCommand, EnginePlan, Ports, engine_command, has_plugin, slots
+from deploy.engine.machine import Machine, look
+from deploy.engine.model import ModelError, ModelSource, cache_folder, resolve
+from deploy.engine.worker import Listeners, State, Timing, WorkerError, WorkerEvent, WorkerProcess
+from deploy.serve.gateway import Front
+from deploy.serve.log_file import LogFile
+from deploy.serve.preflight import Checked, in_words, plan_workers
+from deploy.serve.screen import Screen, ScreenLog
+from deploy.settings import ServeSettings
+from scheduler.workers import Worker
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# A program of its own, so that nothing that it imports stays with the gateway, and a stop ends it.
+PREPARE = (
+    "import argparse, sys; from deploy import model; parser = argparse.ArgumentParser(); "
+    "model.add_arguments(parser); sys.exit(model.run(parser.parse_args()))"
+)
+BEAT_S = 1.0
+
+Command = Callable[[EnginePlan, Ports, str], EngineCommand]
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What `evenhand serve` meets outside itself; a test gives another machine or another engine."""
+
+    machine: Callable[[], Machine] = partial(look, os.environ)
+    command: Command = engine_command
+    timing: Timing = field(default_factory=Timing)
+
+
+class Stop:
+    """The signals that ask for an end: `asked` is set by the first, `at_once` by the second."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.at_once = asyncio.Event()
+        self.number = 0
+        for number in STOPPING:
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # started by nohup
+            asyncio.get_running_loop().add_signal_handler(number, self._signalled, number)
+
+    def _signalled(self, number: int) -> None:
+        if self.asked.is_set():
+            self.at_once.set()
+        self.number = self.number or number
+        self.asked.set()
+
+
+class Serving:
+    """One run of gateway and engines."""
+
+    def __init__(
+        self, settings: ServeSettings, checked: Checked, front: Front, screen: Screen, surroundings: Surroundings
+    ) -> None:
+        self._settings = settings
+        self._checked = checked
+        self._front = front
+        self._around = surroundings
+        self._screen = screen
+        self._logs = state_folder(settings, os.environ) / str(settings.port)
+        self._plans: Mapping[str, EnginePlan] = {}
+        self._workers: dict[str, WorkerProcess] = {}
+        self._all_ready = asyncio.Event()
+
+    async def serve(self, sock: socket.socket) -> int:
+        """From the taken port to the exit code. WorkerError or ModelError when the start fails."""
+        stop = Stop()
+        with self._screen:
+            log_to_screen(self._screen, verbose=self._settings.verbose)
+            gateway = asyncio.create_task(self._front.serve(sock), name="gateway")
+            work = asyncio.create_task(self._engines(), name="engines")
+            beat = asyncio.create_task(self._beat())
+            asked = asyncio.create_task(stop.asked.wait())
+            try:
+                await asyncio.wait({gateway, work, asked}, return_when=asyncio.FIRST_COMPLETED)
+                was_ready = self._all_ready.is_set()
+                await self._wind_down(stop, gateway, work)
+            finally:
+                for task in (beat, asked):
+                    task.cancel()
+        self._screen.say("Stopped. Nothing is left running.", "dim")
+        if not stop.asked.is_set():
+            return 1
+        return 0 if stop.number == signal.SIGTERM and was_ready else 128 + stop.number
+
+    async def _engines(self) -> None:
+        """Model, then engines, for as long as they live. WorkerError, ModelError or EngineArgsError at the start."""
+        source = await self._model()
+        self._plans = plan_workers(self._settings, self._around.machine(), self._checked, source)
+        self._introduce(source)
+        self._workers = {name: self._worker(name, plan) for name, plan in self._plans.items()}
+        try:
+            async with asyncio.TaskGroup() as group:
+                for worker in self._workers.values():
+                    group.create_task(worker.run(), name=worker.name)
+                group.create_task(self._when_ready(source))
+        except* WorkerError as errors:
+            raise errors.exceptions[0] from None
+
+    async def _model(self) -> ModelSource:
+        """The model, made ready by a program of its own where it is one of ours and not there yet."""
+        cache = cache_folder()
+        heard: list[str] = []
+        began_s = time.monotonic()
+
+        def hear(line: str) -> None:
+            heard.append(line)
+            self._screen.starting("model", line.rstrip(), time.monotonic() - began_s)
+
+        try:
+            return resolve(self._settings.model, cache)
+        except ModelError as error:
+            argv = (sys.executable, "-P", "-c", PREPARE, "prepare", self._settings.model, "--cache", str(cache))
+            async with running(argv, os.environ, self._around.timing.grace_s, hear) as child:
+                try:
+                    await child.or_end(asyncio.Event().wait())
+                except ChildEnded as end:
+                    if end.exit_code != 0:
+                        raise ModelError(heard[-1].removeprefix("evenhand: ") if heard else str(error)) from None
+            self._screen.started("model")
+            return resolve(self._settings.model, cache)
+
+    def _worker(self, name: str, plan: EnginePlan) -> WorkerProcess:
+        return WorkerProcess(
+            name,
+            lambda ports: self._around.command(plan, ports, sys.executable),
+            Canary(plan.served_name),
+            Listeners(self._moved, self._screen.log),
+            LogFile(self._logs / f"{name}.log"),
+            replace(self._around.timing, start_s=self._settings.start_timeout_s),
+        )
+
+    def _moved(self, event: WorkerEvent) -> None:
+        """A worker's move, told to the screen and to the gateway's fleet."""
+        self._screen.worker(event)
+        front, plan = self._front, self._plans[event.worker]
+        if event.state is State.READY:
+            worker = Worker(event.worker, event.url, plan.role, slots(plan), has_plugin(plan))
+            front.join(replace(worker, hands_over=plan.hands_over))
+        else:
+            front.leave(event.worker)
+            if event.state is not State.STOPPED:
+                front.starting(event.worker, event.detail)
+        if all(worker.state is State.READY for worker in self._workers.values()):
+            self._all_ready.set()
+
+    async def _wind_down(self, stop: Stop, gateway: asyncio.Task[None], work: asyncio.Task[None]) -> None:
+        """Lets running answers finish, then stops the engines; the second signal cuts both short.
+
+        Raises what the engines failed with, once everything is down.
+        """
+        hurry = asyncio.create_task(stop.at_once.wait())
+        hurry.add_done_callback(lambda task: None if task.cancelled() else self._stop_at_once())
+        try:
+            if self._all_ready.is_set():
+                limit_s = self._settings.shutdown_s
+                self._screen.say(
+                    f"\nStopping: running answers may finish (at most {limit_s:.0f} s). Again to stop at once."
+                )
+            self._front.stop(at_once=not self._all_ready.is_set())
+            await asyncio.wait({gateway})
+            work.cancel()
+            await asyncio.wait({work})
+        finally:
+            hurry.cancel()
+        await self._front.settled()
+        for task in (gateway, work):
+            if not task.cancelled() and (error := task.exception()) is not None:
+                raise error
+
+    def _stop_at_once(self) -> None:
+        self._front.stop(at_once=True)
+        for worker in self._workers.values():
+            worker.kill()
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_S)
+            self._screen.beat()
+
+    async def _when_ready(self, source: ModelSource) -> None:
+        await self._all_ready.wait()
+        await self._front.takes_requests(len(self._workers))
+        settings = self._settings
+        host = "127.0.0.1" if settings.host in {"0.0.0.0", "::"} else settings.host
+        url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
+        asked = '"max_tokens": 64, "messages": [{"role": "user", "content": "Hello!"}]'
+        body = f'{{"model": "{source.served_name}", {asked}}}'
+        say = self._screen.say
+        say()
+        apart = f", prompts from {settings.disaggregation.min_prompt_tokens} tokens on are read apart"
+        say(
+            f"Ready: {source.served_name} at {url}/v1, policy {settings.policy}"
+            + (apart if settings.prefill_workers else ""),
+            "bold green",
+        )
+        say()
+        say(f"  curl {url}/v1/chat/completions -H 'content-type: application/json' \\")
+        say(f"    -d {shlex.quote(body)}")
+        say()
+        say("Ctrl-C stops it.", "dim")
+
+    def _introduce(self, source: ModelSource) -> None:
+        engine = self._around.machine().engine
+        self._screen.table(
+            {
+                "model": source.served_name + (f"  ({source.path})" if source.path != source.served_name else ""),
+                "policy": " ".join(
+                    [self._settings.policy, *(f"{k}={v}" for k, v in self._settings.policy_options.items())]
+                ),
+                "engine": f"vLLM {engine.version} ({engine.build})" if engine else "",
+                **{name: in_words(plan) for name, plan in self._plans.items()},
+                "logs": str(self._logs),
+            }
+        )
+        self._screen.say()
+
+
+def log_to_screen(screen: Screen, *, verbose: bool) -> None:
+    """This process's own log goes to the screen: warnings, or all of it."""
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=level, handlers=[ScreenLog(screen)], force=True)
+
+
+def state_folder(settings: ServeSettings, environ: Mapping[str, str]) -> Path:
+    """Where the engines' logs go: the setting, else `evenhand` in the user's state directory."""
+    if settings.state_folder is not None:
+        return settings.state_folder
+    user_state = environ.get("XDG_STATE_HOME", "")
+    return (Path(user_state) if os.path.isabs(user_state) else Path.home() / ".local" / "state") / "evenhand"

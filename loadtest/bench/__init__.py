@@ -1,0 +1,42 @@
+"""`evenhand bench`: the commands that print the figures of docs/benchmarks."""
+
+import argparse
+import importlib
+import signal
+from collections.abc import Mapping
+
+# name: (module with `add_arguments` and `run`, what it measures)
+BENCHMARKS: Mapping[str, tuple[str, str]] = {
+    "start": ("loadtest.bench.start", "seconds from the command to the gateway's first answer"),
+    "ttft": ("loadtest.bench.ttft", "what the gateway adds to the time to the first token of a real engine"),
+    "gateway": ("loadtest.bench.gateway", "what the gateway costs on one core, beside nginx and any other gateway"),
+    "replicas": ("loadtest.bench.replicas", "whether several gateways share an engine among tenants as one does"),
+    "disaggregation": (
+        "loadtest.bench.disaggregation",
+        "prefill and decode apart, against two engines that do both",
+    ),
+    "salt": ("loadtest.bench.salt", "what a prefix cache of its own for each tenant costs"),
+    "fresh": ("loadtest.bench.fresh", "a fresh clone: make install, make serve, the first answer"),
+    "schedule": ("loadtest.bench.schedule", "what the plug-in costs at each iteration, against stock vLLM"),
+    "policies": ("loadtest.bench.policies", "every policy on a real engine, against stock vLLM"),
+    "compare": ("loadtest.bench.compare", "three policies on the bundled model, as `evenhand compare` shows them"),
+    "replay": ("loadtest.bench.replay", "the replay client beside others, the fake engine, the simulator's speed"),
+    "simulator": ("loadtest.bench.simulator", "how near the simulator comes to a real engine"),
+    "iterations": ("loadtest.bench.iterations", "every policy inside real engines, on their own CPU time"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One sub-command per benchmark."""
+    chosen = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
+    for name, (module, purpose) in BENCHMARKS.items():
+        one = chosen.add_parser(name, help=purpose, description=purpose.capitalize() + ".")
+        importlib.import_module(module).add_arguments(one)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the chosen benchmark; returns its exit code."""
+    # What was started must stop, so a request to end is taken as a Ctrl-C, which event loops know how to end by.
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    code: int = importlib.import_module(BENCHMARKS[args.benchmark][0]).run(args)
+    return code

@@ -1,0 +1,401 @@
+"""Prefill and decode apart, one engine each, against two engines that do both: the same cores and requests, in turns.
+
+Both run all the time, each under its own `evenhand serve`; whichever is not asked is idle. The model is made up: a
+few layers with random weights, so that a prompt of 4,000 tokens takes long beside a step of the streams that run.
+"""
+
+import argparse
+import asyncio
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from itertools import count, islice, repeat
+from pathlib import Path
+from random import Random
+from statistics import mean, median
+
+import httpx2
+from rich.console import Console
+
+from loadtest.bench.bench_target import free_port
+from loadtest.bench.engines import running
+from loadtest.bench.random_model import write
+from loadtest.bench.table import machine, markdown, quantile, spread
+from loadtest.call import Call
+from loadtest.client.client import Client, Target
+from loadtest.records import Record
+from loadtest.report.report import Objective, goodput, summarize
+from loadtest.simulator.costmodel import PRESETS
+from loadtest.simulator.simulate import Plan, Simulation
+from loadtest.traces.arrivals import poisson
+from loadtest.traces.formats import read
+from loadtest.traces.prompts import token_prompts
+from loadtest.traces.workload import Fit, Maker, Shape, mean_lengths, shapes
+from scheduler.placement import Rules
+
+SIDES = {"2 × both": ("--workers", "2"), "apart": ("--prefill-workers", "1", "--decode-workers", "1")}
+BOTH, APART = SIDES
+WORKERS = 2
+MODEL = {
+    "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "head_dim": 64,
+}  # fmt: skip
+CONTEXT_TOKENS = 8192  # prompts are cut to half of it
+ENGINE = (
+    "--dtype=float32", "--enforce-eager", f"--max-model-len={CONTEXT_TOKENS}", "--max-num-seqs=16",
+    "--max-num-batched-tokens=256",
+)  # fmt: skip
+TRACES = {"Mooncake": "mooncake_conversation_trace.first2000.jsonl", "Azure code": "AzureLLMInferenceTrace_code.csv"}
+MEAN_PROMPT_TOKENS = 1500  # lengths are scaled to it
+SHORT, LONG = 128, 4096  # prompts whose hand-over is timed; shorter ones than SHORT are not read apart
+STREAM = Shape(64, 200)
+STREAMS = 6
+# The objectives, as multiples of what an idle engine takes: how long for a prompt of mean length, and per later token.
+TTFT_SLOWDOWN, TPOT_SLOWDOWNS = 5.0, (1.5, 2.5, 5.0)
+ITL_GOAL, GOODPUT_GOAL, ADDED_SHARE, ADDED_S = 1 / 3, 1.5, 0.1, 0.005
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--traces", type=Path, help=f"folder with {', '.join(TRACES.values())} (default: workload C, made up)"
+    )
+    parser.add_argument("--repetitions", type=int, default=3, help="of each, in turns (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of one run (default %(default)s)")
+    parser.add_argument(
+        "--load",
+        type=float,
+        default=0.5,
+        help="of long prompts, beside running streams: of one engine's (default %(default)s)",
+    )
+    parser.add_argument(
+        "--rates", default="0.3,0.5,0.7,0.9,1.1,1.4", help="for goodput, by the same measure (default %(default)s)"
+    )
+    parser.add_argument("--parts", default=",".join(ALL_PARTS), help="what is measured (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default %(default)s)")
+
+
+@dataclass(frozen=True)
+class Idle:
+    """What one request takes alone: seconds to the first token of a prompt of mean length, and for each later one."""
+
+    ttft_s: float
+    tpot_s: float
+
+    def objectives(self) -> list[Objective]:
+        """From tight to loose."""
+        return [Objective(TTFT_SLOWDOWN * self.ttft_s, slowdown * self.tpot_s) for slowdown in TPOT_SLOWDOWNS]
+
+
+Runs = list[tuple[float, Sequence[Record]]]  # (requests a second, what came of them)
+
+
+def goodputs(runs: Runs, objectives: Sequence[Objective]) -> list[float]:
+    """Requests a second for each worker, under each objective."""
+    return [
+        goodput([(rate, mean(map(objective.met, records)) if records else 0.0) for rate, records in runs]) / WORKERS
+        for objective in objectives
+    ]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, simulates, prints the tables."""
+    console, progress = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
+    wanted = args.parts.split(",")
+    if unknown := set(wanted) - set(ALL_PARTS):
+        progress.print(f"evenhand bench disaggregation: no part {unknown.pop()!r}: choose of {', '.join(ALL_PARTS)}")
+        return 2
+    drawn = mixes(args.traces, Random(args.seed))
+    tables = list(measured(args, drawn, progress)) if set(wanted) & set(PARTS) else []
+    console.print(machine())
+    for table in [*tables, *([simulated(drawn)] if SIMULATED_PART in wanted else [])]:
+        console.print(f"\n{table}")
+    return 0
+
+
+def measured(args: argparse.Namespace, drawn: Mapping[str, list[Shape]], progress: Console) -> Iterator[str]:
+    """Starts both; a table for each part that is wanted."""
+    with tempfile.TemporaryDirectory(prefix="evenhand-apart-") as name, ExitStack() as stack:
+        folder = Path(name) / "bench"
+        folder.mkdir()
+        model = write(folder, MODEL)
+        urls = {side: stack.enter_context(served(model, Path(name), *options)) for side, options in SIDES.items()}
+        for url in urls.values():
+            wait_ready(url)
+        bench = Bench(urls, args, progress)
+        for part in args.parts.split(","):
+            if part in PARTS:
+                yield PARTS[part](bench, drawn)
+        yield f"Where requests went, apart: {placements(urls[APART])}"
+
+
+@contextmanager
+def served(model: Path, folder: Path, *options: str) -> Iterator[str]:
+    """`evenhand serve` with these workers; yields its URL once one is ready."""
+    port = free_port()
+    command = [sys.executable, "-m", "deploy.cli", "serve", "--port", str(port), "--model", str(model), *options]
+    command += ["--kv-cache-gib", "1", "--state-folder", str(folder / str(port))]
+    command += [f"--engine-arg={argument}" for argument in ENGINE]
+    url = f"http://127.0.0.1:{port}"
+    with running(command, dict(os.environ), f"{url}/ready"):
+        yield url
+
+
+def metrics(url: str, name: str) -> dict[str, float]:
+    """A gateway's metric by its labels as they stand."""
+    text = httpx2.get(f"{url}/metrics", trust_env=False).text
+    return {labels: float(value) for labels, value in re.findall(rf"^{name}(?:{{(.*)}})? (\S+)$", text, re.MULTILINE)}
+
+
+def wait_ready(url: str, limit_s: float = 400.0) -> None:
+    """Returns when all workers take requests and none has any. RuntimeError if that takes too long."""
+    end = time.monotonic() + limit_s
+    while sum(metrics(url, "evenhand_worker_up").values()) < WORKERS or any(
+        metrics(url, "evenhand_worker_in_flight").values()
+    ):
+        if time.monotonic() > end:
+            raise RuntimeError(f"the workers of {url} are not ready after {limit_s:.0f} s")
+        time.sleep(0.2)
+
+
+def mixes(traces: Path | None, rng: Random) -> Mapping[str, list[Shape]]:
+    """Lengths of requests, scaled so that prompts have the mean that they should, and cut to the context."""
+    if traces is None:
+        return {"made up (C)": scaled(list(islice(shapes("C", rng), 2000)))}
+    return {
+        name: scaled([Shape(row.prompt_tokens, row.output_tokens) for row in islice(read(traces / file), 2000)])
+        for name, file in TRACES.items()
+    }
+
+
+def scaled(drawn: Sequence[Shape]) -> list[Shape]:
+    """Prompts and answers by the same factor."""
+    fit = Fit(length_scale=MEAN_PROMPT_TOKENS / mean_lengths(drawn)[0], context_tokens=CONTEXT_TOKENS)
+    return [fit(shape) for shape in drawn]
+
+
+class Bench:
+    """Measures both sides in turns."""
+
+    def __init__(self, urls: Mapping[str, str], args: argparse.Namespace, progress: Console) -> None:
+        self.urls = urls
+        self.args = args
+        self.progress = progress
+        self._runs = count(args.seed * 1_000_000)
+        for side in urls:  # warms up, the way between the engines too
+            self.one(side, Shape(LONG, 8))
+            self.one(side, Shape(SHORT, 8))
+        self.idle = self._idle()
+        self.rate = 1 / self.idle.ttft_s  # prompts of mean length that one engine reads in a second
+
+    def _idle(self) -> Idle:
+        seen = [self.one(BOTH, Shape(MEAN_PROMPT_TOKENS, 30)) for _ in range(5)]
+        return Idle(median(record.ttft_s or 0.0 for record in seen), median(record.tpot_s or 0.0 for record in seen))
+
+    def maker(self) -> Maker:
+        """Prompts that nobody has seen."""
+        run = next(self._runs)
+        return Maker(token_prompts(run), Fit(context_tokens=CONTEXT_TOKENS), name=f"run-{run}")
+
+    def client(self, side: str) -> Client:
+        return Client(Target(self.urls[side], model="bench"))
+
+    def one(self, side: str, shape: Shape) -> Record:
+        """One request alone."""
+        calls = self.maker().calls([shape], [0.0], Random(0))
+        (record,) = checked(asyncio.run(self.client(side).closed_loop(calls, 1)))
+        return record
+
+    def in_turns(self) -> Iterator[tuple[int, str]]:
+        """Every repetition on both sides; who begins changes."""
+        for repetition in range(self.args.repetitions):
+            for side in list(SIDES)[:: 1 if repetition % 2 == 0 else -1]:
+                wait_ready(self.urls[side])
+                yield repetition, side
+
+    # What the hand-over adds
+
+    def handover_table(self) -> str:
+        taken: dict[tuple[str, int], list[float]] = {}
+        for _, side in self.in_turns():
+            for tokens in (SHORT, LONG):
+                seen = [self.one(side, Shape(tokens, 2)).ttft_s or 0.0 for _ in range(6)]
+                taken.setdefault((side, tokens), []).append(median(seen))
+        rows = []
+        for tokens in (SHORT, LONG):
+            alone, apart = taken[BOTH, tokens], taken[APART, tokens]
+            added = [1e3 * (with_it - without) for without, with_it in zip(alone, apart, strict=True)]
+            goal_ms = 1e3 * (ADDED_SHARE * median(alone) + ADDED_S)
+            whole, split = (spread([1e3 * value for value in values], digits=0) for values in (alone, apart))
+            rows.append(
+                [f"{tokens}", whole, split, spread(added, digits=0), f"≤ {goal_ms:.0f}", met(median(added) <= goal_ms)]
+            )
+        return markdown(["prompt tokens", "TTFT on one engine, ms", "apart, ms", "added, ms", "goal, ms", ""], rows)
+
+    # What running streams feel of long prompts
+
+    def stutter_table(self, drawn: Mapping[str, list[Shape]]) -> str:
+        rows = []
+        for name, lengths in drawn.items():
+            gaps: dict[str, list[list[float]]] = {side: [] for side in SIDES}
+            for repetition, side in self.in_turns():
+                gaps[side].append(asyncio.run(self._stutter(side, lengths, repetition)))
+                self.progress.print(f"ITL {name} {side}: p99 {1e3 * quantile(gaps[side][-1], 0.99):.0f} ms")
+            p99 = {side: [1e3 * quantile(run, 0.99) for run in gaps[side]] for side in SIDES}
+            p50 = {side: [1e3 * quantile(run, 0.5) for run in gaps[side]] for side in SIDES}
+            ratio = [apart / both for both, apart in zip(p99[BOTH], p99[APART], strict=True)]
+            cells = [spread(of[side], digits=0) for side in SIDES for of in (p50, p99)]
+            rows.append([name, *cells, spread(ratio), met(median(ratio) <= ITL_GOAL)])
+        head = [f"{side}: ITL {which}, ms" for side in SIDES for which in ("p50", "p99")]
+        return markdown(["lengths", *head, "p99, ÷ 2 × both", "goal ≤ 1/3"], rows)
+
+    async def _stutter(self, side: str, lengths: Sequence[Shape], repetition: int) -> list[float]:
+        """Seconds between tokens of streams that run while long prompts come."""
+        rng = Random(f"{self.args.seed}:{repetition}")
+        end = time.monotonic() + self.args.seconds
+        streams = stopping(self.maker().calls(repeat(STREAM), repeat(0.0), rng), end)
+        times = list(until(poisson(self.args.load * self.rate, rng), self.args.seconds))
+        prompts = self.maker().calls((replace(rng.choice(lengths), output_tokens=2) for _ in times), times, rng)
+        ran, _ = await asyncio.gather(
+            self.client(side).closed_loop(streams, STREAMS), self.client(side).open_loop(prompts)
+        )
+        return [gap / 1e6 for record in checked(ran) for gap in record.gaps_us]
+
+    # How much is served inside both objectives
+
+    def goodput_table(self, drawn: Mapping[str, list[Shape]]) -> str:
+        rows = []
+        for name, lengths in drawn.items():
+            best: dict[str, list[list[float]]] = {side: [] for side in SIDES}
+            for repetition, side in self.in_turns():
+                runs = [self._offered(side, lengths, float(load), repetition) for load in self.args.rates.split(",")]
+                best[side].append(goodputs(runs, self.idle.objectives()))
+                self.progress.print(f"goodput {name} {side}: {', '.join(f'{one:.2f}/s' for one in best[side][-1])}")
+            for at, objective in enumerate(self.idle.objectives()):
+                both, apart = ([repetition[at] for repetition in best[side]] for side in SIDES)
+                ratio = [mine / other if other else float("inf") for other, mine in zip(both, apart, strict=True)]
+                asked = f"{name}, TPOT ≤ {1e3 * objective.tpot_s:.0f} ms"
+                rows.append([asked, spread(both), spread(apart), spread(ratio), met(median(ratio) >= GOODPUT_GOAL)])
+        head = ["lengths", *(f"{side}: goodput per worker, requests/s" for side in SIDES), "÷ 2 × both"]
+        told = f"TTFT ≤ {self.idle.objectives()[0].ttft_s:.2f} s in every row"
+        return f"{told}\n\n" + markdown([*head, f"goal ≥ {GOODPUT_GOAL}"], rows)
+
+    def _offered(
+        self, side: str, lengths: Sequence[Shape], load: float, repetition: int
+    ) -> tuple[float, Sequence[Record]]:
+        rng = Random(f"{self.args.seed}:{load}:{repetition}")
+        times = list(until(poisson(load * self.rate, rng), self.args.seconds))
+        calls = self.maker().calls((rng.choice(lengths) for _ in times), times, rng)
+        return load * self.rate, checked(asyncio.run(self.client(side).open_loop(calls)))
+
+    # Whether they say the same
+
+    def equality(self, prompts: int = 24) -> str:
+        rng = Random(self.args.seed)
+        ids = token_prompts(-1 - self.args.seed)
+        asked = [
+            ids(number, rng.choice((1, SHORT, 500, 1000, LONG)) + rng.randrange(64), (), 0) for number in range(prompts)
+        ]
+        same = sum(said(self.urls[APART], prompt) == said(self.urls[BOTH], prompt) for prompt in asked)
+        return f"Greedy answers of 32 tokens that are the same, token for token: {same} of {prompts}"
+
+
+def said(url: str, prompt: object) -> object:
+    """The token ids of a greedy answer."""
+    body = {"model": "bench", "prompt": prompt, "max_tokens": 32, "temperature": 0, "ignore_eos": True}
+    answer = httpx2.post(
+        f"{url}/v1/completions", json=body | {"return_token_ids": True}, timeout=120.0, trust_env=False
+    )
+    return answer.raise_for_status().json()["choices"][0]["token_ids"]
+
+
+def until(times_s: Iterator[float], end_s: float) -> Iterator[float]:
+    """Those before the end."""
+    for at_s in times_s:
+        if at_s >= end_s:
+            return
+        yield at_s
+
+
+def stopping(calls: Iterator[Call], end: float) -> Iterator[Call]:
+    """As long as it is not later than `end`."""
+    while time.monotonic() < end:
+        yield next(calls)
+
+
+def checked(records: Sequence[Record]) -> Sequence[Record]:
+    """RuntimeError if one failed."""
+    failed = [record for record in records if not record.ok]
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(records)} requests failed, the first with {failed[0].error}")
+    return records
+
+
+def met(goal: bool) -> str:
+    return "met" if goal else "**missed**"
+
+
+def placements(url: str) -> str:
+    """How many requests went which way, and what a transfer took."""
+    told = {labels.split('"')[1]: value for labels, value in metrics(url, "evenhand_placements_total").items() if value}
+    whole = sum(told.values())
+    (took,), (times,) = (metrics(url, f"evenhand_kv_transfer_seconds_{what}").values() for what in ("sum", "count"))
+    shares = ", ".join(f"{name} {value / whole:.0%}" for name, value in sorted(told.items(), key=lambda item: -item[1]))
+    return f"{shares}; from read to first bytes {1e3 * took / max(1.0, times):.0f} ms on average"
+
+
+# The same where the halves share no core: simulated, with the cost of a 7B model on one GPU each.
+
+SIMULATED, LONGER = "gpu-7b", 4
+RULES = Rules(busy_tokens=LONGER * Rules().busy_tokens, max_arriving_tokens=LONGER * Rules().max_arriving_tokens)
+SIMULATED_LOADS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0)
+
+
+def simulated(drawn: Mapping[str, list[Shape]]) -> str:
+    """ITL and goodput by the simulator: the same mixes, with prompts, answers and limits so many times as long."""
+    cost = PRESETS[SIMULATED]
+    rows = []
+    for name, lengths in drawn.items():
+        of = [Shape(LONGER * shape.prompt_tokens, LONGER * shape.output_tokens) for shape in lengths]
+        idle = Idle(cost.prefill_s_per_token * mean_lengths(of)[0], cost.iteration_s)
+        both, apart = (
+            simulated_side(plan, of, idle)
+            for plan in (Plan(cost, workers=2), Plan(cost, prefill_workers=1, rules=RULES))
+        )
+        rows.append([f"{name}: ITL p99, ms", *compared(1e3 * both[0], 1e3 * apart[0], 0)])
+        for objective, for_both, for_apart in zip(idle.objectives(), both[1], apart[1], strict=True):
+            asked = f"{name}, TPOT ≤ {1e3 * objective.tpot_s:.0f} ms: goodput per worker, requests/s"
+            rows.append([asked, *compared(for_both, for_apart, 2)])
+    told = f"Simulated, not measured: cost model {SIMULATED}, a GPU for each engine, lengths and limits × {LONGER}"
+    return f"{told}\n\n" + markdown(["what", *SIDES, "÷ 2 × both"], rows)
+
+
+def compared(both: float, apart: float, digits: int) -> list[str]:
+    ratio = apart / both if both else float("inf")
+    return [f"{both:.{digits}f}", f"{apart:.{digits}f}", f"{ratio:.2f}"]
+
+
+def simulated_side(plan: Plan, lengths: Sequence[Shape], idle: Idle) -> tuple[float, list[float]]:
+    """(seconds between tokens, p99, at half of one engine's load of prompts; goodput under each objective)."""
+    runs: Runs = []
+    for load in SIMULATED_LOADS:
+        rng, rate = Random(f"simulated:{load}"), load / idle.ttft_s
+        times = list(islice(poisson(rate, rng), 600))
+        maker = Maker(lambda *_: [], Fit(context_tokens=1 << 17))
+        runs.append((rate, Simulation(plan).run(maker.calls((rng.choice(lengths) for _ in times), times, rng)).records))
+    half = dict(zip(SIMULATED_LOADS, runs, strict=True))[0.5][1]
+    return summarize(half).itl.p99, goodputs(runs, idle.objectives())
+
+
+PARTS: Mapping[str, Callable[[Bench, Mapping[str, list[Shape]]], str]] = {
+    "handover": lambda bench, drawn: bench.handover_table(),
+    "itl": Bench.stutter_table,
+    "goodput": Bench.goodput_table,
+    "equality": lambda bench, drawn: bench.equality(),
+}
+SIMULATED_PART = "simulated"
+ALL_PARTS = (*PARTS, SIMULATED_PART)

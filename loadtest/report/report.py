@@ -1,0 +1,306 @@
+"""Records → what they come to: latencies, throughput, goodput, fairness; as numbers, text, Markdown or JSON. Pure."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from loadtest.records import Record, Run
+from loadtest.report.fairness import Fairness, fairness
+
+PERCENTILES = (50, 90, 95, 99)
+ATTAINMENT_GOAL = 0.9  # DistServe's: goodput is the highest rate at which so many requests meet both objectives
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Of one kind of time, in seconds: how many were seen, their mean and percentiles; zeros where there were none."""
+
+    count: int
+    mean: float
+    p50: float
+    p90: float
+    p95: float
+    p99: float
+    max: float
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """A service level: both must be met by one and the same request."""
+
+    ttft_s: float
+    tpot_s: float
+
+    @classmethod
+    def of(cls, ttft_s: float | None, tpot_s: float | None) -> "Objective | None":
+        """From two options: one that is not given is no limit; None if neither is."""
+        return cls(ttft_s or float("inf"), tpot_s or float("inf")) if ttft_s or tpot_s else None
+
+    def met(self, record: Record) -> bool:
+        tpot_s = record.tpot_s
+        return (
+            record.ok
+            and record.ttft_s is not None
+            and record.ttft_s <= self.ttft_s
+            and (tpot_s is None or tpot_s <= self.tpot_s)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Attainment:
+    """share: of all requests sent, those inside the objective. per_s: of those, how many per second."""
+
+    objective: Objective
+    share: float
+    per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One run.
+
+    duration_s: from the first request sent to the last answer ended. endings: how many ended how.
+    ttft, itl, tpot, e2e: the field's. per_token: E2E / output tokens, queueing included (FastServe's measure).
+    longest_gap: the longest wait between two tokens of one answer. itl counts a gap of several tokens in a packet
+    once as the wait and then as zeros, as the client saw it.
+    """
+
+    requests: int
+    endings: Mapping[str, int]
+    duration_s: float
+    requests_per_s: float
+    prompt_tokens_per_s: float
+    output_tokens_per_s: float
+    ttft: Spread
+    itl: Spread
+    tpot: Spread
+    e2e: Spread
+    per_token: Spread
+    longest_gap: Spread
+    fairness: Fairness | None
+    attainment: Attainment | None
+    by_tenant: Mapping[str, "TenantSummary"]
+    by_kind: Mapping[str, Spread]
+
+
+@dataclass(frozen=True, slots=True)
+class TenantSummary:
+    """One tenant of a run. service, demand: weighted tokens."""
+
+    requests: int
+    ok: int
+    service: float
+    demand: float
+    ttft: Spread
+    per_token: Spread
+
+
+def spread(values: Iterable[float]) -> Spread:
+    """Percentiles by linear interpolation, as numpy's default."""
+    seen = np.fromiter(values, dtype=np.float64)
+    if not seen.size:
+        return Spread(0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    p50, p90, p95, p99 = (float(value) for value in np.percentile(seen, PERCENTILES))
+    return Spread(int(seen.size), float(seen.mean()), p50, p90, p95, p99, float(seen.max()))
+
+
+def window(records: Iterable[Record], from_s: float = 0.0, to_s: float = float("inf")) -> list[Record]:
+    """The records of requests due within [from_s, to_s): leaves out warming up and cooling down."""
+    return [record for record in records if from_s <= record.due_s < to_s]
+
+
+def summarize(records: Sequence[Record], objective: Objective | None = None) -> Summary:
+    """All that one run's records say."""
+    ok = [record for record in records if record.ok]
+    duration_s = _duration_s(records)
+    even = fairness(records)
+    return Summary(
+        requests=len(records),
+        endings=dict(Counter(record.ending.value for record in records)),
+        duration_s=duration_s,
+        requests_per_s=_per_s(len(ok), duration_s),
+        prompt_tokens_per_s=_per_s(sum(record.prompt_tokens for record in ok), duration_s),
+        output_tokens_per_s=_per_s(sum(record.output_tokens for record in records), duration_s),
+        ttft=_ttft(records),
+        itl=spread(gap / 1e6 for record in ok for gap in record.gaps_us),
+        tpot=spread(record.tpot_s for record in ok if record.tpot_s is not None),
+        e2e=spread(record.e2e_s for record in ok),
+        per_token=_per_token(ok),
+        longest_gap=spread(max(record.gaps_us) / 1e6 for record in ok if record.gaps_us),
+        fairness=even,
+        attainment=_attainment(records, objective, duration_s) if objective else None,
+        by_tenant=_by_tenant(records, even),
+        by_kind={
+            kind: _per_token([record for record in ok if record.kind == kind])
+            for kind in sorted({record.kind for record in ok if record.kind})
+        },
+    )
+
+
+def goodput(points: Sequence[tuple[float, float]], goal: float = ATTAINMENT_GOAL) -> float:
+    """The highest rate that still attains the goal, from (rate, attainment) points of several runs.
+
+    Between two points the crossing is read off a straight line, as DistServe's artifact does. 0 if none attains it.
+    """
+    best = 0.0
+    points = sorted(points)
+    for at, (rate, share) in enumerate(points):
+        if share < goal:
+            if at and points[at - 1][1] >= goal:
+                before_rate, before_share = points[at - 1]
+                best = before_rate + (rate - before_rate) * (before_share - goal) / (before_share - share)
+            continue
+        best = rate
+    return best
+
+
+def _duration_s(records: Sequence[Record]) -> float:
+    if not records:
+        return 0.0
+    return max(record.sent_s + record.e2e_s for record in records) - min(record.sent_s for record in records)
+
+
+def _per_s(amount: float, duration_s: float) -> float:
+    return amount / duration_s if duration_s > 0 else 0.0
+
+
+def _ttft(records: Iterable[Record]) -> Spread:
+    return spread(record.ttft_s for record in records if record.ttft_s is not None)
+
+
+def _per_token(records: Iterable[Record]) -> Spread:
+    return spread(record.e2e_s / record.output_tokens for record in records if record.output_tokens)
+
+
+def _attainment(records: Sequence[Record], objective: Objective, duration_s: float) -> Attainment:
+    met = sum(objective.met(record) for record in records)
+    return Attainment(objective, met / len(records) if records else 0.0, _per_s(met, duration_s))
+
+
+def _by_tenant(records: Sequence[Record], even: Fairness | None) -> dict[str, TenantSummary]:
+    if even is None:
+        return {}
+    summaries = {}
+    for tenant, service in even.service.items():
+        of = [record for record in records if record.tenant == tenant]
+        ok = [record for record in of if record.ok]
+        summaries[tenant] = TenantSummary(len(of), len(ok), service, even.demand[tenant], _ttft(of), _per_token(ok))
+    return summaries
+
+
+# Tables: rows of text, so that one table is the same in a terminal and in a document.
+
+Rows = list[list[str]]
+
+
+def compare(summaries: Mapping[str, Summary]) -> Rows:
+    """One column per run, one row per measure."""
+    rows: Rows = [["", *summaries]]
+    for name, measure in _MEASURES:
+        rows.append([name, *(measure(summary) for summary in summaries.values())])
+    return rows
+
+
+def tenants(summary: Summary, most: int = 20) -> Rows:
+    """One row per tenant, the most served first."""
+    rows: Rows = [["tenant", "requests", "ok", "service", "of demand", "TTFT p50", "TTFT p99", "s/token mean"]]
+    served = sorted(summary.by_tenant.items(), key=lambda item: -item[1].service)
+    for name, tenant in served[:most]:
+        share = tenant.service / tenant.demand if tenant.demand else 1.0
+        rows.append(
+            [
+                name,
+                str(tenant.requests),
+                str(tenant.ok),
+                f"{tenant.service:,.0f}",
+                f"{share:.0%}",
+                seconds(tenant.ttft.p50),
+                seconds(tenant.ttft.p99),
+                seconds(tenant.per_token.mean),
+            ]
+        )
+    if len(served) > most:
+        rows.append([f"… {len(served) - most} more", *[""] * 7])
+    return rows
+
+
+def text(rows: Rows) -> str:
+    """Rows as a plain table: first column to the left, numbers to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if not at else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def markdown(rows: Rows) -> str:
+    """Rows as a Markdown table."""
+    head, *body = rows
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *body])
+
+
+def seconds(value: float) -> str:
+    """A time for people: milliseconds below one second."""
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1000:.1f} ms"
+
+
+def client_lag(run: Run) -> str:
+    """How far to trust the measurement, in one sentence."""
+    lag = f"The client sent {seconds(run.lag_p99_s)} late at the 99th percentile ({seconds(run.lag_max_s)} at most)"
+    return f"{lag}; its event loop woke {seconds(run.loop_p99_s)} late ({seconds(run.loop_max_s)} at most)."
+
+
+def _endings(summary: Summary) -> str:
+    bad = {name: count for name, count in summary.endings.items() if name != "ok"}
+    return ", ".join(f"{count} {name}" for name, count in sorted(bad.items())) or "0"
+
+
+def _of(pick: Callable[[Summary], Spread], point: str) -> Callable[[Summary], str]:
+    return lambda summary: seconds(getattr(pick(summary), point)) if pick(summary).count else "-"
+
+
+def _even(pick: Callable[[Fairness], float], form: str) -> Callable[[Summary], str]:
+    return lambda summary: format(pick(summary.fairness), form) if summary.fairness else "-"
+
+
+def _inside(summary: Summary) -> str:
+    return f"{summary.attainment.share:.1%}" if summary.attainment else "-"
+
+
+def _goodput(summary: Summary) -> str:
+    return f"{summary.attainment.per_s:.2f}" if summary.attainment else "-"
+
+
+_MEASURES: Sequence[tuple[str, Callable[[Summary], str]]] = (
+    ("requests", lambda summary: str(summary.requests)),
+    ("not ok", _endings),
+    ("duration", lambda summary: seconds(summary.duration_s)),
+    ("requests/s", lambda summary: f"{summary.requests_per_s:.2f}"),
+    ("prompt tokens/s", lambda summary: f"{summary.prompt_tokens_per_s:,.0f}"),
+    ("output tokens/s", lambda summary: f"{summary.output_tokens_per_s:,.0f}"),
+    *(
+        (f"{name} {point}", _of(pick, point))
+        for name, pick in (
+            ("TTFT", lambda summary: summary.ttft),
+            ("ITL", lambda summary: summary.itl),
+            ("TPOT", lambda summary: summary.tpot),
+            ("E2E", lambda summary: summary.e2e),
+            ("E2E/token", lambda summary: summary.per_token),
+        )
+        for point in ("mean", "p50", "p99")
+    ),
+    ("longest gap p99", _of(lambda summary: summary.longest_gap, "p99")),
+    ("inside objective", _inside),
+    ("requests/s inside objective", _goodput),
+    ("service difference max", _even(lambda even: even.difference.maximum, ",.1f")),
+    ("service difference avg", _even(lambda even: even.difference.average, ",.1f")),
+    ("accumulated service gap", _even(lambda even: even.accumulated_gap, ",.0f")),
+    ("Jain of served share", _even(lambda even: even.jain, ".3f")),
+)

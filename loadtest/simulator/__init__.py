@@ -1,0 +1,1 @@
+"""Engines and gateways in virtual time, their cost model, and what is computed with them."""

@@ -1,0 +1,335 @@
+"""One engine's iterations without a model: continuous batching under the real policies.
+
+Chunked prefill, KV that runs short, preemption by recompute of what the prefix cache has lost meanwhile. Pure
+bookkeeping in the owner's time, so the fake engine runs it against the clock and a simulator in virtual time.
+The order of an iteration follows vLLM's V1 scheduler and our plug-in in it: running sequences first, then whoever
+waits, while tokens, slots and KV last; nobody is taken in an iteration in which KV was short for those that run.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+from loadtest.simulator.costmodel import CostModel
+from loadtest.simulator.kv_blocks import KvBlocks
+from scheduler.jobs import Job, Outcome
+from scheduler.kept_blocks import Kept
+from scheduler.lanes import Lanes
+
+_MOST_BLOCKS = 1 << 20  # of one sequence: keeps the ids of different ones apart
+_OWN = 1 << 80  # above the ids of all prompts
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A job that waits or runs.
+
+    tokens: of its prompt and of what it has said.
+    computed: how many of them are in KV, or will be when this iteration ends; the last one said is not.
+    prompt: ids of its prompt's blocks, where they are known. own: the id of its first block where they are not.
+    transferred: the KV of its prompt comes over the wire from a prefill worker, so nothing is computed.
+    blocks: what it holds, empty while it waits. started: it has had a slot.
+    """
+
+    job: Job
+    tokens: int
+    prompt: Seq[int]
+    own: int
+    transferred: bool
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    started: bool = False
+
+    def ids(self, first: int, last: int) -> list[int]:
+        """Of its blocks from `first` up to `last`, which is not one of them."""
+        known = len(self.prompt)
+        return [self.prompt[at] if at < known else self.own + at for at in range(first, last)]
+
+
+@dataclass(frozen=True, slots=True)
+class Iteration:
+    """What one iteration computes. duration_s: how long it takes; producing: who has one more token at its end."""
+
+    duration_s: float
+    producing: Seq[Entry]
+    prefill_tokens: int
+
+
+@dataclass(slots=True)
+class Counts:
+    """Totals since the start, for metrics."""
+
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    preemptions: int = 0
+    displaced: int = 0  # those of the preemptions that made room for a waiting job; the others, for memory
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    finished: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Step:
+    """An iteration while it is put together.
+
+    left: tokens that may still be computed. chunks: how many of each. kv_tokens: read by those that decode.
+    started: who comes into the batch. short: there was too little KV for those that run.
+    """
+
+    left: int
+    chunks: dict[Entry, int] = field(default_factory=dict)
+    producing: list[Entry] = field(default_factory=list)
+    decoding: int = 0
+    prefill_tokens: int = 0
+    kv_tokens: int = 0
+    transfer_tokens: int = 0
+    started: int = 0
+    short: bool = False
+
+    def add(self, entry: Entry, chunk: int) -> None:
+        """So many tokens of it are computed."""
+        computed = entry.computed
+        self.chunks[entry] = chunk
+        self.left -= chunk
+        if chunk == 1 and computed:
+            self.decoding += 1
+            self.kv_tokens += computed
+        else:
+            self.prefill_tokens += chunk
+        entry.computed = computed = computed + chunk
+        if computed == entry.tokens:
+            self.producing.append(entry)
+
+    def drop(self, entry: Entry) -> None:
+        """It is not computed after all, if it was going to be."""
+        chunk = self.chunks.pop(entry, 0)
+        if not chunk:
+            return
+        if entry.computed == entry.tokens:
+            self.producing.remove(entry)
+        entry.computed -= chunk
+        self.left += chunk
+        if chunk == 1 and entry.computed:
+            self.decoding -= 1
+            self.kv_tokens -= entry.computed
+        else:
+            self.prefill_tokens -= chunk
+
+
+class ContinuousBatch:
+    """Everything one engine holds: what waits (in `lanes`) and what runs."""
+
+    def __init__(self, cost: CostModel, lanes: Lanes) -> None:
+        self.cost = cost
+        self.lanes = lanes
+        self.counts = Counts()
+        self._size = cost.block_tokens
+        self._all = max(1, cost.kv_capacity_tokens // self._size)
+        self._kv = KvBlocks(self._all)
+        self._kept: Kept[int] = Kept(self._all, self._size, self._kv.has, self._kv.free_anew)
+        self._cached = cost.prefix_block_tokens > 0
+        self._entries: dict[Job, Entry] = {}
+        self._running: dict[Job, Entry] = {}
+        self._arrived = 0
+        self._memory_bound = False
+
+    def running(self) -> int:
+        return len(self._running)
+
+    def waiting(self) -> int:
+        return len(self.lanes)
+
+    @property
+    def kv_used_tokens(self) -> int:
+        """Tokens in blocks that are held, in whole blocks."""
+        return (self._all - self._kv.free) * self._size
+
+    def kv_usage(self) -> float:
+        """Share of the KV capacity in use, 0 to 1."""
+        return min(1.0, 1.0 - self._kv.free / self._all)
+
+    def keep(self, tokens: int) -> None:
+        """KV that belongs to no job here takes room from here on, or, below zero, no longer does."""
+        blocks = self._blocks_for(abs(tokens))
+        if tokens > 0:
+            self._kv.take(blocks)
+        else:
+            self._kv.let_go([KvBlocks.NAMELESS] * blocks)
+
+    def add(self, job: Job, now: float, *, transferred: bool = False, blocks: Seq[int] = ()) -> None:
+        """A job arrives. ValueError if it can never fit.
+
+        transferred: a prefill worker has computed its prompt. blocks: ids of its prompt's full blocks, equal where two
+        prompts begin alike; without them it shares nothing with others.
+        """
+        if job.prompt_tokens < 1:
+            raise ValueError("A prompt has at least one token.")
+        if job.prompt_tokens + 1 > self.cost.kv_capacity_tokens:
+            raise ValueError(f"A prompt of {job.prompt_tokens} tokens exceeds the KV capacity.")
+        self._arrived += 1
+        own = _OWN + self._arrived * _MOST_BLOCKS
+        self._entries[job] = Entry(job, job.prompt_tokens + job.output_tokens, blocks, own, transferred)
+        self.lanes.push(job, now)
+
+    def schedule(self, now: float) -> Iteration | None:
+        """Choose the next iteration, or None when nothing can run."""
+        barred = self._displace(now)
+        step = _Step(self.cost.max_batched_tokens)
+        self._go_on(step, now)
+        if not step.short:
+            self._take_in(step, barred, now)
+        self._kept.after(self.cost.max_batched_tokens - step.left, self.lanes.__contains__)
+        self._memory_bound = barred is None and step.left > 0 and len(self.lanes) > 0
+        if not step.chunks and not step.producing:
+            # All that it did was to send somebody away: vLLM's next iteration follows at once.
+            return self.schedule(now) if step.short or barred is not None else None
+        duration_s = self.cost.duration_s(
+            step.prefill_tokens, step.decoding, step.kv_tokens, step.transfer_tokens, step.started
+        )
+        return Iteration(duration_s, step.producing, step.prefill_tokens)
+
+    def complete(self, iteration: Iteration, now: float) -> list[Job]:
+        """The iteration has ended: charge it, and name the jobs that have one more output token."""
+        self.counts.prompt_tokens += iteration.prefill_tokens
+        jobs = []
+        serve, live = self.lanes.serve, self._running
+        for entry in iteration.producing:
+            job = entry.job
+            if job in live:  # not aborted meanwhile
+                entry.tokens += 1
+                serve(job, 1, now)
+                jobs.append(job)
+        self.counts.generation_tokens += len(jobs)
+        return jobs
+
+    def finish(self, job: Job, outcome: Outcome, now: float) -> None:
+        """A job leaves, from wherever it is. KeyError if it is not here."""
+        entry = self._entries.pop(job)
+        self.lanes.finish(job, outcome, now)
+        if self._running.pop(job, None) is not None:
+            self._kv.let_go(entry.blocks)
+        self.counts.finished[outcome.value] = self.counts.finished.get(outcome.value, 0) + 1
+
+    def _go_on(self, step: _Step, now: float) -> None:
+        """Those that run compute their next token, or the next part of their prompt."""
+        size = self._size
+        for entry in tuple(self._running.values()):
+            if step.left <= 0:
+                return
+            if step.short and entry.job not in self._running:
+                continue
+            end = entry.tokens
+            chunk = end - entry.computed
+            if chunk > step.left:
+                chunk = step.left
+                end = entry.computed + chunk
+            if end > len(entry.blocks) * size and not self._grow(entry, end, step, now):
+                return
+            step.add(entry, chunk)
+            if end % size < chunk:
+                self._name(entry)
+
+    def _grow(self, entry: Entry, tokens: int, step: _Step, now: float) -> bool:
+        """Gives it blocks for so many tokens, if need be those of the policy's worst; False if that is itself.
+
+        One that is alone takes more than there is, for it could never end otherwise.
+        """
+        more = self._blocks_for(tokens) - len(entry.blocks)
+        while more > self._kv.free and len(self._running) > 1:
+            victim = self.lanes.victim(now)
+            if victim is None:
+                break
+            step.short = True
+            step.drop(self._running[victim])
+            self._preempt(victim, now)
+            if victim is entry.job:
+                return False
+        self._kv.take(more)
+        entry.blocks += [KvBlocks.NAMELESS] * more
+        return True
+
+    def _take_in(self, step: _Step, barred: Job | None, now: float) -> None:
+        """Whoever waits and fits. barred: has just been displaced, and is not taken back within the same iteration."""
+        while step.left > 0 and len(self._running) < self.cost.max_seqs:
+            job = self.lanes.peek(now)
+            if job is None or job is barred:
+                return
+            entry = self._entries[job]
+            shared = self._shared(entry)
+            room = self._blocks_for(entry.tokens) - len(shared) + self._kv.idle(shared)
+            if room > self._kv.free and self._running:
+                return
+            self.lanes.pop(now)
+            self._running[job] = entry
+            self._reuse(entry, shared, now)
+            step.started += 1
+            self._begin(entry, step, now)
+
+    def _begin(self, entry: Entry, step: _Step, now: float) -> None:
+        if entry.transferred:
+            entry.transferred = False  # but what is preempted is computed
+            step.transfer_tokens += entry.tokens
+            self._grow(entry, entry.tokens, step, now)
+            entry.computed = entry.tokens
+            step.producing.append(entry)
+        else:
+            chunk = min(entry.tokens - entry.computed, step.left)
+            self._grow(entry, entry.computed + chunk, step, now)
+            step.add(entry, chunk)
+        self._name(entry)
+
+    def _shared(self, entry: Entry) -> list[int]:
+        """Its first blocks that are still there; at least one token is computed, as in vLLM, to have logits."""
+        if not self._cached or entry.transferred:
+            return []
+        most = (entry.tokens - 1) // self._size
+        ids = entry.ids(0, most if entry.started else min(most, len(entry.prompt)))
+        return ids[: self._kv.known(ids)]
+
+    def _reuse(self, entry: Entry, shared: list[int], now: float) -> None:
+        self._kv.hold(shared)
+        entry.blocks = shared
+        entry.computed = len(shared) * self._size
+        if entry.started or not entry.prompt:
+            entry.started = True
+            return
+        entry.started = True
+        self.counts.prefix_queries += entry.tokens
+        self.counts.prefix_hits += entry.computed
+        self.counts.prompt_tokens += entry.computed
+        if entry.computed:
+            self.lanes.computed(entry.job, entry.computed, now)
+
+    def _name(self, entry: Entry) -> None:
+        """Its blocks that are full now can be found by others."""
+        if not self._cached:
+            return
+        full = entry.computed // self._size
+        first = full
+        while first and entry.blocks[first - 1] == KvBlocks.NAMELESS:
+            first -= 1
+        for at, block in zip(range(first, full), entry.ids(first, full), strict=True):
+            entry.blocks[at] = self._kv.name(block)
+
+    def _displace(self, now: float) -> Job | None:
+        """Makes room for the head of the line if the policy wants it to run in place of somebody who does."""
+        if not len(self.lanes) or not (self._memory_bound or len(self._running) >= self.cost.max_seqs):
+            return None
+        swap = self.lanes.displacement(now)
+        if swap is None:
+            return None
+        self.counts.displaced += 1
+        named = [block for block in self._running[swap[1]].blocks if block != KvBlocks.NAMELESS]
+        self._kept.displaced(swap[1], named)
+        self._preempt(swap[1], now)
+        return swap[1]
+
+    def _preempt(self, job: Job, now: float) -> None:
+        entry = self._running.pop(job)
+        self._kv.let_go(entry.blocks)
+        entry.blocks = []
+        entry.computed = 0
+        self.lanes.preempt(job, now)
+        self.counts.preemptions += 1
+
+    def _blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self._size)

@@ -1,0 +1,349 @@
+"""A gateway's line and its workers in virtual time: the real policies, lanes and placement, the batch and cost model of
+the fake engine, no clock, no network, no model. A discrete-event simulation, as Vidur's and SplitwiseSim's.
+
+What it does not have: the gateway's and the network's own time, and a worker's prefix cache decides nothing about
+where a request goes (that is the worker with the fewest pending tokens that has room).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+
+from loadtest.call import Call
+from loadtest.records import Record, Sample
+from loadtest.simulator.batch import ContinuousBatch, Iteration
+from loadtest.simulator.costmodel import CostModel
+from loadtest.traces.prompts import Prompts
+from scheduler.catalog import build
+from scheduler.jobs import Job, Outcome
+from scheduler.lanes import Lanes
+from scheduler.placement import Apart, Place, Rules, Together, place
+from scheduler.policy import window_for
+from scheduler.workers import Role, Worker
+
+SAMPLE_S = 1.0
+_MOST_PARTS = 1 << 10
+_MOST_BLOCKS = 1 << 20  # of one prompt: keeps the ids of different calls apart
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is simulated.
+
+    workers: that answer. prefill_workers: others that only read prompts, as `rules` say when.
+    gateway: a line before the workers, under the same policy; without one the first worker gets all.
+    ahead: calls that the gateway gives a worker beyond its batch; None: as many as the policy wants.
+    concurrency: a closed loop of so many calls, whose `at_s` is then not looked at.
+    """
+
+    cost: CostModel
+    policy: str = "fcfs"
+    policy_options: Mapping[str, str] = field(default_factory=dict)
+    workers: int = 1
+    prefill_workers: int = 0
+    rules: Rules = Rules()
+    gateway: bool = True
+    ahead: int | None = None
+    concurrency: int | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """One call on its way. waits, runs, reads: the same request as the gateway's lanes, the engine's, and those of the
+    worker that only reads its prompt see it; `reads` as long as it does. pending_tokens: counted at `worker`."""
+
+    call: Call
+    sent_s: float
+    runs: Job
+    waits: Job | None
+    reads: Job | None = None
+    worker: "_Worker | None" = None
+    arrivals_s: list[float] = field(default_factory=list)
+    uncharged: int = 0
+    pending_tokens: int = 0
+    arriving_tokens: int = 0
+
+    def record(self, now: float) -> Record:
+        call, arrivals = self.call, self.arrivals_s
+        marks = [round((at - self.sent_s) * 1e6) for at in arrivals]
+        return Record(
+            id=call.id,
+            tenant=call.tenant,
+            due_s=round(self.sent_s, 6),
+            sent_s=round(self.sent_s, 6),
+            e2e_s=round(now - self.sent_s, 6),
+            prompt_tokens=call.prompt_tokens,
+            output_tokens=len(arrivals),
+            ttft_s=round(arrivals[0] - self.sent_s, 6),
+            gaps_us=[later - earlier for earlier, later in zip(marks, marks[1:], strict=False)],
+            asked_tokens=call.output_tokens,
+            kind=call.kind,
+            session=call.session,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class _Worker:
+    is_: Worker
+    batch: ContinuousBatch
+    in_flight: int = 0
+    pending_tokens: int = 0
+    arriving_tokens: int = 0
+    busy: bool = False
+
+    def place(self, window: int) -> Place:
+        """Itself as placement sees it; compared by what is pending."""
+        return Place(
+            self.is_,
+            self.is_.role,
+            self.in_flight < window,
+            self.pending_tokens,
+            self.pending_tokens,
+            self.arriving_tokens,
+            kv_usage=self.batch.kv_usage(),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Simulated:
+    """What came of it: records as the client would have written them, samples of queue and memory, virtual seconds."""
+
+    records: list[Record]
+    samples: list[Sample]
+    iterations: int
+
+
+class Simulation:
+    """One run. `note` is called with each record as it ends."""
+
+    def __init__(self, plan: Plan, note: Callable[[Record], None] | None = None) -> None:
+        """ValueError for a policy or option that there is not."""
+        self._plan = plan
+        policy = build(plan.policy, plan.policy_options)
+        self._line = Lanes(policy) if plan.gateway else None
+        self._window = plan.cost.max_seqs + window_for(policy, plan.ahead)
+        self._workers = self._made(plan.workers, Role.DECODE if plan.prefill_workers else Role.BOTH)
+        self._readers = self._made(plan.prefill_workers, Role.PREFILL)
+        self._by_id = {one.is_.id: one for one in (*self._workers, *self._readers)}
+        self._flights: dict[str, _Flight] = {}
+        self._charge: list[_Flight] = []
+        self._events: list[tuple[float, int, _Worker, Iteration]] = []
+        self._seq = 0
+        self._sample_at = 0.0
+        self._iterations = 0
+        self._unended: set[str] = set()
+        self._parked: dict[str, list[Call]] = {}
+        self._note = note
+        self._records: list[Record] = []
+        self._samples: list[Sample] = []
+
+    def _made(self, number: int, role: Role) -> list[_Worker]:
+        plan = self._plan
+        return [
+            _Worker(
+                Worker(f"{role.value}-{at}", "", role, plan.cost.max_seqs),
+                ContinuousBatch(plan.cost, Lanes(build(plan.policy, plan.policy_options))),
+            )
+            for at in range(number)
+        ]
+
+    def run(self, calls: Iterable[Call]) -> Simulated:
+        """All calls to their ends. They come in order of `at_s`."""
+        pending = iter(calls)
+        if self._plan.concurrency:
+            for call in _first(pending, self._plan.concurrency):
+                self._arrive(call, 0.0)
+            self._until(float("inf"), pending)
+        else:
+            for call in pending:
+                self._until(call.at_s, None)
+                self._arrive(call, call.at_s)
+            self._until(float("inf"), None)
+        if self._flights:
+            raise RuntimeError(f"{len(self._flights)} requests cannot run: the cost model's KV holds none of them.")
+        return Simulated(self._records, self._samples, self._iterations)
+
+    def _until(self, end_s: float, pending: Iterator[Call] | None) -> None:
+        events = self._events
+        while events and events[0][0] <= end_s:
+            now, _, worker, iteration = heappop(events)
+            self._sample(now)
+            ended = self._complete(worker, iteration, now)
+            for call in _first(pending, ended) if pending is not None else ():
+                self._arrive(call, now)
+            self._advance(now)
+            self._step(worker, now)
+
+    def _arrive(self, call: Call, now: float) -> None:
+        """A call is due; it waits for the answer before it in its conversation, if that is not there."""
+        self._unended.add(call.id)
+        if call.after in self._unended:
+            self._parked.setdefault(call.after, []).append(call)
+            return
+        self._seq += 1
+        name = f"{self._seq}"
+        flight = _Flight(call, now, _job(call, name, now), _job(call, name, now) if self._line is not None else None)
+        self._flights[name] = flight
+        if self._line is None or flight.waits is None:
+            self._occupy(self._workers[0], flight, now)
+        else:
+            self._line.push(flight.waits, now)
+            self._advance(now)
+
+    def _advance(self, now: float) -> None:
+        """Lets in whom the policy names while a worker has room, as the gateway's dispatcher does."""
+        line = self._line
+        if line is None or not len(line):
+            return
+        for flight in self._charge:
+            if flight.uncharged and flight.waits is not None:
+                line.serve(flight.waits, flight.uncharged, now)
+                flight.uncharged = 0
+        self._charge.clear()
+        while (job := line.peek(now)) is not None:
+            room = self._room(job)
+            if room is None:
+                return
+            line.pop(now)
+            self._occupy(room[0], self._flights[job.id], now, room[1])
+
+    def _room(self, job: Job) -> tuple[_Worker, _Worker | None] | None:
+        """Who answers, and who reads the prompt if that is another."""
+        if not self._readers:
+            free = [worker for worker in self._workers if worker.in_flight < self._window]
+            return (min(free, key=lambda worker: worker.pending_tokens), None) if free else None
+        places = [worker.place(self._window) for worker in self._by_id.values()]
+        match place(job.prompt_tokens, places, self._plan.rules, splittable=True):
+            case Apart(prefill, decode):
+                return self._by_id[decode.id], self._by_id[prefill.id]
+            case Together(worker, _):
+                return self._by_id[worker.id], None
+        return None
+
+    def _occupy(self, worker: _Worker, flight: _Flight, now: float, reader: _Worker | None = None) -> None:
+        call = flight.call
+        flight.worker = worker
+        worker.in_flight += 1
+        flight.pending_tokens = call.output_tokens + (call.prompt_tokens if reader is None else 0)
+        worker.pending_tokens += flight.pending_tokens
+        blocks = call.prompt if isinstance(call.prompt, list) and self._plan.cost.prefix_block_tokens else ()
+        if reader is None:
+            worker.batch.add(flight.runs, now, blocks=blocks)
+            self._step(worker, now)
+            return
+        flight.reads = _job(call, flight.runs.id, now)
+        flight.arriving_tokens = call.prompt_tokens
+        worker.arriving_tokens += call.prompt_tokens
+        reader.in_flight += 1
+        reader.pending_tokens += call.prompt_tokens
+        reader.batch.add(flight.reads, now, blocks=blocks)
+        self._step(reader, now)
+
+    def _hand_over(self, reader: _Worker, flight: _Flight, job: Job, now: float) -> None:
+        """The prompt is read; who answers fetches its KV in an iteration of its own."""
+        reader.batch.finish(job, Outcome.LENGTH, now)
+        reader.in_flight -= 1
+        reader.pending_tokens -= flight.call.prompt_tokens
+        flight.reads = None
+        if flight.worker is not None:
+            flight.worker.batch.add(flight.runs, now, transferred=True)
+            self._step(flight.worker, now)
+
+    def _step(self, worker: _Worker, now: float) -> None:
+        if worker.busy:
+            return
+        iteration = worker.batch.schedule(now)
+        if iteration is not None:
+            worker.busy = True
+            self._seq += 1
+            heappush(self._events, (now + iteration.duration_s, self._seq, worker, iteration))
+
+    def _complete(self, worker: _Worker, iteration: Iteration, now: float) -> int:
+        worker.busy = False
+        self._iterations += 1
+        ended = 0
+        for job in worker.batch.complete(iteration, now):
+            flight = self._flights[job.id]
+            if job is flight.reads:
+                self._hand_over(worker, flight, job, now)
+                continue
+            if flight.arriving_tokens:
+                worker.arriving_tokens -= flight.arriving_tokens
+                flight.arriving_tokens = 0
+            flight.arrivals_s.append(now)
+            if flight.waits is not None:
+                if not flight.uncharged:
+                    self._charge.append(flight)
+                flight.uncharged += 1
+            if job.output_tokens >= flight.call.output_tokens:
+                self._end(worker, flight, now)
+                ended += 1
+        return ended
+
+    def _end(self, worker: _Worker, flight: _Flight, now: float) -> None:
+        worker.batch.finish(flight.runs, Outcome.DONE, now)
+        worker.in_flight -= 1
+        worker.pending_tokens -= flight.pending_tokens
+        if self._line is not None and flight.waits is not None:
+            if flight.uncharged:
+                self._line.serve(flight.waits, flight.uncharged, now)
+                flight.uncharged = 0
+            self._line.finish(flight.waits, Outcome.DONE, now)
+        del self._flights[flight.runs.id]
+        record = flight.record(now)
+        self._records.append(record)
+        if self._note is not None:
+            self._note(record)
+        self._unended.discard(flight.call.id)
+        for call in self._parked.pop(flight.call.id, ()):
+            self._arrive(call, now)
+
+    def _sample(self, now: float) -> None:
+        if now < self._sample_at:
+            return
+        self._sample_at = now - now % SAMPLE_S + SAMPLE_S
+        batches = [worker.batch for worker in self._by_id.values()]
+        waiting = sum(batch.waiting() for batch in batches) + (len(self._line) if self._line is not None else 0)
+        kv_usage = sum(batch.kv_usage() for batch in batches) / len(batches)
+        preemptions = sum(batch.counts.preemptions for batch in batches)
+        running = sum(batch.running() for batch in batches)
+        self._samples.append(Sample(round(now, 3), waiting, running, round(kv_usage, 4), preemptions))
+
+
+def _first(calls: Iterator[Call], most: int) -> Iterator[Call]:
+    for _ in range(most):
+        call = next(calls, None)
+        if call is None:
+            return
+        yield call
+
+
+def _job(call: Call, name: str, now: float) -> Job:
+    """As an engine sees it, which is not told what the report calls its kind."""
+    return Job(name, call.tenant, call.prompt_tokens, now, max_tokens=call.output_tokens)
+
+
+def block_prompts(block_tokens: int) -> Prompts:
+    """Prompts for a simulation: no tokens are needed, only the ids of their blocks, shared ones and own.
+
+    block_tokens: of the engine's prefix cache (0 for none). A trace's larger blocks are cut to this size; of smaller
+    ones the last that ends with one of these stands for all before it.
+    """
+
+    def make(call: int, tokens: int, blocks: Sequence[int], trace_tokens: int) -> list[int]:
+        if not block_tokens:
+            return []
+        full = tokens // block_tokens
+        shared = _resized(blocks, trace_tokens, block_tokens)[:full]
+        first = -1 - call * _MOST_BLOCKS
+        return shared + list(range(first, first - (full - len(shared)), -1))
+
+    return make
+
+
+def _resized(blocks: Sequence[int], from_tokens: int, to_tokens: int) -> list[int]:
+    if from_tokens >= to_tokens:
+        parts = from_tokens // to_tokens
+        return [block * _MOST_PARTS + part for block in blocks for part in range(parts)]
+    step = to_tokens // max(from_tokens, 1)
+    return list(blocks[step - 1 :: step])

@@ -1,0 +1,156 @@
+"""`evenhand simulate`: a trace through the real policies in virtual time, as if it had been replayed."""
+
+import argparse
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from time import perf_counter
+
+from rich.console import Console
+
+from loadtest import provenance
+from loadtest.call import Call
+from loadtest.client import replay
+from loadtest.client.replay import CannotReplay
+from loadtest.records import Recorded, Run, Writer
+from loadtest.report import report
+from loadtest.report.comparison import Side, rows
+from loadtest.report.page import page
+from loadtest.simulator.costmodel import PRESETS, CostModel
+from loadtest.simulator.simulate import Plan, Simulation, block_prompts
+from loadtest.traces.formats import READERS, Skipped
+from loadtest.traces.workload import WORKLOADS, Fit, Maker, parse_shares
+from scheduler.catalog import choose, describe
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "trace", metavar="TRACE", help=f"a trace file ({', '.join(READERS)}), or a workload: {', '.join(WORKLOADS)}"
+    )
+    parser.add_argument(
+        "--policy", default="fcfs", metavar="NAME[:KEY=VALUE…],…",
+        help="several are compared, the first is the baseline (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--workers", type=int, default=1, help="engines behind the gateway (default: %(default)s)")
+    parser.add_argument(
+        "--prefill-workers", type=int, default=0, help="more engines that only read prompts (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--ahead", type=int, metavar="N",
+        help="calls that the gateway gives an engine beyond its batch (default: as many as the policy wants)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cost", choices=sorted(PRESETS), default="gpu-7b", help="cost model of an engine (default: %(default)s)"
+    )
+    parser.add_argument("--cost-file", type=Path, metavar="JSON", help="cost model that `evenhand calibrate` wrote")
+    parser.add_argument("--slots", type=int, help="batch slots of an engine, in place of the cost model's")
+    parser.add_argument("--limit", type=int, help="requests to send (default: all of a trace, 200 of a workload)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write POLICY.jsonl here, as `evenhand replay` does")
+    parser.add_argument("--html", type=Path, metavar="PAGE", help="write the report's page")
+    replay.add_when(parser.add_argument_group("when"))
+    what = parser.add_argument_group("what")
+    what.add_argument("--form", choices=sorted(READERS), help="the trace's form (default: recognised by its content)")
+    what.add_argument("--length-scale", type=float, default=1.0, help="multiply all lengths (default: %(default)s)")
+    what.add_argument("--context", type=int, default=8192, help="the model's context in tokens (default: %(default)s)")
+    what.add_argument("--traces", type=Path, help="folder of trace files for the workloads (default: their quantiles)")
+    what.add_argument("--shares", help="share of the requests by tenant, where a trace has none: heavy=3,light=1")
+    what.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
+    judged = parser.add_argument_group("how it is judged")
+    judged.add_argument("--ttft", type=float, help="objective for the first token, seconds")
+    judged.add_argument("--tpot", type=float, help="objective for the mean time per further token, seconds")
+    parser.epilog = describe()
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+
+
+def run(args: argparse.Namespace) -> int:
+    """0, or 2 when a trace cannot be read or a request can never run."""
+    screen = Console(stderr=True)
+    objective = report.Objective.of(args.ttft, args.tpot)
+    try:
+        sides = [simulated(args, text, objective, screen) for text in args.policy.split(",")]
+        if args.html:
+            args.html.write_text(page(sides, objective, command=provenance.command()), "utf-8")
+    except (CannotReplay, ValueError, OSError) as error:
+        screen.print(f"evenhand simulate: {error}", style="red", markup=False, highlight=False)
+        return 2
+    sys.stdout.write(report.text(rows(sides)) + "\n")
+    return 0
+
+
+def simulated(args: argparse.Namespace, text: str, objective: report.Objective | None, screen: Console) -> Side:
+    """One policy, NAME[:KEY=VALUE…], as the options say. Raises what `run` tells."""
+    policy, options = choose(text)
+    cost = cost_of(args)
+    if args.workers < 1 or args.prefill_workers < 0:
+        raise ValueError("There must be at least one worker that answers.")
+    plan = Plan(
+        cost,
+        policy,
+        options,
+        workers=args.workers,
+        prefill_workers=args.prefill_workers,
+        ahead=args.ahead,
+        concurrency=args.concurrency,
+    )
+    skipped = Skipped()
+    maker = Maker(
+        block_prompts(cost.prefix_block_tokens),
+        Fit(args.length_scale, min(args.context, cost.kv_capacity_tokens)),
+        parse_shares(args.shares) if args.shares else None,
+        wait=not args.no_wait,
+    )
+    calls, _ = replay.calls_of(args, maker, skipped)
+    out = args.out / f"{text.replace('=', '-')}.jsonl" if args.out else None
+    told = {"workers": f"{args.workers}", "prefill workers": f"{args.prefill_workers}", "cost model": words(cost)}
+    began = perf_counter()
+    recorded = simulate(plan, calls, out, Path(args.trace).stem, told, skipped)
+    took_s = perf_counter() - began
+    screen.print(
+        f"{text}: {len(recorded.records):,} requests in {took_s:.1f} s, "
+        f"{len(recorded.records) / max(took_s, 1e-9):,.0f} requests/s simulated",
+        highlight=False,
+    )
+    return Side(text.replace("=", " "), [recorded], [report.summarize(recorded.records, objective)])
+
+
+def cost_of(args: argparse.Namespace) -> CostModel:
+    """The cost model that the options name. ValueError for a file that is none."""
+    cost = CostModel.read(args.cost_file) if args.cost_file else PRESETS[args.cost]
+    return replace(cost, max_seqs=args.slots or cost.max_seqs)
+
+
+def simulate(
+    plan: Plan,
+    calls: Iterable[Call],
+    out: Path | None,
+    workload: str,
+    told: Mapping[str, str],
+    skipped: Skipped | None = None,
+) -> Recorded:
+    """One simulation, and its file as a replay would have written it. Raises what `Simulation` does."""
+    done = Simulation(plan).run(calls)
+    line = Run(
+        target="in virtual time",
+        workload=workload,
+        started_at="",
+        duration_s=max((record.sent_s + record.e2e_s for record in done.records), default=0.0),
+        options={"policy": ":".join([plan.policy, *(f"{k}={v}" for k, v in plan.policy_options.items())]), **told},
+        skipped=str(skipped) if skipped is not None and skipped.count else "",
+        command=provenance.command(),
+        machine=provenance.machine(),
+        versions=provenance.versions(),
+    )
+    if out is not None:
+        with Writer(out) as writer:
+            for record in done.records:
+                writer.write(record)
+            for sample in done.samples:
+                writer.sample(sample)
+            writer.finish(line)
+    return Recorded(line, done.records, done.samples)
+
+
+def words(cost: CostModel) -> str:
+    """A cost model in one line."""
+    return ", ".join(f"{name} {value:g}" for name, value in asdict(cost).items())

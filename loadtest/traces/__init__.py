@@ -1,0 +1,1 @@
+"""What is sent: trace formats, arrivals, prompts."""

@@ -1,0 +1,165 @@
+"""Gittins order: serves the job likeliest to end soon for the work it still asks, learned from completed lengths.
+
+The index of a job that has made `a` tokens is the largest, over b > a, of P(S <= b | S > a) / E[min(S, b) - a | S > a]
+(Gittins 1979; optimal mean response time without knowing lengths in M/G/1, Aalto, Ayesta and Righter 2009). Where
+lengths are alike the index grows with age and the order is first come, first served; where they are heavy-tailed it
+is least attained service; the quanta in between follow from the samples.
+
+The unit of work is a decode step. Output is learned; prefill is known, and comes on top for a job that waits: its
+prompt, and after a preemption its output so far too. `displaces` adds the victim's recomputation to the work that the
+head asks, for that is what the swap costs.
+"""
+
+import math
+from bisect import bisect_right
+from collections import OrderedDict
+
+from scheduler.jobs import Job, Outcome
+from scheduler.policies.lengths import Lengths
+from scheduler.policy import Lane, Spot
+
+_AGES = [0, 1, 2, 3, 4, 5, 6, 8] + [round(8 * 2 ** (step / 3)) for step in range(1, 46)]
+_TIE = 1.25  # indices within this ratio are one rank: a smaller difference is noise
+_BOOST_STEPS = 64  # what a job whose patience ended may run before it is ranked by its index again
+_BOOSTED: Lane = (-1, 0, 0)
+_MOST_CLASSES = 512
+
+_ClassKey = tuple[str | int, ...]
+
+
+class Gittins:
+    """Learns the lengths of each class of jobs; a job's lane is (class, outstanding prefill, age), both in buckets.
+
+    A class is what is thought alike in length: tenant, kind and `max_tokens` (by powers of two); while it has too few
+    samples, its parent stands in: kind and `max_tokens`, then `max_tokens`, then all. With too few in all, the order
+    is first come, first served. Outcomes that end early (aborted, failed) count as "at least so long" only.
+
+    prefill_tokens_per_step: prompt tokens whose prefill takes as long as one decode step.
+    hysteresis: the head displaces a running job only if its index is this many times higher, at least 1.25.
+    patience_s: a job unserved for so long goes first, for 64 decode steps, and displaces one that came after it; under
+        overload they take turns.
+    preemptions_per_s: cap on displacements.
+    min_samples: completed jobs that a class needs.
+    window: how many of the latest jobs a class remembers.
+    max_tokens: "use", or "ignore" where clients set it without a thought of the length.
+    """
+
+    name = "gittins"
+
+    def __init__(
+        self,
+        prefill_tokens_per_step: int = 256,
+        hysteresis: float = 1.3,
+        patience_s: float = 60.0,
+        preemptions_per_s: int = 100,
+        min_samples: int = 50,
+        window: int = 2000,
+        max_tokens: str = "use",
+    ) -> None:
+        self.patience_s = patience_s
+        self.preemptions_per_s = preemptions_per_s
+        self.epoch = 0
+        self._prefill_tokens_per_step = prefill_tokens_per_step
+        self._hysteresis = max(hysteresis, _TIE)
+        self._min_samples = min_samples
+        self._window = window
+        self._by_max_tokens = max_tokens == "use"
+        self._numbers = 1
+        self._all = Lengths(window, min_samples)
+        self._classes: OrderedDict[_ClassKey, int] = OrderedDict()
+        self._lengths: dict[int, Lengths] = {0: self._all}
+        self._indices: dict[Lane, float] = {}
+
+    def spot(self, job: Job, *, running: bool, boosted_at: int | None) -> Spot:
+        """The lane by class, outstanding prefill and age."""
+        made = job.output_tokens
+        if boosted_at is not None and made < boosted_at + _BOOST_STEPS:
+            return Spot(_BOOSTED, boosted_at + _BOOST_STEPS)
+        age = min(bisect_right(_AGES, made), len(_AGES) - 1)
+        prefill = 0 if running else _bucket(self._prefill_steps(job))
+        return Spot((self._class_of(job), prefill, age - 1), _AGES[age])
+
+    def rank(self, lane: Lane) -> float:
+        """The index in steps of a quarter, relative to that of a new job, so that what is alike ties."""
+        if lane == _BOOSTED:
+            return -math.inf
+        if not self._all.ready:
+            return 0.0
+        return -round(math.log(self._index(lane) / self._index((0, 0, 0)), _TIE))
+
+    def label(self, lane: Lane) -> str:
+        """How many tokens the job has made, by powers of eight."""
+        if lane == _BOOSTED:
+            return "boosted"
+        age = _AGES[lane[2]]
+        return "new" if age == 0 else f"from{8 ** int(math.log(age, 8) + 1e-9)}"
+
+    def displaces(self, head: Job, victim: Job, head_lane: Lane, victim_lane: Lane) -> bool:
+        """Whether the swap pays, the victim's recomputation included."""
+        if victim_lane == _BOOSTED or not self._all.ready:
+            return False
+        if head_lane == _BOOSTED:
+            return victim.arrived_at > head.arrived_at  # it was overtaken; else it only waits for its turn
+        rank = self.rank(head_lane)
+        if rank >= self.rank(victim_lane) or rank >= self.rank(self.spot(victim, running=False, boosted_at=None).lane):
+            return False
+        steps = self._prefill_steps(head) + self._prefill_steps(victim)
+        asked = (head_lane[0], _bucket(steps), head_lane[2])
+        return self._index(asked) > self._hysteresis * self._index(victim_lane)
+
+    def learn(self, job: Job, outcome: Outcome) -> None:
+        """Notes the length in the job's class and in all its parents."""
+        ended = outcome in (Outcome.DONE, Outcome.LENGTH)
+        if not job.output_tokens:
+            return
+        for key in self._chain(job):
+            self._learn(self._table(key), job.output_tokens, ended=ended)
+        self._learn(self._all, job.output_tokens, ended=ended)
+
+    def _learn(self, lengths: Lengths, tokens: int, *, ended: bool) -> None:
+        if lengths.add(tokens, ended=ended):
+            self.epoch += 1
+            self._indices.clear()
+
+    def _table(self, key: _ClassKey) -> Lengths:
+        number = self._classes.get(key)
+        if number is not None:
+            self._classes.move_to_end(key)
+            return self._lengths[number]
+        if len(self._classes) >= _MOST_CLASSES:
+            del self._lengths[self._classes.popitem(last=False)[1]]
+        number = self._classes[key] = self._numbers
+        self._numbers += 1
+        lengths = self._lengths[number] = Lengths(self._window, self._min_samples)
+        return lengths
+
+    def _class_of(self, job: Job) -> int:
+        for key in self._chain(job):
+            number = self._classes.get(key)
+            if number is not None and self._lengths[number].ready:
+                return number
+        return 0
+
+    def _index(self, lane: Lane) -> float:
+        index = self._indices.get(lane)
+        if index is None:
+            number, prefill, age = lane
+            lengths = self._lengths.get(number, self._all)
+            steps = 0.0 if prefill == 0 else 0.75 * 2**prefill
+            index = self._indices[lane] = lengths.index(_AGES[age], steps)
+        return index
+
+    def _chain(self, job: Job) -> tuple[_ClassKey, ...]:
+        """The job's class and its parents, without the one of all."""
+        if not self._by_max_tokens:
+            return ((job.tenant, job.kind), (job.kind,))
+        bound = job.max_tokens.bit_length()
+        return ((job.tenant, job.kind, bound), (job.kind, bound), (bound,))
+
+    def _prefill_steps(self, job: Job) -> float:
+        return (job.prompt_tokens + job.output_tokens) / self._prefill_tokens_per_step
+
+
+def _bucket(steps: float) -> int:
+    """Powers of two: 0 for less than one step, then 1 for less than two, 2 for less than four."""
+    return int(steps).bit_length()

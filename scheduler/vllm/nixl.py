@@ -1,0 +1,50 @@
+"""vLLM's NIXL connector for engines on a CPU, where what waits must not take the core on which the engine computes.
+
+NIXL's thread, as of 1.5, asks for events without a pause as long as the engine lives, and its Python API has no way to
+say otherwise (`pthrDelay` is 0); here it sleeps until there is something to do. So do vLLM's processes, both of them
+(vllm_waiting.py).
+
+In use where `kv_connector_module_path` names this module; engines with vLLM's own connector exchange KV with it.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl import NixlConnector as StockConnector
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from scheduler.vllm.waiting import sleep_while_waiting
+
+LONGEST_SLEEP_US = 1000  # events wake it before; NIXL knows whole milliseconds
+
+
+class NixlConnector(StockConnector):  # type: ignore[misc]  # vLLM is untyped here
+    """The same under the same name, which vLLM looks at in several places. Made in both of an engine's processes."""
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        sleep_while_waiting()
+        with _sleeping_threads():
+            super().__init__(vllm_config, role, kv_cache_config)
+
+
+@contextmanager
+def _sleeping_threads() -> Iterator[None]:
+    """NIXL agents that are made meanwhile have a thread that sleeps."""
+    from nixl._api import nixl_agent  # late: vLLM sets UCX's environment before
+
+    bindings = sys.modules[nixl_agent.__module__].nixlBind
+    restless = bindings.nixlAgentConfig
+
+    class Restful(restless):  # type: ignore[misc, valid-type]
+        def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
+            super().__setattr__(name, LONGEST_SLEEP_US if name == "pthrDelay" else value)
+
+    bindings.nixlAgentConfig = Restful
+    try:
+        yield
+    finally:
+        bindings.nixlAgentConfig = restless

@@ -1,0 +1,630 @@
+"""Our policies at every iteration of an unpatched vLLM: the one file that touches vLLM.
+
+vLLM loads it with `--scheduler-cls scheduler.vllm_plugin.PolicyScheduler`; the policy comes with
+`--additional-config '{"evenhand": {"policy": "mlfq", "options": {"quantum_steps": "32"}}}'` (FCFS if absent).
+
+A request tells whose it is through `vllm_xargs`: `evenhand_tenant`, `evenhand_weight` (the tenant's share),
+`evenhand_service` (the tenant's service as the gateways saw it, in weighted tokens) and `evenhand_kind` (what is alike
+in length). A request that carries `evenhand_policy`, and perhaps `evenhand_policy_options` (["name=value", …]), is not
+work but an order: the policy changes at once, nothing that waits or runs is lost, and the answer's `kv_transfer_params`
+hold either {"evenhand": {"policy": name}} or {"evenhand": {"error": sentence}}. It travels in a request because that is
+the one channel that reaches the scheduler of a stock vLLM on any machine, and that answers its caller.
+
+A request that finishes on a stop *string* is aborted by vLLM's front end, so its length counts as a lower bound. A
+streaming-input session is one job per turn; a turn that starts with its KV blocks in place runs as in stock vLLM.
+"""
+
+import inspect
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from types import MethodType
+from typing import Any, Final, NamedTuple
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.version import __version_tuple__ as vllm_version
+
+from scheduler.catalog import build, options_from
+from scheduler.fairness import Tally
+from scheduler.jobs import Job, Outcome
+from scheduler.kept_blocks import Kept
+from scheduler.lanes import Lanes
+from scheduler.policy import Policy
+from scheduler.vllm.waiting import sleep_while_waiting
+
+logger = init_logger("vllm.evenhand")  # below "vllm", or the engine's log would not show it
+
+OLDEST_VLLM: Final = (0, 26)
+FIRST_UNTRIED_VLLM: Final = (0, 34)
+REPORT_INTERVAL_S: Final = 1.0
+HELD_LOOK_S: Final = 0.005
+YIELDS_FIRST: Final = 2**31  # above any priority that a client may send
+
+# Everything below is what we rely on and vLLM does not promise; `missing_members` checks it when the engine starts.
+METHODS: Final[Mapping[type, Mapping[str, tuple[str, ...]]]] = {
+    Scheduler: {
+        "__init__": ("vllm_config",),
+        "schedule": (),
+        "update_from_output": ("scheduler_output", "model_runner_output"),
+        "add_request": ("request",),
+        "has_requests": (),
+        "has_unfinished_requests": (),
+        "get_request_counts": (),
+        "_preempt_request": ("request", "timestamp"),
+        "_free_request": ("request",),
+        "_handle_stopped_request": ("request",),
+        "_is_blocked_waiting_status": ("status",),
+        "_update_after_schedule": ("scheduler_output",),
+        "_update_request_with_output": ("request", "new_token_ids"),
+    },
+    RequestQueue: {
+        "add_request": ("request",),
+        "pop_request": (),
+        "peek_request": (),
+        "prepend_request": ("request",),
+        "prepend_requests": ("requests",),
+        "remove_request": ("request",),
+        "remove_requests": ("requests",),
+    },
+    KVCacheManager: {"get_blocks": ("request_id",)},
+    BlockPool: {"touch": ("blocks",), "free_blocks": ("ordered_blocks",)},
+}
+ATTRIBUTES: Final[Mapping[type, tuple[str, ...]]] = {
+    Scheduler: (
+        "vllm_config", "scheduler_config", "policy", "waiting", "running", "finished_req_ids_dict",
+        "max_num_running_reqs", "max_num_scheduled_tokens", "num_waiting_for_streaming_input", "kv_cache_manager",
+        "connector", "requests",
+    ),
+    KVCacheManager: ("block_pool",),
+    KVCacheBlocks: ("blocks",),
+    KVCacheBlock: ("block_hash", "ref_cnt", "is_null"),
+    BlockPool: ("num_gpu_blocks",),
+    Request: (
+        "request_id", "client_index", "priority", "sampling_params", "pooling_params", "structured_output_request",
+        "num_prompt_tokens", "num_output_tokens", "max_tokens", "status", "num_preemptions", "resumable",
+    ),
+    RequestStatus: (
+        "RUNNING", "PREEMPTED", "FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED", "FINISHED_ABORTED",
+    ),
+    SchedulingPolicy: ("FCFS", "PRIORITY"),
+    SchedulerOutput: ("scheduled_new_reqs", "total_num_scheduled_tokens"),
+    NewRequestData: ("req_id", "num_computed_tokens"),
+    EngineCoreOutput: ("request_id", "new_token_ids", "finish_reason", "kv_transfer_params"),
+    EngineCoreOutputs: ("outputs",),
+    FinishReason: ("STOP",),
+}  # fmt: skip
+ASYNC_OVERRIDES: Final = frozenset({"__init__", "_update_after_schedule", "_update_request_with_output"})
+
+OUTCOMES: Final = {
+    RequestStatus.FINISHED_STOPPED: Outcome.DONE,
+    RequestStatus.FINISHED_LENGTH_CAPPED: Outcome.LENGTH,
+    RequestStatus.FINISHED_ABORTED: Outcome.ABORTED,
+}
+
+
+def missing_members(
+    methods: Mapping[type, Mapping[str, tuple[str, ...]]] = METHODS,
+    attributes: Mapping[type, tuple[str, ...]] = ATTRIBUTES,
+) -> list[str]:
+    """What we rely on and this vLLM does not have, by name; empty if all is there."""
+    missing = [
+        f"{owner.__name__}.{name}({', '.join(parameters)})"
+        for owner, members in methods.items()
+        for name, parameters in members.items()
+        if not _accepts(getattr(owner, name, None), parameters)
+    ]
+    missing += [
+        f"{owner.__name__}.{name}" for owner, names in attributes.items() for name in names if not _has(owner, name)
+    ]
+    strange = {name for name, member in vars(AsyncScheduler).items() if callable(member)} ^ ASYNC_OVERRIDES
+    return missing + [f"AsyncScheduler overrides other methods than we know of: {name}" for name in sorted(strange)]
+
+
+def _accepts(method: object, parameters: tuple[str, ...]) -> bool:
+    return callable(method) and set(parameters) <= set(inspect.signature(method).parameters)
+
+
+def _has(owner: type, name: str) -> bool:
+    """Whether instances have it: defined on the class, a field of it, or set by its constructor."""
+    constructor = vars(owner).get("__init__")
+    sets = getattr(constructor, "__code__", None)
+    return hasattr(owner, name) or name in inspect.signature(owner).parameters or name in getattr(sets, "co_names", ())
+
+
+def require_supported_vllm(version: tuple[int | str, ...] = vllm_version) -> None:
+    """RuntimeError, in one sentence, unless this vLLM is one that the plug-in can work with."""
+    release = tuple(version[:2])
+    wanted = f">={_dotted(OLDEST_VLLM)},<{_dotted(FIRST_UNTRIED_VLLM)}"
+    if not (all(isinstance(part, int) for part in release) and OLDEST_VLLM <= release < FIRST_UNTRIED_VLLM):
+        raise RuntimeError(
+            f"vLLM {_dotted(version)} is not supported by scheduler/vllm/plugin.py: install vllm{wanted}, "
+            "or start the engine without --scheduler-cls"
+        )
+    if missing := missing_members():
+        raise RuntimeError(
+            f"vLLM {_dotted(version)} lacks what scheduler/vllm/plugin.py relies on ({'; '.join(missing)}): "
+            f"install another vllm{wanted}, or start the engine without --scheduler-cls"
+        )
+
+
+def _dotted(version: Iterable[int | str]) -> str:
+    return ".".join(str(part) for part in version)
+
+
+def policy_from(config: object) -> Policy:
+    """The policy named in vLLM's `additional_config`. ValueError if it is not understood."""
+    ours = config.get("evenhand", {}) if isinstance(config, Mapping) else {}
+    if not isinstance(ours, Mapping) or not isinstance(options := ours.get("options", {}), Mapping):
+        raise ValueError(
+            'additional_config must look like {"evenhand": {"policy": "mlfq", "options": {"name": "value"}}}'
+        )
+    return build(str(ours.get("policy", "fcfs")), {str(name): str(value) for name, value in options.items()})
+
+
+def xargs_of(request: Request) -> Mapping[str, Any]:
+    """What the caller sent as `vllm_xargs`."""
+    params = request.sampling_params
+    extra = getattr(request.pooling_params, "extra_kwargs", None) if params is None else params.extra_args
+    return extra if isinstance(extra, Mapping) else {}
+
+
+def job_from(request: Request, now: float) -> Job:
+    """The request as policies see it. Its id is vLLM's, for the n > 1 answers to one call are as many jobs.
+
+    A prompt whose KV comes from a prefill worker counts for nothing here: it was computed, and charged, there.
+    """
+    xargs = xargs_of(request)
+    transfer = xargs.get("kv_transfer_params")
+    read_elsewhere = isinstance(transfer, Mapping) and bool(transfer.get("do_remote_prefill"))
+    return Job(
+        id=request.request_id,
+        tenant=str(xargs.get("evenhand_tenant", "")),
+        prompt_tokens=0 if read_elsewhere else request.num_prompt_tokens,
+        arrived_at=now,
+        max_tokens=request.max_tokens,
+        weight=_positive(xargs.get("evenhand_weight"), default=1.0),
+        kind=str(xargs.get("evenhand_kind", "json" if request.structured_output_request is not None else "")),
+    )
+
+
+def _positive(value: object, default: float) -> float:
+    """A number above zero. Nonsense counts as absent: an exception here would end the engine for everybody."""
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return default
+    return number if math.isfinite(number) and number > 0 else default
+
+
+class Entry(NamedTuple):
+    """A request that waits or runs, and its job."""
+
+    request: Request
+    job: Job
+
+
+class PolicyQueue(RequestQueue):  # type: ignore[misc]  # vLLM is not type-checked here
+    """vLLM's waiting queue over `Lanes`. What is popped runs, as far as lanes are concerned, until it comes back.
+
+    vLLM gives a request back in two ways: `prepend_request` is a preemption, `prepend_requests` returns what was popped
+    and skipped (its grammar is not compiled, its adapter does not fit): for the policy that pop has not happened.
+
+    now: time of the current scheduling pass; fixed within it, so that peek and pop agree.
+    barred: was preempted for this pass's head and must not be resumed within it: vLLM's workers cannot take a request
+        that leaves and joins in one step. While it is first in line the queue says that it is empty.
+    """
+
+    def __init__(self, lanes: Lanes, tally: Tally, clock: Callable[[], float]) -> None:
+        self.lanes = lanes
+        self.tally = tally
+        self.entries: dict[str, Entry] = {}
+        self.now = clock()
+        self.barred: Job | None = None
+        self._clock = clock
+
+    def add_request(self, request: Request) -> None:
+        now = self._clock()
+        self.leave(request)  # a streaming session that is back for its next turn
+        job = job_from(request, now)
+        service = _positive(xargs_of(request).get("evenhand_service"), default=0.0)
+        if service:
+            self.lanes.told(job.tenant, service, job.weight, now)
+        self.lanes.push(job, now)
+        self.tally.queued(job)
+        self.entries[job.id] = Entry(request, job)
+
+    def peek_request(self) -> Request:
+        job = self.lanes.peek(self.now)
+        if job is None:
+            raise IndexError("peek from an empty queue")
+        return self.entries[job.id].request
+
+    def pop_request(self) -> Request:
+        job = self.lanes.pop(self.now)
+        self.tally.started(job, self.now)
+        return self.entries[job.id].request
+
+    def prepend_request(self, request: Request) -> None:
+        entry = self.entries.get(request.request_id)
+        if entry is None:  # a streaming session's later turn, preempted
+            self.add_request(request)
+            return
+        self.lanes.preempt(entry.job, self.now)
+        self.tally.preempted(entry.job, self.now)
+
+    def prepend_requests(self, requests: Iterable[Request]) -> None:
+        for request in requests:
+            job = self.entries[request.request_id].job
+            self.lanes.put_back(job, self.now)
+            self.tally.queued(job)
+
+    def remove_request(self, request: Request) -> None:
+        self.remove_requests((request,))
+
+    def remove_requests(self, requests: Iterable[Request]) -> None:
+        for request in requests:
+            entry = self.entries.get(request.request_id)
+            if entry is not None and entry.job in self.lanes:
+                self.leave(request)
+
+    def leave(self, request: Request) -> None:
+        """The request's job is over, wherever it is; nothing happens if it has none."""
+        entry = self.entries.pop(request.request_id, None)
+        if entry is None:
+            return
+        job, now = entry.job, self._clock()
+        unserved = request.num_output_tokens - job.output_tokens
+        if unserved > 0:  # the last step's tokens: vLLM frees a request before it hands them out
+            self.lanes.serve(job, unserved, now)
+        self.tally.left(job, was_waiting=job in self.lanes, now=now)
+        outcome = OUTCOMES.get(request.status, Outcome.FAILED) if request.is_finished() else Outcome.ABORTED
+        self.lanes.finish(job, outcome, now)
+
+    def __bool__(self) -> bool:
+        return len(self.lanes) > 0 and (self.barred is None or self.lanes.peek(self.now) is not self.barred)
+
+    def __len__(self) -> int:
+        return len(self.lanes)
+
+    def __iter__(self) -> Iterator[Request]:
+        return (self.entries[job.id].request for job in self.lanes.waiting_jobs())
+
+
+class Deferred(RequestQueue):  # type: ignore[misc]
+    """Stands in for the second queue of older vLLMs (`skipped_waiting`): what is put here goes to the one queue.
+
+    vLLM hands over skipped requests in order of arrival; the last of them must be put in front first.
+    """
+
+    def __init__(self, queue: PolicyQueue) -> None:
+        self._queue = queue
+
+    def add_request(self, request: Request) -> None:
+        self._queue.add_request(request)
+
+    def prepend_request(self, request: Request) -> None:
+        self._queue.prepend_requests((request,))
+
+    def prepend_requests(self, requests: Iterable[Request]) -> None:
+        self._queue.prepend_requests(reversed(list(requests)))
+
+    def peek_request(self) -> Request:
+        raise IndexError("nothing is kept here")
+
+    def pop_request(self) -> Request:
+        raise IndexError("nothing is kept here")
+
+    def remove_request(self, request: Request) -> None:
+        """It is in the other queue."""
+
+    def remove_requests(self, requests: Iterable[Request]) -> None:
+        """They are in the other queue."""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __len__(self) -> int:
+        return 0
+
+    def __iter__(self) -> Iterator[Request]:
+        """vLLM looks here for requests whose KV blocks are on their way."""
+        return iter(self._queue)
+
+
+class Filled(NamedTuple):
+    """A full KV block and the hash of what was in it, all tokens up to its end."""
+
+    block: KVCacheBlock
+    content: object
+
+    def intact(self) -> bool:
+        return bool(self.block.block_hash == self.content)
+
+
+def filled(groups: Iterable[Sequence[KVCacheBlock]]) -> list[Filled]:
+    """Of a request's blocks those that can be found again once they are free."""
+    return [
+        Filled(block, block.block_hash)
+        for blocks in groups
+        for block in blocks
+        if block.block_hash and not block.is_null
+    ]
+
+
+def kept_in(pool: BlockPool, block_tokens: int) -> Kept[Filled]:
+    """Keeps displaced requests' blocks of vLLM's pool, of which one holds nothing."""
+
+    def free_anew(blocks: Sequence[Filled]) -> None:
+        free = [each.block for each in blocks if not each.block.ref_cnt]
+        pool.touch(free)
+        pool.free_blocks(reversed(free))
+
+    return Kept(pool.num_gpu_blocks - 1, block_tokens, Filled.intact, free_anew)
+
+
+class EngineMetrics:
+    """What the plug-in exports. vLLM's API server shows it if PROMETHEUS_MULTIPROC_DIR was set before the start."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.policy = self._gauge(registry, "policy_info", "1 for the policy in force", ("policy",), "livemax")
+        self.switches = self._counter(
+            registry, "policy_switches_total", "Orders to change the policy: done or refused", ("outcome",)
+        )
+        self.preemptions = self._counter(
+            registry,
+            "preemptions_total",
+            "Running requests stopped: for a waiting one (policy), for KV memory (memory), by order (reset)",
+            ("policy", "reason"),
+        )
+        self.waiting = self._gauge(registry, "waiting", "Requests in line, by lane", ("lane",), "livesum")
+        self.service = self._counter(
+            registry,
+            "tenant_service_total",
+            "Service in weighted tokens (prompt computed 1, output 2); tenants beyond the largest are 'other'",
+            ("tenant",),
+        )
+        self.gap = self._gauge(
+            registry, "service_gap", "Weighted tokens between the most and least served waiting tenant", (), "livemax"
+        )
+        self.stall_s = self._gauge(
+            registry, "longest_stall_seconds", "Longest that a started request went without its slot", (), "livemax"
+        )
+
+    @staticmethod
+    def _counter(registry: CollectorRegistry, name: str, text: str, labels: tuple[str, ...]) -> Counter:
+        return Counter(f"evenhand_engine_{name}", text, labels, registry=registry)
+
+    @staticmethod
+    def _gauge(registry: CollectorRegistry, name: str, text: str, labels: tuple[str, ...], mode: Any) -> Gauge:  # noqa: ANN401
+        return Gauge(f"evenhand_engine_{name}", text, labels, registry=registry, multiprocess_mode=mode)
+
+
+@cache
+def engine_metrics(registry: CollectorRegistry) -> EngineMetrics:
+    """The metrics of a registry: it takes each name once, and one process may build several schedulers."""
+    return EngineMetrics(registry)
+
+
+class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
+    """vLLM's scheduler with our policy for who starts, who yields its slot, and who yields its memory."""
+
+    clock: Callable[[], float] = staticmethod(time.monotonic)
+    registry: CollectorRegistry = REGISTRY
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        require_supported_vllm()
+        self._shares_cores = bool(current_platform.is_cpu())
+        if self._shares_cores:
+            sleep_while_waiting()
+        self._vllm_policy = SchedulingPolicy.FCFS
+        super().__init__(*args, **kwargs)
+        policy = policy_from(self.vllm_config.additional_config)
+        self._lanes = Lanes(policy)
+        self._tally = Tally()
+        self._queue = PolicyQueue(self._lanes, self._tally, self.clock)
+        self._install_queue()
+        if not self.scheduler_config.async_scheduling:
+            self._be_synchronous()
+        self._slots: int = getattr(self, "max_num_active_reqs", None) or self.max_num_running_reqs
+        takes = inspect.signature(Scheduler._preempt_request).parameters
+        self._preempt_options = {"drop_stale_output": self.requires_kv_delivery} if "drop_stale_output" in takes else {}
+        self._kept = kept_in(self.kv_cache_manager.block_pool, self.vllm_config.cache_config.block_size)
+        self._memory_bound = False
+        self._reason = "reset"
+        self._singled_out: Request | None = None
+        self._answers: list[tuple[Request, dict[str, str]]] = []
+        self._metrics = engine_metrics(self.registry)
+        self._lanes_shown: set[str] = set()
+        self._report_at = 0.0
+        self._metrics.policy.labels(policy.name).set(1)
+        logger.info("evenhand: policy %s, %d slots", policy.name, self._slots)
+        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+            logger.info("evenhand: set PROMETHEUS_MULTIPROC_DIR to an empty folder to see its metrics in /metrics")
+
+    def _install_queue(self) -> None:
+        self.waiting = self._queue
+        if hasattr(self, "skipped_waiting"):
+            self.skipped_waiting = Deferred(self._queue)
+        self._vllm_policy = SchedulingPolicy.PRIORITY
+
+    def _be_synchronous(self) -> None:
+        """What vLLM does where asynchronous scheduling is off: its plain `Scheduler` in place of `AsyncScheduler`."""
+        self._update_after_schedule = MethodType(Scheduler._update_after_schedule, self)
+        self._update_request_with_output = MethodType(Scheduler._update_request_with_output, self)
+
+    @property
+    def policy(self) -> SchedulingPolicy:
+        """vLLM's own policy, which it reads when KV memory is short and it must choose a running request to preempt.
+
+        Under PRIORITY that is the one with the largest `priority`; so ours is given it here, and not before: no work
+        is done in a step that has memory enough.
+        """
+        if self._vllm_policy is SchedulingPolicy.PRIORITY:
+            self._single_out(self._lanes.victim(self._queue.now))
+        return self._vllm_policy
+
+    @policy.setter
+    def policy(self, _: SchedulingPolicy) -> None:
+        """Set by the base class from --scheduling-policy, which we replace."""
+
+    def _single_out(self, victim: Job | None) -> None:
+        if self._singled_out is not None:
+            self._singled_out.priority = 0
+        self._singled_out = None if victim is None else self._queue.entries[victim.id].request
+        if self._singled_out is not None:
+            self._singled_out.priority = YIELDS_FIRST
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:  # noqa: ANN401
+        if self._shares_cores and self._only_holds_kv():
+            time.sleep(HELD_LOOK_S)
+        queue = self._queue
+        now = queue.now = self.clock()
+        queue.barred = None
+        if len(self._lanes) and (self._memory_bound or self._slots_taken()):
+            self._displace(now)
+        self._reason = "memory"
+        output = super().schedule(*args, **kwargs)
+        self._reason = "reset"
+        self._note_starts(output, now)
+        self._kept.after(output.total_num_scheduled_tokens, self._lanes.__contains__)
+        self._memory_bound = self._stopped_at_memory(output)
+        if now >= self._report_at:
+            self._report(now)
+        return output
+
+    def _only_holds_kv(self) -> bool:
+        """Whether all that is left is KV that another engine has not fetched yet.
+
+        vLLM then steps without a pause to see whether it has, which took a core from those who do the fetching.
+        """
+        return self.connector is not None and len(self.requests) > 0 and not self.has_unfinished_requests()
+
+    def _slots_taken(self) -> bool:
+        return bool(len(self.running) + self.num_waiting_for_streaming_input >= self._slots)
+
+    def _displace(self, now: float) -> None:
+        """Makes room for the head of the line if the policy wants it to run in place of somebody who does.
+
+        One at a time, for the next head is known only once this one has started. A head that vLLM would skip, and a
+        victim that is not in the batch (its KV blocks are on their way), leave things as they are.
+        """
+        swap = self._lanes.displacement(now)
+        if swap is None:
+            return
+        head, victim = (self._queue.entries[job.id].request for job in swap)
+        if self._is_blocked_waiting_status(head.status) or victim.status != RequestStatus.RUNNING:
+            return
+        self.running.remove(victim)
+        self._reason = "policy"
+        self._kept.displaced(swap[1], filled(self.kv_cache_manager.get_blocks(victim.request_id).blocks))
+        self._preempt_request(victim, now, **self._preempt_options)
+        self._queue.barred = swap[1]
+
+    def _preempt_request(self, request: Request, timestamp: float, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        self._metrics.preemptions.labels(self._lanes.policy.name, self._reason).inc()
+        super()._preempt_request(request, timestamp, *args, **kwargs)
+
+    def _note_starts(self, output: SchedulerOutput, now: float) -> None:
+        for start in output.scheduled_new_reqs:
+            entry = self._queue.entries.get(start.req_id)
+            if entry is not None and entry.request.num_preemptions == 0:
+                self._lanes.computed(entry.job, start.num_computed_tokens, now)
+
+    def _stopped_at_memory(self, output: SchedulerOutput) -> bool:
+        """Whether somebody waits who had a slot and tokens left in the step: then KV blocks were what was short."""
+        if self._queue.barred is not None or output.total_num_scheduled_tokens >= self.max_num_scheduled_tokens:
+            return False
+        return bool(self.get_request_counts()[1] > len(getattr(self, "deferred_waiting", ())))
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        outputs: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, model_runner_output)
+        now = self.clock()
+        entries, serve = self._queue.entries, self._lanes.serve
+        for client in outputs.values():
+            for output in client.outputs:
+                entry = entries.get(output.request_id)
+                if entry is not None:
+                    serve(entry[1], len(output.new_token_ids), now)
+        if self._answers:
+            self._hand_out_answers(outputs)
+        return outputs
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        self._queue.leave(request)
+        return super()._free_request(request, *args, **kwargs)
+
+    def _handle_stopped_request(self, request: Request) -> bool:
+        if request.resumable:
+            self._queue.leave(request)
+        return bool(super()._handle_stopped_request(request))
+
+    def add_request(self, request: Request) -> None:
+        xargs = xargs_of(request)
+        if "evenhand_policy" in xargs:
+            self._answers.append((request, self._switch(xargs)))
+        else:
+            super().add_request(request)
+
+    def _switch(self, xargs: Mapping[str, Any]) -> dict[str, str]:
+        """Obeys an order to change the policy, or keeps the old one. Returns what to answer."""
+        try:
+            policy = build(str(xargs["evenhand_policy"]), options_from(xargs.get("evenhand_policy_options", ())))
+        except ValueError as refusal:
+            logger.warning("evenhand: policy %s stays: %s", self._lanes.policy.name, refusal)
+            self._metrics.switches.labels("refused").inc()
+            return {"error": str(refusal)}
+        self._metrics.policy.labels(self._lanes.policy.name).set(0)
+        self._lanes.switch(policy, self.clock())
+        self._metrics.policy.labels(policy.name).set(1)
+        self._metrics.switches.labels("done").inc()
+        logger.info("evenhand: policy %s from here on", policy.name)
+        return {"policy": policy.name}
+
+    def has_requests(self) -> bool:
+        return bool(self._answers) or bool(super().has_requests())
+
+    def _hand_out_answers(self, outputs: dict[int, EngineCoreOutputs]) -> None:
+        for request, answer in self._answers:
+            client = outputs.setdefault(request.client_index, EngineCoreOutputs())
+            client.outputs.append(
+                EngineCoreOutput(
+                    request_id=request.request_id,
+                    new_token_ids=[],
+                    finish_reason=FinishReason.STOP,
+                    kv_transfer_params={"evenhand": answer},
+                )
+            )
+            if self.finished_req_ids_dict is not None:
+                self.finished_req_ids_dict[request.client_index].add(request.request_id)
+        self._answers.clear()
+
+    def _report(self, now: float) -> None:
+        """Metrics, at most once in `REPORT_INTERVAL_S`."""
+        self._report_at = now + REPORT_INTERVAL_S
+        depth = self._lanes.depth()
+        for lane in self._lanes_shown - depth.keys():
+            self._metrics.waiting.labels(lane).set(0)
+        for lane, count in depth.items():
+            self._metrics.waiting.labels(lane).set(count)
+        self._lanes_shown |= depth.keys()
+        sample = self._tally.sample(now)
+        for tenant, service in sample.service.items():
+            self._metrics.service.labels(tenant).inc(max(0.0, service))
+        self._metrics.gap.set(sample.gap)
+        self._metrics.stall_s.set(sample.longest_stall_s)

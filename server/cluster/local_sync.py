@@ -1,0 +1,170 @@
+"""What the processes of one gateway tell each other: workers that come and go here, and what each has counted.
+
+They meet in a store of their own, that of this gateway alone: records that each writes and all read several times a
+second. A gateway of one process has it in its own memory.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from prometheus_client.registry import CollectorRegistry
+
+from scheduler.workers import Worker
+from server.cluster.merged_metrics import Family, exposition, joined, lasting, read, taken, written
+from server.fleet.fleet import Fleet
+from server.fleet.registry import registration_of, worker_from
+from server.store.store import Store, StoreAway
+
+log = logging.getLogger("evenhand.siblings")
+
+FOLLOW_S = 0.25
+PUBLISH_S = 1.0
+# Kinds of records. A worker's is its registration, empty once it was taken out; the others are by process number.
+WORKER, STARTING, READY, METRICS, VIEW = "worker", "starting", "ready", "metrics", "view"
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One of the processes that are a gateway. socket: where their stores are served."""
+
+    number: int
+    socket: Path
+
+
+class Siblings:
+    """One process among them."""
+
+    def __init__(self, store: Store, number: int, fleet: Fleet, registry: CollectorRegistry) -> None:
+        self._store = store
+        self._number = str(number)
+        self._fleet = fleet
+        self._registry = registry
+        self._applied: dict[str, str] = {}
+        self._inherited: list[Family] = []
+        self._said_ready = ""
+        self.view: Callable[[], str] | None = None  # what operators see of this process, published beside its metrics
+
+    @asynccontextmanager
+    async def running(self, *, alone: bool) -> AsyncIterator[None]:
+        """Follows the others while the block runs; what they did is known before it begins, if their store answers."""
+        if alone:
+            yield
+            return
+        await self._inherit()
+        await self.follow()
+        tasks = [
+            asyncio.create_task(self._repeat(self.follow, FOLLOW_S), name="follow the other processes"),
+            asyncio.create_task(self._repeat(self.publish, PUBLISH_S), name="publish metrics"),
+        ]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            await self.publish()
+            await self._store.close()
+
+    async def _repeat(self, step: Callable[[], Awaitable[None]], pause_s: float) -> None:
+        while True:
+            await step()
+            await asyncio.sleep(pause_s)
+
+    # workers
+    async def add(self, worker: Worker) -> None:
+        """A worker for all processes. StoreAway, and no change; ValueError if its id is taken."""
+        if worker.id in self._fleet.members:
+            raise ValueError(f"a worker named {worker.id!r} is already in the fleet")
+        text = registration_of(worker)
+        await self._store.put(WORKER, worker.id, text)
+        self._applied[worker.id] = text
+        self._fleet.add(worker)
+
+    async def remove(self, worker_id: str) -> None:
+        """No process has this worker any more. StoreAway, and no change; KeyError if it is unknown here."""
+        if worker_id not in self._fleet.members:
+            raise KeyError(worker_id)
+        await self._store.put(WORKER, worker_id, "")
+        self._applied[worker_id] = ""
+        await self._fleet.remove(worker_id)
+
+    async def follow(self) -> None:
+        """Does here what was done at the others. While the store is away nothing changes."""
+        try:
+            found = await self._store.records(WORKER)
+            for worker_id, text in self._applied.items():
+                if worker_id not in found:  # whoever holds the store was started anew, and knows nothing
+                    await self._store.put(WORKER, worker_id, text)
+            self._fleet.starting = await self._store.records(STARTING)
+            await self._tell_ready()
+        except StoreAway:
+            return
+        for worker_id, text in found.items():
+            if self._applied.get(worker_id) != text:
+                self._applied[worker_id] = text
+                await self._apply(worker_id, text)
+
+    async def _apply(self, worker_id: str, text: str) -> None:
+        member = self._fleet.members.get(worker_id)
+        if member is not None and text and same_place(member.worker, worker_from(worker_id, text)):
+            return
+        if member is not None:
+            await self._fleet.remove(worker_id)
+        if text:
+            self._fleet.add(worker_from(worker_id, text))
+
+    async def _tell_ready(self) -> None:
+        ready = str(len(self._fleet.ready()))
+        if ready != self._said_ready:
+            await self._store.put(READY, self._number, ready)
+            self._said_ready = ready
+
+    # metrics
+    async def _inherit(self) -> None:
+        """What a process with this number counted before it ended goes on counting, or rates would jump."""
+        try:
+            text = (await self._store.records(METRICS)).get(self._number)
+        except StoreAway:
+            return
+        if text is not None:
+            self._inherited = lasting(read(text))
+
+    def _own(self) -> list[Family]:
+        own = taken(self._registry)
+        return joined([own, self._inherited]) if self._inherited else own
+
+    async def publish(self) -> None:
+        """Says what was counted here."""
+        try:
+            await self._store.put(METRICS, self._number, written(self._own()))
+            if self.view is not None:
+                await self._store.put(VIEW, self._number, self.view())
+        except StoreAway as error:
+            log.warning("%s", error)
+
+    async def views(self) -> list[str]:
+        """What operators see of the other processes, as of up to a second ago; nothing while their store is away."""
+        try:
+            told = await self._store.records(VIEW)
+        except StoreAway:
+            return []
+        return [text for number, text in told.items() if number != self._number]
+
+    async def metrics(self) -> bytes:
+        """What all processes counted, the others up to a second ago; this one's alone while their store is away."""
+        own = self._own()
+        try:
+            told = await self._store.records(METRICS)
+        except StoreAway:
+            told = {}
+        others = [read(text) for number, text in told.items() if number != self._number]
+        return exposition(joined([own, *others]) if others else own)
+
+
+def same_place(one: Worker, other: Worker) -> bool:
+    """Whether two are the same, but for what was learned of them."""
+    return (one.url, one.role, one.slots) == (other.url, other.role, other.slots)

@@ -1,0 +1,124 @@
+"""What operators change while gateways run (tenants, policy, drained workers): records of the store, put in force."""
+
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+
+import msgspec
+
+from server.admission.live_policy import Line, LivePolicy
+from server.fleet.fleet import Fleet, State
+from server.request.tenants import TenantRecord, Tenants, read_record
+from server.store.store import Store, StoreAway
+
+log = logging.getLogger("evenhand.records")
+
+TENANT, POLICY, DRAINED = "tenant", "policy", "drained"
+LIVE = "live"  # the name of the one policy record
+
+
+class PolicyRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A policy by name, with its options as text."""
+
+    policy: str
+    options: dict[str, str] = {}
+
+
+class Records:
+    """Reads the store's records and puts them in force. `stale` is set by whoever knows that there are other ones.
+
+    confirm: asks the store whether it is still the one that was known; calls `are_lost` if it is not, raises StoreAway
+    if it does not answer. None for a store that cannot lose anything without us.
+    """
+
+    def __init__(
+        self, store: Store, tenants: Tenants, policy: LivePolicy, fleet: Fleet, lines: Callable[[], Iterable[Line]]
+    ) -> None:
+        self.stale = True
+        self.store = store
+        self._tenants = tenants
+        self._policy = policy
+        self._fleet = fleet
+        self._lines = lines
+        self.drained: dict[str, str] = {}  # workers by id, with the address that each had; "" for any
+        self._policy_text: str | None = None
+        self._known: dict[str, dict[str, str]] = {}
+        self._lost = False
+        self.confirm: Callable[[], Awaitable[None]] | None = None
+
+    def are_stale(self) -> None:
+        """They have changed."""
+        self.stale = True
+
+    def are_lost(self) -> None:
+        """The store lost what it had: what is known here goes back into it, but for what it has anew."""
+        self._lost = True
+
+    async def follow(self) -> None:
+        """Reads them if they are stale. While the store is away nothing changes."""
+        self._drain_newcomers()
+        if not self.stale:
+            return
+        self.stale = False
+        try:
+            await self.read()
+        except StoreAway:
+            self.stale = True
+
+    async def read(self) -> None:
+        """Reads them and puts them in force. StoreAway."""
+        found = await self._all()
+        if self.confirm is not None:
+            await self.confirm()  # a store that has come back empty is noticed before its emptiness is put in force
+        if self._lost:
+            await self._restore()
+            found = await self._all()
+        self._known = found
+        drained = dict(self._known[DRAINED])
+        self._tenants.set_stored(_tenants_in(self._known[TENANT]))
+        self._set_policy(self._known[POLICY].get(LIVE))
+        for worker_id in self.drained.keys() - drained.keys():
+            if worker_id in self._fleet.members:
+                self._fleet.resume(worker_id)
+        self.drained = drained
+        self._drain_newcomers()
+
+    async def _all(self) -> dict[str, dict[str, str]]:
+        return {kind: await self.store.records(kind) for kind in (TENANT, POLICY, DRAINED)}
+
+    async def _restore(self) -> None:
+        for kind, records in self._known.items():
+            there = await self.store.records(kind)
+            for name, text in records.items():
+                if name not in there:
+                    await self.store.put(kind, name, text)
+        self._lost = False
+        log.warning("the store had lost its records; what this gateway knew of them is back in it")
+
+    def _drain_newcomers(self) -> None:
+        for worker_id, url in self.drained.items():
+            member = self._fleet.members.get(worker_id)
+            if member is not None and member.state is not State.DRAINING and url in ("", member.worker.url):
+                self._fleet.drain(worker_id)
+
+    def _set_policy(self, text: str | None) -> None:
+        if text == self._policy_text:
+            return
+        self._policy_text = text
+        if text is None:
+            self._policy.as_configured(self._lines())
+            return
+        try:
+            record = msgspec.json.decode(text, type=PolicyRecord)
+            self._policy.switch(record.policy, record.options, self._lines())
+        except (msgspec.ValidationError, ValueError) as error:
+            log.error("the store's policy is not used: %s", error)
+
+
+def _tenants_in(texts: dict[str, str]) -> dict[str, TenantRecord]:
+    records: dict[str, TenantRecord] = {}
+    for name, text in texts.items():
+        try:
+            records[name] = read_record(msgspec.json.decode(text))
+        except ValueError as error:
+            log.error("tenant %s of the store is not used: %s", name, error)
+    return records

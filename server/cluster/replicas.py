@@ -1,0 +1,204 @@
+"""This gateway among its replicas: several times a second it tells them what it did and hears what they did.
+
+Nobody waits for this. Between two exchanges everybody decides on what is known; when the store is away that is what
+was last known, and when it is back everybody tells everything again.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Protocol
+
+from server.store.store import Kept, News, Offer, Store, StoreAway
+
+log = logging.getLogger("evenhand.replicas")
+
+SYNC_S = 0.1
+TTL_S = 3.0
+AWAY_S = 0.5  # between two tries while the store is away
+FORGET_S = 24 * 3600.0
+_ROUND = "round"
+
+
+class Part(Protocol):
+    """Something that is shared: rows under a prefix of their own, each with an absolute value."""
+
+    prefix: str
+
+    def changed(self, *, everything: bool) -> dict[str, str]:
+        """Own rows that are not the same as when this was last called; all of them if `everything`."""
+
+    def heard(self, rows: Mapping[str, Mapping[str, str]], from_zero: Collection[str]) -> None:
+        """Others' rows by replica and key, all seen at one moment.
+
+        from_zero: replicas whose new rows count from zero, for this one has followed them all along; of any other the
+        first value of a row is where it begins, for what was before is in others' state already.
+        """
+
+    def gone(self, replica: str) -> None:
+        """A replica is not there: what it did stays done, what it is doing is over. It may come back."""
+
+    def forget(self, replica: str) -> None:
+        """A replica has been gone for so long that it will not come back."""
+
+
+class KeptPart(Protocol):
+    """Something that outlives replicas."""
+
+    def kept_changed(self, *, everything: bool) -> dict[Kept, int]:
+        """Rows that changed; all that are known, others' too, if `everything`."""
+
+    def kept_heard(self, rows: dict[Kept, int]) -> None:
+        """Rows as they stand in the store."""
+
+    def kept_over(self) -> Iterable[str]:
+        """Periods whose rows nobody needs any more, each named once."""
+
+
+class Replicas:
+    """The replicas as this one sees them.
+
+    count: how many there are, this one too; as last known when the store is away.
+    round: grows when every replica that is there has told what it did in the round before; it stands still while one
+    of them, or the store, is not heard.
+    """
+
+    def __init__(self, name: str, store: Store, *, clock: Callable[[], float], sync_s: float = SYNC_S) -> None:
+        self.name = name
+        self.store = store
+        self.parts: list[Part] = []
+        self.kept: list[KeptPart] = []
+        self.on_records: list[Callable[[], None]] = []
+        self.on_loss: list[Callable[[], None]] = []
+        self.count = 1
+        self.round = 0
+        self.up = False
+        self.problem = "the store was not asked yet"
+        self.exchanges = 0
+        self._clock = clock
+        self._sync_s = sync_s
+        self._ttl_s = max(TTL_S, 10 * sync_s)
+        self._news: News | None = None
+        self._version: int | None = None
+        self._everything = True
+        self._restore = False
+        self._rounds: dict[str, int] = {}
+        self._met: set[str] = set()
+        self._forgotten: set[str] = set()
+        self._gone: dict[str, float] = {}
+        self._born = 0
+        self._one_at_a_time = asyncio.Lock()
+
+    async def run(self) -> None:
+        """Exchanges until it is cancelled."""
+        while True:
+            began = self._clock()
+            await self.exchange()
+            pause_s = self._sync_s if self.up else AWAY_S
+            await asyncio.sleep(max(pause_s / 4, pause_s - (self._clock() - began)))
+
+    async def confirm(self) -> None:
+        """One more exchange, now. StoreAway if the store does not answer."""
+        await self.exchange()
+        if not self.up:
+            raise StoreAway(self.problem)
+
+    async def exchange(self) -> None:
+        """Tells and hears once, one at a time. Never raises StoreAway: `up` says how it went."""
+        async with self._one_at_a_time:
+            await self._exchange()
+
+    async def _exchange(self) -> None:
+        offer = self._offer()
+        try:
+            news = await self.store.exchange(offer)
+        except StoreAway as error:
+            self._everything = True  # whether it was written is not known, and writing it again does no harm
+            if self.up or self._news is None:
+                said = str(error).rstrip(".")
+                log.error("%s. Serving on what is known; %d replicas share the limits.", said, self.count)
+            self.up, self.problem = False, str(error)
+            return
+        if not self.up:
+            log.info("the shared store answers; %d replicas", len(news.alive))
+        self._hear(news)
+        self.up, self.problem = True, ""
+        self.exchanges += 1
+        await self._forget()
+
+    def _offer(self) -> Offer:
+        live = {_ROUND: f"{self.round} {self._born}"}
+        for part in self.parts:
+            for key, value in part.changed(everything=self._everything).items():
+                live[part.prefix + key] = value
+        kept: dict[Kept, int] = {}
+        for keeper in self.kept:
+            kept |= keeper.kept_changed(everything=self._restore or self._everything)
+        news = self._news
+        return Offer(
+            self.name, self._ttl_s, news.cursor if news else 0, news.generation if news else "", live=live, kept=kept
+        )
+
+    def _hear(self, news: News) -> None:
+        before, self._news = self._news, news
+        lost = before is not None and before.generation != news.generation
+        self._everything = self._restore = not news.known or lost
+        if before is None or lost:
+            self._born = news.cursor
+        self.count = max(1, len(news.alive | {self.name}))
+        self._part_from(news.alive)
+        self._hear_rows(news)
+        for keeper in self.kept:
+            keeper.kept_heard(dict(news.kept))
+        self._next_round(news.alive - {self.name})
+        changed = news.version != self._version or lost
+        self._version = news.version
+        for callback in [*(self.on_loss if lost else ()), *(self.on_records if changed else ())]:
+            callback()
+
+    def _part_from(self, alive: frozenset[str]) -> None:
+        now = self._clock()
+        for replica in [replica for replica in self._rounds if replica not in alive]:
+            del self._rounds[replica]
+            self._gone[replica] = now
+            for part in self.parts:
+                part.gone(replica)
+        for replica in [replica for replica, since in self._gone.items() if replica in alive or now - since > FORGET_S]:
+            del self._gone[replica]
+            if replica not in alive:
+                self._met.discard(replica)
+                self._forgotten.add(replica)
+                for part in self.parts:
+                    part.forget(replica)
+
+    def _hear_rows(self, news: News) -> None:
+        live = {replica: dict(rows) for replica, rows in news.live.items() if replica in news.alive}
+        from_zero = self._met & live.keys()
+        for replica, rows in live.items():
+            if _ROUND in rows:
+                number, born = rows.pop(_ROUND).split()
+                self._rounds[replica] = int(number)
+                if int(born) > self._born and replica not in self._forgotten:
+                    from_zero.add(replica)
+        self._met |= live.keys()
+        self._forgotten -= live.keys()
+        for part in self.parts:
+            size = len(part.prefix)
+            own = {
+                replica: {key[size:]: value for key, value in rows.items() if key.startswith(part.prefix)}
+                for replica, rows in live.items()
+            }
+            part.heard(own, from_zero)
+
+    def _next_round(self, others: frozenset[str]) -> None:
+        rounds = [self._rounds.get(replica, -1) for replica in others]
+        if all(number >= self.round for number in rounds):
+            self.round = max([self.round + 1, *rounds])
+
+    async def _forget(self) -> None:
+        for keeper in self.kept:
+            for period in keeper.kept_over():
+                try:
+                    await self.store.forget(period)
+                except StoreAway as error:
+                    log.warning("%s. The rows of %s stay in the store.", error, period)

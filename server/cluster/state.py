@@ -1,0 +1,154 @@
+"""What outlives a request and may be shared with other gateways: tenants, limits, fairness, operators' changes."""
+
+import asyncio
+import ipaddress
+import logging
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from secrets import token_hex
+from typing import Any
+
+from server.admission.dispatch import Lines
+from server.admission.limits import ALONE, Gate
+from server.admission.live_policy import LivePolicy
+from server.cluster.account_sync import Ledger
+from server.cluster.local_sync import Process
+from server.cluster.records import Records
+from server.cluster.replicas import Replicas
+from server.fleet.fleet import Fleet
+from server.fleet.registry import Registry
+from server.request.tenants import TenantFile, Tenants
+from server.settings import Settings, admin_address
+from server.store.redis_store import RedisStore
+from server.store.socket_store import LOCAL, SHARED, SocketStore
+from server.store.store import MemoryStore, Store
+
+log = logging.getLogger("evenhand.shared")
+
+FOLLOW_S = 0.25
+REGISTRY_S = 1.0
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def is_private(settings: Settings) -> bool:
+    """Whether nobody but this machine reaches the gateway, at either of its addresses."""
+    address = admin_address(settings, settings.port)
+    return is_loopback(settings.host) and (address is None or is_loopback(address[0]))
+
+
+class Shared:
+    """The shared state of one gateway. Without a Redis it is the state of this process alone, or of all processes of
+    this gateway, and ends with them."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        fleet: Fleet,
+        lines: Lines,
+        policy: LivePolicy,
+        *,
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+        process: Process | None = None,
+    ) -> None:
+        """ValueError for a tenant file or an address that cannot be, and for an open gateway that others can reach."""
+        self._ring = settings.redis_url is not None or process is not None  # there may be other replicas
+        self._speaks = process is None or process.number == 0
+        if not (settings.redis_url or settings.tenants or settings.allow_open or is_private(settings)):
+            reached = settings.admin_host if is_loopback(settings.host) else settings.host
+            raise ValueError(
+                f"without tenants anybody who reaches {reached} could use this gateway: give --tenants FILE, "
+                "listen on 127.0.0.1, or say --allow-open if that is what you want"
+            )
+        self._may_be_open = settings.allow_open or is_private(settings)
+        self.tenants = Tenants(wall, open=self._may_be_open, learned=not self._ring)
+        self.file = TenantFile(settings.tenants, self.tenants) if settings.tenants is not None else None
+        self.store: Store = _store(settings, clock, process)
+        self.local: Store = MemoryStore(clock) if process is None else SocketStore(process.socket, LOCAL)
+        name = f"{settings.replica or socket.gethostname()}-{token_hex(4)}"
+        self.replicas = Replicas(name, self.store, clock=clock, sync_s=settings.sync_s)
+        ring = self.replicas if self._ring else ALONE
+        self.gate = Gate(name, self.tenants.named, clock=clock, wall=wall, ring=ring)
+        self.replicas.parts = [self.gate, Ledger(lambda: lines.by_model, clock)]
+        self.replicas.kept = [self.gate]
+        self.records = Records(self.store, self.tenants, policy, fleet, lambda: lines.by_model.values())
+        self.replicas.on_records.append(self.records.are_stale)
+        self.replicas.on_loss.append(self.records.are_lost)
+        if self._ring:
+            self.records.confirm = self.replicas.confirm
+        self._registry = Registry(self.store, fleet, clock)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Keeps everything fresh while the block runs. What the store has is known before it begins, if it answers."""
+        if self._ring:
+            await self.replicas.exchange()
+        await self.records.follow()
+        if self._speaks and self.tenants.open and self.tenants.learned:
+            log.warning("no tenant is configured: this gateway is OPEN, whoever reaches it may use it without a key")
+        tasks = [asyncio.create_task(self._follow(), name="follow shared state")]
+        if self._ring:
+            tasks.append(asyncio.create_task(self.replicas.run(), name="exchange with replicas"))
+            tasks.append(asyncio.create_task(self._follow_registry(), name="follow worker registry"))
+        for task in tasks:
+            task.add_done_callback(_report)
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            if self._ring:
+                await self.replicas.exchange()  # what was used last is told, too
+            await self.store.close()
+
+    async def _follow(self) -> None:
+        while True:
+            if self.file is not None:
+                self.file.look()
+            await self.records.follow()
+            await asyncio.sleep(FOLLOW_S)
+
+    async def _follow_registry(self) -> None:
+        while True:
+            await self._registry.follow()
+            await asyncio.sleep(REGISTRY_S)
+
+    def store_state(self) -> tuple[bool, int]:
+        """Whether the store answers, and how many gateways share it."""
+        return (self.replicas.up, self.replicas.count) if self._ring else (True, 1)
+
+    def notes(self) -> dict[str, Any]:
+        """What /ready says: a gateway whose store is away or whose tenant file is broken serves on what it knows."""
+        notes: dict[str, Any] = {}
+        if self._ring:
+            notes["store"] = {
+                "up": self.replicas.up,
+                "replicas": self.replicas.count,
+                **({} if self.replicas.up else {"problem": self.replicas.problem}),
+            }
+        if self.file is not None and self.file.problem:
+            notes["tenants"] = {"problem": self.file.problem}
+        return notes
+
+
+def _store(settings: Settings, clock: Callable[[], float], process: Process | None) -> Store:
+    if settings.redis_url is None:
+        return MemoryStore(clock) if process is None else SocketStore(process.socket, SHARED)
+    try:
+        return RedisStore(settings.redis_url.get_secret_value())
+    except ValueError:
+        raise ValueError("the Redis address is none: write it as redis://HOST:PORT/0, or rediss:// for TLS") from None
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.critical("the task %r has ended; restart this gateway", task.get_name(), exc_info=error)

@@ -1,0 +1,1 @@
+"""The wire to an engine: the HTTP client and server-sent events."""

@@ -1,0 +1,318 @@
+"""The only file that speaks HTTP to workers: a lean protocol for relayed answers, httpx2 for what may take its time.
+
+Why not one client for both: a general client puts tasks, buffers and objects between a socket and its reader, for every
+chunk anew. Here the bytes of an answer reach their `Sink` in the call that received them.
+"""
+
+import asyncio
+import logging
+import re
+from collections import deque
+from typing import Any, NamedTuple, Protocol
+from urllib.parse import urlsplit
+
+import httptools
+import httpx2
+
+from server.request.errors import EngineGone, EngineUnreachable
+
+log = logging.getLogger("evenhand.engine")
+
+CONNECT_TIMEOUT_S = 5.0
+MAX_ERROR_BODY_BYTES = 64 * 1024
+
+_REQUEST = (
+    b"POST %b%b HTTP/1.1\r\nhost: %b\r\ncontent-type: application/json\r\nx-request-id: %b\r\n%b"
+    b"content-length: %d\r\n\r\n%b"
+)
+
+
+_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,12})\r\n", re.IGNORECASE)
+_LONGEST_HEAD_BYTES = 2048
+_LONGEST_SIZE_BYTES = 10  # of a chunk's size and the end of its line
+MOST_HEADS = 256  # forgotten all at once when there are more
+
+
+def keyed(data: bytes) -> tuple[bytes, int, int]:
+    """(a message's head without its length, that length, where its body begins); an empty key if it is not like that.
+
+    A peer repeats its head: what a parser has said of one holds for another with the same key.
+    """
+    at = data.find(b"\r\n\r\n", 0, _LONGEST_HEAD_BYTES) + 4
+    found = _LENGTH.search(data, 0, at) if at > 4 else None
+    if found is None:
+        return b"", 0, 0
+    begin, end = found.span(1)
+    return data[:begin] + data[end:at], int(data[begin:end]), at
+
+
+def content_at(data: bytes) -> int:
+    """Where the content of an HTTP chunk begins, if `data` is one whole chunk and no more; else 0."""
+    at = data.find(b"\r\n", 1, _LONGEST_SIZE_BYTES) + 2
+    size = len(data) - at - 2
+    return at if at > 2 and size > 0 and data.startswith(b"%x\r\n" % size) and data.endswith(b"\r\n") else 0
+
+
+class Sink(Protocol):
+    """Who receives an answer. Called from within the socket's callback: it must not block and must not raise.
+
+    chunk: a piece of the body as `body` gets it, with its HTTP framing around it: its content is `data[at:-2]`.
+    """
+
+    def head(self, status: int, content_type: bytes, length: int | None) -> None: ...
+    def body(self, data: bytes) -> None: ...
+    def chunk(self, data: bytes, at: int) -> None: ...
+    def end(self) -> None: ...
+    def lost(self, error: EngineGone) -> None: ...
+
+
+class Head(NamedTuple):
+    """What a head of an answer says, its length apart."""
+
+    status: int
+    content_type: bytes
+
+
+class Connection(asyncio.Protocol):
+    """One keep-alive connection to a worker; it carries one answer at a time.
+
+    begun: bytes of the present answer have come; headed: its whole head. reused: it has carried an answer before.
+    between: the parser stands before a chunk's size, so that a whole chunk may pass without it.
+    """
+
+    __slots__ = (
+        "engine", "transport", "sink", "parser", "pieces", "complete", "length", "content_type", "begun", "reused",
+        "keep", "paused", "headed", "chunked", "between",
+    )  # fmt: skip
+
+    def __init__(self, engine: "Engine") -> None:
+        self.engine = engine
+        self.sink: Sink | None = None
+        self.parser = httptools.HttpResponseParser(self)
+        self.reused = False
+        self.begun = False
+        self.paused = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport: asyncio.Transport = transport  # type: ignore[assignment]  # a TCP transport always is one
+
+    def ask(self, request: bytes, sink: Sink) -> None:
+        """Sends a whole request. The answer goes to `sink`."""
+        self.sink = sink
+        self.begun = False
+        self.complete = False
+        self.headed = False
+        self.chunked = False
+        self.between = False
+        self.pieces: list[bytes] = []
+        self.length: int | None = None
+        self.content_type = b"application/json"
+        self.transport.write(request)
+
+    def data_received(self, data: bytes) -> None:
+        sink = self.sink
+        if sink is None:  # bytes that nobody asked for: the connection cannot be trusted any more
+            self.transport.abort()
+            return
+        if self.between and (at := content_at(data)):  # one more token of a stream: nearly all that comes
+            sink.chunk(data, at)
+            return
+        if not self.begun and self._whole(data, sink):
+            return
+        self._parse(data, sink)
+
+    def _parse(self, data: bytes, sink: Sink) -> None:
+        first = not self.begun
+        self.begun = True
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._drop(EngineGone(f"The engine's answer is not HTTP: {error}."))
+            return
+        if self.between and not data.endswith(b"\r\n"):  # it has begun to read a size
+            self.between = False
+        pieces = self.pieces
+        if pieces:
+            if len(pieces) == 1:
+                sink.body(pieces[0])
+            else:
+                sink.body(b"".join(pieces))
+            self.pieces = []
+        if self.complete and self.sink is not None:
+            if first:
+                self._remember(data)
+            self._finish(sink)
+
+    def _whole(self, data: bytes, sink: Sink) -> bool:
+        """An answer that came in one piece, with a head that the parser has read before: its length apart, an engine
+        says the same again and again (uvicorn's `date` changes every second)."""
+        key, length, at = keyed(data)
+        head = self.engine.heads.get(key) if key else None
+        if head is None or len(data) != at + length:
+            return False
+        self.begun = self.headed = self.complete = self.keep = True
+        sink.head(head.status, head.content_type, length)
+        if length:
+            sink.body(data[at:])
+        self._finish(sink)
+        return True
+
+    def _remember(self, data: bytes) -> None:
+        key, length, at = keyed(data)
+        if key and len(data) == at + length and self.keep and not self.chunked and self.length == length:
+            heads = self.engine.heads
+            if len(heads) >= MOST_HEADS:
+                heads.clear()
+            heads[key] = Head(self.parser.get_status_code(), self.content_type)
+
+    def _finish(self, sink: Sink) -> None:
+        self.sink = None
+        self.resume()
+        if self.keep and not self.transport.is_closing():
+            self.reused = True
+            self.engine.idle.append(self)
+        else:
+            self.transport.close()
+        sink.end()
+
+    # httptools callbacks
+    def on_header(self, name: bytes, value: bytes) -> None:
+        name = name.lower()
+        if name == b"content-length":
+            self.length = int(value)
+        elif name == b"content-type":
+            self.content_type = value
+        elif name == b"transfer-encoding":
+            self.chunked = True
+
+    def on_headers_complete(self) -> None:
+        if self.complete or self.sink is None:
+            raise ValueError("more than one answer came to one request")
+        self.headed = True
+        self.sink.head(self.parser.get_status_code(), self.content_type, self.length)
+
+    def on_body(self, data: bytes) -> None:
+        self.pieces.append(data)
+
+    def on_chunk_header(self) -> None:
+        self.between = False
+
+    def on_chunk_complete(self) -> None:
+        self.between = True
+
+    def on_message_complete(self) -> None:
+        self.complete = True
+        self.keep = self.parser.should_keep_alive()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.engine.forget(self)
+        sink = self.sink
+        if sink is None:
+            return
+        if error is None and self.headed and self.length is None and not self.chunked:
+            self.sink = None
+            sink.end()  # neither length nor chunks: closing the connection is how such an answer ends
+        else:
+            self._drop(EngineGone("The engine closed the connection before its answer was complete."))
+
+    def _drop(self, error: EngineGone) -> None:
+        sink, self.sink = self.sink, None
+        self.transport.abort()
+        if sink is not None:
+            sink.lost(error)
+
+    def pause(self) -> None:
+        """The client does not keep up: stop reading here, so that TCP makes the engine wait."""
+        if self.sink is not None and not self.paused and not self.transport.is_closing():
+            self.paused = True
+            self.transport.pause_reading()
+
+    def resume(self) -> None:
+        if self.paused:
+            self.paused = False
+            if not self.transport.is_closing():
+                self.transport.resume_reading()
+
+    def abandon(self, sink: Sink) -> None:
+        """Gives up this sink's answer if it is not complete; vLLM aborts a generation whose connection is closed."""
+        if self.sink is sink:  # else the connection carries another's by this time
+            self.sink = None
+            self.transport.abort()
+
+
+class Engine:
+    """A worker's HTTP server: a pool of connections for relayed answers, and small questions of our own."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme != "http" or not parts.hostname:
+            raise ValueError(f"{url!r} is not a worker's address: write it as http://HOST:PORT")
+        self.url = url.rstrip("/")
+        self.host = parts.hostname
+        self.port = parts.port or 80
+        self.prefix = parts.path.rstrip("/").encode()
+        self._host_header = parts.netloc.rpartition("@")[2].encode()
+        self.idle: deque[Connection] = deque()
+        self.heads: dict[bytes, Head] = {}
+        self._client: httpx2.AsyncClient | None = None
+
+    async def ask(
+        self, path: bytes, body: bytes, request_id: str, sink: Sink, *, trace: bytes = b"", fresh: bool = False
+    ) -> Connection:
+        """POSTs a JSON body; the answer goes to `sink`. `fresh` forbids a kept-alive connection.
+
+        trace: header lines of the request's trace, if it has one. EngineUnreachable if no connection can be had.
+        """
+        request = _REQUEST % (self.prefix, path, self._host_header, request_id.encode(), trace, len(body), body)
+        while self.idle and not fresh:
+            connection = self.idle.pop()  # the one used last: its path is warm, and the oldest may time out in peace
+            if not connection.transport.is_closing():
+                connection.ask(request, sink)
+                return connection
+        connection = await self._connect()
+        connection.ask(request, sink)
+        return connection
+
+    async def _connect(self) -> Connection:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                _, connection = await loop.create_connection(lambda: Connection(self), self.host, self.port)
+        except TimeoutError:
+            log.warning("the engine at %s took no connection within %g s", self.url, CONNECT_TIMEOUT_S)
+            raise EngineUnreachable("The engine did not take a connection in time.") from None
+        except OSError as error:  # clients are told nothing of addresses behind the gateway
+            log.warning("the engine at %s cannot be reached: %s", self.url, error)
+            raise EngineUnreachable("The engine cannot be reached.") from None
+        return connection
+
+    def forget(self, connection: Connection) -> None:
+        """A connection was closed: it must not be handed out again."""
+        if connection in self.idle:
+            self.idle.remove(connection)
+
+    async def get(self, path: str, timeout_s: float = 5.0) -> httpx2.Response:
+        """A small question of our own (health, metrics, models). EngineGone if there is no answer."""
+        return await self._send("GET", path, None, timeout_s)
+
+    async def post(self, path: str, body: Any, timeout_s: float = 30.0) -> httpx2.Response:
+        """A small JSON question of our own. EngineGone if there is no answer."""
+        return await self._send("POST", path, body, timeout_s)
+
+    async def _send(self, method: str, path: str, body: Any, timeout_s: float) -> httpx2.Response:
+        if self._client is None:
+            # Workers speak plain HTTP: without this, 50 ms go into certificates that nobody will ask for.
+            self._client = httpx2.AsyncClient(base_url=self.url, trust_env=False, verify=False)
+        try:
+            return await self._client.request(method, path, json=body, timeout=timeout_s)
+        except httpx2.HTTPError as error:
+            raise EngineGone(
+                f"The engine at {self.url} does not answer {path}: {str(error) or type(error).__name__}."
+            ) from None
+
+    async def close(self) -> None:
+        """Closes every idle connection."""
+        while self.idle:
+            self.idle.pop().transport.close()
+        if self._client is not None:
+            await self._client.aclose()

@@ -1,0 +1,1 @@
+"""The workers: their load, health, roles and registration."""

@@ -1,0 +1,336 @@
+"""Who serves, in what state, how loaded: the gateway's picture of its workers, kept fresh by probes."""
+
+import asyncio
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from math import inf
+from time import monotonic
+from typing import Protocol
+
+from scheduler.workers import Load, Role, Worker
+from server.engine.client import Engine
+from server.fleet.health import Breaker, Output, trial_answer
+from server.request.errors import EngineGone, EngineUnreachable
+from server.settings import HealthSettings
+
+log = logging.getLogger("evenhand.fleet")
+
+# Only an engine with our plug-in inside shows this; then tenant and policy may travel to it.
+_PLUGIN = "evenhand_engine_policy_info"
+_NUMBER = r"(?:\{[^}]*\})?\s+(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)$"
+_SEQUENCES = re.compile(r"^vllm:num_requests_(?:running|waiting)" + _NUMBER, re.MULTILINE)
+_KV_USAGE = re.compile(r"^vllm:kv_cache_usage_perc" + _NUMBER, re.MULTILINE)
+_KV_RECEIVED = re.compile(r"^vllm:nixl_bytes_transferred_sum" + _NUMBER, re.MULTILINE)
+_MOST_SEQUENCES = 1e6  # a larger number is none
+
+
+class State(Enum):
+    STARTING = "starting"  # known, not yet seen healthy
+    READY = "ready"
+    DOWN = "down"  # was ready, does not answer
+    DRAINING = "draining"  # finishes what it has, gets nothing new
+
+
+class Leg(Protocol):
+    """An answer on its way through this gateway.
+
+    speaks: its stream has begun. silent_s: seconds since something came; 0 while its client does not keep up.
+    """
+
+    @property
+    def speaks(self) -> bool: ...
+    def silent_s(self, now: float) -> float: ...
+    def lost(self, error: EngineGone) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """A worker as the gateway sees it. Written by the fleet (state), the dispatcher (load) and the relay (legs) only.
+
+    others: sequences that it had from elsewhere when it was last probed.
+    policy: name and options that its plug-in was last told, None if it was told nothing yet.
+    arriving_tokens: prompts of requests that it is to answer and whose KV is another worker's yet.
+    kv_received_bytes: KV that it has fetched from other workers, as it counts itself.
+    leans: the side to which one of role `both` leans, since `leaned_at`; BOTH if to none.
+    """
+
+    worker: Worker
+    engine: Engine
+    state: State = State.STARTING
+    models: tuple[str, ...] = ()
+    in_flight: int = 0
+    pending_tokens: int = 0
+    others: int = 0
+    kv_usage: float = 0.0
+    arriving_tokens: int = 0
+    kv_received_bytes: float = 0.0
+    leans: Role = Role.BOTH
+    leaned_at: float = -inf
+    misses: int = 0
+    breaker: Breaker = field(default_factory=Breaker)
+    output: Output = field(default_factory=Output)
+    drained_at: float = 0.0
+    note: str = ""
+    policy: tuple[str, tuple[str, ...]] | None = None
+    models_json: list[dict[str, object]] = field(default_factory=list)
+    legs: set["Leg"] = field(default_factory=set)
+    look_now: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def role(self) -> Role:
+        """What it does at present."""
+        return self.leans if self.worker.role is Role.BOTH else self.worker.role
+
+    @property
+    def load(self) -> Load:
+        return Load(self.in_flight, self.pending_tokens, self.kv_usage)
+
+
+class Fleet:
+    """The workers. `changed` is called whenever a worker may take requests that it could not take before."""
+
+    def __init__(
+        self,
+        *,
+        probe_s: float = 1.0,
+        misses: int = 3,
+        health: HealthSettings | None = None,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self.members: dict[str, Member] = {}
+        self.starting: dict[str, str] = {}  # workers that are not there yet, and how far each is
+        self.probe_s = probe_s
+        self.misses = misses
+        self.health = health or HealthSettings()
+        self.clock = clock
+        self.movable: Callable[[Leg], bool] = lambda leg: False  # whether another worker could go on with it
+        self.trial_answers: dict[str, str] = {}
+        self.changed: list[Callable[[], None]] = []
+        self.replicas: Callable[[], int] = lambda: 1  # gateways that feed these workers, this one included
+        self.policy: Callable[[], tuple[str, tuple[str, ...]]] | None = None  # what plug-ins inside engines must follow
+        self._probes: dict[str, asyncio.Task[None]] = {}
+
+    def add(self, worker: Worker, *, note: str = "") -> Member:
+        """A worker joins; it gets requests once a probe has found it healthy. ValueError if its id is taken."""
+        if worker.id in self.members:
+            raise ValueError(f"a worker named {worker.id!r} is already in the fleet")
+        member = Member(worker, Engine(worker.url), note=note, output=Output(moved_at=self.clock()))
+        self.members[worker.id] = member
+        self._probes[worker.id] = asyncio.create_task(self._watch(member), name=f"probe {worker.id}")
+        return member
+
+    async def remove(self, worker_id: str) -> None:
+        """A worker leaves at once; what it still relays ends as its connections end. KeyError if unknown."""
+        member = self.members.pop(worker_id)
+        member.state = State.DOWN
+        probe = self._probes.pop(worker_id)
+        probe.cancel()
+        await asyncio.wait([probe])
+        await member.engine.close()
+        self._tell()
+
+    def drain(self, worker_id: str) -> None:
+        """A worker gets nothing new; what it has it finishes, or after `drain_s` another does. KeyError if unknown."""
+        member = self.members[worker_id]
+        if member.state is not State.DRAINING:
+            member.state = State.DRAINING
+            member.drained_at = self.clock()
+
+    def resume(self, worker_id: str) -> None:
+        """A drained worker is given requests again once a probe finds it healthy. KeyError if unknown."""
+        member = self.members[worker_id]
+        if member.state is State.DRAINING:
+            member.state = State.STARTING
+
+    def ready(self, model: str | None = None) -> list[Member]:
+        """Workers that may be given a request (for `model`)."""
+        return [
+            member
+            for member in self.members.values()
+            if member.state is State.READY and (model is None or model in member.models)
+        ]
+
+    def models(self) -> list[dict[str, object]]:
+        """The served models as /v1/models lists them, each once."""
+        listed: dict[object, dict[str, object]] = {}
+        for member in self.ready():
+            for entry in member.models_json:
+                listed.setdefault(entry.get("id"), entry)
+        return list(listed.values())
+
+    def rows(self) -> Iterator[tuple[str, Role, bool, int, int]]:
+        """(id, role, ready, sequences in flight, tokens pending) per worker, for metrics."""
+        for member in self.members.values():
+            ready = member.state is State.READY
+            yield member.worker.id, member.role, ready, member.in_flight, member.pending_tokens
+
+    def failed(self, member: Member, error: BaseException) -> None:
+        """A relayed request failed at this worker. It is out until a probe finds it well: at once if it cannot be
+        reached, or if others are there while it is looked at; and for a while if it has failed often in a row."""
+        if member.state is State.DRAINING:
+            return
+        opens = member.breaker.failed(self.clock(), self.health.failures)
+        lost = isinstance(error, EngineGone) and any(other is not member for other in self.ready())
+        if member.state is State.READY and (opens or lost or isinstance(error, EngineUnreachable)):
+            member.state = State.DOWN
+            log.warning("worker %s is out until it answers again: %s", member.worker.id, error)
+        member.look_now.set()
+
+    def did_well(self, member: Member) -> None:
+        """A request went through after some that failed."""
+        member.breaker = Breaker()
+
+    async def _watch(self, member: Member) -> None:
+        while True:
+            try:
+                await self._probe(member)
+            except EngineGone as error:
+                self._missed(member, error)
+            self._rescue(member)
+            pause_s = self.probe_s if member.state is not State.STARTING else min(self.probe_s, 0.25)
+            try:
+                async with asyncio.timeout(pause_s):
+                    await member.look_now.wait()
+            except TimeoutError:
+                continue
+            member.look_now.clear()
+
+    def _rescue(self, member: Member) -> None:
+        """Takes answers away from a worker that will not finish them; whoever relays them asks another one."""
+        if not member.legs or not any(other is not member for other in self.ready()):
+            return
+        now, patience_s = self.clock(), self.health.stall_s
+        dead = member.misses >= self.misses
+        stuck = member.output.stuck_s(now) > patience_s
+        drained = member.state is State.DRAINING and now - member.drained_at > self.health.drain_s
+        for leg in list(member.legs):
+            silent_s = leg.silent_s(now)
+            if dead and silent_s > self.health.probe_timeout_s:
+                leg.lost(EngineGone("The engine does not answer any more."))
+            elif stuck and leg.speaks and silent_s > patience_s:
+                leg.lost(EngineGone(f"The engine has made no token for {silent_s:.0f} s."))
+            elif drained and self.movable(leg):
+                leg.lost(EngineGone("The engine is being drained."))
+
+    async def _probe(self, member: Member) -> None:
+        timeout_s = self.health.probe_timeout_s
+        health = (await member.engine.get("/health", timeout_s)).status_code
+        if health not in (200, 404):  # where nothing tells its health, the list of models does
+            raise EngineGone(f"its /health answers {health}")
+        if not member.models or health == 404:
+            await self._learn(member)
+        metrics = await member.engine.get("/metrics", timeout_s)
+        if metrics.status_code == 200:
+            self._read(member, metrics.text)
+            member.output.read(metrics.text, self.clock())
+        if member.worker.plugin and self.policy is not None and member.policy != self.policy():
+            await self._order(member, *self.policy())
+        if member.state in (State.STARTING, State.DOWN) and await self._may_join(member):
+            member.state = State.READY
+            log.info("worker %s is ready: %s", member.worker.id, ", ".join(member.models))
+            self._tell()
+        member.misses = 0
+
+    async def _may_join(self, member: Member) -> bool:
+        """Whether a healthy worker gets requests (again): not within its pause, not while it is stuck, and not without
+        an answer to a trial question. One that works for others has more to do than ours, and shows that it can."""
+        now, health = self.clock(), self.health
+        if now < member.breaker.retry_at or member.output.stuck_s(now) > health.stall_s:
+            return False
+        if health.canary == "off" or member.others:
+            return True
+        model = member.models[0]
+        said = await trial_answer(member.engine, model)
+        if health.canary == "same" and said != self.trial_answers.setdefault(model, said):
+            member.note = "does not answer the trial question as the others do"
+            raise EngineGone(f"it {member.note}: {said!r}")
+        return member.state is not State.DRAINING  # it may have been told so while it answered
+
+    def _read(self, member: Member, metrics: str) -> None:
+        if (usage := _KV_USAGE.search(metrics)) is not None:
+            member.kv_usage = float(usage.group(1))
+        sequences = min(_MOST_SEQUENCES, sum(map(float, _SEQUENCES.findall(metrics))))
+        before, member.others = member.others, max(0, round(sequences) - member.in_flight)
+        if member.others < before and member.state is State.READY:
+            self._tell()  # there may be room for who waits here
+        if (received := _KV_RECEIVED.search(metrics)) is not None:
+            member.kv_received_bytes = float(received.group(1))
+        if not member.worker.plugin and _PLUGIN in metrics:
+            member.worker = replace(member.worker, plugin=True)
+
+    async def _order(self, member: Member, policy: str, options: tuple[str, ...]) -> None:
+        """Tells the plug-in inside an engine which policy holds; one that refuses keeps its own, and is asked once."""
+        order = {"evenhand_policy": policy, "evenhand_policy_options": list(options)}
+        body = {"model": member.models[0], "prompt": [1], "max_tokens": 1, "vllm_xargs": order}
+        answer = await member.engine.post("/v1/completions", body)
+        try:
+            told = answer.json()["kv_transfer_params"]["evenhand"]
+        except (ValueError, KeyError, TypeError):
+            told = {"error": f"it answered {answer.status_code}"}
+        member.policy = (policy, options)
+        if "error" in told:
+            member.note = f"keeps its own policy: {told['error']}"
+            log.warning("worker %s does not take policy %s: %s", member.worker.id, policy, told["error"])
+
+    async def _learn(self, member: Member) -> None:
+        answer = await member.engine.get("/v1/models")
+        try:
+            listed = [_public(entry) for entry in answer.json()["data"]]
+            names = tuple(str(entry["id"]) for entry in listed)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise EngineGone(f"its /v1/models answers {answer.status_code} and is not a list of models") from None
+        if not names:
+            raise EngineGone("it lists no model")
+        member.models_json, member.models = listed, names
+        tells_ids = any(entry.get("owned_by") == "vllm" for entry in listed)
+        if tells_ids != member.worker.token_ids:
+            member.worker = replace(member.worker, token_ids=tells_ids)
+
+    def _missed(self, member: Member, error: EngineGone) -> None:
+        member.misses += 1
+        member.breaker = Breaker()  # it was away, and may be another process when it comes back
+        if member.state is State.READY and member.misses >= self.misses:
+            member.state = State.DOWN
+            member.models = ()  # it may come back with another model, and a plug-in that knows nothing yet
+            member.policy = None
+            log.warning("worker %s is out: %s", member.worker.id, error.message)
+
+    def _tell(self) -> None:
+        for callback in self.changed:
+            callback()
+
+    async def close(self) -> None:
+        """Stops probing and closes every connection."""
+        for worker_id in list(self.members):
+            await self.remove(worker_id)
+
+
+def is_idle(metrics: str) -> bool:
+    """Whether an engine has nothing to do by its own metrics, nor holds KV that another is to fetch."""
+    usage = _KV_USAGE.search(metrics)
+    return sum(map(float, _SEQUENCES.findall(metrics))) == 0 and (usage is None or float(usage.group(1)) == 0)
+
+
+def _public(entry: dict[str, object]) -> dict[str, object]:
+    """A model as clients may see it: no path of the machine that serves it."""
+    return {name: value for name, value in entry.items() if name not in ("root", "permission", "parent")}
+
+
+def described(members: Iterable[Member]) -> list[dict[str, object]]:
+    """Workers for /ready and /admin."""
+    return [
+        {
+            "id": member.worker.id,
+            "role": member.worker.role.value,
+            "state": member.state.value,
+            "models": list(member.models),
+            "in_flight": member.in_flight,
+            "slots": member.worker.slots,
+            **({"leans": member.leans.value} if member.leans is not Role.BOTH else {}),
+            **({"note": member.note} if member.note else {}),
+        }
+        for member in members
+    ]

@@ -1,0 +1,76 @@
+"""What a worker's health is judged by beside its probes: failures in a row, tokens that do not come, a trial answer."""
+
+import re
+from dataclasses import dataclass
+
+from server.engine.client import Engine
+from server.request.errors import EngineGone
+
+FIRST_PAUSE_S = 1.0
+LONGEST_PAUSE_S = 60.0
+TRIAL_PROMPT = "List the first five prime numbers."
+TRIAL_TOKENS = 8
+# An engine that answers so has no completions to be tried by: one for embeddings, for example.
+_NO_SUCH_TASK = (400, 404, 405, 422, 501)
+
+_NUMBER = r"(?:\{[^}]*\})?\s+(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)$"
+_RUNNING = re.compile(r"^vllm:num_requests_running" + _NUMBER, re.MULTILINE)
+_GENERATED = re.compile(r"^vllm:generation_tokens_total" + _NUMBER, re.MULTILINE)
+
+
+@dataclass(slots=True)
+class Breaker:
+    """Opens after so many failures in a row; each further one doubles the pause until the next trial.
+
+    failures: in a row. retry_at: seconds on the fleet's clock before which there is no trial.
+    """
+
+    failures: int = 0
+    retry_at: float = 0.0
+
+    def failed(self, now: float, threshold: int) -> bool:
+        """One more failure; whether it opens."""
+        self.failures += 1
+        if self.failures < threshold:
+            return False
+        doubled = min(self.failures - threshold, 10)
+        self.retry_at = now + min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0**doubled)
+        return True
+
+
+@dataclass(slots=True)
+class Output:
+    """Whether an engine that says it runs requests makes any tokens.
+
+    moved_at: when its count was last seen to grow, or nothing to run, seconds on the fleet's clock.
+    """
+
+    generated: float = -1.0
+    moved_at: float = 0.0
+
+    def read(self, metrics: str, now: float) -> None:
+        """One look at the engine's /metrics; one that does not show these numbers is never taken to be stuck."""
+        running = sum(map(float, _RUNNING.findall(metrics)))
+        counted = _GENERATED.findall(metrics)
+        generated = sum(map(float, counted))
+        if not counted or not running or generated != self.generated:
+            self.generated, self.moved_at = generated, now
+
+    def stuck_s(self, now: float) -> float:
+        """Seconds for which it has made nothing while it ran something."""
+        return now - self.moved_at
+
+
+async def trial_answer(engine: Engine, model: str) -> str:
+    """What a worker answers to a small question, "" if it has no completions. EngineGone if that is no answer."""
+    body = {"model": model, "prompt": TRIAL_PROMPT, "max_tokens": TRIAL_TOKENS, "temperature": 0}
+    answer = await engine.post("/v1/completions", body)
+    if answer.status_code in _NO_SUCH_TASK:
+        return ""
+    try:
+        text = str(answer.json()["choices"][0]["text"]) if answer.status_code == 200 else ""
+    except (ValueError, KeyError, IndexError, TypeError):
+        text = ""
+    if not text.strip():
+        raise EngineGone(f"it answers a trial question with status {answer.status_code} and no text")
+    return text

@@ -1,0 +1,124 @@
+"""Workers that join through the store: what they say of themselves, and a fleet that follows it."""
+
+import logging
+from collections.abc import Callable
+
+import msgspec
+
+from scheduler.workers import Role, Worker
+from server.fleet.fleet import Fleet
+from server.store.store import Store, StoreAway
+
+log = logging.getLogger("evenhand.registry")
+
+HEARTBEAT_S = 2.0
+WORKER_TTL_S = 10.0
+
+
+class Registration(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
+    """A worker's word on itself, as JSON in the store. draining: it finishes what it has, and wants nothing new."""
+
+    url: str
+    role: Role = Role.BOTH
+    slots: int = 256
+    plugin: bool = False
+    draining: bool = False
+    hands_over: bool = False
+
+    def worker(self, worker_id: str) -> Worker:
+        url = self.url.rstrip("/")
+        return Worker(worker_id, url, self.role, self.slots, self.plugin, hands_over=self.hands_over)
+
+
+def registration_from(worker_id: str, text: str) -> Registration:
+    """A registration read. ValueError if it is not one."""
+    try:
+        said = msgspec.json.decode(text, type=Registration)
+    except (msgspec.ValidationError, msgspec.DecodeError) as error:
+        raise ValueError(f"worker {worker_id!r}: {error}") from None
+    if not said.url.startswith("http://") or said.slots < 1:
+        raise ValueError(f"worker {worker_id!r} needs a URL that begins with http:// and one slot or more")
+    return said
+
+
+def worker_from(worker_id: str, text: str) -> Worker:
+    """The worker of a registration. ValueError if it is none."""
+    return registration_from(worker_id, text).worker(worker_id)
+
+
+def registration_of(worker: Worker, *, draining: bool = False) -> str:
+    """What a worker writes into the store."""
+    said = Registration(worker.url, worker.role, worker.slots, worker.plugin, draining, worker.hands_over)
+    return msgspec.json.encode(said).decode()
+
+
+class Registry:
+    """Keeps a fleet as the store has it. Workers that came another way are left alone.
+
+    A worker that is no longer listed stays for one more `WORKER_TTL_S`: after an outage the store may be empty, and
+    its workers need a heartbeat to be back.
+    """
+
+    def __init__(self, store: Store, fleet: Fleet, clock: Callable[[], float]) -> None:
+        self._store = store
+        self._fleet = fleet
+        self._clock = clock
+        self._joined: dict[str, Worker] = {}
+        self._missing_since: dict[str, float] = {}
+        self._refused: dict[str, str] = {}
+        self._leaving: set[str] = set()
+
+    async def follow(self) -> None:
+        """Adds who is new, removes who is gone. While the store is away nothing changes."""
+        try:
+            listed = await self._store.workers()
+        except StoreAway:
+            self._missing_since.clear()
+            return
+        now = self._clock()
+        for worker_id in list(self._joined):
+            if worker_id in listed:
+                self._missing_since.pop(worker_id, None)
+            elif now - self._missing_since.setdefault(worker_id, now) >= WORKER_TTL_S:
+                await self._remove(worker_id, "it has not been heard")
+        for worker_id, text in listed.items():
+            await self._take_in(worker_id, text)
+
+    async def _take_in(self, worker_id: str, text: str) -> None:
+        if self._refused.get(worker_id) == text:
+            return
+        try:
+            said = registration_from(worker_id, text)
+            worker = said.worker(worker_id)
+            if self._joined.get(worker_id) not in (None, worker):
+                await self._remove(worker_id, "it is back as another")
+            if worker_id not in self._joined:
+                self._fleet.add(worker)
+        except ValueError as error:
+            self._refused[worker_id] = text
+            log.error("%s: it is not used", error)
+            return
+        if worker_id not in self._joined:
+            log.info("worker %s joins: %s", worker_id, worker.url)
+        self._joined[worker_id] = worker
+        self._let_leave(worker_id, said.draining)
+
+    def _let_leave(self, worker_id: str, draining: bool) -> None:
+        """A worker that is about to stop gets nothing new; one that has changed its mind does."""
+        if worker_id not in self._fleet.members:  # deleted by hand
+            return
+        if draining and worker_id not in self._leaving:
+            log.info("worker %s is about to leave and gets nothing new", worker_id)
+            self._leaving.add(worker_id)
+            self._fleet.drain(worker_id)
+        elif not draining and worker_id in self._leaving:
+            self._leaving.discard(worker_id)
+            self._fleet.resume(worker_id)
+
+    async def _remove(self, worker_id: str, why: str) -> None:
+        del self._joined[worker_id]
+        self._leaving.discard(worker_id)
+        self._missing_since.pop(worker_id, None)
+        log.warning("worker %s leaves: %s", worker_id, why)
+        if worker_id in self._fleet.members:
+            await self._fleet.remove(worker_id)

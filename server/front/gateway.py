@@ -1,0 +1,156 @@
+"""The story of a request, from its last body byte to its last token. Everything below is called from here."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+
+from scheduler.jobs import Job
+from server.admission.dispatch import Dispatcher, Lines
+from server.admission.limits import Gate, permitted
+from server.observe.fairness_metrics import Sharing
+from server.observe.telemetry import Telemetry
+from server.relay.failover import Failover
+from server.relay.prefill_leg import Handover
+from server.relay.relay import Answer
+from server.request.call import Call, Phase, Route, Ticket
+from server.request.errors import ServiceError, outcome_of
+from server.request.schemas import call_from, deadline_from
+from server.request.tenants import Tenants
+
+log = logging.getLogger("evenhand.gateway")
+
+BYTES_PER_TOKEN = 4.0  # English text under a modern tokenizer; each tenant's own ratio is learned from its answers
+LEARN_FROM_TOKENS = 64  # in shorter prompts the chat template outweighs the text
+LEARN_SHARE = 0.1
+
+
+class Request(Answer, Protocol):
+    """A complete request at the edge, and the way back to its client."""
+
+    route: Route
+    extra_headers: bytes
+
+    @property
+    def body(self) -> bytes: ...
+    def header(self, name: bytes) -> bytes | None: ...
+    def name_it(self) -> str: ...
+    def fail(self, error: ServiceError) -> None: ...
+
+
+class Gateway:
+    """Serves relayed requests."""
+
+    def __init__(
+        self,
+        tenants: Tenants,
+        limits: Gate,
+        lines: Lines,
+        handover: Handover,
+        failover: Failover,
+        telemetry: Telemetry,
+        sharing: Sharing,
+        clock: Callable[[], float],
+    ) -> None:
+        self.tenants = tenants
+        self.limits = limits
+        self.lines = lines
+        self.sharing = sharing
+        self.handover = handover
+        self.failover = failover
+        self.relay = failover.relay
+        self.telemetry = telemetry
+        self.clock = clock
+        self.bytes_per_token: dict[str, float] = {}
+        self.on_begin: list[Callable[[Ticket, bytes | None], None]] = []  # with the client's own `traceparent`
+        self.on_end: list[Callable[[Ticket, str], None]] = [telemetry.ended]
+        self._count = 0
+
+    async def answer(self, request: Request) -> None:
+        """One request from its body to its last byte. Never raises, but for the cancellation of a client that left."""
+        try:
+            call = self.read(request)
+            dispatcher = self.lines.of(call.model)
+        except ServiceError as error:
+            self.refused(request.route.path, error)
+            request.fail(error)
+            return
+        try:
+            await self.serve(call, dispatcher, request)
+        except ServiceError as error:
+            request.fail(error)
+        except asyncio.CancelledError:
+            raise
+        except Exception:  # the outermost border: whatever this is, the client gets an answer and the log the reason
+            log.exception("request %s failed inside the gateway", call.id)
+            request.fail(ServiceError("The gateway failed on this request; its log has the reason."))
+
+    def read(self, request: Request) -> Call:
+        """What is asked, and by whom."""
+        call_id = request.name_it()
+        tenant = self.tenants.identify(request.header(b"authorization"), request.header(b"x-api-key"))
+        ratio = self.bytes_per_token.get(tenant.name, BYTES_PER_TOKEN)
+        call = permitted(call_from(request.route, request.body, tenant, call_id, ratio))
+        deadline = request.header(b"x-deadline-s")
+        return call if deadline is None else msgspec.structs.replace(call, deadline_s=deadline_from(deadline))
+
+    async def serve(self, call: Call, dispatcher: Dispatcher, out: Request) -> None:
+        """One call from admission to its last token: limits, a slot in policy order, a worker, the answer's flow."""
+        ticket = self.ticket(call)
+        for begin in self.on_begin:
+            begin(ticket, out.header(b"traceparent"))
+        slot = dispatcher.slot(ticket)
+        try:
+            with self.limits.admit(ticket, out), self.sharing.watch(ticket):
+                async with slot as member:
+                    self.sharing.started(ticket)
+                    ticket.move(Phase.PREFILLING)
+                    await self.handover.prefill(ticket)
+                    try:
+                        await self.relay.pump(ticket, member, dispatcher.charge, out)
+                    except ServiceError as error:
+                        await self.failover.go_on(ticket, slot, dispatcher.charge, out, error)
+                    ticket.move(Phase.DONE)
+                    outcome = "ok"
+        except asyncio.CancelledError:
+            ticket.move(Phase.CANCELLED)
+            outcome = "cancelled"
+            raise
+        except BaseException as error:
+            ticket.move(Phase.FAILED)
+            outcome = outcome_of(error)
+            raise
+        finally:
+            if ticket.exact:
+                self.learn(ticket)
+            for note in self.on_end:
+                note(ticket, outcome)
+
+    def learn(self, ticket: Ticket) -> None:
+        """The engine has told how long the prompt was: the tenant's next estimate is nearer to it."""
+        if ticket.prompt_tokens < LEARN_FROM_TOKENS:
+            return
+        tenant = ticket.call.tenant.name
+        ratio = self.bytes_per_token.get(tenant, BYTES_PER_TOKEN)
+        seen = ratio * ticket.call.prompt_tokens / ticket.prompt_tokens
+        self.bytes_per_token[tenant] = min(16.0, max(0.5, ratio + LEARN_SHARE * (seen - ratio)))
+
+    def ticket(self, call: Call) -> Ticket:
+        """A call's record, with the job that the scheduler sees."""
+        self._count += 1
+        job = Job(
+            id=f"{self._count}",
+            tenant=call.tenant.name,
+            prompt_tokens=call.prompt_tokens,
+            arrived_at=self.clock(),
+            max_tokens=call.max_tokens,
+            weight=call.tenant.weight,
+            kind=call.kind,
+        )
+        return Ticket(call, job, self.clock)
+
+    def refused(self, path: str, error: ServiceError) -> None:
+        """A request ended before it became a call."""
+        self.telemetry.refused(path, outcome_of(error))

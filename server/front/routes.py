@@ -1,0 +1,164 @@
+"""What is not relayed: models, health, readiness, metrics, and the OpenAPI page (of the relayed routes too)."""
+
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, FastAPI, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from server.fleet.fleet import Fleet, State, described
+from server.request.errors import NotFound, ServiceError, UnknownModel, WrongMethod, error_object, status_of
+from server.request.schemas import ROUTES
+from server.request.tenants import Tenants
+
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+OPERATORS_ONLY = ("/admin", "/console")
+Metrics = Callable[[], Awaitable[bytes]]
+
+
+def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(content), status, headers, "application/json")
+
+
+def _error(error: ServiceError) -> Response:
+    headers = None if error.retry_after is None else {"retry-after": str(error.retry_after)}
+    return Response(error_object(error), status_of(error), headers, "application/json")
+
+
+def public_app(
+    fleet: Fleet, metrics: Metrics, tenants: Tenants, notes: Callable[[], dict[str, Any]], lifespan: Lifespan
+) -> FastAPI:
+    """The ASGI application beside the relayed routes. notes: what /ready says beside the workers."""
+    app = FastAPI(title="Evenhand", summary="OpenAI-compatible serving, fairly shared.", lifespan=lifespan)
+    app.include_router(operations(fleet, metrics, notes))
+    app.include_router(models(fleet, tenants))
+
+    @app.exception_handler(ServiceError)
+    async def refused(request: Request, error: ServiceError) -> Response:
+        return _error(error)
+
+    @app.exception_handler(HTTPException)
+    async def no_such_route(request: Request, error: HTTPException) -> Response:
+        wrong_method = error.status_code == 405 or request.url.path.encode() in ROUTES
+        kind = WrongMethod if wrong_method else NotFound
+        answer = _error(kind(f"There is no {request.method} {request.url.path} here."))
+        if wrong_method:
+            answer.headers["allow"] = (error.headers or {}).get("allow", "POST")
+        return answer
+
+    describe_relayed(app)
+    return app
+
+
+class Apart:
+    """The application as each address shows it: what is the operators' is not there where clients come in.
+
+    port: the operators' own; 0 as long as they have none, and everything is everywhere.
+    """
+
+    def __init__(self, app: FastAPI) -> None:
+        self.app = app
+        self.port = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] == "http" and self.port and scope["server"][1] != self.port:
+            if scope["path"].startswith(OPERATORS_ONLY):
+                hidden = NotFound(
+                    f"There is no {scope['method']} {scope['path']} here: it is on the gateway's admin port."
+                )
+                await _error(hidden)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+def operations(fleet: Fleet, metrics: Metrics, notes: Callable[[], dict[str, Any]]) -> APIRouter:
+    """What operators and load balancers ask."""
+    router = APIRouter(tags=["operations"])
+
+    @router.get("/health", summary="The process is alive")
+    async def health() -> Response:
+        return _json({"status": "ok"})
+
+    @router.get("/ready", summary="At least one worker takes requests")
+    async def ready() -> Response:
+        workers = described(fleet.members.values())
+        said = notes()
+        if any(member.state is State.READY for member in fleet.members.values()) and "stopping" not in said:
+            return _json({"status": "ready", "workers": workers, **said})
+        waiting = {"status": "not ready", "workers": workers, "starting": fleet.starting, **said}
+        return _json(waiting, 503, {"retry-after": "5"})
+
+    @router.get("/metrics", summary="Prometheus metrics")
+    async def counted() -> Response:
+        return Response(await metrics(), media_type=CONTENT_TYPE_LATEST)
+
+    return router
+
+
+def models(fleet: Fleet, tenants: Tenants) -> APIRouter:
+    """OpenAI's list of models: those that the tenant may use."""
+    router = APIRouter(tags=["models"])
+
+    def allowed(request: Request) -> list[dict[str, object]]:
+        sent = {name: value for name, value in reversed(request.headers.raw)}
+        tenant = tenants.identify(sent.get(b"authorization"), sent.get(b"x-api-key"))
+        return [entry for entry in fleet.models() if tenant.models is None or entry.get("id") in tenant.models]
+
+    @router.get("/v1/models", summary="The models that are served")
+    async def listed(request: Request) -> Response:
+        return _json({"object": "list", "data": allowed(request)})
+
+    @router.get("/v1/models/{model:path}", summary="One model")
+    async def one(model: str, request: Request) -> Response:
+        for entry in allowed(request):
+            if entry.get("id") == model:
+                return _json(entry)
+        return _error(UnknownModel(f"The model '{model}' is not served here.", param="model"))
+
+    return router
+
+
+def describe_relayed(app: FastAPI) -> None:
+    """Adds the relayed routes to the OpenAPI document; they are answered before ASGI."""
+    native = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = native()
+        for route in ROUTES.values():
+            document["paths"].setdefault(route.path, {"post": _operation(route.content_field)})
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the document
+
+
+def _operation(content_field: str) -> dict[str, Any]:
+    body = {
+        "type": "object",
+        "required": ["model"],
+        "properties": {
+            "model": {"type": "string"},
+            "stream": {"type": "boolean", "nullable": True},
+            content_field: {},
+        },
+        "additionalProperties": True,
+    }
+    answers = {
+        "200": "The engine's answer, or its stream of events",
+        "400": "The request is wrong",
+        "401": "The API key is unknown",
+        "404": "The model is not served",
+        "413": "The body is too large",
+        "429": "A limit is reached, or the line is full: see Retry-After",
+        "502": "The engine went away",
+        "503": "No worker is ready: see Retry-After",
+    }
+    return {
+        "summary": "Relayed to a worker; fields not named here pass through untouched",
+        "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
+        "responses": {status: {"description": text} for status, text in answers.items()},
+    }

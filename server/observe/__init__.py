@@ -1,0 +1,1 @@
+"""What is measured and recorded about requests: metrics, traces, recordings."""

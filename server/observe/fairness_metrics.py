@@ -1,0 +1,93 @@
+"""Metrics of what tenants share: service by tenant, the widest gap between them, refusals, and the store itself."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from scheduler.fairness import Tally
+from server.request.call import Phase, Ticket
+
+
+class Watched:
+    """One call under the eyes of the tally, from its wait to its end."""
+
+    __slots__ = ("sharing", "ticket")
+
+    def __init__(self, sharing: "Sharing", ticket: Ticket) -> None:
+        self.sharing = sharing
+        self.ticket = ticket
+
+    def __enter__(self) -> None:
+        self.sharing.tally.queued(self.ticket.job)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        waited = self.ticket.times[Phase.PREFILLING] is None
+        self.sharing.tally.left(self.ticket.job, waited, self.sharing.clock())
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """service: weighted tokens since the start, by tenant or `other`. gap: as in `scheduler.fairness.Sample`."""
+
+    service: dict[str, float]
+    gap: float
+
+
+class Sharing(Collector):
+    """Counts service (weighted tokens) by tenant; only the largest are named, the rest is `other`.
+
+    refusals: by reason. store: whether it answers, and how many replicas there are.
+    """
+
+    def __init__(
+        self, refusals: Counter[str], store: Callable[[], tuple[bool, int]], clock: Callable[[], float], labels: int
+    ) -> None:
+        self.tally = Tally(labels=labels)
+        self.clock = clock
+        self._refusals = refusals
+        self._store = store
+        self._service: Counter[str] = Counter()
+
+    def watch(self, ticket: Ticket) -> Watched:
+        """`with` this while the call waits and runs."""
+        return Watched(self, ticket)
+
+    def started(self, ticket: Ticket) -> None:
+        """The call has its place; its ticket moves on in the same step."""
+        self.tally.started(ticket.job, self.clock())
+
+    def standing(self) -> Standing:
+        """What everybody got so far."""
+        sample = self.tally.sample(self.clock())
+        for label, amount in sample.service.items():
+            self._service[label] += amount  # type: ignore[assignment]  # Counter's stubs know whole numbers only
+        return Standing(dict(self._service), sample.gap)
+
+    def collect(self) -> Iterator[Metric]:
+        standing = self.standing()
+        service = CounterMetricFamily(
+            "evenhand_tenant_service", "Weighted tokens (a prompt token 1, an output token 2).", labels=("tenant",)
+        )
+        for tenant, total in standing.service.items():
+            service.add_metric((tenant,), total)
+        yield service
+        yield GaugeMetricFamily(
+            "evenhand_fairness_max_service_gap",
+            "Weighted tokens per weight between the most and the least served tenant of those that wait.",
+            standing.gap,
+        )
+        refused = CounterMetricFamily(
+            "evenhand_limit_refusals", "Requests refused at a limit of their tenant.", labels=("reason",)
+        )
+        for reason in ("requests_per_minute", "tokens_per_minute", "concurrency", "budget"):
+            refused.add_metric((reason,), self._refusals[reason])
+        yield refused
+        up, replicas = self._store()
+        yield GaugeMetricFamily("evenhand_store_up", "Whether the shared store answers.", float(up))
+        yield GaugeMetricFamily("evenhand_replicas", "Gateways that share limits and fairness.", replicas)

@@ -1,0 +1,159 @@
+"""Every metric of the gateway, declared once.
+
+Histograms are our own accumulators, read by Prometheus when it scrapes: observing costs 0.2 µs, a tenth of
+prometheus_client's, and one is observed for every token that passes.
+"""
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
+
+from prometheus_client import ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector, CollectorRegistry
+
+from scheduler.workers import Role
+from server.request.call import Phase, Ticket
+
+# 1 ms to 10 min: a token of a small model, and the longest wait that anybody has patience for.
+SECONDS = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5,
+    10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0,
+)  # fmt: skip
+
+
+class Distribution:
+    """A histogram that costs next to nothing to feed."""
+
+    __slots__ = ("name", "help", "bounds", "counts", "sum")
+
+    def __init__(self, name: str, help: str, bounds: tuple[float, ...] = SECONDS) -> None:
+        self.name = name
+        self.help = help
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def family(self) -> HistogramMetricFamily:
+        sums = list(accumulate(self.counts))
+        names = [*(repr(bound) for bound in self.bounds), "+Inf"]
+        buckets = [(name, float(count)) for name, count in zip(names, sums, strict=True)]
+        return HistogramMetricFamily(self.name, self.help, buckets=buckets, sum_value=self.sum)
+
+
+class Telemetry(Collector):
+    """What happened, for `/metrics`. Reads the present state (queue depth, workers) when it is asked."""
+
+    def __init__(
+        self,
+        depth: Callable[[], Iterable[tuple[str, int]]],
+        placed: Callable[[], Iterable[tuple[str, int]]],
+        workers: Callable[[], Iterable[tuple[str, Role, bool, int, int]]],
+    ) -> None:
+        self.depth = depth
+        self.placed = placed
+        self.workers = workers
+        self.ttft = Distribution("evenhand_request_ttft_seconds", "Arrival to the first bytes of the answer.")
+        self.second = Distribution(
+            "evenhand_request_second_token_seconds", "From the first token of a streamed answer to its second."
+        )
+        self.itl = Distribution("evenhand_request_itl_seconds", "Gap between two streamed chunks of one answer.")
+        self.tpot = Distribution("evenhand_request_tpot_seconds", "(E2E - TTFT) / (output tokens - 1).")
+        self.e2e = Distribution("evenhand_request_e2e_seconds", "Arrival to the end of the answer.")
+        self.kv_transfer = Distribution(
+            "evenhand_kv_transfer_seconds",
+            "From a prompt read apart to its answer's first bytes.",
+        )
+        self.queue = Distribution("evenhand_request_queue_seconds", "Wait in line until a worker had room.")
+        self.outcomes: Counter[tuple[str, str]] = Counter()
+        self.tokens: Counter[str] = Counter()
+        self.failovers: Counter[str] = Counter()
+        self.registry = CollectorRegistry(auto_describe=False)
+        self.registry.register(self)
+        ProcessCollector(registry=self.registry)
+
+    def refused(self, path: str, outcome: str) -> None:
+        """A request that was answered before it became a call (bad body, unknown key)."""
+        self.outcomes[path, outcome] += 1
+
+    def ended(self, ticket: Ticket, outcome: str) -> None:
+        """A call is over: its phases become latencies."""
+        self.outcomes[ticket.call.route.path, outcome] += 1
+        arrived, sent, first, done = ticket.times[: Phase.DONE + 1]
+        assert arrived is not None  # a ticket begins with it
+        if sent is not None:
+            self.queue.observe(sent - arrived)
+        if not ticket.call.route.generates:
+            return
+        self.tokens["completion"] += ticket.tokens
+        if ticket.exact:
+            self.tokens["prompt"] += ticket.prompt_tokens
+            self.tokens["cached"] += ticket.cached_tokens
+        if first is not None and ticket.call.stream:
+            self._streamed(ticket, first, done)
+        if done is not None:
+            self.e2e.observe(done - arrived)
+
+    def _streamed(self, ticket: Ticket, first: float, done: float | None) -> None:
+        self.ttft.observe(first - ticket.job.arrived_at)
+        if ticket.second_s is not None:
+            self.second.observe(ticket.second_s)
+        if done is not None and ticket.tokens > 1:
+            self.tpot.observe((done - first) / (ticket.tokens - 1))
+        if ticket.split is not None and ticket.split.read_at is not None:
+            self.kv_transfer.observe(first - ticket.split.read_at)
+
+    def collect(self) -> Iterator[Metric]:
+        latencies = (self.ttft, self.second, self.itl, self.tpot, self.e2e, self.queue, self.kv_transfer)
+        for distribution in latencies:
+            yield distribution.family()
+        requests = CounterMetricFamily("evenhand_requests", "Requests by how they ended.", labels=("route", "outcome"))
+        for (path, outcome), count in self.outcomes.items():
+            requests.add_metric((path, outcome), count)
+        yield requests
+        tokens = CounterMetricFamily(
+            "evenhand_tokens", "Tokens of finished requests; cached ones are part of the prompt.", labels=("kind",)
+        )
+        for kind in ("prompt", "completion", "cached"):
+            tokens.add_metric((kind,), self.tokens[kind])
+        yield tokens
+        failovers = CounterMetricFamily(
+            "evenhand_failovers", "Answers that another worker had to bring to an end.", labels=("outcome",)
+        )
+        for outcome in ("retried", "resumed", "failed"):
+            failovers.add_metric((outcome,), self.failovers[outcome])
+        yield failovers
+        depth = GaugeMetricFamily("evenhand_queue_depth", "Requests that wait for a worker.", labels=("model",))
+        for model, waiting in self.depth():
+            depth.add_metric((model,), waiting)
+        yield depth
+        yield from self._of_workers()
+        placed = CounterMetricFamily(
+            "evenhand_placements",
+            "Requests since there have been prefill workers: `apart`, or why one worker took them whole.",
+            labels=("placement",),
+        )
+        for placement, count in self.placed():
+            placed.add_metric((placement,), count)
+        yield placed
+
+    def _of_workers(self) -> Iterator[Metric]:
+        up = GaugeMetricFamily("evenhand_worker_up", "Whether a worker takes requests.", labels=("worker", "role"))
+        busy = GaugeMetricFamily(
+            "evenhand_worker_in_flight", "Sequences that a worker has from us.", labels=("worker", "role")
+        )
+        pending = GaugeMetricFamily(
+            "evenhand_worker_pending_tokens",
+            "Tokens that it is expected to compute yet for us.",
+            labels=("worker", "role"),
+        )
+        for worker, role, ready, in_flight, pending_tokens in self.workers():
+            up.add_metric((worker, role.value), float(ready))
+            busy.add_metric((worker, role.value), in_flight)
+            pending.add_metric((worker, role.value), pending_tokens)
+        yield from (up, busy, pending)

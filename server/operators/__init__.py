@@ -1,0 +1,1 @@
+"""What operators touch: the admin API, the console, the logs."""

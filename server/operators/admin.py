@@ -1,0 +1,325 @@
+"""What operators do while the gateway runs, under a key of their own: workers, tenants and keys, the policy."""
+
+import hmac
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+import msgspec
+import orjson
+from fastapi import APIRouter, Depends, Request, Response
+from starlette.responses import JSONResponse
+
+from scheduler.catalog import build
+from scheduler.workers import Worker
+from server.admission.dispatch import Lines
+from server.admission.limits import Gate
+from server.admission.live_policy import LivePolicy
+from server.cluster.local_sync import Siblings
+from server.cluster.records import DRAINED, LIVE, POLICY, TENANT, PolicyRecord, Records
+from server.fleet.fleet import Fleet, described
+from server.fleet.registry import worker_from
+from server.request.errors import BadRequest, NotAllowed, ServiceError, UnknownKey
+from server.request.tenants import (
+    KeyRecord,
+    TenantRecord,
+    Tenants,
+    bearer,
+    digest_of,
+    hashed,
+    index_of,
+    key_id,
+    new_key,
+    read_record,
+)
+from server.store.store import StoreAway
+
+WORKER_FIELDS = frozenset(("url", "role", "slots"))
+
+
+class Conflict(ServiceError):
+    status = 409
+    kind = "invalid_request_error"
+    code = "conflict"
+
+
+class Unknown(ServiceError):
+    status = 404
+    kind = "invalid_request_error"
+    code = "not_found"
+
+
+class StoreUnreachable(ServiceError):
+    status = 503
+    code = "store_unreachable"
+
+
+@dataclass(slots=True)
+class Admin:
+    """What the routes act on. key: the operators' own; None refuses everybody. wall: seconds since 1970.
+
+    pseudonym: what the log calls a tenant.
+    """
+
+    key: str | None
+    tenants: Tenants
+    gate: Gate
+    policy: LivePolicy
+    lines: Lines
+    fleet: Fleet
+    records: Records
+    siblings: Siblings
+    wall: Callable[[], float]
+    pseudonym: Callable[[str], str]
+
+    def authorize(self, request: Request) -> None:
+        """Raises NotAllowed where no admin key is set, UnknownKey for another one."""
+        if self.key is None:
+            raise NotAllowed("There is no admin key here: start the gateway with EVENHAND_ADMIN_KEY set to use /admin.")
+        authorization = request.headers.get("authorization")
+        given = bearer(authorization.encode("latin-1")) if authorization is not None else None
+        # Digests, so that not even the length of the key shows in the time this takes.
+        if given is None or not hmac.compare_digest(digest_of(given), digest_of(self.key.encode())):
+            raise UnknownKey("This is not the admin key: send it as 'Authorization: Bearer KEY'.")
+
+    # tenants
+    def tenant(self, name: str) -> TenantRecord:
+        for record in self.tenants.all():
+            if record.name == name:
+                return record
+        raise Unknown(f"There is no tenant {name!r}.", param="name")
+
+    def described_tenant(self, record: TenantRecord) -> dict[str, Any]:
+        """A tenant without its keys: they are named by the beginning of their digest."""
+        keys = [{"id": key_id(key.key), "expires": key.expires} for key in record.keys]
+        in_file = record.name in self.tenants.names_in_file()
+        told = record.model_dump(mode="json", exclude={"keys"})
+        source = "file" if in_file else "store"
+        name, used = self.pseudonym(record.name), self.gate.usage(record.name)
+        return {**told, "keys": keys, "source": source, "used": used, "log_name": name}
+
+    async def put_tenant(self, record: TenantRecord) -> None:
+        """Writes a tenant; the other gateways have it an exchange later."""
+        if record.name in self.tenants.names_in_file():
+            raise Conflict(f"Tenant {record.name!r} comes from the tenant file: change it there.")
+        others = [other for other in self.tenants.all() if other.name != record.name]
+        try:
+            index_of([*others, record])
+        except ValueError as error:
+            raise BadRequest(f"{error}.", param="keys") from None
+        await self.write(self.records.store.put(TENANT, record.name, record.model_dump_json()))
+
+    async def drop_tenant(self, name: str) -> None:
+        if name in self.tenants.names_in_file():
+            raise Conflict(f"Tenant {name!r} comes from the tenant file: delete it there.")
+        self.tenant(name)
+        await self.write(self.records.store.drop(TENANT, name))
+
+    async def write(self, change: Awaitable[object]) -> None:
+        """Changes a record, and has it in force here at once."""
+        try:
+            await change
+            await self.records.read()
+        except StoreAway as error:
+            raise StoreUnreachable(f"{error}. Nothing is known to be changed.", retry_after_s=5.0) from None
+
+    async def put_worker(self, worker_id: str, body: dict[str, Any]) -> None:
+        """A worker of this gateway alone; others join by themselves, through the store."""
+        if unknown := sorted(body.keys() - WORKER_FIELDS):
+            raise BadRequest(f"A worker has no field '{unknown[0]}'; there are url, role and slots.", param=unknown[0])
+        try:
+            await self.siblings.add(worker_from(worker_id, orjson.dumps(body).decode()))
+        except ValueError as error:
+            raise BadRequest(f"{error}.") from None
+        except StoreAway as error:
+            raise StoreUnreachable(f"{error}. Nothing is changed.", retry_after_s=5.0) from None
+        if worker_id in self.records.drained:  # that was said of one that is gone
+            await self.write(self.records.store.drop(DRAINED, worker_id))
+
+    async def drop_worker(self, worker_id: str) -> None:
+        """This gateway has a worker no more."""
+        try:
+            await self.siblings.remove(worker_id)
+        except StoreAway as error:
+            raise StoreUnreachable(f"{error}. Nothing is changed.", retry_after_s=5.0) from None
+
+
+async def json_object(request: Request) -> dict[str, Any]:
+    """The body, which must be a JSON object or nothing at all."""
+    body = await request.body()
+    try:
+        value = orjson.loads(body) if body else {}
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise BadRequest("The body must be a JSON object.")
+    return value
+
+
+Body = Annotated[dict[str, Any], Depends(json_object)]
+
+
+def admin_routes(admin: Admin) -> APIRouter:
+    """Everything under /admin."""
+    router = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(admin.authorize)])
+    router.include_router(_workers(admin))
+    router.include_router(_tenants(admin))
+    router.include_router(_keys(admin))
+    router.include_router(_policy(admin))
+
+    @router.get("/targets", summary="The engines' addresses for Prometheus' HTTP service discovery")
+    async def targets() -> Response:
+        return JSONResponse([target(member.worker) for member in admin.fleet.members.values()])
+
+    return router
+
+
+def target(worker: Worker) -> dict[str, Any]:
+    """A worker as `http_sd_config` takes it."""
+    address = urlsplit(worker.url)
+    labels = {"worker": worker.id, "role": worker.role.value}
+    if address.path:
+        labels["__metrics_path__"] = f"{address.path}/metrics"
+    return {"targets": [address.netloc], "labels": labels}
+
+
+def _workers(admin: Admin) -> APIRouter:
+    router = APIRouter(prefix="/workers")
+    fleet = admin.fleet
+
+    def known(worker_id: str) -> None:
+        if worker_id not in fleet.members:
+            raise Unknown(f"There is no worker {worker_id!r}.", param="worker_id")
+
+    @router.get("", summary="The workers")
+    async def listed() -> Response:
+        return JSONResponse({"workers": described(fleet.members.values())})
+
+    @router.put("/{worker_id}", summary="Add a worker to this gateway: url, role, slots")
+    async def add(worker_id: str, body: Body) -> Response:
+        await admin.put_worker(worker_id, body)
+        return JSONResponse(described([fleet.members[worker_id]])[0], 201)
+
+    @router.delete("/{worker_id}", summary="Remove a worker from this gateway; drain it first to lose no answer")
+    async def remove(worker_id: str) -> Response:
+        known(worker_id)
+        await admin.drop_worker(worker_id)
+        return Response(status_code=204)
+
+    @router.post("/{worker_id}/drain", summary="No new requests for a worker, at any gateway")
+    async def drain(worker_id: str) -> Response:
+        known(worker_id)
+        await admin.write(admin.records.store.put(DRAINED, worker_id, fleet.members[worker_id].worker.url))
+        return JSONResponse(described([fleet.members[worker_id]])[0])
+
+    @router.post("/{worker_id}/resume", summary="A drained worker takes requests again")
+    async def resume(worker_id: str) -> Response:
+        known(worker_id)
+        await admin.write(admin.records.store.drop(DRAINED, worker_id))
+        return JSONResponse(described([fleet.members[worker_id]])[0])
+
+    return router
+
+
+def _tenants(admin: Admin) -> APIRouter:
+    router = APIRouter(prefix="/tenants")
+
+    @router.get("", summary="The tenants, their limits and what they used; never a key")
+    async def listed() -> Response:
+        return JSONResponse({"tenants": [_plain(admin.described_tenant(record)) for record in admin.tenants.all()]})
+
+    @router.get("/{name}", summary="One tenant")
+    async def one(name: str) -> Response:
+        return JSONResponse(_plain(admin.described_tenant(admin.tenant(name))))
+
+    @router.put("/{name}", summary="Write a tenant, as the tenant file has them; without `keys` it keeps its keys")
+    async def put(name: str, body: Body) -> Response:
+        if body.setdefault("name", name) != name:
+            raise BadRequest(f"The body names {body['name']!r}, the path {name!r}.", param="name")
+        try:
+            record = read_record(body)
+        except ValueError as error:
+            raise BadRequest(f"{error}.") from None
+        if "keys" not in body and any(other.name == name for other in admin.tenants.all()):
+            record = record.model_copy(update={"keys": admin.tenant(name).keys})
+        await admin.put_tenant(record)
+        return JSONResponse(_plain(admin.described_tenant(admin.tenant(name))))
+
+    @router.delete("/{name}", summary="Delete a tenant: its keys open nothing from then on")
+    async def delete(name: str) -> Response:
+        await admin.drop_tenant(name)
+        return Response(status_code=204)
+
+    return router
+
+
+def _keys(admin: Admin) -> APIRouter:
+    router = APIRouter(prefix="/tenants/{name}/keys")
+
+    @router.post("", summary="Make a key, shown this once; `retire_others_in_s` ends the older ones after that time")
+    async def make(name: str, body: Body) -> Response:
+        record, key = admin.tenant(name), new_key()
+        keys = record.keys
+        if (retire_s := body.get("retire_others_in_s")) is not None:
+            keys = _retired(keys, retire_s, admin.wall())
+        fresh = KeyRecord(key=hashed(key))
+        await admin.put_tenant(record.model_copy(update={"keys": (*keys, fresh)}))
+        return JSONResponse({"key": key, "id": key_id(fresh.key)}, 201, {"cache-control": "no-store"})
+
+    @router.delete("/{id}", summary="Delete a key")
+    async def delete(name: str, id: str) -> Response:
+        record = admin.tenant(name)
+        kept = tuple(key for key in record.keys if key_id(key.key) != id)
+        if len(kept) == len(record.keys):
+            raise Unknown(f"Tenant {name!r} has no key {id!r}.", param="id")
+        await admin.put_tenant(record.model_copy(update={"keys": kept}))
+        return Response(status_code=204)
+
+    return router
+
+
+def _policy(admin: Admin) -> APIRouter:
+    router = APIRouter(prefix="/policy")
+
+    def told() -> Response:
+        waiting = dict(admin.lines.depth())
+        return JSONResponse({"policy": admin.policy.name, "options": admin.policy.options, "waiting": waiting})
+
+    @router.get("", summary="The policy in force")
+    async def current() -> Response:
+        return told()
+
+    @router.put("", summary="Change the policy of all lines, at every gateway: policy, options")
+    async def switch(body: Body) -> Response:
+        try:
+            record = msgspec.convert(body, PolicyRecord)
+            build(record.policy, record.options)
+        except (msgspec.ValidationError, ValueError) as error:
+            raise BadRequest(f"{error}.", param="policy") from None
+        await admin.write(admin.records.store.put(POLICY, LIVE, msgspec.json.encode(record).decode()))
+        return told()
+
+    @router.delete("", summary="Go back to the policy that each gateway was started with")
+    async def back() -> Response:
+        await admin.write(admin.records.store.drop(POLICY, LIVE))
+        return told()
+
+    return router
+
+
+def _retired(keys: tuple[KeyRecord, ...], after_s: Any, wall: float) -> tuple[KeyRecord, ...]:
+    if isinstance(after_s, bool) or not isinstance(after_s, int | float) or not 0 <= after_s <= 366 * 86400:
+        raise BadRequest("'retire_others_in_s' is a number of seconds, up to a year.", param="retire_others_in_s")
+    end = datetime.fromtimestamp(wall, UTC) + timedelta(seconds=after_s)
+    return tuple(
+        key
+        if key.expires is not None and key.expires.astimezone(UTC) < end
+        else key.model_copy(update={"expires": end})
+        for key in keys
+    )
+
+
+def _plain(value: dict[str, Any]) -> Any:
+    return orjson.loads(orjson.dumps(value))

@@ -1,0 +1,204 @@
+"""The operators' console: one page without any outside asset, and the one answer that feeds it.
+
+The page itself is public and says nothing: without the admin key it shows what /ready tells everybody. Tenants, lines,
+latencies and the policy come from /admin/live, which asks for the key.
+"""
+
+import base64
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from importlib.resources import files
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Depends, Request, Response
+
+from scheduler.catalog import POLICIES
+from server.admission.dispatch import Dispatcher, Lines
+from server.admission.live_policy import LivePolicy
+from server.cluster.local_sync import Siblings
+from server.fleet.fleet import Fleet, Member, described
+from server.observe.fairness_metrics import Sharing
+from server.observe.telemetry import Distribution, Telemetry
+from server.request.tenants import Tenants
+
+TENANTS_SHOWN = 50
+View = dict[str, Any]
+_INLINE = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """The page and the headers that keep it to itself: it may run its own script, and ask this server only."""
+
+    html: bytes
+    headers: dict[str, str]
+
+
+def page() -> Page:
+    """Reads the page; its policy allows exactly the script and the style that it has."""
+    html = files("server.operators").joinpath("console.html").read_text(encoding="utf-8")
+    digests: dict[str, list[str]] = {"script": [], "style": []}
+    for kind, text in _INLINE.findall(html):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        digests[kind].append(f"'sha256-{digest}'")
+    policy = (
+        f"default-src 'none'; script-src {' '.join(digests['script'])}; style-src {' '.join(digests['style'])}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'"
+    )
+    return Page(
+        html.encode(),
+        {
+            "content-security-policy": policy,
+            "x-content-type-options": "nosniff",
+            "referrer-policy": "no-referrer",
+            "cross-origin-opener-policy": "same-origin",
+            "cache-control": "no-cache",
+        },
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Console:
+    """What the page shows. clock: seconds; rates are differences of two answers over the difference of their times."""
+
+    telemetry: Telemetry
+    sharing: Sharing
+    lines: Lines
+    fleet: Fleet
+    policy: LivePolicy
+    tenants: Tenants
+    store: Callable[[], tuple[bool, int]]
+    siblings: Siblings
+    clock: Callable[[], float]
+
+    async def live(self) -> View:
+        """Everything at this moment, of all processes of this gateway. Counters and histograms are totals."""
+        return reduce(joined, (orjson.loads(text) for text in await self.siblings.views()), self.view())
+
+    def published(self) -> str:
+        """This process's view, for the others."""
+        return orjson.dumps(self.view()).decode()
+
+    def view(self) -> View:
+        """What this process alone has."""
+        telemetry, standing = self.telemetry, self.sharing.standing()
+        up, replicas = self.store()
+        outcomes: Counter[str] = Counter()
+        for (_, outcome), count in telemetry.outcomes.items():
+            outcomes[outcome] += count
+        return {
+            "at_s": self.clock(),
+            "policy": {"name": self.policy.name, "options": self.policy.options},
+            "workers": [seen(member) for member in self.fleet.members.values()],
+            "starting": self.fleet.starting,
+            "lines": [line(dispatcher) for dispatcher in self.lines.by_model.values()],
+            "service": standing.service,
+            "weights": {record.name: record.weight for record in self.tenants.all() if record.weight != 1.0},
+            "gap": standing.gap,
+            "outcomes": dict(outcomes),
+            "tokens": {kind: telemetry.tokens[kind] for kind in ("prompt", "completion", "cached")},
+            "ttft": histogram(telemetry.ttft),
+            "itl": histogram(telemetry.itl),
+            "queue": histogram(telemetry.queue),
+            "store": {"up": up, "replicas": replicas},
+        }
+
+
+def joined(one: View, other: View) -> View:
+    """Two processes' views as one: what is counted is added up, the wider gap counts, and the rest is the first's."""
+    both = {**one, "gap": max(one["gap"], other["gap"])}
+    for name in ("service", "outcomes", "tokens"):
+        both[name] = added(one[name], other[name])
+    for name in ("ttft", "itl", "queue"):
+        counts = [a + b for a, b in zip(one[name]["counts"], other[name]["counts"], strict=True)]
+        both[name] = {**one[name], "counts": counts, "sum": one[name]["sum"] + other[name]["sum"]}
+    busy = {worker["id"]: worker["in_flight"] for worker in other["workers"]}
+    both["workers"] = [
+        {**worker, "in_flight": worker["in_flight"] + busy.get(worker["id"], 0)} for worker in one["workers"]
+    ]
+    by_model = {line["model"]: line for line in (*one["lines"], *other["lines"])}
+    for line in one["lines"]:
+        if (theirs := by_model[line["model"]]) is not line:
+            by_model[line["model"]] = joined_lines(line, theirs)
+    both["lines"] = list(by_model.values())
+    return both
+
+
+def joined_lines(one: View, other: View) -> View:
+    numbers = {name: one[name] + other[name] for name in ("waiting", "running", "other_tenants")}
+    return {**one, **numbers, **{name: added(one[name], other[name]) for name in ("by_tenant", "by_lane")}}
+
+
+def added(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    """Longest first, as each of them is."""
+    both = {name: one.get(name, 0) + other.get(name, 0) for name in {**one, **other}}
+    return dict(sorted(both.items(), key=lambda item: -item[1]))
+
+
+def seen(member: Member) -> View:
+    """A worker as operators see it: as /ready tells, and how full it is."""
+    return {**described([member])[0], "kv_usage": member.kv_usage, "plugin": member.worker.plugin}
+
+
+def line(dispatcher: Dispatcher) -> View:
+    """A model's waiting line: by tenant, longest first, and by the policy's lane."""
+    waiting = sorted(dispatcher.waiting_by_tenant().items(), key=lambda item: (-item[1], item[0]))
+    named = dict(waiting[:TENANTS_SHOWN])
+    rest = sum(count for _, count in waiting[TENANTS_SHOWN:])
+    return {
+        "model": dispatcher.model,
+        "waiting": len(dispatcher.lanes),
+        "running": dispatcher.lanes.running(),
+        "by_tenant": named,
+        "other_tenants": rest,
+        "by_lane": dispatcher.lanes.depth(),
+    }
+
+
+def histogram(distribution: Distribution) -> View:
+    """Bounds in seconds; counts has one more, for what is above the last bound."""
+    return {"bounds": distribution.bounds, "counts": distribution.counts, "sum": distribution.sum}
+
+
+def choices() -> list[dict[str, Any]]:
+    """The policies and their options, for the page's switch."""
+    return [
+        {
+            "name": name,
+            "text": entry.text,
+            "options": [
+                {"name": option.name, "default": option.default, "unit": option.unit, "text": option.text}
+                for option in entry.options
+            ],
+        }
+        for name, entry in POLICIES.items()
+    ]
+
+
+def console_routes(console: Console, authorize: Callable[[Request], None]) -> APIRouter:
+    """/console for everybody, what it shows of tenants for those with the admin key."""
+    router = APIRouter(tags=["operations"])
+    shown = page()
+
+    @router.get("/console", summary="The operators' console, for a browser")
+    async def html() -> Response:
+        return Response(shown.html, headers=shown.headers, media_type="text/html; charset=utf-8")
+
+    admins = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(authorize)])
+
+    @admins.get("/live", summary="What the console shows: workers, lines, shares, latencies, as totals")
+    async def live() -> Response:
+        return Response(orjson.dumps(await console.live()), media_type="application/json")
+
+    @admins.get("/policies", summary="The policies and options that can be chosen")
+    async def policies() -> Response:
+        return Response(orjson.dumps({"policies": choices()}), media_type="application/json")
+
+    router.include_router(admins)
+    return router

@@ -1,0 +1,74 @@
+"""What travels to an engine beside the client's own body: the scheduler's words for the plug-in, and where KV is."""
+
+from typing import Any
+
+import orjson
+
+from scheduler.workers import Worker
+from server.admission.dispatch import Lines
+from server.request.call import Ticket
+from server.request.schemas import CHAT, COMPLETIONS, raw_members, splice
+
+# One token, in one piece: nothing that is changed here may change the prompt, whose KV another engine will take over.
+_ONE_TOKEN = (
+    b'"stream":false,"stream_options":null,"max_tokens":1,"min_tokens":0,"stop":null,"return_token_ids":false,'
+    b'"kv_transfer_params":{"do_remote_decode":true,"do_remote_prefill":false,"remote_engine_id":null,"remote_block_ids":null,'
+    b'"remote_host":null,"remote_port":null}'
+)
+_READ_ONLY = {
+    CHAT.path: _ONE_TOKEN + b',"max_completion_tokens":1,"logprobs":false,"top_logprobs":null',
+    COMPLETIONS.path: _ONE_TOKEN + b',"echo":false,"logprobs":null',
+}
+
+
+class Steering:
+    """Writes `vllm_xargs` and `kv_transfer_params` into request bodies."""
+
+    def __init__(self, lines: Lines, *, salt_cache: bool = False) -> None:
+        """salt_cache: tenants share no prefix cache."""
+        self.lines = lines
+        self.salt_cache = salt_cache
+
+    def body_for(self, ticket: Ticket, worker: Worker) -> bytes:
+        """The body that a worker gets: the client's own bytes, and ours behind them."""
+        kv = b"" if ticket.split is None else ticket.split.fetch(worker.id)
+        return self.dressed(ticket, worker, ticket.call.body, b'"kv_transfer_params":' + kv if kv else b"")
+
+    def to_prefill(self, ticket: Ticket, worker: Worker) -> bytes:
+        """The body for a worker that only reads the prompt, and keeps its KV until another has fetched it."""
+        return self.dressed(ticket, worker, ticket.call.body, _READ_ONLY[ticket.call.route.path])
+
+    def dressed(self, ticket: Ticket, worker: Worker, body: bytes, more: bytes = b"") -> bytes:
+        """`body` with the scheduler's words for a plug-in, a stream's wish to be told its token ids, and `more`."""
+        call = ticket.call
+        if worker.plugin and call.route.xargs:
+            more = _joined(b'"vllm_xargs":' + self._words(ticket), more)
+        if worker.token_ids and call.stream and call.route.resumes and b'"return_token_ids"' not in body:
+            more = _joined(b'"return_token_ids":true', more)
+        if self.salt_cache and call.route.generates and "cache_salt" not in call.tenant.grants:
+            more = _joined(b'"cache_salt":' + orjson.dumps(f"evenhand-{call.tenant.name}"), more)
+        return splice(body, more) if more else body
+
+    def _words(self, ticket: Ticket) -> bytes:
+        call = ticket.call
+        tenant = call.tenant
+        lanes = self.lines.by_model[call.model].lanes
+        words = {
+            "evenhand_tenant": tenant.name,
+            "evenhand_job": ticket.job.id,
+            "evenhand_weight": tenant.weight,
+            "evenhand_service": lanes.service(tenant.name),
+        }
+        if "vllm_xargs" in tenant.grants and b"vllm_xargs" in call.body:
+            words = {**_granted(call.body), **words}
+        return orjson.dumps(words)
+
+
+def _joined(members: bytes, more: bytes) -> bytes:
+    return members + b"," + more if more else members
+
+
+def _granted(body: bytes) -> dict[str, Any]:
+    """What a tenant that may use `vllm_xargs` has put there itself."""
+    own = raw_members(body).get("vllm_xargs")
+    return (orjson.loads(bytes(own)) if own is not None else None) or {}

@@ -1,0 +1,177 @@
+"""When a worker fails in the middle of an answer: another one is asked, and the client is told nothing of it.
+
+Before the first byte the request is asked again as it was. In a stream the other worker goes on from what the client
+has. Never two at a time: a leg's connection is closed before the next one begins.
+"""
+
+import logging
+from collections import Counter
+from typing import Protocol
+
+import orjson
+
+from server.fleet.fleet import Leg, Member
+from server.relay.engine_body import Steering
+from server.relay.exchange import answered
+from server.relay.relay import Answer, Pipe, Relay
+from server.relay.resume import (
+    CannotResume,
+    Continuation,
+    Resumed,
+    clean_length,
+    closing,
+    continuation,
+    fit_to_resume,
+    has_said_nothing,
+    restart,
+)
+from server.request.call import Ticket
+from server.request.errors import ServiceError, is_engine_failure
+from server.request.schemas import raw_members
+from server.request.transcript import Chunk, Progress, progress_of
+
+log = logging.getLogger("evenhand.failover")
+
+MOST_LOOKS = 32  # at how many lengths the text of token ids is compared with what the client has
+
+
+class Place(Protocol):
+    """A call's place at a worker, which it can change for one at another. member: None once it has no place."""
+
+    member: Member | None
+
+    def blame(self, error: ServiceError) -> None: ...
+    async def move(self, error: ServiceError) -> Member: ...
+
+
+class Failover:
+    """Brings an answer to its end at other workers. attempts: workers asked for one request, the first one too."""
+
+    def __init__(self, relay: Relay, steering: Steering, attempts: int) -> None:
+        self.relay = relay
+        self.steering = steering
+        self.attempts = attempts
+        self.outcomes: Counter[str] = Counter()
+
+    def can_move(self, leg: Leg) -> bool:
+        """Whether another worker could go on with an answer."""
+        if not isinstance(leg, Pipe) or not leg.out.begun:
+            return isinstance(leg, Pipe)
+        try:
+            fit_to_resume(leg.ticket.call, _progress(leg.ticket))
+        except CannotResume:
+            return False
+        return True
+
+    async def go_on(self, ticket: Ticket, place: Place, charge: list[Ticket], out: Answer, error: ServiceError) -> None:
+        """Returns when the client has the whole answer. Raises what went wrong last if it cannot be had."""
+        tried = 1
+        while is_engine_failure(error) and place.member is not None:
+            place.blame(error)
+            if tried == self.attempts:
+                break
+            tried += 1
+            try:
+                await self._another(ticket, place, charge, out, error)
+                return
+            except ServiceError as next_error:
+                error = next_error
+        if is_engine_failure(error) or isinstance(error, Unresumable):
+            self.outcomes["failed"] += 1
+        raise error
+
+    async def _another(
+        self, ticket: Ticket, place: Place, charge: list[Ticket], out: Answer, error: ServiceError
+    ) -> None:
+        if not out.begun:
+            if ticket.received is not None:
+                ticket.received.begin_leg(None)
+            member = await place.move(error)
+            await self.relay.pump(ticket, member, charge, out)
+            self.outcomes["retried"] += 1
+            return
+        try:
+            progress = _progress(ticket)
+            if progress.finish is not None and ticket.call.sequences == 1:
+                _close(ticket, progress, out)
+            else:
+                await self._resume(ticket, progress, place, charge, out, error)
+        except CannotResume as why:
+            log.info("request %s cannot go on at another worker: %s", ticket.call.id, why)
+            raise Unresumable(error.message) from None
+        self.outcomes["resumed"] += 1
+
+    async def _resume(
+        self,
+        ticket: Ticket,
+        progress: Progress,
+        place: Place,
+        charge: list[Ticket],
+        out: Answer,
+        error: ServiceError,
+    ) -> None:
+        again = has_said_nothing(progress)
+        if not again:
+            fit_to_resume(ticket.call, progress)
+        member = await place.move(error)
+        plan = restart(ticket.call, progress) if again else await _plan(ticket, progress, member)
+        assert ticket.received is not None  # else there is no progress
+        ticket.received.begin_leg(plan.kept)
+        body = self.steering.dressed(ticket, member.worker, plan.body)
+        await answered(lambda: Resumed(ticket, out, self.relay.itl, charge, plan), ticket, member, plan.path, body)
+
+
+class Unresumable(ServiceError):
+    """A stream that has begun and that no other worker can continue: it ends with this error."""
+
+    status = 502
+    code = "engine_gone"
+
+
+def _progress(ticket: Ticket) -> Progress:
+    received = ticket.received
+    if received is None:
+        raise CannotResume(f"{ticket.call.route.path} is not kept")
+    if received.full:
+        raise CannotResume("it is too long to be kept")
+    try:
+        return progress_of(received)
+    except ValueError as error:
+        raise CannotResume(str(error)) from None
+
+
+def _close(ticket: Ticket, progress: Progress, out: Answer) -> None:
+    """All tokens are there: the events that close the stream are ours to write."""
+    last = closing(ticket.call, progress)
+    if last:
+        out.write(last)
+    out.end()
+
+
+async def _plan(ticket: Ticket, progress: Progress, member: Member) -> Continuation:
+    """What `member` is asked. The text of the token ids that are built upon must be text that the client has."""
+    stops = orjson.loads(bytes(raw_members(ticket.call.body).get("stop", b"null")))
+    length = clean_length(progress.chunks, stops=bool(stops))
+    if length is not None:
+        chunks = progress.chunks[:length]
+        return continuation(ticket.call, progress, _ids(chunks), "".join(chunk.text for chunk in chunks))
+    ids = _ids(progress.chunks)
+    for end in range(len(ids), max(-1, len(ids) - MOST_LOOKS), -1):
+        text = await _text_of(member, ticket.call.model, ids[:end])
+        if progress.told.startswith(text):
+            return continuation(ticket.call, progress, ids[:end], text)
+    raise CannotResume("its text is not that of its token ids")
+
+
+def _ids(chunks: list[Chunk]) -> list[int]:
+    return [token for chunk in chunks for token in chunk.ids or ()]
+
+
+async def _text_of(member: Member, model: str, ids: list[int]) -> str:
+    if not ids:
+        return ""
+    answer = await member.engine.post("/detokenize", {"model": model, "tokens": ids})
+    try:
+        return str(answer.json()["prompt"])
+    except (ValueError, KeyError, TypeError):
+        raise CannotResume("the other worker does not say what text token ids have") from None

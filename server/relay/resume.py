@@ -1,0 +1,256 @@
+"""Going on with a stream at another worker: what that worker is asked, and its events in the shape of the first one's.
+
+By token ids: the prompt's and those made so far go to `/v1/completions` as the prompt, so that nothing depends on how a
+text is cut into tokens. What an engine would not continue exactly raises `CannotResume`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from server.engine.sse import is_broken_off, is_usage_only
+from server.observe.telemetry import Distribution
+from server.relay.relay import Answer, Stream
+from server.request.call import Call, Ticket
+from server.request.errors import EngineGone, ServiceError
+from server.request.schemas import COMPLETIONS, raw_members
+from server.request.transcript import PACK_CHUNKS, Chunk, Progress
+
+DEFAULT_COMPLETION_TOKENS = 16  # where /v1/completions is asked without a length
+_NEUTRAL: tuple[object, ...] = (None, False, 0, "", [], {})
+# Fields that mean the same for the rest of an answer as for the whole of it, and go along.
+_GO_ALONG = frozenset(
+    "model temperature top_p top_k min_p seed repetition_penalty logit_bias stop stop_token_ids ignore_eos "
+    "include_stop_str_in_output skip_special_tokens spaces_between_special_tokens allowed_token_ids user cache_salt "
+    "priority vllm_xargs stream_interval".split()
+)
+# Fields that have done their work once the prompt is token ids, or that are written anew.
+_SPENT = frozenset(
+    "messages prompt stream stream_options max_tokens max_completion_tokens min_tokens n add_generation_prompt "
+    "continue_final_message add_special_tokens chat_template chat_template_kwargs documents reasoning_effort "
+    "include_reasoning truncate_prompt_tokens truncation_side return_token_ids parallel_tool_calls tool_choice store "
+    "metadata service_tier session_id top_logprobs best_of".split()
+)
+
+
+class CannotResume(Exception):
+    """This stream cannot be continued exactly; the message says why, for the log."""
+
+
+class Diverged(ServiceError):
+    """The other worker does not say again what the client has already: an error that no third worker mends."""
+
+    status = 502
+    code = "engine_gone"
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """The rest of a stream, as another worker is asked for it.
+
+    kept: what of the progress it builds upon; the tokens of the last incomplete character, for one, are made again.
+    skip, skip_ids: text and token ids that the client has and that this worker will say again. restart: the client's
+    own request once more, since it has nothing but the role.
+    """
+
+    path: bytes
+    body: bytes
+    kept: Progress
+    skip: str = ""
+    skip_ids: Sequence[int] = ()
+    restart: bool = False
+
+
+def fit_to_resume(call: Call, progress: Progress) -> None:
+    """Raises CannotResume where an engine could not continue exactly."""
+    if not progress.only_text or call.sequences > 1:
+        raise CannotResume("it says more than one plain text")
+    if progress.prompt_ids is None or progress.ids is None:
+        raise CannotResume("its engine does not tell token ids")
+    for name, raw in raw_members(call.body).items():
+        if name in _GO_ALONG or name in _SPENT:
+            continue
+        value = orjson.loads(bytes(raw))
+        if value not in _NEUTRAL and not (name == "response_format" and value == {"type": "text"}):
+            raise CannotResume(f"'{name}' concerns the answer as a whole")
+    if not _text_only(call):
+        raise CannotResume("its prompt is not text alone")
+
+
+def _text_only(call: Call) -> bool:
+    messages = orjson.loads(bytes(raw_members(call.body).get("messages", b"[]")))
+    parts = [part for message in messages if isinstance(message.get("content"), list) for part in message["content"]]
+    return all(isinstance(part, str) or part.get("type") in ("text", "input_text", "refusal") for part in parts)
+
+
+def clean_length(chunks: Sequence[Chunk], *, stops: bool) -> int | None:
+    """How many chunks' tokens have said all their text: an engine holds back incomplete characters. None where that
+    cannot be told from the chunks: it also holds back what could become a stop text, and a chunk may be many tokens.
+    """
+    length = len(chunks)
+    while length and not chunks[length - 1].text:
+        length -= 1
+    if length and (stops or len(chunks[length - 1].ids or ()) != 1):
+        return None
+    return length
+
+
+def continuation(call: Call, progress: Progress, kept_ids: list[int], kept_text: str) -> Continuation:
+    """What another worker is asked, where `kept_ids` say `kept_text`. CannotResume."""
+    assert progress.prompt_ids is not None  # fit_to_resume has seen to it
+    members = {name: bytes(raw) for name, raw in raw_members(call.body).items()}
+    body: dict[str, Any] = {name: orjson.Fragment(raw) for name, raw in members.items() if name in _GO_ALONG}
+    body["prompt"] = [*progress.prompt_ids, *kept_ids]
+    body["stream"] = body["return_token_ids"] = True
+    body["stream_options"] = orjson.Fragment(members.get("stream_options", b'{"include_usage":true}'))
+    body["max_tokens"] = _left(call, members, len(kept_ids))
+    least = orjson.loads(members.get("min_tokens", b"0")) or 0
+    body["min_tokens"] = max(0, least - len(kept_ids))
+    chunks = [Chunk(kept_ids, kept_text)] if kept_ids else []
+    kept = Progress(progress.head, progress.prompt_ids, chunks, progress.told, told_ids=progress.told_ids)
+    skip, skip_ids = progress.told[len(kept_text) :], progress.told_ids[len(kept_ids) :]
+    return Continuation(COMPLETIONS.path.encode(), orjson.dumps(body), kept, skip, skip_ids)
+
+
+def _left(call: Call, members: dict[str, bytes], made: int) -> int | None:
+    """Tokens that may still be made; None for as many as the context holds."""
+    limit: int | None = None
+    if call.route is COMPLETIONS:
+        limit = orjson.loads(members.get("max_tokens", str(DEFAULT_COMPLETION_TOKENS)))
+    elif call.max_tokens:
+        limit = call.max_tokens
+    return None if limit is None else max(1, limit - made)
+
+
+def restart(call: Call, progress: Progress) -> Continuation:
+    """The request once more, for a client that has no more than the role."""
+    return Continuation(call.route.path.encode(), call.body, Progress(progress.head), restart=True)
+
+
+def has_said_nothing(progress: Progress) -> bool:
+    """Whether the client has no more than who speaks."""
+    return not progress.chunks and progress.only_text and not progress.told
+
+
+def closing(call: Call, progress: Progress) -> bytes:
+    """The events that close a stream whose last token the client has. CannotResume if its usage is not known."""
+    if progress.said_done:
+        return b""
+    done = b"data: [DONE]\n\n"
+    if call.hide_usage or progress.said_usage:
+        return done
+    if progress.prompt_ids is None or (ids := progress.ids) is None:
+        raise CannotResume("its usage is not known")
+    prompt, made = len(progress.prompt_ids), len(ids)
+    usage = {"prompt_tokens": prompt, "total_tokens": prompt + made, "completion_tokens": made}
+    return b"data: " + orjson.dumps({**progress.head, "choices": [], "usage": usage}) + b"\n\n" + done
+
+
+class Resumed(Stream):
+    """The rest of an answer, said by another worker: each event becomes one of the first worker's stream."""
+
+    __slots__ = ("plan", "raw", "skip", "skip_ids", "chat", "made_before", "prompt_tokens")
+
+    def __init__(
+        self, ticket: Ticket, out: Answer, itl: Distribution, charge: list[Ticket], plan: Continuation
+    ) -> None:
+        super().__init__(ticket, out, itl, charge)
+        self.plan = plan
+        self.raw = self.received
+        self.received = None  # what is kept are this worker's own events, not what they become
+        self.openings = 0
+        self.skip = plan.skip
+        self.skip_ids = plan.skip_ids
+        self.chat = ticket.call.route.role_first
+        self.made_before = 0 if plan.restart else len(plan.kept.ids or ())
+        self.prompt_tokens = None if plan.restart or plan.kept.prompt_ids is None else len(plan.kept.prompt_ids)
+
+    def head(self, status: int, content_type: bytes, length: int | None) -> None:
+        super().head(status, content_type, length)
+        if self.instead is not None and 200 <= status < 300:
+            self.fail(EngineGone("The engine does not stream the rest of the answer."))
+
+    def body(self, data: bytes) -> None:
+        if not self.done.done():
+            super().body(data)
+
+    def _forward(self, data: bytes) -> None:
+        try:
+            rewritten = b"".join(map(self._rewritten, data.split(b"\n\n")[:-1]))
+        except (ValueError, TypeError, AttributeError, KeyError, LookupError):
+            self.fail(EngineGone("The engine sent an event that is not one of OpenAI's."))
+            return
+        if self.done.done():
+            return
+        if self.raw is not None:
+            self.raw.chunks.append(data)
+            if len(self.raw.chunks) >= PACK_CHUNKS:
+                self.raw.pack()
+        if rewritten:
+            super()._forward(rewritten)
+
+    def _rewritten(self, event: bytes) -> bytes:
+        if not event.startswith(b"data:") or event.startswith(b"data: [DONE]"):
+            return event + b"\n\n"
+        said = orjson.loads(event[5:])
+        if "error" in said or is_broken_off(event):
+            self.fail(EngineGone("The engine failed while it went on with the answer."))
+            return b""
+        said |= self.plan.kept.head
+        said.pop("prompt_token_ids", None)
+        self._add_up(said)
+        said["choices"] = [choice for choice in map(self._choice, said.get("choices") or ()) if choice is not None]
+        if not said["choices"] and not is_usage_only(event):
+            return b""
+        return b"data: " + orjson.dumps(said) + b"\n\n"
+
+    def _add_up(self, said: dict[str, Any]) -> None:
+        """The usage of the whole request: what an earlier worker made is output, not prompt."""
+        usage = said.get("usage")
+        if usage and self.prompt_tokens is not None:
+            usage["completion_tokens"] = made = self.made_before + (usage.get("completion_tokens") or 0)
+            usage["prompt_tokens"] = self.prompt_tokens
+            usage["total_tokens"] = self.prompt_tokens + made
+            details = usage.get("prompt_tokens_details")
+            if details and details.get("cached_tokens"):
+                details["cached_tokens"] = min(details["cached_tokens"], self.prompt_tokens)
+
+    def _choice(self, choice: dict[str, Any]) -> dict[str, Any] | None:
+        """A choice as the client knows them; None if it holds nothing that is new to the client."""
+        if self.plan.restart:
+            return choice if "delta" not in choice or not choice["delta"].get("role") else None
+        if "prompt_token_ids" in choice:
+            choice["prompt_token_ids"] = None
+        text = self._unsaid(choice.get("text") or "", ends=bool(choice.get("finish_reason")))
+        if ids := choice.get("token_ids"):
+            ids = choice["token_ids"] = self._untold(ids)
+        if self.chat:
+            del choice["text"]
+            choice.pop("prompt_token_ids", None)
+            if not choice.get("finish_reason"):
+                choice.pop("stop_reason", None)
+            choice = {"index": choice["index"], "delta": {"content": text}, **choice}
+        else:
+            choice["text"] = text
+        return choice if text or ids or choice.get("finish_reason") else None
+
+    def _untold(self, ids: list[int]) -> list[int]:
+        """`ids` without those that the client has already: their text had not come."""
+        again = min(len(ids), len(self.skip_ids))
+        if ids[:again] != list(self.skip_ids[:again]) and b'"return_token_ids"' in self.ticket.call.body:
+            self.fail(Diverged("The engine broke off, and no other said again the token ids that the client has."))
+        self.skip_ids = self.skip_ids[again:]
+        return ids[again:]
+
+    def _unsaid(self, text: str, *, ends: bool) -> str:
+        """`text` without what the client has already."""
+        if not self.skip:
+            return text
+        again = min(len(text), len(self.skip))
+        if text[:again] != self.skip[:again] or (ends and again < len(self.skip)):
+            self.fail(Diverged("The engine broke off, and no other could continue the answer exactly."))
+            return ""
+        self.skip = self.skip[again:]
+        return text[again:]

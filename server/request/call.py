@@ -1,0 +1,161 @@
+"""One request: `Call` is what was asked (frozen), `Ticket` how it went: a time for each phase it reached."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from scheduler.jobs import Job
+from server.request.tenants import Tenant
+from server.request.transcript import Received
+
+if TYPE_CHECKING:  # an annotation only: at run time this layer knows nothing of workers
+    from server.fleet.split import Split
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A relayed path and what is special about it.
+
+    path: as clients write it; the engine has the same.
+    generates: it runs on the engine's batch, so it waits for a slot and is charged.
+    usage_on_request: a stream tells its usage only if stream_options asks for it (OpenAI's chat and completions).
+    xargs: the engine takes `vllm_xargs` here, so that tenant and service may travel with the request.
+    handover: the engine tells here where a prompt's KV can be fetched, and fetches it elsewhere.
+    anthropic: errors are shaped as Anthropic shapes them.
+    limit_fields: names of the field that bounds the output, the first one present counts.
+    content_field: the field that holds the prompt.
+    prompts: the prompt field may hold several prompts, each a sequence of its own.
+    role_first: a stream's first event of each choice carries no token.
+    resumes: what a client has of a stream is kept, so that another worker can go on with it.
+    token_mark: occurs once for every event that carries tokens. It has a line break, which JSON strings cannot have.
+    """
+
+    path: str
+    generates: bool = True
+    usage_on_request: bool = False
+    xargs: bool = False
+    handover: bool = False
+    anthropic: bool = False
+    limit_fields: tuple[str, ...] = ("max_tokens",)
+    content_field: str = "messages"
+    prompts: bool = False
+    role_first: bool = False
+    resumes: bool = False
+    token_mark: bytes = b"\n\n"
+
+
+class Call(msgspec.Struct, frozen=True):
+    """What a client asked for.
+
+    body: the JSON object as it came, but for the exact count of tokens that we ask for where the client did not.
+    hide_usage: the client did not ask for the usage event that we asked the engine for.
+    prompt_tokens: an estimate; the engine's own count replaces it at the end.
+    deadline_s: seconds from arrival within which the answer must begin, None for no limit.
+    steers_kv: it has `kv_transfer_params` of its own, for its tenant may.
+    """
+
+    id: str
+    route: Route
+    tenant: Tenant
+    model: str
+    stream: bool
+    body: bytes
+    hide_usage: bool
+    prompt_tokens: int
+    max_tokens: int
+    sequences: int
+    kind: str
+    deadline_s: float | None = None
+    steers_kv: bool = False
+
+
+class Phase(IntEnum):
+    """Where a call stands. Integers, for a phase is an index here: hashing an Enum costs more than a list's look-up."""
+
+    WAITING = 0  # in the line, no worker yet
+    PREFILLING = 1  # sent to a worker, nothing came back yet
+    DECODING = 2  # the first bytes of the answer came back
+    DONE = 3
+    FAILED = 4
+    CANCELLED = 5  # the client left, or we are told to stop
+
+
+_PHASES = len(Phase)
+_ENDS = (Phase.FAILED, Phase.CANCELLED)
+NEXT: tuple[tuple[Phase, ...], ...] = (
+    (Phase.PREFILLING, *_ENDS),
+    # A failed leg is tried elsewhere before anything was answered.
+    (Phase.DECODING, Phase.WAITING, *_ENDS),
+    (Phase.DONE, *_ENDS),
+    (),
+    (),
+    (),
+)
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One call's record. Every latency is the difference of two of its times.
+
+    times: seconds on the gateway's clock at which a phase was first reached, by phase; None if it was not.
+    tokens: output tokens counted as they passed; `usage` corrects them when the answer is complete.
+    second_s: from a stream's first token to its second, None if there was none.
+    pending_tokens: what the worker is taken to be busy with for it.
+    split: set if prompt and answer are two workers' business; `worker` is then the one that answers.
+    avoid: the worker that failed it last, which it should not be given again.
+    received: what its stream has said so far, None where that is not kept.
+    trace: header lines that make what workers do for it a part of its trace; nothing if it has none.
+    """
+
+    call: Call
+    job: Job
+    clock: Callable[[], float]
+    phase: Phase = Phase.WAITING
+    times: list[float | None] = field(default_factory=lambda: [None] * _PHASES)
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    tokens: int = 0
+    exact: bool = False
+    last_at: float = 0.0
+    second_s: float | None = None
+    worker: str = ""
+    pending_tokens: int = 0
+    split: "Split | None" = None
+    uncharged: int = 0
+    avoid: str = ""
+    received: Received | None = None
+    trace: bytes = b""
+
+    def __post_init__(self) -> None:
+        self.times[Phase.WAITING] = self.job.arrived_at
+        self.prompt_tokens = self.call.prompt_tokens
+
+    def learn(self, prompt_tokens: int | None, cached_tokens: int | None) -> None:
+        """The engine's own count of the prompt, None where it does not say."""
+        if prompt_tokens is not None:
+            self.prompt_tokens = prompt_tokens
+            self.exact = True
+        if cached_tokens is not None:
+            self.cached_tokens = cached_tokens
+
+    def move(self, phase: Phase) -> None:
+        """Notes that a phase is reached. ValueError for a move that is not in the table."""
+        if phase not in NEXT[self.phase]:
+            raise ValueError(f"a call cannot go from {self.phase.name} to {phase.name}")
+        self.phase = phase
+        if self.times[phase] is None:
+            self.times[phase] = self.clock()
+        if self.split is not None and phase is Phase.DECODING:
+            self.split.arrived()
+
+    @property
+    def ended(self) -> bool:
+        return not NEXT[self.phase]
+
+    def since(self, earlier: Phase, later: Phase) -> float | None:
+        """Seconds between two phases, None if one of them was not reached."""
+        begin, end = self.times[earlier], self.times[later]
+        return None if begin is None or end is None else end - begin

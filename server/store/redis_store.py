@@ -1,0 +1,203 @@
+"""`Store` in Redis: one Lua script per exchange, so that a gateway writes and reads at one moment in one round trip.
+
+The only file that imports redis. All keys share one hash tag, so a Redis Cluster keeps them together.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from secrets import token_hex
+from typing import Any, TypeVar, cast
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from server.store.store import Kept, News, Offer, StoreAway
+
+TIMEOUT_S = 1.0
+SEPARATOR = "\x1f"  # between the parts of a row's name; no tenant, model or period has it
+
+_EXCHANGE = """
+-- KEYS: meta, alive, rows, changes. A row's name is L|replica|key or K|period|name|replica, with | for the separator.
+-- ARGV: replica, ttl in ms, cursor, generation as the replica knows it, a fresh generation, separator, count of live
+-- rows, then names and values of live rows, then of kept rows.
+local meta, alive, rows, changes = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local replica, sep = ARGV[1], ARGV[6]
+local time = redis.call('TIME')
+local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
+
+local gone = redis.call('ZRANGEBYSCORE', alive, '-inf', now_ms)
+if #gone > 0 then
+  local dead = {}
+  for _, name in ipairs(gone) do
+    dead[name] = true
+    redis.call('ZREM', alive, name)
+  end
+  for _, row in ipairs(redis.call('ZRANGE', changes, 0, -1)) do
+    if string.sub(row, 1, 2) == 'L' .. sep then
+      local owner = string.sub(row, 3, string.find(row, sep, 3, true) - 1)
+      if dead[owner] then
+        redis.call('ZREM', changes, row)
+        redis.call('HDEL', rows, row)
+      end
+    end
+  end
+end
+
+local generation = redis.call('HGET', meta, 'generation')
+if not generation then
+  generation = ARGV[5]
+  redis.call('HSET', meta, 'generation', generation)
+end
+local known = redis.call('ZSCORE', alive, replica) and 1 or 0
+redis.call('ZADD', alive, now_ms + ARGV[2], replica)
+local seq = redis.call('HINCRBY', meta, 'seq', 1)
+
+local kept_from = 8 + 2 * ARGV[7]
+for i = 8, #ARGV, 2 do
+  local row, value = ARGV[i], ARGV[i + 1]
+  if i < kept_from or tonumber(value) > tonumber(redis.call('HGET', rows, row) or -1) then
+    redis.call('HSET', rows, row, value)
+    redis.call('ZADD', changes, seq, row)
+  end
+end
+
+local cursor = generation == ARGV[4] and ARGV[3] or '0'
+local own, names, values = 'L' .. sep .. replica .. sep, {}, {}
+for _, row in ipairs(redis.call('ZRANGEBYSCORE', changes, '(' .. cursor, '+inf')) do
+  if string.sub(row, 1, #own) ~= own then
+    names[#names + 1] = row
+    values[#values + 1] = redis.call('HGET', rows, row)
+  end
+end
+local version = tonumber(redis.call('HGET', meta, 'version') or 0)
+return {generation, seq, known, version, redis.call('ZRANGE', alive, 0, -1), names, values}
+"""
+
+_FORGET = """
+-- KEYS: rows, changes. ARGV: how the names of the rows begin that go.
+for _, row in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
+  if string.sub(row, 1, #ARGV[1]) == ARGV[1] then
+    redis.call('ZREM', KEYS[2], row)
+    redis.call('HDEL', KEYS[1], row)
+  end
+end
+"""
+
+_WORKERS = """
+-- KEYS: expiry, workers. ARGV: id, value ("" to leave), ttl in ms; none to list only.
+local time = redis.call('TIME')
+local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
+if ARGV[1] and ARGV[2] ~= '' then
+  redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
+  redis.call('ZADD', KEYS[1], now_ms + ARGV[3], ARGV[1])
+elseif ARGV[1] then
+  redis.call('ZADD', KEYS[1], 0, ARGV[1])
+end
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now_ms)) do
+  redis.call('HDEL', KEYS[2], id)
+  redis.call('ZREM', KEYS[1], id)
+end
+return redis.call('HGETALL', KEYS[2])
+"""
+
+T = TypeVar("T")
+
+
+class RedisStore:
+    """Gateways of many processes and machines. `prefix` keeps several systems apart in one Redis."""
+
+    def __init__(self, url: str, *, prefix: str = "evenhand", timeout_s: float = TIMEOUT_S) -> None:
+        """ValueError for an address that is none."""
+        # Nobody waits for an exchange, and the next one repeats what a failed one should have written: no retries here.
+        # No socket_timeout, the time is kept by `_asked`: redis-py's is asyncio.wait_for, which under Python 3.11 loses
+        # a cancellation that comes in the moment in which a command was sent; whoever cancelled would wait for ever.
+        self._redis = Redis.from_url(
+            url,
+            decode_responses=True,
+            socket_timeout=None,
+            socket_connect_timeout=timeout_s,
+            retry=Retry(NoBackoff(), 0),
+        )
+        self._timeout_s = timeout_s
+        self._tag = f"{{{prefix}}}"
+        self._exchange = self._redis.register_script(_EXCHANGE)
+        self._forget = self._redis.register_script(_FORGET)
+        self._workers = self._redis.register_script(_WORKERS)
+
+    def _keys(self, *names: str) -> list[str]:
+        return [f"{self._tag}:{name}" for name in names]
+
+    async def exchange(self, offer: Offer) -> News:
+        live: list[str] = []
+        for key, value in offer.live.items():
+            live += (SEPARATOR.join(("L", offer.replica, key)), value)
+        kept: list[str | int] = []
+        for row, amount in offer.kept.items():
+            kept += (SEPARATOR.join(("K", *row)), amount)
+        head = (offer.replica, round(offer.ttl_s * 1000), offer.cursor, offer.generation, token_hex(8), SEPARATOR)
+        keys = self._keys("meta", "alive", "rows", "changes")
+        answer = await self._asked(self._exchange(keys, [*head, len(offer.live), *live, *kept]))
+        return _news(answer)
+
+    async def forget(self, period: str) -> None:
+        await self._asked(self._forget(self._keys("rows", "changes"), [SEPARATOR.join(("K", period, ""))]))
+
+    async def put(self, kind: str, name: str, value: str) -> None:
+        meta, records = self._keys("meta", f"records:{kind}")
+        pipeline = self._redis.pipeline(transaction=True)
+        pipeline.hset(records, name, value)
+        pipeline.hincrby(meta, "version", 1)
+        await self._asked(pipeline.execute())
+
+    async def drop(self, kind: str, name: str) -> bool:
+        meta, records = self._keys("meta", f"records:{kind}")
+        pipeline = self._redis.pipeline(transaction=True)
+        pipeline.hdel(records, name)
+        pipeline.hincrby(meta, "version", 1)
+        dropped, _ = await self._asked(pipeline.execute())
+        return bool(dropped)
+
+    async def records(self, kind: str) -> dict[str, str]:
+        return await self._asked(cast(Awaitable[dict[str, str]], self._redis.hgetall(*self._keys(f"records:{kind}"))))
+
+    async def register(self, worker_id: str, value: str, ttl_s: float) -> None:
+        await self._ask_workers([worker_id, value, round(ttl_s * 1000)])
+
+    async def leave(self, worker_id: str) -> None:
+        await self._ask_workers([worker_id, ""])
+
+    async def workers(self) -> dict[str, str]:
+        return await self._ask_workers([])
+
+    async def _ask_workers(self, arguments: Sequence[str | int]) -> dict[str, str]:
+        pairs = await self._asked(self._workers(self._keys("expiry", "workers"), arguments))
+        return dict(zip(pairs[::2], pairs[1::2], strict=True))
+
+    async def _asked(self, answer: Awaitable[T]) -> T:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await answer
+        except TimeoutError:
+            raise StoreAway(f"Redis does not answer within {self._timeout_s:g} s") from None
+        except (RedisError, OSError) as error:
+            raise StoreAway(f"Redis does not answer: {str(error) or type(error).__name__}") from None
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+
+
+def _news(answer: list[Any]) -> News:
+    generation, seq, known, version, alive, names, values = answer
+    live: dict[str, dict[str, str]] = {}
+    kept: dict[Kept, int] = {}
+    for name, value in zip(names, values, strict=True):
+        kind, rest = name.split(SEPARATOR, 1)
+        if kind == "L":
+            replica, key = rest.split(SEPARATOR, 1)
+            live.setdefault(replica, {})[key] = value
+        else:
+            period, row, replica = rest.split(SEPARATOR)
+            kept[period, row, replica] = int(value)
+    return News(generation, seq, bool(known), version, frozenset(alive), live, kept)

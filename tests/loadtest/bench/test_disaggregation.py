@@ -1,0 +1,84 @@
+"""`evenhand bench disaggregation`: what is asked, how goodput is taken, what is simulated."""
+
+import json
+import time
+from itertools import repeat
+from pathlib import Path
+from random import Random
+from statistics import mean
+
+import pytest
+
+from loadtest.bench.disaggregation import (
+    MEAN_PROMPT_TOKENS,
+    SIDES,
+    WORKERS,
+    Idle,
+    compared,
+    goodputs,
+    mixes,
+    simulated,
+    stopping,
+    until,
+)
+from loadtest.bench.random_model import write
+from loadtest.call import Call
+from loadtest.records import Record
+from loadtest.traces.arrivals import steady
+
+IDLE = Idle(ttft_s=0.2, tpot_s=0.01)
+TINY = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 1,
+    "num_key_value_heads": 1, "head_dim": 64,
+}  # fmt: skip
+
+
+def record(ttft_s: float, tpot_s: float) -> Record:
+    return Record("r", "t", 0.0, 0.0, ttft_s + 10 * tpot_s, 100, 11, ttft_s=ttft_s)
+
+
+def test_made_up_lengths_have_the_mean_prompt_that_they_should() -> None:
+    (lengths,) = mixes(None, Random(1)).values()
+    assert len(lengths) == 2000
+    assert mean(shape.prompt_tokens for shape in lengths) == pytest.approx(MEAN_PROMPT_TOKENS, rel=0.1)
+    assert max(shape.prompt_tokens for shape in lengths) <= 4096
+
+
+def test_both_sides_have_as_many_engines() -> None:
+    for options in SIDES.values():
+        assert sum(int(count) for count in options[1::2]) == WORKERS
+
+
+def test_goodput_is_for_each_worker_and_grows_as_the_objective_loosens() -> None:
+    slow, quick = record(0.5, 0.02), record(0.5, 0.012)
+    late = record(1.5, 0.012)
+    runs = [(1.0, [quick] * 10), (2.0, [quick] * 9 + [slow]), (4.0, [slow] * 10), (8.0, [late] * 10)]
+    assert goodputs(runs, IDLE.objectives()) == pytest.approx([1.0, 2.0, 2.0], abs=0.35)
+    tight, middle, loose = goodputs(runs, IDLE.objectives())
+    assert tight == 1.0 < middle <= loose < 4.0, "2/s is 1/s for each of two; late ones count under no objective"
+
+
+def test_times_and_calls_stop_when_they_should() -> None:
+    assert len(list(until(steady(10.0), 1.0))) in (10, 11)
+    call = Call("c", 0.0, "t", [1], 1, 1)
+    assert list(stopping(repeat(call), time.monotonic() - 1)) == []
+    assert next(stopping(repeat(call), time.monotonic() + 60)) is call
+
+
+def test_what_is_simulated_says_so_and_running_streams_stutter_less_apart() -> None:
+    told = simulated(mixes(None, Random(1)))
+    assert told.startswith("Simulated, not measured")
+    (row,) = [line for line in told.splitlines() if "ITL p99" in line]
+    both, apart, ratio = (float(cell) for cell in row.strip("| ").split(" | ")[1:])
+    assert apart < both and ratio == pytest.approx(apart / both, abs=0.02)
+    assert compared(0.0, 1.0, 1) == ["0.0", "1.0", "inf"]
+
+
+def test_random_weights_have_the_shape_that_was_asked_for_and_follow_from_their_seed(tmp_path: Path) -> None:
+    for name in ("one", "again"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, TINY)
+    config = json.loads((tmp_path / "one" / "config.json").read_text())
+    assert TINY.items() <= config.items() and config["tie_word_embeddings"] is False
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "again")]
+    assert weights[0] == weights[1] and len(weights[0]) > 2 * 4 * 64 * config["vocab_size"]
