@@ -4,13 +4,15 @@ ENGINE ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(PYTHON) -m deploy.install --engine $(ENGINE)
+# Two processes; the tests of a file stay together (tests/conftest.py).
+TWO := -n 2 --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test soak chaos lint bench lock dashboards compatibility pictures clean
+.PHONY: help install serve test test-all soak chaos lint bench lock dashboards compatibility pictures clean
 
 help:  ## show this
 	@echo "usage: make TARGET"; echo
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name what; do printf '  %-13s %s\n' "$$name" "$$what"; done
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name what; do printf '  %-13s %s\n' "$$name" "$$what"; done
 
 install:  ## make .venv and the model; ENGINE=cpu|cuda|none, else by the GPU
 	@$(INSTALL)
@@ -18,10 +20,13 @@ install:  ## make .venv and the model; ENGINE=cpu|cuda|none, else by the GPU
 serve: install  ## install if needed, then serve; ARGS="--policy vtc --port 9000"
 	@exec $(BIN)/evenhand serve $(ARGS)
 
-test:  ## install if needed, lint, run all tests; TESTS="tests/server -k vtc"
+test:  ## install if needed, lint, run the tests that prove each feature once; TESTS="tests/server -k vtc": those
 	@$(INSTALL) --tests
 	@$(MAKE) --no-print-directory lint
-	@$(BIN)/python -m pytest $(TESTS)
+	@$(BIN)/python -m pytest $(or $(TESTS),-m "not slow" $(TWO))
+
+test-all: test  ## `make test`, then the slow tests: deaths of real engines, chaos, long properties
+	@$(BIN)/python -m pytest -m slow $(TWO)
 
 soak:  ## hours of what `make test` does for seconds: hostile bytes, dying workers; TIMES=200
 	@$(INSTALL) --tests

@@ -12,6 +12,8 @@ from typing import TypeVar
 
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 # A shell starts what it puts in the background with SIGINT ignored, and programs inherit that. What the tests start
 # is to be as in a terminal, where Ctrl-C counts from the first moment.
@@ -24,10 +26,31 @@ NO_SKIPS = "EVENHAND_NO_SKIPS"
 # The one thing that no installation can bring: other people's traces, which are not part of this repository.
 MAY_BE_MISSING = "no folder of real traces"
 REDIS_START_S = 60.0
+SHARED_ENGINE = "tests/end_to_end/"
 
 # How long an example takes says how busy the machine is, and not what is wrong.
 settings.register_profile("patient", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of real engines go first: they take longest, and two processes should end at about the same time."""
+    items.sort(key=lambda item: item.get_closest_marker("engine") is None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    return ByFile(config, log)
+
+
+class ByFile(LoadScopeScheduling):
+    """The tests of a file run in one process, and so do all that share the engine of tests/end_to_end."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return SHARED_ENGINE if file.startswith(SHARED_ENGINE) else file
+
 
 Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 

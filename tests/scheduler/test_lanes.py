@@ -1,13 +1,9 @@
 """Whatever is called in whatever order, every job that enters is in one place and leaves once."""
 
 import random
-import sys
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from types import FrameType
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -17,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from scheduler.catalog import build
 from scheduler.jobs import Job, Outcome
 from scheduler.lanes import Lanes
+from tests.steps import lines_executed
 
 POLICIES: dict[str, tuple[str, dict[str, str]]] = {
     "fcfs": ("fcfs", {}),
@@ -254,23 +251,6 @@ def churn(lanes: Lanes, aborts: list[Job], tenants: int) -> None:
             lanes.finish(running.pop(0), Outcome.DONE, 2.0)
         if aborted in lanes:
             lanes.finish(aborted, Outcome.ABORTED, 2.0)
-
-
-def lines_executed(work: Callable[[], object]) -> int:
-    count = 0
-
-    def trace(frame: FrameType, event: str, argument: Any) -> Any:  # noqa: ANN401
-        nonlocal count
-        count += event == "line"
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        work()
-    finally:
-        sys.settrace(before)
-    return count
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))

@@ -1,4 +1,4 @@
-"""The gateway as a process: what it loads, how fast, and how it says what is wrong."""
+"""The gateway as a process: what it imports, and how it reports a wrong option."""
 
 import os
 import subprocess
@@ -14,19 +14,12 @@ def python(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=240, env=CLEAN)
 
 
-def test_the_gateway_loads_neither_torch_nor_vllm_and_takes_less_than_two_seconds_of_processor_time() -> None:
-    """Its own time, not the clock's: what else the machine does is not its doing."""
-    code = "import sys, server.__main__, server.app, time; print(*sys.modules); print(time.process_time())"
-    took_s = []
-    for _ in range(3):  # who shares a core with others has less of it in a second, so the best of three counts
-        ran = python("-c", code)
-        assert ran.returncode == 0, ran.stderr
-        modules, took = ran.stdout.splitlines()
-        took_s.append(float(took))
-    loaded = set(modules.split())
-    assert "server.front.protocol" in loaded
+def test_the_gateway_loads_neither_torch_nor_vllm() -> None:
+    ran = python("-c", "import sys, server.__main__, server.app; print(*sys.modules)")
+    assert ran.returncode == 0, ran.stderr
+    loaded = set(ran.stdout.split())
+    assert "uvicorn" in loaded
     assert not loaded & {"torch", "vllm", "transformers", "numpy", "loadtest", "deploy"}
-    assert min(took_s) < 2.0
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """Metrics: names, and values after traffic that is known."""
 
-import time
-
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.observe.telemetry import SECONDS, Distribution
@@ -25,10 +23,8 @@ def test_a_distribution_counts_what_is_at_or_below_each_bound() -> None:
 async def test_after_known_traffic_every_number_is_right() -> None:
     async with over_fake(SLOW) as (gateway, engine):
         body = chat(stream=True, max_tokens=6, ignore_eos=True)
-        began = time.monotonic()
         for _ in range(3):
             assert (await gateway.ask(CHAT, body)).status == 200
-        three_took_s = time.monotonic() - began
         whole = await gateway.ask("/v1/completions", completion(max_tokens=4, ignore_eos=True))
         usage = whole.json()["usage"]
         await gateway.ask(CHAT, b"{")
@@ -37,7 +33,6 @@ async def test_after_known_traffic_every_number_is_right() -> None:
         await gone.head()
         await gone.close()
         await eventually(gateway.at_rest)
-        all_took_s = time.monotonic() - began
         metrics = await gateway.metrics()
 
     def total(name: str, **labels: str) -> float:
@@ -58,14 +53,14 @@ async def test_after_known_traffic_every_number_is_right() -> None:
     assert count["ttft"] == 4 and count["tpot"] == 3 and count["e2e"] == 4 and count["queue"] == 5
     assert 15 <= count["itl"] <= 22 + 50
     assert 3 <= count["second_token"] <= 4, "the one who left may have seen a second token"
-    second_tokens_s = total("evenhand_request_second_token_seconds_sum")
-    assert 0.01 < second_tokens_s / count["second_token"] and second_tokens_s < all_took_s
+    sums_s = {name: total(f"evenhand_request_{name}_seconds_sum") for name in SUFFIX}
+    assert min(sums_s[name] for name in ("ttft", "second_token", "itl", "tpot")) > 0
+    assert sums_s["ttft"] < sums_s["e2e"]
+    assert sums_s["tpot"] < sums_s["e2e"] / 5, "per token, and five come after the first"
     for name in SUFFIX:
         buckets = [total(f"evenhand_request_{name}_seconds_bucket", le=repr(bound)) for bound in SECONDS]
         assert buckets == sorted(buckets) and buckets[-1] <= count[name]
         assert total(f"evenhand_request_{name}_seconds_bucket", le="+Inf") == count[name]
-    per_token = total("evenhand_request_tpot_seconds_sum") / 3
-    assert 0.015 < per_token < three_took_s / 3 / 5  # an iteration takes 20 ms; after the first token come five
 
 
 async def test_the_exposition_is_what_prometheus_reads() -> None:
