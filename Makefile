@@ -58,7 +58,7 @@ dashboards:  ## make deploy/observability/grafana/dashboards anew from deploy/ob
 compatibility: install  ## every client of docs/compatibility.md against a real engine; ARGS="--only langchain --newest"
 	@$(BIN)/python -m tests.compatibility $(ARGS)
 
-pictures:  ## make docs/pictures anew from a gateway under load; needs Prometheus and Chromium
+pictures:  ## make docs/pictures anew from a gateway under load; needs Chromium
 	@$(INSTALL) --tests
 	@$(BIN)/python -m tests.pictures $(ARGS)
 

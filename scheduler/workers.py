@@ -1,4 +1,4 @@
-"""Workers as placement sees them: one vLLM engine behind its HTTP server, its role and its load."""
+"""Workers as placement sees them: one vLLM engine behind its HTTP server, and its role."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -31,17 +31,3 @@ class Worker:
     plugin: bool = False
     token_ids: bool = False
     hands_over: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What a worker is busy with, as last seen.
-
-    in_flight: sequences that this gateway has there.
-    pending_tokens: prompt and output tokens still to be computed for them (output bounded by max_tokens).
-    kv_usage: share of its KV cache in use, 0 to 1.
-    """
-
-    in_flight: int = 0
-    pending_tokens: int = 0
-    kv_usage: float = 0.0

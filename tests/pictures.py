@@ -1,6 +1,6 @@
-"""`make pictures`: the pictures of the documents, from things that run: the console and every dashboard of a gateway
-under load that a real Prometheus watches, and a report. They want Prometheus, Chromium and an engine's environment
-(for Pillow); the load takes some minutes.
+"""`make pictures`: the pictures of the documents: the console of a gateway under load, and a report.
+
+Needs Chromium, and Pillow, which the engine's environment has; the load takes some minutes.
 """
 
 import argparse
@@ -19,12 +19,10 @@ import httpx2
 from PIL import Image
 from playwright.async_api import Browser, Page
 
-from deploy.observability.dashboard_page import Prometheus, write
 from loadtest.fake.engine import EngineSetup, FakeEngine
 from loadtest.simulator.costmodel import PRESETS
 from scheduler.workers import Role
 from server.request.tenants import HASHED, digest_of
-from tests.deploy.test_dashboards import prometheus
 from tests.server.conftest import Running, serving
 from tests.server.test_admin import ADMIN_KEY
 from tests.server.test_console_in_browser import chromium, shown
@@ -32,10 +30,9 @@ from tests.server.test_console_in_browser import chromium, shown
 ROOT = Path(__file__).resolve().parent.parent
 FLEET = (Role.PREFILL, Role.DECODE, Role.DECODE)
 COST = replace(PRESETS["gpu-7b"], iteration_s=0.03, max_seqs=12, prefix_block_tokens=16)
-SCRAPE_S = 0.5
 COLOURS = 96
 DESK, PHONE = (1280, 900), (390, 844)
-PAGE = (1180, 500)
+REPORT = (1180, 1500)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,45 +120,25 @@ async def consoles(browser: Browser, gateway: Running) -> AsyncIterator[dict[str
         yield opened
 
 
-async def shot(browser: Browser, page: Path, picture: Path, height: int | None = None) -> None:
-    """The whole page, or as much as fits into `height`."""
-    context = await browser.new_context(viewport={"width": PAGE[0], "height": height or PAGE[1]}, color_scheme="light")
-    opened = await context.new_page()
-    await opened.goto(f"file://{page}")
-    await opened.screenshot(path=picture, full_page=height is None)
-    await context.close()
-
-
 async def under_load(browser: Browser, folder: Path, work: Path, seconds: float) -> None:
-    async with gateway_and_engines(work) as gateway, prometheus(gateway, work) as server:
+    async with gateway_and_engines(work) as gateway:
         url = f"http://127.0.0.1:{gateway.port}"
         load = [asyncio.create_task(asks(one, url, seconds, seed)) for seed, one in enumerate(TENANTS)]
-        await asyncio.sleep(0.15 * seconds)
+        await asyncio.sleep(0.25 * seconds)
         async with consoles(browser, gateway) as opened:
-            await asyncio.sleep(0.45 * seconds)
+            await asyncio.sleep(0.7 * seconds)
             for name, page in opened.items():
                 await page.screenshot(path=folder / f"console-{name}.png", full_page=name != "phone")
-        async with httpx2.AsyncClient(base_url=url, headers={"authorization": f"Bearer {ADMIN_KEY}"}) as admin:
-            await asyncio.sleep(0.15 * seconds)
-            (await admin.put("/admin/policy", json={"policy": "mlfq"})).raise_for_status()
-            await asyncio.sleep(0.15 * seconds)
-            end_s = float((await server.get("/query", params={"query": "time()"})).json()["data"]["result"][1])
-            (await admin.delete("/admin/policy")).raise_for_status()
         await asyncio.gather(*load)
-        await asyncio.to_thread(dashboards, str(server.base_url), end_s, 0.85 * seconds, work)
-    for page in sorted((work / "pages").glob("*.html")):
-        await shot(browser, page, folder / f"dashboard-{page.stem}.png")
-
-
-def dashboards(api: str, end_s: float, seconds: float, work: Path) -> None:
-    with httpx2.Client(base_url=api.partition("/api/")[0], trust_env=False) as client:
-        write(work / "pages", Prometheus(client, end_s - seconds, end_s, SCRAPE_S))
 
 
 async def report(browser: Browser, folder: Path, work: Path) -> None:
     argv = [sys.executable, "-m", "deploy.cli", "compare", "--engine", "simulated", "--out", str(work / "compare")]
     await asyncio.to_thread(functools.partial(subprocess.run, argv, check=True, cwd=work, stdout=subprocess.DEVNULL))
-    await shot(browser, work / "compare" / "page.html", folder / "report.png", height=1500)
+    page = await browser.new_page(viewport={"width": REPORT[0], "height": REPORT[1]}, color_scheme="light")
+    await page.goto(f"file://{work / 'compare' / 'page.html'}")
+    await page.screenshot(path=folder / "report.png")
+    await page.close()
 
 
 async def taken(folder: Path, seconds: float) -> None:

@@ -1,8 +1,17 @@
-"""vLLM's log, read for people: which stage of its start it is in, what deserves showing, and why it died. Pure."""
+"""vLLM's log: its file, which stage of its start it is in, what deserves showing, and why the engine died."""
 
+import logging
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import TextIOWrapper
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+
+log = logging.getLogger("evenhand.engine")
+
+MOST_BYTES = 32 * 1024**2
 
 # "(EngineCore pid=6511) INFO 11-21 04:51:48 [core.py:133] text", of which every part before the text may be missing.
 LINE = re.compile(
@@ -31,6 +40,31 @@ NOISE = re.compile(
     r"is not found in LD_PRELOAD|OMP_NUM_THREADS|not public|libtcmalloc|libiomp|Enabled custom fusions|"
     r"Default vLLM sampling parameters have been overridden"
 )
+
+
+class LogFile(RotatingFileHandler):
+    """An engine's log on disk: at `most_bytes` it becomes `NAME.1`, and a new one begins.
+
+    A line that cannot be written, because the disk is full say, is dropped; the first failure is logged as a warning.
+    """
+
+    def __init__(self, path: Path, most_bytes: int = MOST_BYTES) -> None:
+        super().__init__(path, maxBytes=most_bytes, backupCount=1, encoding="utf-8", delay=True, errors="replace")
+        self.path = path
+        self._has_failed = False
+
+    def write(self, line: str) -> None:
+        """Appends the line, which is on its way to the disk when this returns."""
+        self.emit(logging.makeLogRecord({"msg": line}))
+
+    def _open(self) -> TextIOWrapper:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return super()._open()
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if not self._has_failed:
+            self._has_failed = True
+            log.warning("cannot write the engine's log %s: %s", self.path, sys.exc_info()[1])
 
 
 @dataclass(frozen=True, slots=True)

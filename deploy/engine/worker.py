@@ -17,8 +17,7 @@ import httpx2
 from deploy.engine.canary import CanaryError
 from deploy.engine.child import Child, ChildEnded, running
 from deploy.engine.engine_args import EngineCommand, Ports
-from deploy.engine.engine_log import STAGES, LogLine, cause, parse, stage
-from deploy.serve.log_file import LogFile
+from deploy.engine.engine_log import STAGES, LogFile, LogLine, cause, parse, stage
 
 KEPT_LINES = 1000  # enough for the stacks of all of vLLM's processes, root cause included
 NOT_INHERITED = ("VLLM_API_KEY", "VLLM_PORT")  # would give the engine a key or ports that the gateway does not know

@@ -25,10 +25,10 @@ from rich.console import Console
 
 from deploy.engine.canary import Canary
 from deploy.engine.engine_args import EnginePlan, Ports, has_plugin, slots
+from deploy.engine.engine_log import LogFile
 from deploy.engine.model import cache_folder, resolve
 from deploy.engine.worker import Listeners, State, WorkerEvent, WorkerProcess, is_free
 from deploy.serve.command import exit_code, option
-from deploy.serve.log_file import LogFile
 from deploy.serve.preflight import check, check_transfer, in_words, plan_workers
 from deploy.serve.screen import Screen
 from deploy.serve.serving import Stop, Surroundings, log_to_screen, state_folder

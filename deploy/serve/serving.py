@@ -20,11 +20,11 @@ from pathlib import Path
 from deploy.engine.canary import Canary
 from deploy.engine.child import ChildEnded, running
 from deploy.engine.engine_args import EngineCommand, EnginePlan, Ports, engine_command, has_plugin, slots
+from deploy.engine.engine_log import LogFile
 from deploy.engine.machine import Machine, look
 from deploy.engine.model import ModelError, ModelSource, cache_folder, resolve
 from deploy.engine.worker import Listeners, State, Timing, WorkerError, WorkerEvent, WorkerProcess
 from deploy.serve.gateway import Front
-from deploy.serve.log_file import LogFile
 from deploy.serve.preflight import Checked, in_words, plan_workers
 from deploy.serve.screen import Screen, ScreenLog
 from deploy.settings import ServeSettings

@@ -119,12 +119,6 @@ class Panel:
             known = series.y[np.isfinite(series.y)]
             self._ends.append((self.py(float(known[-1])), series.name, series.css))
 
-    def band(self, series: Series, below: Floats) -> None:
-        """The room between a line and what lies below it, for lines that are put upon each other."""
-        there = [f"{self.px(x):.1f} {self.py(y):.1f}" for x, y in zip(series.x, series.y, strict=True)]
-        back = [f"{self.px(x):.1f} {self.py(y):.1f}" for x, y in zip(series.x[::-1], below[::-1], strict=True)]
-        self._drawn.append(f'<path class="band {series.css}" d="M{"L".join([*there, *back])}Z"/>')
-
     def cloud(self, series: Series) -> None:
         """A dot per point."""
         dots = "".join(f"M{self.px(x):.1f} {self.py(y):.1f}h0" for x, y in zip(series.x, series.y, strict=True))

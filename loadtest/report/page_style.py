@@ -37,10 +37,6 @@ svg text.name{font-size:10.5px}
 .line{fill:none;stroke:currentColor;stroke-width:1.5;stroke-linejoin:round;stroke-linecap:round}
 .line.thin{stroke-width:1}.line.dashed{stroke-dasharray:3 3;stroke-width:1.1}
 .cloud{fill:none;stroke:currentColor;stroke-width:2.4;stroke-linecap:round;opacity:.42}
-.band{fill:currentColor;opacity:.22}
-.aligned>div{display:grid;grid-template-rows:subgrid;grid-row:span 3;row-gap:.1rem}.aligned figure{display:contents}
-.legend{font-size:.78rem;line-height:1.35;margin:.1rem 0 0;padding-left:2.9rem;max-height:5.4em;overflow:auto}
-.legend .key{margin-right:.8rem}
 .mark{fill:currentColor;stroke:var(--ground);stroke-width:.8}
 .beyond{fill:none;stroke:currentColor;stroke-width:1.3}
 .whisker{stroke:currentColor;stroke-width:1.4;opacity:.55}

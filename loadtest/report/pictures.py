@@ -1,7 +1,6 @@
 """The pictures of a report: runs → panels. One colour per run throughout; tenants have colours of their own."""
 
 from collections.abc import Callable, Iterator, Sequence
-from math import ceil
 from statistics import median
 
 import numpy as np
@@ -56,12 +55,10 @@ def duration(seconds: float) -> str:
 _STEPS_S = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 28800, 86400)
 
 
-def time_axis(end_s: float, *, start_s: float = 0.0, text: Callable[[float], str] = duration) -> Axis:
-    """From the start to the end, with ticks at times that people count in."""
-    span_s = end_s - start_s
-    step = next((step for step in _STEPS_S if span_s / step <= 6), span_s / 5)
-    ticks = range(ceil(start_s / step), int(end_s / step) + 1)
-    return Axis(start_s, end_s, [(at * step, text(at * step)) for at in ticks])
+def time_axis(end_s: float) -> Axis:
+    """From 0 to the end, with ticks at times that people count in."""
+    step = next((step for step in _STEPS_S if end_s / step <= 6), end_s / 5)
+    return Axis(0.0, end_s, [(at * step, duration(at * step)) for at in range(int(end_s / step) + 1)])
 
 
 def count(value: float) -> str:

@@ -10,7 +10,7 @@ from math import inf
 from time import monotonic
 from typing import Protocol
 
-from scheduler.workers import Load, Role, Worker
+from scheduler.workers import Role, Worker
 from server.engine.client import Engine
 from server.fleet.health import Breaker, Output, trial_answer
 from server.request.errors import EngineGone, EngineUnreachable
@@ -83,10 +83,6 @@ class Member:
     def role(self) -> Role:
         """What it does at present."""
         return self.leans if self.worker.role is Role.BOTH else self.worker.role
-
-    @property
-    def load(self) -> Load:
-        return Load(self.in_flight, self.pending_tokens, self.kv_usage)
 
 
 class Fleet:

@@ -1,8 +1,9 @@
 import re
+from pathlib import Path
 
 import pytest
 
-from deploy.engine.engine_log import STAGES, cause, deserves_showing, parse, stage
+from deploy.engine.engine_log import STAGES, LogFile, cause, deserves_showing, parse, stage
 
 # As vLLM 0.32 wrote them, from the start of the process to its first request, shortened at the right.
 A_START = """\
@@ -126,3 +127,34 @@ def test_without_a_word_the_exit_code_speaks(lines: list[str], exit_code: int | 
 
 def test_a_cause_stays_one_line_of_bearable_length() -> None:
     assert len(cause(["ValueError: " + "x" * 10_000], 1)) < 300
+
+
+def test_lines_are_on_disk_as_soon_as_they_are_written_and_a_second_run_appends(tmp_path: Path) -> None:
+    path = tmp_path / "logs" / "worker-0.log"
+    for text in ("first", "second"):
+        log = LogFile(path)
+        log.write(text)
+        log.write("é 100%s")
+        assert path.read_text().endswith(f"{text}\né 100%s\n")
+        log.close()
+    assert path.read_text() == "first\né 100%s\nsecond\né 100%s\n"
+
+
+def test_at_its_size_it_starts_anew_and_keeps_one_older_file(tmp_path: Path) -> None:
+    log = LogFile(tmp_path / "worker-0.log", most_bytes=11)
+    for text in ("aaaa", "bbbb", "cccc", "dddd", "eeee"):
+        log.write(text)
+    log.close()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["worker-0.log", "worker-0.log.1"]
+    assert (tmp_path / "worker-0.log.1").read_text() + log.path.read_text() == "cccc\ndddd\neeee\n"
+
+
+def test_a_log_that_cannot_be_written_is_reported_once_and_stops_nobody(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    log = LogFile(tmp_path / "file" / "worker-0.log")
+    log.write("lost")
+    log.write("lost too")
+    (said,) = caplog.messages
+    assert "cannot write" in said and "worker-0.log" in said

@@ -16,10 +16,10 @@ import pytest
 
 from deploy.engine.canary import QUESTION, Canary
 from deploy.engine.engine_args import EngineCommand, EnginePlan, Ports, divide_cores, engine_command
+from deploy.engine.engine_log import LogFile
 from deploy.engine.machine import look
 from deploy.engine.model import BUNDLED, cache_folder, obtain
 from deploy.engine.worker import Listeners, State, Timing, WorkerEvent, WorkerProcess
-from deploy.serve.log_file import LogFile
 from tests.deploy.processes import MARK, in_session, marked, new_mark
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]

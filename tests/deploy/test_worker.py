@@ -15,6 +15,7 @@ import pytest
 
 from deploy.engine.canary import Canary, CanaryError
 from deploy.engine.engine_args import EngineCommand, Ports
+from deploy.engine.engine_log import LogFile
 from deploy.engine.worker import (
     MOVES,
     Check,
@@ -27,7 +28,6 @@ from deploy.engine.worker import (
     is_free,
     usable_ports,
 )
-from deploy.serve.log_file import LogFile
 from tests.deploy.processes import MARK, eventually, marked, new_mark
 
 QUICK = Timing(start_s=120, probe_every_s=0.02, probe_timeout_s=5, watch_every_s=0.02, backoff_s=0.05, grace_s=1.0)
