@@ -16,9 +16,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deploy.engine.engine_args import EngineArgsError, build_in_use
+from deploy.engine.engine_args import EngineArgsError, build_in_use, cpu_dtype
 from deploy.engine.machine import GIB, Machine, cpu_flags, look
-from deploy.engine.model import BUNDLED, BUNDLED_BYTES, MADE_HERE, ModelError, cache_folder, is_complete, resolve
+from deploy.engine.model import (
+    BUNDLED,
+    BUNDLED_BYTES,
+    MADE_HERE,
+    ModelError,
+    cache_folder,
+    is_complete,
+    resolve,
+    stored_dtype,
+)
 from deploy.engine.worker import is_free
 from deploy.serve.preflight import PreflightError, TransferError, check, check_transfer, worker_roles
 from deploy.settings import ServeSettings
@@ -56,17 +65,31 @@ def check_engine(machine: Machine) -> Finding:
     return Finding("ok", "engine", f"vLLM {engine.version}, {engine.build.upper()} build ({engine.distribution})")
 
 
-def check_cpu(machine: Machine, flags: frozenset[str], architecture: str) -> Finding:
-    """Whether the CPU build has the instructions it is compiled for, and which number format is quick."""
+def check_cpu(machine: Machine, flags: frozenset[str], architecture: str, stored: str = "") -> Finding:
+    """Whether the CPU build has the instructions it is compiled for, and what it computes in.
+
+    stored: the format in which the model's weights are stored, "" if that is not known.
+    """
     cores = f"{len(machine.cores)} core{'s' if len(machine.cores) != 1 else ''}"
     if architecture == "x86_64" and "avx2" not in flags:
         return Finding(
             "bad", "CPU", f"{cores} without AVX2", "vLLM's CPU build needs AVX2: use a newer machine or a GPU"
         )
-    if machine.bf16:
-        return Finding("ok", "CPU", f"{cores}, computes in bfloat16")
     widest = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else architecture
-    return Finding("ok", "CPU", f"{cores}, {widest}, no bfloat16: engines compute in float32")
+    half = " and ".join(name for name, there in (("bfloat16", machine.bf16), ("float16", machine.fp16)) if there)
+    return Finding(
+        "ok",
+        "CPU",
+        f"{cores}, {widest}, {half or 'no half precision'}: CPU engines compute in {cpu_dtype(machine, stored)}",
+    )
+
+
+def stored_or_unknown(model: str, cache: Path) -> str:
+    """The format of the model's weights; "" where another finding says why the model is not there."""
+    try:
+        return stored_dtype(model, cache)
+    except ModelError:
+        return ""
 
 
 def check_gpu(machine: Machine) -> Finding:
@@ -194,7 +217,7 @@ def examine(settings: ServeSettings, redis_url: str | None) -> Iterator[Finding]
     """Everything, the most basic first."""
     machine, cache = look(os.environ), cache_folder()
     yield check_engine(machine)
-    yield check_cpu(machine, cpu_flags(Path("/")), platform.machine())
+    yield check_cpu(machine, cpu_flags(Path("/")), platform.machine(), stored_or_unknown(settings.model, cache))
     yield check_gpu(machine)
     yield check_model(settings.model, cache)
     yield check_workers(settings, machine)

@@ -21,6 +21,7 @@ class Worker:
     slots: sequences that its batch holds (vLLM's max_num_seqs).
     plugin: whether our scheduler plug-in runs inside, so that tenant and service may travel with a request.
     hands_over: whether one of role `both` has a KV connector, so that it can take one half of a request too.
+    dtype: the number format in which it computes, e.g. "bfloat16"; empty where that is not known.
     token_ids: whether it tells the token ids of a stream (vLLM's `return_token_ids`), so that another can continue it.
     """
 
@@ -31,3 +32,4 @@ class Worker:
     plugin: bool = False
     token_ids: bool = False
     hands_over: bool = False
+    dtype: str = ""

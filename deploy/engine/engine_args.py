@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from deploy.engine.machine import GIB, Build, Machine
-from scheduler.workers import Role
+from scheduler.workers import Role, Worker
 
 MODULE = "vllm.entrypoints.openai.api_server"  # the console command `vllm` refuses to run in the CPU distribution
 SCHEDULER = "scheduler.vllm.plugin.PolicyScheduler"
@@ -18,9 +18,10 @@ OLDEST, NEWEST_BELOW = (0, 26), (0, 34)
 CPU_BLOCK_TOKENS = 32
 # A step computes a whole chunk of a prompt before anyone's next token. At about 250 prompt tokens a second (two AVX2
 # cores, 135M parameters) vLLM's own 2,048 would stop every stream for eight seconds; this stops them for about one.
-SLOW_CPU_CHUNK_TOKENS = 256
-SLOW_CPU_SLOTS = 32
-DEFAULT_SLOTS = 256
+FLOAT32_CHUNK_TOKENS = 256
+FLOAT32_SLOTS = 32
+CPU_SLOTS = 128  # vLLM's own default for a server on a CPU
+GPU_SLOTS = 256
 
 # KV whose request died between two engines is held so long. Who waits for it renews the lease, every sixth of it.
 KV_LEASE_S = 15
@@ -52,6 +53,8 @@ class EnginePlan:
     """One engine, before it has a port.
 
     model: a folder or a hub id. local: whether it is a folder, so that no hub is asked.
+    dtype: what it computes in; empty leaves the choice to vLLM. compiled: whether a CPU engine compiles the model
+    before its first answer; a GPU engine always does.
     cores: where a CPU engine computes. kv_cache_gib: its KV cache, for a CPU engine.
     gpu: for CUDA_VISIBLE_DEVICES, empty on a CPU. gpu_share: the part of each such GPU's memory it may take.
     model_args: what this model needs; user_args: what the user gave, which wins over everything of ours.
@@ -63,7 +66,8 @@ class EnginePlan:
     served_name: str
     local: bool
     build: Build
-    bf16: bool
+    dtype: str = ""
+    compiled: bool = False
     role: Role = Role.BOTH
     policy: str = "fcfs"
     policy_options: Mapping[str, str] = field(default_factory=dict)
@@ -145,16 +149,42 @@ def _options(plan: EnginePlan, ports: Ports) -> Options:
 
 def _cpu_options(plan: EnginePlan) -> Options:
     # "auto" takes the model's own context, or what of it the KV cache can hold once.
-    options: Options = {"--block-size": str(CPU_BLOCK_TOKENS), "--max-model-len": "auto"}
-    if not plan.bf16:
-        # Emulated bfloat16 is slower than float32, and compiled it has given wrong text with status 200.
-        options |= {
-            "--dtype": "float32",
-            "--enforce-eager": None,
-            "--max-num-seqs": str(SLOW_CPU_SLOTS),
-            "--max-num-batched-tokens": str(SLOW_CPU_CHUNK_TOKENS),
-        }
+    options: Options = {
+        "--block-size": str(CPU_BLOCK_TOKENS),
+        "--max-model-len": "auto",
+        "--max-num-seqs": str(_cpu_slots(plan)),
+    }
+    if plan.dtype:
+        options["--dtype"] = plan.dtype
+    if not plan.compiled:
+        options["--enforce-eager"] = None
+    if plan.dtype == "float32":
+        options["--max-num-batched-tokens"] = str(FLOAT32_CHUNK_TOKENS)
     return options
+
+
+def cpu_dtype(machine: Machine, stored: str) -> str:
+    """What an engine computes in on this CPU with a model whose weights are stored as `stored` ("" if unknown).
+
+    A format for which the CPU has no instructions is slow (float16 without AVX512-FP16: a ninth of the throughput of
+    bfloat16), and compiled it has given wrong text with status 200 (bfloat16 on a CPU with AVX2 only).
+    """
+    if machine.fp16 and (stored == "float16" or not machine.bf16):
+        return "float16"
+    return "bfloat16" if machine.bf16 else "float32"
+
+
+def computes_in(plan: EnginePlan) -> str:
+    """The number format in which the engine computes, as far as its plan says: "" where vLLM chooses."""
+    given = re.findall(r"--dtype[= ](\S+)", " ".join([*plan.model_args, *plan.user_args]))
+    return given[-1].replace("auto", "") if given else plan.dtype
+
+
+def compiles(plan: EnginePlan) -> bool:
+    """Whether a CPU engine of `plan` compiles the model before its first answer."""
+    spelt = [arg.partition("=")[0].replace("_", "-") for arg in (*plan.model_args, *plan.user_args)]
+    given = [arg for arg in spelt if arg in ("--enforce-eager", "--no-enforce-eager")]
+    return given[-1] == "--no-enforce-eager" if given else plan.compiled
 
 
 def kv_transfer(role: Role, build: Build) -> dict[str, object]:
@@ -203,13 +233,30 @@ def has_plugin(plan: EnginePlan) -> bool:
     return "--scheduler-cls" not in option_names(plan.user_args)
 
 
+def worker_of(plan: EnginePlan, name: str, url: str) -> Worker:
+    """What the gateway is told of the engine of `plan`, once it answers at `url`."""
+    return Worker(
+        name,
+        url,
+        plan.role,
+        slots(plan),
+        has_plugin(plan),
+        hands_over=plan.hands_over,
+        dtype=computes_in(plan),
+    )
+
+
 def slots(plan: EnginePlan) -> int:
     """How many sequences the engine of `plan` runs at once: vLLM's `--max-num-seqs`."""
     args = [*plan.model_args, *plan.user_args]
     given = re.findall(r"--max[-_]num[-_]seqs[= ](\d+)", " ".join(args))
     if given:
         return int(given[-1])
-    return SLOW_CPU_SLOTS if plan.build == "cpu" and not plan.bf16 else DEFAULT_SLOTS
+    return _cpu_slots(plan) if plan.build == "cpu" else GPU_SLOTS
+
+
+def _cpu_slots(plan: EnginePlan) -> int:
+    return FLOAT32_SLOTS if plan.dtype == "float32" else CPU_SLOTS
 
 
 def divide_cores(cores: Sequence[int], workers: int) -> list[tuple[int, ...]]:

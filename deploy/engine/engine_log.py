@@ -38,7 +38,16 @@ STAGES: tuple[tuple[re.Pattern[str], str], ...] = (
 NOISE = re.compile(
     r"Found ulimit of|Enforce eager set|Inductor compilation was disabled|Triton is not installed|requires Triton|"
     r"is not found in LD_PRELOAD|OMP_NUM_THREADS|not public|libtcmalloc|libiomp|Enabled custom fusions|"
-    r"Default vLLM sampling parameters have been overridden"
+    r"Default vLLM sampling parameters have been overridden|Attempted to load weight \S+ with dtype"
+)
+
+# What vLLM says in its own terms, and what it means for whoever runs it.
+REWORDED: tuple[tuple[re.Pattern[str], str], ...] = (
+    (
+        re.compile(r"Failed to create oneDNN linear"),
+        "this CPU has no fast kernel for the number format in which the engine computes: answers take up to ten times "
+        "as long. Leave --dtype out, or choose --engine-arg=--dtype=float32",
+    ),
 )
 
 
@@ -91,8 +100,15 @@ def stage(line: LogLine, reached: int = 0) -> int:
     return reached
 
 
-def deserves_showing(line: LogLine) -> bool:
-    """Warnings and worse, once per sentence and without the stack that follows it."""
+def shown(line: LogLine) -> str:
+    """What to show of a line: a warning's sentence, for a reader who does not know vLLM; "" for everything else."""
+    if not _is_warning(line):
+        return ""
+    return next((sentence for pattern, sentence in REWORDED if pattern.search(line.text)), line.text)
+
+
+def _is_warning(line: LogLine) -> bool:
+    """Warnings and worse, without the stack that follows one."""
     is_warning = line.level in {"WARNING", "ERROR", "CRITICAL"}
     is_sentence = bool(line.text.strip()) and not line.text.startswith((" ", "Traceback", "\t"))
     return is_warning and is_sentence and not NOISE.search(line.text)

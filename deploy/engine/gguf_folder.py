@@ -13,14 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from gguf import GGUFReader, dequantize
-from safetensors.numpy import save_file
+from safetensors import TensorSpec, serialize_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-Weights = npt.NDArray[np.float32]
+from deploy.engine.model import STORED_DTYPE
 
-# Half precision holds a Q4_1 value to one part in 2,048, some hundred times finer than the quantisation itself, at half
-# the disk of float32. bfloat16 is the same size and eight times coarser.
-STORED_DTYPE = "float16"
+Weights = npt.NDArray[np.float32]
 
 LAYER_TENSORS = {
     "attn_norm": "input_layernorm",
@@ -73,6 +71,12 @@ def weights(reader: GGUFReader, heads: int, kv_heads: int) -> Iterator[tuple[str
         elif ".attn_k." in tensor.name:
             values = unpermuted(values, kv_heads)
         yield hugging_face_name(tensor.name), values
+
+
+def bfloat16(values: Weights) -> npt.NDArray[np.uint16]:
+    """The upper halves of the float32 `values`, rounded to the nearest, ties to even; NumPy has no such type."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def config(meta: Mapping[str, Any], tied: bool) -> dict[str, Any]:
@@ -162,11 +166,15 @@ def convert(gguf_file: Path, folder: Path, progress: Callable[[int, int], None])
     meta = metadata(reader)
     if meta["general.architecture"] != "llama":
         raise ValueError(f"this file's architecture is {meta['general.architecture']!r}; only 'llama' is known")
-    tensors: dict[str, npt.NDArray[Any]] = {}
+    tensors: dict[str, npt.NDArray[np.uint16]] = {}
     for name, values in weights(reader, meta["llama.attention.head_count"], meta["llama.attention.head_count_kv"]):
-        tensors[name] = np.ascontiguousarray(values, dtype=STORED_DTYPE)
+        tensors[name] = bfloat16(values)
         progress(len(tensors), len(reader.tensors))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    specs = {
+        name: TensorSpec(dtype=STORED_DTYPE, shape=bits.shape, data_ptr=bits.ctypes.data, data_len=bits.nbytes)
+        for name, bits in tensors.items()
+    }
+    serialize_file(specs, folder / "model.safetensors", metadata={"format": "pt"})
     made = tokenizer(meta)
     made.save(str(folder / "tokenizer.json"))
     for file, content in {

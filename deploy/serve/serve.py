@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, (ServeSettings, "prefill_workers"), "N", int)
     option(parser, (ServeSettings, "decode_workers"), "N", int)
     option(parser, (ServeSettings, "kv_cache_gib"), "GIB", int)
+    parser.add_argument(
+        "--compile", action="store_true", default=None, help=ServeSettings.model_fields["compile"].description
+    )
     option(parser, (ServeSettings, "start_timeout_s"), "SECONDS", float, flag="--start-timeout")
     option(parser, (ServeSettings, "state_folder"), "FOLDER", Path)
     parser.add_argument(

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from deploy.engine.canary import Canary
 from deploy.engine.child import ChildEnded, running
-from deploy.engine.engine_args import EngineCommand, EnginePlan, Ports, engine_command, has_plugin, slots
+from deploy.engine.engine_args import EngineCommand, EnginePlan, Ports, engine_command, worker_of
 from deploy.engine.engine_log import LogFile
 from deploy.engine.machine import Machine, look
 from deploy.engine.model import ModelError, ModelSource, cache_folder, resolve
@@ -28,7 +28,6 @@ from deploy.serve.gateway import Front
 from deploy.serve.preflight import Checked, in_words, plan_workers
 from deploy.serve.screen import Screen, ScreenLog
 from deploy.settings import ServeSettings
-from scheduler.workers import Worker
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # A program of its own, so that nothing that it imports stays with the gateway, and a stop ends it.
@@ -158,8 +157,7 @@ class Serving:
         self._screen.worker(event)
         front, plan = self._front, self._plans[event.worker]
         if event.state is State.READY:
-            worker = Worker(event.worker, event.url, plan.role, slots(plan), has_plugin(plan))
-            front.join(replace(worker, hands_over=plan.hands_over))
+            front.join(worker_of(plan, event.worker, event.url))
         else:
             front.leave(event.worker)
             if event.state is not State.STOPPED:

@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from deploy.engine.engine_args import EngineCommand, EnginePlan, Ports, engine_command
+from deploy.engine.engine_args import EngineCommand, EnginePlan, Ports, cpu_dtype, engine_command
 from deploy.engine.machine import look
-from deploy.engine.model import cache_folder, obtain
+from deploy.engine.model import cache_folder, obtain, stored_dtype
 from loadtest.bench.bench_target import free_port
 
 START_S = 400.0
@@ -79,7 +79,7 @@ def engine_program(model: str, policy: str | None, port: int, args: Sequence[str
         served_name=source.served_name,
         local=True,
         build=machine.engine.build,
-        bf16=machine.bf16,
+        dtype=cpu_dtype(machine, stored_dtype(model, cache_folder())) if machine.engine.build == "cpu" else "",
         policy=name,
         policy_options=dict(option.partition("=")[::2] for option in options),
         cores=(cores()[0],),

@@ -325,6 +325,7 @@ def described(members: Iterable[Member]) -> list[dict[str, object]]:
             "models": list(member.models),
             "in_flight": member.in_flight,
             "slots": member.worker.slots,
+            **({"dtype": member.worker.dtype} if member.worker.dtype else {}),
             **({"leans": member.leans.value} if member.leans is not Role.BOTH else {}),
             **({"note": member.note} if member.note else {}),
         }

@@ -24,10 +24,11 @@ class Registration(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
     plugin: bool = False
     draining: bool = False
     hands_over: bool = False
+    dtype: str = ""
 
     def worker(self, worker_id: str) -> Worker:
         url = self.url.rstrip("/")
-        return Worker(worker_id, url, self.role, self.slots, self.plugin, hands_over=self.hands_over)
+        return Worker(worker_id, url, self.role, self.slots, self.plugin, hands_over=self.hands_over, dtype=self.dtype)
 
 
 def registration_from(worker_id: str, text: str) -> Registration:
@@ -48,7 +49,7 @@ def worker_from(worker_id: str, text: str) -> Worker:
 
 def registration_of(worker: Worker, *, draining: bool = False) -> str:
     """What a worker writes into the store."""
-    said = Registration(worker.url, worker.role, worker.slots, worker.plugin, draining, worker.hands_over)
+    said = Registration(worker.url, worker.role, worker.slots, worker.plugin, draining, worker.hands_over, worker.dtype)
     return msgspec.json.encode(said).decode()
 
 

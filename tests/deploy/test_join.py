@@ -108,7 +108,7 @@ async def chunks(wire: object) -> AsyncIterator[bytes]:
 
 async def test_its_heartbeats_end_in_whatever_moment_they_are(tmp_path: Path) -> None:
     """Whoever stops a worker waits for them, also when something has just changed."""
-    plan = EnginePlan(model="toy", served_name="toy", local=True, build="cpu", bf16=False, policy="fcfs")
+    plan = EnginePlan(model="toy", served_name="toy", local=True, build="cpu", dtype="float32", policy="fcfs")
     settings = JoinSettings(redis_url="redis://127.0.0.1:1/0", state_folder=tmp_path, name="w")
     joining = Joining(settings, plan, MemoryStore(lambda: 0.0), surroundings())
     for steps in range(10):

@@ -28,17 +28,17 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_half_precision_weights_take_twice_their_files_in_float32(folder: Path) -> None:
-    assert weights_bytes(str(folder), folder, in_float32=True) == 4 * GIB
-    assert weights_bytes(str(folder), folder, in_float32=False) == 2 * GIB
+    assert weights_bytes(str(folder), folder, "float32") == 4 * GIB
+    assert weights_bytes(str(folder), folder, "bfloat16") == 2 * GIB
 
 
 def test_a_hubs_model_is_taken_on_trust() -> None:
-    assert weights_bytes("owner/name", Path("/nowhere"), in_float32=True) == 0
+    assert weights_bytes("owner/name", Path("/nowhere"), "float32") == 0
 
 
 def test_memory_for_weights_kv_cache_and_engine_is_asked_for_before_anything_starts(folder: Path) -> None:
     settings = ServeSettings(model=str(folder))
-    assert check(settings, machine(7.5), folder) == Checked("cpu", 1)
+    assert check(settings, machine(7.5), folder) == Checked("cpu", 1, "float32")
     with pytest.raises(
         PreflightError, match=r"too little memory: .* 7\.0 GiB \(4\.0 weights, 1 KV cache, 2 engine\), and 6\.5"
     ):
@@ -89,7 +89,7 @@ def test_workers_are_named_after_what_they_do() -> None:
 
 def test_what_an_engine_is_for_is_said_with_how_it_computes(folder: Path) -> None:
     settings = ServeSettings(prefill_workers=1, decode_workers=1, worker_count=1)
-    plans = plan_workers(settings, machine(), Checked("cpu", 2), ModelSource(str(folder), "toy"))
+    plans = plan_workers(settings, machine(), Checked("cpu", 2, "float32"), ModelSource(str(folder), "toy"))
     assert in_words(plans["prefill-0"]) == "reads prompts: CPU core 0, float32, eager, 2 GiB KV cache"
     assert in_words(plans["decode-0"]) == "answers: CPU core 1, float32, eager, 2 GiB KV cache"
     assert in_words(plans["worker-0"]) == "CPU core 2, float32, eager, 2 GiB KV cache"
@@ -122,7 +122,7 @@ def test_each_worker_gets_its_cores_and_what_the_user_and_the_model_ask_for(fold
         worker_count=2, policy="vtc", policy_options={"output_weight": "3"}, engine_args=["--seed=7"]
     )
     source = ModelSource(str(folder), "toy", ("--load-format", "dummy"))
-    plans = plan_workers(settings, machine(), Checked("cpu", 2), source)
+    plans = plan_workers(settings, machine(), Checked("cpu", 2, "float32"), source)
     assert [plan.cores for plan in plans.values()] == [(1,), (2,)]
     one = plans["worker-0"]
     assert (one.policy, one.policy_options, one.kv_cache_gib) == ("vtc", {"output_weight": "3"}, 2)

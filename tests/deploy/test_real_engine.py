@@ -15,10 +15,10 @@ import httpx2
 import pytest
 
 from deploy.engine.canary import QUESTION, Canary
-from deploy.engine.engine_args import EngineCommand, EnginePlan, Ports, divide_cores, engine_command
+from deploy.engine.engine_args import EngineCommand, EnginePlan, Ports, cpu_dtype, divide_cores, engine_command
 from deploy.engine.engine_log import LogFile
 from deploy.engine.machine import look
-from deploy.engine.model import BUNDLED, cache_folder, obtain
+from deploy.engine.model import BUNDLED, STORED_DTYPE, cache_folder, obtain
 from deploy.engine.worker import Listeners, State, Timing, WorkerEvent, WorkerProcess
 from tests.deploy.processes import MARK, in_session, marked, new_mark
 
@@ -72,7 +72,7 @@ def command_for(mark: str) -> Callable[[Ports], EngineCommand]:
         served_name=source.served_name,
         local=True,
         build="cpu",
-        bf16=machine.bf16,
+        dtype=cpu_dtype(machine, STORED_DTYPE),
         policy="mlfq",
         cores=divide_cores(machine.cores, 1)[0],
         model_args=source.engine_args,
