@@ -1,7 +1,6 @@
 """What each tenant got and how long started jobs stood still: kept by what happens once a job, not once a token."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from heapq import nlargest
 
@@ -45,17 +44,30 @@ class Tally:
     _level: dict[str, float] = field(default_factory=dict)  # lifted service per weight, by tenant
     _waited_before: set[str] = field(default_factory=set)
     _named: set[str] = field(default_factory=set)
-    _stalled: dict[Job, float] = field(default_factory=dict)  # since when, oldest first
+    _stalled: dict[Job, float] = field(default_factory=dict)  # since when
+    _resumed: dict[Job, float] = field(default_factory=dict)  # stalled until the present pass, and since when
+    _resumed_at: float = 0.0
     _longest_ended_s: float = 0.0
 
     def queued(self, job: Job) -> None:
-        """The job is in line (it arrived, or was taken and could not start)."""
+        """The job has arrived and is in line."""
         self._waiting[job.tenant] += 1
+
+    def put_back(self, job: Job) -> None:
+        """The job was taken in this scheduling pass and could not start: a stall goes on as if it had not been."""
+        self._waiting[job.tenant] += 1
+        if job in self._resumed:
+            self._stalled[job] = self._resumed.pop(job)
 
     def started(self, job: Job, now: float) -> None:
         """The job left the line and holds a slot."""
         self._out_of_line(job.tenant)
         self._booked.setdefault(job, 0.0)
+        if now != self._resumed_at:
+            self._resumed.clear()
+            self._resumed_at = now
+        if job in self._stalled:
+            self._resumed[job] = self._stalled[job]
         self._end_stall(job, now)
 
     def preempted(self, job: Job, now: float) -> None:
@@ -81,9 +93,9 @@ class Tally:
         for tenant, amount in self._fresh.items():
             service[tenant if tenant in self._named else OTHER] += amount
         self._fresh.clear()
-        stalls = [self._longest_ended_s, *(now - since for since in self._oldest_stall())]
-        self._longest_ended_s = 0.0
-        return Sample(dict(service), self._gap(), max(stalls))
+        oldest = min(self._stalled.values(), default=now)
+        longest_s, self._longest_ended_s = max(self._longest_ended_s, now - oldest), 0.0
+        return Sample(dict(service), self._gap(), longest_s)
 
     def _book(self, job: Job) -> None:
         service = PROMPT_WEIGHT * (job.prompt_tokens - job.cached_tokens) + OUTPUT_WEIGHT * job.output_tokens
@@ -121,9 +133,6 @@ class Tally:
 
     def _named_least(self) -> float:
         return min((self._total[tenant] for tenant in self._named), default=0.0)
-
-    def _oldest_stall(self) -> Iterable[float]:
-        return list(self._stalled.values())[:1]
 
     def _end_stall(self, job: Job, now: float) -> None:
         since = self._stalled.pop(job, None)

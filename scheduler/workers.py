@@ -12,6 +12,9 @@ class Role(Enum):
     DECODE = "decode"
 
 
+UNKNOWN_SLOTS = 256  # assumed of an engine that does not say how many sequences it runs at once
+
+
 @dataclass(frozen=True, slots=True)
 class Worker:
     """An engine that can be asked.
@@ -28,7 +31,7 @@ class Worker:
     id: str
     url: str
     role: Role = Role.BOTH
-    slots: int = 256
+    slots: int = UNKNOWN_SLOTS
     plugin: bool = False
     token_ids: bool = False
     hands_over: bool = False

@@ -68,6 +68,9 @@ class _Snapshot(Collector):
         for reason, count in (("policy", counts.displaced), ("memory", counts.preemptions - counts.displaced)):
             preemptions.add_metric((batch.lanes.policy.name, reason), count)
         yield preemptions
+        slots = GaugeMetricFamily("evenhand_engine_slots", "Requests that run at once, all ranks together")
+        slots.add_metric((), batch.cost.max_seqs)
+        yield slots
 
 
 def exposition(batch: ContinuousBatch, model: str, *, plugin: bool = False) -> bytes:

@@ -270,7 +270,7 @@ class PolicyQueue(RequestQueue):  # type: ignore[misc]  # vLLM is not type-check
         for request in requests:
             job = self.entries[request.request_id].job
             self.lanes.put_back(job, self.now)
-            self.tally.queued(job)
+            self.tally.put_back(job)
 
     def remove_request(self, request: Request) -> None:
         self.remove_requests((request,))
@@ -403,6 +403,9 @@ class EngineMetrics:
         self.stall_s = self._gauge(
             registry, "longest_stall_seconds", "Longest that a started request went without its slot", (), "livemax"
         )
+        self.slots = self._gauge(registry, "slots", "Requests that run at once, all ranks together", (), "livesum")
+        self.info = self._gauge(registry, "info", "1, with the number format of the weights", ("dtype",), "livemax")
+        self.steps = self._counter(registry, "steps_total", "Scheduling passes, counted once a second", ())
 
     @staticmethod
     def _counter(registry: CollectorRegistry, name: str, text: str, labels: tuple[str, ...]) -> Counter:
@@ -450,7 +453,10 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         self._metrics = engine_metrics(self.registry)
         self._lanes_shown: set[str] = set()
         self._report_at = 0.0
+        self._steps = 0
         self._metrics.policy.labels(policy.name).set(1)
+        self._metrics.slots.set(self._slots)
+        self._metrics.info.labels(str(self.vllm_config.model_config.dtype).removeprefix("torch.")).set(1)
         logger.info("evenhand: policy %s, %d slots", policy.name, self._slots)
         if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
             logger.info("evenhand: set PROMETHEUS_MULTIPROC_DIR to an empty folder to see its metrics in /metrics")
@@ -502,6 +508,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         self._note_starts(output, now)
         self._kept.after(output.total_num_scheduled_tokens, self._lanes.__contains__)
         self._memory_bound = self._stopped_at_memory(output)
+        self._steps += 1
         if now >= self._report_at:
             self._report(now)
         return output
@@ -617,6 +624,8 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
     def _report(self, now: float) -> None:
         """Metrics, at most once in `REPORT_INTERVAL_S`."""
         self._report_at = now + REPORT_INTERVAL_S
+        self._metrics.steps.inc(self._steps)
+        self._steps = 0
         depth = self._lanes.depth()
         for lane in self._lanes_shown - depth.keys():
             self._metrics.waiting.labels(lane).set(0)

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import re
 from collections import deque
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
@@ -295,16 +296,20 @@ class Engine:
         """A small question of our own (health, metrics, models). EngineGone if there is no answer."""
         return await self._send("GET", path, None, timeout_s)
 
-    async def post(self, path: str, body: Any, timeout_s: float = 30.0) -> httpx2.Response:
+    async def post(
+        self, path: str, body: Any, timeout_s: float = 30.0, headers: Mapping[str, str] | None = None
+    ) -> httpx2.Response:
         """A small JSON question of our own. EngineGone if there is no answer."""
-        return await self._send("POST", path, body, timeout_s)
+        return await self._send("POST", path, body, timeout_s, headers)
 
-    async def _send(self, method: str, path: str, body: Any, timeout_s: float) -> httpx2.Response:
+    async def _send(
+        self, method: str, path: str, body: Any, timeout_s: float, headers: Mapping[str, str] | None = None
+    ) -> httpx2.Response:
         if self._client is None:
             # Workers speak plain HTTP: without this, 50 ms go into certificates that nobody will ask for.
             self._client = httpx2.AsyncClient(base_url=self.url, trust_env=False, verify=False)
         try:
-            return await self._client.request(method, path, json=body, timeout=timeout_s)
+            return await self._client.request(method, path, json=body, timeout=timeout_s, headers=headers)
         except httpx2.HTTPError as error:
             raise EngineGone(
                 f"The engine at {self.url} does not answer {path}: {str(error) or type(error).__name__}."

@@ -10,7 +10,7 @@ from math import inf
 from time import monotonic
 from typing import Protocol
 
-from scheduler.workers import Role, Worker
+from scheduler.workers import UNKNOWN_SLOTS, Role, Worker
 from server.engine.client import Engine
 from server.fleet.health import Breaker, Output, trial_answer
 from server.request.errors import EngineGone, EngineUnreachable
@@ -23,6 +23,8 @@ _PLUGIN = "evenhand_engine_policy_info"
 _NUMBER = r"(?:\{[^}]*\})?\s+(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)$"
 _SEQUENCES = re.compile(r"^vllm:num_requests_(?:running|waiting)" + _NUMBER, re.MULTILINE)
 _KV_USAGE = re.compile(r"^vllm:kv_cache_usage_perc" + _NUMBER, re.MULTILINE)
+_RANKS = re.compile(r'^vllm:num_requests_running\{[^}]*\bengine="(\d{1,4})"', re.MULTILINE)
+_SLOTS = re.compile(r"^evenhand_engine_slots" + _NUMBER, re.MULTILINE)
 _KV_RECEIVED = re.compile(r"^vllm:nixl_bytes_transferred_sum" + _NUMBER, re.MULTILINE)
 _MOST_SEQUENCES = 1e6  # a larger number is none
 
@@ -51,7 +53,9 @@ class Member:
     """A worker as the gateway sees it. Written by the fleet (state), the dispatcher (load) and the relay (legs) only.
 
     others: sequences that it had from elsewhere when it was last probed.
-    policy: name and options that its plug-in was last told, None if it was told nothing yet.
+    ranks: its data-parallel ranks. Each has a scheduler of its own, and all share the worker's address.
+    kv_usage: share of its KV cache in use, of the fullest rank.
+    policy: name and options that its plug-ins were last told, None if they were told nothing yet.
     arriving_tokens: prompts of requests that it is to answer and whose KV is another worker's yet.
     kv_received_bytes: KV that it has fetched from other workers, as it counts itself.
     leans: the side to which one of role `both` leans, since `leaned_at`; BOTH if to none.
@@ -65,6 +69,7 @@ class Member:
     pending_tokens: int = 0
     others: int = 0
     kv_usage: float = 0.0
+    ranks: tuple[int, ...] = (0,)
     arriving_tokens: int = 0
     kv_received_bytes: float = 0.0
     leans: Role = Role.BOTH
@@ -246,8 +251,8 @@ class Fleet:
         return member.state is not State.DRAINING  # it may have been told so while it answered
 
     def _read(self, member: Member, metrics: str) -> None:
-        if (usage := _KV_USAGE.search(metrics)) is not None:
-            member.kv_usage = float(usage.group(1))
+        member.kv_usage = max(map(float, _KV_USAGE.findall(metrics)), default=member.kv_usage)
+        member.ranks = tuple(sorted({int(rank) for rank in _RANKS.findall(metrics)})) or (0,)
         sequences = min(_MOST_SEQUENCES, sum(map(float, _SEQUENCES.findall(metrics))))
         before, member.others = member.others, max(0, round(sequences) - member.in_flight)
         if member.others < before and member.state is State.READY:
@@ -256,20 +261,37 @@ class Fleet:
             member.kv_received_bytes = float(received.group(1))
         if not member.worker.plugin and _PLUGIN in metrics:
             member.worker = replace(member.worker, plugin=True)
+        if (slots := _SLOTS.search(metrics)) is not None and 1 <= float(slots.group(1)) < _MOST_SEQUENCES:
+            self._learn_slots(member, int(float(slots.group(1))))
+
+    def _learn_slots(self, member: Member, slots: int) -> None:
+        """The engine itself says how many sequences it runs at once; that counts, whatever was said of it before."""
+        said = member.worker.slots
+        if slots == said:
+            return
+        # What was not told is assumed, and needs no alarm.
+        level = logging.INFO if said == UNKNOWN_SLOTS else logging.ERROR
+        log.log(level, "worker %s runs %d sequences at once, not %d", member.worker.id, slots, said)
+        member.worker = replace(member.worker, slots=slots)
+        if slots > said and member.state is State.READY:
+            self._tell()
 
     async def _order(self, member: Member, policy: str, options: tuple[str, ...]) -> None:
-        """Tells the plug-in inside an engine which policy holds; one that refuses keeps its own, and is asked once."""
+        """Tells the plug-ins inside an engine which policy holds; one that refuses keeps its own, and is asked once."""
         order = {"evenhand_policy": policy, "evenhand_policy_options": list(options)}
         body = {"model": member.models[0], "prompt": [1], "max_tokens": 1, "vllm_xargs": order}
-        answer = await member.engine.post("/v1/completions", body)
-        try:
-            told = answer.json()["kv_transfer_params"]["evenhand"]
-        except (ValueError, KeyError, TypeError):
-            told = {"error": f"it answered {answer.status_code}"}
+        for rank in member.ranks:
+            # Without a rank, vLLM would hand each order to whichever rank is least busy.
+            headers = {"X-data-parallel-rank": f"{rank}"} if len(member.ranks) > 1 else {}
+            answer = await member.engine.post("/v1/completions", body, headers=headers)
+            try:
+                told = answer.json()["kv_transfer_params"]["evenhand"]
+            except (ValueError, KeyError, TypeError):
+                told = {"error": f"it answered {answer.status_code}"}
+            if "error" in told:
+                member.note = f"keeps its own policy: {told['error']}"
+                log.warning("worker %s does not take policy %s: %s", member.worker.id, policy, told["error"])
         member.policy = (policy, options)
-        if "error" in told:
-            member.note = f"keeps its own policy: {told['error']}"
-            log.warning("worker %s does not take policy %s: %s", member.worker.id, policy, told["error"])
 
     async def _learn(self, member: Member) -> None:
         answer = await member.engine.get("/v1/models")
@@ -306,8 +328,7 @@ class Fleet:
 
 def is_idle(metrics: str) -> bool:
     """Whether an engine has nothing to do by its own metrics, nor holds KV that another is to fetch."""
-    usage = _KV_USAGE.search(metrics)
-    return sum(map(float, _SEQUENCES.findall(metrics))) == 0 and (usage is None or float(usage.group(1)) == 0)
+    return sum(map(float, [*_SEQUENCES.findall(metrics), *_KV_USAGE.findall(metrics)])) == 0
 
 
 def _public(entry: dict[str, object]) -> dict[str, object]:

@@ -557,3 +557,15 @@ def test_a_request_whose_blocks_arrive_from_a_prefill_worker_runs_when_they_are_
         "near": expected("near", 10, 20),
     }
     assert (scheduler.waiting.entries, scheduler.waiting.lanes.running()) == ({}, 0)
+
+
+def test_the_engine_says_what_it_has_and_that_it_steps(hollow_model: Path) -> None:
+    clock = Clock()
+    scheduler = build_scheduler(hollow_model, "fcfs", slots=7, clock=clock)
+    engine = Engine(scheduler, clock=clock, step_s=0.4)
+    assert metric(scheduler, "slots") == 7
+    assert metric(scheduler, "info", dtype="float32") == 1
+    engine.add(request("one", 10, 40))
+    for _ in range(10):
+        engine.step()
+    assert 6 <= metric(scheduler, "steps_total") <= 10

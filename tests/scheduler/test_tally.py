@@ -104,3 +104,20 @@ def test_tenants_without_a_job_are_forgotten_once_there_are_very_many() -> None:
         run(tally, job(f"t{number}"), 1)
     tally.sample(1.0)
     assert len(tally._level) == len(tally._total) == 0
+
+
+def test_a_stall_goes_on_when_a_job_is_taken_and_cannot_start() -> None:
+    tally, one, other = Tally(), job("a"), job("b")
+    tally.queued(one)
+    tally.started(one, 0.0)
+    tally.preempted(one, 10.0)
+    tally.queued(other)
+    tally.started(other, 11.0)
+    tally.preempted(other, 12.0)
+    tally.started(one, 15.0)  # looked at while its last step is in flight, and skipped
+    tally.put_back(one)
+    assert tally.sample(15.0).longest_stall_s == 5.0
+    assert tally.sample(40.0).longest_stall_s == 30.0
+    tally.started(one, 41.0)
+    assert tally.sample(42.0).longest_stall_s == 31.0
+    assert tally.sample(43.0).longest_stall_s == 43.0 - 12.0

@@ -118,6 +118,41 @@ async def test_an_engine_with_the_plug_in_is_recognised_and_follows_the_policy()
         await fleet.close()
 
 
+async def test_the_slots_that_count_are_those_of_the_running_engine(caplog: pytest.LogCaptureFixture) -> None:
+    async with FakeEngine(EngineSetup(plugin=True)) as engine:
+        fleet = Fleet(probe_s=0.01, health=QUIET)
+        told = []
+        fleet.changed.append(lambda: told.append(member.worker.slots))
+        member = fleet.add(Worker("w", engine.url))
+        runs = engine.batch.cost.max_seqs
+        await eventually(lambda: member.worker.slots == runs and member.state is State.READY)
+        assert not [record for record in caplog.records if record.levelname == "ERROR"]
+        misled = fleet.add(Worker("misled", engine.url, slots=7))
+        await eventually(lambda: misled.worker.slots == runs)
+        assert f"worker misled runs {runs} sequences at once, not 7" in caplog.text
+        await fleet.close()
+
+
+async def test_each_data_parallel_rank_is_told_the_policy() -> None:
+    def page(*lines: str) -> bytes:
+        ranks = [f'vllm:num_requests_running{{engine="{rank}",model_name="m"}} 0.0' for rank in range(3)]
+        usage = [f'vllm:kv_cache_usage_perc{{engine="{rank}",model_name="m"}} 0.{rank}' for rank in range(3)]
+        return plain("\n".join([*ranks, *usage, *lines, ""]).encode())
+
+    done = plain(b'{"choices": [], "kv_transfer_params": {"evenhand": {"policy": "vtc"}}}')
+    async with ScriptedEngine([says(done)]).run() as engine:
+        engine.gets = {
+            "/metrics": page('evenhand_engine_policy_info{policy="fcfs"} 1.0', "evenhand_engine_slots 3072.0")
+        }
+        fleet = Fleet(probe_s=0.01, health=QUIET)
+        fleet.policy = lambda: ("vtc", ())
+        member = fleet.add(Worker("w", engine.url))
+        await eventually(lambda: member.state is State.READY)
+        assert [asked.headers["x-data-parallel-rank"] for asked in engine.asked] == ["0", "1", "2"]
+        assert (member.worker.slots, member.kv_usage) == (3072, 0.2)
+        await fleet.close()
+
+
 async def test_an_engine_that_refuses_a_policy_keeps_its_own_and_serves_on() -> None:
     async with FakeEngine(EngineSetup(plugin=True)) as engine:
         fleet = Fleet(probe_s=0.01, health=QUIET)
