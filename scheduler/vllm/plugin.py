@@ -454,6 +454,10 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         self._lanes_shown: set[str] = set()
         self._report_at = 0.0
         self._steps = 0
+        self._describe(policy)
+
+    def _describe(self, policy: Policy) -> None:
+        """What does not change while the engine runs, and the policy of its start: in metrics and in the log."""
         self._metrics.policy.labels(policy.name).set(1)
         self._metrics.slots.set(self._slots)
         self._metrics.info.labels(str(self.vllm_config.model_config.dtype).removeprefix("torch.")).set(1)
