@@ -31,7 +31,17 @@ from deploy.engine.model import (
 from deploy.engine.worker import is_free
 from deploy.serve.preflight import PreflightError, TransferError, check, check_transfer, worker_roles
 from deploy.settings import ServeSettings
+from server.options import Option, add_options, given
 from server.settings import read_settings
+
+OPTIONS = (
+    Option("model", "NAME|PATH|HF_ID"),
+    Option("worker_count", "N", "--workers"),
+    Option("kv_cache_gib", "GIB"),
+    Option("host", "HOST"),
+    Option("port", "PORT"),
+    Option("redis_url", "URL"),
+)
 
 Level = Literal["ok", "warn", "bad"]
 MARKS: dict[Level, tuple[str, str]] = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "bad": ("✗", "bold red")}
@@ -213,7 +223,7 @@ def existing(folder: Path) -> Path:
     return next(place for place in (folder, *folder.parents) if place.exists())
 
 
-def examine(settings: ServeSettings, redis_url: str | None) -> Iterator[Finding]:
+def examine(settings: ServeSettings) -> Iterator[Finding]:
     """Everything, the most basic first."""
     machine, cache = look(os.environ), cache_folder()
     yield check_engine(machine)
@@ -228,7 +238,7 @@ def examine(settings: ServeSettings, redis_url: str | None) -> Iterator[Finding]
         yield check_shared_memory(shutil.disk_usage(shared).total)
     yield check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     yield check_port(settings.host, settings.port, is_free)
-    yield check_redis(redis_url, ping_redis)
+    yield check_redis(settings.redis_url.get_secret_value() if settings.redis_url else None, ping_redis)
 
 
 def render(findings: list[Finding]) -> Table:
@@ -255,30 +265,19 @@ def verdict(findings: list[Finding]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What one would say to `evenhand serve`; what is not given comes from EVENHAND_…, file, default, as there."""
-    parser.add_argument("--model", metavar="NAME|PATH|HF_ID", help=f"model to serve (default: {BUNDLED})")
-    parser.add_argument("--workers", type=int, metavar="N", dest="worker_count", help="engines (default: 1)")
-    parser.add_argument(
-        "--kv-cache-gib", type=int, metavar="GIB", help="KV cache of each CPU engine, GiB (default: by memory)"
-    )
-    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, help="port to listen on (default: 8000)")
-    parser.add_argument(
-        "--redis-url", default=os.environ.get("EVENHAND_REDIS_URL"), metavar="URL", help="default: no Redis"
-    )
+    add_options(parser, ServeSettings, OPTIONS)
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of the settings")
     parser.add_argument("--json", action="store_true", help="findings as a JSON list, for programs")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """1 if something must be mended, 2 for settings that cannot be."""
-    names = ("model", "worker_count", "kv_cache_gib", "host", "port")
-    overrides = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     try:
-        settings = read_settings(overrides, arguments.config, ServeSettings)
+        settings = read_settings(given(arguments, ServeSettings, OPTIONS), arguments.config, ServeSettings)
     except ValueError as error:
         sys.stderr.write(f"evenhand doctor: {error}\n")
         return 2
-    findings = list(examine(settings, arguments.redis_url))
+    findings = list(examine(settings))
     if arguments.json:
         sys.stdout.write(json.dumps([asdict(finding) for finding in findings], indent=2, ensure_ascii=False) + "\n")
     else:

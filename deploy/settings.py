@@ -18,7 +18,10 @@ class ServeSettings(Settings):
     prefill_workers: int = Field(0, ge=0, le=64, description="engines that only read prompts")
     decode_workers: int = Field(0, ge=0, le=64, description="engines that answer what those have read")
     kv_cache_gib: int | None = Field(None, ge=1, description="KV cache of each CPU engine, GiB; default: by memory")
-    engine_args: list[str] = Field(default_factory=list, description="arguments handed to vLLM as they stand")
+    engine_args: list[str] = Field(
+        default_factory=list,
+        description="an argument handed to vLLM as it is, e.g. --engine-arg=--max-num-seqs=8; overrides ours",
+    )
     compile: bool = Field(
         False,
         description="compile the model at start: on a CPU some 40 s later ready, and about a seventh more tokens a "

@@ -108,9 +108,11 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on")
-    policy: str = Field("fcfs", description="order of the waiting line: fcfs, mlfq, vtc, gittins or srpt")
-    policy_options: dict[str, str] = Field(default_factory=dict, description="options of the policy, key: value")
-    workers: list[str] = Field(default_factory=list, description="engines: URL[,role=prefill|decode|both][,slots=N]")
+    policy: str = Field("fcfs", description="order of the queue: fcfs, mlfq, vtc, gittins or srpt")
+    policy_options: dict[str, str] = Field(default_factory=dict, description="an option of the policy")
+    workers: list[str] = Field(
+        default_factory=list, description="an OpenAI-compatible engine, e.g. http://127.0.0.1:8101,slots=256"
+    )
     gateway_processes: int = Field(1, ge=1, le=64, description="processes that are this gateway, behind one port")
     probe_s: Positive = Field(1.0, description="between two probes of a worker, seconds")
     lame_duck_s: float = Field(
@@ -131,7 +133,10 @@ class Settings(BaseSettings):
         le=65535,
         description="their port; default: 1000 above `port`; the same as `port`: no address of their own",
     )
-    redis_url: SecretStr | None = Field(None, description="Redis that replicas share, e.g. redis://127.0.0.1:6379/0")
+    redis_url: SecretStr | None = Field(
+        None,
+        description="Redis that replicas share, e.g. redis://HOST:6379/0; set EVENHAND_REDIS_URL if it has a password",
+    )
     replica: str = Field("", max_length=64, description="this gateway's name among its replicas; default: the host's")
     sync_s: Positive = Field(0.1, le=5.0, description="between two exchanges with the replicas, seconds")
     salt_cache: bool = Field(

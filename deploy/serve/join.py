@@ -28,17 +28,17 @@ from deploy.engine.engine_args import EnginePlan, Ports, worker_of
 from deploy.engine.engine_log import LogFile
 from deploy.engine.model import cache_folder, resolve
 from deploy.engine.worker import Listeners, State, WorkerEvent, WorkerProcess, is_free
-from deploy.serve.command import exit_code, option
+from deploy.serve.command import exit_code
 from deploy.serve.preflight import check, check_transfer, in_words, plan_workers
 from deploy.serve.screen import Screen
 from deploy.serve.serving import Stop, Surroundings, log_to_screen, state_folder
 from deploy.settings import ServeSettings
 from scheduler.workers import Role
-from server.__main__ import policy_options
 from server.cluster.state import REGISTRY_S
 from server.engine.client import Engine
 from server.fleet.fleet import is_idle
 from server.fleet.registry import HEARTBEAT_S, WORKER_TTL_S, registration_of
+from server.options import Option, add_options, given
 from server.request.errors import EngineGone
 from server.settings import DisaggregationSettings, read_settings
 from server.store.redis_store import RedisStore
@@ -64,44 +64,29 @@ class JoinSettings(ServeSettings):
     )
 
 
+OPTIONS = (
+    Option("role", "prefill|decode|both"),
+    Option("disaggregation.balance_roles", flag="--balance-roles"),
+    Option("redis_url", "URL"),
+    Option("address", "HOST"),
+    Option("name", "NAME"),
+    Option("engine_port", "PORT"),
+    Option("model", "NAME|PATH|HF_ID"),
+    Option("policy", "NAME"),
+    Option("policy_options", "KEY=VALUE", "--policy-option"),
+    Option("kv_cache_gib", "GIB"),
+    Option("compile"),
+    Option("start_timeout_s", "SECONDS", "--start-timeout"),
+    Option("state_folder", "FOLDER"),
+    Option("engine_args", "ARG", "--engine-arg"),
+    Option("verbose"),
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is not given comes from EVENHAND_…, the file, or the default."""
-    option(parser, (JoinSettings, "role"), "prefill|decode|both")
-    parser.add_argument(
-        "--balance-roles",
-        action="store_true",
-        default=None,
-        help="give an engine of role both a KV connector, so that gateways may have it lean to a side",
-    )
-    option(parser, (JoinSettings, "redis_url"), "URL")
-    option(parser, (JoinSettings, "address"), "HOST")
-    option(parser, (JoinSettings, "name"), "NAME")
-    option(parser, (JoinSettings, "engine_port"), "PORT", int)
-    option(parser, (JoinSettings, "model"), "NAME|PATH|HF_ID")
-    option(parser, (JoinSettings, "policy"), "NAME")
-    parser.add_argument(
-        "--policy-option", action="append", metavar="KEY=VALUE", help="an option of the policy; may be repeated"
-    )
-    option(parser, (JoinSettings, "kv_cache_gib"), "GIB", int)
-    parser.add_argument(
-        "--compile", action="store_true", default=None, help=JoinSettings.model_fields["compile"].description
-    )
-    option(parser, (JoinSettings, "start_timeout_s"), "SECONDS", float, flag="--start-timeout")
-    option(parser, (JoinSettings, "state_folder"), "FOLDER", Path)
-    parser.add_argument(
-        "--engine-arg", action="append", dest="engine_args", metavar="ARG", help="handed to vLLM as it stands"
-    )
-    parser.add_argument("--verbose", action="store_true", default=None, help="show the engine's whole log")
+    add_options(parser, JoinSettings, OPTIONS)
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of the settings")
-
-
-def overrides(args: argparse.Namespace) -> dict[str, object]:
-    """What the command line says, as settings. ValueError for a policy option that is not KEY=VALUE."""
-    ours = set(JoinSettings.model_fields) & set(vars(args))
-    given = {name: value for name in ours if (value := getattr(args, name)) is not None}
-    if args.balance_roles:
-        given["disaggregation"] = {"balance_roles": True}
-    return given | ({"policy_options": policy_options(args.policy_option)} if args.policy_option else {})
 
 
 def run(args: argparse.Namespace, surroundings: Surroundings | None = None) -> int:
@@ -109,7 +94,7 @@ def run(args: argparse.Namespace, surroundings: Surroundings | None = None) -> i
     around = surroundings or Surroundings()
 
     def serve() -> int:
-        settings = read_settings(overrides(args), args.config, JoinSettings)
+        settings = read_settings(given(args, JoinSettings, OPTIONS), args.config, JoinSettings)
         if settings.redis_url is None:
             raise ValueError("a worker joins its gateways through Redis: give --redis-url URL, or EVENHAND_REDIS_URL")
         plan = plan_of(settings, around)

@@ -8,53 +8,41 @@ import argparse
 import errno
 import socket
 import time
-from pathlib import Path
 
 import uvloop
 from rich.console import Console
 
 from deploy.engine.model import cache_folder
-from deploy.serve.command import exit_code, option
+from deploy.serve.command import exit_code
 from deploy.serve.gateway import Front, front_for
 from deploy.serve.preflight import PreflightError, check, worker_roles
 from deploy.serve.screen import Screen
 from deploy.serve.serving import Serving, Surroundings
 from deploy.settings import ServeSettings
+from server.__main__ import OPTIONS as GATEWAY_OPTIONS
 from server.__main__ import add_arguments as add_gateway_arguments
-from server.__main__ import overrides as gateway_overrides
 from server.app import calm_collector
+from server.options import Option, add_options, given
 from server.settings import read_settings
+
+OPTIONS = (
+    Option("model", "NAME|PATH|HF_ID"),
+    Option("worker_count", "N", "--workers"),
+    Option("prefill_workers", "N"),
+    Option("decode_workers", "N"),
+    Option("kv_cache_gib", "GIB"),
+    Option("compile"),
+    Option("start_timeout_s", "SECONDS", "--start-timeout"),
+    Option("state_folder", "FOLDER"),
+    Option("engine_args", "ARG", "--engine-arg"),
+    Option("verbose"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The gateway's options and those of its local engines; what is not given comes from EVENHAND_…, file, default."""
-    option(parser, (ServeSettings, "model"), "NAME|PATH|HF_ID")
-    option(parser, (ServeSettings, "worker_count"), "N", int, flag="--workers")
-    option(parser, (ServeSettings, "prefill_workers"), "N", int)
-    option(parser, (ServeSettings, "decode_workers"), "N", int)
-    option(parser, (ServeSettings, "kv_cache_gib"), "GIB", int)
-    parser.add_argument(
-        "--compile", action="store_true", default=None, help=ServeSettings.model_fields["compile"].description
-    )
-    option(parser, (ServeSettings, "start_timeout_s"), "SECONDS", float, flag="--start-timeout")
-    option(parser, (ServeSettings, "state_folder"), "FOLDER", Path)
-    parser.add_argument(
-        "--engine-arg",
-        action="append",
-        dest="engine_args",
-        metavar="ARG",
-        help="handed to vLLM as it stands, e.g. --engine-arg=--max-num-seqs=8; wins over ours; may be repeated",
-    )
-    parser.add_argument("--verbose", action="store_true", default=None, help="show the engines' whole logs")
+    add_options(parser, ServeSettings, OPTIONS)
     add_gateway_arguments(parser)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # the table of policies is laid out already
-
-
-def overrides(args: argparse.Namespace) -> dict[str, object]:
-    """What the command line says, as settings."""
-    ours = set(ServeSettings.model_fields) & set(vars(args))
-    given = {name: value for name in ours if (value := getattr(args, name)) is not None}
-    return given | gateway_overrides(args)
 
 
 def run(args: argparse.Namespace, surroundings: Surroundings | None = None) -> int:
@@ -62,7 +50,7 @@ def run(args: argparse.Namespace, surroundings: Surroundings | None = None) -> i
     around = surroundings or Surroundings()
 
     def serve() -> int:
-        settings = read_settings(overrides(args), args.config, ServeSettings)
+        settings = read_settings(given(args, ServeSettings, (*OPTIONS, *GATEWAY_OPTIONS)), args.config, ServeSettings)
         screen = Screen(Console(highlight=False), list(worker_roles(settings)), settings.verbose, time.monotonic)
         front = front_for(settings, screen.gateway)
         sock = listen(front, settings)
