@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+OURS = ("", "deploy", "loadtest", "scheduler", "server")
 
 
 class Command(NamedTuple):
@@ -84,6 +85,12 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = CO
         return USAGE_ERROR
     try:
         return call(name, rest, commands[name])
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in OURS:
+            raise
+        sys.stderr.write(f"evenhand {name}: the package {package!r} is not installed; `make install` installs it\n")
+        return 1
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:

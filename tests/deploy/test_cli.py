@@ -59,6 +59,13 @@ def test_every_command_has_a_help(name: str) -> None:
     assert shown.stdout.startswith(f"usage: evenhand {name}")
 
 
+def test_a_package_that_is_not_installed_is_named_with_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve"], NOWHERE) == 1
+    assert capsys.readouterr().err == (
+        "evenhand serve: the package 'no' is not installed; `make install` installs it\n"
+    )
+
+
 def test_no_command_imports_torch_or_an_engine() -> None:
     heavy = "{'torch', 'vllm', 'transformers', 'numba'} & set(sys.modules)"
     program = f"import importlib, sys; [importlib.import_module(m) for m in sys.argv[1:]]; print(sorted({heavy}))"
