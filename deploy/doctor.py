@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import platform
 import resource
@@ -29,7 +30,17 @@ from deploy.engine.model import (
     stored_dtype,
 )
 from deploy.engine.worker import is_free
-from deploy.serve.preflight import PreflightError, TransferError, check, check_transfer, worker_roles
+from deploy.serve import preflight
+from deploy.serve.preflight import (
+    MIB,
+    SHARED_BYTES,
+    PreflightError,
+    SharedMemoryError,
+    TransferError,
+    check,
+    check_transfer,
+    worker_roles,
+)
 from deploy.settings import ServeSettings
 from server.options import Option, add_options, given
 from server.settings import read_settings
@@ -49,8 +60,6 @@ MARKS: dict[Level, tuple[str, str]] = {"ok": ("✓", "green"), "warn": ("!", "ye
 # A stream holds two sockets, one to the client and one to the engine; the rest is files and libraries.
 FILES_PER_STREAM, FILES_BESIDE = 2, 200
 FEW_STREAMS = 1000
-# An engine of several processes passes its batches through /dev/shm; a container has 64 MiB unless told otherwise.
-SHARED_MEMORY_BYTES = 128 * 1024**2
 REDIS_PATIENCE_S = 2.0
 
 
@@ -130,7 +139,7 @@ def check_memory(settings: ServeSettings, machine: Machine, cache: Path) -> Find
     free = f"{machine.available_bytes / GIB:.1f} GiB free"
     try:
         checked = check(settings, machine, cache)
-    except TransferError:
+    except (TransferError, SharedMemoryError):
         return Finding("warn", "memory", f"{free}; how much is needed cannot be said", "mend the rest first")
     except PreflightError as error:
         found, _, advice = str(error).rpartition(": ")
@@ -197,10 +206,15 @@ def check_open_files(limit: int) -> Finding:
     return Finding("ok", "open files", found)
 
 
-def check_shared_memory(size_bytes: int) -> Finding:
-    found = f"{size_bytes / 1024**2:.0f} MiB in /dev/shm"
-    if size_bytes < SHARED_MEMORY_BYTES:
-        advice = "an engine on several GPUs needs more: start the container with --shm-size=1g"
+def check_shared_memory(settings: ServeSettings, machine: Machine) -> Finding:
+    """A container has 64 MiB unless it is told otherwise, which is enough for an engine on one GPU only."""
+    found = f"{machine.shared_bytes / MIB:.0f} MiB free in /dev/shm"
+    try:
+        preflight.check_shared_memory(settings, machine, machine.engine.build if machine.engine else "cpu")
+    except SharedMemoryError as error:
+        return Finding("bad", "shared memory", found, str(error).partition(" MiB: ")[2])
+    if machine.shared_bytes < SHARED_BYTES:
+        advice = "an engine over several GPUs needs more: start the container with --shm-size=1g"
         return Finding("warn", "shared memory", found, advice)
     return Finding("ok", "shared memory", found)
 
@@ -234,8 +248,8 @@ def examine(settings: ServeSettings) -> Iterator[Finding]:
     yield check_memory(settings, machine, cache)
     needed_bytes = 0 if settings.model not in MADE_HERE or is_complete(cache / BUNDLED) else BUNDLED_BYTES
     yield check_disk(shutil.disk_usage(existing(cache)).free, existing(cache), needed_bytes)
-    if (shared := Path("/dev/shm")).is_dir():
-        yield check_shared_memory(shutil.disk_usage(shared).total)
+    if math.isfinite(machine.shared_bytes):
+        yield check_shared_memory(settings, machine)
     yield check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     yield check_port(settings.host, settings.port, is_free)
     yield check_redis(settings.redis_url.get_secret_value() if settings.redis_url else None, ping_redis)

@@ -116,7 +116,8 @@ def engine_command(plan: EnginePlan, ports: Ports, python: str) -> EngineCommand
     ours = [part for name, value in options.items() for part in ((name,) if value is None else (name, value))]
     # -P: a folder called `scheduler` or `vllm` where the user stands must not be imported in place of the real one.
     argv = (python, "-P", "-m", MODULE, *ours, *extra)
-    return EngineCommand(argv, _environment(plan, ports), f"http://{plan.host}:{ports.http}")
+    host = f"[{plan.host}]" if ":" in plan.host else plan.host
+    return EngineCommand(argv, _environment(plan, ports), f"http://{host}:{ports.http}")
 
 
 def check_user_args(user_args: Sequence[str]) -> None:

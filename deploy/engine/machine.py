@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -37,6 +38,7 @@ class Machine:
     gpus: ids for CUDA_VISIBLE_DEVICES.
     engine: None when no vLLM is installed.
     nixl: whether engines can hand KV to each other.
+    shared_bytes: what is free in /dev/shm; infinite where the system has no such folder.
     """
 
     cores: tuple[int, ...]
@@ -46,6 +48,7 @@ class Machine:
     engine: Engine | None
     nixl: bool = False
     fp16: bool = False
+    shared_bytes: float = math.inf
 
 
 def look(environ: Mapping[str, str], root: Path = Path("/")) -> Machine:
@@ -59,6 +62,7 @@ def look(environ: Mapping[str, str], root: Path = Path("/")) -> Machine:
         gpus=visible_gpus(environ, root),
         engine=installed_engine(),
         nixl=find_spec("nixl") is not None,
+        shared_bytes=shared_bytes(root),
     )
 
 
@@ -94,15 +98,38 @@ def usable_cores(allowed: list[int], root: Path) -> tuple[int, ...]:
 def cpu_quota(root: Path) -> float:
     """How many cores' worth of time the container may take; infinite without a limit."""
     quota, _, period = text_of(root / "sys/fs/cgroup/cpu.max").strip().partition(" ")
+    if not quota:  # cgroup v1, where -1 means no limit
+        quota, period = (text_of(root / f"sys/fs/cgroup/cpu/cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
     return int(quota) / int(period) if quota.isdigit() and period.isdigit() else math.inf
 
 
 def available_bytes(root: Path) -> int:
     found = re.search(r"^MemAvailable:\s*(\d+) kB", text_of(root / "proc/meminfo"), re.MULTILINE)
     free = int(found.group(1)) * 1024 if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = text_of(root / "sys/fs/cgroup/memory.max").strip()
-    used = text_of(root / "sys/fs/cgroup/memory.current").strip()
-    return min(free, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else free
+    return int(min(free, cgroup_available_bytes(root)))
+
+
+def cgroup_available_bytes(root: Path) -> float:
+    """What the container may still take within its memory limit; infinite without one.
+
+    As Kubernetes counts it, file cache that nobody has used lately is not in use: the kernel gives it back.
+    """
+    for limit, usage, inactive in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),  # cgroup v1
+    ):
+        most, used = (text_of(root / "sys/fs/cgroup" / name).strip() for name in (limit, usage))
+        if most.isdigit() and used.isdigit():
+            stat = text_of((root / "sys/fs/cgroup" / limit).with_name("memory.stat"))
+            cached = re.search(rf"^{inactive} (\d+)$", stat, re.MULTILINE)
+            return int(most) - max(0, int(used) - int(cached.group(1) if cached else 0))
+    return math.inf
+
+
+def shared_bytes(root: Path) -> float:
+    """Free shared memory; infinite on a system without /dev/shm."""
+    shared = root / "dev/shm"
+    return shutil.disk_usage(shared).free if shared.is_dir() else math.inf
 
 
 def visible_gpus(environ: Mapping[str, str], root: Path) -> tuple[str, ...]:

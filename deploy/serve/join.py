@@ -18,6 +18,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 import uvloop
 from pydantic import Field
@@ -29,7 +30,7 @@ from deploy.engine.engine_log import LogFile
 from deploy.engine.model import cache_folder, resolve
 from deploy.engine.worker import Listeners, State, WorkerEvent, WorkerProcess, is_free
 from deploy.serve.command import exit_code
-from deploy.serve.preflight import check, check_transfer, in_words, plan_workers
+from deploy.serve.preflight import PreflightError, check, check_transfer, in_words, plan_workers
 from deploy.serve.screen import Screen
 from deploy.serve.serving import Stop, Surroundings, log_to_screen, state_folder
 from deploy.settings import ServeSettings
@@ -48,6 +49,8 @@ log = logging.getLogger("evenhand.worker")
 
 HEARD_S = 2.5 * REGISTRY_S  # until every gateway has read that it wants nothing new
 LOOK_S = 0.25
+AUTO = "auto"
+REDIS_PORT = 6379
 
 
 class JoinSettings(ServeSettings):
@@ -56,12 +59,14 @@ class JoinSettings(ServeSettings):
     role: Literal["prefill", "decode", "both"] = Field("both", description="which half of a request it takes")
     address: str = Field(
         "127.0.0.1",
-        description="where gateways reach it; whoever else does can use it without a key, so keep it private",
+        description="where gateways reach it, or `auto` for this machine's address towards Redis; whoever else reaches "
+        "it can use it without a key, so keep it private",
     )
     name: str = Field("", max_length=64, description="its name in the fleet; default: the host's, with the role")
     engine_port: int | None = Field(
         None, ge=1, le=65534, description="the engine's port, and the next one for its KV transfer; default: free ones"
     )
+    ready_file: Path | None = Field(None, description="holds the engine's URL while it is ready, for health checks")
 
 
 OPTIONS = (
@@ -97,11 +102,35 @@ def run(args: argparse.Namespace, surroundings: Surroundings | None = None) -> i
         settings = read_settings(given(args, JoinSettings, OPTIONS), args.config, JoinSettings)
         if settings.redis_url is None:
             raise ValueError("a worker joins its gateways through Redis: give --redis-url URL, or EVENHAND_REDIS_URL")
+        redis_url = settings.redis_url.get_secret_value()
+        if settings.address == AUTO:
+            settings = settings.model_copy(update={"address": address_towards(redis_url)})
         plan = plan_of(settings, around)
-        code: int = uvloop.run(_joined(settings, plan, settings.redis_url.get_secret_value(), around))
+        code: int = uvloop.run(_joined(settings, plan, redis_url, around))
         return code
 
     return exit_code("evenhand worker", serve)
+
+
+def address_towards(redis_url: str) -> str:
+    """The address from which this machine reaches Redis: of several, gateways reach that one too.
+
+    PreflightError where there is no way to it, ValueError for an address that names no host.
+    """
+    server = urlsplit(redis_url)
+    if not server.hostname:
+        raise ValueError("--address auto needs a Redis that is reached by its host name: give --address HOST")
+    why = ""
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            server.hostname, server.port or REDIS_PORT, type=socket.SOCK_DGRAM
+        ):
+            with socket.socket(family, kind, protocol) as probe, contextlib.suppress(OSError):
+                probe.connect(address)  # sends nothing: it only chooses the route
+                return str(probe.getsockname()[0])
+    except OSError as error:
+        why = f" ({error.strerror})"
+    raise PreflightError(f"there is no way to the Redis server {server.hostname}{why}: correct --redis-url")
 
 
 def plan_of(settings: JoinSettings, around: Surroundings) -> EnginePlan:
@@ -177,7 +206,7 @@ class Joining:
         """Returns the exit code. WorkerError if the engine does not start."""
         stop = Stop()
         with self._screen:
-            log_to_screen(self._screen, verbose=self._settings.verbose)
+            log_to_screen(self._screen, "worker", verbose=self._settings.verbose)
             self._screen.table({"model": self._plan.served_name, self.name: in_words(self._plan)})
             self._screen.say()
             engine = asyncio.create_task(self._worker.run(), name="engine")
@@ -210,8 +239,22 @@ class Joining:
     def _moved(self, event: WorkerEvent) -> None:
         self._screen.worker(event)
         self._url = event.url if event.state is State.READY else ""
+        self._note_ready()
         self._was_ready = self._was_ready or bool(self._url)
         self._changed.set()
+
+    def _note_ready(self) -> None:
+        """The ready file holds the URL of an engine that is ready, and else is not there."""
+        file = self._settings.ready_file
+        if file is None:
+            return
+        try:
+            if self._url:
+                file.write_text(self._url)
+            else:
+                file.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("cannot write the ready file %s: %s", file, error.strerror)
 
     async def _beat(self) -> None:
         """Tells the store that the engine is there, as often as it has to, and at once when something has changed."""
@@ -221,7 +264,7 @@ class Joining:
                 await self._tell()
             except StoreAway as error:
                 if not self._away:
-                    log.error("%s. Gateways that know this worker go on; others do not find it.", error)
+                    log.error("%s; gateways that know this worker go on, others do not find it", str(error).rstrip("."))
                 self._away = True
             else:
                 self._away = False

@@ -23,6 +23,10 @@ from scheduler.workers import Role
 
 # vLLM's three processes for one CPU engine, without weights and KV cache: 0.7 + 0.6 + 0.8 GB resident were seen.
 ENGINE_BYTES = 2 * GIB
+MIB = 1024**2
+# An engine of several processes passes batches through queues in /dev/shm: vLLM 0.32 does not start unless ten chunks
+# of 24 MiB are free there. It fills little of them, so that any number of engines needs no more.
+SHARED_BYTES = 240 * MIB
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf")
 
@@ -33,6 +37,10 @@ class PreflightError(Exception):
 
 class TransferError(PreflightError):
     """Engines here cannot hand KV to each other."""
+
+
+class SharedMemoryError(PreflightError):
+    """/dev/shm is too small for an engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +80,7 @@ def check(settings: ServeSettings, machine: Machine, cache: Path) -> Checked:
             "--balance-roles needs a worker of each kind: give --prefill-workers, --decode-workers and --workers"
         )
     check_transfer(worker_roles(settings).values(), machine)
+    check_shared_memory(settings, machine, build)
     stored = stored_dtype(settings.model, cache)
     dtype = cpu_dtype(machine, stored) if build == "cpu" else ""
     weights = weights_bytes(settings.model, cache, dtype or stored)
@@ -89,6 +98,17 @@ def check_transfer(roles: Iterable[Role], machine: Machine) -> None:
             "prefill and decode workers hand KV over with NIXL, which is not installed here: run `make install` "
             "(there is NIXL for Linux only), or use --workers N"
         )
+
+
+def check_shared_memory(settings: ServeSettings, machine: Machine, build: Build) -> None:
+    """SharedMemoryError where an engine of several processes would not start: on a CPU each is, on GPUs a split one."""
+    if machine.shared_bytes >= SHARED_BYTES or not (build == "cpu" or spreads(settings.engine_args)):
+        return
+    raise SharedMemoryError(
+        f"too little shared memory: {machine.shared_bytes / MIB:.0f} MiB are free in /dev/shm, and an engine needs "
+        f"{SHARED_BYTES / MIB:.0f} MiB: start the container with --shm-size=1g (Docker Compose: `shm_size: 1gb`; "
+        "Kubernetes: mount an emptyDir of medium Memory there)"
+    )
 
 
 def _check_memory(model: str, machine: Machine, workers: int, weights: int, kv_cache_gib: int) -> None:

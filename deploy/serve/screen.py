@@ -117,12 +117,13 @@ class Screen:
 
 
 class ScreenLog(logging.Handler):
-    """Shows the gateway's own log on the screen."""
+    """Shows a process's own log on the screen."""
 
-    def __init__(self, screen: Screen) -> None:
+    def __init__(self, screen: Screen, name: str) -> None:
         super().__init__()
         self._screen = screen
+        self._name = name
 
     def emit(self, record: logging.LogRecord) -> None:
         level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        self._screen.line("gateway", level + record.getMessage(), "dim")
+        self._screen.line(self._name, level + record.getMessage(), "dim")

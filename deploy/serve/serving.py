@@ -88,7 +88,7 @@ class Serving:
         """From the taken port to the exit code. WorkerError or ModelError when the start fails."""
         stop = Stop()
         with self._screen:
-            log_to_screen(self._screen, verbose=self._settings.verbose)
+            log_to_screen(self._screen, "gateway", verbose=self._settings.verbose)
             gateway = asyncio.create_task(self._front.serve(sock), name="gateway")
             work = asyncio.create_task(self._engines(), name="engines")
             beat = asyncio.create_task(self._beat())
@@ -237,10 +237,10 @@ class Serving:
         self._screen.say()
 
 
-def log_to_screen(screen: Screen, *, verbose: bool) -> None:
-    """This process's own log goes to the screen: warnings, or all of it."""
+def log_to_screen(screen: Screen, name: str, *, verbose: bool) -> None:
+    """This process's own log goes to the screen under `name`: warnings, or all of it."""
     level = logging.INFO if verbose else logging.WARNING
-    logging.basicConfig(level=level, handlers=[ScreenLog(screen)], force=True)
+    logging.basicConfig(level=level, handlers=[ScreenLog(screen, name)], force=True)
 
 
 def state_folder(settings: ServeSettings, environ: Mapping[str, str]) -> Path:

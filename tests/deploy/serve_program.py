@@ -6,6 +6,7 @@ Environment: `TEST_ENGINE` is the engine's command line, with {port} and {model}
 """
 
 import argparse
+import math
 import os
 import shlex
 import sys
@@ -38,7 +39,8 @@ def machine() -> "Machine":
     build = os.environ.get("TEST_BUILD", "cpu")
     version = os.environ.get("TEST_VERSION", "0.32.0")
     engine = Engine("vllm", version, "cuda" if build == "cuda" else "cpu")
-    return replace(seen, available_bytes=free, engine=engine, nixl=os.environ.get("TEST_NIXL", "yes") == "yes")
+    nixl = os.environ.get("TEST_NIXL", "yes") == "yes"
+    return replace(seen, available_bytes=free, shared_bytes=math.inf, engine=engine, nixl=nixl)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

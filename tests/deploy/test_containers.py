@@ -12,9 +12,12 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ import yaml
 
 from deploy.cli import COMMANDS
 from deploy.serve.join import JoinSettings
+from deploy.serve.preflight import SHARED_BYTES
 from server.settings import Settings
 from tests.deploy.dockerfile import Stage, stages
 
@@ -54,7 +58,7 @@ def test_an_image_does_not_run_as_root_and_tells_its_health(name: str) -> None:
 
 
 def test_the_gateway_s_image_has_neither_torch_nor_an_engine() -> None:
-    steps = " ".join(text for name in ("build-gateway", "gateway") for _, text in STAGES[name].steps)
+    steps = " ".join(text for name in ("build", "gateway-packages", "gateway") for _, text in STAGES[name].steps)
     assert "engine-" not in steps and "torch" not in steps and "vllm" not in steps
 
 
@@ -75,28 +79,43 @@ def test_what_an_image_copies_is_in_the_context(stage: Stage) -> None:
             assert (ROOT / source).exists() and source.split("/")[0] in let_in
 
 
-def run_lines(stage: Stage, root: Path) -> list[str]:
-    """Its RUN lines with the image's own folder moved under `root`."""
-    return [text.replace("/opt/", f"{root}/opt/") for text in stage.of("RUN")]
+def copy_of(stage: Stage, to: Path) -> Path:
+    """A folder with what `stage` copies from the sources, and nothing else."""
+    for names, destination in stage.copied():
+        for name in names:
+            target = to / (destination + Path(name).name if destination.endswith("/") else destination)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(ROOT / name, target)
+    return to
+
+
+def probe(stage: Stage, **environ: str) -> int:
+    """The exit code of an image's health check, run here."""
+    check = stage.of("HEALTHCHECK")[0]
+    command = json.loads(check[check.index("[") :])
+    run = [sys.executable, *command[1:]]
+    return subprocess.run(run, env={**os.environ, **environ}, capture_output=True, check=False).returncode
 
 
 def test_the_gateway_s_image_starts_from_what_the_dockerfile_copies(tmp_path: Path) -> None:
     """Its packages are those of this environment: installing them from the lock would ask the network."""
-    stage, source = STAGES["build-gateway"], tmp_path / "src"
-    for names, destination in stage.copied():
-        for name in names:
-            to = source / (name if destination == "./" else destination)
-            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-            to.parent.mkdir(parents=True, exist_ok=True)
-            copy(ROOT / name, to, **({"dirs_exist_ok": True} if (ROOT / name).is_dir() else {}))  # type: ignore[operator]
-    install = run_lines(stage, tmp_path)[-1]
-    assert install.endswith("/pip install --no-deps --no-build-isolation .")
+    source = copy_of(STAGES["wheel"], tmp_path / "src")
+    build = STAGES["wheel"].of("RUN")[-1].replace("/dist", str(tmp_path / "dist"))
+    assert build.startswith("/opt/pip/bin/pip wheel ")
+    quiet = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    subprocess.run(
+        [sys.executable, "-m", *build.rpartition("/bin/")[2].split(), "--quiet"], cwd=source, check=True, env=quiet
+    )
+    (wheel,) = (tmp_path / "dist").glob("evenhand-*.whl")
     site = tmp_path / "site"
-    command = [sys.executable, "-m", *install.rpartition("/")[2].split(), "--target", str(site), "--quiet"]
-    subprocess.run(command, cwd=source, check=True, env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"})
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
+    subprocess.run(install, check=True, env=quiet)
 
     environ = dict(re.findall(r"(EVENHAND_\w+)=(\S+)", " ".join(STAGES["gateway"].of("ENV"))))
-    assert environ.pop("EVENHAND_HOST") == "0.0.0.0"
+    assert environ["EVENHAND_HOST"] == "0.0.0.0"
     port = free_port()
     environ |= {"EVENHAND_PORT": str(port), "EVENHAND_ALLOW_OPEN": "true", "PYTHONPATH": str(site)}
     argv = [*json.loads(STAGES["gateway"].of("ENTRYPOINT")[0]), *json.loads(STAGES["gateway"].of("CMD")[0])]
@@ -108,12 +127,39 @@ def test_the_gateway_s_image_starts_from_what_the_dockerfile_copies(tmp_path: Pa
         try:
             assert answers(f"http://127.0.0.1:{port}/health")
             assert answers(f"http://127.0.0.1:{port}/console")
-            check = STAGES["gateway"].of("HEALTHCHECK")[0]
-            probe = json.loads(check[check.index("[") :].replace("8000", str(port)))
-            assert subprocess.run([sys.executable, *probe[1:]], check=False).returncode == 0
+            assert probe(STAGES["gateway"], EVENHAND_HOST="0.0.0.0", EVENHAND_PORT=str(port)) == 0
+            assert probe(STAGES["gateway"], EVENHAND_HOST="0.0.0.0", EVENHAND_PORT="1") != 0
         finally:
             gateway.terminate()
     assert gateway.returncode == 0
+
+
+def test_the_model_is_made_from_the_files_that_its_stage_copies(tmp_path: Path) -> None:
+    """Few of them, so that a change elsewhere does not convert it anew."""
+    source = copy_of(STAGES["model"], tmp_path)
+    imports = "import deploy.engine.model as model, deploy.engine.gguf_folder; print(model.__file__)"
+    run = subprocess.run([sys.executable, "-c", imports], cwd=source, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == str(source / "deploy" / "engine" / "model.py")
+    (step,) = STAGES["model"].of("RUN")
+    assert json.loads(step)[:2] == ["/opt/evenhand/bin/python", "-c"]
+    compile(json.loads(step)[2], "Dockerfile", "exec")
+
+
+def test_sources_are_copied_after_every_package_is_installed() -> None:
+    """Else a changed line would install three gigabytes anew."""
+    for name in ("build", "gateway-packages", "worker-packages", "worker-trimmed"):
+        copied = [source for sources, _ in STAGES[name].copied() for source in sources]
+        assert all(source.startswith("deploy/requirements/") for source in copied), name
+    for name in IMAGES:
+        (last,) = [text for text in STAGES[name].of("RUN") if "/dist/evenhand-" in text]
+        assert "--mount=type=bind,from=wheel,source=/dist,target=/dist" in last
+        after = STAGES[name].steps[STAGES[name].steps.index(("RUN", last)) + 1 :]
+        assert "RUN" not in dict(after) and "COPY" not in dict(after)
+
+
+def test_nothing_is_fetched_to_read_the_dockerfile() -> None:
+    """A `# syntax=` line makes the builder ask a registry for its own front end."""
+    assert not re.search(r"^#\s*syntax=", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
 
 
 def free_port() -> int:
@@ -174,7 +220,7 @@ def test_docker_compose_itself_reads_it(options: tuple[str, ...], more: set[str]
 def test_without_an_admin_key_docker_compose_says_what_to_set() -> None:
     said = config()
     assert said.returncode != 0
-    assert "EVENHAND_ADMIN_KEY" in said.stderr and "set it to 16 characters or more" in said.stderr
+    assert 'echo "EVENHAND_ADMIN_KEY=$(openssl rand -hex 24)" > .env' in said.stderr
 
 
 def test_by_default_a_gateway_one_cpu_worker_and_what_watches_them() -> None:
@@ -230,25 +276,40 @@ def test_variables_are_settings(who: str, variable: str) -> None:
 def test_commands_are_understood(name: str) -> None:
     target = STAGES[SERVICES[name]["build"]["target"]]
     entry = shlex.join(json.loads(target.of("ENTRYPOINT")[0]))
-    command = "worker" if "evenhand worker" in entry else "gateway"
+    command = "worker" if entry == "evenhand worker" else "gateway"
     parser = argparse.ArgumentParser(exit_on_error=False)
     importlib.import_module(COMMANDS[command].module).add_arguments(parser)
     parser.parse_args([str(word) for word in SERVICES[name].get("command", [])])
 
 
 @pytest.mark.parametrize("image", ["worker-cpu", "worker-cuda"])
-def test_a_worker_s_entry_hands_on_its_arguments_and_takes_the_container_s_address(image: str, tmp_path: Path) -> None:
-    """The shell line is run, with programs that only say how they were called."""
-    for name, says in (("evenhand", 'echo "$@"'), ("hostname", "echo 10.1.2.3")):
-        (tmp_path / name).write_text(f"#!/bin/sh\n{says}\n")
-        (tmp_path / name).chmod(0o755)
-    entry = json.loads(STAGES[image].of("ENTRYPOINT")[0])
-    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    for given, address in (({}, "10.1.2.3"), ({"EVENHAND_ADDRESS": "10.9.9.9"}, "10.9.9.9")):
-        said = subprocess.run(
-            [*entry, "--model", "a b"], env=environ | given, capture_output=True, text=True, check=True
-        )
-        assert said.stdout == f"worker --address {address} --model a b\n"
+def test_a_worker_is_healthy_while_the_engine_of_its_ready_file_answers(image: str, tmp_path: Path) -> None:
+    stage, file = STAGES[image], tmp_path / "ready"
+    assert json.loads(stage.of("ENTRYPOINT")[0]) == ["evenhand", "worker"]
+    given = " ".join(stage.of("ENV"))
+    assert "EVENHAND_ADDRESS=auto" in given and "EVENHAND_READY_FILE=/tmp/" in given
+    assert probe(stage, EVENHAND_READY_FILE=str(file)) != 0
+    (tmp_path / "health").touch()
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path)) as engine:
+        threading.Thread(target=engine.serve_forever, daemon=True).start()
+        file.write_text(f"http://127.0.0.1:{engine.server_port}")
+        assert probe(stage, EVENHAND_READY_FILE=str(file)) == 0
+        engine.shutdown()
+    assert probe(stage, EVENHAND_READY_FILE=str(file)) != 0
+
+
+def test_workers_have_the_shared_memory_that_an_engine_needs() -> None:
+    units = {"mb": 1024**2, "gb": 1024**3}
+    for name in set(OURS) - {"gateway"}:
+        size = re.fullmatch(r"(\d+)(mb|gb)", SERVICES[name]["shm_size"])
+        assert size is not None and int(size[1]) * units[size[2]] > SHARED_BYTES, name
+
+
+def test_what_can_be_read_only_is() -> None:
+    writing = {name for name, service in SERVICES.items() if not service.get("read_only")}
+    assert writing == {"worker-gpu", "grafana"}
+    assert all(service["cap_drop"] == ["ALL"] for service in SERVICES.values())
+    assert all("no-new-privileges:true" in service["security_opt"] for service in SERVICES.values())
 
 
 def test_grafana_is_given_the_dashboards_and_the_source_that_exist() -> None:

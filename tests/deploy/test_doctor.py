@@ -95,12 +95,26 @@ def test_a_full_disk_is_bad_only_when_the_model_is_still_to_be_made() -> None:
     assert doctor.check_disk(10**6, Path("/"), 10**8).level == "bad"
 
 
-def test_few_open_files_and_little_shared_memory_are_warnings() -> None:
+def test_few_open_files_are_a_warning() -> None:
     assert doctor.check_open_files(1024).found == "1024 open files: 412 streams at once"
     assert doctor.check_open_files(1024).level == "warn"
     assert doctor.check_open_files(65536).level == "ok"
-    assert doctor.check_shared_memory(64 * 1024**2).level == "warn"
-    assert doctor.check_shared_memory(GIB).level == "ok"
+
+
+def test_a_containers_default_shared_memory_is_too_small_for_any_engine_but_one_on_one_gpu() -> None:
+    small = 64 * 1024**2
+    finding = doctor.check_shared_memory(ServeSettings(), replace(CPU, shared_bytes=small))
+    assert (finding.level, finding.found) == ("bad", "64 MiB free in /dev/shm")
+    assert "--shm-size=1g" in finding.advice
+    assert doctor.check_shared_memory(ServeSettings(), replace(CPU, shared_bytes=256 * 1024**2)).level == "ok"
+    assert doctor.check_shared_memory(ServeSettings(), replace(CUDA, shared_bytes=small)).level == "warn"
+    spread = ServeSettings(engine_args=["--tensor-parallel-size=2"])
+    assert doctor.check_shared_memory(spread, replace(CUDA, shared_bytes=small)).level == "bad"
+
+
+def test_too_little_shared_memory_is_not_reported_as_too_little_memory(cache: Path) -> None:
+    settings, machine = ServeSettings(model=str(cache / "llama")), replace(CPU, shared_bytes=0)
+    assert doctor.check_memory(settings, machine, cache).level == "warn"
 
 
 def test_a_port_that_is_taken_is_bad() -> None:

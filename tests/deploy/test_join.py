@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 
 from deploy.engine.engine_args import EnginePlan
-from deploy.serve.join import Joining, JoinSettings
+from deploy.serve.join import Joining, JoinSettings, address_towards
+from deploy.serve.preflight import PreflightError
+from deploy.serve.screen import ScreenLog
 from scheduler.workers import Role
 from server.fleet.fleet import State
+from server.store.redis_store import RedisStore
 from server.store.store import MemoryStore
 from tests.deploy.processes import MARK, eventually, marked, new_mark
 from tests.deploy.serve_program import surroundings
@@ -46,12 +49,20 @@ class Fleet:
         argv = [*more, "--model", str(self.model), "--redis-url", self.redis_url, "--role", role, "--name", name]
         program = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "tests.deploy.worker_program", *argv, "--state-folder", str(self.model.parent)),
-            env={**os.environ, MARK: self.mark, "TEST_ENGINE": ENGINE},
+            env={
+                **os.environ,
+                MARK: self.mark,
+                "TEST_ENGINE": ENGINE,
+                "EVENHAND_READY_FILE": str(self.ready_file(name)),
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
         self.programs.append(program)
         return program
+
+    def ready_file(self, name: str) -> Path:
+        return self.model.parent / f"{name}.ready"
 
 
 @contextlib.asynccontextmanager
@@ -136,9 +147,10 @@ def two_free_ports() -> int:
 async def test_a_second_signal_ends_it_at_once(model: Path, redis_url: str) -> None:
     async with fleet_of(model, redis_url) as (fleet, gateway):
         port = two_free_ports()
-        worker = await fleet.start("both", "both", "--engine-port", str(port))
+        worker = await fleet.start("both", "both", "--engine-port", str(port), "--address", "auto")
         await gateway.ready()
         assert gateway.server.fleet.members["both"].worker.url == f"http://127.0.0.1:{port}"
+        assert fleet.ready_file("both").read_text() == f"http://127.0.0.1:{port}"
         endless = completion(prompt=[7] * 50, max_tokens=8000, ignore_eos=True, stream=True)
         wire = await gateway.send(request("/v1/completions", endless))
         await wire.head()
@@ -146,7 +158,36 @@ async def test_a_second_signal_ends_it_at_once(model: Path, redis_url: str) -> N
         await soon(lambda: state_of(gateway, "both") is State.DRAINING)
         worker.send_signal(signal.SIGINT)
         assert await asyncio.wait_for(worker.wait(), LIMIT_S) == 130
+        assert not fleet.ready_file("both").exists()
         wire.reset()
+
+
+def test_of_several_addresses_it_takes_the_one_towards_redis() -> None:
+    assert address_towards("redis://127.0.0.1:6379/0") == "127.0.0.1"
+    assert address_towards("rediss://user:secret@[::ffff:127.0.0.1]") in {"127.0.0.1", "::ffff:127.0.0.1"}
+    with pytest.raises(PreflightError, match=r"no way to the Redis server nobody\.invalid"):
+        address_towards("redis://nobody.invalid:6379/0")
+    with pytest.raises(ValueError, match="give --address HOST"):
+        address_towards("unix:///run/redis.sock")
+
+
+async def test_what_it_logs_carries_its_own_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While Redis is away it says so once, and not as if a gateway had said it."""
+    plan = EnginePlan(model="toy", served_name="toy", local=True, build="cpu", bf16=False, policy="fcfs")
+    settings = JoinSettings(redis_url="redis://127.0.0.1:1/0", state_folder=tmp_path, name="w")
+    store = RedisStore("redis://127.0.0.1:1/0")
+    joining = Joining(settings, plan, store, surroundings())
+    beats = asyncio.create_task(joining._beat())
+    await soon(lambda: joining._away, "it knows that Redis is away")
+    beats.cancel()
+    await asyncio.wait({beats})
+    await store.close()
+    (record,) = [record for record in caplog.records if record.name == "evenhand.worker"]
+    assert record.getMessage().startswith("Redis does not answer") and ".." not in record.getMessage()
+    ScreenLog(joining._screen, "w").emit(record)
+    assert capsys.readouterr().out.startswith("w")
 
 
 def test_a_port_that_cannot_be_had_is_refused_before_anything_starts(model: Path) -> None:

@@ -23,12 +23,46 @@ def test_a_containers_cpu_quota_bounds_the_cores(quota: str, cores: int, tmp_pat
     assert len(usable_cores([0, 1, 2, 3], tmp_path)) == cores
 
 
-def test_a_containers_memory_limit_bounds_the_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("quota", "cores"), [("150000", 2), ("-1", 4)])
+def test_a_cpu_quota_is_read_under_cgroup_v1_too(quota: str, cores: int, tmp_path: Path) -> None:
+    put(tmp_path, "sys/fs/cgroup/cpu/cpu.cfs_quota_us", f"{quota}\n")
+    put(tmp_path, "sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n")
+    assert len(usable_cores([0, 1, 2, 3], tmp_path)) == cores
+
+
+@pytest.mark.parametrize(
+    ("limit", "usage", "stat", "inactive"),
+    [
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+    ],
+    ids=["cgroup v2", "cgroup v1"],
+)
+def test_a_containers_memory_limit_bounds_the_memory(
+    limit: str, usage: str, stat: str, inactive: str, tmp_path: Path
+) -> None:
     put(tmp_path, "proc/meminfo", "MemTotal: 9 kB\nMemAvailable:    8388608 kB\n")
     assert available_bytes(tmp_path) == 8 * 1024**3
-    put(tmp_path, "sys/fs/cgroup/memory.max", f"{4 * 1024**3}\n")
-    put(tmp_path, "sys/fs/cgroup/memory.current", f"{1024**3}\n")
+    put(tmp_path, f"sys/fs/cgroup/{limit}", f"{4 * 1024**3}\n")
+    put(tmp_path, f"sys/fs/cgroup/{usage}", f"{2 * 1024**3}\n")
+    assert available_bytes(tmp_path) == 2 * 1024**3
+    put(tmp_path, f"sys/fs/cgroup/{stat}", f"cache 7\n{inactive} {1024**3}\nunevictable 0\n")
     assert available_bytes(tmp_path) == 3 * 1024**3
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"memory.max": "max", "memory.current": "1"},
+        {"memory/memory.limit_in_bytes": str(2**63 - 4096), "memory/memory.usage_in_bytes": "1"},
+    ],
+    ids=["cgroup v2", "cgroup v1"],
+)
+def test_a_container_without_a_memory_limit_has_what_the_machine_has(files: dict[str, str], tmp_path: Path) -> None:
+    put(tmp_path, "proc/meminfo", "MemAvailable:    8388608 kB\n")
+    for name, text in files.items():
+        put(tmp_path, f"sys/fs/cgroup/{name}", text)
+    assert available_bytes(tmp_path) == 8 * 1024**3
 
 
 def test_flags_are_read_as_x86_and_as_arm_spell_them(tmp_path: Path) -> None:
