@@ -307,7 +307,7 @@ def test_workers_have_the_shared_memory_that_an_engine_needs() -> None:
 
 def test_what_can_be_read_only_is() -> None:
     writing = {name for name, service in SERVICES.items() if not service.get("read_only")}
-    assert writing == {"worker-gpu", "grafana"}
+    assert writing == {"worker-gpu", "prometheus", "grafana"}
     assert all(service["cap_drop"] == ["ALL"] for service in SERVICES.values())
     assert all("no-new-privileges:true" in service["security_opt"] for service in SERVICES.values())
 
