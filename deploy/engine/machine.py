@@ -38,6 +38,7 @@ class Machine:
     gpus: ids for CUDA_VISIBLE_DEVICES.
     engine: None when no vLLM is installed.
     nixl: whether engines can hand KV to each other.
+    compiler: whether there is a C++ compiler, which a CPU engine needs to compile its model.
     shared_bytes: what is free in /dev/shm; infinite where the system has no such folder.
     """
 
@@ -48,6 +49,7 @@ class Machine:
     engine: Engine | None
     nixl: bool = False
     fp16: bool = False
+    compiler: bool = True
     shared_bytes: float = math.inf
 
 
@@ -62,6 +64,7 @@ def look(environ: Mapping[str, str], root: Path = Path("/")) -> Machine:
         gpus=visible_gpus(environ, root),
         engine=installed_engine(),
         nixl=find_spec("nixl") is not None,
+        compiler=shutil.which(environ.get("CXX", "g++")) is not None,
         shared_bytes=shared_bytes(root),
     )
 

@@ -81,6 +81,11 @@ def check(settings: ServeSettings, machine: Machine, cache: Path) -> Checked:
         )
     check_transfer(worker_roles(settings).values(), machine)
     check_shared_memory(settings, machine, build)
+    if build == "cpu" and settings.compile and not machine.compiler:
+        raise PreflightError(
+            "--compile needs a C++ compiler, and there is no g++ here: install it (on Debian: apt install g++), "
+            "or leave --compile out"
+        )
     stored = stored_dtype(settings.model, cache)
     dtype = cpu_dtype(machine, stored) if build == "cpu" else ""
     weights = weights_bytes(settings.model, cache, dtype or stored)

@@ -175,7 +175,7 @@ async def test_what_it_logs_carries_its_own_name(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """While Redis is away it says so once, and not as if a gateway had said it."""
-    plan = EnginePlan(model="toy", served_name="toy", local=True, build="cpu", bf16=False, policy="fcfs")
+    plan = EnginePlan(model="toy", served_name="toy", local=True, build="cpu", policy="fcfs")
     settings = JoinSettings(redis_url="redis://127.0.0.1:1/0", state_folder=tmp_path, name="w")
     store = RedisStore("redis://127.0.0.1:1/0")
     joining = Joining(settings, plan, store, surroundings())

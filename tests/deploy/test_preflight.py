@@ -55,6 +55,14 @@ def test_too_little_shared_memory_is_refused_before_the_engine_ends_over_it(fold
         check(settings.model_copy(update={"engine_args": ["--tensor-parallel-size", "2"]}), one_gpu, folder)
 
 
+def test_compiling_needs_a_compiler_on_a_cpu(folder: Path) -> None:
+    settings, bare = ServeSettings(model=str(folder), compile=True), replace(machine(), compiler=False)
+    with pytest.raises(PreflightError, match=r"--compile needs a C\+\+ compiler"):
+        check(settings, bare, folder)
+    assert check(settings, machine(), folder).build == "cpu"
+    assert check(settings.model_copy(update={"compile": False}), bare, folder).build == "cpu"
+
+
 def test_too_many_workers_for_the_memory_are_told_to_be_fewer(folder: Path) -> None:
     with pytest.raises(PreflightError, match="2 workers of 7.0 GiB.*fewer --workers"):
         check(ServeSettings(model=str(folder), worker_count=2), machine(13), folder)
