@@ -52,13 +52,10 @@ class Half:
         """What has the connections dies at once."""
         os.kill(self.server_pid, signal.SIGKILL)
 
-    def cpu_s(self) -> float:
-        """Processor time of all its processes so far."""
-        ticks = 0
-        for pid in in_session(self.leash):
-            user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-            ticks += int(user) + int(system)
-        return ticks / os.sysconf("SC_CLK_TCK")
+    def is_asleep(self) -> bool:
+        """Whether none of its threads runs or wants to at this moment."""
+        stats = [stat for pid in in_session(self.leash) for stat in Path(f"/proc/{pid}/task").glob("*/stat")]
+        return all(stat.read_text().rpartition(")")[2].split()[0] != "R" for stat in stats)
 
 
 @dataclass(frozen=True)
@@ -148,6 +145,18 @@ class Halves:
         await until(ready, START_S, f"{self.workers} workers are ready")
 
 
+async def rests(half: Half) -> None:
+    """Returns once it was seen asleep often. A thread that spins never sleeps, however busy the machine is."""
+    seen = 0
+
+    async def often() -> bool:
+        nonlocal seen
+        seen += half.is_asleep()
+        return seen >= 20
+
+    await until(often, 60.0, f"{half.url} sleeps while it has nothing to do")
+
+
 async def until(condition: Any, limit_s: float, what: str) -> None:
     """Returns once the coroutine function says yes; a server that is not there says no."""
     end = time.monotonic() + limit_s
@@ -155,7 +164,7 @@ async def until(condition: Any, limit_s: float, what: str) -> None:
         try:
             if await condition():
                 return
-        except (httpx2.TransportError, StopIteration, IndexError, FileNotFoundError):
+        except (httpx2.TransportError, StopIteration, IndexError, FileNotFoundError, ProcessLookupError):
             pass  # it is just dying, or being born
         assert time.monotonic() < end, f"still not after {limit_s} s: {what}"
         await asyncio.sleep(0.05)  # between two looks at other processes
