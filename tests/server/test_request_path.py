@@ -1,0 +1,20 @@
+"""A request's way through the gateway stays short: see docs/architecture.md."""
+
+import pytest
+
+from tests.request_path import Trace, measured
+
+
+@pytest.fixture(scope="module")
+def traces() -> dict[str, Trace]:
+    return measured()
+
+
+def test_a_request_reaches_its_engine_in_a_few_calls(traces: dict[str, Trace]) -> None:
+    trace = traces["request"]
+    assert trace.files[0] == "server/front/protocol.py" and trace.files[-1] == "server/engine/client.py"
+    assert len(trace.calls) <= 100 and len(set(trace.files)) <= 20 and trace.changes <= 42, trace.page()
+
+
+def test_a_token_reaches_its_client_in_five_calls(traces: dict[str, Trace]) -> None:
+    assert len(traces["token"].calls) <= 5, traces["token"].page()
