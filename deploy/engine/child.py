@@ -76,14 +76,18 @@ class Child:
 
 @contextlib.asynccontextmanager
 async def running(
-    argv: Sequence[str], env: Mapping[str, str], grace_s: float, heard: Callable[[str], None]
+    argv: Sequence[str],
+    env: Mapping[str, str],
+    grace_s: float,
+    heard: Callable[[str], None],
+    cores: Sequence[int] = (),
 ) -> AsyncIterator[Child]:
     """Runs `argv` in exactly `env`; `heard` gets each line that it writes. Nothing of it is left when the block is.
 
-    OSError if no process can be started.
+    cores: the only ones on which it may run; empty for all. OSError if no process can be started.
     """
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-I", "-S", str(LEASH), str(grace_s)),
+        *(sys.executable, "-I", "-S", str(LEASH), str(grace_s), ",".join(map(str, cores)) or "-"),
         *argv,
         stdin=asyncio.subprocess.PIPE,  # the leash: the kernel closes it when this process ends, however it ends
         stdout=asyncio.subprocess.PIPE,

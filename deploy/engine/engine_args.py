@@ -11,6 +11,7 @@ from scheduler.workers import Role, Worker
 MODULE = "vllm.entrypoints.openai.api_server"  # the console command `vllm` refuses to run in the CPU distribution
 SCHEDULER = "scheduler.vllm.plugin.PolicyScheduler"
 CONNECTOR = "scheduler.vllm.nixl"  # vLLM's own, on a CPU
+EXECUTOR = "scheduler.vllm.executor.PinnedExecutor"
 OLDEST, NEWEST_BELOW = (0, 26), (0, 34)
 
 # vLLM's block is 128 tokens on a CPU: most short sequences then have no full block that the prefix cache could keep, so
@@ -55,7 +56,8 @@ class EnginePlan:
     model: a folder or a hub id. local: whether it is a folder, so that no hub is asked.
     dtype: what it computes in; empty leaves the choice to vLLM. compiled: whether a CPU engine compiles the model
     before its first answer; a GPU engine always does.
-    cores: where a CPU engine computes. kv_cache_gib: its KV cache, for a CPU engine.
+    cores: where a CPU engine computes. allowed: where anything else of it may run (its HTTP server, for one): its own
+    cores and those on which no engine computes; empty for anywhere. kv_cache_gib: its KV cache, for a CPU engine.
     gpu: for CUDA_VISIBLE_DEVICES, empty on a CPU. gpu_share: the part of each such GPU's memory it may take.
     model_args: what this model needs; user_args: what the user gave, which wins over everything of ours.
     hands_over: one of role `both` has a KV connector too, so that it may lean to either side.
@@ -72,6 +74,7 @@ class EnginePlan:
     policy: str = "fcfs"
     policy_options: Mapping[str, str] = field(default_factory=dict)
     cores: tuple[int, ...] = ()
+    allowed: tuple[int, ...] = ()
     kv_cache_gib: int = 1
     gpu: str = ""
     gpu_share: float = 1.0
@@ -96,11 +99,16 @@ class Ports:
 
 @dataclass(frozen=True, slots=True)
 class EngineCommand:
-    """What to run, and what to add to the environment. `url` is where it will answer."""
+    """What to run, and what to add to the environment. `url` is where it will answer.
+
+    cores: where it computes. allowed: where anything of it may run; empty for anywhere.
+    """
 
     argv: tuple[str, ...]
     env: Mapping[str, str]
     url: str
+    cores: tuple[int, ...] = ()
+    allowed: tuple[int, ...] = ()
 
 
 Options = dict[str, str | None]
@@ -117,7 +125,8 @@ def engine_command(plan: EnginePlan, ports: Ports, python: str) -> EngineCommand
     # -P: a folder called `scheduler` or `vllm` where the user stands must not be imported in place of the real one.
     argv = (python, "-P", "-m", MODULE, *ours, *extra)
     host = f"[{plan.host}]" if ":" in plan.host else plan.host
-    return EngineCommand(argv, _environment(plan, ports), f"http://{host}:{ports.http}")
+    url = f"http://{host}:{ports.http}"
+    return EngineCommand(argv, _environment(plan, ports), url, plan.cores, plan.allowed)
 
 
 def check_user_args(user_args: Sequence[str]) -> None:
@@ -155,6 +164,8 @@ def _cpu_options(plan: EnginePlan) -> Options:
         "--max-model-len": "auto",
         "--max-num-seqs": str(_cpu_slots(plan)),
     }
+    if plan.cores and not spreads(plan.user_args):
+        options["--distributed-executor-backend"] = EXECUTOR
     if plan.dtype:
         options["--dtype"] = plan.dtype
     if not plan.compiled:
@@ -216,6 +227,7 @@ def _environment(plan: EnginePlan, ports: Ports) -> dict[str, str]:
     if plan.build == "cpu":
         env["VLLM_CPU_KVCACHE_SPACE"] = str(plan.kv_cache_gib)
         env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, plan.cores)) or "nobind"
+        env["OMP_NUM_THREADS"] = str(max(1, len(plan.cores)))
     elif plan.gpu:
         env["CUDA_VISIBLE_DEVICES"] = plan.gpu
     if plan.connected:
@@ -272,6 +284,15 @@ def divide_cores(cores: Sequence[int], workers: int) -> list[tuple[int, ...]]:
         return [(mine[index % len(mine)],) for index in range(workers)]
     edges = [round(len(mine) * index / workers) for index in range(workers + 1)]
     return [tuple(mine[start:end]) for start, end in zip(edges, edges[1:], strict=False)]
+
+
+def allowed_threads(physical: Sequence[Sequence[int]], cores: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """Where the rest of each engine may run, by the hardware threads of all physical cores and each engine's `cores`:
+    on its own, and on those of no engine."""
+    of = {thread: set(threads) for threads in physical for thread in threads}
+    own = [set().union(*(of.get(core, {core}) for core in each)) for each in cores]
+    spare = set().union(*physical) - set().union(*own)
+    return [tuple(sorted(each | spare)) for each in own]
 
 
 def spreads(user_args: Sequence[str]) -> bool:

@@ -39,6 +39,7 @@ class Machine:
     engine: None when no vLLM is installed.
     nixl: whether engines can hand KV to each other.
     compiler: whether there is a C++ compiler, which a CPU engine needs to compile its model.
+    physical: every hardware thread that may be used, by physical core.
     shared_bytes: what is free in /dev/shm; infinite where the system has no such folder.
     """
 
@@ -51,13 +52,16 @@ class Machine:
     fp16: bool = False
     compiler: bool = True
     shared_bytes: float = math.inf
+    physical: tuple[tuple[int, ...], ...] = ()
 
 
 def look(environ: Mapping[str, str], root: Path = Path("/")) -> Machine:
     """Reads /proc, /sys and the installed distributions under `root`; imports no engine."""
     flags = cpu_flags(root)
+    physical = physical_cores(sorted(os.sched_getaffinity(0)), root)
     return Machine(
-        cores=usable_cores(sorted(os.sched_getaffinity(0)), root),
+        cores=usable_cores(physical, root),
+        physical=physical,
         bf16=not BF16_FLAGS.isdisjoint(flags),
         fp16=not FP16_FLAGS.isdisjoint(flags),
         available_bytes=available_bytes(root),
@@ -85,17 +89,20 @@ def cpu_flags(root: Path) -> frozenset[str]:
     return frozenset(found.group(1).split()) if found else frozenset()
 
 
-def usable_cores(allowed: list[int], root: Path) -> tuple[int, ...]:
-    """The first hardware thread of each physical core among `allowed`: a second one adds no arithmetic units."""
+def physical_cores(allowed: list[int], root: Path) -> tuple[tuple[int, ...], ...]:
+    """The hardware threads of each physical core, those among `allowed`."""
     siblings = "sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-    seen: set[str] = set()
-    cores: list[int] = []
-    for core in allowed:
-        group = text_of(root / siblings.format(core)).strip() or str(core)
-        if group not in seen:
-            cores.append(core)
-        seen.add(group)
-    return tuple(cores[: max(1, math.ceil(cpu_quota(root)))]) if cpu_quota(root) < len(cores) else tuple(cores)
+    groups: dict[str, list[int]] = {}
+    for thread in allowed:
+        groups.setdefault(text_of(root / siblings.format(thread)).strip() or str(thread), []).append(thread)
+    return tuple(map(tuple, groups.values()))
+
+
+def usable_cores(physical: tuple[tuple[int, ...], ...], root: Path) -> tuple[int, ...]:
+    """The first hardware thread of each physical core: a second one adds no arithmetic units."""
+    cores = tuple(threads[0] for threads in physical)
+    quota = cpu_quota(root)
+    return cores[: max(1, math.ceil(quota))] if quota < len(cores) else cores
 
 
 def cpu_quota(root: Path) -> float:

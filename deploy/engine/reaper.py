@@ -1,12 +1,13 @@
 """Runs a command so that neither it nor anything that it starts outlives whoever asked for it, even after a SIGKILL.
 
-`python -I -S reaper.py GRACE_S COMMAND…` starts the command with three knots:
+`python -I -S reaper.py GRACE_S CORES COMMAND…` starts the command with three knots:
 - standard input is the leash: when its other end closes, whoever held it is gone, and the command is stopped;
 - orphans of the command are adopted (PR_SET_CHILD_SUBREAPER), so that its grandchildren can be found and ended;
 - the command gets SIGKILL when this process itself is killed (PR_SET_PDEATHSIG).
 
 SIGTERM asks the command to stop, and after GRACE_S seconds everything below this process is killed. The exit code is
-the command's, or 128 + the signal that ended it. Only the standard library is needed, so it starts in milliseconds.
+the command's, or 128 + the signal that ended it. CORES ("2,3") are those on which the command may run, "-" is all.
+Only the standard library is needed, so it starts in milliseconds.
 """
 
 import ctypes
@@ -128,7 +129,9 @@ class Leash:
 
 
 def main() -> int:
-    grace_s, command = float(sys.argv[1]), sys.argv[2:]
+    grace_s, cores, command = float(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    if cores != "-":
+        os.sched_setaffinity(0, map(int, cores.split(",")))
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     leash = Leash(command)
     leash.watch(deadline=None)

@@ -16,10 +16,15 @@ import httpx2
 
 from deploy.engine.canary import CanaryError
 from deploy.engine.child import Child, ChildEnded, running
+from deploy.engine.cores import stray_threads
 from deploy.engine.engine_args import EngineCommand, Ports
 from deploy.engine.engine_log import STAGES, LogFile, LogLine, cause, parse, stage
 
 KEPT_LINES = 1000  # enough for the stacks of all of vLLM's processes, root cause included
+STRAYED = (
+    "threads of this engine may run on another engine's cores, so the two slow each other down: {}. "
+    "Please report this with the versions of vLLM and NIXL"
+)
 NOT_INHERITED = ("VLLM_API_KEY", "VLLM_PORT")  # would give the engine a key or ports that the gateway does not know
 
 
@@ -138,6 +143,7 @@ class WorkerProcess:
         self._ports = ports
         self._child: Child | None = None
         self._url = ""
+        self._cores: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
         self._started_at_s = 0.0
         self._stage = 0
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
@@ -190,6 +196,8 @@ class WorkerProcess:
             limit_s = self._timing.start_s
             raise WorkerError(f"it was not ready after {limit_s:.0f} s: allow more with --start-timeout") from error
         self._move(State.READY, said)
+        if strays := stray_threads(child.pid, *self._cores):
+            self._listeners.line(self.name, LogLine("", "WARNING", STRAYED.format(", ".join(strays))))
 
     async def _ready_until(self, child: Child, client: httpx2.AsyncClient) -> str:
         """Watches a ready engine until it dies or hangs; returns why, as a sentence."""
@@ -237,7 +245,8 @@ class WorkerProcess:
             env = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
             env |= {**command.env, "PROMETHEUS_MULTIPROC_DIR": metrics_folder}
             self._log.write(f"$ {' '.join(command.argv)}")
-            async with running(command.argv, env, self._timing.grace_s, self._heard) as self._child:
+            self._cores = command.cores, command.allowed
+            async with running(command.argv, env, self._timing.grace_s, self._heard, command.allowed) as self._child:
                 self._tell(STAGES[0][1])
                 yield self._child
         except OSError as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from deploy.engine.engine_args import (
     EnginePlan,
+    allowed_threads,
     build_in_use,
     check_user_args,
     compiles,
@@ -149,8 +150,11 @@ def plan_workers(
     """The engine of each worker, by its name."""
     roles = worker_roles(settings)
     cores = divide_cores(machine.cores, len(roles))
+    allowed: list[tuple[int, ...]] = [()] * len(roles)
     gpus = [("", 1.0)] * len(roles)
-    if checked.build == "cuda":
+    if checked.build == "cpu":
+        allowed = allowed_threads(machine.physical, cores)
+    else:
         gpus = divide_gpus(machine.gpus, len(roles), several=spreads(settings.engine_args))
     return {
         name: EnginePlan(
@@ -164,6 +168,7 @@ def plan_workers(
             policy=settings.policy,
             policy_options=settings.policy_options,
             cores=cores[index],
+            allowed=allowed[index],
             kv_cache_gib=checked.kv_cache_gib,
             gpu=gpus[index][0],
             gpu_share=gpus[index][1],

@@ -1,12 +1,15 @@
 """vLLM's NIXL connector for engines on a CPU, where what waits must not take the core on which the engine computes.
 
 NIXL's thread, as of 1.5, asks for events without a pause as long as the engine lives, and its Python API has no way to
-say otherwise (`pthrDelay` is 0); here it sleeps until there is something to do. So do vLLM's processes, both of them
-(vllm_waiting.py).
+say otherwise (`pthrDelay` is 0); here it sleeps until there is something to do. So do vLLM's processes (waiting.py).
+
+vLLM's connector moves the thread that makes it, which is the one that computes, to the last core of each NUMA node:
+every engine of a machine to the same, and in a container to one that it may not have. Here the thread stays.
 
 In use where `kv_connector_module_path` names this module; engines with vLLM's own connector exchange KV with it.
 """
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,8 +30,19 @@ class NixlConnector(StockConnector):  # type: ignore[misc]  # vLLM is untyped he
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         sleep_while_waiting()
-        with _sleeping_threads():
+        with _sleeping_threads(), _cores_kept():
             super().__init__(vllm_config, role, kv_cache_config)
+
+
+@contextmanager
+def _cores_kept() -> Iterator[None]:
+    """Nothing in this process moves a thread to other cores meanwhile."""
+    move = os.sched_setaffinity
+    os.sched_setaffinity = lambda pid, cores: None
+    try:
+        yield
+    finally:
+        os.sched_setaffinity = move
 
 
 @contextmanager

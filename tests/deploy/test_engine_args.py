@@ -8,6 +8,7 @@ from deploy.engine.engine_args import (
     EngineArgsError,
     EnginePlan,
     Ports,
+    allowed_threads,
     build_in_use,
     check_version,
     compiles,
@@ -128,8 +129,10 @@ def test_a_local_model_asks_no_hub_and_a_hubs_model_may() -> None:
 
 
 def test_cores_and_kv_cache_of_a_cpu_engine_are_told_by_environment() -> None:
-    env = engine_command(plan(kv_cache_gib=3), PORTS, "python").env
-    assert env["VLLM_CPU_OMP_THREADS_BIND"] == "2,3"
+    command = engine_command(plan(kv_cache_gib=3), PORTS, "python")
+    env = command.env
+    assert value_of(command.argv, "--distributed-executor-backend") == "scheduler.vllm.executor.PinnedExecutor"
+    assert (env["VLLM_CPU_OMP_THREADS_BIND"], env["OMP_NUM_THREADS"]) == ("2,3", "2")
     assert env["VLLM_CPU_KVCACHE_SPACE"] == "3"
 
 
@@ -251,3 +254,22 @@ def test_the_cuda_build_needs_a_gpu_and_a_missing_engine_is_said() -> None:
         build_in_use(machine(cuda))
     with pytest.raises(EngineArgsError, match="vLLM is not installed here: run `make install`"):
         build_in_use(machine(None))
+
+
+@given(st.integers(1, 16), st.integers(1, 8), st.integers(1, 2))
+def test_nothing_of_one_engine_may_run_where_another_computes(cores: int, workers: int, threads: int) -> None:
+    physical = [tuple(core + cores * number for number in range(threads)) for core in range(cores)]
+    divided = divide_cores(range(cores), workers)
+    allowed = allowed_threads(physical, divided)
+    for own, where in zip(divided, allowed, strict=True):
+        assert set(own) <= set(where)
+        others = {physical[core][number] for core in set().union(*divided) - set(own) for number in range(threads)}
+        assert not others & set(where)
+    if cores > workers:
+        assert all(set(physical[0]) <= set(where) for where in allowed), "the core left to HTTP servers is theirs"
+
+
+def test_eight_cores_make_four_engines_that_share_none() -> None:
+    divided = divide_cores(range(9), 4)
+    assert divided == [(1, 2), (3, 4), (5, 6), (7, 8)]
+    assert allowed_threads([(core,) for core in range(9)], divided)[1] == (0, 3, 4)

@@ -2,7 +2,15 @@ from pathlib import Path
 
 import pytest
 
-from deploy.engine.machine import available_bytes, cpu_flags, installed_engine, look, usable_cores, visible_gpus
+from deploy.engine.machine import (
+    available_bytes,
+    cpu_flags,
+    installed_engine,
+    look,
+    physical_cores,
+    usable_cores,
+    visible_gpus,
+)
 
 
 def put(root: Path, path: str, text: str) -> None:
@@ -13,21 +21,21 @@ def put(root: Path, path: str, text: str) -> None:
 def test_a_second_hardware_thread_of_a_core_is_not_another_core(tmp_path: Path) -> None:
     for core, siblings in enumerate(["0,2", "1,3", "0,2", "1,3"]):
         put(tmp_path, f"sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list", f"{siblings}\n")
-    assert usable_cores([0, 1, 2, 3], tmp_path) == (0, 1)
-    assert usable_cores([2, 3], tmp_path) == (2, 3)
+    assert usable_cores(physical_cores([0, 1, 2, 3], tmp_path), tmp_path) == (0, 1)
+    assert usable_cores(physical_cores([2, 3], tmp_path), tmp_path) == (2, 3)
 
 
 @pytest.mark.parametrize(("quota", "cores"), [("150000 100000", 2), ("50000 100000", 1), ("max 100000", 4), ("", 4)])
 def test_a_containers_cpu_quota_bounds_the_cores(quota: str, cores: int, tmp_path: Path) -> None:
     put(tmp_path, "sys/fs/cgroup/cpu.max", quota)
-    assert len(usable_cores([0, 1, 2, 3], tmp_path)) == cores
+    assert len(usable_cores(physical_cores([0, 1, 2, 3], tmp_path), tmp_path)) == cores
 
 
 @pytest.mark.parametrize(("quota", "cores"), [("150000", 2), ("-1", 4)])
 def test_a_cpu_quota_is_read_under_cgroup_v1_too(quota: str, cores: int, tmp_path: Path) -> None:
     put(tmp_path, "sys/fs/cgroup/cpu/cpu.cfs_quota_us", f"{quota}\n")
     put(tmp_path, "sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n")
-    assert len(usable_cores([0, 1, 2, 3], tmp_path)) == cores
+    assert len(usable_cores(physical_cores([0, 1, 2, 3], tmp_path), tmp_path)) == cores
 
 
 @pytest.mark.parametrize(

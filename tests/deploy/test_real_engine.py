@@ -92,7 +92,7 @@ def leash_of(mark: str) -> int:
 
 def engine_core(session: int) -> int:
     processes = in_session(session)
-    assert len(processes) >= 4, processes  # leash, server, core, model's worker
+    assert len(processes) >= 3, processes  # reaper, server, core
     return next(pid for pid, command in processes.items() if "EngineCore" in command)
 
 

@@ -30,7 +30,7 @@ def mark() -> Iterator[str]:
 
 def leashed(code: str, mark: str, grace_s: float = 60.0) -> subprocess.Popen[bytes]:
     process = subprocess.Popen(
-        [sys.executable, "-I", "-S", LEASH, str(grace_s), sys.executable, "-c", code],
+        [sys.executable, "-I", "-S", LEASH, str(grace_s), "-", sys.executable, "-c", code],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, MARK: mark},
@@ -88,10 +88,23 @@ def test_the_command_dies_with_a_leash_that_is_killed(mark: str) -> None:
 
 def test_a_command_that_does_not_exist_is_named(mark: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-I", "-S", LEASH, "1", "/nowhere/vllm"],
+        [sys.executable, "-I", "-S", LEASH, "1", "-", "/nowhere/vllm"],
         stdin=subprocess.PIPE,
         capture_output=True,
         timeout=120,
     )
     assert done.returncode == 127
     assert done.stderr == b"reaper.py: error: cannot run /nowhere/vllm: No such file or directory\n"
+
+
+def test_a_command_keeps_to_its_cores_with_all_that_it_starts() -> None:
+    core = max(os.sched_getaffinity(0))
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import os; print(os.sched_getaffinity(0))'])"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", LEASH, "1", str(core), sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        capture_output=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout == f"{{{core}}}\n".encode()

@@ -1,6 +1,8 @@
 """What scheduler/vllm/nixl.py relies on in vLLM and NIXL; the hand-over itself is in test_disaggregation.py."""
 
 import importlib
+import inspect
+import os
 
 import pytest
 
@@ -12,7 +14,7 @@ from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
 from deploy.engine.engine_args import kv_transfer
-from scheduler.vllm.nixl import LONGEST_SLEEP_US, NixlConnector, _sleeping_threads
+from scheduler.vllm.nixl import LONGEST_SLEEP_US, NixlConnector, _cores_kept, _sleeping_threads
 from scheduler.workers import Role
 
 pytestmark = pytest.mark.engine
@@ -38,3 +40,17 @@ def test_vllm_makes_this_connector_for_engines_on_a_cpu_and_its_own_beside_a_gpu
     ours = KVConnectorFactory.get_connector_class(KVTransferConfig(**kv_transfer(role, "cpu")))
     stock = KVConnectorFactory.get_connector_class(KVTransferConfig(**kv_transfer(role, "cuda")))
     assert ours is NixlConnector and stock is not ours and issubclass(ours, stock)
+
+
+def test_what_the_connector_does_to_its_threads_cores_is_without_effect_even_for_cores_that_it_may_not_have() -> None:
+    before = os.sched_getaffinity(0)
+    with _cores_kept():
+        os.sched_setaffinity(0, [100_000])
+        assert os.sched_getaffinity(0) == before
+    with pytest.raises(OSError):
+        os.sched_setaffinity(0, [100_000])
+
+
+def test_vllms_connector_still_moves_threads_by_the_call_that_is_taken_from_it() -> None:
+    source = inspect.getsource(importlib.import_module("vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_worker"))
+    assert source.count("os.sched_setaffinity(") == source.count("sched_setaffinity(") == 1
