@@ -32,7 +32,7 @@ from deploy.settings import ServeSettings
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # A program of its own, so that nothing that it imports stays with the gateway, and a stop ends it.
 PREPARE = (
-    "import argparse, sys; from deploy import model; parser = argparse.ArgumentParser(); "
+    "import argparse, sys; from deploy.engine import model; parser = argparse.ArgumentParser(); "
     "model.add_arguments(parser); sys.exit(model.run(parser.parse_args()))"
 )
 BEAT_S = 1.0
