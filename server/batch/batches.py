@@ -1,0 +1,205 @@
+"""What tenants may do with files and batches. Blocking work runs in one thread, in the order in which it was asked."""
+
+import asyncio
+import secrets
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO, ParamSpec, TypeVar
+
+import msgspec
+
+from server.batch.files import FileFolder
+from server.batch.objects import NEXT, RUNNING, Batch, Status, StoredFile
+from server.batch.store import BatchStore, SqliteBatchStore
+from server.request.errors import BadRequest, NotFound, RateLimited
+from server.request.schemas import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES
+from server.settings import BatchSettings
+
+ENDPOINTS = tuple(route.path for route in (CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS))
+MAX_FILE_BYTES = 200 * 1024 * 1024
+PURPOSES = ("batch",)
+UNITS_S = {"m": 60, "h": 3600, "d": 86400}
+LONGEST_WINDOW_S = 14 * 86400
+MAX_METADATA = (16, 64, 512)  # pairs, characters of a key, characters of a value
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class BatchRequest(msgspec.Struct):
+    """The body of POST /v1/batches."""
+
+    input_file_id: str
+    endpoint: str
+    completion_window: str
+    metadata: dict[str, str] | None = None
+
+
+def window_s(text: str) -> int:
+    """Seconds of a completion window such as `24h`, `90m` or `7d`. BadRequest if it is none."""
+    number, unit = text[:-1], text[-1:]
+    if not (number.isascii() and number.isdigit() and len(number) <= 6 and unit in UNITS_S):
+        raise BadRequest(
+            f"completion_window must be a number of minutes, hours or days such as '24h', not '{text[:20]}'.",
+            param="completion_window",
+        )
+    seconds = int(number) * UNITS_S[unit]
+    if not 60 <= seconds <= LONGEST_WINDOW_S:
+        raise BadRequest("completion_window must lie between 1m and 14d.", param="completion_window")
+    return seconds
+
+
+def _checked(metadata: dict[str, str] | None) -> dict[str, str] | None:
+    pairs, longest_key, longest_value = MAX_METADATA
+    for key, value in (metadata or {}).items():
+        if len(key) > longest_key or len(value) > longest_value:
+            raise BadRequest(
+                f"metadata keys may have {longest_key} characters, values {longest_value}.", param="metadata"
+            )
+    if metadata is not None and len(metadata) > pairs:
+        raise BadRequest(f"metadata may have {pairs} pairs, not {len(metadata)}.", param="metadata")
+    return metadata
+
+
+class Batches:
+    """Files and batches by tenant. wall: seconds since 1970. on_change: called when a batch may have work."""
+
+    def __init__(self, folder: Path, settings: BatchSettings, wall: Callable[[], float]) -> None:
+        self.settings = settings
+        self.wall = wall
+        self.files = FileFolder(folder / "files")
+        self.store: BatchStore = SqliteBatchStore(folder / "batches.sqlite")
+        self.changed = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch store")
+
+    async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Runs a blocking function in the store's thread."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, lambda: function(*args, **kwargs))
+
+    def new_id(self, prefix: str) -> str:
+        """An id that nobody can guess. Ids of one prefix sort by the time at which they were made."""
+        return f"{prefix}{int(self.wall() * 1000):012x}{secrets.token_hex(10)}"
+
+    # files
+    async def add_file(self, tenant: str, filename: str, purpose: str, source: BinaryIO) -> StoredFile:
+        """Keeps an upload. BadRequest for a purpose that there is not, RateLimited past the tenant's quota."""
+        if purpose not in PURPOSES:
+            raise BadRequest(f"purpose must be 'batch', not '{purpose[:30]}'.", param="purpose")
+        return await self.call(self._add_file, tenant, filename[:255], purpose, source)
+
+    def _add_file(self, tenant: str, filename: str, purpose: str, source: BinaryIO) -> StoredFile:
+        size = source.seek(0, 2)
+        source.seek(0)
+        self._within_quota(tenant, size)
+        file_id = self.new_id("file-")
+        with self.files.writing(file_id) as file:
+            while piece := source.read(1024 * 1024):
+                file.write(piece)
+        return self.keep(file_id, tenant, filename, purpose, size)
+
+    def keep(self, file_id: str, tenant: str, filename: str, purpose: str, size: int) -> StoredFile:
+        """Records a content that is on disk."""
+        now = int(self.wall())
+        kept = StoredFile(
+            file_id, tenant, filename, purpose, size, now, now + int(self.settings.keep_days * UNITS_S["d"])
+        )
+        self.store.add_file(kept)
+        return kept
+
+    def _within_quota(self, tenant: str, more: int) -> None:
+        quota = self.settings.tenant_bytes
+        if self.store.stored_bytes(tenant) + more > quota:
+            raise RateLimited(
+                f"Your files would exceed {quota} bytes: delete some first.", code="storage_quota_exceeded"
+            )
+
+    async def file(self, tenant: str, file_id: str) -> StoredFile:
+        """NotFound for a file that there is not, or that is another tenant's."""
+        found = await self.call(self.store.file, file_id)
+        if found is None or found.tenant != tenant:
+            raise NotFound(f"There is no file '{file_id[:100]}'.", code="file_not_found", param="file_id")
+        return found
+
+    async def list_files(self, tenant: str, after: str | None, limit: int) -> list[StoredFile]:
+        return await self.call(self.store.files, tenant, after, limit)
+
+    async def delete_file(self, tenant: str, file_id: str) -> None:
+        """BadRequest while a batch reads it."""
+        await self.file(tenant, file_id)
+        if any(batch.input_file_id == file_id for batch in await self.call(self.store.running)):
+            raise BadRequest(f"The file '{file_id}' is the input of a running batch: cancel it first.", param="file_id")
+        await self.call(self._remove, file_id)
+
+    def _remove(self, file_id: str) -> None:
+        self.files.remove(file_id)
+        self.store.remove_file(file_id)
+
+    async def sweep(self) -> int:
+        """Removes files past their expiry; returns how many."""
+        expired = await self.call(self.store.expired_files, self.wall())
+        for file in expired:
+            await self.call(self._remove, file.id)
+        return len(expired)
+
+    # batches
+    async def create(self, tenant: str, asked: BatchRequest) -> Batch:
+        if asked.endpoint not in ENDPOINTS:
+            raise BadRequest(f"endpoint must be one of {', '.join(ENDPOINTS)}.", param="endpoint")
+        seconds = window_s(asked.completion_window)
+        metadata = _checked(asked.metadata)
+        await self.file(tenant, asked.input_file_id)
+        now = int(self.wall())
+        batch = Batch(
+            id=self.new_id("batch_"),
+            tenant=tenant,
+            endpoint=asked.endpoint,
+            input_file_id=asked.input_file_id,
+            completion_window=asked.completion_window,
+            created_at=now,
+            expires_at=now + seconds,
+            metadata=metadata,
+        )
+        await self.call(self.store.add_batch, batch)
+        self.changed.set()
+        return batch
+
+    async def batch(self, tenant: str, batch_id: str) -> Batch:
+        """NotFound for a batch that there is not, or that is another tenant's."""
+        found = await self.call(self.store.batch, batch_id)
+        if found is None or found.tenant != tenant:
+            raise NotFound(f"There is no batch '{batch_id[:100]}'.", code="batch_not_found", param="batch_id")
+        return found
+
+    async def list_batches(self, tenant: str, after: str | None, limit: int) -> list[Batch]:
+        return await self.call(self.store.batches, tenant, after, limit)
+
+    async def cancel(self, tenant: str, batch_id: str) -> Batch:
+        """The batch, which will be cancelled soon. BadRequest if it is over or about to be."""
+        while True:
+            batch = await self.batch(tenant, batch_id)
+            if batch.status in (Status.CANCELLING, Status.CANCELLED):
+                return batch
+            if Status.CANCELLING not in NEXT[batch.status]:
+                raise BadRequest(f"A batch that is {batch.status.value} cannot be cancelled.", code="batch_not_active")
+            cancelling = batch.moved(Status.CANCELLING, int(self.wall()))
+            if await self.call(self.store.update, cancelling, batch.status):
+                self.changed.set()
+                return cancelling
+
+    async def running(self) -> list[Batch]:
+        return await self.call(self.store.running)
+
+    def close(self) -> None:
+        """Waits for what the thread is doing."""
+        self._thread.shutdown(wait=True)
+        self.store.close()
+
+
+def counts(batches: Iterable[Batch]) -> dict[str, int]:
+    """Batches that are not over, by status."""
+    found = {status.value: 0 for status in RUNNING}
+    for batch in batches:
+        found[batch.status.value] += 1
+    return found

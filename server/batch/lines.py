@@ -1,0 +1,110 @@
+"""How a batch's lines run: as requests of the gateway that have no socket, in the room that others leave."""
+
+from collections.abc import Awaitable, Callable
+
+from server.admission.dispatch import Lines
+from server.batch.runner import Reply
+from server.engine.client import Connection
+from server.request.call import Route
+from server.request.errors import NoWorker, ServiceError, UnknownKey, error_object, status_of
+from server.request.schemas import ROUTES
+from server.request.tenants import OPEN, Tenant, Tenants
+
+
+class LineRequest:
+    """A request of the gateway whose answer is collected instead of sent."""
+
+    def __init__(self, route: Route, body: bytes, tenant: Tenant, request_id: str) -> None:
+        self.route = route
+        self.body = body
+        self.tenant = tenant
+        self.request_id = request_id
+        self.extra_headers = b""
+        self.begun = False
+        self.status = 0
+        self.data = bytearray()
+        self.retry_after_s: float | None = None
+
+    def header(self, name: bytes) -> bytes | None:
+        return None
+
+    def name_it(self) -> str:
+        return self.request_id
+
+    def begin(self, status: int, content_type: bytes, length: int | None) -> None:
+        self.begun = True
+        self.status = status
+
+    def write(self, data: bytes) -> None:
+        self.data += data
+
+    def forward(self, chunk: bytes, at: int) -> None:
+        self.data += chunk[at:-2]
+
+    def end(self) -> None:
+        """The answer is complete."""
+
+    def flows_from(self, connection: Connection | None) -> None:
+        """Nothing here is ever too slow for an engine."""
+
+    def fail(self, error: ServiceError) -> None:
+        """The request ends with an error, which replaces what had been collected."""
+        self.status = status_of(error)
+        self.retry_after_s = error.retry_after_s
+        self.data = bytearray(error_object(error))
+
+
+class GatewayEngines:
+    """`runner.Engines` over this gateway.
+
+    reserve: the share of a model's slots that batches may have even while others wait, so that none starves; share:
+    the share of the slots that they may have in all, so that an arrival finds room at once.
+    """
+
+    def __init__(
+        self,
+        answer: Callable[[LineRequest], Awaitable[None]],
+        tenants: Tenants,
+        lines: Lines,
+        *,
+        reserve: float,
+        share: float,
+    ) -> None:
+        self.answer = answer
+        self.tenants = tenants
+        self.lines = lines
+        self.reserve = reserve
+        self.share = share
+
+    def _tenant(self, name: str) -> Tenant | None:
+        return OPEN if self.tenants.open and name == OPEN.name else self.tenants.named(name)
+
+    def served(self, tenant: str, model: str) -> bool:
+        who = self._tenant(tenant)
+        if who is None or (who.models is not None and model not in who.models):
+            return False
+        names = {str(entry["id"]) for entry in self.lines.fleet.models()}
+        return model in names or not names  # while no worker is ready, lines wait for one
+
+    def room(self, model: str, running: int) -> int:
+        members = self.lines.fleet.ready(model)
+        slots = sum(member.worker.slots for member in members)
+        if not slots:
+            return 0
+        least = max(1, round(self.reserve * slots)) - running
+        dispatcher = self.lines.by_model.get(model)
+        if dispatcher is not None and len(dispatcher.lanes):
+            return least
+        free = sum(max(0, member.worker.slots - member.in_flight - member.others) for member in members)
+        return max(least, min(free - round((1.0 - self.share) * slots), round(self.share * slots) - running))
+
+    async def ask(self, tenant: str, endpoint: str, body: bytes, request_id: str) -> Reply:
+        who = self._tenant(tenant)
+        if who is None:
+            unknown = UnknownKey("The tenant of this batch is not known here any more.")
+            return Reply(status_of(unknown), error_object(unknown), request_id)
+        request = LineRequest(ROUTES[endpoint.encode()], body, who, request_id)
+        await self.answer(request)
+        if not request.status:
+            request.fail(NoWorker("The gateway is stopping.", retry_after_s=1.0))
+        return Reply(request.status, bytes(request.data), request_id, request.retry_after_s)

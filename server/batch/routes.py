@@ -1,0 +1,118 @@
+"""`/v1/files` and `/v1/batches`, as OpenAI's clients call them."""
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import msgspec
+import orjson
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.concurrency import iterate_in_threadpool
+from fastapi.responses import StreamingResponse
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from server.batch.batches import MAX_FILE_BYTES, Batches, BatchRequest
+from server.batch.files import bounded
+from server.request.errors import BadRequest
+from server.request.tenants import Tenant
+
+FORM_BYTES = 64 * 1024  # what a form may have beside the file itself
+_read = msgspec.json.Decoder(BatchRequest).decode
+_LIMIT = Query(20, ge=1, le=100)
+_FILE_LIMIT = Query(10_000, ge=1, le=10_000)
+
+
+def _json(content: dict[str, Any]) -> Response:
+    return Response(orjson.dumps(content), media_type="application/json")
+
+
+def _list(entries: list[dict[str, Any]], limit: int) -> Response:
+    """A page: `entries` has one more than `limit` if there are more."""
+    page = entries[:limit]
+    first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
+    more = len(entries) > limit
+    return _json({"object": "list", "data": page, "first_id": first, "last_id": last, "has_more": more})
+
+
+async def uploaded(request: Request) -> tuple[UploadFile, str]:
+    """The file of a form and its purpose. The content goes to disk as it arrives."""
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise BadRequest("Send the file as multipart/form-data with the fields 'purpose' and 'file'.")
+    stream: AsyncIterator[bytes] = bounded(request.stream(), MAX_FILE_BYTES + FORM_BYTES)
+    try:
+        form = await MultiPartParser(request.headers, stream, max_files=1, max_fields=8).parse()
+    except MultiPartException as error:
+        raise BadRequest(f"The form cannot be read: {error.message}") from None
+    file, purpose = form.get("file"), form.get("purpose")
+    if not isinstance(file, UploadFile):
+        raise BadRequest("The form has no file: send it as the field 'file'.", param="file")
+    if not isinstance(purpose, str):
+        raise BadRequest("The form has no 'purpose': send 'batch'.", param="purpose")
+    return file, purpose
+
+
+def batch_routes(batches: Batches, identify: Callable[[Request], Tenant]) -> APIRouter:
+    """The routes. identify: the tenant of a request's key; raises if there is none."""
+    router = APIRouter(tags=["batch"])
+    router.include_router(_file_routes(batches, identify))
+
+    @router.post("/v1/batches", summary="Run a file of requests in what others leave of the engines")
+    async def create(request: Request) -> Response:
+        tenant = identify(request)
+        try:
+            asked = _read(await request.body())
+        except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise BadRequest(f"The request body does not fit: {error}.") from None
+        return _json((await batches.create(tenant.name, asked)).public())
+
+    @router.get("/v1/batches", summary="A tenant's batches, the newest first")
+    async def listed(request: Request, after: str | None = None, limit: int = _LIMIT) -> Response:
+        found = await batches.list_batches(identify(request).name, after, limit + 1)
+        return _list([batch.public() for batch in found], limit)
+
+    @router.get("/v1/batches/{batch_id}", summary="One batch")
+    async def one(request: Request, batch_id: str) -> Response:
+        return _json((await batches.batch(identify(request).name, batch_id)).public())
+
+    @router.post("/v1/batches/{batch_id}/cancel", summary="End a batch; what has run is in its output")
+    async def cancel(request: Request, batch_id: str) -> Response:
+        return _json((await batches.cancel(identify(request).name, batch_id)).public())
+
+    return router
+
+
+def _file_routes(batches: Batches, identify: Callable[[Request], Tenant]) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/v1/files", summary="Upload a batch's input, multipart/form-data, 200 MB at most")
+    async def upload(request: Request) -> Response:
+        tenant = identify(request)
+        file, purpose = await uploaded(request)
+        try:
+            kept = await batches.add_file(tenant.name, file.filename or "input.jsonl", purpose, file.file)
+        finally:
+            await file.close()
+        return _json(kept.public())
+
+    @router.get("/v1/files", summary="A tenant's files, the newest first")
+    async def listed(request: Request, after: str | None = None, limit: int = _FILE_LIMIT) -> Response:
+        found = await batches.list_files(identify(request).name, after, limit + 1)
+        return _list([file.public() for file in found], limit)
+
+    @router.get("/v1/files/{file_id}", summary="One file's record")
+    async def one(request: Request, file_id: str) -> Response:
+        return _json((await batches.file(identify(request).name, file_id)).public())
+
+    @router.get("/v1/files/{file_id}/content", summary="One file's content")
+    async def content(request: Request, file_id: str) -> Response:
+        kept = await batches.file(identify(request).name, file_id)
+        pieces = iterate_in_threadpool(batches.files.pieces(kept.id))
+        headers = {"content-length": str(kept.bytes)}
+        return StreamingResponse(pieces, media_type="application/octet-stream", headers=headers)
+
+    @router.delete("/v1/files/{file_id}", summary="Delete a file")
+    async def delete(request: Request, file_id: str) -> Response:
+        await batches.delete_file(identify(request).name, file_id)
+        return _json({"id": file_id, "object": "file", "deleted": True})
+
+    return router
