@@ -18,13 +18,17 @@ from scheduler.placement import Rules
 from scheduler.workers import Role, Worker
 from server.admission.dispatch import Dispatcher, Lines
 from server.admission.live_policy import LivePolicy
+from server.batch.batches import Batches
+from server.batch.lines import GatewayEngines
+from server.batch.routes import batch_routes
+from server.batch.runner import Runner
 from server.cluster.local_sync import Process, Siblings
 from server.cluster.state import Shared
 from server.fleet.balancer import Balancer
 from server.fleet.fleet import Fleet
 from server.front.gateway import Gateway
 from server.front.protocol import Bounds, edge_for
-from server.front.routes import Apart, public_app
+from server.front.routes import Apart, identified, public_app
 from server.observe.fairness_metrics import Sharing
 from server.observe.recorder import Bounds as FileBounds
 from server.observe.recorder import Recorder
@@ -135,6 +139,7 @@ class GatewayServer:
 
     def _for_operators(self, sharing: Sharing) -> None:
         """Their routes, their address, and the log's line for each request."""
+        self.batches = self._batches()
         self.apart = Apart(self.app)
         self._admin_sock: socket.socket | None = None
         admin = self._admin()
@@ -222,6 +227,20 @@ class GatewayServer:
             monotonic,
         )
 
+    def _batches(self) -> Runner | None:
+        """The Batch API, if there is a folder for it. ValueError for a folder that cannot be used."""
+        batch = self.settings.batch
+        if batch.folder is None:
+            return None
+        try:
+            batches = Batches(batch.folder, batch, wall_clock)
+        except OSError as error:
+            raise ValueError(f"the batch folder {batch.folder} cannot be used: {error.strerror}") from None
+        tenants = self.shared.tenants
+        self.app.include_router(batch_routes(batches, partial(identified, tenants)))
+        engines = GatewayEngines(self.gateway.answer, tenants, self.lines, reserve=batch.reserve, share=batch.share)
+        return Runner(batches, engines, self.shared.replicas.name, monotonic)
+
     def _notes(self) -> dict[str, Any]:
         """What /ready says beside the workers."""
         return self.shared.notes() | ({"stopping": True} if self.stopping else {})
@@ -253,6 +272,7 @@ class GatewayServer:
             self.tracing.start(self.settings.tracing.endpoint, monotonic, wall_clock)
         balancing = self.settings.disaggregation.balance_roles
         task = asyncio.create_task(self.balancer.run(), name="balance roles") if balancing else None
+        running = asyncio.create_task(self.batches.run(), name="run batches") if self.batches is not None else None
         try:
             async with self.shared.running(), self.siblings.running(alone=self.process is None):
                 yield
@@ -260,6 +280,10 @@ class GatewayServer:
             if task is not None:
                 task.cancel()
                 await asyncio.wait([task])
+            if self.batches is not None and running is not None:
+                running.cancel()
+                await asyncio.wait([running])
+                self.batches.batches.close()
             await self.fleet.close()
             if self.recorder is not None:
                 await asyncio.to_thread(self.recorder.stop)

@@ -88,6 +88,19 @@ class RecordSettings(BaseModel):
     file_bytes: int = Field(64 * 1024**2, ge=1024, description="of one file")
 
 
+class BatchSettings(BaseModel):
+    """OpenAI's Batch API: files of requests that run in what interactive traffic leaves of the engines."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    folder: Path | None = Field(None, description="folder for files and batches; default: no Batch API")
+    max_requests: int = Field(50_000, ge=1, description="requests of one batch")
+    tenant_bytes: int = Field(10 * 1024**3, ge=1, description="of all files of one tenant, bytes")
+    keep_days: Positive = Field(30.0, description="then a file is removed, days")
+    share: float = Field(0.5, gt=0, le=1, description="of a model's slots, at most, for batches")
+    reserve: float = Field(0.05, ge=0, le=1, description="of a model's slots for batches even while others wait")
+
+
 class TracingSettings(BaseModel):
     """One OpenTelemetry trace per request."""
 
@@ -148,6 +161,7 @@ class Settings(BaseSettings):
     edge: EdgeSettings = EdgeSettings()
     admission: AdmissionSettings = AdmissionSettings()
     record: RecordSettings = RecordSettings()
+    batch: BatchSettings = BatchSettings()
     tracing: TracingSettings = TracingSettings()
     disaggregation: DisaggregationSettings = DisaggregationSettings()
     health: HealthSettings = HealthSettings()

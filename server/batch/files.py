@@ -3,7 +3,7 @@
 import errno
 import os
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -72,7 +72,7 @@ class FileFolder:
         self.path(file_id).unlink(missing_ok=True)
 
 
-async def bounded(stream: AsyncIterator[bytes], most: int) -> AsyncIterator[bytes]:
+async def bounded(stream: AsyncIterator[bytes], most: int) -> AsyncGenerator[bytes, None]:
     """The stream itself. TooLarge once it is longer than `most` bytes."""
     size = 0
     async for piece in stream:

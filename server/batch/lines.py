@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable
 
 from server.admission.dispatch import Lines
-from server.batch.runner import Reply
+from server.batch.content import Reply
 from server.engine.client import Connection
 from server.request.call import Route
 from server.request.errors import NoWorker, ServiceError, UnknownKey, error_object, status_of

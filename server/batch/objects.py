@@ -126,7 +126,7 @@ class Line(msgspec.Struct, frozen=True):
 
 
 class Result(msgspec.Struct, frozen=True):
-    """A request's answer. ok: it goes to the output file, else to the error file. text: its line there, a JSON object."""
+    """A request's answer. ok: it goes to the output file, else to the error file. text: its line there."""
 
     number: int
     ok: bool

@@ -1,6 +1,6 @@
 """`/v1/files` and `/v1/batches`, as OpenAI's clients call them."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import msgspec
@@ -38,7 +38,7 @@ async def uploaded(request: Request) -> tuple[UploadFile, str]:
     """The file of a form and its purpose. The content goes to disk as it arrives."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise BadRequest("Send the file as multipart/form-data with the fields 'purpose' and 'file'.")
-    stream: AsyncIterator[bytes] = bounded(request.stream(), MAX_FILE_BYTES + FORM_BYTES)
+    stream: AsyncGenerator[bytes, None] = bounded(request.stream(), MAX_FILE_BYTES + FORM_BYTES)
     try:
         form = await MultiPartParser(request.headers, stream, max_files=1, max_fields=8).parse()
     except MultiPartException as error:

@@ -10,12 +10,10 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple, Protocol
-
-import msgspec
-import orjson
+from typing import Protocol
 
 from server.batch.batches import Batches
+from server.batch.content import Ready, Reply, answered, not_run, read
 from server.batch.files import NoSpace
 from server.batch.objects import Batch, Line, LineError, Result, Status
 from server.batch.store import LeaseLost
@@ -35,15 +33,6 @@ AGAIN = (408, 425, 429, 500, 502, 503, 504)  # worth another try: nothing is wro
 MOST_TRIES = 8  # of a line that engines fail on; refusals for want of room do not count
 
 
-class Reply(NamedTuple):
-    """What a line was answered. retry_after_s: None if the answer does not say."""
-
-    status: int
-    body: bytes
-    request_id: str
-    retry_after_s: float | None = None
-
-
 class Engines(Protocol):
     """Where lines run: the gateway, without its sockets."""
 
@@ -57,29 +46,6 @@ class Engines(Protocol):
         """One request. Never raises, but for cancellation."""
 
 
-class _Ready(NamedTuple):
-    """A line with its request."""
-
-    line: Line
-    model: str
-    body: bytes
-
-
-class _Content(msgspec.Struct):
-    model: str
-    messages: msgspec.Raw = msgspec.Raw(b"")
-    prompt: msgspec.Raw = msgspec.Raw(b"")
-    input: msgspec.Raw = msgspec.Raw(b"")
-
-
-class _Request(msgspec.Struct):
-    body: msgspec.Raw
-
-
-_request = msgspec.json.Decoder(_Request).decode
-_content = msgspec.json.Decoder(_Content).decode
-
-
 @dataclass(slots=True)
 class _Work:
     """A batch that is being run.
@@ -89,9 +55,9 @@ class _Work:
     """
 
     batch: Batch
-    ready: list[_Ready] = field(default_factory=list)
-    later: list[tuple[float, _Ready]] = field(default_factory=list)
-    running: dict[asyncio.Task[None], _Ready] = field(default_factory=dict)
+    ready: list[Ready] = field(default_factory=list)
+    later: list[tuple[float, Ready]] = field(default_factory=list)
+    running: dict[asyncio.Task[None], Ready] = field(default_factory=dict)
     results: list[Result] = field(default_factory=list)
     tries: dict[int, int] = field(default_factory=dict)
     after: int = 0
@@ -110,7 +76,6 @@ class Runner:
         self.engines = engines
         self.owner = owner
         self.clock = clock
-        self.tokens = 0
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._swept_at = float("-inf")
 
@@ -146,9 +111,7 @@ class Runner:
             log.error("batch %s stopped and will be taken up again: %r", batch_id, error, exc_info=error)
 
     async def _lease(self, batch_id: str) -> bool:
-        return await self.batches.call(
-            self.batches.store.lease, batch_id, self.owner, self.batches.wall(), LEASE_S
-        )
+        return await self.batches.call(self.batches.store.lease, batch_id, self.owner, self.batches.wall(), LEASE_S)
 
     async def _drive(self, batch_id: str) -> None:
         """From wherever the batch stands to its end, or until another gateway has its lease."""
@@ -241,7 +204,7 @@ class Runner:
         if lines:
             work.after = lines[-1].number
             with files.open(work.batch.input_file_id) as file:
-                work.ready = await self.batches.call(_read, file.fileno(), lines)
+                work.ready = await self.batches.call(read, file.fileno(), lines)
 
     async def _start(self, work: _Work) -> None:
         """Starts as many lines as there is room for, in bursts, so that each sees what the ones before have taken."""
@@ -264,7 +227,7 @@ class Runner:
             return
         await asyncio.wait(work.running, timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED)
 
-    async def _line(self, work: _Work, ready: _Ready) -> None:
+    async def _line(self, work: _Work, ready: Ready) -> None:
         """One request, and what becomes of its answer."""
         batch, line = work.batch, ready.line
         request_id = f"batch_req_{batch.id[6:]}_{line.number}"
@@ -276,7 +239,7 @@ class Runner:
             work.later.append((self.clock() + max(pause_s, min(RETRY_S[1], reply.retry_after_s or 0.0)), ready))
             return
         work.tries.pop(line.number, None)
-        work.results.append(Result(line.number, 200 <= reply.status < 300, _answered(line, reply)))
+        work.results.append(Result(line.number, 200 <= reply.status < 300, answered(line, reply)))
 
     async def _flush(self, work: _Work) -> None:
         """Records what was answered. It stays in memory, and no further line starts, while the disk is full."""
@@ -306,7 +269,7 @@ class Runner:
         """Ends a batch before all of its lines have run: those that have not get an error in the error file."""
         store = self.batches.store
         while lines := await self.batches.call(store.open_lines, batch.id, 0, PAGE):
-            missed = [Result(line.number, False, _not_run(line, code, message)) for line in lines]
+            missed = [Result(line.number, False, not_run(line, code, message)) for line in lines]
             await self.batches.call(store.record, batch.id, self.owner, missed)
         over = Status.CANCELLED if batch.status is Status.CANCELLING else Status.EXPIRED
         await self._write(batch, over)
@@ -348,33 +311,3 @@ def _finished(work: _Work, task: asyncio.Task[None]) -> None:
     del work.running[task]
     if not task.cancelled() and (error := task.exception()) is not None:
         log.error("a line of batch %s failed inside the gateway", work.batch.id, exc_info=error)
-
-
-def _read(file: int, lines: list[Line]) -> list[_Ready]:
-    """The lines with their requests, equal beginnings side by side, the first one last."""
-    import os
-
-    def order(ready: _Ready) -> tuple[str, bytes]:
-        content = _content(ready.body)
-        return content.model, bytes(content.messages or content.prompt or content.input)[:4096]
-
-    read = []
-    for line in lines:
-        body = bytes(_request(os.pread(file, line.length, line.offset)).body)
-        read.append(_Ready(line, _content(body).model, body))
-    return sorted(read, key=order, reverse=True)
-
-
-def _answered(line: Line, reply: Reply) -> bytes:
-    """A line of the output or error file."""
-    try:
-        body = orjson.loads(reply.body)
-    except orjson.JSONDecodeError:
-        body = {"error": {"message": reply.body[:1000].decode("utf-8", "replace"), "type": "server_error"}}
-    response = {"status_code": reply.status, "request_id": reply.request_id, "body": body}
-    return orjson.dumps({"id": reply.request_id, "custom_id": line.custom_id, "response": response, "error": None})
-
-
-def _not_run(line: Line, code: str, message: str) -> bytes:
-    error = {"code": code, "message": message}
-    return orjson.dumps({"id": f"batch_req_{line.number}", "custom_id": line.custom_id, "response": None, "error": error})

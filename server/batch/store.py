@@ -18,7 +18,7 @@ class LeaseLost(Exception):
 
 
 class BatchStore(Protocol):
-    """The seam that SQLite (one machine) and other stores implement; tests/server/test_batch_store.py is its contract."""
+    """What a store must do; its contract is tests/server/batch/test_store.py."""
 
     def add_file(self, file: StoredFile) -> None: ...
     def file(self, file_id: str) -> StoredFile | None: ...

@@ -58,19 +58,23 @@ class Checker:
         self.count += 1
         if len(text) > MAX_LINE_BYTES:
             self._enough = True  # where the next line begins is not known
-            return self._wrong("line_too_long", f"The line is longer than {MAX_LINE_BYTES} bytes.", number)
+            self._wrong("line_too_long", f"The line is longer than {MAX_LINE_BYTES} bytes.", number)
+            return None
         if self.count > self.most:
             self._enough = True
-            return self._wrong("too_many_requests", f"The file has more than {self.most} requests: split it.", number)
+            self._wrong("too_many_requests", f"The file has more than {self.most} requests: split it.", number)
+            return None
         try:
             request = _read(text)
         except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             code = "invalid_request" if isinstance(error, msgspec.ValidationError) else "invalid_json_line"
-            return self._wrong(code, f"The line is not a batch request: {error}.", number)
+            self._wrong(code, f"The line is not a batch request: {error}.", number)
+            return None
         problem = self._problem(request)
         if problem is not None:
             code, param, message = problem
-            return self._wrong(code, message, number, param)
+            self._wrong(code, message, number, param)
+            return None
         self._seen.add(hash(request.custom_id))
         return Line(number, request.custom_id, offset, len(text))
 

@@ -31,6 +31,7 @@ from server.request.errors import (
     status_of,
 )
 from server.request.schemas import ROUTES
+from server.request.tenants import Tenant
 
 log = logging.getLogger("evenhand.edge")
 
@@ -87,6 +88,7 @@ class Exchange:
         "queued", "expects_continue", "transport", "flowing",
     )  # fmt: skip
 
+    tenant: Tenant | None = None  # its headers say who asks
     _unused_event = asyncio.Event()  # uvicorn sets its cycle's event when a connection is lost; nobody waits on ours
 
     def __init__(self, edge: "Edge", route: Route, *, keep_alive: bool, http10: bool) -> None:

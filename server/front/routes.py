@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from server.fleet.fleet import Fleet, State, described
 from server.request.errors import NotFound, ServiceError, UnknownModel, WrongMethod, error_object, status_of
 from server.request.schemas import ROUTES
-from server.request.tenants import Tenants
+from server.request.tenants import Tenant, Tenants
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 OPERATORS_ONLY = ("/admin", "/console")
@@ -100,13 +100,18 @@ def operations(fleet: Fleet, metrics: Metrics, notes: Callable[[], dict[str, Any
     return router
 
 
+def identified(tenants: Tenants, request: Request) -> Tenant:
+    """The tenant of a request's key, the first of each header counting. UnknownKey if there is none."""
+    sent = {name: value for name, value in reversed(request.headers.raw)}
+    return tenants.identify(sent.get(b"authorization"), sent.get(b"x-api-key"))
+
+
 def models(fleet: Fleet, tenants: Tenants) -> APIRouter:
     """OpenAI's list of models: those that the tenant may use."""
     router = APIRouter(tags=["models"])
 
     def allowed(request: Request) -> list[dict[str, object]]:
-        sent = {name: value for name, value in reversed(request.headers.raw)}
-        tenant = tenants.identify(sent.get(b"authorization"), sent.get(b"x-api-key"))
+        tenant = identified(tenants, request)
         return [entry for entry in fleet.models() if tenant.models is None or entry.get("id") in tenant.models]
 
     @router.get("/v1/models", summary="The models that are served")
