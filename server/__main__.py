@@ -30,6 +30,7 @@ OPTIONS = (
     Option("replica", "NAME"),
     Option("gateway_processes", "N"),
     Option("record.folder", "FOLDER", "--record"),
+    Option("batch.folder", "FOLDER", "--batch-folder"),
     Option("log_format", "text|json"),
     Option("log_level", "LEVEL"),
 )

@@ -138,7 +138,7 @@ def script(page: Path, ports: dict[str, str]) -> str:
         run = [command for command in commands(block) if not reason(command)]
         serves = any(SERVER.match(command) for command in run)
         here = ports | ({"8000": str(free_port())} if serves else {})
-        if "fake_engine" in block:
+        if "fake.engine" in block:
             here["8101"] = str(free_port())
         parts.append(f"export GATEWAY=http://127.0.0.1:{here['8000']} EVENHAND_PORT={here['8000']}")
         for command in run:

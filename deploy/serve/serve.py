@@ -6,6 +6,7 @@ Exit codes: 0 after SIGTERM to a server that was ready, 128 + the signal after a
 
 import argparse
 import errno
+import os
 import socket
 import time
 
@@ -17,7 +18,7 @@ from deploy.serve.command import exit_code
 from deploy.serve.gateway import Front, front_for
 from deploy.serve.preflight import PreflightError, check, worker_roles
 from deploy.serve.screen import Screen
-from deploy.serve.serving import Serving, Surroundings
+from deploy.serve.serving import Serving, Surroundings, with_batches
 from deploy.settings import ServeSettings
 from server.__main__ import OPTIONS as GATEWAY_OPTIONS
 from server.__main__ import add_arguments as add_gateway_arguments
@@ -50,7 +51,8 @@ def run(args: argparse.Namespace, surroundings: Surroundings | None = None) -> i
     around = surroundings or Surroundings()
 
     def serve() -> int:
-        settings = read_settings(given(args, ServeSettings, (*OPTIONS, *GATEWAY_OPTIONS)), args.config, ServeSettings)
+        chosen = given(args, ServeSettings, (*OPTIONS, *GATEWAY_OPTIONS))
+        settings = with_batches(read_settings(chosen, args.config, ServeSettings), os.environ)
         screen = Screen(Console(highlight=False), list(worker_roles(settings)), settings.verbose, time.monotonic)
         front = front_for(settings, screen.gateway)
         sock = listen(front, settings)

@@ -25,9 +25,11 @@ from deploy.engine.machine import Machine, look
 from deploy.engine.model import ModelError, ModelSource, cache_folder, resolve
 from deploy.engine.worker import Listeners, State, Timing, WorkerError, WorkerEvent, WorkerProcess
 from deploy.serve.gateway import Front
-from deploy.serve.preflight import Checked, in_words, plan_workers
+from deploy.serve.preflight import Checked, PreflightError, in_words, plan_workers
 from deploy.serve.screen import Screen, ScreenLog
 from deploy.settings import ServeSettings
+
+log = logging.getLogger("evenhand.serve")
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # A program of its own, so that nothing that it imports stays with the gateway, and a stop ends it.
@@ -241,6 +243,19 @@ def log_to_screen(screen: Screen, name: str, *, verbose: bool) -> None:
     """This process's own log goes to the screen under `name`: warnings, or all of it."""
     level = logging.INFO if verbose else logging.WARNING
     logging.basicConfig(level=level, handlers=[ScreenLog(screen, name)], force=True)
+
+
+def with_batches(settings: ServeSettings, environ: Mapping[str, str]) -> ServeSettings:
+    """The settings with a folder for the Batch API: `batch` in the state folder unless another one is set."""
+    folder = settings.batch.folder or state_folder(settings, environ) / "batch"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        if settings.batch.folder is not None:
+            raise PreflightError(f"cannot use the batch folder {folder}: {error.strerror}") from None
+        log.warning("no Batch API: cannot create %s (%s); choose a folder with --batch-folder", folder, error.strerror)
+        return settings
+    return settings.model_copy(update={"batch": settings.batch.model_copy(update={"folder": folder})})
 
 
 def state_folder(settings: ServeSettings, environ: Mapping[str, str]) -> Path:

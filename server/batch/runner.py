@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Protocol
 
 from server.batch.batches import Batches
@@ -22,7 +23,7 @@ from server.batch.validation import Checker
 log = logging.getLogger("evenhand.batch")
 
 TICK_S = 0.25  # between two looks at room, status and deadline
-LEASE_S = 10.0
+LEASE_S = 5.0
 IDLE_S = 5.0  # between two looks for batches that another process has made
 SWEEP_S = 3600.0
 READ_AHEAD = 512  # lines in memory, ordered by their prompts so that equal beginnings are computed once
@@ -304,7 +305,7 @@ class Runner:
 
 
 def _page(lines: Iterator[Line]) -> list[Line]:
-    return [line for line, _ in zip(lines, range(PAGE), strict=False)]
+    return list(islice(lines, PAGE))
 
 
 def _finished(work: _Work, task: asyncio.Task[None]) -> None:

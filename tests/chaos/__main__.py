@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import uvloop
 
 from loadtest.bench.table import machine
+from tests.chaos.batch import BatchChaos
 from tests.chaos.figures import Figure, table
 from tests.chaos.hostile import Hostile
 from tests.chaos.overload import Overload
@@ -71,6 +72,10 @@ async def hostile(args: argparse.Namespace) -> Figures:
     return (await Hostile(args.seed, args.requests).run()).figures()
 
 
+async def batch(args: argparse.Namespace) -> Figures:
+    return (await BatchChaos(args.seed, args.kills, args.lines).run()).figures()
+
+
 async def soak(args: argparse.Namespace) -> Figures:
     return await Soak(args.seed, 60.0 * args.minutes, args.per_second, args.blow_s).run()
 
@@ -121,6 +126,11 @@ RUNS: Mapping[str, Run] = {
             ("policy", "fcfs", "of the gateway"),
         ),
         overload,
+    ),
+    "batch": Run(
+        "the gateway is killed again and again while it runs a batch",
+        (SEED, ("kills", 50, "how often"), ("lines", 10_000, "of the batch")),
+        batch,
     ),
     "hostile": Run(
         "malformed requests, by the ten thousand",

@@ -66,20 +66,20 @@ async def lines_of(client: AsyncOpenAI, file_id: str | None) -> list[Any]:
 
 async def test_a_batch_runs_from_upload_to_download(tmp_path: Path) -> None:
     async with over_fake(INSTANT, batch={"folder": tmp_path}) as (gateway, _), client_of(gateway) as client:
-        batch = await submit(client, jsonl(300), metadata={"job": "nightly"})
+        batch = await submit(client, jsonl(1001), metadata={"job": "nightly"})
         assert (batch.status, batch.object, batch.metadata) == ("validating", "batch", {"job": "nightly"})
         batch = await ended(client, batch.id)
         assert batch.status == "completed", batch
         counts = batch.request_counts
-        assert (counts.total, counts.completed, counts.failed) == (300, 300, 0)
+        assert (counts.total, counts.completed, counts.failed) == (1001, 1001, 0)
         assert batch.in_progress_at and batch.finalizing_at and batch.completed_at and batch.error_file_id is None
         output = await lines_of(client, batch.output_file_id)
-        assert [line["custom_id"] for line in output] == [f"id-{number}" for number in range(300)]
+        assert [line["custom_id"] for line in output] == [f"id-{number}" for number in range(1001)]
         assert all(line["response"]["status_code"] == 200 and line["error"] is None for line in output)
         assert all(line["response"]["body"]["usage"]["completion_tokens"] == 4 for line in output)
         with pytest.raises(openai.BadRequestError, match="completed cannot be cancelled"):
             await client.batches.cancel(batch.id)
-        assert len({line["id"] for line in output}) == 300
+        assert len({line["id"] for line in output}) == 1001
         listed = await client.batches.list(limit=10)
         assert [found.id for found in listed.data] == [batch.id]
 
