@@ -1,4 +1,4 @@
-"""The whole system as the README starts it, once for all tests here: `make serve` with the bundled model."""
+"""The whole system as the README starts it, once for all tests here, and no longer: `make serve` with the bundled model."""
 
 import os
 import re
@@ -86,7 +86,7 @@ def _descends(pid: int, ancestor: int) -> bool:
     return False
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """`make serve ARGS="--policy vtc …"`: gateway, plug-in, real vLLM, bundled model."""
     port = free_port()

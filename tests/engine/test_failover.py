@@ -3,24 +3,22 @@
 import asyncio
 import json
 import os
-import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import httpx2
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from deploy.engine.model import cache_folder, prepare_tiny
 from loadtest.bench.bench_target import free_port
+from loadtest.bench.engines import running
 from loadtest.bench.in_process_engine import chaotic_model
 from tests.chaos.greedy import TIE, Judge, Verdict
 from tests.chaos.load import Question, told_by_a_model
 from tests.chaos.site import ask
-from tests.engine.test_over_http import wait_until_ready
 from tests.server.conftest import Reply, Running, eventually, serving
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -34,20 +32,13 @@ CUTS = (1, 2, 5, 13, 29, 39)  # after so many events
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """vLLM's API server on a tiny model that says anything, half characters too."""
     model = chaotic_model(tmp_path_factory.mktemp("model"))
-    log_file, port = tmp_path_factory.mktemp("server") / "log", free_port()
+    port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--model", str(model), "--served-model-name", "fake", "--dtype", "float32", "--enforce-eager"]
     command += ["--max-model-len", "512", "--max-num-seqs", "4", "--block-size", "32"]
     env = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with log_file.open("w") as log:
-        process = subprocess.Popen(command, env=os.environ | env, stdout=log, stderr=log)
-        try:
-            with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60.0) as client:
-                wait_until_ready(client, process, log_file)
-            yield port
-        finally:
-            process.terminate()
-            process.wait(120)
+    with running(command, os.environ | env, f"http://127.0.0.1:{port}/health"):
+        yield port
 
 
 class Address:
