@@ -55,12 +55,12 @@ def run(args: argparse.Namespace, surroundings: Surroundings | None = None) -> i
         settings = with_batches(read_settings(chosen, args.config, ServeSettings), os.environ)
         screen = Screen(Console(highlight=False), list(worker_roles(settings)), settings.verbose, time.monotonic)
         front = front_for(settings, screen.gateway)
-        sock = listen(front, settings)
-        checked = check(settings, around.machine(), cache_folder())
-        serving = Serving(settings, checked, front, screen, around)
-        calm_collector()
-        code: int = uvloop.run(serving.serve(sock))
-        return code
+        with listen(front, settings) as sock:
+            checked = check(settings, around.machine(), cache_folder())
+            serving = Serving(settings, checked, front, screen, around)
+            calm_collector()
+            code: int = uvloop.run(serving.serve(sock))
+            return code
 
     return exit_code("evenhand serve", serve)
 

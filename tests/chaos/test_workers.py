@@ -11,6 +11,7 @@ TIMES = int(os.environ.get("EVENHAND_SOAK", "1"))
 
 
 @pytest.mark.parametrize("seed", range(1, 2 if TIMES == 1 else 11))
+@pytest.mark.slow
 async def test_no_answer_is_lost_or_changed_while_workers_die_and_freeze(seed: int) -> None:
     report = await Chaos(seed, blows=4 if TIMES == 1 else 20).run()
     assert not report.seen.wrong, report.seen.wrong[:3]

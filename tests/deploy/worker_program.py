@@ -19,5 +19,9 @@ def run(args: argparse.Namespace) -> int:
     return join.run(args, surroundings())
 
 
+def main(argv: list[str]) -> int:
+    return cli.main(["worker", *argv], {"worker": cli.Command(__name__, "a worker with a test's engine")})
+
+
 if __name__ == "__main__":
-    sys.exit(cli.main(["worker", *sys.argv[1:]], {"worker": cli.Command(__name__, "a worker with a test's engine")}))
+    sys.exit(main(sys.argv[1:]))

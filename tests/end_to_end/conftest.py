@@ -1,4 +1,4 @@
-"""The whole system as the README starts it, once for all tests here, and no longer: `make serve` with the bundled model."""
+"""The whole system as the README starts it, `make serve` with the bundled model: once, for all tests here."""
 
 import os
 import re

@@ -50,6 +50,7 @@ def test_a_command_that_ends_at_once_is_told_with_its_log(tmp_path: Path) -> Non
     assert (tmp_path / "broken-8.log").read_text().startswith("no ")
 
 
+@pytest.mark.slow
 def test_two_targets_are_started_measured_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
     policies_bench.add_arguments(parser)

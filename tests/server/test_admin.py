@@ -184,7 +184,7 @@ async def test_nonsense_is_refused_with_an_error_that_quotes_no_key(
 
 async def test_a_drained_worker_gets_nothing_new_and_finishes_what_it_has() -> None:
     async with FakeEngine(SLOW) as one, FakeEngine(INSTANT) as other, serving(one.url, admin_key=ADMIN_KEY) as gateway:
-        long = chat(max_tokens=150, stream=True, ignore_eos=True)
+        long = chat(max_tokens=50, stream=True, ignore_eos=True)
         running = await gateway.send(request("/v1/chat/completions", long))
         await running.head()
         assert (await admin(gateway, "POST", "/workers/worker-0/drain")).json()["state"] == "draining"
@@ -222,7 +222,7 @@ async def test_the_policy_changes_under_load_and_nobody_loses_an_answer(tmp_path
     file.write_text(f"tenants: [{{name: a, keys: [{KEY}]}}, {{name: b, keys: [{OTHER}], weight: 2}}]")
     options = {"admin_key": ADMIN_KEY, "tenants": file, "slots": 2, "admission": {"ahead": 0}}
     async with over_fake(SLOW, **options) as (gateway, _):
-        fields = {"stream": True, "max_tokens": 16}
+        fields = {"stream": True, "max_tokens": 6, "ignore_eos": True}
         asked = [asyncio.create_task(ask(gateway, (KEY, OTHER)[number % 2], **fields)) for number in range(24)]
         await eventually(lambda: gateway.waiting > 10)
         for policy, given in [("vtc", {}), ("mlfq", {"levels": "3"}), ("gittins", {}), ("vtc", {"within": "mlfq"})]:

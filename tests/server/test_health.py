@@ -181,7 +181,7 @@ async def test_after_its_time_a_drained_worker_s_streams_go_on_elsewhere_and_the
     async with over_crowd(SLOW, health={"drain_s": 0.05}) as crowd:
         fleet = crowd.gateway.server.fleet
         for fields, moves in (({}, True), ({"n": 2}, False)):
-            body = chat(max_tokens=60, stream=True, ignore_eos=True, **fields)
+            body = chat(max_tokens=25, stream=True, ignore_eos=True, **fields)
             whole = await crowd.gateway.ask(CHAT, body)
             before = len(crowd.asked)
             wire = await crowd.gateway.send(request(CHAT, body))

@@ -65,6 +65,7 @@ def test_times_and_calls_stop_when_they_should() -> None:
     assert next(stopping(repeat(call), time.monotonic() + 60)) is call
 
 
+@pytest.mark.slow
 def test_what_is_simulated_says_so_and_running_streams_stutter_less_apart() -> None:
     told = simulated(mixes(None, Random(1)))
     assert told.startswith("Simulated, not measured")

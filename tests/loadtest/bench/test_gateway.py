@@ -23,6 +23,7 @@ def bench(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=560)
 
 
+@pytest.mark.slow
 def test_it_prints_a_line_for_each_gateway_or_says_what_it_needs() -> None:
     ran = bench("--add", f"broken={shlex.quote(sys.executable)} -c {shlex.quote(RELAY)}")
     folders = "/usr/sbin:/usr/local/sbin"
