@@ -18,6 +18,7 @@ from scheduler.placement import Rules
 from scheduler.workers import Role, Worker
 from server.admission.dispatch import Dispatcher, Lines
 from server.admission.live_policy import LivePolicy
+from server.background import Background
 from server.batch.batches import Batches
 from server.batch.lines import GatewayEngines
 from server.batch.routes import batch_routes
@@ -27,6 +28,7 @@ from server.cluster.state import Shared
 from server.fleet.balancer import Balancer
 from server.fleet.fleet import Fleet
 from server.front.gateway import Gateway
+from server.front.intake import BodyBudget, Connections, connections_allowed
 from server.front.protocol import Bounds, edge_for
 from server.front.routes import Apart, identified, public_app
 from server.observe.fairness_metrics import Sharing
@@ -106,12 +108,20 @@ class GatewayServer:
         self.stopping = False
         self.workers = [parse_worker(text, number) for number, text in enumerate(settings.workers)]
         self.policy = LivePolicy(settings.policy, settings.policy_options, settings.admission.ahead, monotonic)
-        self.fleet = Fleet(probe_s=settings.probe_s, health=settings.health)
+        self.background = Background(monotonic)
+        self.fleet = Fleet(probe_s=settings.probe_s, health=settings.health, background=self.background)
         self.fleet.policy, self.fleet.replicas = self.policy.order, self._replicas
         self.lines = Lines(self._dispatcher, self.fleet)
         self.process = process
         self.shared = Shared(
-            settings, self.fleet, self.lines, self.policy, clock=monotonic, wall=wall_clock, process=process
+            settings,
+            self.fleet,
+            self.lines,
+            self.policy,
+            clock=monotonic,
+            wall=wall_clock,
+            process=process,
+            background=self.background,
         )
         gate, tenants = self.shared.gate, self.shared.tenants
         self.telemetry = Telemetry(self.lines.depth, self.lines.placed, self.fleet.rows)
@@ -128,11 +138,10 @@ class GatewayServer:
         self.telemetry.failovers = failover.outcomes
         self.fleet.movable = failover.can_move
         self.gateway = Gateway(tenants, gate, self.lines, handover, failover, self.telemetry, sharing, monotonic)
-        key = settings.admin_key
-        self.pseudonyms = Pseudonyms(key.get_secret_value() if key is not None else None)
+        self.pseudonyms = Pseudonyms(settings.admin_key.get_secret_value() if settings.admin_key is not None else None)
         self.recorder, self.tracing = self._recorder(), self._tracing()
         number = process.number if process is not None else 0
-        self.siblings = Siblings(self.shared.local, number, self.fleet, self.telemetry.registry)
+        self.siblings = Siblings(self.shared.local, number, self.fleet, self.telemetry.registry, self.background)
         self.app = public_app(self.fleet, self.siblings.metrics, tenants, self._notes, self._lifespan)
         self._for_operators(sharing)
         self.uvicorn = self._listener()
@@ -157,7 +166,10 @@ class GatewayServer:
         bounds = Bounds(
             edge.max_head_bytes, edge.max_body_bytes, edge.head_timeout_s, edge.body_timeout_s, edge.stall_timeout_s
         )
-        self.edge = edge_for(self.gateway, bounds)
+        bodies = BodyBudget(edge.max_held_bytes)
+        self.edge = edge_for(
+            self.gateway, bounds, bodies, Connections(connections_allowed(edge.max_connections), monotonic)
+        )
         return _Server(
             uvicorn.Config(
                 self.apart,
@@ -209,7 +221,12 @@ class GatewayServer:
             return None
         if self.settings.gateway_processes > 1:
             raise ValueError("a recording is made by one process: leave out --record or --gateway-processes")
-        recorder = Recorder(record.folder, FileBounds(record.max_bytes, record.file_bytes), monotonic)
+        recorder = Recorder(
+            record.folder,
+            FileBounds(record.max_bytes, record.file_bytes),
+            monotonic,
+            lambda said: self.background.failed("recorder", said),
+        )
         self.gateway.on_end.append(recorder.note)
         return recorder
 
@@ -243,7 +260,12 @@ class GatewayServer:
 
     def _notes(self) -> dict[str, Any]:
         """What /ready says beside the workers."""
-        return self.shared.notes() | ({"stopping": True} if self.stopping else {})
+        problems = self.background.problems()
+        return (
+            self.shared.notes()
+            | ({"failing": problems} if problems else {})
+            | ({"stopping": True} if self.stopping else {})
+        )
 
     def _replicas(self) -> int:
         """Gateways that share the workers, this one included."""
@@ -271,18 +293,15 @@ class GatewayServer:
         if self.tracing is not None and self.settings.tracing.endpoint is not None:
             self.tracing.start(self.settings.tracing.endpoint, monotonic, wall_clock)
         balancing = self.settings.disaggregation.balance_roles
-        task = asyncio.create_task(self.balancer.run(), name="balance roles") if balancing else None
-        running = asyncio.create_task(self.batches.run(), name="run batches") if self.batches is not None else None
+        tasks = [self.background.start("balance roles", self.balancer.run)] if balancing else []
+        if self.batches is not None:
+            tasks.append(self.background.start("run batches", self.batches.run))
         try:
             async with self.shared.running(), self.siblings.running(alone=self.process is None):
                 yield
         finally:
-            if task is not None:
-                task.cancel()
-                await asyncio.wait([task])
-            if self.batches is not None and running is not None:
-                running.cancel()
-                await asyncio.wait([running])
+            await Background.stop(*tasks)
+            if self.batches is not None:
                 self.batches.batches.close()
             await self.fleet.close()
             if self.recorder is not None:

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -31,8 +31,22 @@ class EdgeSettings(BaseModel):
     max_body_bytes: int = Field(32 * 1024 * 1024, ge=1024, description="request body, bytes")
     head_timeout_s: Positive = Field(15.0, description="until a connection's request head is complete, seconds")
     body_timeout_s: Positive = Field(60.0, description="until a request's body is complete, seconds")
-    stall_timeout_s: Positive = Field(120.0, description="a client may leave its answer unread, seconds")
+    max_held_bytes: int = Field(
+        512 * 1024 * 1024, ge=1024, description="all request bodies that arrive, wait or run, together, bytes"
+    )
+    max_connections: int | None = Field(
+        None,
+        ge=1,
+        description="client connections of a process; default: as the limit of open files allows, at most 16384",
+    )
+    stall_timeout_s: Positive = Field(120.0, description="a client may read nothing of its answer, seconds")
     keep_alive_s: Positive = Field(75.0, description="an idle connection is kept open, seconds")
+
+    @model_validator(mode="after")
+    def _one_body_fits(self) -> Self:
+        if self.max_held_bytes * 4 < self.max_body_bytes * 5:
+            raise ValueError("max_held_bytes must be at least 5/4 of max_body_bytes, or the largest body never fits")
+        return self
 
 
 class AdmissionSettings(BaseModel):

@@ -25,6 +25,9 @@ class LineRequest:
         self.data = bytearray()
         self.retry_after_s: float | None = None
 
+    def take_body(self) -> bytes:
+        return self.body
+
     def header(self, name: bytes) -> bytes | None:
         return None
 

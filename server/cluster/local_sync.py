@@ -14,9 +14,10 @@ from pathlib import Path
 from prometheus_client.registry import CollectorRegistry
 
 from scheduler.workers import Worker
+from server.background import Background
 from server.cluster.merged_metrics import Family, exposition, joined, lasting, read, taken, written
 from server.fleet.fleet import Fleet
-from server.fleet.registry import registration_of, worker_from
+from server.fleet.registry import registration_from, registration_of, worker_from
 from server.store.store import Store, StoreAway
 
 log = logging.getLogger("evenhand.siblings")
@@ -38,8 +39,11 @@ class Process:
 class Siblings:
     """One process among them."""
 
-    def __init__(self, store: Store, number: int, fleet: Fleet, registry: CollectorRegistry) -> None:
+    def __init__(
+        self, store: Store, number: int, fleet: Fleet, registry: CollectorRegistry, background: Background
+    ) -> None:
         self._store = store
+        self._background = background
         self._number = str(number)
         self._fleet = fleet
         self._registry = registry
@@ -57,15 +61,13 @@ class Siblings:
         await self._inherit()
         await self.follow()
         tasks = [
-            asyncio.create_task(self._repeat(self.follow, FOLLOW_S), name="follow the other processes"),
-            asyncio.create_task(self._repeat(self.publish, PUBLISH_S), name="publish metrics"),
+            self._background.start("follow the other processes", lambda: self._repeat(self.follow, FOLLOW_S)),
+            self._background.start("publish metrics", lambda: self._repeat(self.publish, PUBLISH_S)),
         ]
         try:
             yield
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
+            await Background.stop(*tasks)
             await self.publish()
             await self._store.close()
 
@@ -80,6 +82,7 @@ class Siblings:
         if worker.id in self._fleet.members:
             raise ValueError(f"a worker named {worker.id!r} is already in the fleet")
         text = registration_of(worker)
+        registration_from(worker.id, text)
         await self._store.put(WORKER, worker.id, text)
         self._applied[worker.id] = text
         self._fleet.add(worker)
@@ -110,12 +113,17 @@ class Siblings:
 
     async def _apply(self, worker_id: str, text: str) -> None:
         member = self._fleet.members.get(worker_id)
-        if member is not None and text and same_place(member.worker, worker_from(worker_id, text)):
+        try:
+            worker = worker_from(worker_id, text) if text else None
+        except ValueError as error:  # of another version, or written by hand
+            log.error("%s: it is not used", error)
+            return
+        if member is not None and worker is not None and same_place(member.worker, worker):
             return
         if member is not None:
             await self._fleet.remove(worker_id)
-        if text:
-            self._fleet.add(worker_from(worker_id, text))
+        if worker is not None:
+            self._fleet.add(worker)
 
     async def _tell_ready(self) -> None:
         ready = str(len(self._fleet.ready()))

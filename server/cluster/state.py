@@ -12,6 +12,7 @@ from typing import Any
 from server.admission.dispatch import Lines
 from server.admission.limits import ALONE, Gate
 from server.admission.live_policy import LivePolicy
+from server.background import Background
 from server.cluster.account_sync import Ledger
 from server.cluster.local_sync import Process
 from server.cluster.records import Records
@@ -58,8 +59,10 @@ class Shared:
         clock: Callable[[], float],
         wall: Callable[[], float],
         process: Process | None = None,
+        background: Background | None = None,
     ) -> None:
         """ValueError for a tenant file or an address that cannot be, and for an open gateway that others can reach."""
+        self._background = background or Background(clock)
         self._ring = settings.redis_url is not None or process is not None  # there may be other replicas
         self._speaks = process is None or process.number == 0
         if not (settings.redis_url or settings.tenants or settings.allow_open or is_private(settings)):
@@ -96,18 +99,14 @@ class Shared:
         await self.records.follow()
         if self._speaks and self.tenants.open and self.tenants.learned:
             log.warning("no tenant is configured: this gateway is OPEN, whoever reaches it may use it without a key")
-        tasks = [asyncio.create_task(self._follow(), name="follow shared state")]
+        tasks = [self._background.start("follow shared state", self._follow)]
         if self._ring:
-            tasks.append(asyncio.create_task(self.replicas.run(), name="exchange with replicas"))
-            tasks.append(asyncio.create_task(self._follow_registry(), name="follow worker registry"))
-        for task in tasks:
-            task.add_done_callback(_report)
+            tasks.append(self._background.start("exchange with replicas", self.replicas.run))
+            tasks.append(self._background.start("follow worker registry", self._follow_registry))
         try:
             yield
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
+            await Background.stop(*tasks)
             if self._ring:
                 await self.replicas.exchange()  # what was used last is told, too
             await self.store.close()
@@ -149,8 +148,3 @@ def _store(settings: Settings, clock: Callable[[], float], process: Process | No
         return RedisStore(settings.redis_url.get_secret_value())
     except ValueError:
         raise ValueError("the Redis address is none: write it as redis://HOST:PORT/0, or rediss:// for TLS") from None
-
-
-def _report(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        log.critical("the task %r has ended; restart this gateway", task.get_name(), exc_info=error)

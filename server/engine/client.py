@@ -5,6 +5,7 @@ chunk anew. Here the bytes of an answer reach their `Sink` in the call that rece
 """
 
 import asyncio
+import errno
 import logging
 import re
 from collections import deque
@@ -15,12 +16,13 @@ from urllib.parse import urlsplit
 import httptools
 import httpx2
 
-from server.request.errors import EngineGone, EngineUnreachable
+from server.request.errors import EngineGone, EngineUnreachable, OutOfFiles
 
 log = logging.getLogger("evenhand.engine")
 
 CONNECT_TIMEOUT_S = 5.0
 MAX_ERROR_BODY_BYTES = 64 * 1024
+_OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
 
 _REQUEST = (
     b"POST %b%b HTTP/1.1\r\nhost: %b\r\ncontent-type: application/json\r\nx-request-id: %b\r\n%b"
@@ -241,6 +243,20 @@ class Connection(asyncio.Protocol):
             self.transport.abort()
 
 
+def is_out_of_files(error: BaseException | None) -> bool:
+    """Whether an error comes of this process, or the machine, having no file descriptor left."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _OUT_OF_FILES:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _out_of_files() -> OutOfFiles:
+    log.error("no file descriptor is left for a connection to an engine: raise `ulimit -n`")
+    return OutOfFiles("The gateway has no file descriptor left for a connection.", retry_after_s=1.0)
+
+
 class Engine:
     """A worker's HTTP server: a pool of connections for relayed answers, and small questions of our own."""
 
@@ -262,7 +278,8 @@ class Engine:
     ) -> Connection:
         """POSTs a JSON body; the answer goes to `sink`. `fresh` forbids a kept-alive connection.
 
-        trace: header lines of the request's trace, if it has one. EngineUnreachable if no connection can be had.
+        trace: header lines of the request's trace, if it has one. EngineUnreachable if no connection can be had,
+        OutOfFiles if that is this process' own fault.
         """
         request = _REQUEST % (self.prefix, path, self._host_header, request_id.encode(), trace, len(body), body)
         while self.idle and not fresh:
@@ -283,6 +300,8 @@ class Engine:
             log.warning("the engine at %s took no connection within %g s", self.url, CONNECT_TIMEOUT_S)
             raise EngineUnreachable("The engine did not take a connection in time.") from None
         except OSError as error:  # clients are told nothing of addresses behind the gateway
+            if error.errno in _OUT_OF_FILES:
+                raise _out_of_files() from None
             log.warning("the engine at %s cannot be reached: %s", self.url, error)
             raise EngineUnreachable("The engine cannot be reached.") from None
         return connection
@@ -293,13 +312,13 @@ class Engine:
             self.idle.remove(connection)
 
     async def get(self, path: str, timeout_s: float = 5.0) -> httpx2.Response:
-        """A small question of our own (health, metrics, models). EngineGone if there is no answer."""
+        """A small question of our own (health, metrics, models). EngineGone if there is no answer, OutOfFiles."""
         return await self._send("GET", path, None, timeout_s)
 
     async def post(
         self, path: str, body: Any, timeout_s: float = 30.0, headers: Mapping[str, str] | None = None
     ) -> httpx2.Response:
-        """A small JSON question of our own. EngineGone if there is no answer."""
+        """A small JSON question of our own. EngineGone if there is no answer, OutOfFiles."""
         return await self._send("POST", path, body, timeout_s, headers)
 
     async def _send(
@@ -311,6 +330,8 @@ class Engine:
         try:
             return await self._client.request(method, path, json=body, timeout=timeout_s, headers=headers)
         except httpx2.HTTPError as error:
+            if is_out_of_files(error):
+                raise _out_of_files() from None
             raise EngineGone(
                 f"The engine at {self.url} does not answer {path}: {str(error) or type(error).__name__}."
             ) from None

@@ -11,9 +11,10 @@ from time import monotonic
 from typing import Protocol
 
 from scheduler.workers import UNKNOWN_SLOTS, Role, Worker
+from server.background import Background
 from server.engine.client import Engine
 from server.fleet.health import Breaker, Output, trial_answer
-from server.request.errors import EngineGone, EngineUnreachable
+from server.request.errors import EngineGone, EngineUnreachable, OutOfFiles
 from server.settings import HealthSettings
 
 log = logging.getLogger("evenhand.fleet")
@@ -100,7 +101,9 @@ class Fleet:
         misses: int = 3,
         health: HealthSettings | None = None,
         clock: Callable[[], float] = monotonic,
+        background: Background | None = None,
     ) -> None:
+        self._background = background or Background(clock)
         self.members: dict[str, Member] = {}
         self.starting: dict[str, str] = {}  # workers that are not there yet, and how far each is
         self.probe_s = probe_s
@@ -120,16 +123,14 @@ class Fleet:
             raise ValueError(f"a worker named {worker.id!r} is already in the fleet")
         member = Member(worker, Engine(worker.url), note=note, output=Output(moved_at=self.clock()))
         self.members[worker.id] = member
-        self._probes[worker.id] = asyncio.create_task(self._watch(member), name=f"probe {worker.id}")
+        self._probes[worker.id] = self._background.start(f"probe {worker.id}", lambda: self._watch(member))
         return member
 
     async def remove(self, worker_id: str) -> None:
         """A worker leaves at once; what it still relays ends as its connections end. KeyError if unknown."""
         member = self.members.pop(worker_id)
         member.state = State.DOWN
-        probe = self._probes.pop(worker_id)
-        probe.cancel()
-        await asyncio.wait([probe])
+        await Background.stop(self._probes.pop(worker_id))
         await member.engine.close()
         self._tell()
 
@@ -190,6 +191,8 @@ class Fleet:
                 await self._probe(member)
             except EngineGone as error:
                 self._missed(member, error)
+            except OutOfFiles:  # of this worker nothing is known then
+                log.warning("worker %s could not be probed: no file descriptor is left", member.worker.id)
             self._rescue(member)
             pause_s = self.probe_s if member.state is not State.STARTING else min(self.probe_s, 0.25)
             try:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -32,13 +33,19 @@ class Registration(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
 
 
 def registration_from(worker_id: str, text: str) -> Registration:
-    """A registration read. ValueError if it is not one."""
+    """A registration read. ValueError if it is not one, or if its address cannot be one."""
     try:
         said = msgspec.json.decode(text, type=Registration)
     except (msgspec.ValidationError, msgspec.DecodeError) as error:
         raise ValueError(f"worker {worker_id!r}: {error}") from None
     if not said.url.startswith("http://") or said.slots < 1:
         raise ValueError(f"worker {worker_id!r} needs a URL that begins with http:// and one slot or more")
+    try:
+        port = urlsplit(said.url).port
+        if port == 0 or not urlsplit(said.url).hostname:
+            raise ValueError("no host, or port 0")
+    except ValueError as error:
+        raise ValueError(f"worker {worker_id!r}: {said.url!r} is not an address: {error}") from None
     return said
 
 

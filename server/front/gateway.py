@@ -37,8 +37,9 @@ class Request(Answer, Protocol):
     def tenant(self) -> Tenant | None:
         """Who asks; None if that is for the headers to say."""
 
-    @property
-    def body(self) -> bytes: ...
+    def take_body(self) -> bytes:
+        """The body, which is from then on the caller's alone."""
+
     def header(self, name: bytes) -> bytes | None: ...
     def name_it(self) -> str: ...
     def fail(self, error: ServiceError) -> None: ...
@@ -91,14 +92,16 @@ class Gateway:
             log.exception("request %s failed inside the gateway", call.id)
             request.fail(ServiceError("The gateway failed on this request; its log has the reason."))
 
+    def tenant_of(self, request: Request) -> Tenant:
+        """Who asks, by the headers alone. UnknownKey for nobody."""
+        return self.tenants.identify(request.header(b"authorization"), request.header(b"x-api-key"))
+
     def read(self, request: Request) -> Call:
-        """What is asked, and by whom."""
+        """What is asked."""
         call_id = request.name_it()
-        tenant = request.tenant
-        if tenant is None:
-            tenant = self.tenants.identify(request.header(b"authorization"), request.header(b"x-api-key"))
+        tenant = request.tenant or self.tenant_of(request)
         ratio = self.bytes_per_token.get(tenant.name, BYTES_PER_TOKEN)
-        call = permitted(call_from(request.route, request.body, tenant, call_id, ratio))
+        call = permitted(call_from(request.route, request.take_body(), tenant, call_id, ratio))
         deadline = request.header(b"x-deadline-s")
         return call if deadline is None else msgspec.structs.replace(call, deadline_s=deadline_from(deadline))
 

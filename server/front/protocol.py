@@ -11,20 +11,24 @@ import os
 import re
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.engine.client import MOST_HEADS, Connection, keyed
+from server.engine.client import Connection
+from server.front.intake import BodyBudget, Connections
 from server.request.call import Route
 from server.request.errors import (
     BadRequest,
     HeadTooLarge,
+    Overloaded,
     ServiceError,
     Stopping,
     TooLarge,
+    TooManyConnections,
     TooSlow,
+    UnsupportedMediaType,
     WrongMethod,
     error_event,
     error_object,
@@ -39,11 +43,15 @@ _SAFE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _STATUS = {
     code: b"HTTP/1.1 %d %b\r\n" % (code, http.HTTPStatus(code).phrase.encode()) for code in map(int, http.HTTPStatus)
 }
-# Headers that make a head different every time, or say how its body comes: such a head is read anew.
-_ONE_OF_ITS_OWN = frozenset((b"x-request-id", b"traceparent", b"transfer-encoding", b"upgrade", b"expect"))
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _COMMENT = b":\n\n"
+_ANTHROPIC = b"/v1/messages"
 _KNOCKS_S = (0.25, 1.0, 4.0, 16.0)  # pauses between the signs of life that a half-closed connection gets
+_LINGER_S = 2.0  # a refused client may go on sending for so long: closing at once would reset its connection, and with
+# it the refusal that it has not read yet (RFC 9112, 9.6)
+_MOST_HEADERS = 128  # as objects, headers of a few bytes each take much more memory than as bytes
+_MOST_QUEUED = 16
+_SMALL_BODY_BYTES = 64 * 1024  # a refused request's body up to here is passed over, and its connection is kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +60,7 @@ class Bounds:
 
     head_bytes: of request line and headers together. body_bytes: of a body.
     head_s: seconds for a connection's first byte and for a head to be complete. body_s: for a body.
-    stall_s: seconds that a client may leave its answer unread; after that its place goes to somebody else.
+    stall_s: seconds that a client may read nothing of its answer; after that its place goes to somebody else.
     """
 
     head_bytes: int = 32 * 1024
@@ -62,16 +70,10 @@ class Bounds:
     stall_s: float = 120.0
 
 
-class Head(NamedTuple):
-    """A request's head that the parser has read once, and that a client sends again and again."""
-
-    route: Route
-    headers: list[tuple[bytes, bytes]]
-
-
 class Serves(Protocol):
     """What the edge hands a complete request to."""
 
+    def tenant_of(self, exchange: "Exchange") -> Tenant: ...
     async def answer(self, exchange: "Exchange") -> None: ...
     def refused(self, path: str, error: ServiceError) -> None: ...
 
@@ -79,16 +81,17 @@ class Serves(Protocol):
 class Exchange:
     """One relayed request on its connection: what came, and the way back. Stands where uvicorn keeps a cycle.
 
+    tenant: who asks, known when the head is complete. refusal: why it is not served; its body is passed over then.
+    held_bytes: what it has booked of the budget for bodies, until its answer is complete.
     flowing: the head and a first chunk of the body have been written.
     """
 
     __slots__ = (
         "edge", "route", "headers", "received", "complete", "task", "begun", "chunked", "events", "keep_alive",
         "engine_side", "disconnected", "response_complete", "message_event", "request_id", "http10", "extra_headers",
-        "queued", "expects_continue", "transport", "flowing",
+        "queued", "expects_continue", "transport", "flowing", "tenant", "refusal", "held_bytes",
     )  # fmt: skip
 
-    tenant: Tenant | None = None  # its headers say who asks
     _unused_event = asyncio.Event()  # uvicorn sets its cycle's event when a connection is lost; nobody waits on ours
 
     def __init__(self, edge: "Edge", route: Route, *, keep_alive: bool, http10: bool) -> None:
@@ -113,6 +116,9 @@ class Exchange:
         self.message_event = self._unused_event
         self.request_id = ""
         self.extra_headers = b""
+        self.tenant: Tenant | None = None
+        self.refusal: ServiceError | None = None
+        self.held_bytes = 0
 
     # what came
     def header(self, name: bytes) -> bytes | None:
@@ -131,9 +137,25 @@ class Exchange:
         else:
             self.received = bytearray(self.received) + data
 
-    @property
-    def body(self) -> bytes:
-        return bytes(self.received)
+    def hold(self, size: int) -> bool:
+        """Books `size` more bytes of its body; False if there is no memory for them."""
+        assert self.tenant is not None  # a request without one is refused, and nothing of its body is kept
+        if not self.edge.bodies.take(self.tenant.name, size):
+            return False
+        self.held_bytes += size
+        return True
+
+    def release(self) -> None:
+        """Its body is not needed any more."""
+        self.received = b""
+        if self.held_bytes and self.tenant is not None:
+            self.edge.bodies.give_back(self.tenant.name, self.held_bytes)
+            self.held_bytes = 0
+
+    def take_body(self) -> bytes:
+        """The body, which is from now on the caller's alone: a large one must not be there twice."""
+        received, self.received = self.received, b""
+        return bytes(received)
 
     def name_it(self) -> str:
         """The request id: the client's own if it is harmless, else a fresh one."""
@@ -189,7 +211,6 @@ class Exchange:
         """The answer is complete."""
         edge = self.edge
         self.engine_side = None  # its connection may carry somebody else's answer from here on
-        self.received = b""  # this object stays until the connection's next request
         if edge.transport.is_closing():
             return
         last = edge.hold + (b"0\r\n\r\n" if self.chunked else b"")
@@ -226,6 +247,7 @@ class Exchange:
         """The task has ended. Whatever happened in it, a client that is still there has its answer."""
         self.edge.tasks.discard(task)
         self.task = None
+        self.release()
         error = None if task.cancelled() else task.exception()
         if error is not None:
             log.error("request %s failed inside the gateway", self.request_id, exc_info=error)
@@ -249,14 +271,16 @@ class Edge(HttpToolsProtocol):
     in_message: a request has begun to arrive and is not complete; in_head: nor is its head.
     current: what is being answered; uvicorn's `cycle` is the newest, which may still be arriving or wait behind it.
     last_words: the refusal of bytes that made no request, while answers before it are on their way.
-    heads: what the parser has said of heads, for all connections.
+    bodies, open: what all connections share.
     parting: for all connections, too: each closes with its next answer, for the gateway is about to stop.
+    unread: bytes of its answer that a client that does not keep up had not read when it was last looked at.
     idle_since: when the last answer was complete, on the loop's clock.
     """
 
     gateway: Serves
     bounds: Bounds
-    heads: dict[bytes, Head]
+    bodies: BodyBudget
+    open: Connections
     parting = False
     cycle: Any  # uvicorn's RequestResponseCycle, or an Exchange in its place
 
@@ -269,29 +293,52 @@ class Edge(HttpToolsProtocol):
         self.unread_size = 0
         self.body_size = 0
         self.declared_size = 0
+        self.hosts = 0
+        self.chunked_body = False
         self.current: Any = None
         self.last_words = b""
         self.deadline: asyncio.TimerHandle | None = None
         self.deadline_s = 0.0
         self.stall: asyncio.TimerHandle | None = None
+        self.unread = 0
         self.idle_since = 0.0
 
     # the connection
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]  # uvicorn's protocol narrows it as well
-        self._await_rest()
+        if self.open.opened(self):
+            self._await_rest()
+        else:
+            error = TooManyConnections("All connections of this gateway are in use.", retry_after_s=1.0)
+            self.gateway.refused("", error)
+            self.transport.write(_refusal(error, [], anthropic=False))
+            self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Ends what is under way, and takes the connection's objects apart: they refer to one another, and as long as
+        the collector has not looked they would keep what the client had sent."""
         self._no_deadline()
         if self.stall is not None:
             self.stall.cancel()
         self._unset_keepalive_if_required()
+        self.open.closed(self)
         super().connection_lost(exc)
         exchange = self.current
         if isinstance(exchange, Exchange) and not exchange.response_complete:
             exchange.disconnected = True
             if exchange.task is not None:
                 exchange.task.cancel()
+        for cycle in (self.cycle, *(waiting for waiting, _ in self.pipeline)):
+            if isinstance(cycle, Exchange) and cycle.task is None:
+                cycle.release()
+        self.pipeline.clear()
+        self.current = self.cycle = None
+        self.headers = []
+        del self.parser  # it holds this object's callbacks
+
+    def give_way(self) -> None:
+        """Closes this connection, which waits for a request, for a new one."""
+        self.transport.abort()
 
     def eof_received(self) -> bool | None:  # type: ignore[override]  # uvicorn's own narrows asyncio's
         """The client sends no more. Some shut down their side and still want their answer, most are gone: only what is
@@ -318,20 +365,10 @@ class Edge(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self.last_words:
+            self._pass_over(len(data))
             return
         was_in_head = self.in_head
-        if self.in_message or not self._idle() or self.transport.is_closing():
-            self._feed(data)
-        else:
-            key, length, at = keyed(data)
-            whole = bool(key) and len(data) == at + length <= self.bounds.body_bytes
-            head = self.heads.get(key) if whole else None
-            if head is not None:
-                self._start_known(head, data[at:])
-                return
-            self._feed(data)
-            if whole:
-                self._remember(key, length)
+        self._feed(data)
         if self.in_message or self._idle():
             if was_in_head and self.in_head:  # a header without an end shows only in the bytes that arrive
                 self.unread_size += len(data)
@@ -342,33 +379,6 @@ class Edge(HttpToolsProtocol):
 
     def _idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
-
-    def _start_known(self, head: Head, body: bytes) -> None:
-        """A whole request whose head has been read before. The parser stands between two messages, and stays there."""
-        if self.deadline is not None:
-            self._no_deadline()
-        self.headers = head.headers
-        exchange = Exchange(self, head.route, keep_alive=True, http10=False)
-        exchange.request_id = fresh_id()
-        exchange.received = body
-        exchange.complete = True
-        self.cycle = exchange
-        self._start(exchange)
-
-    def _remember(self, key: bytes, length: int) -> None:
-        """Keeps what the parser said of this head, if it said of it all that matters."""
-        exchange = self.cycle
-        if (
-            not isinstance(exchange, Exchange)
-            or not (exchange.complete and exchange.keep_alive)
-            or exchange.expects_continue
-            or not self.declared_size == self.body_size == length
-            or not _ONE_OF_ITS_OWN.isdisjoint(name for name, _ in exchange.headers)
-        ):
-            return
-        if len(self.heads) >= MOST_HEADS:
-            self.heads.clear()
-        self.heads[key] = Head(exchange.route, exchange.headers)
 
     def _feed(self, data: bytes) -> None:
         try:
@@ -393,6 +403,8 @@ class Edge(HttpToolsProtocol):
     # time
     def _await_rest(self) -> None:
         """Sees to it that what is missing of a request comes in time. One limit for the head, one for the body."""
+        if self.last_words:
+            return
         if self.pipeline or self.transport.is_closing():  # behind a queued request it is us who do not read
             self._no_deadline()
             return
@@ -427,11 +439,8 @@ class Edge(HttpToolsProtocol):
         if self.in_message and not self.in_head:
             self._forget_newest()
         self.in_message = self.in_head = False
-        body = error_object(error)
-        words = (
-            b"%bcontent-type: application/json\r\nx-request-id: %b\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"
-        ) % (_STATUS[status_of(error)], request_id_in(self.headers or []).encode(), len(body), body)
-        self.last_words = words
+        self.last_words = _refusal(error, self.headers or [], anthropic=self.url.startswith(_ANTHROPIC))
+        self._no_deadline()
         if self.current is None or self.current.response_complete:
             self._say_last()
 
@@ -442,23 +451,37 @@ class Edge(HttpToolsProtocol):
             self.pipeline.popleft()
         if isinstance(cycle, Exchange):
             cycle.response_complete = True
-            cycle.received = b""
+            cycle.release()
         elif cycle is self.current:
             if cycle.response_started:
                 return
             cycle.disconnected = cycle.response_complete = True
             cycle.message_event.set()
 
+    def _pass_over(self, size: int) -> None:
+        """What a refused client still sends, up to a body's length."""
+        self.unread_size += size
+        if self.unread_size > self.bounds.body_bytes:
+            self.transport.abort()
+
     def _say_last(self) -> None:
+        self.unread_size = 0
         self.transport.write(self.last_words)
-        self.transport.close()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+            self.flow.resume_reading()
+            self.open.idle(self)
+            self.deadline = self.loop.call_later(_LINGER_S, self.transport.close)
+        else:
+            self.transport.close()
 
     # httptools callbacks
     def on_message_begin(self) -> None:
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
-        self.head_size = self.unread_size = self.body_size = self.declared_size = 0
+        self.head_size = self.unread_size = self.body_size = self.declared_size = self.hosts = 0
+        self.chunked_body = False
         self.in_message = self.in_head = not (self.last_words or self.transport.is_closing())
 
     def on_url(self, url: bytes) -> None:
@@ -466,15 +489,23 @@ class Edge(HttpToolsProtocol):
         self._bound_head(len(self.url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        name = name.lower()
-        if name == b"content-length":
-            self.declared_size = int(value)
-        elif name == b"expect":
-            self.expect_100_continue = value.lower() == b"100-continue"
-        self.headers.append((name, value))
         self.head_size += len(name) + len(value) + 4
+        if self.in_head:
+            name = name.lower()
+            if name == b"content-length":
+                self.declared_size = int(value)
+            elif name == b"host":
+                self.hosts += 1
+            elif name == b"transfer-encoding":
+                self.chunked_body = True
+            elif name == b"expect":
+                self.expect_100_continue = value.lower() == b"100-continue"
+            self.headers.append((name, value))
+        # else it is a trailer: it came too late to say who asks, or anything else (RFC 9110, 6.5.1)
         if self.head_size > self.bounds.head_bytes:
             self._bound_head(self.head_size)
+        elif len(self.headers) > _MOST_HEADERS:
+            self._refuse(HeadTooLarge(f"The request has more than {_MOST_HEADERS} headers."))
 
     def _bound_head(self, size: int) -> None:
         if size > self.bounds.head_bytes and self.in_message:
@@ -487,20 +518,60 @@ class Edge(HttpToolsProtocol):
             allowed = self.bounds.body_bytes
             self._refuse(TooLarge(f"The body has {self.declared_size} bytes; {allowed} are allowed."))
             return
+        http10 = self.parser.get_http_version() == "1.0"
+        if wrong := self._wrong_head(http10=http10):
+            self._refuse(BadRequest(wrong))
+            return
         self.in_head = False
         route = self._route()
         if route is None:
+            self.open.busy(self)
             self._hand_on()
-            return
-        http10 = self.parser.get_http_version() == "1.0"
+        else:
+            self._expect_body(route, http10=http10)
+
+    def _expect_body(self, route: Route, *, http10: bool) -> None:
+        """The head of a relayed request is complete: here it is decided whether its body is taken in at all."""
         exchange = Exchange(self, route, keep_alive=not http10 and self.parser.should_keep_alive(), http10=http10)
         exchange.queued = not self._idle()
         self.cycle = exchange
         if exchange.queued:  # pipelined: its turn comes when the answer before it is complete
+            if len(self.pipeline) >= _MOST_QUEUED:
+                self._refuse(Overloaded(f"More than {_MOST_QUEUED} requests wait on this connection."))
+                return
             self.flow.pause_reading()
             self.pipeline.appendleft((exchange, None))  # type: ignore[arg-type]  # an exchange stands for a cycle
-        elif exchange.expects_continue:
+        exchange.refusal = self._objection(exchange)
+        if exchange.refusal is not None:
+            if self.declared_size > _SMALL_BODY_BYTES or exchange.expects_continue:
+                self._refuse(exchange.refusal)
+            return
+        self.open.busy(self)
+        if exchange.expects_continue and not exchange.queued:
             self.transport.write(_CONTINUE)
+
+    def _wrong_head(self, *, http10: bool) -> str:
+        """What is wrong with a head that the parser lets pass (RFC 9112, 3.2 and 6.1); nothing if it is right."""
+        if self.hosts != 1 and not (http10 and self.hosts == 0):
+            return "The request must have exactly one Host header."
+        if http10 and self.chunked_body:
+            return "HTTP/1.0 has no Transfer-Encoding."
+        return ""
+
+    def _objection(self, exchange: Exchange) -> ServiceError | None:
+        """Why a request is not served, as far as its head says: an unknown key, or a body that is no JSON.
+
+        A web page can make a browser send any other type to a gateway without a key, which reaches no farther than
+        the reader's own machine; for this one the browser asks first (the Fetch standard's CORS-safelisted types).
+        """
+        try:
+            exchange.tenant = self.gateway.tenant_of(exchange)
+        except ServiceError as error:
+            return error
+        kind = exchange.header(b"content-type")
+        if kind == b"application/json" or (kind or b"").partition(b";")[0].strip().lower() == b"application/json":
+            return None
+        return UnsupportedMediaType("Send JSON, with the header 'Content-Type: application/json'.")
 
     def _route(self) -> Route | None:
         if self.parser.get_method() != b"POST":
@@ -528,9 +599,18 @@ class Edge(HttpToolsProtocol):
         if self.body_size > self.bounds.body_bytes:
             self._refuse(TooLarge(f"The body exceeds {self.bounds.body_bytes} bytes."))
         elif isinstance(self.cycle, Exchange):
-            self.cycle.receive(body)
+            self._body_of(self.cycle, body)
         else:
             super().on_body(body)
+
+    def _body_of(self, exchange: Exchange, body: bytes) -> None:
+        if exchange.refusal is not None:
+            if self.body_size > _SMALL_BODY_BYTES:
+                self._refuse(exchange.refusal)
+        elif exchange.hold(len(body)):
+            exchange.receive(body)
+        else:
+            self._refuse(Overloaded("There is no memory for this request's body at present.", retry_after_s=1.0))
 
     def on_message_complete(self) -> None:
         if not self.in_message or self.in_head:
@@ -547,6 +627,11 @@ class Edge(HttpToolsProtocol):
     # answers
     def _start(self, exchange: Exchange) -> None:
         self.current = exchange
+        if exchange.refusal is not None:
+            exchange.name_it()
+            self.gateway.refused(exchange.route.path, exchange.refusal)
+            exchange.fail(exchange.refusal)
+            return
         task = exchange.task = self.loop.create_task(self.gateway.answer(exchange))
         task.add_done_callback(exchange.settled)
         self.tasks.add(task)
@@ -560,7 +645,7 @@ class Edge(HttpToolsProtocol):
         cycle.queued = False
         if cycle.complete:
             self._start(cycle)
-        elif cycle.expects_continue:
+        elif cycle.expects_continue and cycle.refusal is None:
             self.transport.write(_CONTINUE)
 
     def on_response_complete(self) -> None:
@@ -576,6 +661,9 @@ class Edge(HttpToolsProtocol):
             self._start_asgi_task(*self.pipeline.pop())
         else:
             self.idle_since = self.loop.time()
+            self.open.idle(self)
+            if not isinstance(self.cycle, Exchange):
+                self.cycle.body = bytearray()  # what the application has not read of it
             if self.timeout_keep_alive_task is None:
                 self._await_next(self.timeout_keep_alive)
         if self.in_message:
@@ -598,7 +686,7 @@ class Edge(HttpToolsProtocol):
     # a client that does not keep up
     def pause_writing(self) -> None:
         super().pause_writing()
-        self.stall = self.loop.call_later(self.bounds.stall_s, self._stalled)
+        self._watch_reader()
         if isinstance(self.current, Exchange) and self.current.engine_side is not None:
             self.current.engine_side.pause()
 
@@ -610,9 +698,26 @@ class Edge(HttpToolsProtocol):
         if isinstance(self.current, Exchange) and self.current.engine_side is not None:
             self.current.engine_side.resume()
 
-    def _stalled(self) -> None:
+    def _watch_reader(self) -> None:
+        self.unread = self.transport.get_write_buffer_size()
+        self.stall = self.loop.call_later(self.bounds.stall_s, self._look_at_reader)
+
+    def _look_at_reader(self) -> None:
+        """Nothing is added while a client does not keep up, so whatever is less than before it has read."""
+        if self.transport.get_write_buffer_size() < self.unread:
+            self._watch_reader()
+            return
         log.info("a client has not read its answer for %g s: its connection is closed", self.bounds.stall_s)
         self.transport.abort()
+
+
+def _refusal(error: ServiceError, headers: list[tuple[bytes, bytes]], *, anthropic: bool) -> bytes:
+    """A whole answer that says why, after which the connection closes."""
+    body = error_object(error, anthropic=anthropic)
+    retry = b"" if error.retry_after is None else b"retry-after: %d\r\n" % error.retry_after
+    return (
+        b"%bcontent-type: application/json\r\nx-request-id: %b\r\n%bconnection: close\r\ncontent-length: %d\r\n\r\n%b"
+    ) % (_STATUS[status_of(error)], request_id_in(headers).encode(), retry, len(body), body)
 
 
 _PROCESS = os.urandom(10).hex()  # so that the ids of two gateways differ
@@ -632,6 +737,6 @@ def request_id_in(headers: list[tuple[bytes, bytes]]) -> str:
     return fresh_id()
 
 
-def edge_for(gateway: Serves, bounds: Bounds) -> type[Edge]:
-    """The protocol class for uvicorn, with the gateway it serves."""
-    return type("Edge", (Edge,), {"gateway": gateway, "bounds": bounds, "heads": {}})
+def edge_for(gateway: Serves, bounds: Bounds, bodies: BodyBudget, connections: Connections) -> type[Edge]:
+    """The protocol class for uvicorn, with the gateway it serves and what its connections share."""
+    return type("Edge", (Edge,), {"gateway": gateway, "bounds": bounds, "bodies": bodies, "open": connections})

@@ -64,11 +64,18 @@ class Bounds:
     file_bytes: int
 
 
+def _nobody(said: str) -> None:
+    return
+
+
 class Recorder:
     """Records calls as they end. `note` is for the event loop; everything else happens on the recorder's thread."""
 
-    def __init__(self, folder: Path, bounds: Bounds, clock: Callable[[], float]) -> None:
-        """ValueError if the folder cannot be written."""
+    def __init__(
+        self, folder: Path, bounds: Bounds, clock: Callable[[], float], failed: Callable[[str], None] = _nobody
+    ) -> None:
+        """ValueError if the folder cannot be written. failed: told why a request, or all from now on, is missing."""
+        self._failed = failed
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._key = _key(folder / "key")
@@ -124,15 +131,14 @@ class Recorder:
     def _write_all(self) -> None:
         try:
             while (entry := self._queue.get()) is not None:
-                row, tenant, body, field = entry
-                self._files.write(self._line(row, tenant, _content(body, field)))
-                self._written_bytes += len(body) + _ROW_BYTES
+                self._write(*entry)
                 if self._queue.empty():
                     self._files.flush()
             self._files.close()
         except OSError as error:
             self._on = False
             log.error("recording has stopped, serving goes on: %s", error.strerror)
+            self._failed(f"recording has stopped: {error.strerror}")
             self._files.abandon()
             while not self._queue.empty():
                 self._queue.get()
@@ -140,6 +146,18 @@ class Recorder:
             log.warning(
                 "%d requests are missing in the trace: they came faster than it could be written", self.left_out
             )
+
+    def _write(self, row: Row, tenant: str, body: bytes, field: str) -> None:
+        """OSError if the disk takes no more. One request that cannot be written does not end the recording."""
+        try:
+            self._files.write(self._line(row, tenant, _content(body, field)))
+        except OSError:
+            raise
+        except Exception as error:  # whatever a client sent, the next one's request is to be recorded
+            log.exception("a request could not be recorded")
+            self._failed(f"a request could not be recorded: {type(error).__name__}")
+        finally:
+            self._written_bytes += len(body) + _ROW_BYTES
 
     def _line(self, row: Row, tenant: str, content: bytes) -> bytes:
         hashes = prefix_hashes(content, self._key)
@@ -163,7 +181,7 @@ def _content(body: bytes, field: str) -> bytes:
     """The prompt's own bytes. A turn of a conversation begins with those of the turn before, up to its last `]`."""
     try:
         return bytes(_members(body).get(field, b"")) if body else b""
-    except msgspec.DecodeError:  # what an engine refused as well
+    except (msgspec.DecodeError, UnicodeDecodeError):  # what an engine refused as well
         return b""
 
 

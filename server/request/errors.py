@@ -81,6 +81,12 @@ class TooLarge(ServiceError):
     code = "request_too_large"
 
 
+class UnsupportedMediaType(ServiceError):
+    status = 415
+    kind = "invalid_request_error"
+    code = "unsupported_media_type"
+
+
 class HeadTooLarge(ServiceError):
     status = 431
     kind = "invalid_request_error"
@@ -113,6 +119,20 @@ class NoWorker(ServiceError):
     status = 503
     kind = "server_error"
     code = "no_worker"
+
+
+class TooManyConnections(ServiceError):
+    status = 503
+    kind = "server_error"
+    code = "too_many_connections"
+
+
+class OutOfFiles(ServiceError):
+    """The gateway itself can open no more files. No worker is to blame."""
+
+    status = 503
+    kind = "server_error"
+    code = "out_of_files"
 
 
 class Stopping(ServiceError):

@@ -26,7 +26,7 @@ from tests.server.conftest import (
 CHAT = "/v1/chat/completions"
 HELLO = request(CHAT, chat())
 HELLO_STREAM = request(CHAT, chat(stream=True))
-CHUNKED = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n".encode()
+CHUNKED = request(CHAT, headers={"transfer-encoding": "chunked"})
 HEALTH = request("/health", method="GET")
 
 
@@ -202,7 +202,7 @@ async def test_a_head_too_large_is_431() -> None:
 
 
 async def test_a_header_without_end_is_cut_off() -> None:
-    async with over_fake(edge={"max_head_bytes": 4096}) as (gateway, _):
+    async with over_fake(edge={"max_head_bytes": 4096, "max_body_bytes": 65536}) as (gateway, _):
         wire = await gateway.send(b"POST /v1/chat/completions HTTP/1.1\r\nx: ")
         with pytest.raises(ConnectionError):
             for _ in range(1000):
@@ -213,8 +213,7 @@ async def test_a_header_without_end_is_cut_off() -> None:
 async def test_a_body_too_large_is_413_before_it_is_read_if_it_says_its_length() -> None:
     async with over_fake(edge={"max_body_bytes": 1024}) as (gateway, engine):
         for path in (CHAT, "/none"):
-            head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 1025\r\n\r\n".encode()
-            wire = await gateway.send(head)
+            wire = await gateway.send(request(path, headers={"content-length": "1025"}))
             reply = await wire.answer()
             assert reply.status == 413 and reply.error["code"] == "request_too_large"
             assert await wire.closed()
