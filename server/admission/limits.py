@@ -22,7 +22,7 @@ import msgspec
 from server.request.call import Call, Phase, Ticket
 from server.request.errors import BadRequest, RateLimited, UnknownModel
 from server.request.schemas import raw_members, splice
-from server.request.tenants import Limits, Tenant
+from server.request.tenants import OPEN, Limits, Tenant
 from server.store.store import Kept
 
 
@@ -198,7 +198,7 @@ def span(seconds: float) -> bytes:
 
 
 class Free:
-    """The admission of a tenant without limits."""
+    """The admission where there are no tenants."""
 
     def __enter__(self) -> None:
         return
@@ -228,11 +228,32 @@ class Admission:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        ticket = self.ticket
-        reached_engine = ticket.times[Phase.PREFILLING] is not None
-        failed = kind is not None and kind is not CancelledError and not ticket.tokens
-        used = ticket.prompt_tokens + ticket.tokens if reached_engine and not failed else 0
-        self.gate.leave(self.standing, self.reserved, used if ticket.call.route.generates else 0)
+        self.gate.leave(self.standing, self.reserved, used_by(self.ticket, kind))
+
+
+class Metered:
+    """The admission of a tenant without limits: what it used is counted all the same."""
+
+    __slots__ = ("gate", "ticket")
+
+    def __init__(self, gate: "Gate", ticket: Ticket) -> None:
+        self.gate = gate
+        self.ticket = ticket
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.gate.count(self.ticket.call.tenant.name, used_by(self.ticket, kind))
+
+
+def used_by(ticket: Ticket, failure: type[BaseException] | None) -> int:
+    """Tokens that a call which is over has used. failure: what ended it, None if its answer is complete."""
+    reached_engine = ticket.times[Phase.PREFILLING] is not None
+    failed = failure is not None and failure is not CancelledError and not ticket.tokens
+    return ticket.prompt_tokens + ticket.tokens if ticket.call.route.generates and reached_engine and not failed else 0
 
 
 def estimate(call: Call) -> int:
@@ -258,17 +279,12 @@ def permitted(call: Call) -> Call:
         )
     if call.max_tokens:
         return call
+    members = raw_members(call.body)
+    if any(bytes(members.get(field, b"null")) != b"null" for field in call.route.limit_fields):
+        return call  # it asks for an output of 0 tokens, which is not the same as asking for no length
     return msgspec.structs.replace(
-        call, body=_with_limit(call.body, name, tenant.max_tokens), max_tokens=tenant.max_tokens
+        call, body=splice(call.body, b'"%b":%d' % (name.encode(), tenant.max_tokens)), max_tokens=tenant.max_tokens
     )
-
-
-def _with_limit(body: bytes, name: str, most: int) -> bytes:
-    if b"max_" not in body:
-        return splice(body, b'"%b":%d' % (name.encode(), most))
-    fields = msgspec.json.decode(body)  # the field may be there as null, and then the last one would count
-    fields[name] = most
-    return msgspec.json.encode(fields)
 
 
 class Gate:
@@ -305,9 +321,12 @@ class Gate:
         self._day = self._month = ""
 
     # calls
-    def admit(self, ticket: Ticket, out: Headed) -> Admission | Free:
+    def admit(self, ticket: Ticket, out: Headed) -> Admission | Metered | Free:
         """`with` this: AtLimit if the tenant is at one; else its use is booked while the block runs."""
-        return FREE if ticket.call.tenant.limits is None else Admission(self, ticket, out)
+        tenant = ticket.call.tenant
+        if tenant is OPEN:
+            return FREE
+        return Metered(self, ticket) if tenant.limits is None else Admission(self, ticket, out)
 
     def enter(self, tenant: Tenant, tokens: int, out: Headed) -> Standing:
         """Books a call. Raises an AtLimit, having booked nothing. Both ways `out` gets its headers."""
@@ -328,13 +347,19 @@ class Gate:
         standing.in_flight -= 1
         standing.free += 1
         self._book(standing, 0, used - reserved)
-        limits = standing.limits
-        if used and (limits.tokens_per_day is not None or limits.tokens_per_month is not None):
-            self._turn_page()
-            for period in (self._day, self._month):
-                row = (period, standing.name, self._replica)
-                self._kept[row] = self._kept.get(row, 0) + used
-                self._kept_changed.add(row)
+        self.count(standing.name, used)
+
+    def count(self, name: str, used: int) -> None:
+        """A tenant used so many tokens, today and in this month."""
+        if not used:
+            return
+        self._turn_page()
+        standing = self._standings.get(name)
+        for period in (self._day, self._month):
+            row = (period, name, self._replica)
+            self._kept[row] = self._kept.get(row, 0) + used
+            self._kept_changed.add(row)
+            if standing is not None:
                 standing.used[period] = standing.used.get(period, 0) + used
 
     def _book(self, standing: Standing, requests: int, tokens: int) -> None:

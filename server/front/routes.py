@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from server.fleet.fleet import Fleet, State, described
 from server.request.errors import NotFound, ServiceError, UnknownModel, WrongMethod, error_object, status_of
-from server.request.schemas import ROUTES
+from server.request.schemas import MESSAGES, ROUTES
 from server.request.tenants import Tenant, Tenants
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
@@ -24,9 +24,11 @@ def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None
     return Response(orjson.dumps(content), status, headers, "application/json")
 
 
-def _error(error: ServiceError) -> Response:
+def _error(error: ServiceError, path: str) -> Response:
+    """In the shape of the API that a path belongs to."""
     headers = None if error.retry_after is None else {"retry-after": str(error.retry_after)}
-    return Response(error_object(error), status_of(error), headers, "application/json")
+    anthropic = path == MESSAGES.path or path.startswith(f"{MESSAGES.path}/")
+    return Response(error_object(error, anthropic=anthropic), status_of(error), headers, "application/json")
 
 
 def public_app(
@@ -39,15 +41,15 @@ def public_app(
 
     @app.exception_handler(ServiceError)
     async def refused(request: Request, error: ServiceError) -> Response:
-        return _error(error)
+        return _error(error, request.url.path)
 
     @app.exception_handler(HTTPException)
     async def no_such_route(request: Request, error: HTTPException) -> Response:
         wrong_method = error.status_code == 405 or request.url.path.encode() in ROUTES
         kind = WrongMethod if wrong_method else NotFound
-        answer = _error(kind(f"There is no {request.method} {request.url.path} here."))
+        answer = _error(kind(f"There is no {request.method} {request.url.path} here."), request.url.path)
         if wrong_method:
-            answer.headers["allow"] = (error.headers or {}).get("allow", "POST")
+            answer.headers["allow"] = (error.headers or {}).get("Allow", "POST")
         return answer
 
     describe_relayed(app)
@@ -71,7 +73,7 @@ class Apart:
                 hidden = NotFound(
                     f"There is no {scope['method']} {scope['path']} here: it is on the gateway's admin port."
                 )
-                await _error(hidden)(scope, receive, send)
+                await _error(hidden, scope["path"])(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
@@ -123,7 +125,7 @@ def models(fleet: Fleet, tenants: Tenants) -> APIRouter:
         for entry in allowed(request):
             if entry.get("id") == model:
                 return _json(entry)
-        return _error(UnknownModel(f"The model '{model}' is not served here.", param="model"))
+        return _error(UnknownModel(f"The model '{model}' is not served here.", param="model"), request.url.path)
 
     return router
 

@@ -184,7 +184,10 @@ def error_object(error: ServiceError, *, anthropic: bool = False) -> bytes:
     """The JSON body of an error, as OpenAI (or Anthropic) shapes it."""
     kind = error.refused_kind if isinstance(error, Refused) else error.kind
     if anthropic:
-        kind = error.kind if isinstance(error, Overloaded) else _ANTHROPIC_KINDS.get(status_of(error), "api_error")
+        status = status_of(error)
+        kind = _ANTHROPIC_KINDS.get(status, "invalid_request_error" if 400 <= status < 500 else "api_error")
+        if isinstance(error, Overloaded):
+            kind = error.kind
         return orjson.dumps({"type": "error", "error": {"type": kind, "message": error.message}})
     return orjson.dumps({"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}})
 

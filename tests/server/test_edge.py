@@ -523,3 +523,88 @@ async def test_a_connection_in_use_stays_and_an_idle_one_is_closed() -> None:
         await wire.send(HEALTH)
         assert (await wire.answer()).status == 200
         assert await wire.closed()
+
+
+async def test_a_request_needs_exactly_one_host() -> None:
+    hello = request(CHAT, chat())
+    async with over_fake() as (gateway, engine):
+        for wrong in (hello.replace(b"host: gateway\r\n", b""), hello.replace(b"host:", b"host: other\r\nhost:")):
+            for data in (wrong, wrong.replace(CHAT.encode(), b"/v1/models")):
+                reply = await (await gateway.send(data)).answer()
+                assert reply.status == 400 and "Host" in reply.error["message"]
+        old = request(CHAT, chat(), version="1.0").replace(b"host: gateway\r\n", b"")
+        assert (await (await gateway.send(old)).answer()).status == 200, "HTTP/1.0 did not have it"
+        assert len(engine.seen) == 1
+
+
+async def test_http_1_0_cannot_be_chunked() -> None:
+    data = request(CHAT, headers={"transfer-encoding": "chunked"}, version="1.0") + b"0\r\n\r\n"
+    async with over_fake() as (gateway, engine):
+        wire = await gateway.send(data + HELLO)
+        assert (await wire.answer()).status == 400
+        assert await wire.closed() and not engine.seen
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "", None])
+async def test_what_a_web_page_may_send_unasked_reaches_no_engine(kind: str | None) -> None:
+    line = b"" if kind is None else f"content-type: {kind}\r\n".encode()
+    async with over_fake(admin_key="an-admin-key-0123456789") as (gateway, engine):
+        for path in (CHAT, "/v1/completions", "/tokenize"):
+            data = request(path, chat()).replace(b"content-type: application/json\r\n", line)
+            reply = await (await gateway.send(data)).answer()
+            assert reply.status == 415 and reply.error["code"] == "unsupported_media_type"
+        assert not engine.seen
+        for kind_of_json in ("application/json; charset=utf-8", "Application/JSON"):
+            data = HELLO.replace(b"application/json", kind_of_json.encode())
+            assert (await (await gateway.send(data)).answer()).status == 200
+        drain = request("/admin/workers/worker-0/drain", b"{}").replace(b"content-type: application/json\r\n", line)
+        reply = await (await gateway.send(drain)).answer()
+        assert reply.status == 401, "/admin needs a header that a page cannot send without asking first"
+
+
+async def test_a_head_of_many_small_headers_is_431() -> None:
+    async with over_fake() as (gateway, engine):
+        wire = await gateway.send(request(CHAT, chat(), headers={f"a{number}": "" for number in range(200)}))
+        assert (await wire.answer()).status == 431
+        assert not engine.seen
+
+
+async def test_only_so_many_requests_wait_on_a_connection() -> None:
+    async with over_fake(SLOW) as (gateway, _):
+        wire = await gateway.send(request(CHAT, chat(stream=True, max_tokens=4)) + HEALTH * 40)
+        assert (await wire.answer()).events[-1] == "[DONE]"
+        statuses = [(await wire.answer()).status for _ in range(17)]
+        assert statuses == [200] * 16 + [429]
+        assert await wire.closed()
+
+
+async def test_a_slow_reader_is_let_go_only_when_it_reads_nothing() -> None:
+    """With a small window, and a large answer that comes in one piece."""
+    answer = b'{"a":"' + b"x" * 6_000_000 + b'"}'
+    async with over_script(says(plain(answer)), edge={"stall_timeout_s": 0.5}) as (gateway, _):
+        for steady in (True, False):
+            reader = socket.socket()
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
+            reader.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(reader, ("127.0.0.1", gateway.port))
+            await loop.sock_sendall(reader, HELLO)
+            with reader:
+                if steady:
+                    assert await read_in_steps(reader, 25, 0.06) > len(answer), "which took longer than it may rest"
+                else:
+                    await eventually(lambda: not gateway.server.uvicorn.server_state.connections, "it is let go")
+
+
+async def read_in_steps(reader: socket.socket, steps: int, pause_s: float) -> int:
+    """So many small pieces, with pauses, then all the rest; returns how much was read."""
+    loop, got = asyncio.get_running_loop(), 0
+    for _ in range(steps):
+        got += len(await loop.sock_recv(reader, 20_000))
+        await asyncio.sleep(pause_s)
+    async with asyncio.timeout(LIMIT_S):
+        while got < 6_000_000:
+            piece = await loop.sock_recv(reader, 1_000_000)
+            assert piece, "the answer was cut off"
+            got += len(piece)
+    return got

@@ -43,7 +43,7 @@ BASES = [
     request("/v1/chat/completions", chat(stream=True)),
     request("/v1/completions", completion(stream=True, stream_options={"include_usage": True})),
     request("/health", method="GET") + request("/v1/completions", completion()),
-    b'POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n5\r\n{"a":\r\n2\r\n1}\r\n0\r\n\r\n',
+    request("/v1/completions", headers={"transfer-encoding": "chunked"}) + b'5\r\n{"a":\r\n2\r\n1}\r\n0\r\n\r\n',
 ]
 ODD_JSON = [
     b"[" * 100_000, b'{"a":' * 100_000, b'{"model":"\\ud800"}', b'{"model":"fake","n":1e400}', b"\xff\xfe{}", b"",
@@ -73,6 +73,8 @@ def built(draw: st.DrawFn) -> bytes:
     body = draw(bodies())
     method, path, version = (draw(st.sampled_from(kind)) for kind in (METHODS, PATHS, VERSIONS))
     lines = [f"{method} {path} HTTP/{version}"]
+    if draw(st.integers(0, 7)):
+        lines += ["host: gateway", "content-type: application/json"]
     for _ in range(draw(st.integers(0, 4))):
         lines.append(f"{draw(st.sampled_from(HEADERS))}: {draw(st.sampled_from(VALUES))}")
     if draw(st.integers(0, 4)):

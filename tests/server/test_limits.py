@@ -1,6 +1,7 @@
 """A tenant's limits: what is admitted, what a refusal says, and how exact it is with several gateways."""
 
 import random
+from pathlib import Path
 
 import orjson
 import pytest
@@ -21,8 +22,8 @@ from server.admission.limits import (
 from server.request.call import Call, Phase, Ticket
 from server.request.errors import BadRequest, UnknownModel
 from server.request.schemas import CHAT, EMBEDDINGS, TOKENIZE
-from server.request.tenants import Limits, Tenant
-from tests.server.conftest import chat, over_fake
+from server.request.tenants import OPEN, Limits, Tenant, read_file
+from tests.server.conftest import chat, over_fake, over_script, plain, says
 from tests.server.replicated import Answer, Member, World, sync_all, try_enter
 from tests.server.test_tenants import KEY, OTHER
 from tests.steps import lines_executed
@@ -49,9 +50,32 @@ def admitted(gate_or_member: object, tenant: Tenant, tries: int, tokens: int = 0
 
 
 # one gateway
-def test_a_tenant_without_limits_costs_nothing() -> None:
+def test_without_tenants_there_is_nothing_to_count() -> None:
     world = World()
-    assert world.gate().admit(a_ticket(Tenant("free"), world), Answer()) is FREE
+    assert world.gate().admit(a_ticket(OPEN, world), Answer()) is FREE
+
+
+@pytest.mark.parametrize("limits", [None, Limits(requests_per_minute=60)])
+def test_what_a_tenant_used_is_counted_without_a_budget_too(limits: Limits | None) -> None:
+    world = World()
+    gate, tenant = world.gate(), Tenant("acme", limits=limits)
+    for _ in range(2):
+        ticket = a_ticket(tenant, world)
+        with gate.admit(ticket, Answer()):
+            ticket.move(Phase.PREFILLING)
+            ticket.prompt_tokens, ticket.tokens = 100, 7
+    assert set(gate.usage("acme").values()) == {214}
+    assert set(gate.usage("other").values()) == {0}
+
+
+async def test_what_a_tenant_without_limits_used_at_other_gateways_is_known() -> None:
+    world = World()
+    one, other = world.replica("one"), world.replica("other")
+    one.gate.count("acme", 5)
+    other.gate.count("acme", 6)
+    await sync_all([one, other])
+    await sync_all([one, other])
+    assert set(one.gate.usage("acme").values()) == set(other.gate.usage("acme").values()) == {11}
 
 
 def test_requests_per_minute_is_a_bucket_that_holds_a_minute() -> None:
@@ -259,6 +283,20 @@ def test_an_output_longer_than_the_tenant_s_highest_is_refused() -> None:
     with pytest.raises(BadRequest, match="'max_tokens' is 101") as refused:
         permitted(a_call(tenant, max_tokens=101, body=b'{"max_completion_tokens":null,"max_tokens":101}'))
     assert refused.value.param == "max_tokens"
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+async def test_an_output_of_zero_tokens_is_what_the_engine_is_asked_for(field: str, tmp_path: Path) -> None:
+    path = tmp_path / "tenants.yaml"
+    path.write_text(f"tenants: [{{name: acme, keys: [{KEY}], max_tokens: 50}}]")
+    async with over_script(says(plain(b'{"error":{"message":"too few","type":"BadRequestError"}}'))) as (
+        gateway,
+        engine,
+    ):
+        gateway.server.shared.tenants.set_file(read_file(path))
+        asked = {"model": "fake", "messages": [], field: 0}
+        await gateway.ask("/v1/chat/completions", asked, headers={"authorization": f"Bearer {KEY}"})
+        assert orjson.loads(engine.asked[-1].body) == asked
 
 
 @pytest.mark.parametrize("body", [b'{"model":"m"}', b'{"model":"m","max_completion_tokens":null}'])

@@ -182,3 +182,28 @@ async def test_a_gateway_records_what_it_serves_and_a_replay_can_read_it(tmp_pat
 async def test_nothing_is_recorded_unless_it_is_asked_for(tmp_path: Path) -> None:
     async with over_fake() as (gateway, _):
         assert gateway.server.recorder is None
+
+
+async def test_a_name_that_is_not_utf_8_does_not_end_the_recording(tmp_path: Path) -> None:
+    odd = b'{"model":"fake","max_tokens":1,"messages":[{"role":"user","content":"a"}],"\xff":1}'
+    async with over_fake(record={"folder": tmp_path}) as (gateway, _):
+        await gateway.ask("/v1/chat/completions", odd)
+        for _ in range(2):
+            assert (await gateway.ask("/v1/chat/completions", chat())).status == 200
+    ended = [line["outcome"] for line in recorded(tmp_path)]
+    assert ended.count("ok") >= 2
+
+
+def test_what_cannot_be_recorded_is_told_and_the_next_request_is_recorded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock, told = Clock(), list[str]()
+    recorder = Recorder(tmp_path, WIDE, clock, told.append)
+    recorder.start()
+    broken = ticket(clock)
+    broken.tokens = object()  # type: ignore[assignment]  # it cannot be written as JSON
+    recorder.note(broken, "ok")
+    recorder.note(ticket(clock, tokens=3), "ok")
+    recorder.stop()
+    assert [line["output_tokens"] for line in recorded(tmp_path)] == [3]
+    assert told == ["a request could not be recorded: TypeError"] and "Traceback" in caplog.text

@@ -1,6 +1,6 @@
 """What is not relayed: health, readiness, models, the OpenAPI page."""
 
-from tests.server.conftest import over_fake, serving
+from tests.server.conftest import over_fake, request, serving
 
 
 async def test_health_says_that_the_process_lives_and_ready_that_a_worker_does() -> None:
@@ -35,3 +35,28 @@ async def test_what_is_not_there_is_an_error_object() -> None:
         assert (await gateway.ask("/nothing", method="GET")).error["code"] == "unknown_url"
         wrong = await gateway.ask("/health", {}, method="POST")
         assert wrong.status == 405 and wrong.error["code"] == "method_not_allowed"
+
+
+async def test_a_wrong_method_is_told_the_right_one() -> None:
+    async with over_fake() as (gateway, _):
+        wants = {"/v1/models": "GET", "/v1/models/fake": "GET", "/v1/chat/completions": "POST", "/v1/messages": "POST"}
+        for path, right in wants.items():
+            wrong = await gateway.ask(path, {}, method="PUT")
+            assert wrong.status == 405 and wrong.headers["allow"] == right
+
+
+async def test_below_the_messages_route_errors_are_anthropic_s() -> None:
+    expected = {
+        ("GET", "/v1/messages"): (405, "invalid_request_error"),
+        ("GET", "/v1/messages/batches"): (404, "not_found_error"),
+        ("POST", "/v1/messages/nothing"): (404, "not_found_error"),
+    }
+    async with over_fake() as (gateway, _):
+        for (method, path), (status, kind) in expected.items():
+            reply = await gateway.ask(path, {}, method=method)
+            told = reply.json()
+            assert reply.status == status and told["type"] == "error" and told["error"]["type"] == kind
+        too_large = request("/v1/messages", headers={"content-length": str(10**9)})
+        told = (await (await gateway.send(too_large)).answer()).json()
+        assert told["error"]["type"] == "request_too_large"
+        assert (await gateway.ask("/v1/messagesx", {})).error["code"] == "unknown_url"

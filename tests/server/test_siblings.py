@@ -7,7 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from scheduler.workers import Role, Worker
 from server.background import Background
-from server.cluster.local_sync import READY, STARTING, Siblings
+from server.cluster.local_sync import READY, STARTING, WORKER, Siblings
 from server.fleet.fleet import Fleet
 from server.observe.telemetry import Telemetry
 from server.store.store import MemoryStore, StoreAway
@@ -178,3 +178,21 @@ async def test_a_gateway_of_one_process_asks_nobody(store: Away) -> None:
     one = One(store, 0)
     async with one.siblings.running(alone=True):
         assert (await one.metrics())["evenhand_queue_depth"] == 1
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:99999", "http://127.0.0.1:port", "http://:80", "http://a:0"])
+async def test_a_worker_whose_address_is_none_is_refused_before_others_hear_of_it(store: Away, url: str) -> None:
+    one = One(store, 0)
+    with pytest.raises(ValueError, match="is not an address"):
+        await one.siblings.add(Worker("w", url))
+    assert not await store.records(WORKER)
+
+
+async def test_a_record_that_is_no_worker_harms_nobody(store: Away, caplog: pytest.LogCaptureFixture) -> None:
+    one = One(store, 0)
+    await store.put(WORKER, "bad", '{"url":"http://127.0.0.1:99999"}')
+    await store.put(WORKER, "good", '{"url":"http://127.0.0.1:9"}')
+    for _ in range(2):
+        await one.siblings.follow()
+    assert one.workers == {"good"} and caplog.text.count("bad") == 1
+    await one.fleet.close()
