@@ -662,7 +662,9 @@ class Edge(HttpToolsProtocol):
         else:
             self.idle_since = self.loop.time()
             self.open.idle(self)
-            if not isinstance(self.cycle, Exchange):
+            if isinstance(self.cycle, Exchange):
+                self.cycle.headers = self.headers = []  # there may be a key among them
+            else:
                 self.cycle.body = bytearray()  # what the application has not read of it
             if self.timeout_keep_alive_task is None:
                 self._await_next(self.timeout_keep_alive)

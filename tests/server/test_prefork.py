@@ -37,7 +37,8 @@ def call(port: int, method: str, path: str, body: object = None, key: str = KEY)
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LIMIT_S)
     content = None if body is None else json.dumps(body)
     try:
-        connection.request(method, path, content, {"authorization": f"Bearer {key}"})
+        headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
+        connection.request(method, path, content, headers)
         answer = connection.getresponse()
         return answer.status, answer.read()
     finally:
@@ -197,7 +198,7 @@ def streamed(port: int, begun: threading.Event) -> bool:
     """Whether a stream comes whole; it takes a second or so."""
     body = {"model": "fake", "prompt": "x", "max_tokens": 60, "ignore_eos": True, "stream": True}
     with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=LIMIT_S)) as connection:
-        connection.request("POST", "/v1/completions", json.dumps(body))
+        connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
         answer = connection.getresponse()
         assert (answer.status, answer.read(1)) == (200, b"d")
         begun.set()
