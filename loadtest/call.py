@@ -1,6 +1,11 @@
 """What a client asks for, before it is sent."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# What a conversation's turn waits for after the answer before it: its time in the trace, or the user's pause there.
+TRACE, IDLE_GAP = "trace", "idle-gap"
 
 
 @dataclass(frozen=True, slots=True)
@@ -8,10 +13,12 @@ class Call:
     """One request of a workload.
 
     at_s: when to send it, seconds since the start of the run.
-    prompt: token ids (for /v1/completions), or text.
+    prompt: token ids (for /v1/completions), or text. messages: a chat in place of it.
     output_tokens: how long the answer is to be, exactly; 0 leaves it to the model.
-    session: the conversation it belongs to. after: the call whose answer it waits for, "" for none.
-    kind: which application it belongs to ("chat", "code", …), for the report only.
+    session: the conversation it belongs to. waits: for the answer to the call before it in its session.
+    last: no further turn follows. answers: places in `messages` of the answers to the session's earlier calls.
+    idle_s: how long the trace's user waited between the answer before and this turn.
+    kind: which application it belongs to ("chat", "code", …), for the report only. body: further fields to send.
     """
 
     id: str
@@ -22,4 +29,9 @@ class Call:
     output_tokens: int
     kind: str = ""
     session: str = ""
-    after: str = ""
+    waits: bool = False
+    messages: tuple[Mapping[str, Any], ...] = ()
+    answers: tuple[int, ...] = ()
+    last: bool = False
+    idle_s: float = 0.0
+    body: Mapping[str, Any] = field(default_factory=dict)

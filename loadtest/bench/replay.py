@@ -133,7 +133,7 @@ def clients(args: argparse.Namespace, url: str, folder: Path) -> Mapping[str, st
     tokenizer = obtain("tiny-random", cache_folder(), lambda _: None).path
     named = {"url": url, "folder": folder, "tokenizer": tokenizer, "program": args.aiperf, **lengths}
     python = shlex.quote(sys.executable)
-    ours = f"{python} -m deploy.cli replay {folder}/trace.jsonl --url {url} --quiet --out {folder}/ours.jsonl"
+    ours = f"{python} -m deploy.cli replay {folder}/trace.jsonl --url {url} --quiet --force --out {folder}/ours.jsonl"
     commands = {"evenhand replay": f"{ours} --concurrency {args.streams} --limit {{requests}}"}
     if not args.no_vllm:
         vllm = (
@@ -196,7 +196,7 @@ def lags(args: argparse.Namespace, folder: Path) -> str:
     for streams in map(int, args.lag_streams.split(",")):
         path = write_trace(folder, 4 * streams, 2 * OUTPUT_TOKENS)
         out = folder / "lag.jsonl"
-        argv = [sys.executable, "-m", "deploy.cli", "replay", f"{path}", "--quiet", "--out", f"{out}"]
+        argv = [sys.executable, "-m", "deploy.cli", "replay", f"{path}", "--quiet", "--force", "--out", f"{out}"]
         seen = []
         for _ in range(args.repetitions):
             with fake_engine("quick", streams) as (url, _):
@@ -220,7 +220,7 @@ def engine_speed(args: argparse.Namespace, folder: Path) -> str:
     streams = 256
     path = write_trace(folder, 4 * streams, 4 * OUTPUT_TOKENS)
     out = folder / "engine.jsonl"
-    argv = [sys.executable, "-m", "deploy.cli", "replay", f"{path}", "--quiet", "--out", f"{out}"]
+    argv = [sys.executable, "-m", "deploy.cli", "replay", f"{path}", "--quiet", "--force", "--out", f"{out}"]
     per_cpu, per_s = [], []
     for _ in range(args.repetitions):
         with fake_engine("instant", streams) as (url, pid):

@@ -45,20 +45,24 @@ class Sampler:
         *,
         period_s: float = PERIOD_S,
         headers: Mapping[str, str] | None = None,
+        begin_s: float = 0.0,
     ) -> None:
+        """begin_s: what the clock of the run says when it begins."""
         self._urls = [url if url.endswith("/metrics") else f"{url.rstrip('/')}/metrics" for url in urls]
         self._note = note
         self._clock = clock
         self._period_s = period_s
-        self._headers = dict(headers or {})
+        self._begin_s = begin_s
+        # Made here, for it takes tens of milliseconds, in which a run that has begun would send nothing.
+        self._client = httpx2.AsyncClient(timeout=_ANSWER_S, headers=dict(headers or {}))
 
     async def run(self) -> None:
         """Until cancelled."""
-        began = self._clock()
-        async with httpx2.AsyncClient(timeout=_ANSWER_S, headers=self._headers) as client:
+        began = self._clock() - self._begin_s
+        async with self._client:
             while True:
                 at_s = self._clock() - began
-                pages = [page for url in self._urls if (page := await _page(client, url))]
+                pages = [page for url in self._urls if (page := await _page(self._client, url))]
                 sample = sample_of(pages, at_s)
                 if sample != Sample(sample.at_s):
                     self._note(sample)

@@ -1,7 +1,10 @@
 """How late the event loop is: what delays the loop delays every measurement made on it."""
 
 import asyncio
+from collections.abc import Callable
 from time import perf_counter
+
+from loadtest.thinned import Values
 
 _TICK_S = 0.02
 
@@ -12,12 +15,13 @@ class Watch:
     The loop's timers bound the resolution: libuv, and so uvloop, counts in milliseconds.
     """
 
-    def __init__(self, late_s: list[float]) -> None:
+    def __init__(self, late_s: Values | list[float], clock: Callable[[], float] = perf_counter) -> None:
+        self._clock = clock
         self._late_s = late_s
 
     async def __aenter__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._due = perf_counter() + _TICK_S
+        self._due = self._clock() + _TICK_S
         self._timer = self._loop.call_later(_TICK_S, self._tick)
 
     async def __aexit__(self, *_: object) -> None:
@@ -25,8 +29,8 @@ class Watch:
 
     def _tick(self) -> None:
         """Every tick that passed counts: a loop that stood still for long was late for many."""
-        now = perf_counter()
+        now = self._clock()
         while self._due <= now:
             self._late_s.append(now - self._due)
             self._due += _TICK_S
-        self._timer = self._loop.call_later(self._due - perf_counter(), self._tick)
+        self._timer = self._loop.call_later(self._due - self._clock(), self._tick)

@@ -21,6 +21,8 @@ Floats = NDArray[np.float64]
 _BLOCKS = 20
 _LEAST_PER_BLOCK = 3
 _RESAMPLES = 300
+LEAST_EFFECT = 0.01  # what is nearer to 1 is no finding, however sure it is
+_SAME_LOAD = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,20 +40,27 @@ class Side:
 
 
 def sides(
-    texts: Sequence[str], objective: report.Objective | None = None, from_s: float = 0.0, to_s: float = float("inf")
+    texts: Sequence[str],
+    objective: report.Objective | None = None,
+    from_s: float | None = None,
+    to_s: float = float("inf"),
 ) -> list[Side]:
     """FILE or NAME=FILE, each; a name that comes again is a repetition. OSError and ValueError name the file."""
     runs: dict[str, list[Recorded]] = {}
     for text in texts:
         name, equals, file = text.partition("=")
         path = Path(text) if Path(text).exists() or not equals else Path(file)
-        loaded = load(path)
-        kept = report.window(loaded.records, from_s, to_s)
-        if not kept:
+        loaded = load(path, from_s, to_s)
+        if not loaded.records:
             raise ValueError(f"{path} has no request in the window asked for.")
         key = name if path != Path(text) else path.stem if path.stem not in runs else str(path)
-        runs.setdefault(key, []).append(Recorded(loaded.run, kept, loaded.samples))
-    return [Side(name, of, [report.summarize(run.records, objective) for run in of]) for name, of in runs.items()]
+        runs.setdefault(key, []).append(loaded)
+    return [Side(name, of, [report.summarize_run(run, objective) for run in of]) for name, of in runs.items()]
+
+
+def side_of(name: str, run: Recorded, objective: report.Objective | None) -> Side:
+    """One run that is at hand."""
+    return Side(name, [run], [report.summarize_run(run, objective)])
 
 
 # One number of a run, and of one request where it is a mean or percentile of theirs.
@@ -59,7 +68,11 @@ def sides(
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """of, statistic: the same from single requests, where it can be had from them. unit: "s", "/s", "%" or ""."""
+    """of, statistic: the same from single requests, where it can be had from them. unit: "s", "/s", "%" or "".
+
+    of_load: follows the load that was offered, so that it says nothing about runs that were offered different ones.
+    shared: of tenants that share a server.
+    """
 
     name: str
     pick: Callable[[report.Summary], float]
@@ -67,6 +80,8 @@ class Measure:
     higher_is_better: bool = False
     of: Callable[[Record], float | None] | None = None
     statistic: Callable[[Floats], float] = field(default=lambda values: float(values.mean()))
+    of_load: bool = False
+    shared: bool = False
 
     def value(self, side: Side) -> float:
         """The median over the repetitions."""
@@ -97,7 +112,7 @@ def _percentile(share: float) -> Callable[[Floats], float]:
 
 
 def _ttft(record: Record) -> float | None:
-    return record.ttft_s
+    return record.ttft_s if record.ok else None
 
 
 def _ok(pick: Callable[[Record], float | None]) -> Callable[[Record], float | None]:
@@ -124,6 +139,8 @@ _E2E = _ok(lambda record: record.e2e_s)
 
 MEASURES: Sequence[Measure] = (
     Measure("TTFT, median", lambda one: one.ttft.p50, "s", of=_ttft, statistic=_percentile(50)),
+    Measure("TTFT, P90", lambda one: one.ttft.p90, "s", of=_ttft, statistic=_percentile(90)),
+    Measure("TTFT, P95", lambda one: one.ttft.p95, "s", of=_ttft, statistic=_percentile(95)),
     Measure("TTFT, P99", lambda one: one.ttft.p99, "s", of=_ttft, statistic=_percentile(99)),
     Measure("ITL, median", lambda one: one.itl.p50, "s"),
     Measure("ITL, P99", lambda one: one.itl.p99, "s"),
@@ -132,15 +149,30 @@ MEASURES: Sequence[Measure] = (
     Measure("TPOT, P99", lambda one: one.tpot.p99, "s", of=_ok(_tpot), statistic=_percentile(99)),
     Measure("E2E, mean", lambda one: one.e2e.mean, "s", of=_E2E),
     Measure("E2E, median", lambda one: one.e2e.p50, "s", of=_E2E, statistic=_percentile(50)),
+    Measure("E2E, P95", lambda one: one.e2e.p95, "s", of=_E2E, statistic=_percentile(95)),
     Measure("E2E, P99", lambda one: one.e2e.p99, "s", of=_E2E, statistic=_percentile(99)),
     Measure("E2E per token, mean", lambda one: one.per_token.mean, "s", of=_ok(_per_token)),
-    Measure("requests/s", lambda one: one.requests_per_s, "/s", higher_is_better=True),
-    Measure("output tokens/s", lambda one: one.output_tokens_per_s, "/s", higher_is_better=True),
+    Measure("requests/s", lambda one: one.requests_per_s, "/s", higher_is_better=True, of_load=True),
+    Measure("output tokens/s", lambda one: one.output_tokens_per_s, "/s", higher_is_better=True, of_load=True),
     Measure("inside objective", _share_inside, "%", higher_is_better=True),
-    Measure("service difference, max", lambda one: one.fairness.difference.maximum if one.fairness else 0.0, "/s"),
-    Measure("service difference, mean", lambda one: one.fairness.difference.average if one.fairness else 0.0, "/s"),
     Measure(
-        "Jain's index, mean", lambda one: one.fairness.jain_mean if one.fairness else 1.0, "", higher_is_better=True
+        "service difference, max",
+        lambda one: one.fairness.difference.maximum if one.fairness else 0.0,
+        "/s",
+        shared=True,
+    ),
+    Measure(
+        "service difference, mean",
+        lambda one: one.fairness.difference.average if one.fairness else 0.0,
+        "/s",
+        shared=True,
+    ),
+    Measure(
+        "Jain's index, mean",
+        lambda one: one.fairness.jain_mean if one.fairness else 1.0,
+        "",
+        higher_is_better=True,
+        shared=True,
     ),
 )
 
@@ -155,8 +187,10 @@ class Ratio:
 
     @property
     def clear(self) -> bool:
-        """Whether the whole interval lies on one side of 1."""
-        return self.low is not None and self.high is not None and (self.low > 1.0 or self.high < 1.0)
+        """Whether the whole interval lies on one side of 1, and by enough to matter."""
+        if self.low is None or self.high is None or abs(self.value - 1.0) < LEAST_EFFECT:
+            return False
+        return self.low > 1.0 or self.high < 1.0
 
     @property
     def interval(self) -> str:
@@ -170,8 +204,52 @@ def base_of(side: Side, sides: Sequence[Side]) -> Side:
     return next(one for one in sides if one.name.partition("@")[2] == load)
 
 
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a run was offered. per_s: requests that came by themselves, 0 in a closed loop of `concurrency`."""
+
+    per_s: float
+    concurrency: int
+
+    def like(self, other: "Load") -> bool:
+        """Whether what two runs do under these loads can be compared."""
+        if self.concurrency or other.concurrency:
+            return self.concurrency == other.concurrency
+        return abs(self.per_s - other.per_s) <= _SAME_LOAD * max(self.per_s, other.per_s)
+
+    def __str__(self) -> str:
+        return f"{self.concurrency} at once" if self.concurrency else f"{self.per_s:.3g} requests/s"
+
+
+def load_of(run: Recorded) -> Load:
+    """The load that one run was offered."""
+    concurrency = run.run.concurrency if run.run is not None else 0
+    times_s = [record.due_s for record in run.records]
+    span_s = max(times_s, default=0.0) - min(times_s, default=0.0)
+    return Load((len(times_s) - 1) * run.every / span_s if span_s else 0.0, concurrency)
+
+
+def same_load(base: Side, other: Side) -> bool:
+    """Whether both were offered as much, in every repetition."""
+    return all(load_of(one).like(load_of(two)) for one, two in zip(base.runs, other.runs, strict=False))
+
+
+def load_warning(sides: Sequence[Side]) -> str:
+    """Told where runs are compared that were offered different loads; empty where none are."""
+    pairs = [(base, side) for side in sides if (base := base_of(side, sides)) is not side]
+    for base, side in pairs:
+        if not same_load(base, side):
+            return (
+                f"{base.name} was offered {load_of(base.runs[0])} and {side.name} {load_of(side.runs[0])}: throughput "
+                "follows the load and is not compared, and other differences may come from it."
+            )
+    return ""
+
+
 def ratio(measure: Measure, base: Side, other: Side) -> Ratio | None:
-    """None where it makes no sense: a zero, or nothing measured."""
+    """None where it makes no sense: a zero, nothing measured, or throughput under different loads."""
+    if measure.of_load and not same_load(base, other):
+        return None
     ones, twos = ([measure.pick(summary) for summary in side.summaries] for side in (base, other))
     within = repeated(ones, twos, higher_is_better=measure.higher_is_better)
     if within is None or within.low is not None:
@@ -224,7 +302,9 @@ def measure(name: str) -> Measure:
 
 def measured(sides: Sequence[Side]) -> list[Measure]:
     """Those of MEASURES that any side has."""
-    return [one for one in MEASURES if any(isfinite(one.value(side)) for side in sides)]
+    shared = any(len(summary.by_tenant) > 1 for side in sides for summary in side.summaries)
+    known = [one for one in MEASURES if any(isfinite(one.value(side)) for side in sides)]
+    return [one for one in known if shared or not one.shared]
 
 
 def not_ok(side: Side) -> int:

@@ -14,6 +14,7 @@ from loadtest.report.comparison import (
     amount,
     base_of,
     exact,
+    load_warning,
     measure,
     measured,
     not_ok,
@@ -22,6 +23,7 @@ from loadtest.report.comparison import (
 )
 from loadtest.report.page_style import STYLE
 from loadtest.report.pictures import colour
+from loadtest.report.trust import trust
 
 _TILES = (
     ("TTFT, median", "TTFT, P99", "to the first token, median", "P99"),
@@ -44,7 +46,7 @@ def page(
 ) -> str:
     """The whole page. The first side is the baseline; title: "" for the workload's name; lead: HTML to begin with."""
     title = title or _title(sides)
-    parts = [f"<h1>{escape(title)}</h1>", f'<p class="sub">{_subtitle(sides)}</p>', lead, _keys(sides)]
+    parts = [f"<h1>{escape(title)}</h1>", f'<p class="sub">{_subtitle(sides)}</p>', *_trust(sides), lead, _keys(sides)]
     parts += _headline(sides)
     parts += _section("How long they waited", _READ_QUANTILES, pictures.distributions(sides))
     parts += _section("Over time", _first_repetition(sides), pictures.over_time(sides))
@@ -59,6 +61,22 @@ def page(
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     )
+
+
+def _trust(sides: Sequence[Side]) -> Iterator[str]:
+    """How far each run can be trusted; what is the same of all is said once."""
+    said: dict[str, list[str]] = {}
+    for side in sides:
+        for at, run in enumerate(side.runs, 1):
+            name = side.name if len(side.runs) == 1 else f"{side.name} {at}"
+            said.setdefault(str(trust(run)), []).append(name)
+    doubtful = any(trust(run).doubts for side in sides for run in side.runs)
+    for words, names in said.items():
+        whose = f"{', '.join(names)}: " if len(said) > 1 else ""
+        yield f'<p class="{"doubt" if doubtful else "trust"}">{escape(whose + words)}</p>'
+    warning = load_warning(sides)
+    if warning:
+        yield f'<p class="doubt">{escape(warning)}</p>'
 
 
 _READ_QUANTILES = (

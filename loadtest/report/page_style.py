@@ -15,7 +15,8 @@ h2{font-size:1.2rem;font-weight:400;font-style:italic;margin:2.6rem 0 .2rem;padd
 border-top:1px solid var(--faint)}
 p{margin:.3rem 0 .8rem;max-width:46rem}
 .sub,.note,.about{color:var(--soft)}
-.note{font-size:.86rem}
+.note,.trust{font-size:.86rem}.trust{color:var(--soft)}
+.doubt{border-left:3px solid var(--s2);padding-left:.7rem}
 .keys{position:sticky;top:0;background:var(--ground);padding:.5rem 0 .4rem;z-index:1;margin:.4rem 0 0}
 .key{white-space:nowrap;margin-right:1.1rem}
 .key i{display:inline-block;width:1.1rem;height:0;border-top:.2rem solid;vertical-align:.25em;margin-right:.35rem}

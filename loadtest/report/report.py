@@ -1,13 +1,12 @@
 """Records → what they come to: latencies, throughput, goodput, fairness; as numbers, text, Markdown or JSON. Pure."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from loadtest.records import Record, Run
-from loadtest.report.fairness import Fairness, fairness
+from loadtest.records import Record, Recorded, Run
+from loadtest.report.fairness import Fairness, ServiceDifference, fairness
 
 PERCENTILES = (50, 90, 95, 99)
 ATTAINMENT_GOAL = 0.9  # DistServe's: goodput is the highest rate at which so many requests meet both objectives
@@ -63,8 +62,8 @@ class Summary:
 
     duration_s: from the first request sent to the last answer ended. endings: how many ended how.
     ttft, itl, tpot, e2e: the field's. per_token: E2E / output tokens, queueing included (FastServe's measure).
-    longest_gap: the longest wait between two tokens of one answer. itl counts a gap of several tokens in a packet
-    once as the wait and then as zeros, as the client saw it.
+    longest_gap: the longest wait between two events of one answer. itl is per event with content, tpot per token: where
+    an event holds several tokens (`tokens_per_event`), as with speculative decoding, itl is that many times longer.
     """
 
     requests: int
@@ -73,6 +72,7 @@ class Summary:
     requests_per_s: float
     prompt_tokens_per_s: float
     output_tokens_per_s: float
+    tokens_per_event: float
     ttft: Spread
     itl: Spread
     tpot: Spread
@@ -113,29 +113,50 @@ def window(records: Iterable[Record], from_s: float = 0.0, to_s: float = float("
 
 def summarize(records: Sequence[Record], objective: Objective | None = None) -> Summary:
     """All that one run's records say."""
+    return summarize_run(Recorded(None, records, []), objective)
+
+
+def summarize_run(run: Recorded, objective: Objective | None = None) -> Summary:
+    """All that one run says. Times and tokens are those of requests that ended well; the others are in `endings`."""
+    records, totals = run.records, run.total()
     ok = [record for record in records if record.ok]
-    duration_s = _duration_s(records)
-    even = fairness(records)
+    duration_s = totals.duration_s
+    even = _scaled(fairness(records), run.every)
     return Summary(
-        requests=len(records),
-        endings=dict(Counter(record.ending.value for record in records)),
+        requests=totals.requests,
+        endings=dict(totals.endings),
         duration_s=duration_s,
-        requests_per_s=_per_s(len(ok), duration_s),
-        prompt_tokens_per_s=_per_s(sum(record.prompt_tokens for record in ok), duration_s),
-        output_tokens_per_s=_per_s(sum(record.output_tokens for record in records), duration_s),
-        ttft=_ttft(records),
+        requests_per_s=_per_s(totals.endings["ok"], duration_s),
+        prompt_tokens_per_s=_per_s(totals.prompt_tokens, duration_s),
+        output_tokens_per_s=_per_s(totals.output_tokens, duration_s),
+        tokens_per_event=totals.output_tokens / totals.events if totals.events else 1.0,
+        ttft=_ttft(ok),
         itl=spread(gap / 1e6 for record in ok for gap in record.gaps_us),
         tpot=spread(record.tpot_s for record in ok if record.tpot_s is not None),
         e2e=spread(record.e2e_s for record in ok),
         per_token=_per_token(ok),
         longest_gap=spread(max(record.gaps_us) / 1e6 for record in ok if record.gaps_us),
         fairness=even,
-        attainment=_attainment(records, objective, duration_s) if objective else None,
-        by_tenant=_by_tenant(records, even),
+        attainment=_attainment(records, objective, _per_s(totals.requests, duration_s)) if objective else None,
+        by_tenant=_by_tenant(records, even, run.every),
         by_kind={
             kind: _per_token([record for record in ok if record.kind == kind])
             for kind in sorted({record.kind for record in ok if record.kind})
         },
+    )
+
+
+def _scaled(even: Fairness | None, every: int) -> Fairness | None:
+    """Of a run of which every n-th request is known."""
+    if even is None or every == 1:
+        return even
+    most = even.difference
+    return replace(
+        even,
+        service={tenant: value * every for tenant, value in even.service.items()},
+        demand={tenant: value * every for tenant, value in even.demand.items()},
+        difference=ServiceDifference(most.maximum * every, most.average * every, most.variance * every**2),
+        accumulated_gap=even.accumulated_gap * every,
     )
 
 
@@ -156,12 +177,6 @@ def goodput(points: Sequence[tuple[float, float]], goal: float = ATTAINMENT_GOAL
     return best
 
 
-def _duration_s(records: Sequence[Record]) -> float:
-    if not records:
-        return 0.0
-    return max(record.sent_s + record.e2e_s for record in records) - min(record.sent_s for record in records)
-
-
 def _per_s(amount: float, duration_s: float) -> float:
     return amount / duration_s if duration_s > 0 else 0.0
 
@@ -174,19 +189,21 @@ def _per_token(records: Iterable[Record]) -> Spread:
     return spread(record.e2e_s / record.output_tokens for record in records if record.output_tokens)
 
 
-def _attainment(records: Sequence[Record], objective: Objective, duration_s: float) -> Attainment:
-    met = sum(objective.met(record) for record in records)
-    return Attainment(objective, met / len(records) if records else 0.0, _per_s(met, duration_s))
+def _attainment(records: Sequence[Record], objective: Objective, per_s: float) -> Attainment:
+    share = sum(objective.met(record) for record in records) / len(records) if records else 0.0
+    return Attainment(objective, share, share * per_s)
 
 
-def _by_tenant(records: Sequence[Record], even: Fairness | None) -> dict[str, TenantSummary]:
+def _by_tenant(records: Sequence[Record], even: Fairness | None, every: int) -> dict[str, TenantSummary]:
     if even is None:
         return {}
     summaries = {}
     for tenant, service in even.service.items():
         of = [record for record in records if record.tenant == tenant]
         ok = [record for record in of if record.ok]
-        summaries[tenant] = TenantSummary(len(of), len(ok), service, even.demand[tenant], _ttft(of), _per_token(ok))
+        summaries[tenant] = TenantSummary(
+            len(of) * every, len(ok) * every, service, even.demand[tenant], _ttft(ok), _per_token(ok)
+        )
     return summaries
 
 
@@ -196,9 +213,10 @@ Rows = list[list[str]]
 
 
 def compare(summaries: Mapping[str, Summary]) -> Rows:
-    """One column per run, one row per measure."""
+    """One column per run, one row per measure; measures of fairness where there are several tenants."""
+    shared = any(len(summary.by_tenant) > 1 for summary in summaries.values())
     rows: Rows = [["", *summaries]]
-    for name, measure in _MEASURES:
+    for name, measure in (*_MEASURES, *(_FAIRNESS if shared else ())):
         rows.append([name, *(measure(summary) for summary in summaries.values())])
     return rows
 
@@ -285,6 +303,7 @@ _MEASURES: Sequence[tuple[str, Callable[[Summary], str]]] = (
     ("requests/s", lambda summary: f"{summary.requests_per_s:.2f}"),
     ("prompt tokens/s", lambda summary: f"{summary.prompt_tokens_per_s:,.0f}"),
     ("output tokens/s", lambda summary: f"{summary.output_tokens_per_s:,.0f}"),
+    ("output tokens per event", lambda summary: f"{summary.tokens_per_event:.2f}"),
     *(
         (f"{name} {point}", _of(pick, point))
         for name, pick in (
@@ -294,11 +313,13 @@ _MEASURES: Sequence[tuple[str, Callable[[Summary], str]]] = (
             ("E2E", lambda summary: summary.e2e),
             ("E2E/token", lambda summary: summary.per_token),
         )
-        for point in ("mean", "p50", "p99")
+        for point in ("mean", "p50", "p90", "p95", "p99")
     ),
     ("longest gap p99", _of(lambda summary: summary.longest_gap, "p99")),
     ("inside objective", _inside),
     ("requests/s inside objective", _goodput),
+)
+_FAIRNESS: Sequence[tuple[str, Callable[[Summary], str]]] = (
     ("service difference max", _even(lambda even: even.difference.maximum, ",.1f")),
     ("service difference avg", _even(lambda even: even.difference.average, ",.1f")),
     ("accumulated service gap", _even(lambda even: even.accumulated_gap, ",.0f")),

@@ -257,7 +257,7 @@ class Engine:
         for call in sorted(calls, key=lambda one: sent[one.id].sent_s if one.id in sent else one.at_s):
             if call.id in sent:
                 blocks = block_hashes(call.prompt, cost.prefix_block_tokens) if isinstance(call.prompt, list) else ()
-                again.append(replace(call, at_s=sent[call.id].sent_s, prompt=list(blocks), after=""))
+                again.append(replace(call, at_s=sent[call.id].sent_s, prompt=list(blocks), waits=False))
         told = Simulation(Plan(cost, gateway=False)).run(again).records
         if not told:
             raise CannotReplay(f"{args.url} ended none of the check's requests well.")

@@ -5,12 +5,14 @@ What it does not have: the gateway's and the network's own time, and a worker's 
 where a request goes (that is the worker with the fewest pending tokens that has room).
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from typing import cast
 
-from loadtest.call import Call
-from loadtest.records import Record, Sample
+from loadtest.call import IDLE_GAP, TRACE, Call
+from loadtest.records import Kept, Record, Sample
 from loadtest.simulator.batch import ContinuousBatch, Iteration
 from loadtest.simulator.costmodel import CostModel
 from loadtest.traces.prompts import Prompts
@@ -34,6 +36,7 @@ class Plan:
     gateway: a line before the workers, under the same policy; without one the first worker gets all.
     ahead: calls that the gateway gives a worker beyond its batch; None: as many as the policy wants.
     concurrency: a closed loop of so many calls, whose `at_s` is then not looked at.
+    think: how long a conversation's turn waits after the answer before it, as `evenhand replay --think` says.
     """
 
     cost: CostModel
@@ -45,6 +48,7 @@ class Plan:
     gateway: bool = True
     ahead: int | None = None
     concurrency: int | None = None
+    think: str | float = TRACE
 
 
 @dataclass(slots=True, eq=False)
@@ -53,6 +57,7 @@ class _Flight:
     worker that only reads its prompt see it; `reads` as long as it does. pending_tokens: counted at `worker`."""
 
     call: Call
+    due_s: float
     sent_s: float
     runs: Job
     waits: Job | None
@@ -69,7 +74,7 @@ class _Flight:
         return Record(
             id=call.id,
             tenant=call.tenant,
-            due_s=round(self.sent_s, 6),
+            due_s=round(self.due_s, 6),
             sent_s=round(self.sent_s, 6),
             e2e_s=round(now - self.sent_s, 6),
             prompt_tokens=call.prompt_tokens,
@@ -79,6 +84,8 @@ class _Flight:
             asked_tokens=call.output_tokens,
             kind=call.kind,
             session=call.session,
+            released_s=round(self.sent_s, 6) if self.sent_s > self.due_s else None,
+            planned_tokens=call.prompt_tokens,
         )
 
 
@@ -108,9 +115,14 @@ class _Worker:
 class Simulated:
     """What came of it: records as the client would have written them, samples of queue and memory, virtual seconds."""
 
-    records: list[Record]
+    kept: Kept
     samples: list[Sample]
     iterations: int
+
+    @property
+    def records(self) -> list[Record]:
+        """In the order in which they ended; of a very long run every n-th (`kept` says which)."""
+        return self.kept.records
 
 
 class Simulation:
@@ -127,14 +139,13 @@ class Simulation:
         self._by_id = {one.is_.id: one for one in (*self._workers, *self._readers)}
         self._flights: dict[str, _Flight] = {}
         self._charge: list[_Flight] = []
-        self._events: list[tuple[float, int, _Worker, Iteration]] = []
+        self._events: list[tuple[float, int, _Worker | Call, Iteration | None]] = []
         self._seq = 0
         self._sample_at = 0.0
         self._iterations = 0
-        self._unended: set[str] = set()
-        self._parked: dict[str, list[Call]] = {}
+        self._sessions: dict[str, deque[Call]] = {}
         self._note = note
-        self._records: list[Record] = []
+        self._kept = Kept()
         self._samples: list[Sample] = []
 
     def _made(self, number: int, role: Role) -> list[_Worker]:
@@ -161,12 +172,15 @@ class Simulation:
             self._until(float("inf"), None)
         if self._flights:
             raise RuntimeError(f"{len(self._flights)} requests cannot run: the cost model's KV holds none of them.")
-        return Simulated(self._records, self._samples, self._iterations)
+        return Simulated(self._kept, self._samples, self._iterations)
 
     def _until(self, end_s: float, pending: Iterator[Call] | None) -> None:
         events = self._events
         while events and events[0][0] <= end_s:
             now, _, worker, iteration = heappop(events)
+            if isinstance(worker, Call) or iteration is None:
+                self._turn(cast(Call, worker), now)
+                continue
             self._sample(now)
             ended = self._complete(worker, iteration, now)
             for call in _first(pending, ended) if pending is not None else ():
@@ -176,13 +190,21 @@ class Simulation:
 
     def _arrive(self, call: Call, now: float) -> None:
         """A call is due; it waits for the answer before it in its conversation, if that is not there."""
-        self._unended.add(call.id)
-        if call.after in self._unended:
-            self._parked.setdefault(call.after, []).append(call)
-            return
+        if call.waits:
+            if call.session in self._sessions:
+                self._sessions[call.session].append(call)
+                return
+            self._sessions[call.session] = deque()
+        self._turn(call, now)
+
+    def _turn(self, call: Call, now: float) -> None:
+        """A call is sent."""
         self._seq += 1
         name = f"{self._seq}"
-        flight = _Flight(call, now, _job(call, name, now), _job(call, name, now) if self._line is not None else None)
+        due_s = now if self._plan.concurrency else call.at_s
+        flight = _Flight(
+            call, due_s, now, _job(call, name, now), _job(call, name, now) if self._line is not None else None
+        )
         self._flights[name] = flight
         if self._line is None or flight.waits is None:
             self._occupy(self._workers[0], flight, now)
@@ -291,12 +313,25 @@ class Simulation:
             self._line.finish(flight.waits, Outcome.DONE, now)
         del self._flights[flight.runs.id]
         record = flight.record(now)
-        self._records.append(record)
+        self._kept.add(record)
         if self._note is not None:
             self._note(record)
-        self._unended.discard(flight.call.id)
-        for call in self._parked.pop(flight.call.id, ()):
-            self._arrive(call, now)
+        if flight.call.waits:
+            self._go_on(flight.call.session, now)
+
+    def _go_on(self, session: str, now: float) -> None:
+        """A conversation's next turn, if one waits, comes after the time to think."""
+        waiting = self._sessions[session]
+        if not waiting:
+            del self._sessions[session]
+            return
+        call, think = waiting.popleft(), self._plan.think
+        pause_s = think if isinstance(think, float) else call.idle_s if think == IDLE_GAP else 0.0
+        if pause_s:
+            self._seq += 1
+            heappush(self._events, (now + pause_s, self._seq, call, None))
+        else:
+            self._turn(call, now)
 
     def _sample(self, now: float) -> None:
         if now < self._sample_at:

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
@@ -11,23 +12,24 @@ from rich.console import Console
 
 from loadtest import provenance
 from loadtest.call import Call
-from loadtest.client import replay
-from loadtest.client.replay import CannotReplay
-from loadtest.records import Recorded, Run, Writer
+from loadtest.client import options, prepare
+from loadtest.client.prepare import CannotReplay
+from loadtest.records import Fidelity, Recorded, Run, Writer
 from loadtest.report import report
-from loadtest.report.comparison import Side, rows
+from loadtest.report.comparison import Side, rows, side_of
 from loadtest.report.page import page
+from loadtest.report.trust import trust
 from loadtest.simulator.costmodel import PRESETS, CostModel
 from loadtest.simulator.simulate import Plan, Simulation, block_prompts
-from loadtest.traces.formats import READERS, Skipped
-from loadtest.traces.workload import WORKLOADS, Fit, Maker, parse_shares
+from loadtest.traces.formats import Skipped
+from loadtest.traces.workload import Fit, Maker, parse_shares
 from scheduler.catalog import choose, describe
+
+_OPEN_ANSWER_TOKENS = 256  # of an answer whose length the trace does not say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "trace", metavar="TRACE", help=f"a trace file ({', '.join(READERS)}), or a workload: {', '.join(WORKLOADS)}"
-    )
+    parser.add_argument("trace", metavar="TRACE", help=options.TRACE_HELP)
     parser.add_argument(
         "--policy", default="fcfs", metavar="NAME[:KEY=VALUE…],…",
         help="several are compared, the first is the baseline (default: %(default)s)",
@@ -45,20 +47,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cost-file", type=Path, metavar="JSON", help="cost model that `evenhand calibrate` wrote")
     parser.add_argument("--slots", type=int, help="batch slots of an engine, in place of the cost model's")
-    parser.add_argument("--limit", type=int, help="requests to send (default: all of a trace, 200 of a workload)")
+    parser.add_argument(
+        "--limit", type=options.at_least(1), help="requests to send (default: all of a trace, 200 of a workload)"
+    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write POLICY.jsonl here, as `evenhand replay` does")
     parser.add_argument("--html", type=Path, metavar="PAGE", help="write the report's page")
-    replay.add_when(parser.add_argument_group("when"))
+    options.add_when(parser.add_argument_group("when"))
     what = parser.add_argument_group("what")
-    what.add_argument("--form", choices=sorted(READERS), help="the trace's form (default: recognised by its content)")
-    what.add_argument("--length-scale", type=float, default=1.0, help="multiply all lengths (default: %(default)s)")
-    what.add_argument("--context", type=int, default=8192, help="the model's context in tokens (default: %(default)s)")
-    what.add_argument("--traces", type=Path, help="folder of trace files for the workloads (default: their quantiles)")
-    what.add_argument("--shares", help="share of the requests by tenant, where a trace has none: heavy=3,light=1")
-    what.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
+    options.add_form(what)
+    what.add_argument(
+        "--context", type=options.at_least(2),
+        help="the model's context in tokens (default: as many as the cost model's KV memory holds)",
+    )  # fmt: skip
     judged = parser.add_argument_group("how it is judged")
-    judged.add_argument("--ttft", type=float, help="objective for the first token, seconds")
-    judged.add_argument("--tpot", type=float, help="objective for the mean time per further token, seconds")
+    judged.add_argument("--ttft", type=options.positive, help="objective for the first token, seconds")
+    judged.add_argument("--tpot", type=options.positive, help="objective for the mean time per further token, seconds")
     parser.epilog = describe()
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
@@ -74,7 +77,9 @@ def run(args: argparse.Namespace) -> int:
     except (CannotReplay, ValueError, OSError) as error:
         screen.print(f"evenhand simulate: {error}", style="red", markup=False, highlight=False)
         return 2
-    sys.stdout.write(report.text(rows(sides)) + "\n")
+    for side in sides:
+        sys.stdout.write(f"{side.name}: {trust(side.runs[0])}\n")
+    sys.stdout.write("\n" + report.text(rows(sides)) + "\n")
     return 0
 
 
@@ -92,26 +97,30 @@ def simulated(args: argparse.Namespace, text: str, objective: report.Objective |
         prefill_workers=args.prefill_workers,
         ahead=args.ahead,
         concurrency=args.concurrency,
+        think=args.think,
     )
     skipped = Skipped()
+    room = cost.kv_capacity_tokens
     maker = Maker(
         block_prompts(cost.prefix_block_tokens),
-        Fit(args.length_scale, min(args.context, cost.kv_capacity_tokens)),
+        Fit(args.length_scale, min(args.context or room, room)),
         parse_shares(args.shares) if args.shares else None,
         wait=not args.no_wait,
+        text=False,
+        open_tokens=args.output_tokens or _OPEN_ANSWER_TOKENS,
     )
-    calls, _ = replay.calls_of(args, maker, skipped)
+    calls, _ = prepare.calls_of(args, maker, skipped)
     out = args.out / f"{text.replace('=', '-')}.jsonl" if args.out else None
     told = {"workers": f"{args.workers}", "prefill workers": f"{args.prefill_workers}", "cost model": words(cost)}
     began = perf_counter()
-    recorded = simulate(plan, calls, out, Path(args.trace).stem, told, skipped)
+    recorded = simulate(plan, calls, out, Path(args.trace).stem, told, skipped, maker.fidelity)
     took_s = perf_counter() - began
+    requests = recorded.total().requests
     screen.print(
-        f"{text}: {len(recorded.records):,} requests in {took_s:.1f} s, "
-        f"{len(recorded.records) / max(took_s, 1e-9):,.0f} requests/s simulated",
+        f"{text}: {requests:,} requests in {took_s:.1f} s, {requests / max(took_s, 1e-9):,.0f} requests/s simulated",
         highlight=False,
     )
-    return Side(text.replace("=", " "), [recorded], [report.summarize(recorded.records, objective)])
+    return side_of(text.replace("=", " "), recorded, objective)
 
 
 def cost_of(args: argparse.Namespace) -> CostModel:
@@ -127,28 +136,33 @@ def simulate(
     workload: str,
     told: Mapping[str, str],
     skipped: Skipped | None = None,
+    fidelity: Fidelity | None = None,
 ) -> Recorded:
-    """One simulation, and its file as a replay would have written it. Raises what `Simulation` does."""
-    done = Simulation(plan).run(calls)
-    line = Run(
-        target="in virtual time",
-        workload=workload,
-        started_at="",
-        duration_s=max((record.sent_s + record.e2e_s for record in done.records), default=0.0),
-        options={"policy": ":".join([plan.policy, *(f"{k}={v}" for k, v in plan.policy_options.items())]), **told},
-        skipped=str(skipped) if skipped is not None and skipped.count else "",
-        command=provenance.command(),
-        machine=provenance.machine(),
-        versions=provenance.versions(),
-    )
-    if out is not None:
-        with Writer(out) as writer:
-            for record in done.records:
-                writer.write(record)
+    """One simulation, and its file as a replay would have written it. Raises what `Simulation` does, and OSError where
+    the file cannot be written."""
+    with Writer(out) if out is not None else nullcontext() as writer:
+        done = Simulation(plan, writer.write if writer is not None else None).run(calls)
+        line = Run(
+            target="in virtual time",
+            workload=workload,
+            started_at="",
+            duration_s=done.kept.totals.end_s,
+            options={"policy": ":".join([plan.policy, *(f"{k}={v}" for k, v in plan.policy_options.items())]), **told},
+            skipped=str(skipped) if skipped is not None and skipped.count else "",
+            command=provenance.command(),
+            machine=provenance.machine(),
+            versions=provenance.versions(),
+            requests=done.kept.totals.requests,
+            fidelity=fidelity,
+            concurrency=plan.concurrency or 0,
+        )
+        if writer is not None:
             for sample in done.samples:
                 writer.sample(sample)
             writer.finish(line)
-    return Recorded(line, done.records, done.samples)
+    if writer is not None and writer.failed is not None:
+        raise writer.failed
+    return Recorded.of(line, done.kept, done.samples)
 
 
 def words(cost: CostModel) -> str:

@@ -1,6 +1,8 @@
 """When requests arrive: endless generators of seconds since the start, seeded by the `random.Random` given."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import sqrt
 from random import Random
 
 
@@ -54,3 +56,55 @@ def timed(times_s: Iterable[float], rate_scale: float = 1.0) -> Iterator[float]:
 def _positive(value: float, name: str) -> None:
     if not value > 0:
         raise ValueError(f"The {name} must be above 0, not {value:g}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A rate, or a ramp from one rate to another, for so many seconds."""
+
+    from_per_s: float
+    to_per_s: float
+    seconds: float
+
+    @property
+    def requests(self) -> float:
+        """Expected in all of it."""
+        return (self.from_per_s + self.to_per_s) / 2 * self.seconds
+
+    def at_s(self, requests: float) -> float:
+        """When so many of its requests are expected to have come, seconds since its beginning."""
+        slope = (self.to_per_s - self.from_per_s) / self.seconds
+        if abs(slope) < 1e-12:
+            return requests / self.from_per_s
+        return (sqrt(max(0.0, self.from_per_s**2 + 2 * slope * requests)) - self.from_per_s) / slope
+
+
+def parse_stages(text: str) -> list[Stage]:
+    """`5:60,5-20:300,0:30` → stages: a rate, or a ramp of rates, and its seconds. ValueError says how to write them."""
+    stages = []
+    for part in text.split(","):
+        rates, _, seconds = part.strip().partition(":")
+        low, ramp, high = rates.partition("-")
+        try:
+            stage = Stage(float(low), float(high if ramp else low), float(seconds))
+        except ValueError:
+            raise ValueError(f"{part!r} is not a stage: write RATE:SECONDS or RATE-RATE:SECONDS.") from None
+        if stage.seconds <= 0 or min(stage.from_per_s, stage.to_per_s) < 0:
+            raise ValueError(f"{part!r} is not a stage: rates are 0 or more, and seconds above 0.")
+        stages.append(stage)
+    return stages
+
+
+def staged(stages: Iterable[Stage], cv: float, rng: Random) -> Iterator[float]:
+    """Arrivals whose rate follows the stages, as bursty as `gamma`; they end with the last stage.
+
+    Arrivals at a rate of 1 are stretched so that each stage has as many as its rate wants.
+    """
+    unit = gamma(1.0, cv, rng)
+    number, before, begin_s = next(unit), 0.0, 0.0
+    for stage in stages:
+        while number < before + stage.requests:
+            yield begin_s + stage.at_s(number - before)
+            number = next(unit)
+        before += stage.requests
+        begin_s += stage.seconds

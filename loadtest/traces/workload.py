@@ -8,14 +8,15 @@ conversations of ShareGPT, in which a question waits for the answer before it an
 
 import zlib
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby, islice, tee
 from pathlib import Path
 from random import Random
 
 from loadtest.call import Call
+from loadtest.records import Fidelity
 from loadtest.traces.formats import TraceRow, read
 from loadtest.traces.prompts import Prompts
 
@@ -157,24 +158,33 @@ def _at(quantiles: Sequence[int], share: float) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Scales lengths, then cuts them to a context: a prompt to half of it, the answer to the rest.
+    """Scales lengths, then cuts what does not fit a context, and nothing else.
 
+    context_tokens: of prompt and answer together; 0: not known, so nothing is cut. A prompt is cut to what the answer
+    leaves, but to no less than half of the context; then the answer to the rest.
     prompt_scale: a further factor for prompts alone. On a CPU a prompt token costs a larger part of a decode step than
     on a GPU; scaled by that ratio, a prompt takes as many steps as it would there.
     """
 
     length_scale: float = 1.0
-    context_tokens: int = 8192
+    context_tokens: int = 0
     prompt_scale: float = 1.0
 
-    def scaled_prompt(self, tokens: int) -> int:
-        """A prompt's length before it is cut."""
-        return round(tokens * self.length_scale * self.prompt_scale)
+    def scaled(self, shape: Shape) -> Shape:
+        """Lengths before anything is cut."""
+        prompt = max(1, round(shape.prompt_tokens * self.length_scale * self.prompt_scale))
+        return Shape(prompt, max(1, round(shape.output_tokens * self.length_scale)), shape.kind)
+
+    def cut(self, shape: Shape) -> Shape:
+        """Scaled lengths as they fit the context."""
+        room, prompt, output = self.context_tokens, shape.prompt_tokens, shape.output_tokens
+        if not room or prompt + output <= room:
+            return shape
+        prompt = min(prompt, max(room - output, room // 2))
+        return Shape(prompt, max(1, min(output, room - prompt)), shape.kind)
 
     def __call__(self, shape: Shape) -> Shape:
-        prompt = max(1, min(self.scaled_prompt(shape.prompt_tokens), self.context_tokens // 2))
-        output = max(1, min(round(shape.output_tokens * self.length_scale), self.context_tokens - prompt))
-        return Shape(prompt, output, shape.kind)
+        return self.cut(self.scaled(shape))
 
 
 def mean_lengths(drawn: Iterable[Shape]) -> tuple[float, float]:
@@ -200,6 +210,7 @@ def parse_shares(text: str) -> dict[str, float]:
 
 
 _SESSION_BLOCK_TOKENS = 64
+_MOST_SESSIONS = 1 << 16
 
 
 def _of_session(row: TraceRow) -> TraceRow:
@@ -216,7 +227,9 @@ class Maker:
     """Turns lengths and times into calls. shares: of the requests, or of the conversations where there are some, by
     tenant; a trace's own tenants go first.
 
-    wait: a conversation's next turn waits for the answer to the one before.
+    wait: a conversation's next turn waits for the answer to the one before. text: send a trace's own text where it has
+    some. open_tokens: length of an answer where the trace has none; 0
+    leaves it to the model. fidelity: counts how the calls differ from the trace.
     """
 
     prompts: Prompts
@@ -224,37 +237,100 @@ class Maker:
     shares: Mapping[str, float] | None = None
     name: str = "call"
     wait: bool = True
+    text: bool = True
+    open_tokens: int = 0
+    fidelity: Fidelity = field(default_factory=Fidelity)
 
     def calls(self, drawn: Iterable[Shape], times_s: Iterable[float], rng: Random) -> Iterator[Call]:
         """One call per time, as long as both last."""
         for number, (shape, at_s) in enumerate(zip(drawn, times_s, strict=False)):
-            yield self._call(number, at_s, self.fit(shape), TraceRow(None, 0, 0), rng)
+            yield self._lengths(
+                number, at_s, TraceRow(None, shape.prompt_tokens, shape.output_tokens, kind=shape.kind), rng
+            )
 
     def replay(self, rows: Iterable[TraceRow], times_s: Iterable[float], rng: Random) -> Iterator[Call]:
         """The rows of a trace, each at its time. Turns of one conversation begin alike, where the trace does not say
         itself what is shared."""
-        latest: dict[str, str] = {}
-        tenants: dict[str, str] = {}
+        latest: OrderedDict[str, TraceRow] = OrderedDict()
         for number, (row, at_s) in enumerate(zip(rows, times_s, strict=False)):
-            shape = self.fit(Shape(row.prompt_tokens, row.output_tokens, row.kind))
-            call = self._call(number, at_s, shape, _of_session(row), rng)
+            call = self._text(number, at_s, row, rng) if self.text and row.has_text else None
+            if call is None and self.text and row.has_text:
+                continue
+            if call is None:
+                call = self._lengths(number, at_s, _of_session(row), rng)
             if row.session:
-                call = replace(call, tenant=tenants.setdefault(row.session, call.tenant))
-            if row.session and self.wait:
-                call = replace(call, after=latest.get(row.session, ""))
-                latest[row.session] = call.id
+                before = latest.pop(row.session, None)
+                call = replace(call, session=row.session, waits=self.wait, last=row.last, idle_s=_idle_s(before, row))
+                if not row.last:
+                    latest[row.session] = row
+                if len(latest) > _MOST_SESSIONS:
+                    latest.popitem(last=False)
             yield call
 
     def conversations(self, rows: Iterable[TraceRow], times_s: Iterable[float], rng: Random) -> Iterator[Call]:
         """Conversations that begin at these times, with turns as long as the context takes what was said before."""
-        most_tokens = self.fit.context_tokens // 2
-        fitting = (row for row in rows if row.turn == 0 or self.fit.scaled_prompt(row.prompt_tokens) <= most_tokens)
+        fitting = (row for row in rows if row.turn == 0 or self._fits(row))
         for_rows, for_times = tee(starting(fitting, times_s))
         yield from self.replay(for_rows, (row.at_s or 0.0 for row in for_times), rng)
 
-    def _call(self, number: int, at_s: float, shape: Shape, row: TraceRow, rng: Random) -> Call:
-        shares = self.shares or {"default": 1.0}
-        tenant = row.tenant or rng.choices(list(shares), list(shares.values()))[0]
-        prompt = self.prompts(number, shape.prompt_tokens, row.prefix_hashes, row.block_tokens)
+    def _fits(self, row: TraceRow) -> bool:
+        shape = self.fit.scaled(Shape(row.prompt_tokens, row.output_tokens))
+        return not self.fit.context_tokens or shape.prompt_tokens + shape.output_tokens <= self.fit.context_tokens
+
+    def _lengths(self, number: int, at_s: float, row: TraceRow, rng: Random) -> Call:
+        """A prompt of the row's length that is made up."""
+        asked = self.fit.scaled(Shape(row.prompt_tokens, row.output_tokens or self.open_tokens or 1, row.kind))
+        sent = self.fit.cut(asked)
+        self._count(row, asked, sent)
+        self.fidelity.made_up += 1
+        prompt = self.prompts(number, sent.prompt_tokens, row.prefix_hashes, row.block_tokens)
+        output = sent.output_tokens if row.output_tokens or self.open_tokens else 0
         call_id = f"{self.name}-{number}"
-        return Call(call_id, at_s, tenant, prompt, shape.prompt_tokens, shape.output_tokens, shape.kind, row.session)
+        return Call(call_id, at_s, self._tenant(row, rng), prompt, sent.prompt_tokens, output, row.kind, row.session)
+
+    def _text(self, number: int, at_s: float, row: TraceRow, rng: Random) -> Call | None:
+        """The row's own text; None where it does not fit the context, for text cannot be cut to a length."""
+        asked = Shape(row.prompt_tokens, row.output_tokens or self.open_tokens, row.kind)
+        room = self.fit.context_tokens
+        if room and asked.prompt_tokens >= room:
+            self.fidelity.requests += 1
+            self.fidelity.dropped += 1
+            self.fidelity.prompt_tokens += asked.prompt_tokens
+            self.fidelity.output_tokens += asked.output_tokens
+            return None
+        sent = replace(asked, output_tokens=min(asked.output_tokens, room - asked.prompt_tokens)) if room else asked
+        self._count(row, asked, sent)
+        return Call(
+            f"{self.name}-{number}", at_s, self._tenant(row, rng), row.prompt, sent.prompt_tokens, sent.output_tokens,
+            row.kind, row.session, messages=row.messages, answers=row.answers, body=row.body,
+        )  # fmt: skip
+
+    def _count(self, row: TraceRow, asked: Shape, sent: Shape) -> None:
+        seen = self.fidelity
+        seen.requests += 1
+        seen.prompt_tokens += asked.prompt_tokens
+        seen.sent_prompt_tokens += sent.prompt_tokens
+        seen.prompts_cut += sent.prompt_tokens < asked.prompt_tokens
+        if row.output_tokens or self.open_tokens:
+            seen.output_tokens += asked.output_tokens
+            seen.sent_output_tokens += sent.output_tokens
+            seen.answers_cut += sent.output_tokens < asked.output_tokens
+        seen.answers_open += not row.output_tokens
+        seen.lengths_estimated += row.estimated
+
+    def _tenant(self, row: TraceRow, rng: Random) -> str:
+        """The trace's own, else drawn by the shares; all turns of a conversation have the same."""
+        if row.tenant:
+            return row.tenant
+        shares = self.shares or {"default": 1.0}
+        if len(shares) == 1:
+            return next(iter(shares))
+        drawn = rng if not row.session else Random(f"{self.name}:{row.session}")
+        return drawn.choices(list(shares), list(shares.values()))[0]
+
+
+def _idle_s(before: TraceRow | None, row: TraceRow) -> float:
+    """How long the trace's user waited after the answer before, as far as the trace says how long that took."""
+    if before is None or before.at_s is None or row.at_s is None:
+        return 0.0
+    return max(0.0, row.at_s - before.at_s - before.duration_s)

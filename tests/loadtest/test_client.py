@@ -131,7 +131,7 @@ async def test_each_tenant_sends_its_own_key_and_extras_reach_the_body(engine: F
 
 async def test_text_prompts_go_to_chat_when_asked_and_the_role_chunk_is_no_token(engine: FakeEngine) -> None:
     call = Call("c", 0.0, "t", "Tell me more.", 4, 12)
-    (record,) = await Client(Target(engine.url, chat=True)).open_loop([call])
+    (record,) = await Client(Target(engine.url, api="chat")).open_loop([call])
     assert engine.seen[-1].path == "/v1/chat/completions"
     assert (record.output_tokens, len(record.gaps_us)) == (12, 11)
 
@@ -170,7 +170,7 @@ async def test_a_stream_that_says_it_failed_is_no_success(stream: bytes, told: s
 
 
 async def test_a_conversations_next_turn_waits_for_the_answer_before_it() -> None:
-    turns = [replace(call, after=f"c{at - 1}" if at else "", at_s=0.0) for at, call in enumerate(calls(3))]
+    turns = [replace(call, session="s", waits=True, at_s=0.0) for call in calls(3)]
     async with FakeEngine(SLOW) as engine:
         client = Client(Target(engine.url))
         records = await client.open_loop(turns)
@@ -178,11 +178,13 @@ async def test_a_conversations_next_turn_waits_for_the_answer_before_it() -> Non
     for earlier, later in pairwise(records):
         answered_s = earlier.sent_s + earlier.e2e_s
         assert answered_s <= later.sent_s + 1e-5
-        assert later.due_s == pytest.approx(later.sent_s, abs=0.05 + sum(client.progress.loop_s))
+        assert later.due_s == 0.0, "the trace's time stays what it was"
+        assert later.released_s is not None and answered_s <= later.released_s + 1e-5
+        assert later.late_s < 0.05 + sum(client.progress.loop_s)
 
 
 async def test_turns_whose_time_never_came_are_told_when_the_run_is_over() -> None:
-    turns = [replace(call, after=f"c{at - 1}" if at else "", at_s=0.0) for at, call in enumerate(calls(3))]
+    turns = [replace(call, session="s", waits=True, at_s=0.0) for call in calls(3)]
     async with FakeEngine(SLOW, faults=Faults(stall_after_tokens=0)) as engine:
         records = await Client(Target(engine.url)).open_loop(turns, drain_s=0.01)
     assert sorted(record.id for record in records) == ["c0", "c1", "c2"]

@@ -43,7 +43,7 @@ def test_a_trace_is_replayed_recorded_and_reported(
     code = replay.run(parsed(replay, str(trace), "--url", engine.url, "--out", str(out), "--rate-scale", "4"))
     said = capsys.readouterr().out
     assert code == 0
-    assert "1 rows skipped (line 31: no JSON)" in said
+    assert "1 row skipped (line 31: not JSON)" in said
     run, records = read(out)
     assert run is not None
     assert run.target == engine.url
@@ -98,7 +98,6 @@ def test_failures_are_told_and_the_exit_code_says_so(trace: Path, capsys: pytest
         (("S", "--url", "http://127.0.0.1:1"), "Is it running"),
         (("nothing.csv", "--url", "http://127.0.0.1:1", "--model", "m"), "nothing.csv"),
         (("S", "--url", "http://127.0.0.1:1", "--model", "m", "--extra", "[]"), "--extra must be"),
-        (("S", "--url", "http://127.0.0.1:1", "--model", "m", "--chat"), "--tokenizer"),
         (("S", "--url", "http://127.0.0.1:1", "--model", "m", "--shares", "a=b"), "NAME=SHARE"),
     ],
 )

@@ -29,7 +29,8 @@ def record(
     asked: int = 0,
     kind: str = "",
 ) -> Record:
-    gaps = [100_000] * (tokens - 1) if gaps_us is None else gaps_us
+    gap_us = round((e2e_s - (ttft_s or 0.0)) * 1e6 / max(1, tokens - 1))
+    gaps = [gap_us] * (tokens - 1) if gaps_us is None else gaps_us
     return Record(
         name, tenant, sent_s, sent_s, e2e_s, 100, tokens, ending=ending, ttft_s=ttft_s, gaps_us=gaps,
         asked_tokens=asked or tokens, kind=kind,

@@ -30,7 +30,7 @@ def test_a_trace_is_simulated_at_its_own_times_recorded_and_shown(
     assert sorted(record.due_s for record in recorded.records) == [3.0 * at for at in range(10)]
     assert recorded.run is not None
     assert recorded.run.options["workers"] == "2"
-    assert "line 11: no JSON" in recorded.run.skipped
+    assert "line 11: not JSON" in recorded.run.skipped
     assert "in virtual time" in (tmp_path / "page.html").read_text()
 
 

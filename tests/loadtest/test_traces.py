@@ -52,6 +52,7 @@ SAMPLES = {
         ' {"id": "z", "conversations": [{"from": "gpt", "value": "Hello"}, {"from": "system", "value": "Be kind."},'
         ' {"from": "user", "value": "Why?"}, {"from": "bing", "value": "Because."}]}]'
     ),
+    "csv": "num_prefill_tokens,num_decode_tokens,arrived_at\n100,20,0.5\n30.0,5.0,1.5\n",
     "jsonl": (
         '{"at_s": 2.0, "tenant": "a", "prompt_tokens": 5, "output_tokens": 6}\n'
         '{"prompt": "Tell me a story.", "output_tokens": 7, "session": "s", "turn": 1}\n'
@@ -83,7 +84,7 @@ def test_azure_times_count_from_the_first_row_and_a_bad_row_is_named(tmp_path: P
     assert [row.prompt_tokens for row in rows] == [374, 396, 91]
     assert rows[0].at_s == 0.0
     assert rows[1].at_s == pytest.approx(4.314579, abs=1e-5)
-    assert str(skipped) == "1 rows skipped (line 4: ContextTokens is 'many', no whole number)"
+    assert str(skipped) == "1 row skipped (line 4: ContextTokens is 'many', not a number)"
 
 
 def test_each_adapter_of_the_arena_is_a_tenant(tmp_path: Path) -> None:
@@ -96,7 +97,7 @@ def test_mooncake_counts_milliseconds_and_keeps_its_prefixes(tmp_path: Path) -> 
     rows, skipped = rows_of("mooncake", tmp_path)
     assert [row.at_s for row in rows] == [0.0, 3.0]
     assert rows[0].prefix_hashes == (0, 1, 2)
-    assert skipped.examples == ["3: output_length is missing", "4: no JSON"]
+    assert skipped.examples == ["3: output_length is missing", "4: not JSON"]
 
 
 def test_each_answer_of_a_conversation_is_a_row_with_all_that_was_said_before(tmp_path: Path) -> None:
@@ -111,7 +112,8 @@ def test_each_answer_of_a_conversation_is_a_row_with_all_that_was_said_before(tm
 
 def test_sharegpt_takes_roles_of_all_products_and_skips_the_empty(tmp_path: Path) -> None:
     rows, skipped = rows_of("sharegpt", tmp_path)
-    assert [row.prompt for row in rows] == ["How are you today, my friend?", "Why?"]
+    assert [row.messages[-1]["content"] for row in rows] == ["How are you today, my friend?", "Why?"]
+    assert [one["role"] for one in rows[1].messages] == ["assistant", "system", "user"]
     assert rows[1].prompt_tokens > rows[1].output_tokens
     assert skipped.count == 2
 
@@ -129,7 +131,7 @@ def test_our_own_form_needs_no_times(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_no_trace_is_refused_with_what_is_known(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="azure, sharegpt"):
+    with pytest.raises(ValueError, match="a, b: say which column is which with --columns"):
         rows_of("azure", tmp_path, "a,b\n1,2\n")
     with pytest.raises(ValueError, match="Unknown trace form 'nope'"):
         read(tmp_path / "trace", form="nope")
@@ -163,7 +165,7 @@ def test_azures_2024_times_have_a_zone_and_sometimes_no_fraction(tmp_path: Path)
     rows, skipped = rows_of(
         "azure", tmp_path,
         "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:00.009930+00:00,2162,5\n"
-        "2024-05-10 00:00:01+00:00,2399,6\n2024-05-10T00:00:02,1,1\n",
+        "2024-05-10 00:00:01+00:00,2399,6\n10 May 2024,1,1\n",
     )  # fmt: skip
     assert [row.at_s for row in rows] == [0.0, pytest.approx(0.99007, abs=1e-6)]
     assert "line 4: TIMESTAMP" in str(skipped)
@@ -176,7 +178,7 @@ def test_burstgpt_is_read_by_column_and_its_failed_requests_are_left_out(tmp_pat
         (8.5, 200, "7", 0, "conversation"),
         (15.0, 90, "7", 1, "conversation"),
     ]
-    assert str(skipped) == "1 rows skipped (line 4: Response tokens is 0, less than 1)"
+    assert str(skipped) == "1 row skipped (line 4: Response tokens is 0, less than 1)"
     first, _ = rows_of(
         "burstgpt", tmp_path,
         "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n5,GPT-4,10,20,30,Conversation log\n",

@@ -1,4 +1,4 @@
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from random import Random
 from statistics import mean, pstdev
@@ -123,12 +123,10 @@ def test_shares_that_are_none_are_refused(text: str) -> None:
 def test_turns_of_a_conversation_begin_alike_and_wait_for_each_other() -> None:
     rows = [TraceRow(0.0, 200, 5, session="s"), TraceRow(1.0, 300, 5, session="s"), TraceRow(2.0, 200, 5, session="o")]
     first, second, other = Maker(token_prompts(0)).replay(rows, (0.0, 1.0, 2.0), Random(1))
-    assert (first.after, second.after, other.after) == ("", first.id, "")
+    assert [(call.session, call.waits) for call in (first, second, other)] == [("s", True), ("s", True), ("o", True)]
     assert first.prompt[:192] == second.prompt[:192]
     assert first.prompt[:64] != other.prompt[:64]
-    assert not [
-        call.after for call in Maker(token_prompts(0), wait=False).replay(rows, (0.0,) * 3, Random(1)) if call.after
-    ]
+    assert not [call for call in Maker(token_prompts(0), wait=False).replay(rows, (0.0,) * 3, Random(1)) if call.waits]
 
 
 def spoken(number: int, context_tokens: int = 8192) -> list[Call]:
@@ -138,16 +136,16 @@ def spoken(number: int, context_tokens: int = 8192) -> list[Call]:
 
 
 def test_a_question_waits_for_the_answer_before_it_and_begins_with_what_was_said() -> None:
-    calls = {call.id: call for call in spoken(300)}
-    waiting = [call for call in calls.values() if call.after]
-    assert len(waiting) > 150
-    for call in waiting:
-        before = calls[call.after]
+    calls = spoken(300)
+    assert all(call.waits for call in calls)
+    later = [(before, call) for before, call in pairwise(calls) if before.session == call.session]
+    assert len(later) > 150
+    for before, call in later:
         assert (call.session, call.tenant, call.at_s) == (before.session, before.tenant, before.at_s)
         assert call.prompt_tokens >= before.prompt_tokens + before.output_tokens
         shared = before.prompt_tokens // 64 * 64
         assert call.prompt[:shared] == before.prompt[:shared]
-    assert {call.tenant for call in calls.values()} == {"a", "b"}
+    assert {call.tenant for call in calls} == {"a", "b"}
 
 
 def test_conversations_are_as_long_as_those_of_sharegpt() -> None:
@@ -158,7 +156,6 @@ def test_conversations_are_as_long_as_those_of_sharegpt() -> None:
 
 def test_a_conversation_ends_where_the_context_does() -> None:
     assert all(call.prompt_tokens + call.output_tokens <= 1024 for call in spoken(500, 1024))
-    assert all(call.prompt_tokens <= 512 for call in spoken(500, 1024) if call.after)
 
 
 def test_conversations_of_a_trace_keep_their_turns(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from statistics import mean
 import pytest
 
 from loadtest.bench.disaggregation import (
+    CONTEXT_TOKENS,
     MEAN_PROMPT_TOKENS,
     SIDES,
     WORKERS,
@@ -34,14 +35,15 @@ TINY = {
 
 
 def record(ttft_s: float, tpot_s: float) -> Record:
-    return Record("r", "t", 0.0, 0.0, ttft_s + 10 * tpot_s, 100, 11, ttft_s=ttft_s)
+    gaps_us = [round(tpot_s * 1e6)] * 10
+    return Record("r", "t", 0.0, 0.0, ttft_s + 10 * tpot_s, 100, 11, ttft_s=ttft_s, gaps_us=gaps_us)
 
 
 def test_made_up_lengths_have_the_mean_prompt_that_they_should() -> None:
     (lengths,) = mixes(None, Random(1)).values()
     assert len(lengths) == 2000
     assert mean(shape.prompt_tokens for shape in lengths) == pytest.approx(MEAN_PROMPT_TOKENS, rel=0.1)
-    assert max(shape.prompt_tokens for shape in lengths) <= 4096
+    assert max(shape.prompt_tokens for shape in lengths) <= CONTEXT_TOKENS
 
 
 def test_both_sides_have_as_many_engines() -> None:
