@@ -213,10 +213,12 @@ Rows = list[list[str]]
 
 
 def compare(summaries: Mapping[str, Summary]) -> Rows:
-    """One column per run, one row per measure; measures of fairness where there are several tenants."""
+    """One column per run, one row per measure; those of an objective or of fairness where there is
+    an objective, or several tenants."""
     shared = any(len(summary.by_tenant) > 1 for summary in summaries.values())
     rows: Rows = [["", *summaries]]
-    for name, measure in (*_MEASURES, *(_FAIRNESS if shared else ())):
+    judged = any(summary.attainment for summary in summaries.values())
+    for name, measure in (*_MEASURES, *(_OBJECTIVE if judged else ()), *(_FAIRNESS if shared else ())):
         rows.append([name, *(measure(summary) for summary in summaries.values())])
     return rows
 
@@ -316,6 +318,8 @@ _MEASURES: Sequence[tuple[str, Callable[[Summary], str]]] = (
         for point in ("mean", "p50", "p90", "p95", "p99")
     ),
     ("longest gap p99", _of(lambda summary: summary.longest_gap, "p99")),
+)
+_OBJECTIVE: Sequence[tuple[str, Callable[[Summary], str]]] = (
     ("inside objective", _inside),
     ("requests/s inside objective", _goodput),
 )

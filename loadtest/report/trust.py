@@ -29,20 +29,20 @@ def trust(recorded: Recorded) -> Trust:
     doubts = [*_interruption(recorded), *_deviations(run), *_counts(totals)]
     if run is not None and run.late:
         doubts.append(f"{run.late:,} of {_sent(run, totals):,} requests sent more than {_LATE_S * 1e3:.0f} ms late")
-    return Trust(tuple(_facts(recorded, sent_as_asked=not doubts)), tuple(doubts))
+    return Trust(tuple(_facts(recorded)), tuple(doubts))
 
 
 def _sent(run: Run, totals: Totals) -> int:
     return run.requests or totals.requests
 
 
-def _facts(recorded: Recorded, *, sent_as_asked: bool) -> Iterator[str]:
+def _facts(recorded: Recorded) -> Iterator[str]:
     run, totals = recorded.run, recorded.total()
     if run is None:
         yield "the records do not say how they were made"
         return
     if run.fidelity is not None:
-        yield _as_asked(run.fidelity, sent_as_asked)
+        yield _as_asked(run.fidelity)
     if run.lag_max_s or run.loop_max_s:
         yield f"client late by {_ms(run.lag_p99_s)} at P99, {_ms(run.lag_max_s)} at most"
     share = f"{totals.requests:,} of {_sent(run, totals):,} requests reported"
@@ -53,8 +53,9 @@ def _facts(recorded: Recorded, *, sent_as_asked: bool) -> Iterator[str]:
         yield "not interrupted" + (f", resumed {run.resumed} ×" if run.resumed else "")
 
 
-def _as_asked(seen: Fidelity, as_asked: bool) -> str:
-    sent = "sent as asked" if as_asked else "the rest sent as asked"
+def _as_asked(seen: Fidelity) -> str:
+    changed = seen.prompts_cut or seen.answers_cut or seen.dropped
+    sent = "the rest sent as asked" if changed else "sent as asked"
     if not seen.made_up:
         return f"{sent}, with the trace's own text"
     made = "" if seen.made_up >= seen.requests - seen.dropped else f" in {seen.made_up:,} of {seen.requests:,} requests"
@@ -103,8 +104,7 @@ def deviations(seen: Fidelity) -> Iterator[str]:
 
 def _counts(totals: Totals) -> Iterator[str]:
     """Where the server counted otherwise than was asked."""
-    if totals.planned_tokens and abs(ratio := totals.prompt_tokens / totals.planned_tokens - 1) > _NOTICED:
-        del ratio
+    if totals.planned_tokens and abs(totals.prompt_tokens / totals.planned_tokens - 1) > _NOTICED:
         yield f"the server counted {totals.prompt_tokens / totals.planned_tokens:.2f} × the prompt tokens asked for"
     if totals.asked_tokens and abs(totals.answered_tokens / totals.asked_tokens - 1) > _NOTICED:
         yield f"answers have {totals.answered_tokens / totals.asked_tokens:.2f} × the tokens asked for"
