@@ -47,7 +47,10 @@ def token_prompts(seed: int) -> Prompts:
 
 def token_count(tokenizer_folder: Path) -> Count:
     """Counts the tokens of a text with a model's tokenizer, without special ones. FileNotFoundError if it has none."""
-    from tokenizers import Tokenizer  # prompts as token ids need none
+    try:
+        from tokenizers import Tokenizer  # comes with the model's extra; prompts as token ids need none
+    except ImportError as error:
+        raise ValueError("--tokenizer needs the package tokenizers: pip install tokenizers.") from error
 
     path = tokenizer_folder / "tokenizer.json"
     if not path.is_file():
