@@ -207,14 +207,14 @@ def check_open_files(limit: int) -> Finding:
 
 
 def check_shared_memory(settings: ServeSettings, machine: Machine) -> Finding:
-    """A container has 64 MiB unless it is told otherwise, which is enough for an engine on one GPU only."""
+    """A container has 64 MiB unless it is told otherwise, too little for an engine of several processes."""
     found = f"{machine.shared_bytes / MIB:.0f} MiB free in /dev/shm"
     try:
-        preflight.check_shared_memory(settings, machine, machine.engine.build if machine.engine else "cpu")
+        preflight.check_shared_memory(settings, machine)
     except SharedMemoryError as error:
         return Finding("bad", "shared memory", found, str(error).partition(" MiB: ")[2])
     if machine.shared_bytes < SHARED_BYTES:
-        advice = "an engine over several GPUs needs more: start the container with --shm-size=1g"
+        advice = "an engine on several GPUs needs more: start the container with --shm-size=1g"
         return Finding("warn", "shared memory", found, advice)
     return Finding("ok", "shared memory", found)
 

@@ -57,7 +57,8 @@ class EnginePlan:
     dtype: what it computes in; empty leaves the choice to vLLM. compiled: whether a CPU engine compiles the model
     before its first answer; a GPU engine always does.
     cores: where a CPU engine computes. allowed: where anything else of it may run (its HTTP server, for one): its own
-    cores and those on which no engine computes; empty for anywhere. kv_cache_gib: its KV cache, for a CPU engine.
+    cores and those on which no engine computes; empty for anywhere. threads: how many compute, where that is not one on
+    each core; the system then places them. kv_cache_gib: its KV cache, for a CPU engine.
     gpu: for CUDA_VISIBLE_DEVICES, empty on a CPU. gpu_share: the part of each such GPU's memory it may take.
     model_args: what this model needs; user_args: what the user gave, which wins over everything of ours.
     hands_over: one of role `both` has a KV connector too, so that it may lean to either side.
@@ -75,6 +76,7 @@ class EnginePlan:
     policy_options: Mapping[str, str] = field(default_factory=dict)
     cores: tuple[int, ...] = ()
     allowed: tuple[int, ...] = ()
+    threads: int = 0
     kv_cache_gib: int = 1
     gpu: str = ""
     gpu_share: float = 1.0
@@ -227,7 +229,7 @@ def _environment(plan: EnginePlan, ports: Ports) -> dict[str, str]:
     if plan.build == "cpu":
         env["VLLM_CPU_KVCACHE_SPACE"] = str(plan.kv_cache_gib)
         env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, plan.cores)) or "nobind"
-        env["OMP_NUM_THREADS"] = str(max(1, len(plan.cores)))
+        env["OMP_NUM_THREADS"] = str(plan.threads or max(1, len(plan.cores)))
     elif plan.gpu:
         env["CUDA_VISIBLE_DEVICES"] = plan.gpu
     if plan.connected:

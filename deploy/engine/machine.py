@@ -38,6 +38,7 @@ class Machine:
     gpus: ids for CUDA_VISIBLE_DEVICES.
     engine: None when no vLLM is installed.
     nixl: whether engines can hand KV to each other.
+    own_cores: whether the cores are for this process alone, as far as can be seen: it may use some of the machine's.
     compiler: whether there is a C++ compiler, which a CPU engine needs to compile its model.
     physical: every hardware thread that may be used, by physical core.
     shared_bytes: what is free in /dev/shm; infinite where the system has no such folder.
@@ -50,6 +51,7 @@ class Machine:
     engine: Engine | None
     nixl: bool = False
     fp16: bool = False
+    own_cores: bool = True
     compiler: bool = True
     shared_bytes: float = math.inf
     physical: tuple[tuple[int, ...], ...] = ()
@@ -68,6 +70,7 @@ def look(environ: Mapping[str, str], root: Path = Path("/")) -> Machine:
         gpus=visible_gpus(environ, root),
         engine=installed_engine(),
         nixl=find_spec("nixl") is not None,
+        own_cores=are_own(physical, os.cpu_count() or 1, root),
         compiler=shutil.which(environ.get("CXX", "g++")) is not None,
         shared_bytes=shared_bytes(root),
     )
@@ -103,6 +106,11 @@ def usable_cores(physical: tuple[tuple[int, ...], ...], root: Path) -> tuple[int
     cores = tuple(threads[0] for threads in physical)
     quota = cpu_quota(root)
     return cores[: max(1, math.ceil(quota))] if quota < len(cores) else cores
+
+
+def are_own(physical: tuple[tuple[int, ...], ...], all_threads: int, root: Path) -> bool:
+    """Whether a cpuset gives this process cores of the machine for itself; a quota alone says how much, not where."""
+    return sum(map(len, physical)) < all_threads and cpu_quota(root) >= len(physical)
 
 
 def cpu_quota(root: Path) -> float:

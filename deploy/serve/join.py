@@ -149,7 +149,12 @@ def plan_of(settings: JoinSettings, around: Surroundings) -> EnginePlan:
     check_transfer([Role.PREFILL if leans else role], machine)
     checked = check(alone, machine, cache_folder())
     (plan,) = plan_workers(alone, machine, checked, resolve(settings.model, cache_folder())).values()
-    return replace(plan, role=role, host=settings.address, hands_over=leans)
+    plan = replace(plan, role=role, host=settings.address, hands_over=leans)
+    if machine.own_cores or checked.build != "cpu":
+        return plan
+    # Another worker beside this one, in a container of its own, would choose the same cores.
+    anywhere = tuple(sorted(thread for threads in machine.physical for thread in threads))
+    return replace(plan, cores=anywhere or plan.cores, allowed=(), threads=len(plan.cores))
 
 
 def ports_of(settings: JoinSettings) -> Ports | None:

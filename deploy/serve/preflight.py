@@ -25,8 +25,8 @@ from scheduler.workers import Role
 # vLLM's three processes for one CPU engine, without weights and KV cache: 0.7 + 0.6 + 0.8 GB resident were seen.
 ENGINE_BYTES = 2 * GIB
 MIB = 1024**2
-# An engine of several processes passes batches through queues in /dev/shm: vLLM 0.32 does not start unless ten chunks
-# of 24 MiB are free there. It fills little of them, so that any number of engines needs no more.
+# An engine of several processes (on several GPUs, for one) passes batches through queues in /dev/shm: vLLM 0.32 does not
+# start unless ten chunks of 24 MiB are free there. It fills little of them, so that more engines need no more.
 SHARED_BYTES = 240 * MIB
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf")
@@ -81,7 +81,7 @@ def check(settings: ServeSettings, machine: Machine, cache: Path) -> Checked:
             "--balance-roles needs a worker of each kind: give --prefill-workers, --decode-workers and --workers"
         )
     check_transfer(worker_roles(settings).values(), machine)
-    check_shared_memory(settings, machine, build)
+    check_shared_memory(settings, machine)
     if build == "cpu" and settings.compile and not machine.compiler:
         raise PreflightError(
             "--compile needs a C++ compiler, and there is no g++ here: install it (on Debian: apt install g++), "
@@ -106,13 +106,13 @@ def check_transfer(roles: Iterable[Role], machine: Machine) -> None:
         )
 
 
-def check_shared_memory(settings: ServeSettings, machine: Machine, build: Build) -> None:
-    """SharedMemoryError where an engine of several processes would not start: on a CPU each is, on GPUs a split one."""
-    if machine.shared_bytes >= SHARED_BYTES or not (build == "cpu" or spreads(settings.engine_args)):
+def check_shared_memory(settings: ServeSettings, machine: Machine) -> None:
+    """SharedMemoryError where an engine that is split over several processes would not start."""
+    if machine.shared_bytes >= SHARED_BYTES or not spreads(settings.engine_args):
         return
     raise SharedMemoryError(
-        f"too little shared memory: {machine.shared_bytes / MIB:.0f} MiB are free in /dev/shm, and an engine needs "
-        f"{SHARED_BYTES / MIB:.0f} MiB: start the container with --shm-size=1g (Docker Compose: `shm_size: 1gb`; "
+        f"too little shared memory: {machine.shared_bytes / MIB:.0f} MiB are free in /dev/shm, and an engine of several "
+        f"processes needs {SHARED_BYTES / MIB:.0f} MiB: start the container with --shm-size=1g (Docker Compose: `shm_size: 1gb`; "
         "Kubernetes: mount an emptyDir of medium Memory there)"
     )
 
@@ -187,5 +187,7 @@ def in_words(plan: EnginePlan) -> str:
         return f"{does}{'GPUs' if ',' in plan.gpu else 'GPU'} {plan.gpu}"
     cores = "core" if len(plan.cores) == 1 else "cores"
     where = f"CPU {cores} {','.join(map(str, plan.cores))}"
+    if plan.threads:
+        where = f"{plan.threads} thread{'s' if plan.threads > 1 else ''} on {where}"
     dtype = computes_in(plan) or "vLLM's choice of number format"
     return f"{does}{where}, {dtype}, {'compiled' if compiles(plan) else 'eager'}, {plan.kv_cache_gib} GiB KV cache"

@@ -101,19 +101,19 @@ def test_few_open_files_are_a_warning() -> None:
     assert doctor.check_open_files(65536).level == "ok"
 
 
-def test_a_containers_default_shared_memory_is_too_small_for_any_engine_but_one_on_one_gpu() -> None:
-    small = 64 * 1024**2
-    finding = doctor.check_shared_memory(ServeSettings(), replace(CPU, shared_bytes=small))
+def test_a_containers_default_shared_memory_is_too_small_for_an_engine_of_several_processes() -> None:
+    small = replace(CUDA, shared_bytes=64 * 1024**2)
+    split = ServeSettings(engine_args=["--tensor-parallel-size=2"])
+    finding = doctor.check_shared_memory(split, small)
     assert (finding.level, finding.found) == ("bad", "64 MiB free in /dev/shm")
     assert "--shm-size=1g" in finding.advice
-    assert doctor.check_shared_memory(ServeSettings(), replace(CPU, shared_bytes=256 * 1024**2)).level == "ok"
-    assert doctor.check_shared_memory(ServeSettings(), replace(CUDA, shared_bytes=small)).level == "warn"
-    spread = ServeSettings(engine_args=["--tensor-parallel-size=2"])
-    assert doctor.check_shared_memory(spread, replace(CUDA, shared_bytes=small)).level == "bad"
+    assert doctor.check_shared_memory(split, replace(CUDA, shared_bytes=256 * 1024**2)).level == "ok"
+    assert doctor.check_shared_memory(ServeSettings(), small).level == "warn"
 
 
 def test_too_little_shared_memory_is_not_reported_as_too_little_memory(cache: Path) -> None:
-    settings, machine = ServeSettings(model=str(cache / "llama")), replace(CPU, shared_bytes=0)
+    settings = ServeSettings(model=str(cache / "llama"), engine_args=["--tensor-parallel-size=2"])
+    machine = replace(CPU, shared_bytes=0)
     assert doctor.check_memory(settings, machine, cache).level == "warn"
 
 

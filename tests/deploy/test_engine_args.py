@@ -136,6 +136,11 @@ def test_cores_and_kv_cache_of_a_cpu_engine_are_told_by_environment() -> None:
     assert env["VLLM_CPU_KVCACHE_SPACE"] == "3"
 
 
+def test_threads_of_an_engine_that_shares_its_cores_are_as_many_and_go_where_there_is_room() -> None:
+    env = engine_command(plan(cores=(0, 1, 2, 3), threads=2), PORTS, "python").env
+    assert (env["VLLM_CPU_OMP_THREADS_BIND"], env["OMP_NUM_THREADS"]) == ("0,1,2,3", "2")
+
+
 def test_engines_apart_hand_over_kv_and_compute_again_what_does_not_arrive() -> None:
     prefill = engine_command(plan(role=Role.PREFILL), PORTS, "python")
     transfer = json.loads(value_of(prefill.argv, "--kv-transfer-config"))

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from deploy.engine.machine import (
+    are_own,
     available_bytes,
     cpu_flags,
     installed_engine,
@@ -29,6 +30,18 @@ def test_a_second_hardware_thread_of_a_core_is_not_another_core(tmp_path: Path) 
 def test_a_containers_cpu_quota_bounds_the_cores(quota: str, cores: int, tmp_path: Path) -> None:
     put(tmp_path, "sys/fs/cgroup/cpu.max", quota)
     assert len(usable_cores(physical_cores([0, 1, 2, 3], tmp_path), tmp_path)) == cores
+
+
+@pytest.mark.parametrize(
+    ("allowed", "quota", "own"),
+    [([0, 1, 2, 3], "", False), ([2, 3], "", True), ([2, 3], "200000 100000", True), ([2, 3], "100000 100000", False)],
+    ids=["all of the machine", "a cpuset", "a cpuset and its quota", "a share of a cpuset"],
+)
+def test_cores_are_ones_own_in_a_cpuset_that_no_quota_makes_smaller(
+    allowed: list[int], quota: str, own: bool, tmp_path: Path
+) -> None:
+    put(tmp_path, "sys/fs/cgroup/cpu.max", quota)
+    assert are_own(physical_cores(allowed, tmp_path), 4, tmp_path) is own
 
 
 @pytest.mark.parametrize(("quota", "cores"), [("150000", 2), ("-1", 4)])
