@@ -25,8 +25,8 @@ from scheduler.workers import Role
 # vLLM's three processes for one CPU engine, without weights and KV cache: 0.7 + 0.6 + 0.8 GB resident were seen.
 ENGINE_BYTES = 2 * GIB
 MIB = 1024**2
-# An engine of several processes (on several GPUs, for one) passes batches through queues in /dev/shm: vLLM 0.32 does not
-# start unless ten chunks of 24 MiB are free there. It fills little of them, so that more engines need no more.
+# An engine of several processes (on several GPUs, for one) passes batches through queues in /dev/shm: vLLM 0.32 does
+# not start unless ten chunks of 24 MiB are free there. It fills little of them, so that more engines need no more.
 SHARED_BYTES = 240 * MIB
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf")
@@ -111,9 +111,9 @@ def check_shared_memory(settings: ServeSettings, machine: Machine) -> None:
     if machine.shared_bytes >= SHARED_BYTES or not spreads(settings.engine_args):
         return
     raise SharedMemoryError(
-        f"too little shared memory: {machine.shared_bytes / MIB:.0f} MiB are free in /dev/shm, and an engine of several "
-        f"processes needs {SHARED_BYTES / MIB:.0f} MiB: start the container with --shm-size=1g (Docker Compose: `shm_size: 1gb`; "
-        "Kubernetes: mount an emptyDir of medium Memory there)"
+        f"too little shared memory: {machine.shared_bytes / MIB:.0f} MiB are free in /dev/shm, and an engine of "
+        f"several processes needs {SHARED_BYTES / MIB:.0f} MiB: start the container with --shm-size=1g (Docker "
+        "Compose: `shm_size: 1gb`; Kubernetes: mount an emptyDir of medium Memory there)"
     )
 
 
