@@ -16,6 +16,7 @@ import yaml
 from deploy.observability.dashboards import BOARDS
 from deploy.serve.join import JoinSettings
 from deploy.serve.join import add_arguments as worker_arguments
+from deploy.serve.preflight import SHARED_BYTES
 from scheduler.catalog import POLICIES
 from server.__main__ import add_arguments as gateway_arguments
 from server.observe.telemetry import SECONDS
@@ -48,7 +49,13 @@ EVERYTHING = KEY | {
             "autoscaling": {"enabled": True, "maxReplicas": 8},
             "env": [{"name": "VLLM_LOGGING_LEVEL", "value": "DEBUG"}],
         },
-        "small": {"storage": {"existingClaim": "models"}, "resources": {}, "model": "smollm2"},
+        "small": {
+            "image": {"repository": "evenhand-worker-cpu"},
+            "model": "smollm2",
+            "resources": {"limits": {"cpu": "4", "memory": "8Gi"}},
+            "sharedMemory": "256Mi",
+            "storage": {"existingClaim": "models"},
+        },
         "wide": {
             "replicas": 2,
             "multiNode": {"nodes": 4},
@@ -226,6 +233,30 @@ def test_a_worker_gets_its_role_its_model_and_its_disk_and_an_unwanted_one_is_go
         assert mounted == given | {claim["metadata"]["name"] for claim in doc["spec"].get("volumeClaimTemplates", [])}
 
 
+def test_a_cpu_worker_asks_for_cores_and_no_gpu() -> None:
+    """Limits alone are requests, too: whole cores then come as a cpuset where the node's CPU manager is static."""
+    small = container(of("everything", "StatefulSet", "small"))
+    assert small["resources"] == {"limits": {"cpu": "4", "memory": "8Gi"}}
+    assert small["image"].startswith("evenhand-worker-cpu:")
+    assert container(of("everything", "StatefulSet", "read"))["resources"] == VALUES["workerDefaults"]["resources"]
+    wide = of("everything", "LeaderWorkerSet", "wide")
+    assert container(wide, 1)["resources"] == {"limits": {"nvidia.com/gpu": 8}}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_engine_has_the_shared_memory_that_its_processes_need(variant: str) -> None:
+    """A container has 64 MiB of its own, with which an engine of several processes does not start."""
+    units = {"Mi": 1024**2, "Gi": 1024**3}
+    engines = [pod["spec"] for doc in DOCS[variant] for pod in templates(doc) if "worker" in doc["metadata"]["name"]]
+    assert engines
+    for pod in engines:
+        (shm,) = [volume["emptyDir"] for volume in pod["volumes"] if volume["name"] == "shm"]
+        assert shm["medium"] == "Memory"
+        assert int(shm["sizeLimit"][:-2]) * units[shm["sizeLimit"][-2:]] >= SHARED_BYTES
+        (only,) = pod["containers"]
+        assert {"name": "shm", "mountPath": "/dev/shm"} in only["volumeMounts"]
+
+
 def test_an_engine_over_several_nodes_is_a_group_whose_leader_is_the_worker() -> None:
     wide = of("everything", "LeaderWorkerSet", "wide")
     assert wide["spec"]["replicas"] == 2 and wide["spec"]["leaderWorkerTemplate"]["size"] == 4
@@ -321,6 +352,9 @@ WRONG = [
     (KEY | {"workers": {"main": {"storage": {"size": "1Gi", "existingClaim": "x"}}}}, "workers.main.storage"),
     (KEY | {"workers": {"main": {"multiNode": {"nodes": 2, "backend": "mpi"}}}}, "backend"),
     (KEY | {"workers": {"main": {"multiNode": {"nodes": 0}}}}, "nodes"),
+    (KEY | {"workers": {"main": {"sharedMemory": "64Mi"}}}, "sharedMemory"),
+    (KEY | {"workers": {"main": {"sharedMemory": "255Mi"}}}, "sharedMemory"),
+    (KEY | {"workers": {"main": {"sharedMemory": "0Gi"}}}, "sharedMemory"),
     (KEY | {"workers": {"main": {"multiNode": {"nodes": 2}, "role": "decode"}}}, "workers.main.multiNode"),
     (KEY | {"workers": {"main": {"multiNode": {"nodes": 2}, "storage": {"size": "1Gi"}}}}, "workers.main.storage.size"),
     (KEY | {"monitoring": {"objectives": {"ttftSeconds": "1.7"}}}, "ttftSeconds"),
