@@ -24,6 +24,9 @@ FLOAT32_SLOTS = 32
 CPU_SLOTS = 128  # vLLM's own default for a server on a CPU
 GPU_SLOTS = 256
 
+# An idle engine needs two seconds of CPU to end; gateways have let running answers finish before.
+SHUTDOWN_S = 12
+
 # KV whose request died between two engines is held so long. Who waits for it renews the lease, every sixth of it.
 KV_LEASE_S = 15
 
@@ -144,6 +147,8 @@ def _options(plan: EnginePlan, ports: Ports) -> Options:
         "--host": plan.host,
         "--port": str(ports.http),
         "--disable-uvicorn-access-log": None,
+        # From a request to stop to the engine's own end; without it vLLM kills what it has started itself.
+        "--shutdown-timeout": str(SHUTDOWN_S),
         # Every engine carries the plug-in, under FCFS too, so that the policy can be changed while it runs.
         "--scheduler-cls": SCHEDULER,
         "--additional-config": json.dumps(

@@ -26,7 +26,7 @@ STAGES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(?!)"), FIRST_STAGE),
     (re.compile(r"non-default args: "), "reading the model's configuration"),
     (re.compile(r"Resolved architecture: "), "starting the engine's processes"),
-    (re.compile(r"Initializing a V1 LLM engine"), "starting the model's processes"),
+    (re.compile(r"Initializing a V1 LLM engine"), "setting up the engine"),
     (re.compile(r"Starting to load model "), "loading the model"),
     (re.compile(r"(Explicitly|Auto) set \(|KV cache size: "), "reserving the KV cache"),
     (re.compile(r"^Warming up model|^Start compiling|Capturing CUDA graph|torch\.compile took"), "warming up"),
@@ -38,7 +38,8 @@ STAGES: tuple[tuple[re.Pattern[str], str], ...] = (
 NOISE = re.compile(
     r"Found ulimit of|Enforce eager set|Inductor compilation was disabled|Triton is not installed|requires Triton|"
     r"is not found in LD_PRELOAD|OMP_NUM_THREADS|not public|libtcmalloc|libiomp|Enabled custom fusions|"
-    r"Default vLLM sampling parameters have been overridden|Attempted to load weight \S+ with dtype"
+    r"Default vLLM sampling parameters have been overridden|Attempted to load weight \S+ with dtype|"
+    r"Reset SSM cache type|Initializing KVConnectorBase|seed is set to"
 )
 
 # What vLLM says in its own terms, and what it means for whoever runs it.

@@ -146,6 +146,7 @@ class WorkerProcess:
         self._cores: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
         self._started_at_s = 0.0
         self._stage = 0
+        self._stopping = False
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
 
     async def run(self) -> None:
@@ -248,7 +249,11 @@ class WorkerProcess:
             self._cores = command.cores, command.allowed
             async with running(command.argv, env, self._timing.grace_s, self._heard, command.allowed) as self._child:
                 self._tell(STAGES[0][1])
-                yield self._child
+                self._stopping = False
+                try:
+                    yield self._child
+                finally:
+                    self._stopping = True  # it has ended, or we end it
         except OSError as error:
             raise WorkerError(f"it could not be started: {error.strerror or error}") from error
         finally:
@@ -259,7 +264,8 @@ class WorkerProcess:
         line = parse(text)
         self._log.write(text)
         self._lines.append(text)
-        self._listeners.line(self.name, line)
+        if not self._stopping:
+            self._listeners.line(self.name, line)
         if self.state is State.STARTING and (reached := stage(line, self._stage)) != self._stage:
             self._stage = reached
             self._tell(STAGES[reached][1])

@@ -22,7 +22,7 @@ from deploy.engine.model import BUNDLED, BUNDLED_BYTES, TINY, ModelSource, resol
 from deploy.settings import ServeSettings
 from scheduler.workers import Role
 
-# vLLM's three processes for one CPU engine, without weights and KV cache: 0.7 + 0.6 + 0.8 GB resident were seen.
+# vLLM's processes for one CPU engine, without weights and KV cache: 0.7 + 0.9 GB resident were seen, or three of them.
 ENGINE_BYTES = 2 * GIB
 MIB = 1024**2
 # An engine of several processes (on several GPUs, for one) passes batches through queues in /dev/shm: vLLM 0.32 does

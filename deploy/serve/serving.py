@@ -28,6 +28,7 @@ from deploy.serve.gateway import Front
 from deploy.serve.preflight import Checked, PreflightError, in_words, plan_workers
 from deploy.serve.screen import Screen, ScreenLog
 from deploy.settings import ServeSettings
+from scheduler.workers import Role
 
 log = logging.getLogger("evenhand.serve")
 
@@ -160,12 +161,20 @@ class Serving:
         front, plan = self._front, self._plans[event.worker]
         if event.state is State.READY:
             front.join(worker_of(plan, event.worker, event.url))
+            if missing := self._missing_role(plan):
+                self._screen.line(event.worker, f"takes whole requests until a {missing} worker is ready", "yellow")
         else:
             front.leave(event.worker)
             if event.state is not State.STOPPED:
                 front.starting(event.worker, event.detail)
         if all(worker.state is State.READY for worker in self._workers.values()):
             self._all_ready.set()
+
+    def _missing_role(self, plan: EnginePlan) -> str:
+        """The role that an engine of `plan` needs beside its own and that no worker takes yet; "" if none."""
+        other = {Role.PREFILL: Role.DECODE, Role.DECODE: Role.PREFILL}.get(plan.role)
+        there = {self._plans[name].role for name, worker in self._workers.items() if worker.state is State.READY}
+        return other.value if other is not None and other not in there else ""
 
     async def _wind_down(self, stop: Stop, gateway: asyncio.Task[None], work: asyncio.Task[None]) -> None:
         """Lets running answers finish, then stops the engines; the second signal cuts both short.

@@ -137,7 +137,7 @@ class Dispatcher:
 
     lanes: the policy's line. window: how many sequences a worker is given at a time. max_waiting: requests beyond which
     newcomers are refused. queue_timeout_s: how long anybody waits, None for ever. rules: when prompts are read apart.
-    placed: requests by how they were placed ("apart", or why not) since there have been prefill workers.
+    placed: requests by how they were placed ("apart", or why not), where there are prefill or decode workers.
     """
 
     def __init__(
@@ -305,7 +305,7 @@ class Dispatcher:
         """Where a request fits: one worker that has room, or two where prompts are read apart."""
         if ticket.avoid:
             ready = [member for member in ready if member.worker.id != ticket.avoid] or ready
-        if len(ready) == 1:  # nothing to choose
+        if len(ready) == 1 and ready[0].role is Role.BOTH:  # nothing to choose
             return Room(ready[0]) if self._has_room(ready[0], ticket) else None
         roomy = [member for member in ready if self._has_room(member, ticket)]
         if not roomy:
@@ -313,7 +313,7 @@ class Dispatcher:
         call = ticket.call
         prompt = beginnings(call.body, call.route.content_field, call.prompt_tokens)
         known = self.affinity.known(prompt)
-        if any(member.role is Role.PREFILL for member in ready):
+        if any(member.role is not Role.BOTH for member in ready):
             room = self._room_in_pools(ticket, ready, known)
         else:
             options = [_option(member, known) for member in roomy]

@@ -155,6 +155,12 @@ class Fleet:
             if member.state is State.READY and (model is None or model in member.models)
         ]
 
+    def missing_roles(self) -> list[str]:
+        """The halves of a split deployment that nobody takes at present, so that requests are not split."""
+        there = {member.role for member in self.ready()}
+        halves = {Role.PREFILL, Role.DECODE}
+        return sorted(role.value for role in halves - there) if there & halves else []
+
     def models(self) -> list[dict[str, object]]:
         """The served models as /v1/models lists them, each once."""
         listed: dict[object, dict[str, object]] = {}

@@ -91,7 +91,8 @@ def operations(fleet: Fleet, metrics: Metrics, notes: Callable[[], dict[str, Any
         workers = described(fleet.members.values())
         said = notes()
         if any(member.state is State.READY for member in fleet.members.values()) and "stopping" not in said:
-            return _json({"status": "ready", "workers": workers, **said})
+            missing = {"missing_roles": roles} if (roles := fleet.missing_roles()) else {}
+            return _json({"status": "ready", "workers": workers, **missing, **said})
         waiting = {"status": "not ready", "workers": workers, "starting": fleet.starting, **said}
         return _json(waiting, 503, {"retry-after": "5"})
 

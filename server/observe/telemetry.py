@@ -135,7 +135,7 @@ class Telemetry(Collector):
         yield from self._of_workers()
         placed = CounterMetricFamily(
             "evenhand_placements",
-            "Requests since there have been prefill workers: `apart`, or why one worker took them whole.",
+            "Requests to a fleet with prefill or decode workers: `apart`, or why one worker took them whole.",
             labels=("placement",),
         )
         for placement, count in self.placed():

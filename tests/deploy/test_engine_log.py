@@ -34,7 +34,7 @@ def test_a_start_is_told_stage_by_stage_each_once_and_in_order() -> None:
         "importing the engine",
         "reading the model's configuration",
         "starting the engine's processes",
-        "starting the model's processes",
+        "setting up the engine",
         "loading the model",
         "reserving the KV cache",
         "starting its HTTP server",

@@ -1,6 +1,7 @@
 """What is not relayed: health, readiness, models, the OpenAPI page."""
 
-from tests.server.conftest import over_fake, request, serving
+from loadtest.fake.engine import FakeEngine
+from tests.server.conftest import INSTANT, over_fake, request, serving
 
 
 async def test_health_says_that_the_process_lives_and_ready_that_a_worker_does() -> None:
@@ -11,6 +12,24 @@ async def test_health_says_that_the_process_lives_and_ready_that_a_worker_does()
     async with over_fake() as (gateway, _):
         reply = await gateway.ask("/ready", method="GET")
         assert reply.status == 200 and reply.json()["workers"][0]["state"] == "ready"
+
+
+async def test_ready_names_the_half_that_nobody_takes_and_requests_that_go_unsplit_for_it_are_counted() -> None:
+    async with FakeEngine(INSTANT) as prefill, FakeEngine(INSTANT) as decode:
+        async with serving(f"{decode.url},role=decode,id=d0") as gateway:
+            ready = await gateway.ask("/ready", method="GET")
+            assert (ready.status, ready.json()["missing_roles"]) == (200, ["prefill"])
+            assert (
+                await gateway.ask(
+                    "/v1/chat/completions", {"model": "fake", "messages": [{"role": "user", "content": "Hi"}]}
+                )
+            ).status == 200
+            counted = (await gateway.ask("/metrics", method="GET")).body.decode()
+            assert 'evenhand_placements_total{placement="no_pool"} 1.0' in counted
+        async with serving(f"{prefill.url},role=prefill", f"{decode.url},role=decode") as gateway:
+            assert "missing_roles" not in (await gateway.ask("/ready", method="GET")).json()
+        async with serving(decode.url) as gateway:
+            assert "missing_roles" not in (await gateway.ask("/ready", method="GET")).json()
 
 
 async def test_models_are_listed_and_found_by_name() -> None:
