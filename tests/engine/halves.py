@@ -59,6 +59,14 @@ class Half:
 
 
 @dataclass(frozen=True)
+class Cores:
+    """Where threads of one engine may run: the one that computes, and each different set of all of them."""
+
+    computing: frozenset[int]
+    all: set[frozenset[int]]
+
+
+@dataclass(frozen=True)
 class Halves:
     """A running `serve` with so many workers. folder: of the model, which is served under its name."""
 
@@ -74,6 +82,17 @@ class Halves:
             if f'"kv_{role}"' in command and (port := re.search(r"api_server.* --port (\d+)", command)):
                 if os.getpgid(pid) != pid:  # the leash has the same words
                     found.append(Half(f"http://127.0.0.1:{port[1]}", pid, os.getsid(pid)))
+        return found
+
+    def cores(self) -> list[Cores]:
+        """Where each engine's threads may run, by what the kernel says of every one of them."""
+        found = []
+        for leash in sorted({os.getsid(pid) for pid, command in marked(self.mark).items() if "api_server" in command}):
+            processes = in_session(leash)
+            core = next(pid for pid, command in processes.items() if "EngineCore" in command)
+            tasks = [int(task.name) for pid in processes for task in Path(f"/proc/{pid}/task").iterdir()]
+            every = {frozenset(os.sched_getaffinity(task)) for task in tasks}
+            found.append(Cores(frozenset(os.sched_getaffinity(core)), every))
         return found
 
     @property
@@ -188,12 +207,13 @@ def text_of(events: Sequence[Json]) -> str:
 
 
 @contextmanager
-def serving(model: Path, folder: Path, prefill: int, decode: int) -> Iterator[Halves]:
+def serving(model: Path, folder: Path, prefill: int, decode: int, both: int = 0) -> Iterator[Halves]:
     """`evenhand serve` with so many engines of each kind, under VTC; at its end it must leave nothing behind."""
     mark, port = new_mark(), free_port()
     (folder / "settings.yaml").write_text(SETTINGS)
     command = [sys.executable, "-m", "deploy.cli", "serve", "--port", str(port), "--model", str(model)]
-    command += ["--prefill-workers", str(prefill), "--decode-workers", str(decode), "--kv-cache-gib", "1"]
+    command += ["--prefill-workers", str(prefill), "--decode-workers", str(decode), "--workers", str(both)]
+    command += ["--kv-cache-gib", "1"]
     command += ["--policy", "vtc", "--config", str(folder / "settings.yaml"), "--state-folder", str(folder / "state")]
     command += [f"--engine-arg={argument}" for argument in ARGUMENTS]
     log = folder / "serve.log"
@@ -205,7 +225,7 @@ def serving(model: Path, folder: Path, prefill: int, decode: int) -> Iterator[Ha
         while b"\nReady: " not in log.read_bytes():
             assert process.poll() is None and time.monotonic() < end, log.read_text()[-5000:]
             time.sleep(0.1)
-        yield Halves(f"http://127.0.0.1:{port}", mark, model, prefill + decode)
+        yield Halves(f"http://127.0.0.1:{port}", mark, model, prefill + decode + both)
     finally:
         process.terminate()
         try:
