@@ -6,9 +6,10 @@ from server.admission.dispatch import Lines
 from server.batch.content import Reply
 from server.engine.client import Connection
 from server.request.call import Route
+from server.request.directory import Tenants
 from server.request.errors import NoWorker, ServiceError, UnknownKey, error_object, status_of
 from server.request.schemas import ROUTES
-from server.request.tenants import OPEN, Tenant, Tenants
+from server.request.tenants import OPEN, Tenant
 
 
 class LineRequest:

@@ -7,7 +7,8 @@ import msgspec
 
 from server.admission.live_policy import Line, LivePolicy
 from server.fleet.fleet import Fleet, State
-from server.request.tenants import TenantRecord, Tenants, read_record
+from server.request.directory import Tenants
+from server.request.tenants import TenantRecord, read_record
 from server.store.store import Store, StoreAway
 
 log = logging.getLogger("evenhand.records")

@@ -19,7 +19,7 @@ from server.cluster.records import Records
 from server.cluster.replicas import Replicas
 from server.fleet.fleet import Fleet
 from server.fleet.registry import Registry
-from server.request.tenants import TenantFile, Tenants
+from server.request.directory import TenantFile, Tenants
 from server.settings import Settings, admin_address
 from server.store.redis_store import RedisStore
 from server.store.socket_store import LOCAL, SHARED, SocketStore

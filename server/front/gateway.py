@@ -16,9 +16,10 @@ from server.relay.failover import Failover
 from server.relay.prefill_leg import Handover
 from server.relay.relay import Answer
 from server.request.call import Call, Phase, Route, Ticket
+from server.request.directory import Tenants
 from server.request.errors import ServiceError, outcome_of
 from server.request.schemas import call_from, deadline_from
-from server.request.tenants import Tenant, Tenants
+from server.request.tenants import Tenant
 
 log = logging.getLogger("evenhand.gateway")
 

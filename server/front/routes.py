@@ -11,9 +11,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from server.fleet.fleet import Fleet, State, described
+from server.request.directory import Tenants
 from server.request.errors import NotFound, ServiceError, UnknownModel, WrongMethod, error_object, status_of
 from server.request.schemas import MESSAGES, ROUTES
-from server.request.tenants import Tenant, Tenants
+from server.request.tenants import Tenant
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 OPERATORS_ONLY = ("/admin", "/console")

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import msgspec
 import orjson
 from fastapi import APIRouter, Depends, Request, Response
+from msgspec.structs import replace
 from starlette.responses import JSONResponse
 
 from scheduler.catalog import build
@@ -21,19 +22,9 @@ from server.cluster.local_sync import Siblings
 from server.cluster.records import DRAINED, LIVE, POLICY, TENANT, PolicyRecord, Records
 from server.fleet.fleet import Fleet, described
 from server.fleet.registry import worker_from
+from server.request.directory import Tenants, bearer
 from server.request.errors import BadRequest, NotAllowed, ServiceError, UnknownKey
-from server.request.tenants import (
-    KeyRecord,
-    TenantRecord,
-    Tenants,
-    bearer,
-    digest_of,
-    hashed,
-    index_of,
-    key_id,
-    new_key,
-    read_record,
-)
+from server.request.tenants import KeyRecord, TenantRecord, digest_of, hashed, index_of, key_id, new_key, read_record
 from server.store.store import StoreAway
 
 WORKER_FIELDS = frozenset(("url", "role", "slots"))
@@ -86,16 +77,16 @@ class Admin:
 
     # tenants
     def tenant(self, name: str) -> TenantRecord:
-        for record in self.tenants.all():
-            if record.name == name:
-                return record
+        record = self.tenants.record(name)
+        if record is not None:
+            return record
         raise Unknown(f"There is no tenant {name!r}.", param="name")
 
     def described_tenant(self, record: TenantRecord) -> dict[str, Any]:
         """A tenant without its keys: they are named by the beginning of their digest."""
-        keys = [{"id": key_id(key.key), "expires": key.expires} for key in record.keys]
+        keys = [{"id": key_id(key.key), "expires": key.expires} for key in record.credentials]
         in_file = record.name in self.tenants.names_in_file()
-        told = record.model_dump(mode="json", exclude={"keys"})
+        told = record.described()
         source = "file" if in_file else "store"
         name, used = self.pseudonym(record.name), self.gate.usage(record.name)
         return {**told, "keys": keys, "source": source, "used": used, "log_name": name}
@@ -109,7 +100,7 @@ class Admin:
             index_of([*others, record])
         except ValueError as error:
             raise BadRequest(f"{error}.", param="keys") from None
-        await self.write(self.records.store.put(TENANT, record.name, record.model_dump_json()))
+        await self.write(self.records.store.put(TENANT, record.name, msgspec.json.encode(record).decode()))
 
     async def drop_tenant(self, name: str) -> None:
         if name in self.tenants.names_in_file():
@@ -242,8 +233,8 @@ def _tenants(admin: Admin) -> APIRouter:
             record = read_record(body)
         except ValueError as error:
             raise BadRequest(f"{error}.") from None
-        if "keys" not in body and any(other.name == name for other in admin.tenants.all()):
-            record = record.model_copy(update={"keys": admin.tenant(name).keys})
+        if "keys" not in body and admin.tenants.record(name) is not None:
+            record = replace(record, keys=admin.tenant(name).keys)
         await admin.put_tenant(record)
         return JSONResponse(_plain(admin.described_tenant(admin.tenant(name))))
 
@@ -261,20 +252,20 @@ def _keys(admin: Admin) -> APIRouter:
     @router.post("", summary="Make a key, shown this once; `retire_others_in_s` ends the older ones after that time")
     async def make(name: str, body: Body) -> Response:
         record, key = admin.tenant(name), new_key()
-        keys = record.keys
+        keys = record.credentials
         if (retire_s := body.get("retire_others_in_s")) is not None:
             keys = _retired(keys, retire_s, admin.wall())
-        fresh = KeyRecord(key=hashed(key))
-        await admin.put_tenant(record.model_copy(update={"keys": (*keys, fresh)}))
+        fresh = KeyRecord(hashed(key))
+        await admin.put_tenant(replace(record, keys=(*keys, fresh)))
         return JSONResponse({"key": key, "id": key_id(fresh.key)}, 201, {"cache-control": "no-store"})
 
     @router.delete("/{id}", summary="Delete a key")
     async def delete(name: str, id: str) -> Response:
         record = admin.tenant(name)
-        kept = tuple(key for key in record.keys if key_id(key.key) != id)
-        if len(kept) == len(record.keys):
+        kept = tuple(key for key in record.credentials if key_id(key.key) != id)
+        if len(kept) == len(record.credentials):
             raise Unknown(f"Tenant {name!r} has no key {id!r}.", param="id")
-        await admin.put_tenant(record.model_copy(update={"keys": kept}))
+        await admin.put_tenant(replace(record, keys=kept))
         return Response(status_code=204)
 
     return router
@@ -314,9 +305,7 @@ def _retired(keys: tuple[KeyRecord, ...], after_s: Any, wall: float) -> tuple[Ke
         raise BadRequest("'retire_others_in_s' is a number of seconds, up to a year.", param="retire_others_in_s")
     end = datetime.fromtimestamp(wall, UTC) + timedelta(seconds=after_s)
     return tuple(
-        key
-        if key.expires is not None and key.expires.astimezone(UTC) < end
-        else key.model_copy(update={"expires": end})
+        key if key.expires is not None and key.expires.astimezone(UTC) < end else replace(key, expires=end)
         for key in keys
     )
 

@@ -24,7 +24,7 @@ from server.cluster.local_sync import Siblings
 from server.fleet.fleet import Fleet, Member, described
 from server.observe.fairness_metrics import Sharing
 from server.observe.telemetry import Distribution, Telemetry
-from server.request.tenants import Tenants
+from server.request.directory import Tenants
 
 TENANTS_SHOWN = 50
 View = dict[str, Any]

@@ -5,7 +5,8 @@ import io
 import pytest
 
 from deploy.cli import main
-from server.request.tenants import Tenants, read_record
+from server.request.directory import Tenants
+from server.request.tenants import read_record
 
 
 def opens(shown: str, key: str) -> bool:

@@ -1,0 +1,140 @@
+"""The tenants in force, found by their API keys: those of a file, and those of the shared store."""
+
+import hmac
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from server.request.errors import NoWorker, UnknownKey
+from server.request.tenants import OPEN, Tenant, TenantRecord, digest_of, index_of, read_file
+
+log = logging.getLogger("evenhand.tenants")
+
+
+@dataclass(slots=True)
+class Tenants:
+    """API key → tenant.
+
+    wall: seconds since 1970. open: without any tenant anybody may ask, as the tenant `open`; that ends for good with
+    the first tenant. learned: False until it is known whether the store has tenants.
+    """
+
+    wall: Callable[[], float]
+    open: bool = True
+    learned: bool = True
+    from_file: tuple[TenantRecord, ...] = ()
+    from_store: Mapping[str, TenantRecord] = field(default_factory=dict)
+    _index: dict[bytes, TenantRecord] = field(default_factory=dict)
+    _records: dict[str, TenantRecord] = field(default_factory=dict)
+    _met: dict[str, Tenant] = field(default_factory=dict)
+
+    def identify(self, authorization: bytes | None, api_key: bytes | None) -> Tenant:
+        """The tenant of a request's credentials. Raises UnknownKey; its message holds nothing of the key."""
+        if self.open:
+            return OPEN if self.learned else self._not_yet()
+        key = bearer(authorization) or api_key
+        if not key:
+            raise UnknownKey("No API key: send it as 'Authorization: Bearer KEY'.")
+        digest = digest_of(key)
+        record = self._index.get(digest)
+        # The dictionary compares digests, whose leading bytes nobody can choose; this comparison is for certain.
+        keys = () if record is None else record.credentials
+        found = next((key for key in keys if hmac.compare_digest(key.digest, digest)), None)
+        if record is None or found is None:
+            if not self.learned:
+                self._not_yet()
+            raise UnknownKey("This API key is not known here.")
+        if found.expires_at is not None and found.expires_at <= self.wall():
+            raise UnknownKey("This API key has expired: use the tenant's newer one.")
+        return self._of(record)
+
+    def _of(self, record: TenantRecord) -> Tenant:
+        """The tenant of a record, built when it first comes."""
+        tenant = self._met.get(record.name)
+        if tenant is None:
+            tenant = self._met[record.name] = record.tenant()
+        return tenant
+
+    def _not_yet(self) -> Tenant:
+        raise NoWorker("The tenants are not known yet: the shared store has not answered.", retry_after_s=5.0)
+
+    def set_file(self, records: tuple[TenantRecord, ...]) -> None:
+        """The file's tenants, in place of those that it held before. A file, even an empty one, ends being open."""
+        self.from_file = records
+        self.open = False
+        self._build()
+
+    def set_stored(self, records: Mapping[str, TenantRecord]) -> None:
+        """The store's tenants, in place of those before. Where the file has the same name or key, the file counts."""
+        self.from_store = records
+        self.learned = True
+        if records:
+            self.open = False
+        self._build()
+
+    def _build(self) -> None:
+        in_file = self.names_in_file()
+        from_store = [record for record in self.from_store.values() if record.name not in in_file]
+        index = {key.digest: record for record in from_store for key in record.credentials}
+        self._index = index | index_of(self.from_file)
+        self._records = {record.name: record for record in (*self.from_file, *from_store)}
+        self._met = {}
+
+    def named(self, name: str) -> Tenant | None:
+        """The tenant of this name that is in force."""
+        record = self._records.get(name)
+        return None if record is None else self._of(record)
+
+    def record(self, name: str) -> TenantRecord | None:
+        """The record of this name that is in force."""
+        return self._records.get(name)
+
+    def names_in_file(self) -> frozenset[str]:
+        """The tenants that only the file can change."""
+        return frozenset(record.name for record in self.from_file)
+
+    def all(self) -> list[TenantRecord]:
+        """Every tenant that is in force."""
+        return list(self._records.values())
+
+
+def bearer(authorization: bytes | None) -> bytes | None:
+    """The key of an Authorization header, None if it is not of the Bearer scheme."""
+    if authorization is None or authorization[:7].lower() != b"bearer ":
+        return None
+    return authorization[7:].strip()
+
+
+class TenantFile:
+    """The file, read anew when it changed. What cannot be read changes nothing: the tenants before stay in force."""
+
+    def __init__(self, path: Path, tenants: Tenants) -> None:
+        """Reads it. ValueError if that cannot be: a gateway does not start with tenants that nobody meant."""
+        self.path = path
+        self.tenants = tenants
+        self.problem = ""
+        self._seen = self._mark()
+        tenants.set_file(read_file(path))
+
+    def _mark(self) -> tuple[int, int, int] | None:
+        try:
+            status = self.path.stat()
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_size, status.st_ino
+
+    def look(self) -> None:
+        """Reads the file if it is another than when it was last looked at. Call it once a second."""
+        mark = self._mark()
+        if mark == self._seen:
+            return
+        self._seen = mark
+        try:
+            self.tenants.set_file(read_file(self.path))
+        except ValueError as error:
+            self.problem = f"{error}. The tenants before stay in force."
+            log.error("%s", self.problem)
+        else:
+            self.problem = ""
+            log.info("tenant file %s: %d tenants", self.path, len(self.tenants.from_file))
