@@ -113,8 +113,8 @@ class Shared:
 
     async def _follow(self) -> None:
         while True:
-            if self.file is not None:
-                self.file.look()
+            if self.file is not None and self.file.changed():
+                await asyncio.to_thread(self.file.look)  # a large file takes a second to read
             await self.records.follow()
             await asyncio.sleep(FOLLOW_S)
 

@@ -1,7 +1,8 @@
 """What operators do while the gateway runs, under a key of their own: workers, tenants and keys, the policy."""
 
 import hmac
-from collections.abc import Awaitable, Callable
+from bisect import bisect_right
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
@@ -9,7 +10,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 import orjson
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from msgspec.structs import replace
 from starlette.responses import JSONResponse
 
@@ -152,6 +153,26 @@ async def json_object(request: Request) -> dict[str, Any]:
 Body = Annotated[dict[str, Any], Depends(json_object)]
 
 
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Which entries of a long list are asked for: `limit` of those whose name contains `search`, behind `after`."""
+
+    search: str = ""
+    after: str = ""
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 1000
+
+    def of(self, names: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
+        """The names on this page, sorted, and what the answer says beside them: how many match, and what follows."""
+        found = sorted(name for name in names if self.search in name)
+        start = bisect_right(found, self.after) if self.after else 0
+        page = found[start : start + self.limit]
+        following = page[-1] if start + self.limit < len(found) else None
+        return page, {"total": len(found), "next_after": following}
+
+
+Paged = Annotated[Page, Depends()]
+
+
 def admin_routes(admin: Admin) -> APIRouter:
     """Everything under /admin."""
     router = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(admin.authorize)])
@@ -185,8 +206,9 @@ def _workers(admin: Admin) -> APIRouter:
             raise Unknown(f"There is no worker {worker_id!r}.", param="worker_id")
 
     @router.get("", summary="The workers")
-    async def listed() -> Response:
-        return JSONResponse({"workers": described(fleet.members.values())})
+    async def listed(page: Paged) -> Response:
+        names, rest = page.of(fleet.members)
+        return JSONResponse({"workers": described(fleet.members[name] for name in names)} | rest)
 
     @router.put("/{worker_id}", summary="Add a worker to this gateway: url, role, slots")
     async def add(worker_id: str, body: Body) -> Response:
@@ -218,8 +240,10 @@ def _tenants(admin: Admin) -> APIRouter:
     router = APIRouter(prefix="/tenants")
 
     @router.get("", summary="The tenants, their limits and what they used; never a key")
-    async def listed() -> Response:
-        return JSONResponse({"tenants": [_plain(admin.described_tenant(record)) for record in admin.tenants.all()]})
+    async def listed(page: Paged) -> Response:
+        names, rest = page.of(record.name for record in admin.tenants.all())
+        shown = [_plain(admin.described_tenant(admin.tenant(name))) for name in names]
+        return JSONResponse({"tenants": shown} | rest)
 
     @router.get("/{name}", summary="One tenant")
     async def one(name: str) -> Response:

@@ -124,12 +124,15 @@ class TenantFile:
             return None
         return status.st_mtime_ns, status.st_size, status.st_ino
 
+    def changed(self) -> bool:
+        """Whether the file is another than when it was last read."""
+        return self._mark() != self._seen
+
     def look(self) -> None:
-        """Reads the file if it is another than when it was last looked at. Call it once a second."""
-        mark = self._mark()
-        if mark == self._seen:
+        """Reads the file if it changed. May run in a thread: requests see the old tenants or the new ones."""
+        if not self.changed():
             return
-        self._seen = mark
+        self._seen = self._mark()
         try:
             self.tenants.set_file(read_file(self.path))
         except ValueError as error:

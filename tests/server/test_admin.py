@@ -1,6 +1,7 @@
 """/admin: its own key, workers, tenants and keys, the policy while requests wait."""
 
 import asyncio
+import json
 import logging
 import os
 import socket
@@ -257,3 +258,22 @@ async def test_prometheus_finds_the_engines_with_their_roles() -> None:
     assert near == {"targets": [f"127.0.0.1:{engine.port}"], "labels": {"worker": "worker-0", "role": "both"}}
     labels = {"worker": "far", "role": "decode", "__metrics_path__": "/engine/metrics"}
     assert far == {"targets": ["127.0.0.1:1"], "labels": labels}
+
+
+async def test_long_lists_have_pages_and_a_search(tmp_path: Path) -> None:
+    path = tmp_path / "tenants.json"
+    records = [{"name": f"team-{number:03}", "keys": [f"sk-{number:020}"]} for number in range(120)]
+    path.write_text(json.dumps({"tenants": [*records, {"name": "other"}]}))
+    async with over_fake(tenants=path, admin_key=ADMIN_KEY) as (gateway, _):
+
+        async def page(query: str) -> tuple[list[str], int, str | None]:
+            answer = (await admin(gateway, "GET", f"/tenants?{query}")).json()
+            return [tenant["name"] for tenant in answer["tenants"]], answer["total"], answer["next_after"]
+
+        assert await page("limit=2") == (["other", "team-000"], 121, "team-000")
+        assert await page("limit=2&after=team-117") == (["team-118", "team-119"], 121, None)
+        assert await page("search=eam-05&limit=100") == ([f"team-{number:03}" for number in range(50, 60)], 10, None)
+        assert await page("after=zzz") == ([], 121, None)
+        assert (await admin(gateway, "GET", "/tenants?limit=0")).status == 422
+        workers = (await admin(gateway, "GET", "/workers?search=nothing")).json()
+        assert workers == {"workers": [], "total": 0, "next_after": None}

@@ -1,5 +1,6 @@
 """Tenants and their keys: who is let in, what a file may say, and that nothing of a key is ever told."""
 
+import json
 import logging
 import os
 import traceback
@@ -272,3 +273,24 @@ async def test_a_file_that_breaks_while_serving_is_told_in_ready(tmp_path: Path)
         assert told["status"] == "ready" and "stay in force" in told["tenants"]["problem"]
         reply = await gateway.ask("/v1/chat/completions", chat(), headers={"authorization": f"Bearer {KEY}"})
         assert reply.status == 200
+
+
+def test_a_file_may_be_json(tmp_path: Path) -> None:
+    path = tmp_path / "tenants.json"
+    path.write_text(
+        json.dumps({"tenants": [{"name": "acme", "keys": [{"key": KEY, "expires": "2025-06-01T12:00:00Z"}]}]})
+    )
+    (record,) = read_file(path)
+    assert record.name == "acme" and record.credentials[0].expires_at == NOON
+
+
+def test_one_wrong_record_of_many_is_named_and_nothing_of_the_file_is_used(tmp_path: Path) -> None:
+    path, found = tmp_path / "tenants.json", Tenants(lambda: NOON)
+    records: list[dict[str, object]] = [{"name": f"t{number}"} for number in range(1000)]
+    write(path, json.dumps({"tenants": records}))
+    file = TenantFile(path, found)
+    records[777]["weight"] = -1
+    write(path, json.dumps({"tenants": [*records, {"name": "new"}]}))
+    file.look()
+    assert "tenants[777].weight: expected `float` > 0" in file.problem and "stay in force" in file.problem
+    assert found.named("new") is None and found.named("t777") is not None
