@@ -16,7 +16,7 @@ from rich.console import Console
 from loadtest import provenance
 from loadtest.bench import policies, policies_bench
 from loadtest.bench.bench_target import BenchTarget, CannotStart
-from loadtest.bench.policies_bench import Bench, Draws, Setting, run_name, saturation_per_s
+from loadtest.bench.policies_bench import SATURATING_ROUNDS, Bench, Draws, Setting, run_name, saturation_per_s
 from loadtest.client.replay import CannotReplay
 from loadtest.report import report
 from loadtest.report.comparison import Side, rows, sides
@@ -30,7 +30,6 @@ from scheduler.catalog import choose, describe
 
 ENGINES = ("fake", "simulated", "real")
 DEFAULT_POLICIES = "fcfs,mlfq,vtc,gittins"
-_SATURATING_ROUNDS = 100
 _SAMPLE_S = 0.25
 
 
@@ -186,7 +185,7 @@ class Comparison:
     def _saturation(self) -> float:
         """Requests per second of the first policy's engine when it is never without work, in virtual time."""
         draws = replace(self._draws, prompts=self._blocks)
-        number = _SATURATING_ROUNDS * self._args.slots
+        number = SATURATING_ROUNDS * self._args.slots
         calls = draws.calls(self._args.workload, 1.0, -1, number)
         first = self._choices[0]
         plan = Plan(self._cost, first.policy, first.options, gateway=False, concurrency=2 * self._args.slots)

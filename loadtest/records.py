@@ -14,6 +14,8 @@ import msgspec
 
 from loadtest.thinned import MOST, Thinned
 
+LATE_S = 0.010  # a request that is sent later than this is counted as late
+
 
 class Ending(Enum):
     """How a request ended, as its client saw it."""

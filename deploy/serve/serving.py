@@ -29,10 +29,10 @@ from deploy.serve.preflight import Checked, PreflightError, in_words, plan_worke
 from deploy.serve.screen import Screen, ScreenLog
 from deploy.settings import ServeSettings
 from scheduler.workers import Role
+from server.processes.supervisor import STOPPING
 
 log = logging.getLogger("evenhand.serve")
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # A program of its own, so that nothing that it imports stays with the gateway, and a stop ends it.
 PREPARE = (
     "import argparse, sys; from deploy.engine import model; parser = argparse.ArgumentParser(); "

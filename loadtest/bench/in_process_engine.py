@@ -1,17 +1,13 @@
 """A real vLLM engine in this process, on a tiny model whose every token depends on all before it."""
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from prometheus_client import REGISTRY
-from safetensors.torch import save_file
 from vllm import EngineArgs, LLMEngine, SamplingParams
-from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
 from deploy.engine.model import TINY_CONFIG
@@ -26,30 +22,9 @@ ENVIRONMENT = {
 }
 
 
-_RANK = 8
-
-
 def chaotic_model(folder: Path) -> Path:
     """The tiny model with large seeded weights; returns the folder."""
     return write(folder, TINY_CONFIG)
-
-
-def adapter(folder: Path, number: int) -> LoRARequest:
-    """A LoRA adapter for that model, seeded by its number and large enough to change every answer."""
-    seeded = torch.Generator().manual_seed(number)
-    width = int(TINY_CONFIG["hidden_size"])
-    queries = int(TINY_CONFIG["num_attention_heads"]) * int(TINY_CONFIG["head_dim"])
-    weights = {}
-    for layer in range(int(TINY_CONFIG["num_hidden_layers"])):
-        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
-        weights[f"{name}.lora_A.weight"] = torch.randn(_RANK, width, generator=seeded) / width**0.5
-        weights[f"{name}.lora_B.weight"] = torch.randn(queries, _RANK, generator=seeded)
-    place = folder / f"adapter{number}"
-    place.mkdir(exist_ok=True)
-    save_file(weights, place / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": _RANK, "lora_alpha": _RANK, "target_modules": ["q_proj"]}
-    (place / "adapter_config.json").write_text(json.dumps(config))
-    return LoRARequest(place.name, number, str(place))
 
 
 @contextmanager

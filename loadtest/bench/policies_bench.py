@@ -47,7 +47,7 @@ from loadtest.traces.workload import (
 
 # Enough requests to fill every slot many times over; their rate is what the engine can do. An engine's first batches
 # are slower than all later ones: every target is warmed up before anything is measured.
-_SATURATING_ROUNDS = 100
+SATURATING_ROUNDS = 100
 _WARMING_PART = 0.08
 _MEAN_OF = 20_000
 
@@ -153,7 +153,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_saturating_rounds(group: "argparse._ActionsContainer") -> None:
     group.add_argument(
-        "--saturating-rounds", type=int, default=_SATURATING_ROUNDS, metavar="N",
+        "--saturating-rounds", type=int, default=SATURATING_ROUNDS, metavar="N",
         help="requests per slot that measure a real engine's saturation (default: %(default)s)",
     )  # fmt: skip
 

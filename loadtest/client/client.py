@@ -21,10 +21,8 @@ from loadtest.client.answer import Answer
 from loadtest.client.event_stream import EventStream
 from loadtest.client.target import Target, base_url
 from loadtest.client.watch import Watch
-from loadtest.records import Ending, Kept, Record
+from loadtest.records import LATE_S, Ending, Kept, Record
 from loadtest.thinned import Values
-
-LATE_S = 0.010
 
 _PACKED_US = 1e6
 _KEPT_BYTES = 4096  # of an answer that is no stream

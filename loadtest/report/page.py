@@ -5,7 +5,7 @@ from html import escape
 from math import isfinite
 from statistics import median
 
-from loadtest.records import Run
+from loadtest.records import LATE_S, Run
 from loadtest.report import pictures, report
 from loadtest.report.comparison import (
     MEASURES,
@@ -31,7 +31,6 @@ _TILES = (
     ("E2E, median", "E2E, P99", "end to end, median", "P99"),
 )
 _MOST_TENANTS = 30
-_LATE_S = 0.010
 _ALIKE = 1.02
 _MOST_BESIDE = 4  # runs whose table leaves room for the picture beside it
 
@@ -322,6 +321,6 @@ def _of_side(side: Side) -> Iterator[str]:
     if lines:
         lag_s, loop_s = max(one.lag_p99_s for one in lines), max(one.loop_p99_s for one in lines)
         yield (
-            f"{late:,} of {sent:,} requests were sent more than {exact(_LATE_S)} late (P99 {exact(lag_s)}); "
+            f"{late:,} of {sent:,} requests were sent more than {exact(LATE_S)} late (P99 {exact(lag_s)}); "
             f"the client’s own event loop woke {exact(loop_s)} late at P99"
         )

@@ -82,7 +82,6 @@ class Summary:
     fairness: Fairness | None
     attainment: Attainment | None
     by_tenant: Mapping[str, "TenantSummary"]
-    by_kind: Mapping[str, Spread]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +138,6 @@ def summarize_run(run: Recorded, objective: Objective | None = None) -> Summary:
         fairness=even,
         attainment=_attainment(records, objective, _per_s(totals.requests, duration_s)) if objective else None,
         by_tenant=_by_tenant(records, even, run.every),
-        by_kind={
-            kind: _per_token([record for record in ok if record.kind == kind])
-            for kind in sorted({record.kind for record in ok if record.kind})
-        },
     )
 
 

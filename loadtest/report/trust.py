@@ -4,10 +4,9 @@ the run is there, and whether it was interrupted. Stands first on every report."
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from loadtest.records import Fidelity, Recorded, Run, Totals
+from loadtest.records import LATE_S, Fidelity, Recorded, Run, Totals
 
 _NOTICED = 0.01  # a ratio of token counts that is farther from 1 is told
-_LATE_S = 0.010
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +27,7 @@ def trust(recorded: Recorded) -> Trust:
     run, totals = recorded.run, recorded.total()
     doubts = [*_interruption(recorded), *_deviations(run), *_counts(totals)]
     if run is not None and run.late:
-        doubts.append(f"{run.late:,} of {_sent(run, totals):,} requests sent more than {_LATE_S * 1e3:.0f} ms late")
+        doubts.append(f"{run.late:,} of {_sent(run, totals):,} requests sent more than {LATE_S * 1e3:.0f} ms late")
     return Trust(tuple(_facts(recorded)), tuple(doubts))
 
 

@@ -13,7 +13,7 @@ from typing import Protocol
 from scheduler.workers import UNKNOWN_SLOTS, Role, Worker
 from server.background import Background
 from server.engine.client import Engine
-from server.fleet.health import Breaker, Output, trial_answer
+from server.fleet.health import NUMBER, Breaker, Output, trial_answer
 from server.request.errors import EngineGone, EngineUnreachable, OutOfFiles
 from server.settings import HealthSettings
 
@@ -21,12 +21,11 @@ log = logging.getLogger("evenhand.fleet")
 
 # Only an engine with our plug-in inside shows this; then tenant and policy may travel to it.
 _PLUGIN = "evenhand_engine_policy_info"
-_NUMBER = r"(?:\{[^}]*\})?\s+(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)$"
-_SEQUENCES = re.compile(r"^vllm:num_requests_(?:running|waiting)" + _NUMBER, re.MULTILINE)
-_KV_USAGE = re.compile(r"^vllm:kv_cache_usage_perc" + _NUMBER, re.MULTILINE)
+_SEQUENCES = re.compile(r"^vllm:num_requests_(?:running|waiting)" + NUMBER, re.MULTILINE)
+_KV_USAGE = re.compile(r"^vllm:kv_cache_usage_perc" + NUMBER, re.MULTILINE)
 _RANKS = re.compile(r'^vllm:num_requests_running\{[^}]*\bengine="(\d{1,4})"', re.MULTILINE)
-_SLOTS = re.compile(r"^evenhand_engine_slots" + _NUMBER, re.MULTILINE)
-_KV_RECEIVED = re.compile(r"^vllm:nixl_bytes_transferred_sum" + _NUMBER, re.MULTILINE)
+_SLOTS = re.compile(r"^evenhand_engine_slots" + NUMBER, re.MULTILINE)
+_KV_RECEIVED = re.compile(r"^vllm:nixl_bytes_transferred_sum" + NUMBER, re.MULTILINE)
 _MOST_SEQUENCES = 1e6  # a larger number is none
 
 

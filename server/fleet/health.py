@@ -13,9 +13,9 @@ TRIAL_TOKENS = 8
 # An engine that answers so has no completions to be tried by: one for embeddings, for example.
 _NO_SUCH_TASK = (400, 404, 405, 422, 501)
 
-_NUMBER = r"(?:\{[^}]*\})?\s+(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)$"
-_RUNNING = re.compile(r"^vllm:num_requests_running" + _NUMBER, re.MULTILINE)
-_GENERATED = re.compile(r"^vllm:generation_tokens_total" + _NUMBER, re.MULTILINE)
+NUMBER = r"(?:\{[^}]*\})?\s+(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)$"
+_RUNNING = re.compile(r"^vllm:num_requests_running" + NUMBER, re.MULTILINE)
+_GENERATED = re.compile(r"^vllm:generation_tokens_total" + NUMBER, re.MULTILINE)
 
 
 @dataclass(slots=True)

@@ -10,11 +10,16 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
 from vllm import LLMEngine, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-from loadtest.bench.in_process_engine import adapter, engine, preemptions, switch
+from deploy.engine.model import TINY_CONFIG
+from loadtest.bench.in_process_engine import engine, preemptions, switch
+
+_RANK = 8
 
 Answers = dict[str, list[list[int]]]
 
@@ -44,6 +49,24 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
         "max_lora_rank": 8,
     },
 }
+
+
+def adapter(folder: Path, number: int) -> LoRARequest:
+    """A LoRA adapter for that model, seeded by its number and large enough to change every answer."""
+    seeded = torch.Generator().manual_seed(number)
+    width = int(TINY_CONFIG["hidden_size"])
+    queries = int(TINY_CONFIG["num_attention_heads"]) * int(TINY_CONFIG["head_dim"])
+    weights = {}
+    for layer in range(int(TINY_CONFIG["num_hidden_layers"])):
+        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        weights[f"{name}.lora_A.weight"] = torch.randn(_RANK, width, generator=seeded) / width**0.5
+        weights[f"{name}.lora_B.weight"] = torch.randn(queries, _RANK, generator=seeded)
+    place = folder / f"adapter{number}"
+    place.mkdir(exist_ok=True)
+    save_file(weights, place / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": _RANK, "lora_alpha": _RANK, "target_modules": ["q_proj"]}
+    (place / "adapter_config.json").write_text(json.dumps(config))
+    return LoRARequest(place.name, number, str(place))
 
 
 def greedy(max_tokens: int, **more: Any) -> SamplingParams:

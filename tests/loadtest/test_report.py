@@ -124,10 +124,5 @@ def test_a_table_is_markdown_too() -> None:
     assert lines == ["|  | a |", "| --- | ---: |", "| x | 1 |"]
 
 
-def test_kinds_are_reported_apart() -> None:
-    summary = summarize([record(kind="chat"), record("b", kind="code", e2e_s=0.5)])
-    assert set(summary.by_kind) == {"chat", "code"}
-
-
 def test_the_clients_own_lateness_is_told() -> None:
     assert "2.0 ms late" in client_lag(Run("u", "w", "now", lag_p99_s=0.002))
