@@ -16,6 +16,7 @@ from server.fleet.fleet import Fleet
 from server.observe.fairness_metrics import Sharing
 from server.observe.telemetry import Telemetry
 from server.relay.prefill_leg import Handover
+from server.request.fields import ALLOWED
 from server.request.tenants import read_file
 from tests.compatibility.clients import CLIENTS
 
@@ -119,3 +120,9 @@ def test_every_client_has_a_row_with_the_versions_that_are_installed_for_it() ->
 def test_the_example_tenant_file_can_be_served() -> None:
     names = [record.name for record in read_file(ROOT / "deploy" / "tenants.example.yaml")]
     assert len(names) == len(set(names)) > 1
+
+
+def test_every_field_that_is_open_to_all_is_listed() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8").partition("## Fields\n")[2].partition("\n## ")[0]
+    rows = dict(re.findall(r"^\| `(/[^`]+)` \| (.+) \|$", page, re.MULTILINE))
+    assert {route: frozenset(re.findall(r"`(\w+)`", fields)) for route, fields in rows.items()} == dict(ALLOWED)

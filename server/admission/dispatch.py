@@ -74,12 +74,13 @@ class Sizes:
         self.output_tokens += LEARN_SHARE * (output_tokens - self.output_tokens)
 
     def made_unseen(self, ticket: Ticket, now: float) -> int:
-        """Output tokens that an engine has made for a client that left before it saw any, in an answer of one piece."""
+        """Output tokens that an engine has made for a client that left before it was sent them: of an answer in one
+        piece, or of reasoning that it does not show. An estimate from how fast answers come lately."""
         call, began = ticket.call, ticket.times[Phase.PREFILLING]
-        if began is None or call.stream or ticket.tokens:
+        if began is None or not call.route.makes_tokens or (call.stream and not call.hides_tokens):
             return 0
         made = (now - began) * self.tokens_per_s
-        return round(min(made, call.max_tokens or made) * call.sequences)
+        return max(0, round(min(made, call.max_tokens or made) * call.sequences) - ticket.tokens)
 
     @property
     def typical_tokens(self) -> float:
@@ -105,10 +106,20 @@ class Slot:
         self.member: Member | None = await self.dispatcher.take(self.ticket)
         return self.member
 
-    def blame(self, error: ServiceError) -> None:
-        """Its worker failed."""
+    def suspect(self, error: ServiceError) -> None:
+        """Its worker failed, or its call made it fail."""
         if self.member is not None:
-            self.dispatcher.fleet.failed(self.member, error)
+            self.dispatcher.fleet.suspect(self.member, error)
+
+    def failed(self, members: list[Member], *, proven: bool) -> None:
+        """The call failed at these workers; `proven` if another has answered it."""
+        call = self.ticket.call
+        for member in members:
+            self.dispatcher.fleet.failed(member, call.id, call.tenant.name, proven=proven)
+
+    async def are_well(self, members: list[Member]) -> bool:
+        """Whether these workers say that they are healthy, all of them."""
+        return all(await asyncio.gather(*map(self.dispatcher.fleet.is_well, members)))
 
     async def move(self, error: ServiceError) -> Member:
         """A place at another worker, first in its lane. Raises `error` again if there is no other."""
@@ -127,8 +138,8 @@ class Slot:
         member = self.member
         if member is None:  # it had given its place up, and got no other
             return
-        if kind is None and member.breaker.failures:
-            self.dispatcher.fleet.did_well(member)
+        if kind is None:
+            self.dispatcher.fleet.did_well(member, self.ticket.call.tenant.name)
         self.dispatcher.give_back(self.ticket, member, outcome)
 
 
@@ -390,10 +401,8 @@ class Dispatcher:
         self.settle(now)
         if outcome is Outcome.ABORTED:
             ticket.tokens += self.sizes.made_unseen(ticket, now)
-        if ticket.exact:
-            self.lanes.computed(ticket.job, ticket.cached_tokens, now, prompt_tokens=ticket.prompt_tokens)
         missing = ticket.tokens - ticket.job.output_tokens
-        if missing > 0:  # tokens that were not seen one by one
+        if missing:  # tokens that were not seen one by one; less than none where an estimate was too high
             self.lanes.serve(ticket.job, missing, now)
         self.lanes.finish(ticket.job, outcome, now)
         if outcome in (Outcome.DONE, Outcome.LENGTH):

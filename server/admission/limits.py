@@ -19,7 +19,7 @@ from typing import ClassVar, Protocol
 
 import msgspec
 
-from server.request.call import Call, Phase, Ticket
+from server.request.call import Call, Ticket
 from server.request.errors import BadRequest, RateLimited, UnknownModel
 from server.request.schemas import raw_members, splice
 from server.request.tenants import OPEN, Limits, Tenant
@@ -251,9 +251,7 @@ class Metered:
 
 def used_by(ticket: Ticket, failure: type[BaseException] | None) -> int:
     """Tokens that a call which is over has used. failure: what ended it, None if its answer is complete."""
-    reached_engine = ticket.times[Phase.PREFILLING] is not None
-    failed = failure is not None and failure is not CancelledError and not ticket.tokens
-    return ticket.prompt_tokens + ticket.tokens if ticket.call.route.generates and reached_engine and not failed else 0
+    return ticket.used_tokens(failed=failure is not None and failure is not CancelledError)
 
 
 def estimate(call: Call) -> int:

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import httptools
 import httpx2
 
-from server.request.errors import EngineGone, EngineUnreachable, OutOfFiles
+from server.request.errors import EngineGone, EngineHungUp, EngineUnreachable, OutOfFiles
 
 log = logging.getLogger("evenhand.engine")
 
@@ -216,7 +216,7 @@ class Connection(asyncio.Protocol):
             self.sink = None
             sink.end()  # neither length nor chunks: closing the connection is how such an answer ends
         else:
-            self._drop(EngineGone("The engine closed the connection before its answer was complete."))
+            self._drop(EngineHungUp("The engine closed the connection before its answer was complete."))
 
     def _drop(self, error: EngineGone) -> None:
         sink, self.sink = self.sink, None

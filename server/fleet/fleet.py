@@ -14,7 +14,7 @@ from scheduler.workers import UNKNOWN_SLOTS, Role, Worker
 from server.background import Background
 from server.engine.client import Engine
 from server.fleet.health import NUMBER, Breaker, Output, trial_answer
-from server.request.errors import EngineGone, EngineUnreachable, OutOfFiles
+from server.request.errors import EngineGone, EngineLost, EngineUnreachable, OutOfFiles
 from server.settings import HealthSettings
 
 log = logging.getLogger("evenhand.fleet")
@@ -26,6 +26,9 @@ _KV_USAGE = re.compile(r"^vllm:kv_cache_usage_perc" + NUMBER, re.MULTILINE)
 _RANKS = re.compile(r'^vllm:num_requests_running\{[^}]*\bengine="(\d{1,4})"', re.MULTILINE)
 _SLOTS = re.compile(r"^evenhand_engine_slots" + NUMBER, re.MULTILINE)
 _KV_RECEIVED = re.compile(r"^vllm:nixl_bytes_transferred_sum" + NUMBER, re.MULTILINE)
+WELL = (200, 404)  # of /health; where nothing tells its health, the list of models does
+TENANT_MEMORY_S = 60.0  # a tenant that got an answer within this time is being served
+MOST_TENANTS = 10_000
 _MOST_SEQUENCES = 1e6  # a larger number is none
 
 
@@ -56,6 +59,7 @@ class Member:
     ranks: its data-parallel ranks. Each has a scheduler of its own, and all share the worker's address.
     kv_usage: share of its KV cache in use, of the fullest rank.
     policy: name and options that its plug-ins were last told, None if they were told nothing yet.
+    suspected: a relayed answer failed there since it was last seen healthy.
     arriving_tokens: prompts of requests that it is to answer and whose KV is another worker's yet.
     kv_received_bytes: KV that it has fetched from other workers, as it counts itself.
     leans: the side to which one of role `both` leans, since `leaned_at`; BOTH if to none.
@@ -75,6 +79,7 @@ class Member:
     leans: Role = Role.BOTH
     leaned_at: float = -inf
     misses: int = 0
+    suspected: bool = False
     breaker: Breaker = field(default_factory=Breaker)
     output: Output = field(default_factory=Output)
     drained_at: float = 0.0
@@ -104,6 +109,7 @@ class Fleet:
     ) -> None:
         self._background = background or Background(clock)
         self.members: dict[str, Member] = {}
+        self.served: dict[str, float] = {}  # tenants, and when one of their requests last went through
         self.starting: dict[str, str] = {}  # workers that are not there yet, and how far each is
         self.probe_s = probe_s
         self.misses = misses
@@ -174,38 +180,71 @@ class Fleet:
             ready = member.state is State.READY
             yield member.worker.id, member.role, ready, member.in_flight, member.pending_tokens
 
-    def failed(self, member: Member, error: BaseException) -> None:
-        """A relayed request failed at this worker. It is out until a probe finds it well: at once if it cannot be
-        reached, or if others are there while it is looked at; and for a while if it has failed often in a row."""
+    def suspect(self, member: Member, error: BaseException) -> None:
+        """A relayed request failed at this worker, for whatever reason: it is looked at now. It is out at once if it
+        cannot be reached or is known to be lost; else one missed probe suffices."""
         if member.state is State.DRAINING:
             return
-        opens = member.breaker.failed(self.clock(), self.health.failures)
-        lost = isinstance(error, EngineGone) and any(other is not member for other in self.ready())
-        if member.state is State.READY and (opens or lost or isinstance(error, EngineUnreachable)):
-            member.state = State.DOWN
-            log.warning("worker %s is out until it answers again: %s", member.worker.id, error)
+        member.suspected = True
         member.look_now.set()
+        if member.state is State.READY and isinstance(error, EngineUnreachable | EngineLost):
+            self._take_out(member, error)
 
-    def did_well(self, member: Member) -> None:
-        """A request went through after some that failed."""
-        member.breaker = Breaker()
+    def failed(self, member: Member, call: str, tenant: str, *, proven: bool) -> None:
+        """A call failed at this worker; `proven` if another then answered it. Enough of them take the worker out for a
+        while, but never the last one of a model: the calls may be to blame."""
+        if member.state is State.DRAINING:
+            return
+        member.breaker.failed(call, tenant, proven=proven)
+        now = self.clock()
+        several = any(name != tenant and now - at < TENANT_MEMORY_S for name, at in self.served.items())
+        if member.state is not State.READY or self._is_last(member):
+            return
+        if member.breaker.opens(now, self.health.failures, several=several):
+            self._take_out(member, f"{member.breaker.failures} calls in a row failed there")
+
+    def did_well(self, member: Member, tenant: str) -> None:
+        """A tenant's request went through."""
+        if len(self.served) > MOST_TENANTS and tenant not in self.served:
+            self.served.clear()
+        self.served[tenant] = self.clock()
+        if member.breaker.calls:
+            member.breaker = Breaker()
+
+    def _is_last(self, member: Member) -> bool:
+        return any(all(other is member for other in self.ready(model)) for model in member.models)
+
+    def _take_out(self, member: Member, why: object) -> None:
+        member.state = State.DOWN
+        log.warning("worker %s is out until it answers again: %s", member.worker.id, why)
+
+    async def is_well(self, member: Member) -> bool:
+        """Whether a worker says at this moment that it is healthy."""
+        try:
+            return (await member.engine.get("/health", self.health.probe_timeout_s)).status_code in WELL
+        except EngineGone:
+            return False
 
     async def _watch(self, member: Member) -> None:
         while True:
-            try:
-                await self._probe(member)
-            except EngineGone as error:
-                self._missed(member, error)
-            except OutOfFiles:  # of this worker nothing is known then
-                log.warning("worker %s could not be probed: no file descriptor is left", member.worker.id)
-            self._rescue(member)
+            member.look_now.clear()
+            await self._look(member)
             pause_s = self.probe_s if member.state is not State.STARTING else min(self.probe_s, 0.25)
             try:
                 async with asyncio.timeout(pause_s):
                     await member.look_now.wait()
             except TimeoutError:
                 continue
-            member.look_now.clear()
+
+    async def _look(self, member: Member) -> None:
+        """One probe and what follows from it."""
+        try:
+            await self._probe(member)
+        except EngineGone as error:
+            self._missed(member, error)
+        except OutOfFiles:  # of this worker nothing is known then
+            log.warning("worker %s could not be probed: no file descriptor is left", member.worker.id)
+        self._rescue(member)
 
     def _rescue(self, member: Member) -> None:
         """Takes answers away from a worker that will not finish them; whoever relays them asks another one."""
@@ -218,16 +257,16 @@ class Fleet:
         for leg in list(member.legs):
             silent_s = leg.silent_s(now)
             if dead and silent_s > self.health.probe_timeout_s:
-                leg.lost(EngineGone("The engine does not answer any more."))
+                leg.lost(EngineLost("The engine does not answer any more."))
             elif stuck and leg.speaks and silent_s > patience_s:
-                leg.lost(EngineGone(f"The engine has made no token for {silent_s:.0f} s."))
+                leg.lost(EngineLost(f"The engine has made no token for {silent_s:.0f} s."))
             elif drained and self.movable(leg):
-                leg.lost(EngineGone("The engine is being drained."))
+                leg.lost(EngineLost("The engine is being drained."))
 
     async def _probe(self, member: Member) -> None:
         timeout_s = self.health.probe_timeout_s
         health = (await member.engine.get("/health", timeout_s)).status_code
-        if health not in (200, 404):  # where nothing tells its health, the list of models does
+        if health not in WELL:
             raise EngineGone(f"its /health answers {health}")
         if not member.models or health == 404:
             await self._learn(member)
@@ -242,6 +281,7 @@ class Fleet:
             log.info("worker %s is ready: %s", member.worker.id, ", ".join(member.models))
             self._tell()
         member.misses = 0
+        member.suspected = False
 
     async def _may_join(self, member: Member) -> bool:
         """Whether a healthy worker gets requests (again): not within its pause, not while it is stuck, and not without
@@ -318,7 +358,7 @@ class Fleet:
     def _missed(self, member: Member, error: EngineGone) -> None:
         member.misses += 1
         member.breaker = Breaker()  # it was away, and may be another process when it comes back
-        if member.state is State.READY and member.misses >= self.misses:
+        if member.state is State.READY and (member.misses >= self.misses or member.suspected):
             member.state = State.DOWN
             member.models = ()  # it may come back with another model, and a plug-in that knows nothing yet
             member.policy = None

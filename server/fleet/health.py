@@ -1,7 +1,7 @@
 """What a worker's health is judged by beside its probes: failures in a row, tokens that do not come, a trial answer."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from server.engine.client import Engine
 from server.request.errors import EngineGone
@@ -20,20 +20,34 @@ _GENERATED = re.compile(r"^vllm:generation_tokens_total" + NUMBER, re.MULTILINE)
 
 @dataclass(slots=True)
 class Breaker:
-    """Opens after so many failures in a row; each further one doubles the pause until the next trial.
+    """Opens after failures of so many calls in a row; each further one doubles the pause until the next trial.
 
-    failures: in a row. retry_at: seconds on the fleet's clock before which there is no trial.
+    calls: those that failed, with their tenants. proven: those that another worker then answered, so that they are not
+    to blame. retry_at: seconds on the fleet's clock before which there is no trial.
     """
 
-    failures: int = 0
+    calls: dict[str, str] = field(default_factory=dict)
+    proven: set[str] = field(default_factory=set)
     retry_at: float = 0.0
 
-    def failed(self, now: float, threshold: int) -> bool:
-        """One more failure; whether it opens."""
-        self.failures += 1
-        if self.failures < threshold:
+    @property
+    def failures(self) -> int:
+        """In a row."""
+        return len(self.calls)
+
+    def failed(self, call: str, tenant: str, *, proven: bool) -> None:
+        """One more call failed."""
+        self.calls[call] = tenant
+        if proven:
+            self.proven.add(call)
+
+    def opens(self, now: float, threshold: int, *, several: bool) -> bool:
+        """Whether it opens: after failures of several tenants' calls, or of calls that are not to blame where no other
+        tenant is served (`several` is false)."""
+        many = len(self.calls) >= threshold and len(set(self.calls.values())) > 1
+        if not many and (several or len(self.proven) < threshold):
             return False
-        doubled = min(self.failures - threshold, 10)
+        doubled = min(len(self.calls) - threshold, 10)
         self.retry_at = now + min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0**doubled)
         return True
 

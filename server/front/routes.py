@@ -167,7 +167,7 @@ def _operation(content_field: str) -> dict[str, Any]:
         "503": "No worker is ready: see Retry-After",
     }
     return {
-        "summary": "Relayed to a worker; fields not named here pass through untouched",
+        "summary": "Relayed to a worker; docs/api.md lists the fields that pass through",
         "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
         "responses": {status: {"description": text} for status, text in answers.items()},
     }

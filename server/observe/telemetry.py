@@ -125,7 +125,7 @@ class Telemetry(Collector):
         failovers = CounterMetricFamily(
             "evenhand_failovers", "Answers that another worker had to bring to an end.", labels=("outcome",)
         )
-        for outcome in ("retried", "resumed", "failed"):
+        for outcome in ("retried", "resumed", "failed", "blamed"):
             failovers.add_metric((outcome,), self.failovers[outcome])
         yield failovers
         depth = GaugeMetricFamily("evenhand_queue_depth", "Requests that wait for a worker.", labels=("model",))

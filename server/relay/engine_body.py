@@ -43,7 +43,7 @@ class Steering:
         call = ticket.call
         if worker.plugin and call.route.xargs:
             more = _joined(b'"vllm_xargs":' + self._words(ticket), more)
-        if worker.token_ids and call.stream and call.route.resumes and b'"return_token_ids"' not in body:
+        if worker.token_ids and call.stream and call.route.resumes and not call.wants_ids:
             more = _joined(b'"return_token_ids":true', more)
         if self.salt_cache and call.route.generates and "cache_salt" not in call.tenant.grants:
             more = _joined(b'"cache_salt":' + orjson.dumps(f"evenhand-{call.tenant.name}"), more)
@@ -57,10 +57,8 @@ class Steering:
             "evenhand_tenant": tenant.name,
             "evenhand_job": ticket.job.id,
             "evenhand_weight": tenant.weight,
-            "evenhand_service": lanes.service_without(ticket.job),
+            "evenhand_service": lanes.service(tenant.name),
         }
-        if call.kind:
-            words["evenhand_kind"] = call.kind
         if "vllm_xargs" in tenant.grants and b"vllm_xargs" in call.body:
             words = {**_granted(call.body), **words}
         return orjson.dumps(words)

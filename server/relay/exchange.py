@@ -8,7 +8,7 @@ from typing import TypeVar
 from server.engine.client import Connection
 from server.fleet.fleet import Member
 from server.request.call import Ticket
-from server.request.errors import EngineGone, ServiceError
+from server.request.errors import EngineGone, EngineHungUp, ServiceError
 
 
 class Receiver(ABC):
@@ -81,8 +81,8 @@ async def answered(receiver: Callable[[], R], ticket: Ticket, member: Member, pa
 async def _through(
     receiver: Receiver, ticket: Ticket, member: Member, path: bytes, body: bytes, *, fresh: bool
 ) -> bool:
-    """False for a kept-alive connection that was closed just as we wrote: the engine never saw the request, and it may
-    be sent again on a fresh one."""
+    """False for a kept-alive connection that the engine closed just as we wrote: it never saw the request, which may be
+    sent again on a fresh one. Not for an answer that was taken away from an engine, however old its connection."""
     connection = await member.engine.ask(path, body, ticket.call.id, receiver, trace=ticket.trace, fresh=fresh)
     stale = connection.reused
     receiver.flows_from(connection)
@@ -90,7 +90,7 @@ async def _through(
     try:
         await receiver.done
         return True
-    except EngineGone:
+    except EngineHungUp:
         if not stale or connection.begun or fresh:
             raise
         return False

@@ -8,8 +8,6 @@ import logging
 from collections import Counter
 from typing import Protocol
 
-import orjson
-
 from server.fleet.fleet import Leg, Member
 from server.relay.engine_body import Steering
 from server.relay.exchange import answered
@@ -21,13 +19,14 @@ from server.relay.resume import (
     clean_length,
     closing,
     continuation,
+    ends_within,
     fit_to_resume,
     has_said_nothing,
     restart,
+    stop_texts,
 )
 from server.request.call import Ticket
-from server.request.errors import ServiceError, is_engine_failure
-from server.request.schemas import raw_members
+from server.request.errors import ServiceError, is_engine_failure, is_same_refusal, may_be_the_request
 from server.request.transcript import Chunk, Progress, progress_of
 
 log = logging.getLogger("evenhand.failover")
@@ -40,7 +39,9 @@ class Place(Protocol):
 
     member: Member | None
 
-    def blame(self, error: ServiceError) -> None: ...
+    def suspect(self, error: ServiceError) -> None: ...
+    def failed(self, members: list[Member], *, proven: bool) -> None: ...
+    async def are_well(self, members: list[Member]) -> bool: ...
     async def move(self, error: ServiceError) -> Member: ...
 
 
@@ -64,20 +65,35 @@ class Failover:
         return True
 
     async def go_on(self, ticket: Ticket, place: Place, charge: list[Ticket], out: Answer, error: ServiceError) -> None:
-        """Returns when the client has the whole answer. Raises what went wrong last if it cannot be had."""
-        tried = 1
+        """Returns when the client has the whole answer. Raises what went wrong last if it cannot be had.
+
+        A failure is a worker's once another worker has answered the call. Where a second one fails in the same way and
+        both are well, the call is to blame: nobody else is asked, and its tenant pays for the attempts.
+        """
+        tried: list[Member] = []
+        before: ServiceError | None = None  # what the latest worker to fail said
         while is_engine_failure(error) and place.member is not None:
-            place.blame(error)
-            if tried == self.attempts:
+            place.suspect(error)
+            tried.append(place.member)
+            if before is not None and is_same_refusal(before, error) and await place.are_well(tried):
+                ticket.at_fault = len(tried)
+                self.outcomes["blamed"] += 1
+                raise error
+            before = error
+            if len(tried) == self.attempts:
                 break
-            tried += 1
             try:
                 await self._another(ticket, place, charge, out, error)
-                return
             except ServiceError as next_error:
                 error = next_error
+            else:
+                place.failed(tried, proven=True)
+                return
         if is_engine_failure(error) or isinstance(error, Unresumable):
+            place.failed(tried, proven=False)
             self.outcomes["failed"] += 1
+            if may_be_the_request(before or error) and await place.are_well(tried):
+                ticket.at_fault = len(tried)
         raise error
 
     async def _another(
@@ -149,8 +165,9 @@ def _close(ticket: Ticket, progress: Progress, out: Answer) -> None:
 
 
 async def _plan(ticket: Ticket, progress: Progress, member: Member) -> Continuation:
-    """What `member` is asked. The text of the token ids that are built upon must be text that the client has."""
-    stops = orjson.loads(bytes(raw_members(ticket.call.body).get("stop", b"null")))
+    """What `member` is asked. The text of the token ids that are built upon must be text that the client has, and must
+    not end within a stop text: an engine finds one only if it makes the whole of it."""
+    stops = stop_texts(ticket.call)
     length = clean_length(progress.chunks, stops=bool(stops))
     if length is not None:
         chunks = progress.chunks[:length]
@@ -158,7 +175,7 @@ async def _plan(ticket: Ticket, progress: Progress, member: Member) -> Continuat
     ids = _ids(progress.chunks)
     for end in range(len(ids), max(-1, len(ids) - MOST_LOOKS), -1):
         text = await _text_of(member, ticket.call.model, ids[:end])
-        if progress.told.startswith(text):
+        if progress.told.startswith(text) and not ends_within(text, stops):
             return continuation(ticket.call, progress, ids[:end], text)
     raise CannotResume("its text is not that of its token ids")
 

@@ -7,27 +7,29 @@ from collections.abc import Callable
 from typing import Protocol
 
 from scheduler.workers import Worker
-from server.engine.client import MAX_ERROR_BODY_BYTES, Connection
-from server.engine.sse import (
-    USAGE_BYTES,
-    engine_failure_in,
-    is_broken_off,
-    is_usage_only,
-    usage_in,
+from server.engine.answers import (
+    BYTES_PER_TOKEN,
+    NOTHING,
+    Said,
+    Usage,
+    UsageFinder,
+    read_event,
+    read_whole,
+    with_fingerprint,
     without_prompt_ids,
-    without_usage,
 )
+from server.engine.client import MAX_ERROR_BODY_BYTES, Connection
 from server.fleet.fleet import Member
 from server.observe.telemetry import Distribution
 from server.relay.exchange import Receiver, answered
 from server.request.call import Phase, Ticket
-from server.request.errors import EngineGone, refusal
+from server.request.errors import EngineGone, EngineHungUp, ServiceError, refusal
 from server.request.transcript import PACK_CHUNKS, Received
 
 MAX_EVENT_BYTES = 64 * 1024 * 1024
 MAX_HELD_BYTES = 8 * 1024 * 1024
-_GOES_ON = b'"finish_reason":null'
-_TAIL_BYTES = 74  # vLLM says that a stream goes on in the last bytes of an event
+_IDS_BYTES = 128  # of an event's end, in which the token ids of an ordinary one lie
+_ENDS_WITH_IDS = b"]}]}\n\n\r\n"  # an event whose last member is a list, and the end of its HTTP chunk
 
 
 class Answer(Protocol):
@@ -103,86 +105,95 @@ class Refusal:
 
 class Whole(Pipe):
     """An answer in one piece. Held until it is complete, so that another worker can be asked if it breaks off; what is
-    longer than `MAX_HELD_BYTES` is forwarded as it comes. Its usage is picked out as it passes."""
+    longer than `MAX_HELD_BYTES` is forwarded as it comes, and its usage is picked out as it passes."""
 
-    __slots__ = ("tail", "usage", "held")
+    __slots__ = ("held", "held_bytes", "finder")
 
     def __init__(self, ticket: Ticket, out: Answer) -> None:
         super().__init__(ticket, out)
-        self.tail = b""
-        self.usage = b""
-        self.held = b""
+        self.held: list[bytes] = []
+        self.held_bytes = 0
+        self.finder: UsageFinder | None = None
 
     def body(self, data: bytes) -> None:
         if self.instead is not None:
             self.instead.body(data)
             return
-        self._look(data)
-        if self.out.begun:
+        if self.finder is not None:
+            self.finder.feed(data)
             self.out.write(data)
             return
-        self.held = self.held + data if self.held else data
-        if len(self.held) > MAX_HELD_BYTES:
-            self._let_go(self.length)
+        self.held.append(data)
+        self.held_bytes += len(data)
+        if self.held_bytes > MAX_HELD_BYTES:
+            self._forward_from_here()
 
-    def _let_go(self, length: int | None) -> None:
-        self.begin(length)
-        if self.held:
-            self.out.write(self.held)
-            self.held = b""
-
-    def _look(self, data: bytes) -> None:
-        """Keeps the bytes from the last usage on; a long prompt's token ids may come behind it."""
-        data = self.tail + data if self.tail else data
-        at = data.rfind(b'"usage"')
-        if at >= 0:
-            self.usage = data[at : at + USAGE_BYTES]
-            self.tail = b""
-        elif len(self.usage) < USAGE_BYTES:
-            self.usage += data[len(self.tail) :][:USAGE_BYTES]
-        self.tail = data[-6:]
+    def _forward_from_here(self) -> None:
+        self.finder = UsageFinder()
+        self.begin(self.length)
+        for piece in self.held:
+            self.finder.feed(piece)
+            self.out.write(piece)
+        self.held.clear()
 
     def end(self) -> None:
         if self.instead is not None:
             self.instead.end()
             return
-        if not self.out.begun:
-            if is_broken_off(self.held):
-                self.fail(EngineGone("The engine stopped in the middle of the answer."))
+        if self.finder is not None:
+            self._count(self.finder.usage)
+        else:
+            body = b"".join(self.held)
+            said = read_whole(self.ticket.call.route.dialect, body)
+            if said is not None and said.failure is not None:
+                self.fail(said.failure)
                 return
-            self._let_go(len(self.held))
-        if (usage := usage_in(self.usage)) is not None:
-            self.ticket.learn(usage.prompt_tokens, usage.cached_tokens)
-            self.ticket.tokens = usage.output_tokens or 0
+            self.begin(len(body))
+            if body:
+                self.out.write(body)
+            self._count(None if said is None else said.usage)
         self.out.end()
         self.finish()
+
+    def _count(self, usage: Usage | None) -> None:
+        """The engine's own count, or an estimate: an answer is never free."""
+        ticket = self.ticket
+        if usage is not None:
+            ticket.learn(usage.prompt_tokens, usage.cached_tokens)
+            ticket.tokens = usage.output_tokens or 0
+        elif ticket.call.route.makes_tokens:
+            ticket.tokens = max(1, self.held_bytes // BYTES_PER_TOKEN)
 
 
 class Stream(Pipe):
     """An answer token by token. Only whole events are forwarded, so that a stream can always be ended in good form.
 
-    steady: two tokens were there, and the next event is most likely one more.
+    pieces: of an event that is not complete; seam: their last bytes. ended: its last event has come.
+    mark, suffix, longest: how an ordinary event looks, learned from one that was read; see `_learn_shape`.
+    finishing: the event that ends the choice, held until the usage event that the client did not ask for has shown
+    whether the engine would have put its fingerprint there.
     """
 
     __slots__ = (
-        "rest", "steady", "chunks", "clock", "itl", "charge", "received", "hide_usage", "mark", "last", "openings",
+        "pieces", "pieces_bytes", "seam", "ended", "mark", "suffix", "longest", "chunks", "clock", "itl", "charge",
+        "received", "finishing", "prompts",
     )  # fmt: skip
 
     def __init__(self, ticket: Ticket, out: Answer, itl: Distribution, charge: list[Ticket]) -> None:
         super().__init__(ticket, out)
         self.itl = itl
         self.charge = charge
-        self.rest = b""
         self.clock = ticket.clock
-        self.hide_usage = ticket.call.hide_usage
-        route = ticket.call.route
-        self.mark = route.token_mark
-        self.last = b"[DONE]\n\n" if self.mark == b"\n\n" else b"\0"  # an event that carries no token
-        self.openings = ticket.call.sequences if route.role_first else 0
-        self.steady = False
+        self.pieces: list[bytes] = []
+        self.pieces_bytes = 0
+        self.seam = b""
+        self.ended = False
+        self.mark = self.suffix = self.finishing = b""
+        self.longest = 0
+        self.prompts: dict[int, int] = {}
         self.received: Received | None = None
         self.chunks: list[bytes] = []
-        if route.resumes:
+        if ticket.call.route.resumes:
             self.received = ticket.received = ticket.received or Received()
             self.chunks = self.received.chunks
 
@@ -194,16 +205,22 @@ class Stream(Pipe):
             whole.head(status, content_type, length)
 
     def chunk(self, data: bytes, at: int) -> None:
-        if (
-            self.rest
-            or not self.steady
-            or data.find(_GOES_ON, -_TAIL_BYTES) < 0
-            or not data.endswith(b"\n\n\r\n")
-            or data.count(b"\n") != 4
-        ):
+        made = 0
+        if self.mark:
+            start = data.rfind(b"[", -_IDS_BYTES) + 1
+            if (
+                data.endswith(_ENDS_WITH_IDS)
+                and data.startswith(self.mark, start - len(self.mark))
+                and data.count(b"\n") == 4
+                and len(data) > start + len(_ENDS_WITH_IDS)
+            ):
+                made = data.count(b",", start, -len(_ENDS_WITH_IDS)) + 1
+        elif self.suffix and len(data) - at <= self.longest and data.endswith(self.suffix) and data.count(b"\n") == 4:
+            made = 1
+        if not made or self.pieces:
             self.body(data[at:-2])
             return
-        # One more token of many: what follows is done for each of them.
+        # An ordinary event of a choice that goes on: what follows is done for each of them.
         ticket, chunks = self.ticket, self.chunks
         chunks.append(data[at:-2])
         if len(chunks) >= PACK_CHUNKS and self.received is not None:
@@ -213,117 +230,190 @@ class Stream(Pipe):
         ticket.last_at = now
         if not ticket.uncharged:
             self.charge.append(ticket)
-        ticket.uncharged += 1
-        ticket.tokens += 1
+        ticket.uncharged += made
+        ticket.tokens += made
         self.out.forward(data, at)
 
     def body(self, data: bytes) -> None:
-        """What is not one event with one token: the beginning, the end, several events or a part of one, a failure."""
+        """What is not one ordinary event: the beginning, the end, several events or a part of one, a failure."""
         if self.instead is not None:
             self.instead.body(data)
             return
-        if self.rest or not data.endswith(b"\n\n"):
-            data = self._whole(self.rest + data)
+        if self.pieces or not data.endswith(b"\n\n"):
+            data = self._whole(data)
         if not data:
             return
+        self._events(data.split(b"\n\n")[:-1])
+
+    def _events(self, events: list[bytes]) -> None:
+        made, shown, said = 0, list[bytes](), NOTHING
+        for event in events:
+            said = self.read(event)
+            if said.failure is not None:
+                break
+            seen = self._shown(event, said)
+            if self.done.done():  # it cannot be shown
+                break
+            shown.append(seen)
+            made += self._made(said, made)
+            self.ended = self.ended or said.last
+        if shown:
+            self._keep(b"\n\n".join([*events[: len(shown)], b""]))
+            self._pass(b"".join(shown), made)
+        if said.failure is not None:
+            self._stop(said.failure)
+        elif len(events) == 1 and self.received is not None and self.ticket.second_s is not None:
+            self._learn_shape(events[0], said)
+
+    def read(self, event: bytes) -> Said:
+        """What an event of this stream says."""
+        return read_event(self.ticket.call.route.dialect, event)
+
+    def _keep(self, events: bytes) -> None:
         if self.received is not None:
-            if data.count(_GOES_ON) != data.count(b"\n\n"):
-                data = self._until_failure(data)
-            self.chunks.append(data)
+            self.chunks.append(events)
             if len(self.chunks) >= PACK_CHUNKS:
                 self.received.pack()
-        if data:
-            self._forward(data)
-        self.steady = (
-            self.received is not None
-            and self.instead is None
-            and self.ticket.second_s is not None
-            and not self.openings
-        )
 
-    def _forward(self, data: bytes) -> None:
-        """Whole events: counted, timed, and on their way."""
+    def _learn_shape(self, event: bytes, said: Said) -> None:
+        """How events with nothing but the next tokens look here, so that one more of them need not be read.
+
+        An event's end is the engine's: the choice's last members, and the brackets that close all. Where it tells token
+        ids, they come last, behind a part that is always the same. Where not, an event of one token ends always in the
+        same way, and none is longer than the longest that counted as one.
+        """
+        start = event.rfind(b'"finish_reason":null')
+        if not event.startswith(b"data: {") or start < 0 or said.usage or said.finishes or b"\n" in event:
+            return
+        if said.exact:
+            ids = event.rfind(b"[") + 1
+            mark = event[start:ids]
+            if event.endswith(b"]}]}") and mark.endswith(b',"token_ids":[') and b'"' not in event[ids:]:
+                self.mark = mark
+        elif said.tokens == 1 and event.endswith(b"}") and b"}]" in event[start:]:
+            suffix = event[start:] + b"\n\n\r\n"
+            self.longest = max(self.longest if suffix == self.suffix else 0, len(event) + 4)
+            self.suffix = suffix
+
+    def _pass(self, events: bytes, made: int) -> None:
+        """Whole events: charged, timed, and on their way."""
         ticket = self.ticket
         now = self.clock()
         if self.out.begun:
             self.itl.observe(now - ticket.last_at)
-        else:
-            data = self._open(data)
+        elif events or made:
+            self.begin(None)
         gap_s, ticket.last_at = now - ticket.last_at, now
-        made = self._made(data)
-        if b'"usage"' in data:
-            made, data = self._usage(made, data)
-        if made > 0:
-            if ticket.tokens and ticket.second_s is None:
-                ticket.second_s = gap_s
+        if made > 0 and ticket.tokens and ticket.second_s is None:
+            ticket.second_s = gap_s
+        if made:
             if not ticket.uncharged:
                 self.charge.append(ticket)
             ticket.uncharged += made
             ticket.tokens += made
-        if data:
-            self.out.write(data)
+        if events:
+            self.out.write(events)
 
-    def _open(self, data: bytes) -> bytes:
-        """The answer gets its head. The prompt's token ids, which come with the first event, are for us alone."""
-        self.begin(None)
-        asked = b'"return_token_ids"' in self.ticket.call.body
-        return data if asked or b'"prompt_token_ids":[' not in data else without_prompt_ids(data)
-
-    def _until_failure(self, data: bytes) -> bytes:
-        """These events up to the first with which the engine says that it failed: that one is not the client's."""
-        failure, at = engine_failure_in(data)
-        if failure is None:
-            return data
+    def _stop(self, failure: ServiceError) -> None:
+        """The engine says that it failed: that is not the client's, and what may still come is not looked at."""
+        self.mark = self.suffix = b""
         self.fail(failure)
-        self.instead = Refusal(self, 500)  # what may still come is not looked at
-        return data[:at]
+        self.instead = Refusal(self, 500)
 
-    def _made(self, data: bytes) -> int:
-        """How many of these events carry tokens."""
-        made = data.count(self.mark)
-        if self.openings:  # each choice of a chat begins with an event that says who speaks
-            skipped = min(made, self.openings)
-            self.openings -= skipped
-            made -= skipped
-        return made - 1 if data.endswith(self.last) else made
+    def _shown(self, event: bytes, said: Said) -> bytes:
+        """What the client gets of an event."""
+        call = self.ticket.call
+        if not call.hide_usage:
+            return self._without_prompt(event, said) + b"\n\n"
+        before, self.finishing = self.finishing, b""
+        if said.closing:
+            if before and said.fingerprint:
+                before = with_fingerprint(before, said.fingerprint)
+            return before + b"\n\n" if before else b""
+        if before:
+            before += b"\n\n"
+        if said.finishes and call.sequences == 1:
+            self.finishing = self._without_prompt(event, said)
+            return before
+        return before + self._without_prompt(event, said) + b"\n\n"
+
+    def _without_prompt(self, event: bytes, said: Said) -> bytes:
+        """Token ids of a prompt, which come with its first event, are for us alone unless the client asked for them."""
+        return event if self.ticket.call.wants_ids or not said.prompt_ids else without_prompt_ids(event, said)
+
+    def _made(self, said: Said, before: int) -> int:
+        """Tokens that are new with this event; less than none where the engine's own count is below what was taken for
+        it. before: those of this read that are not in the ticket yet."""
+        ticket, usage = self.ticket, said.usage
+        if said.prompts:
+            self._learn_prompts(said)
+        if usage is None:
+            return said.tokens
+        one = ticket.call.sequences == 1
+        if said.total or one:
+            ticket.learn(usage.prompt_tokens, usage.cached_tokens)
+        if usage.output_tokens is None:
+            return said.tokens
+        if said.total:
+            return usage.output_tokens - ticket.tokens - before
+        return max(said.tokens, usage.output_tokens - ticket.tokens - before) if one and not said.exact else said.tokens
+
+    def _learn_prompts(self, said: Said) -> None:
+        """The engine told token ids of a prompt. Of several prompts, those it has not told yet keep their estimate."""
+        call = self.ticket.call
+        each = call.sequences // call.prompts
+        for choice, tokens in said.prompts:
+            self.prompts[choice // each] = tokens
+        known = sum(self.prompts.values())
+        if len(self.prompts) >= call.prompts:
+            self.ticket.learn(known, None)
+        else:
+            missing = call.prompts - len(self.prompts)
+            self.ticket.prompt_tokens = known + call.prompt_tokens * missing // call.prompts
 
     def _whole(self, data: bytes) -> bytes:
-        """The whole events of `data`; the rest waits. An engine's CR LF becomes LF: neither can be inside an event."""
+        """The whole events of what has come; the rest waits in pieces, joined once it is complete. An engine's CR LF
+        becomes LF: neither can be inside an event."""
+        seam = self.seam + data
+        if b"\n\n" not in seam and b"\n\r\n" not in seam:
+            self._wait_with(data, seam)
+            return b""
+        if self.pieces:
+            data = b"".join([*self.pieces, data])
+            self.pieces.clear()
+            self.pieces_bytes = 0
         if b"\r\n" in data:
             data = data.replace(b"\r\n", b"\n")
         cut = data.rfind(b"\n\n") + 2
-        if cut == 1:
-            if len(data) > MAX_EVENT_BYTES:
-                self.fail(EngineGone(f"The engine sent more than {MAX_EVENT_BYTES} bytes without the end of an event."))
-                data = b""
-            self.rest = data
-            return b""
-        self.rest = data[cut:]
+        self.seam = b""
+        if cut < len(data):
+            self._wait_with(data[cut:], data[cut:])
         return data[:cut]
 
-    def _usage(self, made: int, data: bytes) -> tuple[int, bytes]:
-        """(tokens that are new in `data` by the engine's own count, `data` as the client is to see it)."""
-        ticket = self.ticket
-        alone = is_usage_only(data)
-        if (usage := usage_in(data)) is not None:
-            ticket.learn(usage.prompt_tokens, usage.cached_tokens)
-            counted = usage.output_tokens
-            if counted is not None:
-                made = counted - ticket.tokens if alone else max(made, counted - ticket.tokens)
-                if made < 0:
-                    ticket.tokens = counted
-        return made, without_usage(data) if self.hide_usage and alone else data
+    def _wait_with(self, data: bytes, seam: bytes) -> None:
+        self.pieces.append(data)
+        self.pieces_bytes += len(data)
+        self.seam = seam[-3:]
+        if self.pieces_bytes > MAX_EVENT_BYTES:
+            self.pieces.clear()
+            self._stop(EngineGone(f"The engine sent more than {MAX_EVENT_BYTES} bytes without the end of an event."))
+
+    def fail(self, error: ServiceError) -> None:
+        if self.finishing and self.out.begun and not self.done.done():
+            held, self.finishing = self.finishing, b""
+            self.out.write(held + b"\n\n")
+        super().fail(error)
 
     def end(self) -> None:
         if self.instead is not None:
             self.instead.end()
             return
-        if self.rest:
+        if self.pieces:
             self.body(b"\n\n")
         if self.done.done():
             return
-        if not self.out.begun:
-            self.fail(EngineGone("The engine ended its stream before the first event."))
+        if not self.ended:
+            self.fail(EngineHungUp("The engine ended its stream before its last event."))
             return
         self.out.end()
         self.finish()

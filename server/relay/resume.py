@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from server.engine.sse import is_broken_off, is_usage_only
+from server.engine.answers import Said, Usage, data_of
 from server.observe.telemetry import Distribution
 from server.relay.relay import Answer, Stream
 from server.request.call import Call, Ticket
@@ -19,6 +19,7 @@ from server.request.schemas import COMPLETIONS, raw_members
 from server.request.transcript import PACK_CHUNKS, Chunk, Progress
 
 DEFAULT_COMPLETION_TOKENS = 16  # where /v1/completions is asked without a length
+_TEXTS = ("text", "input_text", "refusal")
 _NEUTRAL: tuple[object, ...] = (None, False, 0, "", [], {})
 # Fields that mean the same for the rest of an answer as for the whole of it, and go along.
 _GO_ALONG = frozenset(
@@ -74,15 +75,21 @@ def fit_to_resume(call: Call, progress: Progress) -> None:
             continue
         value = orjson.loads(bytes(raw))
         if value not in _NEUTRAL and not (name == "response_format" and value == {"type": "text"}):
-            raise CannotResume(f"'{name}' concerns the answer as a whole")
+            raise CannotResume(f"{name[:64]!r} concerns the answer as a whole")
     if not _text_only(call):
         raise CannotResume("its prompt is not text alone")
 
 
 def _text_only(call: Call) -> bool:
+    """Whether a chat's messages are all text, as far as they can be read."""
+    if not call.route.chat:
+        return True
     messages = orjson.loads(bytes(raw_members(call.body).get("messages", b"[]")))
-    parts = [part for message in messages if isinstance(message.get("content"), list) for part in message["content"]]
-    return all(isinstance(part, str) or part.get("type") in ("text", "input_text", "refusal") for part in parts)
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        return False
+    contents = [message.get("content") for message in messages]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return all(isinstance(part, str) or (isinstance(part, dict) and part.get("type") in _TEXTS) for part in parts)
 
 
 def clean_length(chunks: Sequence[Chunk], *, stops: bool) -> int | None:
@@ -95,6 +102,18 @@ def clean_length(chunks: Sequence[Chunk], *, stops: bool) -> int | None:
     if length and (stops or len(chunks[length - 1].ids or ()) != 1):
         return None
     return length
+
+
+def stop_texts(call: Call) -> list[str]:
+    """The texts at which the client wants the answer to end."""
+    stop = orjson.loads(bytes(raw_members(call.body).get("stop", b"null")))
+    texts = stop if isinstance(stop, list) else [stop]
+    return [text for text in texts if isinstance(text, str) and text]
+
+
+def ends_within(text: str, stops: Sequence[str]) -> bool:
+    """Whether a text ends with the beginning of one of these, but not with the whole of it."""
+    return any(text.endswith(stop[:length]) for stop in stops for length in range(1, len(stop)))
 
 
 def continuation(call: Call, progress: Progress, kept_ids: list[int], kept_text: str) -> Continuation:
@@ -160,10 +179,9 @@ class Resumed(Stream):
         self.plan = plan
         self.raw = self.received
         self.received = None  # what is kept are this worker's own events, not what they become
-        self.openings = 0
         self.skip = plan.skip
         self.skip_ids = plan.skip_ids
-        self.chat = ticket.call.route.role_first
+        self.chat = ticket.call.route.chat
         self.made_before = 0 if plan.restart else len(plan.kept.ids or ())
         self.prompt_tokens = None if plan.restart or plan.kept.prompt_ids is None else len(plan.kept.prompt_ids)
 
@@ -176,35 +194,42 @@ class Resumed(Stream):
         if not self.done.done():
             super().body(data)
 
-    def _forward(self, data: bytes) -> None:
-        try:
-            rewritten = b"".join(map(self._rewritten, data.split(b"\n\n")[:-1]))
-        except (ValueError, TypeError, AttributeError, KeyError, LookupError):
-            self.fail(EngineGone("The engine sent an event that is not one of OpenAI's."))
-            return
-        if self.done.done():
-            return
+    def read(self, event: bytes) -> Said:
+        """What the event says of the whole request: what an earlier worker made is output, not prompt."""
+        said = super().read(event)
+        if self.prompt_tokens is None:
+            return said
+        usage = said.usage
+        if usage is not None and usage.output_tokens is not None:
+            cached = None if usage.cached_tokens is None else min(usage.cached_tokens, self.prompt_tokens)
+            usage = Usage(self.prompt_tokens, self.made_before + usage.output_tokens, cached)
+        again = min(said.tokens, len(self.skip_ids)) if said.exact else 0
+        return said._replace(usage=usage, tokens=said.tokens - again, prompts=())
+
+    def _keep(self, events: bytes) -> None:
         if self.raw is not None:
-            self.raw.chunks.append(data)
+            self.raw.chunks.append(events)
             if len(self.raw.chunks) >= PACK_CHUNKS:
                 self.raw.pack()
-        if rewritten:
-            super()._forward(rewritten)
 
-    def _rewritten(self, event: bytes) -> bytes:
-        if not event.startswith(b"data:") or event.startswith(b"data: [DONE]"):
-            return event + b"\n\n"
-        said = orjson.loads(event[5:])
-        if "error" in said or is_broken_off(event):
-            self.fail(EngineGone("The engine failed while it went on with the answer."))
+    def _shown(self, event: bytes, said: Said) -> bytes:
+        try:
+            event = self._rewritten(event, said)
+        except (ValueError, TypeError, AttributeError, KeyError, LookupError):
+            self.fail(EngineGone("The engine sent an event that is not one of OpenAI's."))
             return b""
-        said |= self.plan.kept.head
-        said.pop("prompt_token_ids", None)
-        self._add_up(said)
-        said["choices"] = [choice for choice in map(self._choice, said.get("choices") or ()) if choice is not None]
-        if not said["choices"] and not is_usage_only(event):
-            return b""
-        return b"data: " + orjson.dumps(said) + b"\n\n"
+        return b"" if not event or self.done.done() else super()._shown(event, said)
+
+    def _rewritten(self, event: bytes, said: Said) -> bytes:
+        data = data_of(event)
+        if said.last or not data:
+            return event
+        content = orjson.loads(data) | self.plan.kept.head
+        content.pop("prompt_token_ids", None)
+        self._add_up(content)
+        choices = map(self._choice, content.get("choices") or ())
+        content["choices"] = [choice for choice in choices if choice is not None]
+        return b"data: " + orjson.dumps(content) if content["choices"] or said.closing else b""
 
     def _add_up(self, said: dict[str, Any]) -> None:
         """The usage of the whole request: what an earlier worker made is output, not prompt."""
@@ -239,7 +264,7 @@ class Resumed(Stream):
     def _untold(self, ids: list[int]) -> list[int]:
         """`ids` without those that the client has already: their text had not come."""
         again = min(len(ids), len(self.skip_ids))
-        if ids[:again] != list(self.skip_ids[:again]) and b'"return_token_ids"' in self.ticket.call.body:
+        if ids[:again] != list(self.skip_ids[:again]) and self.ticket.call.wants_ids:
             self.fail(Diverged("The engine broke off, and no other said again the token ids that the client has."))
         self.skip_ids = self.skip_ids[again:]
         return ids[again:]

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -14,6 +14,8 @@ from server.request.transcript import Received
 if TYPE_CHECKING:  # an annotation only: at run time this layer knows nothing of workers
     from server.fleet.split import Split
 
+Dialect = Literal["openai", "responses", "messages"]
+
 
 @dataclass(frozen=True, slots=True)
 class Route:
@@ -21,6 +23,7 @@ class Route:
 
     path: as clients write it; the engine has the same.
     generates: it runs on the engine's batch, so it waits for a slot and is charged.
+    makes_tokens: the engine writes an answer, token by token.
     usage_on_request: a stream tells its usage only if stream_options asks for it (OpenAI's chat and completions).
     xargs: the engine takes `vllm_xargs` here, so that tenant and service may travel with the request.
     handover: the engine tells here where a prompt's KV can be fetched, and fetches it elsewhere.
@@ -28,13 +31,15 @@ class Route:
     limit_fields: names of the field that bounds the output, the first one present counts.
     content_field: the field that holds the prompt.
     prompts: the prompt field may hold several prompts, each a sequence of its own.
-    role_first: a stream's first event of each choice carries no token.
+    choices: `n` asks for several answers to each prompt.
+    chat: events carry a `delta`, not a `text`.
     resumes: what a client has of a stream is kept, so that another worker can go on with it.
-    token_mark: occurs once for every event that carries tokens. It has a line break, which JSON strings cannot have.
+    dialect: the shape of its answers and events.
     """
 
     path: str
     generates: bool = True
+    makes_tokens: bool = True
     usage_on_request: bool = False
     xargs: bool = False
     handover: bool = False
@@ -42,9 +47,10 @@ class Route:
     limit_fields: tuple[str, ...] = ("max_tokens",)
     content_field: str = "messages"
     prompts: bool = False
-    role_first: bool = False
+    choices: bool = False
+    chat: bool = False
     resumes: bool = False
-    token_mark: bytes = b"\n\n"
+    dialect: Dialect = "openai"
 
 
 class Call(msgspec.Struct, frozen=True):
@@ -55,6 +61,8 @@ class Call(msgspec.Struct, frozen=True):
     prompt_tokens: an estimate; the engine's own count replaces it at the end.
     deadline_s: seconds from arrival within which the answer must begin, None for no limit.
     steers_kv: it has `kv_transfer_params` of its own, for its tenant may.
+    prompts: how many; `sequences` is a multiple of it.
+    wants_ids: the client asked for token ids itself. hides_tokens: tokens of reasoning are made and not sent.
     """
 
     id: str
@@ -70,6 +78,9 @@ class Call(msgspec.Struct, frozen=True):
     kind: str
     deadline_s: float | None = None
     steers_kv: bool = False
+    prompts: int = 1
+    wants_ids: bool = False
+    hides_tokens: bool = False
 
 
 class Phase(IntEnum):
@@ -106,6 +117,7 @@ class Ticket:
     pending_tokens: what the worker is taken to be busy with for it.
     split: set if prompt and answer are two workers' business; `worker` is then the one that answers.
     avoid: the worker that failed it last, which it should not be given again.
+    at_fault: workers that failed because of it.
     received: what its stream has said so far, None where that is not kept.
     trace: header lines that make what workers do for it a part of its trace; nothing if it has none.
     """
@@ -126,6 +138,7 @@ class Ticket:
     split: "Split | None" = None
     uncharged: int = 0
     avoid: str = ""
+    at_fault: int = 0
     received: Received | None = None
     trace: bytes = b""
 
@@ -140,6 +153,17 @@ class Ticket:
             self.exact = True
         if cached_tokens is not None:
             self.cached_tokens = cached_tokens
+
+    def used_tokens(self, *, failed: bool) -> int:
+        """What its tenant pays for: the prompt for each worker that it made fail, and what it was given.
+
+        failed: it ended with an error. One that a worker is to blame for costs nothing before the first token.
+        """
+        if self.times[Phase.PREFILLING] is None or not self.call.route.generates:
+            return 0
+        if failed and not self.tokens:
+            return self.prompt_tokens * self.at_fault
+        return self.prompt_tokens * max(1, self.at_fault) + self.tokens
 
     def move(self, phase: Phase) -> None:
         """Notes that a phase is reached. ValueError for a move that is not in the table."""

@@ -115,6 +115,14 @@ class EngineUnreachable(EngineGone):
     """Not even a connection: nothing of the request has left."""
 
 
+class EngineHungUp(EngineGone):
+    """The engine closed the connection before its answer was complete: it may have died, or only this answer."""
+
+
+class EngineLost(EngineGone):
+    """The gateway's own look at the engine shows that nothing more will come from it."""
+
+
 class NoWorker(ServiceError):
     status = 503
     kind = "server_error"
@@ -156,6 +164,21 @@ ENGINE_FAILURES = (500, 502, 503, 504)
 def is_engine_failure(error: BaseException | None) -> bool:
     """Whether it is the worker that failed, so that another one may do better."""
     return isinstance(error, EngineGone) or (isinstance(error, Refused) and error.refused_status in ENGINE_FAILURES)
+
+
+def may_be_the_request(error: ServiceError) -> bool:
+    """Whether a request can have made an engine fail that is well. Not with 503, which says that the engine is busy."""
+    return isinstance(error, EngineHungUp) or (isinstance(error, Refused) and error.refused_status != 503)
+
+
+def is_same_refusal(one: ServiceError, other: ServiceError) -> bool:
+    """Whether two engines failed on a request with the same status, so that the request is to blame."""
+    return (
+        isinstance(one, Refused)
+        and isinstance(other, Refused)
+        and one.refused_status == other.refused_status
+        and may_be_the_request(other)
+    )
 
 
 def status_of(error: ServiceError) -> int:

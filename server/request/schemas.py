@@ -1,9 +1,13 @@
-"""From a request body to a `Call`: only the fields that we act on are parsed; all others pass through as they came."""
+"""From a request body to a `Call`: only fields that we act on are read; all others that are allowed pass through."""
+
+import re
 
 import msgspec
 
 from server.request.call import Call, Route
 from server.request.errors import BadRequest
+from server.request.fields import ALLOWED, PROMPT
+from server.request.media import LARGEST_MEDIA_BYTES, media_bytes_beyond
 from server.request.tenants import Tenant
 
 CHAT = Route(
@@ -12,7 +16,8 @@ CHAT = Route(
     xargs=True,
     handover=True,
     limit_fields=("max_completion_tokens", "max_tokens"),
-    role_first=True,
+    chat=True,
+    choices=True,
     resumes=True,
 )
 COMPLETIONS = Route(
@@ -22,6 +27,7 @@ COMPLETIONS = Route(
     handover=True,
     content_field="prompt",
     prompts=True,
+    choices=True,
     resumes=True,
 )
 RESPONSES = Route(
@@ -29,24 +35,23 @@ RESPONSES = Route(
     xargs=True,
     limit_fields=("max_output_tokens",),
     content_field="input",
-    token_mark=b".delta\n",
+    dialect="responses",
 )
-MESSAGES = Route("/v1/messages", xargs=True, anthropic=True, token_mark=b"block_delta\n")
-EMBEDDINGS = Route("/v1/embeddings", content_field="input", prompts=True)
-TOKENIZE = Route("/tokenize", generates=False, content_field="prompt")
+MESSAGES = Route("/v1/messages", xargs=True, anthropic=True, dialect="messages")
+EMBEDDINGS = Route("/v1/embeddings", makes_tokens=False, content_field="input", prompts=True)
+TOKENIZE = Route("/tokenize", generates=False, makes_tokens=False, content_field="prompt")
 ROUTES: dict[bytes, Route] = {
     route.path.encode(): route for route in (CHAT, COMPLETIONS, RESPONSES, MESSAGES, EMBEDDINGS, TOKENIZE)
 }
-
-# Fields with which a client would steer the engine or its scheduler: refused unless the tenant is granted them.
-STEERING = ("vllm_xargs", "priority", "kv_transfer_params", "cache_salt", "request_id", "data_parallel_rank")
 
 MAX_SEQUENCES = 128  # OpenAI's own bound on `n`
 MAX_OUTPUT_TOKENS = 2**31
 LONGEST_DEADLINE_S = 1e9
 
-
-ABSENT = msgspec.Raw(b"")
+_ABSENT = msgspec.Raw(b"null")
+_NEUTRAL = (b"null", b"false")  # a field that says nothing is refused to nobody
+_NO_TOOLS = (b"null", b"[]")
+_KNOWN = frozenset().union(*ALLOWED.values())
 
 
 class StreamOptions(msgspec.Struct):
@@ -54,32 +59,30 @@ class StreamOptions(msgspec.Struct):
 
 
 class Fields(msgspec.Struct):
-    """What we read of a body. `Raw` fields are not parsed, only measured or noticed."""
+    """The members that we act on, prompt and tools apart."""
 
     model: str
     stream: bool | None = None
     n: int | None = None
+    best_of: int | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     max_output_tokens: int | None = None
     stream_options: StreamOptions | None = None
-    tools: msgspec.Raw = ABSENT
-    response_format: msgspec.Raw = ABSENT
-    messages: msgspec.Raw = ABSENT
-    prompt: msgspec.Raw = ABSENT
-    input: msgspec.Raw = ABSENT
-    vllm_xargs: msgspec.Raw = ABSENT
-    priority: msgspec.Raw = ABSENT
-    kv_transfer_params: msgspec.Raw = ABSENT
-    cache_salt: msgspec.Raw = ABSENT
-    request_id: msgspec.Raw = ABSENT
-    data_parallel_rank: msgspec.Raw = ABSENT
+    return_token_ids: bool | None = None
+    include_reasoning: bool | None = None
 
+
+Members = dict[str, msgspec.Raw]
 
 # A member that comes twice counts as its last: here and in engines.
-_decode = msgspec.json.Decoder(Fields).decode
-_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_read_members = msgspec.json.Decoder(Members).decode
+_read_fields = msgspec.json.Decoder(Fields).decode
+_encode = msgspec.json.Encoder().encode
 _list = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_FIELDS = frozenset(Fields.__struct_fields__)
+_SEVERAL = re.compile(rb'\[\s*["\[]')
+_NO_TOKEN_IDS = b"0123456789,[] \t\r\n"
 
 
 def deadline_from(header: bytes) -> float:
@@ -97,42 +100,38 @@ def deadline_from(header: bytes) -> float:
 
 def call_from(route: Route, body: bytes, tenant: Tenant, call_id: str, bytes_per_token: float) -> Call:
     """Reads a body. Raises BadRequest with a sentence that names the field."""
-    fields = _parsed(body)
+    members, fields = _parsed(body)
+    if not members.keys() <= ALLOWED[route.path]:
+        _refuse_unlisted(members, route, tenant)
     if not fields.model:
         raise BadRequest("The field 'model' is empty: name one of the models that /v1/models lists.", param="model")
-    _refuse_steering(fields, tenant)
-    stream = bool(fields.stream)
-    asked = fields.stream_options is not None and bool(fields.stream_options.include_usage)
-    hide_usage = route.usage_on_request and stream and not asked
-    content = bytes(getattr(fields, route.content_field))
+    stream, options = bool(fields.stream), fields.stream_options
+    hide_usage = route.usage_on_request and stream and not (options is not None and options.include_usage)
+    prompts = _prompts(bytes(members.get(route.content_field, _ABSENT))) if route.prompts else 1
     return Call(
         id=call_id,
         route=route,
         tenant=tenant,
         model=fields.model,
         stream=stream,
-        body=with_usage(body) if hide_usage else body,
+        body=with_usage(body, members) if hide_usage else body,
         hide_usage=hide_usage,
-        prompt_tokens=estimate_tokens(content, bytes_per_token),
+        prompt_tokens=prompt_estimate(members, bytes_per_token),
         max_tokens=_output_limit(route, fields),
-        sequences=(1 if fields.n is None else _within(fields.n, 1, MAX_SEQUENCES, "n"))
-        * (_prompts(content) if route.prompts else 1),
-        kind=_kind(fields),
-        steers_kv=fields.kv_transfer_params is not ABSENT and bytes(fields.kv_transfer_params) != b"null",
+        sequences=prompts if fields.n is None is fields.best_of else prompts * _choices(route, fields),
+        kind=_kind(members) if "tools" in members or "response_format" in members else "",
+        steers_kv="kv_transfer_params" in members and bytes(members["kv_transfer_params"]) != b"null",
+        prompts=prompts,
+        wants_ids=bool(fields.return_token_ids),
+        hides_tokens=fields.include_reasoning is False,
     )
 
 
-def _output_limit(route: Route, fields: Fields) -> int:
-    for name in route.limit_fields:
-        value: int | None = getattr(fields, name)
-        if value is not None:
-            return _within(value, 0, MAX_OUTPUT_TOKENS, name)
-    return 0
-
-
-def _parsed(body: bytes) -> Fields:
+def _parsed(body: bytes) -> tuple[Members, Fields]:
+    """Every member as its own bytes, and those that we act on as values."""
     try:
-        return _decode(body)
+        members = _read_members(body)
+        return members, _read_fields(_encode({name: raw for name, raw in members.items() if name in _FIELDS}))
     except msgspec.ValidationError as error:
         said = str(error)
         where = said.rpartition("`$.")[2].rstrip("`") if "`$." in said else None
@@ -143,19 +142,28 @@ def _parsed(body: bytes) -> Fields:
         raise BadRequest("The request body is nested too deeply.", code="invalid_json") from None
 
 
-def _refuse_steering(fields: Fields, tenant: Tenant) -> None:
-    if (
-        fields.vllm_xargs is ABSENT is fields.priority
-        and fields.kv_transfer_params is ABSENT is fields.cache_salt
-        and fields.request_id is ABSENT is fields.data_parallel_rank
-    ):
-        return  # nearly all: what follows costs as much as all else that is read here
-    for name in STEERING:
-        if bytes(getattr(fields, name)) not in (b"", b"null") and name not in tenant.grants:
+def _choices(route: Route, fields: Fields) -> int:
+    """How many answers an engine makes to each prompt, 1 where it does not read `n`."""
+    n = 1 if fields.n is None else _within(fields.n, 1, MAX_SEQUENCES, "n")
+    best_of = 1 if fields.best_of is None else _within(fields.best_of, 1, MAX_SEQUENCES, "best_of")
+    return max(n, best_of) if route.choices else 1
+
+
+def _output_limit(route: Route, fields: Fields) -> int:
+    for name in route.limit_fields:
+        value: int | None = getattr(fields, name)
+        if value is not None:
+            return value if 0 <= value <= MAX_OUTPUT_TOKENS else _within(value, 0, MAX_OUTPUT_TOKENS, name)
+    return 0
+
+
+def _refuse_unlisted(members: Members, route: Route, tenant: Tenant) -> None:
+    for name in members.keys() - ALLOWED[route.path] - tenant.grants:
+        if bytes(members[name]) not in _NEUTRAL:
             raise BadRequest(
-                f"The field '{name}' steers the engine and is not open to clients: remove it, or ask the operator to "
-                "grant it to your tenant.",
-                param=name,
+                f"The field {name[:64]!r} is not open to clients on {route.path}: remove it, or ask the operator to "
+                "grant it to your tenant. The fields that are open are listed in docs/api.md.",
+                param=name[:64],
                 code="field_not_allowed",
             )
 
@@ -166,29 +174,28 @@ def _within(value: int, least: int, most: int, name: str) -> int:
     return value
 
 
-def _kind(fields: Fields) -> str:
-    if fields.tools is not ABSENT and bytes(fields.tools) not in (b"null", b"[]"):
+def _kind(members: Members) -> str:
+    if "tools" in members and bytes(members["tools"]) not in _NO_TOOLS:
         return "tools"
-    return "json" if fields.response_format is not ABSENT and b"json" in bytes(fields.response_format) else ""
+    return "json" if "response_format" in members and b"json" in bytes(members["response_format"]) else ""
 
 
-def with_usage(body: bytes) -> bytes:
-    """The body with `stream_options.include_usage` asked for, so that the answer ends with the exact count. Every other
-    member keeps its bytes."""
-    if b'"stream_options"' not in body:
-        return splice(body, b'"stream_options":{"include_usage":true}')
-    members = raw_members(body)
+def with_usage(body: bytes, members: Members) -> bytes:
+    """The body with `stream_options.include_usage` asked for, so that the answer ends with the exact count, and with no
+    usage in every chunk, which the client would not get without it. Every other member keeps its bytes."""
     options = members.get("stream_options")
-    told = raw_members(options) if options is not None and bytes(options)[:1] == b"{" else {}
+    if options is None:
+        return body[: body.rindex(b"}")] + b',"stream_options":{"include_usage":true}}'
+    told = raw_members(options) if bytes(options)[:1] == b"{" else {}
+    told.pop("continuous_usage_stats", None)
     told["include_usage"] = msgspec.Raw(b"true")
-    members["stream_options"] = msgspec.Raw(msgspec.json.encode(told))
-    return msgspec.json.encode(members)
+    return _encode(members | {"stream_options": msgspec.Raw(_encode(told))})
 
 
-def raw_members(body: bytes | msgspec.Raw) -> dict[str, msgspec.Raw]:
+def raw_members(body: bytes | msgspec.Raw) -> Members:
     """A JSON object's members by name, each value as its own bytes. BadRequest for a name that is not UTF-8."""
     try:
-        return _members(body)
+        return _read_members(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadRequest(f"The request body is not valid JSON: {error}.", code="invalid_json") from None
 
@@ -200,16 +207,26 @@ def splice(body: bytes, members: bytes) -> bytes:
 
 def _prompts(content: bytes) -> int:
     """How many prompts a prompt field holds: several only if it is a list of texts or of lists of token ids."""
-    if content[:1] != b"[" or content[1:64].lstrip()[:1] not in (b'"', b"["):
-        return 1
-    return len(_list(content))
+    return len(_list(content)) if _SEVERAL.match(content) else 1
+
+
+def prompt_estimate(members: Members, bytes_per_token: float) -> int:
+    """Prompt tokens before any tokenizer saw them: of every field whose text becomes part of the prompt, and of every
+    field that is not on the list of those that are open to all."""
+    total = 0
+    for name, raw in members.items():
+        if name in PROMPT:
+            total += estimate_tokens(bytes(raw), bytes_per_token)
+        elif name not in _KNOWN:
+            total += round(len(bytes(raw)) / bytes_per_token)
+    return max(1, total)
 
 
 def estimate_tokens(content: bytes, bytes_per_token: float) -> int:
-    """Prompt tokens before any tokenizer saw them: exact for token ids, else from the length in bytes."""
-    if content[:1] == b"[" and content[1:64].lstrip(b"[ \t\r\n")[:1].isdigit():
+    """Tokens of one field: exact for token ids, else from the length in bytes."""
+    if content[:1] == b"[" and not content.translate(None, _NO_TOKEN_IDS):
         return content.count(b",") + 1
     size = len(content)
-    if b";base64," in content:  # an image's bytes are not its tokens: a few hundred each is what vision models make
-        size = sum(min(len(part), 4096) if part.startswith(b"data:") else len(part) for part in content.split(b'"'))
+    if size > LARGEST_MEDIA_BYTES:
+        size -= media_bytes_beyond(content, LARGEST_MEDIA_BYTES)
     return max(1, round(size / bytes_per_token))

@@ -401,7 +401,7 @@ def test_a_worker_that_takes_no_connection_is_out_until_it_is_seen_again() -> No
         slot = hall.dispatcher.slot(hall.ticket())
         with pytest.raises(EngineUnreachable):
             async with slot:
-                slot.blame(EngineUnreachable("refused"))
+                slot.suspect(EngineUnreachable("refused"))
                 raise EngineUnreachable("refused")
         assert hall.fleet.members["w0"].state is State.DOWN and hall.is_empty()
 
@@ -419,7 +419,7 @@ def test_a_call_whose_worker_failed_goes_before_those_that_wait_and_is_charged_o
             slot = hall.dispatcher.slot(ticket)
             async with slot as member:
                 await asyncio.sleep(1.0)
-                slot.blame(error)
+                slot.suspect(error)
                 other = await slot.move(error)
                 assert other is not member
                 order.append("moved")

@@ -120,7 +120,7 @@ async def test_however_a_worker_fails_the_answer_is_the_same(fault: Faults, stre
             if name == "evenhand_failovers_total"
         }
         begun = stream and not fault.error_status
-        assert failovers == {"retried": 1 - begun, "resumed": begun, "failed": 0}
+        assert failovers == {"retried": 1 - begun, "resumed": begun, "failed": 0, "blamed": 0}
         await crowd.mend()
 
 

@@ -66,10 +66,10 @@ async def test_usage_is_always_asked_for_and_shown_only_to_whom_asked(path: str,
         assert told.text == quiet.text == never.text != ""
 
 
-async def test_fields_that_nobody_here_knows_reach_the_engine_byte_for_byte() -> None:
+async def test_fields_that_are_not_read_reach_the_engine_byte_for_byte() -> None:
     body = (
         b'{ "model":"fake","messages":[{"role":"user","content":"\\u00e9 \xc3\xa9"}], "temperature":0.70,'
-        b'"x_big":123456789012345678901234567890, "x_exp":1E-7,"x":{"stream_options":1,"b":[ 1,2 ]}, "max_tokens" :4}\n'
+        b'"seed":123456789012345678901234567890, "min_p":1E-7,"metadata":{"stream_options":1,"b":[ 1 ]}, "n" :1}\n'
     )
     async with over_script(says(plain(b'{"ok":1}'))) as (gateway, engine):
         assert (await gateway.ask(CHAT, body)).status == 200
@@ -80,7 +80,7 @@ async def test_fields_that_nobody_here_knows_reach_the_engine_byte_for_byte() ->
 async def test_a_stream_keeps_the_bytes_of_its_other_fields() -> None:
     async with over_script(says(streamed(b"data: [DONE]\n\n"))) as (gateway, engine):
         for options in (b"", b'"stream_options":{"include_usage":false,"x":[ 1 ]}, ', b'"stream_options":null, '):
-            body = b'{"big":123456789012345678901234567890, ' + options + b'"model":"fake","t":1.0, "stream":true}'
+            body = b'{"seed":123456789012345678901234567890, ' + options + b'"model":"fake","top_p":1.0, "stream":true}'
             assert (await gateway.ask(CHAT, body)).status == 200
             got = engine.asked[-1].body
             assert json.loads(got)["stream_options"]["include_usage"] is True
@@ -100,7 +100,7 @@ RESPONSES_EVENTS = [
     b'"input_tokens_details":{"cached_tokens":2},"output_tokens":4}}}\n\n',
 ]
 MESSAGES_EVENTS = [
-    b'event: message_start\ndata: {"message":{"usage":{"input_tokens":9,"output_tokens":0}}}\n\n',
+    b'event: message_start\ndata: {"type":"message_start","message":{"usage":{"input_tokens":9}}}\n\n',
     b'event: content_block_start\ndata: {"type":"content_block_start"}\n\n',
     *[b'event: content_block_delta\ndata: {"type":"content_block_delta"}\n\n' for _ in range(3)],
     b'event: message_delta\ndata: {"type":"message_delta","usage":{"output_tokens":5}}\n\n',
@@ -428,7 +428,7 @@ async def test_a_client_gets_each_token_as_soon_as_it_is_made() -> None:
             event = b'data: {"choices":[{"delta":{"content":"%d"}}]}\n\n' % number
             writer.write(b"%x\r\n%b\r\n" % (len(event), event))
         await got[-1].wait()
-        writer.write(body)
+        writer.write(b"e\r\ndata: [DONE]\n\n\r\n" + body)
 
     async with over_script(one_after_the_other) as (gateway, _), httpx2.AsyncClient(trust_env=False) as client:
         seen = 0

@@ -115,13 +115,13 @@ async def test_the_answer_is_that_of_one_engine(path: str, stream: bool) -> None
 
 async def test_the_prefill_worker_is_asked_for_one_token_of_the_very_same_prompt() -> None:
     async with pools() as both:
-        fields = {"temperature": 0.5, "stop": ["x"], "tools": [{"a": 1}], "min_tokens": 3, "stream": True, "x": [1, 2]}
+        fields = {"temperature": 0.5, "stop": ["x"], "tools": [{"a": 1}], "min_tokens": 3, "stream": True, "seed": 12}
         await both.ask(**fields)
         asked, answered = both.prefill.seen[-1].body, both.decode.seen[-1].body
         ours = json.loads(b"{" + _ONE_TOKEN + b"}")
         assert {name: asked[name] for name in ours} == ours
         assert asked["max_tokens"] == asked["max_completion_tokens"] == 1 and asked["min_tokens"] == 0
-        same = ("messages", "temperature", "tools", "model", "x")
+        same = ("messages", "temperature", "tools", "model", "seed")
         assert {name: asked[name] for name in same} == {name: answered[name] for name in same}
         assert answered["kv_transfer_params"]["do_remote_prefill"] is True
         assert answered["kv_transfer_params"]["remote_port"] == both.prefill.port

@@ -32,12 +32,33 @@ CHAT = "/v1/chat/completions"
 
 def test_a_circuit_opens_after_so_many_failures_and_each_pause_is_twice_as_long() -> None:
     breaker = Breaker()
-    assert [breaker.failed(0.0, 3) for _ in range(2)] == [False, False]
-    pauses = []
-    for _ in range(9):
-        assert breaker.failed(100.0, 3)
+    opened, pauses = [], []
+    for call in range(11):
+        breaker.failed(f"call {call}", "a", proven=True)
+        opened.append(breaker.opens(100.0, 3, several=False))
         pauses.append(breaker.retry_at - 100.0)
-    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    assert opened == [False] * 2 + [True] * 9
+    assert pauses[2:] == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+
+
+@pytest.mark.parametrize(
+    ("tenants", "proven", "several", "opens"),
+    [
+        ("aaa", True, False, True),
+        ("aaa", True, True, False),  # others are served: their calls would have failed too
+        ("aaa", False, False, False),  # no worker answered these: perhaps they are to blame
+        ("aab", False, True, True),
+        ("ab", False, True, False),
+    ],
+)
+def test_one_tenant_s_calls_open_a_circuit_only_if_another_worker_answered_them_and_nobody_else_is_served(
+    tenants: str, proven: bool, several: bool, opens: bool
+) -> None:
+    breaker = Breaker()
+    for call, tenant in enumerate(tenants):
+        breaker.failed(f"call {call}", tenant, proven=proven)
+        breaker.failed(f"call {call}", tenant, proven=proven)  # the same call again counts once
+    assert breaker.opens(0.0, 3, several=several) is opens
 
 
 def metrics(running: int, tokens: int | None) -> str:

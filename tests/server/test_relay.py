@@ -62,13 +62,22 @@ class Ticks:
         return self.now
 
 
-def event(content: str | None = None, **more: object) -> bytes:
-    choices = [] if content is None else [{"index": 0, "delta": {"content": content}, "finish_reason": None}]
+def event(content: str | None = None, *, ids: list[int] | None = None, **more: object) -> bytes:
+    choice = {"index": 0, "delta": {"content": content}, "finish_reason": None}
+    choices = [] if content is None else [choice | ({} if ids is None else {"token_ids": ids})]
     return b"data: " + json.dumps({"choices": choices, **more}, separators=(",", ":")).encode() + b"\n\n"
 
 
 ROLE = b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}\n\n'
-TOKENS = [event(text) for text in ("Hi", ' "usage": {"completion_tokens": 99}', "\n\ndata: x", "é", " [DONE]")]
+TEXTS = (
+    "Hi",
+    ' "usage": {"completion_tokens": 99}',
+    "\n\ndata: x",
+    "é",
+    ' [DONE]"finish_reason":null,"token_ids":[7]}]}',
+)
+TOKENS = [event(text, ids=[number]) for number, text in enumerate(TEXTS, start=1000)]
+UNTOLD = [event(text) for text in ("Hi", ' "usage":', "\n\ndata: x", "é", " [DONE]")]  # by an engine without token ids
 USAGE = event(usage={"prompt_tokens": 12, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 4}})
 DONE = b"data: [DONE]\n\n"
 STREAM = ROLE + b"".join(TOKENS) + USAGE + DONE
@@ -125,6 +134,37 @@ async def test_an_event_with_one_token_is_forwarded_with_its_framing_and_counted
     assert stream.received is not None and stream.received.events() == STREAM
 
 
+@pytest.mark.parametrize("ids", [True, False])
+async def test_what_an_ordinary_event_looks_like_is_learned_and_what_is_not_one_is_read(ids: bool) -> None:
+    def token(number: int, **more: object) -> bytes:
+        return event(f"t{number}", ids=[number] if ids else None, **more)
+
+    usual = [token(number) for number in range(10, 20)]
+    three = event("one two three", ids=[1, 2, 3]) if ids else event("0123456789" * 4)
+    unusual = [token(20, usage={"completion_tokens": 99, "prompt_tokens": 3}), three]
+    client, ticket, _, _ = await streamed([ROLE, *usual, *unusual, token(21)], framed=True, end=False)
+    assert client.got == ROLE + b"".join([*usual, *unusual, token(21)])
+    assert client.forwarded == 8 + 1 + ids, "an event of three tokens with their ids is ordinary, too"
+    assert ticket.tokens == (10 + 1 + 3 + 1 if ids else 99 + 10 + 1)
+
+
+async def test_ordinary_events_of_several_tokens_are_counted_by_their_ids() -> None:
+    """`stream_interval` and speculative decoding put many tokens into an event."""
+    pieces = [event("x", ids=list(range(at, at + 50))) for at in range(0, 800, 50)]
+    client, ticket, _, _ = await streamed([ROLE, *pieces], framed=True, end=False)
+    assert client.got == ROLE + b"".join(pieces)
+    assert ticket.tokens == ticket.uncharged == 800
+
+
+async def test_an_event_that_only_ends_like_an_ordinary_one_is_read() -> None:
+    usual = [event("t", ids=[number]) for number in range(5)]
+    error = b'data: {"error":{"message":"x","code":500},"choices":[{"finish_reason":null,"token_ids":[1]}]}\n\n'
+    client, ticket, stream, _ = await streamed([ROLE, *usual, error + error], framed=True, end=False)
+    with pytest.raises(Refused):
+        await stream.done
+    assert client.got == ROLE + b"".join(usual) and ticket.tokens == 5
+
+
 @pytest.mark.parametrize("framed", [True, False])
 async def test_what_is_kept_of_a_long_stream_is_packed_whichever_way_it_comes(framed: bool) -> None:
     long = [ROLE, *(TOKENS[0] for _ in range(3 * PACK_CHUNKS))]
@@ -139,9 +179,10 @@ async def test_every_byte_on_its_own_gives_the_same_stream() -> None:
     assert client.got == SHOWN and ticket.tokens == 5
 
 
+@pytest.mark.parametrize("events", [TOKENS, UNTOLD])
 @pytest.mark.parametrize("made", range(len(TOKENS) + 1))
-async def test_tokens_are_counted_before_the_engine_tells_its_own_count(made: int) -> None:
-    _, ticket, _, _ = await streamed([ROLE, *TOKENS[:made]], end=False)
+async def test_tokens_are_counted_before_the_engine_tells_its_own_count(made: int, events: list[bytes]) -> None:
+    _, ticket, _, _ = await streamed([ROLE, *events[:made]], end=False)
     assert ticket.tokens == ticket.uncharged == made
     assert not ticket.exact
 
@@ -154,6 +195,30 @@ async def test_each_choice_of_a_chat_opens_with_an_event_that_is_no_token() -> N
     for piece in (ROLE, ROLE, ROLE + TOKENS[0], TOKENS[1]):
         stream.body(piece)
     assert ticket.tokens == 2
+
+
+async def test_the_prompt_is_known_from_the_first_event_and_its_ids_are_not_shown() -> None:
+    ids = ',"prompt_token_ids":[' + ",".join(map(str, range(700))) + "]"
+    first = ROLE.replace(b"}}]}", b"}}]" + ids.encode() + b"}")
+    client, ticket, stream, _ = await streamed([first, TOKENS[0]], end=False)
+    assert ticket.exact and ticket.prompt_tokens == 700
+    assert client.got == ROLE.replace(b"}}]}", b'}}],"prompt_token_ids":null}') + TOKENS[0]
+    assert stream.received is not None and stream.received.events() == first + TOKENS[0]
+
+
+async def test_of_several_prompts_those_that_are_not_told_yet_keep_their_estimate() -> None:
+    body = b'{"model":"m","stream":true,"n":2,"prompt":["%b","%b"]}' % (b"a" * 400, b"b" * 400)
+    ticket = ticket_of(Ticks(), call_of(body, COMPLETIONS))
+    ticket.move(Phase.PREFILLING)
+    stream = Stream(ticket, Client(), Distribution("itl", ""), [])
+    stream.head(200, b"text/event-stream", None)
+    estimate = ticket.call.prompt_tokens
+    told = b'data: {"choices":[{"index":%d,"text":"x","token_ids":[1],"prompt_token_ids":[1,2,3]}]}\n\n'
+    for choice in (2, 3):
+        stream.body(told % choice)
+        assert ticket.prompt_tokens == 3 + estimate // 2 and not ticket.exact
+    stream.body(told % 0)
+    assert ticket.prompt_tokens == 6 and ticket.exact
 
 
 async def test_a_chunk_of_several_tokens_is_corrected_by_the_engines_count() -> None:
@@ -174,14 +239,35 @@ async def test_a_stream_without_usage_keeps_the_count_of_its_events() -> None:
     assert ticket.tokens == 5 and not ticket.exact
 
 
+async def test_an_estimate_that_was_too_high_is_corrected_by_the_engine_s_count() -> None:
+    usage = event(usage={"prompt_tokens": 3, "completion_tokens": 2})
+    _, ticket, _, _ = await streamed([ROLE, event("a" * 100), event("b" * 100), usage, DONE])
+    assert ticket.tokens == ticket.uncharged == 2
+
+
+async def test_the_fingerprint_of_the_usage_event_that_is_not_shown_moves_to_the_one_before() -> None:
+    end = TOKENS[-1].replace(b'"finish_reason":null', b'"finish_reason":"stop"')
+    usage = USAGE.replace(b'{"choices"', b'{"system_fingerprint":"fp","choices"')
+    client, ticket, _, _ = await streamed([ROLE, *TOKENS[:-1], end, usage, DONE])
+    assert client.got == ROLE + b"".join(TOKENS[:-1]) + end[:-3] + b',"system_fingerprint":"fp"}\n\n' + DONE
+    client, _, _, _ = await streamed([ROLE, *TOKENS[:-1], end, DONE])
+    assert client.got == ROLE + b"".join(TOKENS[:-1]) + end + DONE, "an engine without a usage event"
+    client, _, stream, _ = await streamed([ROLE, *TOKENS[:-1], end], end=False)
+    stream.lost(EngineGone("gone"))
+    assert client.got == ROLE + b"".join(TOKENS[:-1]) + end, "what was held is the client's"
+    await asyncio.gather(stream.done, return_exceptions=True)
+
+
 async def test_anthropics_first_usage_does_not_stop_the_count() -> None:
     ticket = ticket_of(Ticks(), call_of(b'{"model":"m","stream":true}', MESSAGES))
     ticket.move(Phase.PREFILLING)
     stream = Stream(ticket, Client(), Distribution("itl", ""), [])
     stream.head(200, b"text/event-stream", None)
-    stream.body(b'event: message_start\ndata: {"usage":{"input_tokens":9,"output_tokens":0}}\n\n')
-    stream.body(b"event: content_block_start\ndata: {}\n\nevent: content_block_delta\ndata: {}\n\n")
-    stream.body(b"event: content_block_delta\ndata: {}\n\n")
+    usage = b'{"usage":{"input_tokens":9,"output_tokens":0}}'
+    stream.body(b'event: message_start\ndata: {"type":"message_start","message":%b}\n\n' % usage)
+    delta = b'event: x\ndata: {"type":"content_block_delta","delta":{"type":"text_delta","text":"a"}}\n\n'
+    stream.body(b'event: content_block_start\ndata: {"type":"content_block_start"}\n\n' + delta)
+    stream.body(delta)
     assert (ticket.prompt_tokens, ticket.tokens) == (9, 2)
 
 
@@ -210,14 +296,21 @@ async def test_a_stream_that_ends_without_an_event_is_a_failure() -> None:
 
 
 async def test_an_event_that_the_end_cuts_short_is_completed() -> None:
-    client, _, _, _ = await streamed([ROLE, TOKENS[0][:-2]])
-    assert client.got == ROLE + TOKENS[0] and client.ended
+    client, _, _, _ = await streamed([ROLE, TOKENS[0], DONE[:-2]])
+    assert client.got == ROLE + TOKENS[0] + DONE and client.ended
+
+
+async def test_a_stream_that_ends_without_its_last_event_is_a_failure() -> None:
+    client, _, stream, _ = await streamed([ROLE, *TOKENS])
+    with pytest.raises(EngineGone):
+        await stream.done
+    assert not client.ended
 
 
 async def test_an_event_without_end_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.relay.relay.MAX_EVENT_BYTES", 1000)
     _, _, stream, _ = await streamed([b"x" * 300] * 10, end=False)
-    assert len(stream.rest) <= 1300
+    assert stream.pieces_bytes <= 1300 and not stream.pieces
     with pytest.raises(EngineGone):
         await stream.done
 
@@ -249,6 +342,29 @@ def test_any_cut_of_a_whole_answer_gives_the_same_bytes_and_the_same_usage(place
         assert (pipe.ticket.prompt_tokens, pipe.ticket.tokens, pipe.ticket.cached_tokens) == (3, 7, 2)
 
     asyncio.run(run())
+
+
+async def test_an_answer_that_is_too_long_to_be_held_is_counted_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.relay.relay.MAX_HELD_BYTES", 100)
+    client = Client()
+    pipe = whole(client)
+    pipe.head(200, b"application/json", len(ANSWER))
+    for at in range(0, len(ANSWER), 50):
+        pipe.body(ANSWER[at : at + 50])
+        assert client.begun == (at >= 100)
+    pipe.end()
+    await pipe.done
+    assert client.got == ANSWER and not pipe.held
+    assert (pipe.ticket.prompt_tokens, pipe.ticket.tokens, pipe.ticket.cached_tokens) == (3, 7, 2)
+
+
+async def test_an_answer_without_usage_is_not_free() -> None:
+    pipe = whole(Client())
+    pipe.head(200, b"application/json", 400)
+    pipe.body(b'{"choices":[{"text":"%b"}]}' % (b"x" * 400))
+    pipe.end()
+    await pipe.done
+    assert pipe.ticket.tokens > 90 and not pipe.ticket.exact
 
 
 async def test_an_empty_answer_is_an_answer() -> None:

@@ -23,7 +23,7 @@ def call(route: object = CHAT, **fields: object) -> object:
 
 
 def test_the_prompt_is_token_ids_and_what_has_done_its_work_is_left_out() -> None:
-    asked = call(temperature=0, seed=7, max_tokens=10, min_tokens=4, truncate_prompt_tokens=5, chat_template="x")
+    asked = call(temperature=0, seed=7, max_tokens=10, min_tokens=4, truncate_prompt_tokens=5, documents=[])
     plan = continuation(asked, progress(([10], "a"), ([11], "b")), [10, 11], "ab")
     body = json.loads(plan.body)
     assert plan.path == b"/v1/completions"
@@ -31,7 +31,7 @@ def test_the_prompt_is_token_ids_and_what_has_done_its_work_is_left_out() -> Non
     assert body["max_tokens"] == 8 and body["min_tokens"] == 2
     assert body["temperature"] == 0 and body["seed"] == 7
     assert body["stream_options"] == {"include_usage": True}
-    assert not {"messages", "truncate_prompt_tokens", "chat_template"} & set(body)
+    assert not {"messages", "truncate_prompt_tokens", "documents"} & set(body)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ UNFIT = [
     {"structured_outputs": {"regex": "a+"}},
     {"response_format": {"type": "json_object"}},
     {"logprobs": True},
-    {"a_field_of_tomorrow": 1},
+    {"bad_words": ["x"]},
     {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]},
 ]
 FIT = [

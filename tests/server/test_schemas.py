@@ -14,7 +14,7 @@ from server.fleet.fleet import Fleet
 from server.relay.engine_body import Steering
 from server.request.call import Route
 from server.request.errors import BadRequest
-from server.request.schemas import CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, RESPONSES, splice, with_usage
+from server.request.schemas import CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, RESPONSES, raw_members, splice, with_usage
 from server.request.tenants import Tenant
 from tests.server.calls import call_of, ticket_of
 
@@ -30,6 +30,8 @@ from tests.server.calls import call_of, ticket_of
         (COMPLETIONS, {"prompt": []}, 1),
         (EMBEDDINGS, {"input": ["a"] * 100}, 100),
         (RESPONSES, {"input": [{"role": "user"}, {"role": "user"}]}, 1),
+        (COMPLETIONS, {"prompt": ["a"] * 55, "best_of": 2}, 110),
+        (MESSAGES, {"messages": [], "max_tokens": 1}, 1),
     ],
 )
 def test_a_call_knows_how_many_sequences_it_makes(route: Route, body: dict[str, object], sequences: int) -> None:
@@ -43,7 +45,7 @@ def test_a_call_knows_how_many_sequences_it_makes(route: Route, body: dict[str, 
         (CHAT, {"max_tokens": 5, "max_completion_tokens": 7}, 7),
         (CHAT, {"max_tokens": 5, "max_completion_tokens": None}, 5),
         (CHAT, {}, 0),
-        (RESPONSES, {"max_output_tokens": 9, "max_tokens": 1}, 9),
+        (RESPONSES, {"max_output_tokens": 9}, 9),
         (MESSAGES, {"max_tokens": 4}, 4),
     ],
 )
@@ -57,9 +59,91 @@ def test_a_prompt_is_estimated_exactly_from_ids_and_roughly_from_text() -> None:
 
     assert estimate([1, 2, 3]) == estimate([[1, 2], [3]]) == 3
     assert 90 <= estimate("abcd" * 100) <= 110
-    picture = "data:image/png;base64," + "A" * 1_000_000
-    assert estimate(picture) < 2000
-    assert estimate("no picture;base64," + "A" * 1_000_000) > 200_000, "text cannot hide as a picture"
+    assert estimate([1, "a" * 4000]) > 900, "no list of token ids"
+    for text in ("data:image/png;base64,", "data:;base64,", "no picture;base64,"):
+        assert estimate(text + "A" * 1_000_000) > 200_000, "text cannot hide as a picture"
+
+
+PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 1_000_000}}
+SOURCE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "A" * 1_000_000}}
+
+
+@pytest.mark.parametrize(
+    ("route", "content", "tokens"),
+    [
+        (CHAT, [{"type": "text", "text": "What is this?"}, PICTURE], 1024),
+        (CHAT, [PICTURE, PICTURE, PICTURE], 3 * 1024),
+        (CHAT, [{"type": "text", "text": json.dumps(PICTURE)}], 250_000),
+        (CHAT, json.dumps([PICTURE]), 250_000),
+        (CHAT, [{"type": "text", "text": "data:image/png;base64," + "A" * 400_000}], 100_000),
+        (MESSAGES, [SOURCE], 1024),
+        (MESSAGES, [{"type": "tool_result", "tool_use_id": "t", "content": [SOURCE]}], 1024),
+        (MESSAGES, [{"type": "document", "source": {"type": "text", "data": "A" * 400_000}}], 100_000),
+    ],
+)
+def test_a_picture_counts_as_much_as_vision_models_make_of_it_and_only_a_picture_does(
+    route: Route, content: object, tokens: int
+) -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": content}]}
+    assert tokens <= call_of(json.dumps(body).encode(), route).prompt_tokens <= tokens * 1.01 + 100
+
+
+@pytest.mark.parametrize(
+    ("route", "fields"),
+    [
+        (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "description": "A" * 600_000}}]}),
+        (CHAT, {"documents": [{"title": "t", "text": "A" * 600_000}]}),
+        (CHAT, {"functions": [{"name": "f", "description": "A" * 600_000}]}),
+        (CHAT, {"chat_template_kwargs": {"x": "A" * 600_000}}),
+        (COMPLETIONS, {"prompt": "x", "suffix": "A" * 600_000}),
+        (RESPONSES, {"input": "x", "instructions": "A" * 600_000}),
+        (MESSAGES, {"messages": [], "system": [{"type": "text", "text": "A" * 600_000}]}),
+        (MESSAGES, {"messages": [], "tools": [{"name": "A" * 600_000}]}),
+    ],
+)
+def test_all_that_becomes_part_of_the_prompt_counts(route: Route, fields: dict[str, object]) -> None:
+    assert call_of(json.dumps({"model": "m"} | fields).encode(), route).prompt_tokens >= 150_000
+
+
+def test_a_field_that_only_grants_open_counts_as_prompt() -> None:
+    tenant = Tenant(name="t", grants=frozenset({"chat_template"}))
+    body = json.dumps({"model": "m", "messages": [], "chat_template": "A" * 4000}).encode()
+    assert call_of(body, CHAT, tenant).prompt_tokens > 900
+
+
+@pytest.mark.parametrize("spaces", [0, 63, 64, 5000])
+def test_spaces_do_not_hide_how_many_prompts_there_are(spaces: int) -> None:
+    body = b'{"model":"m","prompt":[' + b" " * spaces + b",".join([b'"a"'] * 55) + b"]}"
+    assert call_of(body, COMPLETIONS).sequences == 55
+
+
+REFUSED: list[tuple[Route, dict[str, object]]] = [
+    (CHAT, {"ec_transfer_params": {"peer_host": "10.0.0.1"}}),
+    (CHAT, {"kv_transfer_params": {"do_remote_prefill": True}}),
+    (CHAT, {"a_field_of_tomorrow": 1}),
+    (CHAT, {"use_beam_search": True}),
+    (CHAT, {"chat_template": "{{ messages }}"}),
+    (COMPLETIONS, {"prompt_embeds": "AAAA"}),
+    (COMPLETIONS, {"messages": ["x"]}),
+    (RESPONSES, {"previous_response_id": "resp_1"}),
+    (RESPONSES, {"background": True}),
+    (RESPONSES, {"previous_input_messages": [{}]}),
+    (RESPONSES, {"n": 128}),
+    (MESSAGES, {"n": 128}),
+    (EMBEDDINGS, {"priority": -1}),
+]
+
+
+@pytest.mark.parametrize(("route", "fields"), REFUSED)
+def test_a_field_that_is_not_on_the_list_is_refused_unless_it_is_granted_or_says_nothing(
+    route: Route, fields: dict[str, object]
+) -> None:
+    (name,) = fields
+    with pytest.raises(BadRequest) as refused:
+        call_of(json.dumps({"model": "m"} | fields).encode(), route)
+    assert refused.value.code == "field_not_allowed" and refused.value.param == name
+    assert call_of(json.dumps({"model": "m", name: None}).encode(), route)
+    assert call_of(json.dumps({"model": "m"} | fields).encode(), route, Tenant("t", grants=frozenset(fields)))
 
 
 def test_the_last_of_two_members_counts_as_it_does_in_engines() -> None:
@@ -97,10 +181,11 @@ def test_asking_for_usage_changes_nothing_else(others: dict[str, object], option
     if options is not None:
         members["stream_options"] = options
     body = json.dumps(members, indent=2 if spaced else None).encode()
-    got = json.loads(with_usage(body))
+    got = json.loads(with_usage(body, raw_members(body)))
     asked = got.pop("stream_options")
-    before = members.pop("stream_options", {})
-    assert asked == {**before, "include_usage": True}  # type: ignore[dict-item]
+    before = dict(members.pop("stream_options", {}))  # type: ignore[call-overload]
+    before.pop("continuous_usage_stats", None)
+    assert asked == {**before, "include_usage": True}
     assert got == members
 
 
@@ -117,30 +202,11 @@ def test_the_scheduler_s_words_cannot_be_overwritten_by_a_client() -> None:
         sent = json.loads(steering.body_for(ticket_of(lambda: 0.0, call_of(body)), worker))
         assert sent["vllm_xargs"]["evenhand_tenant"] == "anybody"
     granted = Tenant(name="t", grants=frozenset({"vllm_xargs"}))
-    body = b'{"model":"m","big":123456789012345678901234567890,"vllm_xargs":{"mine":1,"evenhand_tenant":"other"}}'
+    body = b'{"model":"m","seed":123456789012345678901234567890,"vllm_xargs":{"mine":1,"evenhand_tenant":"other"}}'
     sent_bytes = steering.body_for(ticket_of(lambda: 0.0, call_of(body, CHAT, granted)), worker)
     assert b"123456789012345678901234567890" in sent_bytes
     sent = json.loads(sent_bytes)
     assert sent["vllm_xargs"]["mine"] == 1 and sent["vllm_xargs"]["evenhand_tenant"] == "t"
-
-
-def test_an_engine_is_told_what_kind_of_answer_is_asked_for() -> None:
-    class OneLine:
-        lanes = Lanes(build("gittins", {}))
-
-    class TheLines:
-        by_model = {"m": OneLine()}
-
-    worker = Worker("w", "http://127.0.0.1:1", plugin=True)
-    steering = Steering(TheLines())  # type: ignore[arg-type]
-    kinds = {
-        b'{"model":"m","messages":[]}': None,
-        b'{"model":"m","messages":[],"tools":[{"type":"function","function":{"name":"f"}}]}': "tools",
-        b'{"model":"m","messages":[],"response_format":{"type":"json_object"}}': "json",
-    }
-    for body, kind in kinds.items():
-        sent = json.loads(steering.body_for(ticket_of(lambda: 0.0, call_of(body)), worker))
-        assert sent["vllm_xargs"].get("evenhand_kind") == kind
 
 
 @pytest.mark.parametrize(("granted", "salted"), [(frozenset(), True), (frozenset({"cache_salt"}), False)])

@@ -45,7 +45,7 @@ async def test_after_known_traffic_every_number_is_right() -> None:
     assert total("evenhand_requests_total", route=CHAT, outcome="cancelled") == 1
     completions = total("evenhand_tokens_total", kind="completion")
     assert 22 <= completions <= 22 + 50  # 3 × 6 + 4, and what the one who left had seen
-    assert total("evenhand_tokens_total", kind="prompt") == 3 * 15 + usage["prompt_tokens"]
+    assert total("evenhand_tokens_total", kind="prompt") == 4 * 15 + usage["prompt_tokens"]
     assert total("evenhand_queue_depth", model="fake") == 0
     assert total("evenhand_worker_up", worker="worker-0", role="both") == 1
     assert total("evenhand_worker_in_flight", worker="worker-0", role="both") == 0
