@@ -9,6 +9,7 @@ from collections.abc import Mapping
 BENCHMARKS: Mapping[str, tuple[str, str]] = {
     "start": ("loadtest.bench.start", "seconds from the command to the gateway's first answer"),
     "ttft": ("loadtest.bench.ttft", "what the gateway adds to the time to the first token of a real engine"),
+    "laptop": ("loadtest.bench.laptop", "the bundled model on one core, beside stock vLLM and llama.cpp"),
     "gateway": ("loadtest.bench.gateway", "what the gateway costs on one core, beside nginx and any other gateway"),
     "replicas": ("loadtest.bench.replicas", "whether several gateways share an engine among tenants as one does"),
     "disaggregation": (

@@ -90,9 +90,10 @@ def engine_program(model: str, policy: str | None, port: int, args: Sequence[str
     command = engine_command(plan, Ports(port, free_port()), sys.executable)
     argv = list(command.argv)
     if policy is None:
-        for option in ("--scheduler-cls", "--additional-config"):
-            at = argv.index(option)
-            del argv[at : at + 2]
+        for option in ("--scheduler-cls", "--additional-config", "--distributed-executor-backend"):
+            if option in argv:
+                at = argv.index(option)
+                del argv[at : at + 2]
     return replace(command, argv=tuple(argv))
 
 

