@@ -17,6 +17,7 @@ def main(arguments: list[str]) -> None:
     params = xllamacpp.CommonParams()
     params.model.path = str(wheel_file())
     params.model_alias = {BUNDLED}
+    params.use_jinja = True  # the template as the GGUF has it, with its system prompt
     params.port = port
     params.n_parallel = slots
     params.n_ctx = slots * context_tokens
