@@ -273,7 +273,7 @@ class GatewayServer:
 
     def _dispatcher(self, model: str) -> Dispatcher:
         admission, apart = self.settings.admission, self.settings.disaggregation
-        return Dispatcher(
+        dispatcher = Dispatcher(
             model,
             Lanes(self.policy.build()),
             self.fleet,
@@ -283,6 +283,8 @@ class GatewayServer:
             clock=monotonic,
             rules=Rules(apart.min_prompt_tokens, apart.busy_tokens, apart.max_arriving_tokens),
         )
+        dispatcher.max_sequences = admission.max_sequences
+        return dispatcher
 
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:

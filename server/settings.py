@@ -56,6 +56,7 @@ class AdmissionSettings(BaseModel):
 
     max_waiting: int = Field(10_000, ge=0, description="requests that may wait per model; beyond it 429")
     queue_timeout_s: Positive | None = Field(600.0, description="longest wait for a worker, seconds")
+    max_sequences: int = Field(128, ge=1, description="answers that one request may ask for: prompts times `n`")
     ahead: int | None = Field(
         None, ge=0, description="sequences given to a worker beyond its batch; default: the policy's choice"
     )

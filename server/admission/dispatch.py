@@ -16,7 +16,8 @@ from server.admission.reservations import Promises
 from server.fleet.fleet import Fleet, Member
 from server.fleet.split import Split
 from server.request.call import Call, Phase, Ticket
-from server.request.errors import NoWorker, Overloaded, ServiceError, UnknownModel
+from server.request.errors import BadRequest, NoWorker, Overloaded, ServiceError, UnknownModel
+from server.request.schemas import MAX_SEQUENCES
 
 RATE_MEMORY_S = 20.0
 FORGET_EVERY_S = 0.05  # nothing fades in so short a time
@@ -148,6 +149,7 @@ class Dispatcher:
 
     lanes: the policy's line. window: how many sequences a worker is given at a time. max_waiting: requests beyond which
     newcomers are refused. queue_timeout_s: how long anybody waits, None for ever. rules: when prompts are read apart.
+    max_sequences: answers that one request may ask for.
     placed: requests by how they were placed ("apart", or why not), where there are prefill or decode workers.
     """
 
@@ -171,6 +173,7 @@ class Dispatcher:
         self.queue_timeout_s = queue_timeout_s
         self.clock = clock
         self.rules = rules
+        self.max_sequences = MAX_SEQUENCES
         self.placed: Counter[str] = Counter()
         self.pace = Pace(clock())
         self.promises = Promises(max_waiting)
@@ -187,6 +190,7 @@ class Dispatcher:
     async def take(self, ticket: Ticket) -> Member:
         """Waits for a place. Raises Overloaded if the line is full or the wait too long, NoWorker if nobody serves."""
         now = self.clock()
+        self._bound_width(ticket.call)
         ready = self.fleet.ready(self.model)
         if not ready:
             raise NoWorker(f"No worker serves '{self.model}' right now.", retry_after_s=self.fleet.probe_s * 5)
@@ -203,6 +207,17 @@ class Dispatcher:
             waiting = f"{len(self.lanes)} requests already wait for '{self.model}'"
             raise Overloaded(f"{waiting}.", retry_after_s=min(LONGEST_RETRY_S, max(1.0, retry_s)))
         return await self._wait(ticket, now)
+
+    def _bound_width(self, call: Call) -> None:
+        """BadRequest for more sequences than one request may have: those behind it wait until it is over. Where no
+        tokens are made each is one step of the engine, and there may be as many as a body can list."""
+        if call.sequences > self.max_sequences and call.route.makes_tokens:
+            raise BadRequest(
+                f"This request asks for {call.sequences} answers (prompts times 'n'), and {self.max_sequences} are "
+                "allowed: send it in parts.",
+                param=call.route.content_field if call.route.prompts else "n",
+                code="too_many_sequences",
+            )
 
     def _is_full_for(self, tenant: str, now: float) -> bool:
         """Whether the line has no room for one more request of this tenant.
@@ -317,15 +332,18 @@ class Dispatcher:
         if ticket.avoid:
             ready = [member for member in ready if member.worker.id != ticket.avoid] or ready
         if len(ready) == 1 and ready[0].role is Role.BOTH:  # nothing to choose
-            return Room(ready[0]) if self._has_room(ready[0], ticket) else None
-        roomy = [member for member in ready if self._has_room(member, ticket)]
-        if not roomy:
-            return None
+            return Room(ready[0]) if self._free(ready[0]) > 0 else None
         call = ticket.call
+        free = [self._free(member) for member in ready]
+        most = max(free)
+        if most <= 0:
+            return None
+        needed = min(call.sequences, most)
+        roomy = [member for member, places in zip(ready, free, strict=True) if places >= needed]
         prompt = beginnings(call.body, call.route.content_field, call.prompt_tokens)
         known = self.affinity.known(prompt)
         if any(member.role is not Role.BOTH for member in ready):
-            room = self._room_in_pools(ticket, ready, known)
+            room = self._room_in_pools(ticket, ready, roomy, known)
         else:
             options = [_option(member, known) for member in roomy]
             room = Room(roomy[best(options, self.sizes.typical_tokens)])
@@ -334,8 +352,10 @@ class Dispatcher:
                 self.affinity.note(prompt, member.worker.id)
         return room
 
-    def _has_room(self, member: Member, ticket: Ticket) -> bool:
-        """A request wider than a whole window runs alone.
+    def _free(self, member: Member) -> int:
+        """How many more sequences a worker is given. A request of several needs one free place: where it waited for as
+        many as it has, places would stand empty meanwhile, and all behind it would wait as well. The engine begins what
+        exceeds its batch when it can, and until that is over nobody else is let in.
 
         What other gateways have at the worker takes room from this one, but for its own share of the window. Without
         that each would fill the engine by itself, and a tenant would be served by how many gateways know it.
@@ -344,15 +364,17 @@ class Dispatcher:
         free = window - member.in_flight
         if member.others and (replicas := self.fleet.replicas()) > 1:
             free -= min(member.others, window * (replicas - 1) // replicas)
-        return free >= ticket.call.sequences or (member.in_flight == 0 and free > 0)
+        return free
 
-    def _room_in_pools(self, ticket: Ticket, ready: list[Member], known: Mapping[str, int]) -> "Room | None":
+    def _room_in_pools(
+        self, ticket: Ticket, ready: list[Member], roomy: list[Member], known: Mapping[str, int]
+    ) -> "Room | None":
         call, typical_tokens = ticket.call, self.sizes.typical_tokens
         places = [
             Place(
                 member.worker,
                 member.role,
-                self._has_room(member, ticket),
+                member in roomy,
                 score(_option(member, known), typical_tokens),
                 member.pending_tokens,
                 member.arriving_tokens,

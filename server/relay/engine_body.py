@@ -46,7 +46,7 @@ class Steering:
         if worker.token_ids and call.stream and call.route.resumes and not call.wants_ids:
             more = _joined(b'"return_token_ids":true', more)
         if self.salt_cache and call.route.generates and "cache_salt" not in call.tenant.grants:
-            more = _joined(b'"cache_salt":' + orjson.dumps(f"evenhand-{call.tenant.name}"), more)
+            more = _joined(b'"cache_salt":' + orjson.dumps(call.tenant.cache_salt), more)
         return splice(body, more) if more else body
 
     def _words(self, ticket: Ticket) -> bytes:

@@ -16,6 +16,7 @@ from loadtest.bench.table import machine
 from tests.chaos.batch import BatchChaos
 from tests.chaos.figures import Figure, table
 from tests.chaos.hostile import Hostile
+from tests.chaos.memory import Memory
 from tests.chaos.overload import Overload
 from tests.chaos.redis import RedisChaos
 from tests.chaos.rolling import Rolling
@@ -74,6 +75,10 @@ async def hostile(args: argparse.Namespace) -> Figures:
 
 async def batch(args: argparse.Namespace) -> Figures:
     return (await BatchChaos(args.seed, args.kills, args.lines).run()).figures()
+
+
+async def memory(args: argparse.Namespace) -> Figures:
+    return await Memory(args.drops, args.keyless, args.waiting).run()
 
 
 async def soak(args: argparse.Namespace) -> Figures:
@@ -136,6 +141,15 @@ RUNS: Mapping[str, Run] = {
         "malformed requests, by the ten thousand",
         (SEED, ("requests", 100_000, "how many")),
         hostile,
+    ),
+    "memory": Run(
+        "large bodies that are dropped, have no key, or wait",
+        (
+            ("drops", 1000, "connections that are dropped in the middle of a body, one after the other"),
+            ("keyless", 100, "connections without a valid key that send a body, at once"),
+            ("waiting", 8, "large requests that wait at once"),
+        ),
+        memory,
     ),
     "soak": Run(
         "an hour in which all of it happens now and then: what grows, what is stuck, what is miscounted",

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import traceback
 from datetime import UTC, datetime
 from pathlib import Path
@@ -222,6 +223,14 @@ def test_an_open_gateway_that_others_can_reach_does_not_start(host: str) -> None
     with pytest.raises(ValueError, match="--allow-open"):
         GatewayServer(Settings(host=host))
     GatewayServer(Settings(host=host, allow_open=True))
+
+
+def test_a_cache_salt_is_a_tenant_s_own_and_nobody_can_guess_it() -> None:
+    acme, renamed = ({"name": name, "keys": [KEY, OTHER]} for name in ("acme", "other"))
+    salts = {read_record(record).tenant().cache_salt for record in (acme, renamed, {"name": "acme", "keys": [OTHER]})}
+    assert len(salts) == 3 and all(re.fullmatch("[0-9a-f]{32}", salt) for salt in salts)
+    again = read_record({"name": "acme", "keys": [hashed(KEY), "another-key-0123456789"], "weight": 2.0})
+    assert again.tenant().cache_salt in salts, "it outlives new keys, as long as the oldest one stays"
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.1.2.3"])
