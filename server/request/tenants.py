@@ -4,8 +4,9 @@ A gateway may have a hundred thousand: a record is small, and reading a file of 
 """
 
 import hashlib
+import hmac
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
