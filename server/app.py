@@ -32,6 +32,7 @@ from server.front.intake import BodyBudget, Connections, connections_allowed
 from server.front.protocol import Bounds, edge_for
 from server.front.routes import Apart, identified, public_app
 from server.observe.fairness_metrics import Sharing
+from server.observe.observer import Observers
 from server.observe.recorder import Bounds as FileBounds
 from server.observe.recorder import Recorder
 from server.observe.telemetry import Telemetry
@@ -137,14 +138,22 @@ class GatewayServer:
         failover = Failover(relay, steering, settings.health.attempts)
         self.telemetry.failovers = failover.outcomes
         self.fleet.movable = failover.can_move
-        self.gateway = Gateway(tenants, gate, self.lines, handover, failover, self.telemetry, sharing, monotonic)
         self.pseudonyms = Pseudonyms(settings.admin_key.get_secret_value() if settings.admin_key is not None else None)
         self.recorder, self.tracing = self._recorder(), self._tracing()
+        self.gateway = Gateway(
+            tenants, gate, self.lines, handover, failover, self.telemetry, self._observers(sharing), monotonic
+        )
         number = process.number if process is not None else 0
         self.siblings = Siblings(self.shared.local, number, self.fleet, self.telemetry.registry, self.background)
         self.app = public_app(self.fleet, self.siblings.metrics, tenants, self._notes, self._lifespan)
         self._for_operators(sharing)
         self.uvicorn = self._listener()
+
+    def _observers(self, sharing: Sharing) -> Observers:
+        """Who hears of each call."""
+        request_log = RequestLog(self.pseudonyms) if self.settings.log_format == "json" else None
+        wanted = (self.telemetry, sharing, self.tracing, self.recorder, request_log)
+        return Observers(*(observer for observer in wanted if observer is not None))
 
     def _for_operators(self, sharing: Sharing) -> None:
         """Their routes, their address, and the log's line for each request."""
@@ -157,8 +166,6 @@ class GatewayServer:
         console = console_routes(seen, admin.authorize)
         for routes in (admin_routes(admin), console, log_routes(admin.authorize)):
             self.app.include_router(routes)
-        if self.settings.log_format == "json":
-            self.gateway.on_end.append(RequestLog(self.pseudonyms).note)
 
     def _listener(self) -> _Server:
         """Where clients come in: our own protocol, and the application behind it."""
@@ -210,10 +217,7 @@ class GatewayServer:
             return None
         from server.observe.tracing import Tracing
 
-        tracing = Tracing(self.shared.replicas.name, self.pseudonyms.of, self.settings.tracing.share)
-        self.gateway.on_begin.append(tracing.begin)
-        self.gateway.on_end.append(tracing.end)
-        return tracing
+        return Tracing(self.shared.replicas.name, self.pseudonyms.of, self.settings.tracing.share)
 
     def _recorder(self) -> Recorder | None:
         record = self.settings.record
@@ -221,14 +225,12 @@ class GatewayServer:
             return None
         if self.settings.gateway_processes > 1:
             raise ValueError("a recording is made by one process: leave out --record or --gateway-processes")
-        recorder = Recorder(
+        return Recorder(
             record.folder,
             FileBounds(record.max_bytes, record.file_bytes),
             monotonic,
             lambda said: self.background.failed("recorder", said),
         )
-        self.gateway.on_end.append(recorder.note)
-        return recorder
 
     def _console(self, sharing: Sharing) -> Console:
         shared = self.shared

@@ -10,7 +10,7 @@ import msgspec
 from scheduler.jobs import Job
 from server.admission.dispatch import Dispatcher, Lines
 from server.admission.limits import Gate, permitted
-from server.observe.fairness_metrics import Sharing
+from server.observe.observer import Observers
 from server.observe.telemetry import Telemetry
 from server.relay.failover import Failover
 from server.relay.prefill_leg import Handover
@@ -57,21 +57,19 @@ class Gateway:
         handover: Handover,
         failover: Failover,
         telemetry: Telemetry,
-        sharing: Sharing,
+        observers: Observers,
         clock: Callable[[], float],
     ) -> None:
         self.tenants = tenants
         self.limits = limits
         self.lines = lines
-        self.sharing = sharing
         self.handover = handover
         self.failover = failover
         self.relay = failover.relay
         self.telemetry = telemetry
         self.clock = clock
         self.bytes_per_token: dict[str, float] = {}
-        self.on_begin: list[Callable[[Ticket, bytes | None], None]] = []  # with the client's own `traceparent`
-        self.on_end: list[Callable[[Ticket, str], None]] = [telemetry.ended]
+        self.observers = observers
         self._count = 0
 
     async def answer(self, request: Request) -> None:
@@ -109,13 +107,12 @@ class Gateway:
     async def serve(self, call: Call, dispatcher: Dispatcher, out: Request) -> None:
         """One call from admission to its last token: limits, a slot in policy order, a worker, the answer's flow."""
         ticket = self.ticket(call)
-        for begin in self.on_begin:
-            begin(ticket, out.header(b"traceparent"))
+        self.observers.began(ticket, out.header(b"traceparent"))
         slot = dispatcher.slot(ticket)
         try:
-            with self.limits.admit(ticket, out), self.sharing.watch(ticket):
+            with self.limits.admit(ticket, out):
                 async with slot as member:
-                    self.sharing.started(ticket)
+                    self.observers.started(ticket)
                     ticket.move(Phase.PREFILLING)
                     await self.handover.prefill(ticket)
                     try:
@@ -135,8 +132,7 @@ class Gateway:
         finally:
             if ticket.exact:
                 self.learn(ticket)
-            for note in self.on_end:
-                note(ticket, outcome)
+            self.observers.ended(ticket, outcome)
 
     def learn(self, ticket: Ticket) -> None:
         """The engine has told how long the prompt was: the tenant's next estimate is nearer to it."""

@@ -3,32 +3,13 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import TracebackType
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from scheduler.fairness import Tally
+from server.observe.observer import Observer
 from server.request.call import Phase, Ticket
-
-
-class Watched:
-    """One call under the eyes of the tally, from its wait to its end."""
-
-    __slots__ = ("sharing", "ticket")
-
-    def __init__(self, sharing: "Sharing", ticket: Ticket) -> None:
-        self.sharing = sharing
-        self.ticket = ticket
-
-    def __enter__(self) -> None:
-        self.sharing.tally.queued(self.ticket.job)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        waited = self.ticket.times[Phase.PREFILLING] is None
-        self.sharing.tally.left(self.ticket.job, waited, self.sharing.clock())
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +20,7 @@ class Standing:
     gap: float
 
 
-class Sharing(Collector):
+class Sharing(Observer, Collector):
     """Counts service (weighted tokens) by tenant; only the largest are named, the rest is `other`.
 
     refusals: by reason. store: whether it answers, and how many replicas there are.
@@ -54,13 +35,15 @@ class Sharing(Collector):
         self._store = store
         self._service: Counter[str] = Counter()
 
-    def watch(self, ticket: Ticket) -> Watched:
-        """`with` this while the call waits and runs."""
-        return Watched(self, ticket)
+    def began(self, ticket: Ticket, traceparent: bytes | None) -> None:
+        self.tally.queued(ticket.job)
 
     def started(self, ticket: Ticket) -> None:
-        """The call has its place; its ticket moves on in the same step."""
         self.tally.started(ticket.job, self.clock())
+
+    def ended(self, ticket: Ticket, outcome: str) -> None:
+        waited = ticket.times[Phase.PREFILLING] is None
+        self.tally.left(ticket.job, waited, self.clock())
 
     def standing(self) -> Standing:
         """What everybody got so far."""

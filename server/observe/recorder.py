@@ -19,6 +19,7 @@ from typing import IO
 
 import msgspec
 
+from server.observe.observer import Observer
 from server.request.call import Phase, Ticket
 
 log = logging.getLogger("evenhand.recorder")
@@ -68,7 +69,7 @@ def _nobody(said: str) -> None:
     return
 
 
-class Recorder:
+class Recorder(Observer):
     """Records calls as they end. `note` is for the event loop; everything else happens on the recorder's thread."""
 
     def __init__(
@@ -100,7 +101,7 @@ class Recorder:
         if self._thread is not None:
             self._thread.join(_STOP_S)
 
-    def note(self, ticket: Ticket, outcome: str) -> None:
+    def ended(self, ticket: Ticket, outcome: str) -> None:
         """A call is over. Costs a few microseconds, whatever its size."""
         call = ticket.call
         if not self._on or not call.route.generates:

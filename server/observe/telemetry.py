@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from scheduler.workers import Role
+from server.observe.observer import Observer
 from server.request.call import Phase, Ticket
 
 # 1 ms to 10 min: a token of a small model, and the longest wait that anybody has patience for.
@@ -46,7 +47,7 @@ class Distribution:
         return HistogramMetricFamily(self.name, self.help, buckets=buckets, sum_value=self.sum)
 
 
-class Telemetry(Collector):
+class Telemetry(Observer, Collector):
     """What happened, for `/metrics`. Reads the present state (queue depth, workers) when it is asked."""
 
     def __init__(

@@ -15,6 +15,7 @@ from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from server.observe.observer import Observer
 from server.request.call import Phase, Ticket
 
 OPERATIONS = {
@@ -36,7 +37,7 @@ class Leg(NamedTuple):
     worker: str
 
 
-class Tracing:
+class Tracing(Observer):
     """Begins and ends the traces of one process.
 
     service: this gateway's name. pseudonym: of a tenant. share: of the requests that no caller has decided about.
@@ -62,7 +63,7 @@ class Tracing:
         """Sends what is left, and blocks for that."""
         self._provider.shutdown()
 
-    def begin(self, ticket: Ticket, traceparent: bytes | None) -> None:
+    def began(self, ticket: Ticket, traceparent: bytes | None) -> None:
         """The request's root span, within the client's trace if it names one."""
         told = {} if traceparent is None else {"traceparent": traceparent.decode("latin-1")}
         operation = OPERATIONS.get(ticket.call.route.path, "tokenize")
@@ -77,7 +78,7 @@ class Tracing:
         ticket.trace = b"".join(f"{name}: {value}\r\n".encode() for name, value in carrier.items())
         self._roots[ticket] = span
 
-    def end(self, ticket: Ticket, outcome: str) -> None:
+    def ended(self, ticket: Ticket, outcome: str) -> None:
         """The request is over: its phases become spans."""
         span = self._roots.pop(ticket, None)
         if span is None:

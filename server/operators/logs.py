@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 from fastapi import APIRouter, Depends, Request, Response
 
+from server.observe.observer import Observer
 from server.operators.admin import json_object
 from server.request.call import Phase, Ticket
 from server.request.errors import BadRequest
@@ -76,13 +77,13 @@ def _keyed(secret: bytes, name: str) -> str:
     return hashlib.blake2b(name.encode(), key=secret, digest_size=6).hexdigest()
 
 
-class RequestLog:
+class RequestLog(Observer):
     """A line for each request that became a call, when it has ended."""
 
     def __init__(self, pseudonyms: Pseudonyms) -> None:
         self._pseudonyms = pseudonyms
 
-    def note(self, ticket: Ticket, outcome: str) -> None:
+    def ended(self, ticket: Ticket, outcome: str) -> None:
         """Times are seconds; None where a phase was not reached."""
         call = ticket.call
         end = ticket.times[ticket.phase]

@@ -16,6 +16,7 @@ from typing import Any
 
 from loadtest.simulator.costmodel import PRESETS
 from server.fleet.fleet import Leg
+from server.observe.observer import Observer
 from server.relay.relay import Stream
 from server.request.call import Ticket
 from tests.chaos.figures import Figure, none, quantile_ms
@@ -192,7 +193,7 @@ class Chaos:
         await first.learn(self.gateway.port)
         for client in self.clients:
             client.expected, client.seen = first.expected, self.report.seen
-        self.gateway.server.gateway.on_end.append(self._note)
+        self.gateway.server.gateway.observers.add(_Moves(self.report.moved))
         over = asyncio.Event()
         self.going.set()
         asking = [
@@ -228,10 +229,6 @@ class Chaos:
     def _enough(self) -> bool:
         return len(self.report.seen.streams) >= self.streams
 
-    def _note(self, ticket: Ticket, outcome: str) -> None:
-        if ticket.avoid:
-            self.report.moved[ticket.call.id] = ticket.avoid
-
     async def _strike(self, event: Event) -> None:
         worker, name = self.workers[event.worker], f"worker-{event.worker}"
         member = self.gateway.server.fleet.members[name]
@@ -265,3 +262,14 @@ class Chaos:
     async def _all_ready(self) -> None:
         ready = self.gateway.server.fleet.ready
         await eventually(lambda: len(ready()) == len(self.workers), "all workers are ready", START_S)
+
+
+class _Moves(Observer):
+    """Notes which answers another worker had to bring to an end, and whose they were."""
+
+    def __init__(self, moved: dict[str, str]) -> None:
+        self.moved = moved
+
+    def ended(self, ticket: Ticket, outcome: str) -> None:
+        if ticket.avoid:
+            self.moved[ticket.call.id] = ticket.avoid

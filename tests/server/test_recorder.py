@@ -50,7 +50,7 @@ def record(folder: Path, *tickets: Ticket, clock: Clock | None = None, bounds: B
     recorder = Recorder(folder, bounds, clock or Clock())
     recorder.start()
     for one in tickets:
-        recorder.note(one, "ok")
+        recorder.ended(one, "ok")
     recorder.stop()
     return recorder
 
@@ -60,7 +60,7 @@ def test_a_call_becomes_a_line_that_a_replay_reads(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, WIDE, clock)
     recorder.start()
     clock.now += 3.0
-    recorder.note(ticket(clock, messages="x" * 5000), "ok")
+    recorder.ended(ticket(clock, messages="x" * 5000), "ok")
     recorder.stop()
     (line,) = recorded(tmp_path)
     assert (line["at_s"], line["queue_s"], line["ttft_s"], line["e2e_s"]) == (3.0, 0.25, 0.75, 1.75)
@@ -127,9 +127,9 @@ def test_a_full_disk_ends_the_recording_and_is_told_once(tmp_path: Path, caplog:
     recorder.start()
     with caplog.at_level(logging.ERROR):
         for _ in range(3):
-            recorder.note(ticket(Clock()), "ok")
+            recorder.ended(ticket(Clock()), "ok")
         recorder.stop()
-        recorder.note(ticket(Clock()), "ok")
+        recorder.ended(ticket(Clock()), "ok")
     assert [one.message for one in caplog.records] == [
         "recording has stopped, serving goes on: No space left on device"
     ]
@@ -139,7 +139,7 @@ def test_what_comes_faster_than_it_can_be_written_is_counted(tmp_path: Path) -> 
     recorder = Recorder(tmp_path, WIDE, Clock())  # its thread is not started: nothing is written
     large = ticket(Clock(), messages="z" * 200_000)
     for _ in range(200):
-        recorder.note(large, "ok")
+        recorder.ended(large, "ok")
     assert recorder.left_out == 200 - 16 * 1024 * 1024 // (len(large.call.body) + 512)
 
 
@@ -147,7 +147,7 @@ def test_noting_a_request_is_a_few_lines_however_long_it_is(tmp_path: Path) -> N
     """It runs on the event loop: parsing and writing are the thread's."""
     recorder = Recorder(tmp_path, WIDE, Clock())
     short, long = (ticket(Clock(), messages="z" * length) for length in (6, 60_000))
-    lines = [lines_executed(lambda: recorder.note(one, "ok")) for one in (short, long)]  # noqa: B023
+    lines = [lines_executed(lambda: recorder.ended(one, "ok")) for one in (short, long)]  # noqa: B023
     assert lines[0] == lines[1] < 50, lines
 
 
@@ -202,8 +202,8 @@ def test_what_cannot_be_recorded_is_told_and_the_next_request_is_recorded(
     recorder.start()
     broken = ticket(clock)
     broken.tokens = object()  # type: ignore[assignment]  # it cannot be written as JSON
-    recorder.note(broken, "ok")
-    recorder.note(ticket(clock, tokens=3), "ok")
+    recorder.ended(broken, "ok")
+    recorder.ended(ticket(clock, tokens=3), "ok")
     recorder.stop()
     assert [line["output_tokens"] for line in recorded(tmp_path)] == [3]
     assert told == ["a request could not be recorded: TypeError"] and "Traceback" in caplog.text
