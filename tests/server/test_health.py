@@ -117,10 +117,13 @@ async def test_a_client_that_does_not_read_is_no_stall() -> None:
     stuck = plain(b"vllm:num_requests_running 1\nvllm:generation_tokens_total 7\n")
     event = b'data: {"choices":[{"index":0,"delta":{"content":"%b"}}]}\n\n' % (b"x" * 32_000)
     enough = asyncio.Event()
+    written, seen = 0, list[int]()
 
     async def much(writer: asyncio.StreamWriter) -> None:
+        nonlocal written
         writer.write(streamed(event).removesuffix(b"0\r\n\r\n"))
         while not enough.is_set():
+            written += 1
             writer.write(b"%x\r\n%b\r\n" % (len(event), event))
             await writer.drain()
 
@@ -134,7 +137,13 @@ async def test_a_client_that_does_not_read_is_no_stall() -> None:
         wire = await gateway.send(request(CHAT, chat(stream=True)))
         await wire.head()
         (leg,) = [leg for member in fleet.members.values() for leg in member.legs]
-        await eventually(lambda: leg.connection is not None and leg.connection.paused, "its client does not keep up")
+
+        def stands_still() -> bool:
+            """Every buffer on the way is full; until then the stream is paused now and then."""
+            seen.append(written)
+            return leg.connection is not None and leg.connection.paused and seen[-40:] == [written] * 40
+
+        await eventually(stands_still, "its client does not keep up")
         fleet.clock = clock
         clock.ahead_s = 600.0  # ten times the patience, nothing read
         await looked_at(clock)

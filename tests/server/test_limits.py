@@ -381,7 +381,7 @@ async def test_what_one_gateway_gave_out_the_others_know_an_exchange_later(count
     assert [admitted(member, tenant, 5) for member in members] == [0] * count
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(count=st.integers(2, 5), seed=st.integers(0, 10**6), share=st.floats(0.2, 5.0))
 async def test_gateways_together_stay_within_the_bound_they_promise(count: int, seed: int, share: float) -> None:
     """Any load over any gateways, exchanges in any order: rate * time + one bucket, and (1 - 1/R) of a bucket and R."""
