@@ -325,7 +325,8 @@ class Writer:
                 written += self._file.write(data[written:]) or 0
         except OSError as error:
             self.failed = error
-            self._file.truncate(begin + data.rfind(b"\n", 0, written) + 1)
+            if self._path.is_file():  # a pipe keeps what it got
+                self._file.truncate(begin + data.rfind(b"\n", 0, written) + 1)
 
 
 def load(path: Path, from_s: float | None = None, to_s: float = float("inf")) -> Recorded:

@@ -4,7 +4,7 @@ from statistics import mean, pstdev
 
 import pytest
 
-from loadtest.traces.arrivals import gamma, on_off, poisson, steady, timed
+from loadtest.traces.arrivals import gamma, on_off, parse_stages, poisson, staged, steady, timed
 
 
 def gaps(times: list[float]) -> list[float]:
@@ -47,3 +47,19 @@ def test_steady_arrivals_are_evenly_spaced() -> None:
 def test_a_rate_that_is_none_is_refused(rate: float) -> None:
     with pytest.raises(ValueError, match="must be above 0"):
         next(poisson(rate, Random(1)))
+
+
+def test_stages_have_the_requests_that_their_rates_want_and_then_end() -> None:
+    stages = parse_stages("5:60,5-20:100,0:50,40:10")
+    times = list(staged(stages, 1.0, Random(1)))
+    assert times == sorted(times) and times[-1] < 220.0
+    for begin_s, end_s, expected in ((0, 60, 300), (60, 160, 1250), (160, 210, 0), (210, 220, 400)):
+        assert sum(begin_s <= at_s < end_s for at_s in times) == pytest.approx(expected, abs=4 * expected**0.5)
+    early = sum(60 <= at_s < 110 for at_s in times)
+    assert early < 0.5 * sum(60 <= at_s < 160 for at_s in times), "a ramp begins slowly"
+
+
+@pytest.mark.parametrize("text", ["5", "a:1", "5:0", "-1:5", "5-x:3"])
+def test_a_stage_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a stage"):
+        parse_stages(text)

@@ -1,6 +1,6 @@
 import pytest
 
-from loadtest.records import Ending, Record, Run
+from loadtest.records import Ending, Fidelity, Kept, Record, Recorded, Run
 from loadtest.report.fairness import fairness, jain
 from loadtest.report.report import (
     Objective,
@@ -10,10 +10,12 @@ from loadtest.report.report import (
     markdown,
     spread,
     summarize,
+    summarize_run,
     tenants,
     text,
     window,
 )
+from loadtest.report.trust import trust
 
 
 def record(
@@ -126,3 +128,47 @@ def test_a_table_is_markdown_too() -> None:
 
 def test_the_clients_own_lateness_is_told() -> None:
     assert "2.0 ms late" in client_lag(Run("u", "w", "now", lag_p99_s=0.002))
+
+
+def test_failed_requests_are_in_no_latency_and_no_throughput() -> None:
+    bad = record("b", ttft_s=9.0, e2e_s=20.0, tokens=1000, ending=Ending.TRUNCATED)
+    summary = summarize([record(), bad])
+    assert summary.ttft.max == 0.5
+    assert summary.output_tokens_per_s == pytest.approx(11 / 20)
+    assert summary.by_tenant["t"].ttft.max == 0.5
+
+
+def test_a_long_run_is_reported_from_a_part_of_it_with_exact_totals() -> None:
+    kept = Kept(most=50)
+    for at in range(1000):
+        kept.add(record(f"{at}", sent_s=at * 1.0, ttft_s=0.001 * at))
+    assert 50 <= len(kept.records) <= 100
+    run = Recorded.of(Run("u", "w", "now", requests=1000), kept, [])
+    summary = summarize_run(run)
+    assert (summary.requests, summary.endings, run.every) == (1000, {"ok": 1000}, 16)
+    assert summary.ttft.p50 == pytest.approx(0.5, rel=0.05)
+    assert summary.output_tokens_per_s == pytest.approx(11_000 / 1000.5, rel=0.01)
+    assert summary.fairness is not None
+    assert summary.fairness.service["t"] == pytest.approx(1000 * 122, rel=0.05)
+    assert "every 16th request" in str(trust(run))
+
+
+def test_tpot_ends_with_the_last_token_and_needs_more_than_one_event() -> None:
+    assert record(gaps_us=[100_000] * 5, tokens=11).tpot_s == pytest.approx(0.05), "two tokens an event"
+    assert record(gaps_us=[], tokens=11).tpot_s is None
+
+
+def test_a_run_that_is_as_asked_is_trusted_and_one_that_is_not_says_why() -> None:
+    good = Recorded(Run("u", "w", "now", lag_p99_s=0.001, lag_max_s=0.002, requests=1, fidelity=Fidelity(1, 100, 11)),
+                    [record()], [])  # fmt: skip
+    assert str(trust(good)) == (
+        "Trust: Sent as asked, with the trace's own text; client late by 1.0 ms at P99, 2.0 ms at most; "
+        "1 of 1 requests reported; not interrupted."
+    )
+    bad = Run("u", "w", "now", requests=9, late=3, interrupted=True, stopped="by SIGINT", skipped="1 row skipped")
+    doubts = trust(Recorded(bad, [record(ending=Ending.UNFINISHED)], [])).doubts
+    assert doubts == (
+        "INTERRUPTED (by SIGINT): 1 requests unfinished",
+        "of the trace, 1 row skipped",
+        "3 of 9 requests sent more than 10 ms late",
+    )

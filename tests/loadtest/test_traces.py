@@ -1,8 +1,12 @@
+import gzip
+import json
 import os
 from pathlib import Path
 
 import pytest
+import zstandard
 
+from loadtest.traces.columns import parse_columns
 from loadtest.traces.formats import READERS, Skipped, TraceRow, read, recognise
 
 REAL = Path(os.environ.get("EVENHAND_TRACES", Path(__file__).parents[3] / "shared" / "traces"))
@@ -195,3 +199,92 @@ def test_bailians_turns_belong_to_the_conversation_of_their_root(tmp_path: Path)
     ]
     assert {row.block_tokens for row in rows} == {16}
     assert skipped.count == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("num_prefill_tokens,num_decode_tokens\n100,20\n", (100, 20, None)),
+        ("num_prefill_tokens;num_decode_tokens;arrived_at\n100.0;20.0;3\n", (100, 20, 0.0)),
+        ("input_len\toutput_len\n100\t20\n", (100, 20, None)),
+        ('{"timestamp": 500, "requests": [{"Prompt Length": 100, "Output Length": 20}]}\n', (100, 20, 0.0)),
+        ('{"timestamp": 5, "requests": [{"prompt": "Hello there", "prompt_length": 100, "output_length": 20}]}\n',
+         (100, 20, 0.0)),
+        ('{"prompt_tokens": 100.0, "output_tokens": "20"}\n', (100, 20, None)),
+        ('[{"input_tokens": 100, "output_tokens": 20, "arrival_time": 7.5}]', (100, 20, 0.0)),
+        ('{"messages": [{"role": "user", "content": "' + "x" * 420 + '"}], "max_tokens": 20}\n', (100, 20, None)),
+        ('{"prompt": "' + "x" * 420 + '", "max_tokens": 20, "timestamp": 1.7e12}\n', (100, 20, 0.0)),
+    ],
+)  # fmt: skip
+def test_lengths_are_found_by_the_names_in_use(
+    content: str, expected: tuple[int, int, float | None], tmp_path: Path
+) -> None:
+    rows, skipped = rows_of("", tmp_path, content)
+    assert skipped.count == 0, str(skipped)
+    assert [(row.prompt_tokens, row.output_tokens, row.at_s) for row in rows] == [expected]
+
+
+QUESTION, ANSWER = "How are you today?", "Well, thank you."
+SAID = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps([{"conversations": [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]}]),
+        json.dumps([{"conversations": SAID}]),
+        json.dumps({"conversation": SAID}),
+        json.dumps({"messages": SAID}),
+        json.dumps({"id": 1, "items": [{"from": "human", "value": QUESTION}, {"from": "chatgpt", "value": ANSWER}]}),
+    ],
+)
+def test_a_conversation_is_one_however_it_was_saved(content: str, tmp_path: Path) -> None:
+    (row,), _ = rows_of("", tmp_path, content + "\n")
+    assert row.messages == ({"role": "user", "content": QUESTION},)
+    assert (row.output_tokens, row.estimated, row.last) == (4, True, True)
+
+
+def test_mt_benchs_questions_are_turns_whose_answers_are_the_models(tmp_path: Path) -> None:
+    content = json.dumps({"question_id": 81, "category": "writing", "turns": ["Write a story.", "Make it shorter."]})
+    rows, _ = rows_of("", tmp_path, content + "\n")
+    assert [(row.turn, row.output_tokens, row.answers, row.kind) for row in rows] == [
+        (0, 0, (), "writing"),
+        (1, 0, (1,), "writing"),
+    ]
+    assert [one["role"] for one in rows[1].messages] == ["user", "assistant", "user"]
+    assert len({row.session for row in rows}) == 1
+
+
+@pytest.mark.parametrize("form", SAMPLES)
+@pytest.mark.parametrize("compressed", ["gzip", "zstd"])
+def test_a_compressed_trace_is_the_trace(form: str, compressed: str, tmp_path: Path) -> None:
+    plain = SAMPLES[form].encode()
+    path = tmp_path / "trace"
+    path.write_bytes(plain)
+    expected = list(read(path))
+    path.write_bytes(gzip.compress(plain) if compressed == "gzip" else zstandard.compress(plain))
+    assert recognise(path) == form
+    assert list(read(path)) == expected
+
+
+def test_columns_may_be_named(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text("when,who,in,out,chat\n10,a,100,20,x\n12,b,30,5,x\n")
+    columns = parse_columns("at=when,tenant=who,prompt=in,output=out,session=chat")
+    rows = list(read(path, columns=columns))
+    assert [(row.at_s, row.tenant, row.prompt_tokens, row.output_tokens, row.session) for row in rows] == [
+        (0.0, "a", 100, 20, "x"),
+        (2.0, "b", 30, 5, "x"),
+    ]
+    with pytest.raises(ValueError, match="has no column 'nope': its columns are when, who, in, out, chat"):
+        read(path, columns={"prompt": "nope", "output": "out"})
+
+
+def test_one_broken_line_at_the_top_is_skipped_and_a_file_of_them_is_refused(tmp_path: Path) -> None:
+    rows, skipped = rows_of("", tmp_path, "nonsense\n" + SAMPLES["mooncake"])
+    assert len(rows) == 2
+    assert "1: not JSON" in skipped.examples
+    with pytest.raises(ValueError, match="None of the first 2 lines .* is a JSON object; the first begins '{nonsense'"):
+        rows_of("", tmp_path, "{nonsense\n{more\n")
+    with pytest.raises(ValueError, match="is empty"):
+        rows_of("", tmp_path, " \n\n")
