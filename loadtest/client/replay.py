@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
             return sweep.run(args, errors)
         prepared = prepare(args)
     except (CannotReplay, ValueError, OSError) as error:
-        errors.print(f"evenhand replay: {error}", style="red", markup=False, highlight=False)
+        errors.print(f"evenhand replay: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return CANNOT_BEGIN
     done = measured(prepared, errors)
     for line in closing(prepared, done.recorded):

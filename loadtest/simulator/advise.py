@@ -4,23 +4,29 @@ of them should only read prompts."""
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
+from statistics import median
 
 import numpy as np
 from rich.console import Console
 
 from loadtest import provenance
-from loadtest.client.replay import CannotReplay
+from loadtest.client import options
+from loadtest.client.prepare import CannotReplay
 from loadtest.report import report
 from loadtest.report.charts import Panel, Series, linear
 from loadtest.report.comparison import Side
 from loadtest.report.page import page
 from loadtest.report.pictures import colour, count, percent
 from loadtest.report.report import ATTAINMENT_GOAL
+from loadtest.report.trust import trust
 from loadtest.simulator import simulate_command
 
 _MOST_WORKERS = 64
+_ALIKE = 0.005  # shares that are nearer to each other are no reason to prefer one
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,9 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--slo", metavar="ttft=S,tpot=S", type=slo, help="the objective, seconds; one of the two may be left out"
     )
     parser.add_argument(
-        "--most-workers", type=int, default=_MOST_WORKERS, help="do not look further (default: %(default)s)"
-    )
+        "--most-workers",
+        type=options.at_least(1),
+        default=_MOST_WORKERS,
+        help="do not look further (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--apart", action="store_true", help="try workers that only read prompts, too")
+    parser.add_argument(
+        "--seeds", type=options.at_least(1), default=3, metavar="N",
+        help="simulate so many times with other random numbers, where the trace leaves something to chance "
+        "(default: %(default)s)",
+    )  # fmt: skip
     parser.set_defaults(policy="fcfs,mlfq,vtc,gittins")
 
 
@@ -51,34 +65,59 @@ def run(args: argparse.Namespace) -> int:
         if objective is None:
             raise ValueError("give the objective, for example --slo ttft=1,tpot=0.1")
         advice = [_search(args, text, objective, screen) for text in args.policy.split(",")]
-        best = min(advice, key=lambda one: (one.workers or sys.maxsize, -one.share))
         if args.html:
             shown = [one.side for one in advice]
             args.html.write_text(page(shown, objective, lead=_picture(advice), command=provenance.command()), "utf-8")
     except (CannotReplay, ValueError, OSError) as error:
-        screen.print(f"evenhand advise: {error}", style="red", markup=False, highlight=False)
+        screen.print(f"evenhand advise: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
-    sys.stdout.write(f"{report.text(_rows(advice))}\n\n{sentence(best)}\n")
-    return 0 if best.workers else 1
+    sys.stdout.write(f"{trust(advice[0].side.runs[0])}\n\n{report.text(_rows(advice))}\n\n{sentence(advice)}\n")
+    return 0 if chosen(advice).workers else 1
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
     """What was found for one policy. workers: the fewest that are enough, None if none is.
 
-    shares: of the requests inside the objective, by workers tried, as well divided as was found. readers: how many of
-    them only read prompts. side: the run with `workers`, else with the most.
+    shares: of the requests inside the objective, by workers tried, as well divided as was found: the median over the
+    seeds. ranges: their smallest and largest. readers: how many of the workers only read prompts. side: the run with
+    `workers`, else with the most.
     """
 
     policy: str
     workers: int | None
     shares: dict[int, float]
+    ranges: dict[int, tuple[float, float]]
     readers: dict[int, int]
     side: Side
 
     @property
+    def tried(self) -> int:
+        """The number of workers that the policy is judged by."""
+        return self.workers or max(self.shares)
+
+    @property
     def share(self) -> float:
-        return self.shares[self.workers] if self.workers else max(self.shares.values())
+        return self.shares[self.tried]
+
+    @property
+    def range(self) -> tuple[float, float]:
+        return self.ranges[self.tried]
+
+
+def chosen(advice: Sequence[Advice]) -> Advice:
+    """The policy with the fewest workers; of those with as many, the one with the most requests inside."""
+    return min(advice, key=lambda one: (one.workers or sys.maxsize, -one.share))
+
+
+def ties(advice: Sequence[Advice]) -> list[Advice]:
+    """Those that need as many workers as the chosen one, and whose shares overlap with its own."""
+    best = chosen(advice)
+    return [
+        one
+        for one in advice
+        if one is not best and one.workers == best.workers and one.range[1] >= best.range[0] - _ALIKE
+    ]
 
 
 def fewest(enough: Callable[[int], bool], most: int) -> int | None:
@@ -99,21 +138,37 @@ def fewest(enough: Callable[[int], bool], most: int) -> int | None:
 
 def _search(args: argparse.Namespace, policy: str, objective: report.Objective, screen: Console) -> Advice:
     shares: dict[int, float] = {}
+    ranges: dict[int, tuple[float, float]] = {}
     readers: dict[int, int] = {}
     sides: dict[int, Side] = {}
 
     def enough(workers: int) -> bool:
         for reading in divisions(workers) if args.apart else [0]:
-            args.workers, args.prefill_workers = workers - reading, reading
-            side = simulate_command.simulated(args, policy, objective, screen)
-            attained = side.summaries[0].attainment
-            share = attained.share if attained else 0.0
-            if share > shares.get(workers, -1.0):
-                shares[workers], readers[workers], sides[workers] = share, reading, side
+            seen = [_simulated(args, policy, objective, screen, workers, reading, seed) for seed in seeds(args)]
+            each = [one.summaries[0].attainment for one in seen]
+            inside = [one.share if one else 0.0 for one in each]
+            if median(inside) > shares.get(workers, -1.0):
+                shares[workers], ranges[workers] = median(inside), (min(inside), max(inside))
+                readers[workers], sides[workers] = reading, seen[0]
         return shares[workers] >= ATTAINMENT_GOAL
 
     workers = fewest(enough, args.most_workers)
-    return Advice(policy, workers, dict(sorted(shares.items())), readers, sides[workers or max(sides)])
+    return Advice(policy, workers, dict(sorted(shares.items())), ranges, readers, sides[workers or max(sides)])
+
+
+def seeds(args: argparse.Namespace) -> range:
+    """A trace that is replayed at its own times leaves nothing to chance but tenants that it does not name."""
+    drawn = not Path(args.trace).exists() or args.rate or args.stages or args.shares
+    return range(args.seed, args.seed + (args.seeds if drawn else 1))
+
+
+def _simulated(
+    args: argparse.Namespace, policy: str, objective: report.Objective, screen: Console, workers: int, reading: int,
+    seed: int,
+) -> Side:  # fmt: skip
+    one = copy(args)
+    one.workers, one.prefill_workers, one.seed = workers - reading, reading, seed
+    return simulate_command.simulated(one, policy, objective, screen)
 
 
 def divisions(workers: int) -> list[int]:
@@ -121,14 +176,37 @@ def divisions(workers: int) -> list[int]:
     return sorted({0, workers // 4, workers // 3, workers // 2, 2 * workers // 3} - {workers})
 
 
-def sentence(best: Advice) -> str:
-    """The advice itself."""
+def sentence(advice: Sequence[Advice]) -> str:
+    """The advice itself, why it is that one, and which others are as good."""
+    best = chosen(advice)
     if best.workers is None:
-        return f"No policy keeps {ATTAINMENT_GOAL:.0%} inside the objective with {max(best.shares)} workers or fewer."
+        return (
+            f"No policy keeps {ATTAINMENT_GOAL:.0%} inside the objective with {max(best.shares)} workers or fewer; "
+            f"{best.policy} comes nearest, with {_inside(best)}."
+        )
     plural = "worker" if best.workers == 1 else "workers"
     reading = best.readers[best.workers]
     apart = f", {reading} of which only read prompts" if reading else ""
-    return f"{best.policy} on {best.workers} {plural}{apart}: {best.share:.1%} inside the objective."
+    return f"{best.policy} on {best.workers} {plural}{apart}: {_inside(best)} inside the objective. {_why(advice)}"
+
+
+def _inside(one: Advice) -> str:
+    low, high = one.range
+    return f"{one.share:.1%}" + (f" ({low:.1%} to {high:.1%})" if low < high else "")
+
+
+def _why(advice: Sequence[Advice]) -> str:
+    best, alike = chosen(advice), ties(advice)
+    more = [one for one in advice if one.workers != best.workers]
+    if alike:
+        return (
+            f"{', '.join(one.policy for one in alike)} need as many workers and cannot be told from it: "
+            f"{', '.join(_inside(one) for one in alike)}. Choose among them by what else they do."
+        )
+    if more:
+        needs = ", ".join(f"{one.policy} needs {one.workers or f'more than {max(one.shares)}'}" for one in more)
+        return f"It needs the fewest workers: {needs}."
+    return "Of those that need as few workers it has the most requests inside." if len(advice) > 1 else ""
 
 
 def _rows(advice: Sequence[Advice]) -> report.Rows:
@@ -136,7 +214,7 @@ def _rows(advice: Sequence[Advice]) -> report.Rows:
     for one in advice:
         tried = ", ".join(f"{workers}: {share:.0%}" for workers, share in one.shares.items())
         reading = f"{one.readers[one.workers]}" if one.workers else "-"
-        rows.append([one.policy, f"{one.workers or '-'}", reading, f"{one.share:.1%}", tried])
+        rows.append([one.policy, f"{one.workers or '-'}", reading, _inside(one), tried])
     return rows
 
 
@@ -150,5 +228,4 @@ def _picture(advice: Sequence[Advice]) -> str:
         panel.line(Series(one.policy, colour(at, len(advice)), workers, shares))
         for number, share in one.shares.items():
             panel.mark(number, share, colour(at, len(advice)))
-    best = min(advice, key=lambda one: (one.workers or sys.maxsize, -one.share))
-    return f'<p><b>{escape(sentence(best))}</b></p><div class="panels">{panel.figure()}</div>'
+    return f'<p><b>{escape(sentence(advice))}</b></p><div class="panels">{panel.figure()}</div>'

@@ -175,7 +175,7 @@ class ContinuousBatch:
         barred = self._displace(now)
         step = _Step(self.cost.max_batched_tokens)
         self._go_on(step, now)
-        if not step.short:
+        if not step.short and len(self.lanes):
             self._take_in(step, barred, now)
         self._kept.after(self.cost.max_batched_tokens - step.left, self.lanes.__contains__)
         self._memory_bound = barred is None and step.left > 0 and len(self.lanes) > 0

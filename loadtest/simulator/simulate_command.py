@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         if args.html:
             args.html.write_text(page(sides, objective, command=provenance.command()), "utf-8")
     except (CannotReplay, ValueError, OSError) as error:
-        screen.print(f"evenhand simulate: {error}", style="red", markup=False, highlight=False)
+        screen.print(f"evenhand simulate: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     for side in sides:
         sys.stdout.write(f"{side.name}: {trust(side.runs[0])}\n")

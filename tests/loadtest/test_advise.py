@@ -44,6 +44,8 @@ def test_a_trace_gets_its_advice_and_the_curve_that_shows_why(
     assert advise.run(parsed(*argv)) == 0
     *table, said = capsys.readouterr().out.strip().splitlines()
     assert "inside the objective." in said
+    assert "need as many workers and cannot be told from it" in said, "with one tenant VTC is FCFS"
+    assert " to " in said, "an interval over the seeds"
     workers = int(said.split(" on ")[1].split()[0])
     assert workers > 1
     assert any(f"{workers}: 9" in line or f"{workers}: 100%" in line for line in table)
