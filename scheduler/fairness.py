@@ -98,7 +98,7 @@ class Tally:
         return Sample(dict(service), self._gap(), longest_s)
 
     def _book(self, job: Job) -> None:
-        service = PROMPT_WEIGHT * (job.prompt_tokens - job.cached_tokens) + OUTPUT_WEIGHT * job.output_tokens
+        service = PROMPT_WEIGHT * job.charged_tokens(cached_free=True) + OUTPUT_WEIGHT * job.output_tokens
         made = service - self._booked[job]
         if made:
             self._booked[job] = service

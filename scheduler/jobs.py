@@ -17,7 +17,7 @@ class Outcome(Enum):
 class Job:
     """One request as the scheduler sees it.
 
-    Identity never changes; `output_tokens` is kept by `Lanes.serve`, its one writer. Compared by identity.
+    Identity never changes; the last three fields are kept by `Lanes`, their one writer. Compared by identity.
 
     id: unique among the jobs that wait or run.
     tenant: who is charged.
@@ -26,8 +26,10 @@ class Job:
     max_tokens: upper bound of the output in tokens, 0 if unknown.
     weight: the tenant's share; service counts divided by it.
     kind: what is alike in length, e.g. "tools" or "json" ("" if unknown); Gittins learns per kind.
+    remote_tokens: prompt tokens whose KV another engine computed, and charged; computed here only if it is lost.
     output_tokens: tokens made so far.
     cached_tokens: prompt tokens that needed no computing (prefix cache).
+    read_tokens: prompt tokens in KV so far while the prompt is read chunk by chunk, 0 where nobody says.
     """
 
     id: str
@@ -37,5 +39,32 @@ class Job:
     max_tokens: int = 0
     weight: float = 1.0
     kind: str = ""
+    remote_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int = 0
+    read_tokens: int = 0
+
+    def charged_tokens(self, *, cached_free: bool) -> int:
+        """Prompt tokens that count as service here; not those that another engine computed."""
+        free_tokens = max(self.remote_tokens, self.cached_tokens if cached_free else 0)
+        return max(0, self.prompt_tokens - free_tokens)
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Prompt tokens to compute at the first start: neither cached nor computed by another engine."""
+        return max(0, self.prompt_tokens - max(self.cached_tokens, self.remote_tokens))
+
+    @property
+    def unread_tokens(self) -> int:
+        """Prompt tokens still to compute before the first output token; 0 once there is one."""
+        return 0 if self.output_tokens else max(0, min(self.prefill_tokens, self.prompt_tokens - self.read_tokens))
+
+    @property
+    def restart_tokens(self) -> int:
+        """Tokens to compute before the next output token if the job starts now, its own KV lost if it had any."""
+        return self.prompt_tokens + self.output_tokens if self.output_tokens else self.unread_tokens
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens to compute again after the job has been displaced, if nothing of it stays cached."""
+        return self.prompt_tokens + self.output_tokens

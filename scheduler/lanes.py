@@ -1,7 +1,7 @@
 """Everything that waits or runs under one policy: each job is in exactly one place, waiting or running."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
 from math import isfinite
 
@@ -13,6 +13,10 @@ from scheduler.ranking import Ranking
 _BOOSTS_AT_ONCE = 64  # bounds the pause when thousands lose patience in the same moment
 _TENANTS_KEPT = 4096  # below this many, idle tenants are not looked at
 _SLACK = 64  # outdated entries that are not worth a clean-up
+
+
+def _anyone(job: Job) -> bool:
+    return True
 
 
 class Lanes:
@@ -105,13 +109,31 @@ class Lanes:
             place.bill = None
         self._wait(place, front=True)
 
-    def computed(self, job: Job, cached_tokens: int, now: float) -> None:
-        """Of the job's prompt `cached_tokens` were found in the prefix cache. KeyError if the job is unknown."""
+    def computed(self, job: Job, cached_tokens: int, now: float, *, prompt_tokens: int | None = None) -> None:
+        """Of the job's prompt `cached_tokens` were found in the prefix cache. KeyError if the job is unknown.
+
+        prompt_tokens: the prompt's true length where the job came with an estimate; what was charged is corrected.
+        """
         place = self._places[job.id]
+        if prompt_tokens is not None:
+            job.prompt_tokens = prompt_tokens
         job.cached_tokens = min(cached_tokens, job.prompt_tokens)
         if self._shares is not None and place.bill is not None:
-            self._shares.credit(place.account, job, place.bill, job.cached_tokens)
-            self._rank(place.line)
+            self._shares.correct(place.account, job, place.bill)
+        self._reconsider(place)
+
+    def read(self, job: Job, read_tokens: int) -> None:
+        """So much of a running job's prompt is in KV by now. KeyError if the job is unknown."""
+        place = self._places[job.id]
+        job.read_tokens = read_tokens
+        if not job.output_tokens:
+            self._reconsider(place)
+
+    def _reconsider(self, place: Place) -> None:
+        """What is known of a job has changed, and with it, perhaps, its lane."""
+        place.line.move(place)
+        self._price(place)
+        self._rank(place.line)
 
     def serve(self, job: Job, tokens: int, now: float) -> None:
         """The job made `tokens` output tokens. KeyError if the job is unknown."""
@@ -122,11 +144,12 @@ class Lanes:
         if made >= place.until:
             self._cross(place)
 
-    def displacement(self, now: float) -> tuple[Job, Job] | None:
+    def displacement(self, now: float, can_yield: Callable[[Job], bool] = _anyone) -> tuple[Job, Job] | None:
         """The waiting head and the running job it should replace while the batch is full, or None.
 
         To do it, `preempt` the second and `pop`, which takes the first. Between tenants nobody is displaced unless they
         share the slots: else the victim always belongs to the line that goes next.
+        can_yield: False for a job that holds a slot and cannot give it up at present.
         """
         times = self._displaced_at
         if not times.maxlen or (len(times) == times.maxlen and now - times[0] < 1.0):
@@ -134,30 +157,52 @@ class Lanes:
         head = self._peek(now)
         if head is None:
             return None
-        victim = self._victim_of_another(head.line) or self._victim_of_its_own(head)
+        victim = self._victim_of_another(head.line, can_yield) or self._victim_of_its_own(head, can_yield)
         if victim is None:
             return None
         self._offered = victim
         return head.job, victim.job
 
-    def _victim_of_its_own(self, head: Place) -> Place | None:
-        victim = head.line.worst()
+    def outranks(self, now: float, running: Sequence[Job]) -> Job | None:
+        """The waiting head if it goes before all of these running jobs, or None.
+
+        Whoever it goes before may be slowed down for it without losing anything, so no gain is asked for.
+        """
+        head = self._peek(now)
+        if head is None or not running:
+            return None
+        places = [self._places[job.id] for job in running]
+        return head.job if all(self._goes_before(head, place) for place in places) else None
+
+    def _goes_before(self, head: Place, place: Place) -> bool:
+        if head.line is not place.line:
+            return head.account.counter < place.account.counter
+        return self._order.rank(head.lane) < self._order.rank(place.lane)
+
+    def _victim_of_its_own(self, head: Place, can_yield: Callable[[Job], bool]) -> Place | None:
+        victim = head.line.worst(can_yield)
         if victim is None or not self._order.displaces(head.job, victim.job, head.lane, victim.lane):
             return None
         return victim
 
-    def _victim_of_another(self, line: Line) -> Place | None:
+    def _victim_of_another(self, line: Line, can_yield: Callable[[Job], bool]) -> Place | None:
         """Of the tenant with the most slots for its weight, if after the change it still has no fewer than `line`.
 
-        And if it has had more service, or it would be next again as soon as its job waits.
+        And if it has had more service, or it would be next again as soon as its job waits. A tenant none of whose jobs
+        can yield is passed over.
         """
         if self._shares is None or not self._shares.taken_per_s:
             return None
-        ahead = (other for other in self._busy if other.account.counter > line.account.counter)
-        most = max(ahead, key=lambda other: other.running / other.account.weight, default=line)
-        if (most.running - 1) / most.account.weight < (line.running + 1) / line.account.weight:
-            return None
-        return most.worst()
+        ahead = [other for other in self._busy if other.account.counter > line.account.counter]
+        while ahead:
+            most = max(ahead, key=lambda other: other.running / other.account.weight)
+            if (most.running - 1) / most.account.weight < (line.running + 1) / line.account.weight:
+                return None
+            victim = most.worst(can_yield)
+            if victim is not None:
+                return victim
+            ahead.remove(most)
+        return None
 
     def preempt(self, job: Job, now: float) -> None:
         """The running job yields and waits, first in its lane; nothing is refunded, its prompt is not charged again."""
@@ -170,11 +215,19 @@ class Lanes:
         place.since = now
         self._arrive(place, front=True)
 
-    def victim(self, now: float) -> Job | None:
-        """The running job that yields first when KV memory is short: O(tenants that run) under VTC, else O(1)."""
-        line = max(self._busy, key=lambda line: line.account.counter, default=None)
-        place = None if line is None else line.worst()
-        return None if place is None else place.job
+    def victim(self, now: float, can_yield: Callable[[Job], bool] = _anyone) -> Job | None:
+        """The running job that yields first when KV memory is short: O(tenants that run) under VTC, else O(1).
+
+        can_yield: as for `displacement`; those that cannot are passed over.
+        """
+        lines = list(self._busy)
+        while lines:
+            line = max(lines, key=lambda line: line.account.counter)
+            place = line.worst(can_yield)
+            if place is not None:
+                return place.job
+            lines.remove(line)
+        return None
 
     def finish(self, job: Job, outcome: Outcome, now: float) -> None:
         """The job leaves from wherever it is. KeyError if it is unknown."""
@@ -225,6 +278,19 @@ class Lanes:
         """The tenant's service as `told` takes it: its counter times its weight; 0 if no account is kept."""
         line = self._lines.get(tenant)
         return 0.0 if self._shares is None or line is None else line.account.counter * line.account.weight
+
+    def service_without(self, job: Job) -> float:
+        """Its tenant's service as `service`, less what this very job was charged.
+
+        For the queue that the job goes to next, which charges it too: with the job's own charge in it, that queue
+        would be ahead by it for good.
+        """
+        place = self._places.get(job.id)
+        if place is None or place.bill is None:
+            return self.service(job.tenant)
+        tokens = max(place.bill.predicted_tokens, job.output_tokens)
+        charged = place.bill.prompt + tokens * place.bill.price
+        return max(0.0, (place.account.counter - charged) * place.account.weight)
 
     def switch(self, policy: Policy, now: float) -> None:
         """Another policy from here on: who waits keeps waiting, in order of arrival, and who runs keeps running."""

@@ -1,6 +1,7 @@
 """One line of jobs under one order: the lanes that wait and the lanes that run (a tenant's own, or the only one)."""
 
 from collections import OrderedDict
+from collections.abc import Callable
 from enum import IntEnum
 
 from scheduler.jobs import Job
@@ -141,14 +142,19 @@ class Line:
         entry = self._ranking.first()
         return None if entry is None else next(iter(self._waiting[entry.item].values()))
 
-    def worst(self) -> Place | None:
-        """The running job that yields first: the newest of the worst lane."""
+    def worst(self, can_yield: Callable[[Job], bool]) -> Place | None:
+        """The running job that yields first: the newest of the worst lane, passing over those that cannot."""
         self._refresh()
         if not self._running:
             return None
         if self._worst is None:
             self._worst = max(self._running, key=self._order.rank)
-        return next(reversed(self._running[self._worst].values()))
+        place = next(reversed(self._running[self._worst].values()))
+        if can_yield(place.job):
+            return place
+        lanes = sorted(self._running, key=self._order.rank, reverse=True)
+        places = (place for lane in lanes for place in reversed(self._running[lane].values()))
+        return next((place for place in places if can_yield(place.job)), None)
 
     def _settle(self, place: Place, *, running: bool) -> None:
         place.lane, place.until = self._order.spot(place.job, running=running, boosted_at=place.boosted_at)

@@ -128,8 +128,8 @@ class Shares(Protocol):
     def adopt(self, job: Job) -> Bill:
         """A bill for a job that was started under another policy: only what it makes from here on is charged."""
 
-    def credit(self, account: Account, job: Job, bill: Bill, cached_tokens: int) -> None:
-        """`cached_tokens` of the job's prompt turned out to need no computing."""
+    def correct(self, account: Account, job: Job, bill: Bill) -> None:
+        """The job's prompt turned out to be longer, shorter, or better cached than `take` was told."""
 
     def settle(self, account: Account, job: Job, bill: Bill, outcome: Outcome) -> None:
         """The job left after it had been taken: refunds what was charged in advance and not used."""
@@ -147,6 +147,11 @@ class Policy:
     def preemptions_per_s(self) -> int:
         """Most running jobs displaced in any one second; 0 if none ever is."""
         return max(self.order.preemptions_per_s, 0 if self.shares is None else self.shares.taken_per_s)
+
+    @property
+    def weighs_prompts(self) -> bool:
+        """Whether who goes next, or what is charged, depends on a prompt's length."""
+        return self.shares is not None or self.order.name != "fcfs"
 
 
 FAR_AHEAD = 4096  # a preempting policy wants newcomers inside the engine, where they can displace a running job

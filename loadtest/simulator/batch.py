@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from loadtest.simulator.costmodel import CostModel
 from loadtest.simulator.kv_blocks import KvBlocks
+from scheduler.batching import prompt_cap
 from scheduler.jobs import Job, Outcome
 from scheduler.kept_blocks import Kept
 from scheduler.lanes import Lanes
@@ -73,9 +74,11 @@ class _Step:
 
     left: tokens that may still be computed. chunks: how many of each. kv_tokens: read by those that decode.
     started: who comes into the batch. short: there was too little KV for those that run.
+    cap: most tokens that one sequence may take, None for no cap.
     """
 
     left: int
+    cap: int | None = None
     chunks: dict[Entry, int] = field(default_factory=dict)
     producing: list[Entry] = field(default_factory=list)
     decoding: int = 0
@@ -172,16 +175,21 @@ class ContinuousBatch:
 
     def schedule(self, now: float) -> Iteration | None:
         """Choose the next iteration, or None when nothing can run."""
-        barred = self._displace(now)
-        step = _Step(self.cost.max_batched_tokens)
+        barred: set[Job] = set()
+        cap = None
+        if len(self.lanes):
+            self._note_progress()
+            barred = self._displace(now)
+            cap = self._prompt_cap(now)
+        step = _Step(self.cost.max_batched_tokens, cap=cap)
         self._go_on(step, now)
         if not step.short and len(self.lanes):
             self._take_in(step, barred, now)
         self._kept.after(self.cost.max_batched_tokens - step.left, self.lanes.__contains__)
-        self._memory_bound = barred is None and step.left > 0 and len(self.lanes) > 0
+        self._memory_bound = not barred and step.left > 0 and self._stopped_at_memory(step, now)
         if not step.chunks and not step.producing:
             # All that it did was to send somebody away: vLLM's next iteration follows at once.
-            return self.schedule(now) if step.short or barred is not None else None
+            return self.schedule(now) if step.short or barred else None
         duration_s = self.cost.duration_s(
             step.prefill_tokens, step.decoding, step.kv_tokens, step.transfer_tokens, step.started
         )
@@ -219,8 +227,8 @@ class ContinuousBatch:
                 continue
             end = entry.tokens
             chunk = end - entry.computed
-            if chunk > step.left:
-                chunk = step.left
+            if chunk > step.left or (step.cap is not None and chunk > step.cap):
+                chunk = step.left if step.cap is None else min(step.left, step.cap)
                 end = entry.computed + chunk
             if end > len(entry.blocks) * size and not self._grow(entry, end, step, now):
                 return
@@ -247,22 +255,33 @@ class ContinuousBatch:
         entry.blocks += [KvBlocks.NAMELESS] * more
         return True
 
-    def _take_in(self, step: _Step, barred: Job | None, now: float) -> None:
+    def _take_in(self, step: _Step, barred: set[Job], now: float) -> None:
         """Whoever waits and fits. barred: has just been displaced, and is not taken back within the same iteration."""
         while step.left > 0 and len(self._running) < self.cost.max_seqs:
             job = self.lanes.peek(now)
-            if job is None or job is barred:
+            if job is None or job in barred:
                 return
             entry = self._entries[job]
             shared = self._shared(entry)
-            room = self._blocks_for(entry.tokens) - len(shared) + self._kv.idle(shared)
-            if room > self._kv.free and self._running:
+            if self._room(entry, shared) > self._kv.free and self._running:
                 return
             self.lanes.pop(now)
             self._running[job] = entry
             self._reuse(entry, shared, now)
             step.started += 1
             self._begin(entry, step, now)
+
+    def _room(self, entry: Entry, shared: Seq[int]) -> int:
+        """Blocks that it takes from the free ones when it starts."""
+        return self._blocks_for(entry.tokens) - len(shared) + self._kv.idle(shared)
+
+    def _stopped_at_memory(self, step: _Step, now: float) -> bool:
+        """Whether the head of the line did not start because there was too little KV for it."""
+        job = self.lanes.peek(now)
+        if job is None or (not step.short and len(self._running) >= self.cost.max_seqs):
+            return False
+        entry = self._entries[job]
+        return self._room(entry, self._shared(entry)) > self._kv.free
 
     def _begin(self, entry: Entry, step: _Step, now: float) -> None:
         if entry.transferred:
@@ -273,6 +292,8 @@ class ContinuousBatch:
             step.producing.append(entry)
         else:
             chunk = min(entry.tokens - entry.computed, step.left)
+            if step.cap is not None:
+                chunk = min(chunk, step.cap)
             self._grow(entry, entry.computed + chunk, step, now)
             step.add(entry, chunk)
         self._name(entry)
@@ -310,18 +331,43 @@ class ContinuousBatch:
         for at, block in zip(range(first, full), entry.ids(first, full), strict=True):
             entry.blocks[at] = self._kv.name(block)
 
-    def _displace(self, now: float) -> Job | None:
-        """Makes room for the head of the line if the policy wants it to run in place of somebody who does."""
-        if not len(self.lanes) or not (self._memory_bound or len(self._running) >= self.cost.max_seqs):
+    def _note_progress(self) -> None:
+        """Tells the policy how far prompts that are read over several iterations have come."""
+        for entry in self._running.values():
+            if not entry.job.output_tokens and entry.computed < entry.tokens:
+                self.lanes.read(entry.job, entry.computed)
+
+    def _displace(self, now: float) -> set[Job]:
+        """Makes room for the heads of the line that the policy wants to run in place of those who do."""
+        barred: set[Job] = set()
+        if not (self._memory_bound or len(self._running) >= self.cost.max_seqs):
+            return barred
+        tokens, heads = self.cost.max_batched_tokens, []
+        while tokens > 0 and (swap := self.lanes.displacement(now, self._running.__contains__)) is not None:
+            head, victim = swap
+            self.counts.displaced += 1
+            named = [block for block in self._running[victim].blocks if block != KvBlocks.NAMELESS]
+            self._kept.displaced(victim, named)
+            self._preempt(victim, now)
+            barred.add(victim)
+            heads.append(self.lanes.pop(now))
+            tokens -= max(1, head.restart_tokens)
+            if self._memory_bound:
+                break
+        for head in reversed(heads):
+            self.lanes.put_back(head, now)
+        return barred
+
+    def _prompt_cap(self, now: float) -> int | None:
+        """Tokens that a prompt may take, so that a better-ranked head starts in this iteration; None: no cap."""
+        if self._memory_bound or len(self._running) >= self.cost.max_seqs:
             return None
-        swap = self.lanes.displacement(now)
-        if swap is None:
+        reading = [entry for entry in self._running.values() if entry.tokens - entry.computed > 1]
+        head = self.lanes.outranks(now, [entry.job for entry in reading])
+        if head is None:
             return None
-        self.counts.displaced += 1
-        named = [block for block in self._running[swap[1]].blocks if block != KvBlocks.NAMELESS]
-        self._kept.displaced(swap[1], named)
-        self._preempt(swap[1], now)
-        return swap[1]
+        unread = [entry.tokens - entry.computed for entry in reading]
+        return prompt_cap(self.cost.max_batched_tokens, len(self._running) - len(reading), unread, head.restart_tokens)
 
     def _preempt(self, job: Job, now: float) -> None:
         entry = self._running.pop(job)

@@ -76,7 +76,7 @@ class Gittins:
         if boosted_at is not None and made < boosted_at + _BOOST_STEPS:
             return Spot(_BOOSTED, boosted_at + _BOOST_STEPS)
         age = min(bisect_right(_AGES, made), len(_AGES) - 1)
-        prefill = 0 if running else _bucket(self._prefill_steps(job))
+        prefill = _bucket(self._steps(job.unread_tokens if running else job.restart_tokens))
         return Spot((self._class_of(job), prefill, age - 1), _AGES[age])
 
     def rank(self, lane: Lane) -> float:
@@ -103,7 +103,7 @@ class Gittins:
         rank = self.rank(head_lane)
         if rank >= self.rank(victim_lane) or rank >= self.rank(self.spot(victim, running=False, boosted_at=None).lane):
             return False
-        steps = self._prefill_steps(head) + self._prefill_steps(victim)
+        steps = self._steps(head.restart_tokens + victim.context_tokens)
         asked = (head_lane[0], _bucket(steps), head_lane[2])
         return self._index(asked) > self._hysteresis * self._index(victim_lane)
 
@@ -156,8 +156,8 @@ class Gittins:
         bound = job.max_tokens.bit_length()
         return ((job.tenant, job.kind, bound), (job.kind, bound), (bound,))
 
-    def _prefill_steps(self, job: Job) -> float:
-        return (job.prompt_tokens + job.output_tokens) / self._prefill_tokens_per_step
+    def _steps(self, tokens: int) -> float:
+        return tokens / self._prefill_tokens_per_step
 
 
 def _bucket(steps: float) -> int:

@@ -13,9 +13,10 @@ from scheduler.policy import NEVER, Lane, Spot
 class Mlfq:
     """Levels 0 (highest) to `levels - 1`, the quantum doubling from one to the next.
 
-    A job joins at the first level whose quantum holds its prefill, and is demoted by one level once it has used more
-    than its level's quantum there: its prefill in the first, one unit per decode step in all. A job whose patience
-    ended joins level 0 at its end, with a fresh quantum. Only a job of a higher level displaces a running one.
+    A job joins at the first level whose quantum holds its prefill, cached tokens left out, and is demoted by one level
+    once it has used more than its level's quantum there: its prefill in the first, one unit per decode step in all. A
+    job whose patience ended joins level 0 at its end, with a fresh quantum. Only a job of a higher level displaces a
+    running one.
 
     quantum_steps: quantum of level 0, in decode steps.
     levels: how many.
@@ -55,7 +56,7 @@ class Mlfq:
 
     def _join(self, job: Job) -> tuple[int, int]:
         """The first level, and the output tokens at which its quantum is exceeded. The prefill makes the first."""
-        prefill_steps = max(1.0, job.prompt_tokens / self._prefill_tokens_per_step)
+        prefill_steps = max(1.0, job.prefill_tokens / self._prefill_tokens_per_step)
         level = min(bisect_left(self._quanta_steps, prefill_steps), len(self._quanta_steps) - 1)
         return level, int(max(0.0, self._quanta_steps[level] - prefill_steps + 1)) + 1
 

@@ -48,8 +48,9 @@ class Srpt:
         if not job.max_tokens:
             return Spot(_UNKNOWN, NEVER)
         rest = max(1, job.max_tokens - made)
-        if not running:
-            return Spot((_bucket(rest + self._prefill_steps(job)),), made + 1)
+        if not running or not made:
+            tokens = job.unread_tokens if running else job.restart_tokens
+            return Spot((_bucket(rest + self._steps(tokens)),), made + 1)
         bucket = _bucket(rest)
         return Spot((bucket,), max(made + 1, math.floor(job.max_tokens - _TIE**bucket) + 1))
 
@@ -75,14 +76,15 @@ class Srpt:
             return False
         if victim_lane == _UNKNOWN:
             return True
-        asked = head.max_tokens - head.output_tokens + self._prefill_steps(head) + self._prefill_steps(victim)
-        return self._hysteresis * max(asked, 1.0) < victim.max_tokens - victim.output_tokens
+        asked = head.max_tokens - head.output_tokens + self._steps(head.restart_tokens + victim.context_tokens)
+        rest = victim.max_tokens - victim.output_tokens + self._steps(victim.unread_tokens)
+        return self._hysteresis * max(asked, 1.0) < rest
 
     def learn(self, job: Job, outcome: Outcome) -> None:
         """Nothing to learn."""
 
-    def _prefill_steps(self, job: Job) -> float:
-        return (job.prompt_tokens + job.output_tokens) / self._prefill_tokens_per_step
+    def _steps(self, tokens: int) -> float:
+        return tokens / self._prefill_tokens_per_step
 
 
 def _bucket(steps: float) -> int:

@@ -42,8 +42,7 @@ class Vtc:
 
     def take(self, account: Account, job: Job) -> Bill:
         """Charges the whole prompt at once, or the tenant would stay lowest and fill the batch."""
-        tokens = job.prompt_tokens - (job.cached_tokens if self.charge == "computed" else 0)
-        prompt = self.prompt_weight * tokens / job.weight
+        prompt = self._prompt_price(job)
         price = self.output_weight / job.weight
         bill = Bill(account.counter, prompt, self._predicted_tokens(account, job), price)
         account.counter += prompt + bill.predicted_tokens * price
@@ -59,12 +58,12 @@ class Vtc:
         bill.fresh = False
         return bill
 
-    def credit(self, account: Account, job: Job, bill: Bill, cached_tokens: int) -> None:
-        """Gives back the cached part of the prompt; not for a resumed job, whose cached tokens are its own."""
-        if self.charge != "computed" or not bill.fresh:
+    def correct(self, account: Account, job: Job, bill: Bill) -> None:
+        """Settles the prompt at what it was; not for a resumed job, whose cached tokens are its own."""
+        if not bill.fresh:
             return
-        prompt = self.prompt_weight * (job.prompt_tokens - cached_tokens) / job.weight
-        account.counter = max(bill.floor, account.counter + prompt - bill.prompt)
+        prompt = self._prompt_price(job)
+        account.counter = max(min(bill.floor, account.counter), account.counter + prompt - bill.prompt)
         bill.prompt = prompt
 
     def settle(self, account: Account, job: Job, bill: Bill, outcome: Outcome) -> None:
@@ -74,6 +73,9 @@ class Vtc:
             account.counter = max(min(bill.floor, account.counter), account.counter - unused_tokens * bill.price)
         if outcome in (Outcome.DONE, Outcome.LENGTH):
             account.recent.append(job.output_tokens)
+
+    def _prompt_price(self, job: Job) -> float:
+        return self.prompt_weight * job.charged_tokens(cached_free=self.charge == "computed") / job.weight
 
     def _predicted_tokens(self, account: Account, job: Job) -> int:
         if self.predict == "none" or not account.recent:

@@ -24,6 +24,7 @@ from types import MethodType
 from typing import Any, Final, NamedTuple
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
+from vllm.config import SchedulerConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.core.block_pool import BlockPool
@@ -34,10 +35,12 @@ from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.version import __version_tuple__ as vllm_version
 
+from scheduler.batching import prompt_cap
 from scheduler.catalog import build, options_from
 from scheduler.fairness import Tally
 from scheduler.jobs import Job, Outcome
@@ -80,22 +83,24 @@ METHODS: Final[Mapping[type, Mapping[str, tuple[str, ...]]]] = {
         "remove_request": ("request",),
         "remove_requests": ("requests",),
     },
-    KVCacheManager: {"get_blocks": ("request_id",)},
-    BlockPool: {"touch": ("blocks",), "free_blocks": ("ordered_blocks",)},
+    KVCacheManager: {"get_blocks": ("request_id",), "get_computed_blocks": ("request",)},
+    BlockPool: {"touch": ("blocks",), "free_blocks": ("ordered_blocks",), "get_num_free_blocks": ()},
 }
 ATTRIBUTES: Final[Mapping[type, tuple[str, ...]]] = {
     Scheduler: (
         "vllm_config", "scheduler_config", "policy", "waiting", "running", "finished_req_ids_dict",
         "max_num_running_reqs", "max_num_scheduled_tokens", "num_waiting_for_streaming_input", "kv_cache_manager",
-        "connector", "requests",
+        "connector", "requests", "kv_cache_config", "num_spec_tokens", "_inflight_prefills",
     ),
+    SchedulerConfig: ("long_prefill_token_threshold",),
     KVCacheManager: ("block_pool",),
     KVCacheBlocks: ("blocks",),
     KVCacheBlock: ("block_hash", "ref_cnt", "is_null"),
     BlockPool: ("num_gpu_blocks",),
     Request: (
         "request_id", "client_index", "priority", "sampling_params", "pooling_params", "structured_output_request",
-        "num_prompt_tokens", "num_output_tokens", "max_tokens", "status", "num_preemptions", "resumable",
+        "num_prompt_tokens", "num_output_tokens", "num_tokens", "num_computed_tokens",
+        "max_tokens", "status", "num_preemptions", "resumable",
     ),
     RequestStatus: (
         "RUNNING", "PREEMPTED", "FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED", "FINISHED_ABORTED",
@@ -182,22 +187,25 @@ def xargs_of(request: Request) -> Mapping[str, Any]:
     return extra if isinstance(extra, Mapping) else {}
 
 
-def job_from(request: Request, now: float) -> Job:
+def job_from(request: Request, now: float, cached_tokens: int = 0) -> Job:
     """The request as policies see it. Its id is vLLM's, for the n > 1 answers to one call are as many jobs.
 
-    A prompt whose KV comes from a prefill worker counts for nothing here: it was computed, and charged, there.
+    A prompt whose KV comes from a prefill worker was computed, and charged, there; but if it is displaced here, it is
+    this engine that computes it again.
     """
     xargs = xargs_of(request)
     transfer = xargs.get("kv_transfer_params")
-    read_elsewhere = isinstance(transfer, Mapping) and bool(transfer.get("do_remote_prefill"))
+    is_remote = isinstance(transfer, Mapping) and bool(transfer.get("do_remote_prefill"))
     return Job(
         id=request.request_id,
         tenant=str(xargs.get("evenhand_tenant", "")),
-        prompt_tokens=0 if read_elsewhere else request.num_prompt_tokens,
+        prompt_tokens=request.num_prompt_tokens,
         arrived_at=now,
         max_tokens=request.max_tokens,
         weight=_positive(xargs.get("evenhand_weight"), default=1.0),
         kind=str(xargs.get("evenhand_kind", "json" if request.structured_output_request is not None else "")),
+        remote_tokens=request.num_prompt_tokens if is_remote else 0,
+        cached_tokens=cached_tokens,
     )
 
 
@@ -224,22 +232,32 @@ class PolicyQueue(RequestQueue):  # type: ignore[misc]  # vLLM is not type-check
     and skipped (its grammar is not compiled, its adapter does not fit): for the policy that pop has not happened.
 
     now: time of the current scheduling pass; fixed within it, so that peek and pop agree.
-    barred: was preempted for this pass's head and must not be resumed within it: vLLM's workers cannot take a request
-        that leaves and joins in one step. While it is first in line the queue says that it is empty.
+    barred: were preempted for this pass's heads and must not be resumed within it: vLLM's workers cannot take a request
+        that leaves and joins in one step. While one of them is first in line the queue says that it is empty.
+    refused: the head that vLLM looked at last in this pass, and did not take.
+    cached_tokens: how much of a request's prompt the prefix cache holds.
     """
 
-    def __init__(self, lanes: Lanes, tally: Tally, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        lanes: Lanes,
+        tally: Tally,
+        clock: Callable[[], float],
+        cached_tokens: Callable[[Request], int] = lambda request: 0,
+    ) -> None:
         self.lanes = lanes
         self.tally = tally
         self.entries: dict[str, Entry] = {}
         self.now = clock()
-        self.barred: Job | None = None
+        self.barred: set[Job] = set()
+        self.refused: Request | None = None
         self._clock = clock
+        self._cached_tokens = cached_tokens
 
     def add_request(self, request: Request) -> None:
         now = self._clock()
         self.leave(request)  # a streaming session that is back for its next turn
-        job = job_from(request, now)
+        job = job_from(request, now, self._cached_tokens(request))
         service = _positive(xargs_of(request).get("evenhand_service"), default=0.0)
         if service:
             self.lanes.told(job.tenant, service, job.weight, now)
@@ -251,9 +269,11 @@ class PolicyQueue(RequestQueue):  # type: ignore[misc]  # vLLM is not type-check
         job = self.lanes.peek(self.now)
         if job is None:
             raise IndexError("peek from an empty queue")
-        return self.entries[job.id].request
+        self.refused = self.entries[job.id].request
+        return self.refused
 
     def pop_request(self) -> Request:
+        self.refused = None
         job = self.lanes.pop(self.now)
         self.tally.started(job, self.now)
         return self.entries[job.id].request
@@ -295,7 +315,7 @@ class PolicyQueue(RequestQueue):  # type: ignore[misc]  # vLLM is not type-check
         self.lanes.finish(job, outcome, now)
 
     def __bool__(self) -> bool:
-        return len(self.lanes) > 0 and (self.barred is None or self.lanes.peek(self.now) is not self.barred)
+        return len(self.lanes) > 0 and (not self.barred or self.lanes.peek(self.now) not in self.barred)
 
     def __len__(self) -> int:
         return len(self.lanes)
@@ -376,6 +396,14 @@ def kept_in(pool: BlockPool, block_tokens: int) -> Kept[Filled]:
     return Kept(pool.num_gpu_blocks - 1, block_tokens, Filled.intact, free_anew)
 
 
+def blocks_for(spec: Any, tokens: int) -> int:  # noqa: ANN401
+    """The least KV blocks of one kind of layer for so many tokens; a sliding window needs no more than its own."""
+    if not isinstance(spec, AttentionSpec):
+        return 1
+    window = getattr(spec, "sliding_window", None) or tokens
+    return -(-min(tokens, int(window)) // int(spec.block_size))
+
+
 class EngineMetrics:
     """What the plug-in exports. vLLM's API server shows it if PROMETHEUS_MULTIPROC_DIR was set before the start."""
 
@@ -438,7 +466,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         policy = policy_from(self.vllm_config.additional_config)
         self._lanes = Lanes(policy)
         self._tally = Tally()
-        self._queue = PolicyQueue(self._lanes, self._tally, self.clock)
+        self._queue = PolicyQueue(self._lanes, self._tally, self.clock, self._cached_tokens)
         self._install_queue()
         if not self.scheduler_config.async_scheduling:
             self._be_synchronous()
@@ -447,6 +475,9 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         self._preempt_options = {"drop_stale_output": self.requires_kv_delivery} if "drop_stale_output" in takes else {}
         self._kept = kept_in(self.kv_cache_manager.block_pool, self.vllm_config.cache_config.block_size)
         self._memory_bound = False
+        self._yielded_memory = False
+        # Where vLLM counts a look-up as a hit in its metrics, we do not look.
+        self._looks_up = hasattr(self.kv_cache_manager, "record_prefix_cache_stats")
         self._reason = "reset"
         self._singled_out: Request | None = None
         self._answers: list[tuple[Request, dict[str, str]]] = []
@@ -484,7 +515,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         is done in a step that has memory enough.
         """
         if self._vllm_policy is SchedulingPolicy.PRIORITY:
-            self._single_out(self._lanes.victim(self._queue.now))
+            self._single_out(self._lanes.victim(self._queue.now, self._can_yield))
         return self._vllm_policy
 
     @policy.setter
@@ -503,15 +534,19 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
             time.sleep(HELD_LOOK_S)
         queue = self._queue
         now = queue.now = self.clock()
-        queue.barred = None
-        if len(self._lanes) and (self._memory_bound or self._slots_taken()):
-            self._displace(now)
-        self._reason = "memory"
-        output = super().schedule(*args, **kwargs)
+        queue.barred.clear()
+        queue.refused = None
+        admits = len(self._lanes) > 0 and not self._is_paused() and not any((*args, *kwargs.values()))
+        if admits:
+            self._note_progress()
+            if self._memory_bound or self._slots_taken():
+                self._displace(now)
+        self._reason, self._yielded_memory = "memory", False
+        output = self._schedule_capped(self._prompt_cap(now) if admits else None, *args, **kwargs)
         self._reason = "reset"
         self._note_starts(output, now)
         self._kept.after(output.total_num_scheduled_tokens, self._lanes.__contains__)
-        self._memory_bound = self._stopped_at_memory(output)
+        self._memory_bound = admits and self._stopped_at_memory(output)
         self._steps += 1
         if now >= self._report_at:
             self._report(now)
@@ -527,26 +562,79 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
     def _slots_taken(self) -> bool:
         return bool(len(self.running) + self.num_waiting_for_streaming_input >= self._slots)
 
-    def _displace(self, now: float) -> None:
-        """Makes room for the head of the line if the policy wants it to run in place of somebody who does.
+    def _is_paused(self) -> bool:
+        """Whether vLLM takes nobody from the line at present, so that making room would only empty the batch."""
+        return bool(getattr(getattr(self, "_pause_state", None), "name", "UNPAUSED") != "UNPAUSED")
 
-        One at a time, for the next head is known only once this one has started. A head that vLLM would skip, and a
-        victim that is not in the batch (its KV blocks are on their way), leave things as they are.
+    def _note_progress(self) -> None:
+        """Tells the policy how far prompts that are read over several steps have come."""
+        for request in self._inflight_prefills:
+            entry = self._queue.entries.get(request.request_id)
+            if entry is not None and request.status == RequestStatus.RUNNING:
+                self._lanes.read(entry.job, request.num_computed_tokens)
+
+    def _can_yield(self, job: Job) -> bool:
+        """Whether the job is in vLLM's batch; it is not while its KV blocks are on their way from another engine."""
+        entry = self._queue.entries.get(job.id)
+        return entry is not None and bool(entry.request.status == RequestStatus.RUNNING)
+
+    def _displace(self, now: float) -> None:
+        """Makes room for the heads of the line that the policy wants to run in place of those who do.
+
+        As many as have tokens to compute in one step. Heads are held aside while the next one is looked for, and go
+        back to the front of the line: it is vLLM that takes them. A head that vLLM would skip ends it.
         """
-        swap = self._lanes.displacement(now)
-        if swap is None:
-            return
-        head, victim = (self._queue.entries[job.id].request for job in swap)
-        if self._is_blocked_waiting_status(head.status) or victim.status != RequestStatus.RUNNING:
-            return
+        tokens, heads = self.max_num_scheduled_tokens, []
+        while tokens > 0 and (swap := self._lanes.displacement(now, self._can_yield)) is not None:
+            head, victim = swap
+            if self._is_blocked_waiting_status(self._queue.entries[head.id].request.status):
+                break
+            self._send_back(victim, now)
+            heads.append(self._lanes.pop(now))
+            tokens -= max(1, head.restart_tokens)
+            if self._memory_bound:
+                break  # whether what was freed is enough is known only when the head has started
+        for head in reversed(heads):
+            self._lanes.put_back(head, now)
+
+    def _send_back(self, job: Job, now: float) -> None:
+        victim = self._queue.entries[job.id].request
         self.running.remove(victim)
         self._reason = "policy"
-        self._kept.displaced(swap[1], filled(self.kv_cache_manager.get_blocks(victim.request_id).blocks))
+        self._kept.displaced(job, filled(self.kv_cache_manager.get_blocks(victim.request_id).blocks))
         self._preempt_request(victim, now, **self._preempt_options)
-        self._queue.barred = swap[1]
+        self._queue.barred.add(job)
+
+    def _prompt_cap(self, now: float) -> int | None:
+        """Tokens that a prompt may take in this step, so that a better-ranked head starts in it; None: no cap."""
+        if not self._inflight_prefills or self._memory_bound or self._slots_taken():
+            return None
+        reading = [
+            (entry.job, request)
+            for request in self._inflight_prefills
+            if request.status == RequestStatus.RUNNING and (entry := self._queue.entries.get(request.request_id))
+        ]
+        head = self._lanes.outranks(now, [job for job, _ in reading])
+        if head is None or self._is_blocked_waiting_status(self._queue.entries[head.id].request.status):
+            return None
+        unread = [max(0, request.num_tokens - request.num_computed_tokens) for _, request in reading]
+        decoding = (1 + self.num_spec_tokens) * (len(self.running) - len(reading))
+        return prompt_cap(self.max_num_scheduled_tokens, decoding, unread, head.restart_tokens)
+
+    def _schedule_capped(self, cap: int | None, *args: Any, **kwargs: Any) -> SchedulerOutput:  # noqa: ANN401
+        config = self.scheduler_config
+        own = config.long_prefill_token_threshold
+        if cap is None or 0 < own <= cap:
+            return super().schedule(*args, **kwargs)
+        config.long_prefill_token_threshold = cap
+        try:
+            return super().schedule(*args, **kwargs)
+        finally:
+            config.long_prefill_token_threshold = own
 
     def _preempt_request(self, request: Request, timestamp: float, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         self._metrics.preemptions.labels(self._lanes.policy.name, self._reason).inc()
+        self._yielded_memory |= self._reason == "memory"
         super()._preempt_request(request, timestamp, *args, **kwargs)
 
     def _note_starts(self, output: SchedulerOutput, now: float) -> None:
@@ -556,10 +644,35 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
                 self._lanes.computed(entry.job, start.num_computed_tokens, now)
 
     def _stopped_at_memory(self, output: SchedulerOutput) -> bool:
-        """Whether somebody waits who had a slot and tokens left in the step: then KV blocks were what was short."""
-        if self._queue.barred is not None or output.total_num_scheduled_tokens >= self.max_num_scheduled_tokens:
+        """Whether the head of the line did not start for want of KV blocks, and for nothing else.
+
+        vLLM stops at a head for other reasons too (encoder budget, alignment, throttled prefills), and displacing
+        somebody would not help it then; so the blocks that it needs are counted.
+        """
+        if self._queue.barred or output.total_num_scheduled_tokens >= self.max_num_scheduled_tokens:
             return False
-        return bool(self.get_request_counts()[1] > len(getattr(self, "deferred_waiting", ())))
+        head = self._queue.refused
+        if head is None and self._yielded_memory and self._queue:  # then vLLM looked at nobody who waits
+            head = self._queue.peek_request()
+        return head is not None and self._lacks_blocks(head)
+
+    def _lacks_blocks(self, request: Request) -> bool:
+        manager = self.kv_cache_manager
+        free = manager.block_pool.get_num_free_blocks() - getattr(manager, "watermark_blocks", 0)
+        whole = getattr(self, "scheduler_reserve_full_isl", False)
+        tokens = request.num_tokens if whole else min(request.num_tokens, self.max_num_scheduled_tokens)
+        wanted = sum(blocks_for(group.kv_cache_spec, tokens) for group in self.kv_cache_config.kv_cache_groups)
+        if wanted <= free:
+            return False
+        cached = manager.get_computed_blocks(request)[0].blocks if self._looks_up else ()
+        held = sum(1 for blocks in cached for block in blocks if block.ref_cnt and not block.is_null)
+        return bool(wanted - held > free)
+
+    def _cached_tokens(self, request: Request) -> int:
+        """Prompt tokens that the prefix cache holds as the request arrives, for policies that look at prompts."""
+        if not self._looks_up or not self._lanes.policy.weighs_prompts:
+            return 0
+        return int(self.kv_cache_manager.get_computed_blocks(request)[1])
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput

@@ -423,6 +423,8 @@ class Dispatcher:
         self.settle(now)
         if outcome is Outcome.ABORTED:
             ticket.tokens += self.sizes.made_unseen(ticket, now)
+        if ticket.exact:
+            self.lanes.computed(ticket.job, ticket.cached_tokens, now, prompt_tokens=ticket.prompt_tokens)
         missing = ticket.tokens - ticket.job.output_tokens
         if missing:  # tokens that were not seen one by one; less than none where an estimate was too high
             self.lanes.serve(ticket.job, missing, now)

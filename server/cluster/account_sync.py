@@ -125,6 +125,15 @@ class Ledger:
                 word.waits = False
                 self._merge(queues, key, 0.0, 0.0)
 
+    def silence(self) -> None:
+        """The store has been away for longer than a replica's word is good: nobody is known to wait elsewhere.
+
+        Otherwise a tenant that did wait elsewhere would keep missing its lift here for as long as the outage lasts.
+        Replicas tell everything anew when the store is back.
+        """
+        for replica in {replica for by_replica in self._heard.values() for replica in by_replica}:
+            self.gone(replica)
+
     def forget(self, replica: str) -> None:
         for key in list(self._heard):
             self._heard[key].pop(replica, None)

@@ -70,6 +70,7 @@ class Replicas:
         self.kept: list[KeptPart] = []
         self.on_records: list[Callable[[], None]] = []
         self.on_loss: list[Callable[[], None]] = []
+        self.on_silence: list[Callable[[], None]] = []
         self.count = 1
         self.round = 0
         self.up = False
@@ -86,6 +87,7 @@ class Replicas:
         self._met: set[str] = set()
         self._forgotten: set[str] = set()
         self._gone: dict[str, float] = {}
+        self._heard_at = clock()
         self._born = 0
         self._one_at_a_time = asyncio.Lock()
 
@@ -118,6 +120,9 @@ class Replicas:
                 said = str(error).rstrip(".")
                 log.error("%s. Serving on what is known; %d replicas share the limits.", said, self.count)
             self.up, self.problem = False, str(error)
+            if self._clock() - self._heard_at > self._ttl_s:
+                for callback in self.on_silence:
+                    callback()
             return
         if not self.up:
             log.info("the shared store answers; %d replicas", len(news.alive))
@@ -141,6 +146,7 @@ class Replicas:
 
     def _hear(self, news: News) -> None:
         before, self._news = self._news, news
+        self._heard_at = self._clock()
         lost = before is not None and before.generation != news.generation
         self._everything = self._restore = not news.known or lost
         if before is None or lost:

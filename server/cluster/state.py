@@ -80,7 +80,9 @@ class Shared:
         self.replicas = Replicas(name, self.store, clock=clock, sync_s=settings.sync_s)
         ring = self.replicas if self._ring else ALONE
         self.gate = Gate(name, self.tenants.named, clock=clock, wall=wall, ring=ring)
-        self.replicas.parts = [self.gate, Ledger(lambda: lines.by_model, clock)]
+        ledger = Ledger(lambda: lines.by_model, clock)
+        self.replicas.parts = [self.gate, ledger]
+        self.replicas.on_silence.append(ledger.silence)
         self.replicas.kept = [self.gate]
         self.records = Records(self.store, self.tenants, policy, fleet, lambda: lines.by_model.values())
         self.replicas.on_records.append(self.records.are_stale)

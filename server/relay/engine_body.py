@@ -57,8 +57,10 @@ class Steering:
             "evenhand_tenant": tenant.name,
             "evenhand_job": ticket.job.id,
             "evenhand_weight": tenant.weight,
-            "evenhand_service": lanes.service(tenant.name),
+            "evenhand_service": lanes.service_without(ticket.job),
         }
+        if call.kind:
+            words["evenhand_kind"] = call.kind
         if "vllm_xargs" in tenant.grants and b"vllm_xargs" in call.body:
             words = {**_granted(call.body), **words}
         return orjson.dumps(words)

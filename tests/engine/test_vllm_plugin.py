@@ -381,10 +381,10 @@ def test_who_was_preempted_for_the_head_is_not_resumed_in_the_same_pass() -> Non
     victim.status = RequestStatus.PREEMPTED
     queue.prepend_request(victim)
     assert queue
-    queue.barred = queue.entries["victim"].job
+    queue.barred = {queue.entries["victim"].job}
     assert (bool(queue), len(queue)) == (False, 1)
     queue.add_request(request("other", 5, 5))
-    queue.barred = queue.entries["other"].job
+    queue.barred = {queue.entries["other"].job}
     assert queue
 
 
@@ -406,7 +406,7 @@ def test_a_prompt_whose_kv_comes_from_a_prefill_worker_counts_for_nothing() -> N
         fetched = request("r", 5, 5)
         assert fetched.sampling_params is not None
         fetched.sampling_params.extra_args = {"kv_transfer_params": transfer}
-        assert job_from(fetched, 0.0).prompt_tokens == counted_tokens
+        assert job_from(fetched, 0.0).charged_tokens(cached_free=False) == counted_tokens
 
 
 @pytest.mark.parametrize("weight", ["heavy", -1, 0, float("nan"), float("inf"), [2], None])

@@ -304,3 +304,74 @@ def test_switching_keeps_the_order_of_arrival_and_the_counters() -> None:
 def test_weight_must_be_above_zero() -> None:
     with pytest.raises(ValueError, match="weight"):
         Lanes(build("vtc", {})).push(Job("1", "t", 1, 0.0, weight=0.0), 0.0)
+
+
+def vtc_with_job(**options: str) -> tuple[Lanes, Job]:
+    lanes = Lanes(build("vtc", options))
+    job = Job("a", "t", 100, 0.0, weight=2.0)
+    lanes.push(job, 0.0)
+    lanes.pop(0.0)
+    return lanes, job
+
+
+def test_what_the_next_queue_is_told_leaves_out_the_job_that_goes_there() -> None:
+    lanes, job = vtc_with_job()
+    lanes.push(other := Job("b", "t", 30, 0.0, weight=2.0), 0.0)
+    lanes.pop(0.0)
+    lanes.serve(job, 3, 0.0)
+    assert lanes.service("t") == 100 + 30 + 2 * 3
+    assert lanes.service_without(job) == 30
+    assert lanes.service_without(other) == 100 + 2 * 3
+
+
+def test_a_queue_that_is_told_so_never_runs_ahead_of_the_one_that_tells() -> None:
+    gateway, engine = Lanes(build("vtc", {})), Lanes(build("vtc", {}))
+    for number, prompt in enumerate([500, 20, 3000, 1, 40]):
+        at_gateway, at_engine = (Job(str(number), "t", prompt, 0.0) for _ in range(2))
+        gateway.push(at_gateway, 0.0)
+        gateway.pop(0.0)
+        engine.told("t", gateway.service_without(at_gateway), 1.0, 0.0)
+        engine.push(at_engine, 0.0)
+        engine.pop(0.0)
+        for lanes, job in ((gateway, at_gateway), (engine, at_engine)):
+            lanes.serve(job, 10, 0.0)
+            lanes.finish(job, Outcome.DONE, 0.0)
+        assert engine.service("t") == gateway.service("t")
+
+
+@pytest.mark.parametrize(("charge", "charged"), [("all", 140), ("computed", 40)])
+def test_an_estimated_prompt_is_charged_as_it_was(charge: str, charged: int) -> None:
+    lanes, job = vtc_with_job(charge=charge)
+    lanes.computed(job, 100, 0.0, prompt_tokens=140)
+    assert lanes.service("t") == charged
+
+
+def test_who_cannot_yield_is_passed_over() -> None:
+    lanes = Lanes(build("mlfq", {"quantum_steps": "1"}))
+    jobs = [Job(name, "t", 1, 0.0) for name in ("old", "stuck")]
+    for job in jobs:
+        lanes.push(job, 0.0)
+        lanes.pop(0.0)
+        lanes.serve(job, 50, 0.0)
+    lanes.push(head := Job("head", "t", 1, 0.0), 0.0)
+    assert lanes.displacement(0.0, lambda job: job is jobs[0]) == (head, jobs[0])
+    assert lanes.victim(0.0, lambda job: job is jobs[0]) is jobs[0]
+    assert lanes.displacement(0.0, lambda job: False) is None
+    assert lanes.victim(0.0, lambda job: False) is None
+
+
+def test_shared_slots_pass_over_a_tenant_none_of_whose_jobs_can_yield() -> None:
+    lanes = Lanes(build("vtc", {"slots": "shared"}))
+    held = [
+        Job(f"{tenant}{number}", tenant, 50, 0.0)
+        for tenant, count in (("big", 5), ("mid", 3))
+        for number in range(count)
+    ]
+    for job in held:
+        lanes.push(job, 0.0)
+        lanes.pop(0.0)
+    lanes.told("light", 0.0, 1.0, 0.0)
+    lanes.push(head := Job("head", "light", 1, 0.0), 0.0)
+    lanes._lines["light"].account.counter = 0.0
+    swap = lanes.displacement(0.0, lambda job: job.tenant == "mid")
+    assert swap is not None and (swap[0], swap[1].tenant) == (head, "mid")

@@ -35,6 +35,7 @@ class Gateway:
         self.replicas = Replicas(self.name, self.store, clock=self.clock, sync_s=SYNC_S)
         self.ledger = Ledger(lambda: {MODEL: self}, self.clock)
         self.replicas.parts = [self.ledger]
+        self.replicas.on_silence.append(self.ledger.silence)
 
     def settle(self, now: float) -> None:
         """Nothing is charged later than it is made here."""
@@ -233,6 +234,22 @@ async def test_a_tenant_that_waits_elsewhere_keeps_its_claim() -> None:
     before = lines[0].lanes.service("light")
     lines[0].lanes.push(Job("l0", "light", 10, 0.0), 0.0)
     assert lines[0].lanes.service("light") == before < lines[0].lanes.service("flood")
+
+
+async def test_a_tenant_that_waited_elsewhere_is_lifted_here_once_the_store_has_been_away_for_long() -> None:
+    lines, store = gateways()
+    await sync(lines)
+    charge(lines[0], "flood", 5000, keep="f0")
+    charge(lines[1], "light", 10, keep="l1")
+    await sync(lines)
+    store.away = True
+    CLOCK.now += 60.0
+    await sync(lines)
+    lines[0].lanes.push(Job("l0", "light", 10, 0.0), CLOCK.now)
+    assert lines[0].lanes.service("light") == lines[0].lanes.service("flood")
+    store.away = False
+    await sync(lines, times=3)
+    assert lines[0].lanes._lines["light"].account.elsewhere
 
 
 async def test_a_gateway_that_joins_begins_where_the_others_stand() -> None:

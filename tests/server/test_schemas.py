@@ -209,6 +209,25 @@ def test_the_scheduler_s_words_cannot_be_overwritten_by_a_client() -> None:
     assert sent["vllm_xargs"]["mine"] == 1 and sent["vllm_xargs"]["evenhand_tenant"] == "t"
 
 
+def test_an_engine_is_told_what_kind_of_answer_is_asked_for() -> None:
+    class OneLine:
+        lanes = Lanes(build("gittins", {}))
+
+    class TheLines:
+        by_model = {"m": OneLine()}
+
+    worker = Worker("w", "http://127.0.0.1:1", plugin=True)
+    steering = Steering(TheLines())  # type: ignore[arg-type]
+    kinds = {
+        b'{"model":"m","messages":[]}': None,
+        b'{"model":"m","messages":[],"tools":[{"type":"function","function":{"name":"f"}}]}': "tools",
+        b'{"model":"m","messages":[],"response_format":{"type":"json_object"}}': "json",
+    }
+    for body, kind in kinds.items():
+        sent = json.loads(steering.body_for(ticket_of(lambda: 0.0, call_of(body)), worker))
+        assert sent["vllm_xargs"].get("evenhand_kind") == kind
+
+
 @pytest.mark.parametrize(("granted", "salted"), [(frozenset(), True), (frozenset({"cache_salt"}), False)])
 def test_tenants_share_no_prefix_cache_where_that_is_asked_for(granted: frozenset[str], salted: bool) -> None:
     body = b'{"model":"m","messages":[]}'
