@@ -8,6 +8,8 @@ import platform
 import resource
 import shutil
 import sys
+import sysconfig
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +20,9 @@ from rich.table import Table
 from rich.text import Text
 
 from deploy.engine.engine_args import EngineArgsError, build_in_use, cpu_dtype
+from deploy.engine.engine_needs import Asking, ask_vllm
+from deploy.engine.gpu_plan import GpuPlanError
+from deploy.engine.gpus import OLDEST_CAPABILITY, OLDEST_DRIVER, Gpu, driver_is_too_old
 from deploy.engine.machine import GIB, Machine, cpu_flags, look
 from deploy.engine.model import (
     BUNDLED,
@@ -39,6 +44,7 @@ from deploy.serve.preflight import (
     TransferError,
     check,
     check_transfer,
+    gpu_plan,
     worker_roles,
 )
 from deploy.settings import ServeSettings
@@ -48,6 +54,10 @@ from server.settings import read_settings
 OPTIONS = (
     Option("model", "NAME|PATH|HF_ID"),
     Option("worker_count", "N", "--workers"),
+    Option("prefill_workers", "N"),
+    Option("decode_workers", "N"),
+    Option("engine_args", "ARG", "--engine-arg"),
+    Option("gpus", "LIST"),
     Option("kv_cache_gib", "GIB"),
     Option("host", "HOST"),
     Option("port", "PORT"),
@@ -111,14 +121,69 @@ def stored_or_unknown(model: str, cache: Path) -> str:
         return ""
 
 
-def check_gpu(machine: Machine) -> Finding:
+def check_gpus(machine: Machine) -> Iterator[Finding]:
+    """Which there are, and whether driver and GPUs are new enough for what is, or would be, installed."""
     build = machine.engine.build if machine.engine else None
     if not machine.gpus:
-        return Finding("ok", "GPU", "none, and none is needed")
-    seen = f"{len(machine.gpus)} from NVIDIA"
-    if build == "cpu":
-        return Finding("warn", "GPU", f"{seen}, not used by the CPU build", "to use it: `make install ENGINE=cuda`")
-    return Finding("ok", "GPU", seen)
+        yield Finding("ok", "GPU", "none, and none is needed")
+        return
+    kinds = Counter((gpu.name or "NVIDIA", gpu.total_bytes, gpu.is_slice) for gpu in machine.gpus)
+    seen = "; ".join(
+        f"{count} x {name}{' (MIG slice)' if cut else ''}" + (f", {size / GIB:.1f} GiB" if size else "")
+        for (name, size, cut), count in kinds.items()
+    )
+    seen += f"; driver {machine.driver}" if machine.driver else ""
+    if driver_is_too_old(machine.driver):
+        advice = f"CUDA 13 needs the driver {OLDEST_DRIVER} or newer: update it, or have NVIDIA's cuda-compat-13-0"
+        yield Finding("bad" if build == "cuda" else "warn", "GPU", seen, advice)
+    elif build == "cpu":
+        yield Finding("warn", "GPU", f"{seen}, not used by the CPU build", "to use it: `make install ENGINE=cuda`")
+    else:
+        yield Finding("ok", "GPU", seen)
+    for gpu in machine.gpus:
+        yield from check_capability(gpu)
+
+
+def check_capability(gpu: Gpu) -> Iterator[Finding]:
+    """Something only for a GPU that is old."""
+    version = ".".join(map(str, gpu.capability))
+    if (0, 0) < gpu.capability < OLDEST_CAPABILITY:
+        needed = ".".join(map(str, OLDEST_CAPABILITY))
+        advice = f"vLLM needs {needed} or newer (Turing): leave it out with --gpus, or use the CPU build"
+        yield Finding("bad", "GPU", f"{gpu}: compute capability {version}", advice)
+    elif (0, 0) < gpu.capability < (8, 0):
+        found = f"{gpu}: compute capability {version}, no bfloat16"
+        yield Finding("warn", "GPU", found, "models made for bfloat16 run in float16, and a few overflow in it")
+
+
+def check_gpu_plan(settings: ServeSettings, machine: Machine, cache: Path, ask: Asking = ask_vllm) -> Iterator[Finding]:
+    """Which worker would run where; nothing on a CPU, or where other findings tell why it cannot be said."""
+    if machine.engine is None or machine.engine.build == "cpu" or not machine.gpus:
+        return
+    try:
+        plan = gpu_plan(settings, machine, check(settings, machine, cache, ask))
+    except GpuPlanError as error:
+        found, _, advice = str(error).partition(": ")
+        yield Finding("bad", "GPU plan", found, advice)
+    except (EngineArgsError, PreflightError) as error:
+        yield Finding("bad", "GPU plan", str(error))
+    except (ModelError, ValueError):
+        return
+    else:
+        level: Level = "warn" if plan.remarks else "ok"
+        placed = "; ".join(f"{name} on {share}" for name, share in plan.shares.items())
+        yield Finding(level, "GPU plan", placed, "\n→ ".join(plan.remarks))
+
+
+def check_compiler(machine: Machine, compiler: str | None, header: Path) -> Iterator[Finding]:
+    """On a GPU, Triton compiles small C programs against Python when an engine starts."""
+    if machine.engine is None or machine.engine.build == "cpu":
+        return
+    if compiler is None or not header.is_file():
+        lacks = "a C compiler" if compiler is None else f"Python's header files ({header})"
+        yield Finding("bad", "compiler", f"Triton needs {lacks}", "apt-get install gcc python3-dev, or what is like it")
+    else:
+        yield Finding("ok", "compiler", compiler)
 
 
 def check_workers(settings: ServeSettings, machine: Machine) -> Finding:
@@ -134,20 +199,20 @@ def check_workers(settings: ServeSettings, machine: Machine) -> Finding:
     return Finding("ok", "workers", f"{workers}")
 
 
-def check_memory(settings: ServeSettings, machine: Machine, cache: Path) -> Finding:
+def check_memory(settings: ServeSettings, machine: Machine, cache: Path, ask: Asking = ask_vllm) -> Finding:
     """Weights, KV cache and engine of every worker against what is free. Other findings tell why it cannot be known."""
     free = f"{machine.available_bytes / GIB:.1f} GiB free"
     try:
-        checked = check(settings, machine, cache)
+        checked = check(settings, machine, cache, ask)
     except (TransferError, SharedMemoryError):
         return Finding("warn", "memory", f"{free}; how much is needed cannot be said", "mend the rest first")
     except PreflightError as error:
         found, _, advice = str(error).rpartition(": ")
         return Finding("bad", "memory", found, advice)
-    except (EngineArgsError, ModelError, ValueError):
+    except (EngineArgsError, GpuPlanError, ModelError, ValueError):
         return Finding("warn", "memory", f"{free}; how much is needed cannot be said", "mend the rest first")
     if checked.build == "cuda":
-        return Finding("ok", "memory", f"{free}; the model lives on the GPU")
+        return Finding("ok", "memory", f"{free}; weights and KV cache are in the GPUs' memory")
     return Finding("ok", "memory", f"{free}, enough with {checked.kv_cache_gib} GiB KV cache for each worker")
 
 
@@ -242,7 +307,10 @@ def examine(settings: ServeSettings) -> Iterator[Finding]:
     machine, cache = look(os.environ), cache_folder()
     yield check_engine(machine)
     yield check_cpu(machine, cpu_flags(Path("/")), platform.machine(), stored_or_unknown(settings.model, cache))
-    yield check_gpu(machine)
+    yield from check_gpus(machine)
+    yield from check_gpu_plan(settings, machine, cache)
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    yield from check_compiler(machine, shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc"), header)
     yield check_model(settings.model, cache)
     yield check_workers(settings, machine)
     yield check_memory(settings, machine, cache)
@@ -273,7 +341,7 @@ def verdict(findings: list[Finding]) -> str:
     bad = sum(finding.level == "bad" for finding in findings)
     warnings = sum(finding.level == "warn" for finding in findings)
     if bad:
-        return f"{bad} thing{'s' if bad > 1 else ''} must be mended before `evenhand serve` can work."
+        return f"Fix {bad} problem{'s' if bad > 1 else ''} (✗) before `evenhand serve` can work."
     return "`evenhand serve` should work here" + (", with a remark above." if warnings else ".")
 
 

@@ -22,6 +22,9 @@ class ServeSettings(Settings):
         default_factory=list,
         description="an argument handed to vLLM as it is, e.g. --engine-arg=--max-num-seqs=8; overrides ours",
     )
+    gpus: str = Field(
+        "", description="GPUs to use, as indices or UUIDs: 0,1; default: all that are visible and not in use"
+    )
     compile: bool = Field(
         False,
         description="compile the model at start: on a CPU some 40 s later ready, and about a seventh more tokens a "
@@ -29,4 +32,5 @@ class ServeSettings(Settings):
     )
     start_timeout_s: Positive = Field(900.0, description="until an engine must be ready, seconds")
     state_folder: Path | None = Field(None, description="where the engines' logs go; default: the user's state folder")
+    dry_run: bool = Field(False, description="print what would be started on which GPUs or cores, and start nothing")
     verbose: bool = Field(False, description="show the engines' whole logs")

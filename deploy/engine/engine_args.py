@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from deploy.engine.gpu_plan import Share
 from deploy.engine.machine import GIB, Build, Machine
 from scheduler.workers import Role, Worker
 
@@ -37,11 +38,13 @@ RESERVED = {
     "--model": "use --model",
     "--served-model-name": "the model is served under the name of its folder",
     "--uds": "the gateway asks the engine over TCP",
+    "--config": "it would lose against our own options: give each of its options as an --engine-arg",
+    "--device-ids": "use --gpus, which other workers on this machine respect",
     "--api-key": "the engine listens on 127.0.0.1 only, and keys are the gateway's: see --tenants",
 }
 
 
-# With one of these an engine computes on several GPUs, so it is given all that there are for it.
+# With one of these an engine is several processes.
 SPREADING = {
     *("--tensor-parallel-size", "--pipeline-parallel-size", "--data-parallel-size", "--data-parallel-size-local"),
     *("--nnodes", "--distributed-executor-backend"),
@@ -62,7 +65,7 @@ class EnginePlan:
     cores: where a CPU engine computes. allowed: where anything else of it may run (its HTTP server, for one): its own
     cores and those on which no engine computes; empty for anywhere. threads: how many compute, where that is not one on
     each core; the system then places them. kv_cache_gib: its KV cache, for a CPU engine.
-    gpu: for CUDA_VISIBLE_DEVICES, empty on a CPU. gpu_share: the part of each such GPU's memory it may take.
+    share: its GPUs, None on a CPU.
     model_args: what this model needs; user_args: what the user gave, which wins over everything of ours.
     hands_over: one of role `both` has a KV connector too, so that it may lean to either side.
     host: the address on which it listens, for gateways and for engines that fetch its KV.
@@ -81,8 +84,7 @@ class EnginePlan:
     allowed: tuple[int, ...] = ()
     threads: int = 0
     kv_cache_gib: int = 1
-    gpu: str = ""
-    gpu_share: float = 1.0
+    share: Share | None = None
     model_args: tuple[str, ...] = ()
     user_args: tuple[str, ...] = ()
     host: str = "127.0.0.1"
@@ -157,10 +159,18 @@ def _options(plan: EnginePlan, ports: Ports) -> Options:
     }
     if plan.build == "cpu":
         options |= _cpu_options(plan)
-    elif plan.gpu_share < 1:
-        options["--gpu-memory-utilization"] = f"{0.9 * plan.gpu_share:.2f}"
+    else:
+        options |= _gpu_options(plan)
     if plan.connected:
         options["--kv-transfer-config"] = json.dumps(kv_transfer(plan.role, plan.build), separators=(",", ":"))
+    return options
+
+
+def _gpu_options(plan: EnginePlan) -> Options:
+    # The model's own context, or what of it the KV cache can hold: a long-context model starts on a small GPU too.
+    options: Options = {"--max-model-len": "auto"}
+    if plan.share is not None and plan.share.sharers > 1:
+        options["--gpu-memory-utilization"] = f"{plan.share.utilization:.2f}"
     return options
 
 
@@ -235,8 +245,8 @@ def _environment(plan: EnginePlan, ports: Ports) -> dict[str, str]:
         env["VLLM_CPU_KVCACHE_SPACE"] = str(plan.kv_cache_gib)
         env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, plan.cores)) or "nobind"
         env["OMP_NUM_THREADS"] = str(plan.threads or max(1, len(plan.cores)))
-    elif plan.gpu:
-        env["CUDA_VISIBLE_DEVICES"] = plan.gpu
+    elif plan.share is not None:
+        env["CUDA_VISIBLE_DEVICES"] = plan.share.ids
     if plan.connected:
         env |= {"VLLM_NIXL_SIDE_CHANNEL_HOST": plan.host, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(ports.side_channel)}
     return env
@@ -303,18 +313,9 @@ def allowed_threads(physical: Sequence[Sequence[int]], cores: Sequence[Sequence[
 
 
 def spreads(user_args: Sequence[str]) -> bool:
-    """Whether `user_args` split an engine over several GPUs."""
+    """Whether `user_args` make several processes of an engine. vLLM's parser knows all spellings, and is slow."""
     short = {arg.partition("=")[0] for arg in user_args}
     return bool(option_names(user_args) & SPREADING or short & {"-tp", "-pp", "-dp"})
-
-
-def divide_gpus(gpus: Sequence[str], workers: int, *, several: bool = False) -> list[tuple[str, float]]:
-    """(GPUs, share of their memory) for each of `workers` engines: one GPU in turn, or `several`, as even as may be."""
-    if several and len(gpus) >= workers:
-        edges = [len(gpus) * index // workers for index in range(workers + 1)]
-        return [(",".join(gpus[start:end]), 1.0) for start, end in zip(edges, edges[1:], strict=False)]
-    users = [-(-(workers - index) // len(gpus)) for index in range(len(gpus))]
-    return [(gpus[index % len(gpus)], 1 / users[index % len(gpus)]) for index in range(workers)]
 
 
 def default_kv_cache_gib(free_bytes: int, workers: int) -> int:

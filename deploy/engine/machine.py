@@ -11,7 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from deploy.engine.gpus import Gpu, find_gpus
+
 GIB = 1024**3
+
 # Arithmetic in half precision, by the names that /proc/cpuinfo has for it on x86 and on Arm.
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 FP16_FLAGS = frozenset({"avx512_fp16", "amx_fp16"})
@@ -35,7 +38,7 @@ class Machine:
     cores: one hardware thread for each physical core, no more of them than the CPU quota pays for.
     bf16, fp16: whether the CPU has arithmetic for bfloat16 and for float16.
     available_bytes: memory that can be taken without swapping, within the container's limit.
-    gpus: ids for CUDA_VISIBLE_DEVICES.
+    gpus: those that a process started here would see. driver: the version of their driver, "" if unknown.
     engine: None when no vLLM is installed.
     nixl: whether engines can hand KV to each other.
     own_cores: whether the cores are for this process alone, as far as can be seen: it may use some of the machine's.
@@ -47,7 +50,7 @@ class Machine:
     cores: tuple[int, ...]
     bf16: bool
     available_bytes: int
-    gpus: tuple[str, ...]
+    gpus: tuple[Gpu, ...]
     engine: Engine | None
     nixl: bool = False
     fp16: bool = False
@@ -55,19 +58,22 @@ class Machine:
     compiler: bool = True
     shared_bytes: float = math.inf
     physical: tuple[tuple[int, ...], ...] = ()
+    driver: str = ""
 
 
 def look(environ: Mapping[str, str], root: Path = Path("/")) -> Machine:
     """Reads /proc, /sys and the installed distributions under `root`; imports no engine."""
     flags = cpu_flags(root)
     physical = physical_cores(sorted(os.sched_getaffinity(0)), root)
+    accelerators = find_gpus(environ, root)
     return Machine(
         cores=usable_cores(physical, root),
         physical=physical,
         bf16=not BF16_FLAGS.isdisjoint(flags),
         fp16=not FP16_FLAGS.isdisjoint(flags),
         available_bytes=available_bytes(root),
-        gpus=visible_gpus(environ, root),
+        gpus=accelerators.gpus,
+        driver=accelerators.driver,
         engine=installed_engine(),
         nixl=find_spec("nixl") is not None,
         own_cores=are_own(physical, os.cpu_count() or 1, root),
@@ -148,15 +154,6 @@ def shared_bytes(root: Path) -> float:
     """Free shared memory; infinite on a system without /dev/shm."""
     shared = root / "dev/shm"
     return shutil.disk_usage(shared).free if shared.is_dir() else math.inf
-
-
-def visible_gpus(environ: Mapping[str, str], root: Path) -> tuple[str, ...]:
-    """NVIDIA GPUs that a process started here would see."""
-    chosen = environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return tuple(part.strip() for part in chosen.split(",") if part.strip() not in {"", "-1"})
-    nodes = [path for path in (root / "dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
-    return tuple(str(number) for number in range(len(nodes)))
 
 
 def text_of(path: Path) -> str:

@@ -120,6 +120,7 @@ class WorkerProcess:
 
     `build` makes the command for the ports of one start; they stay the same from start to start while they are free.
     `ports` are those of the first, free ones if None.
+    `turn` is held while it starts: engines that share a GPU must not, for each takes what the others leave free.
     `run` is the whole life: cancel it for a clean stop, and call `kill` to have no grace given.
     """
 
@@ -132,6 +133,7 @@ class WorkerProcess:
         log: LogFile,
         timing: Timing,
         ports: Ports | None = None,
+        turn: asyncio.Lock | None = None,
     ) -> None:
         self.name = name
         self.state = State.STARTING
@@ -141,6 +143,7 @@ class WorkerProcess:
         self._log = log
         self._timing = timing
         self._ports = ports
+        self._turn = turn or asyncio.Lock()
         self._child: Child | None = None
         self._url = ""
         self._cores: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
@@ -173,10 +176,17 @@ class WorkerProcess:
 
     async def _one_life(self) -> Life:
         """From start to death."""
+        async with contextlib.AsyncExitStack() as starting:
+            await starting.enter_async_context(self._turn)
+            return await self._from_start(starting)
+
+    async def _from_start(self, starting: contextlib.AsyncExitStack) -> Life:
+        """`starting` is closed once the engine is ready."""
         self._started_at_s = _now_s()
         try:
             async with self._process() as child, httpx2.AsyncClient(trust_env=False) as client:
                 await self._become_ready(child, client)
+                await starting.aclose()
                 ready_at_s = _now_s()
                 end = await self._ready_until(child, client)
         except WorkerError as error:

@@ -278,17 +278,17 @@ def choose_engine(wanted: str, place: Place, root: Path = Path("/")) -> str:
     for engine, distribution in DISTRIBUTIONS.items():
         if has(place, distribution):
             return engine
-    return "cuda" if any((root / "proc/driver/nvidia/gpus").glob("*")) or _nvidia_smi_lists_one() else "cpu"
+    # Not at the top: an older Python, which must be told so first, cannot read it.
+    from deploy.engine.gpus import OLDEST_DRIVER, driver_is_too_old, find_gpus
 
-
-def _nvidia_smi_lists_one() -> bool:
-    if shutil.which("nvidia-smi") is None:
-        return False
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return "GPU" in listed.stdout
+    found = find_gpus({}, root)
+    if driver_is_too_old(found.driver):
+        raise InstallError(
+            f"the NVIDIA driver {found.driver} is too old for CUDA 13, which vLLM needs ({OLDEST_DRIVER} or newer): "
+            "update it, or install the CPU build with `make install ENGINE=cpu`; where NVIDIA's cuda-compat-13-0 is "
+            "installed, `make install ENGINE=cuda` goes ahead"
+        )
+    return "cuda" if found.gpus or any((root / "proc/driver/nvidia/gpus").glob("*")) else "cpu"
 
 
 @contextlib.contextmanager

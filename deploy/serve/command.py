@@ -6,6 +6,7 @@ from collections.abc import Callable
 from rich.console import Console
 
 from deploy.engine.engine_args import EngineArgsError
+from deploy.engine.gpu_plan import GpuPlanError
 from deploy.engine.model import ModelError
 from deploy.engine.worker import WorkerError
 from deploy.serve.preflight import PreflightError
@@ -18,7 +19,7 @@ def exit_code(command: str, serve: Callable[[], int]) -> int:
         return serve()
     except KeyboardInterrupt:  # before our own handler was in place
         return 128 + signal.SIGINT
-    except (EngineArgsError, ModelError, PreflightError, WorkerError) as error:
+    except (EngineArgsError, GpuPlanError, ModelError, PreflightError, WorkerError) as error:
         why, code = str(error), 1
     except ValueError as error:
         why, code = str(error), 2

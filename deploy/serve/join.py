@@ -27,12 +27,13 @@ from rich.console import Console
 from deploy.engine.canary import Canary
 from deploy.engine.engine_args import EnginePlan, Ports, worker_of
 from deploy.engine.engine_log import LogFile
+from deploy.engine.gpu_lock import GpuLocks
 from deploy.engine.model import cache_folder, resolve
 from deploy.engine.worker import Listeners, State, WorkerEvent, WorkerProcess, is_free
 from deploy.serve.command import exit_code
 from deploy.serve.preflight import PreflightError, check, check_transfer, in_words, plan_workers
 from deploy.serve.screen import Screen
-from deploy.serve.serving import Stop, Surroundings, log_to_screen, state_folder
+from deploy.serve.serving import Stop, Surroundings, claimed, log_to_screen, state_folder
 from deploy.settings import ServeSettings
 from scheduler.workers import Role
 from server.cluster.state import REGISTRY_S
@@ -80,6 +81,7 @@ OPTIONS = (
     Option("policy", "NAME"),
     Option("policy_options", "KEY=VALUE", "--policy-option"),
     Option("kv_cache_gib", "GIB"),
+    Option("gpus", "LIST"),
     Option("compile"),
     Option("start_timeout_s", "SECONDS", "--start-timeout"),
     Option("state_folder", "FOLDER"),
@@ -105,8 +107,9 @@ def run(args: argparse.Namespace, surroundings: Surroundings | None = None) -> i
         redis_url = settings.redis_url.get_secret_value()
         if settings.address == AUTO:
             settings = settings.model_copy(update={"address": address_towards(redis_url)})
-        plan = plan_of(settings, around)
-        code: int = uvloop.run(_joined(settings, plan, redis_url, around))
+        with contextlib.closing(around.locks()) as locks:
+            plan = plan_of(settings, around, locks)
+            code: int = uvloop.run(_joined(settings, plan, redis_url, around))
         return code
 
     return exit_code("evenhand worker", serve)
@@ -133,8 +136,11 @@ def address_towards(redis_url: str) -> str:
     raise PreflightError(f"there is no way to the Redis server {server.hostname}{why}: correct --redis-url")
 
 
-def plan_of(settings: JoinSettings, around: Surroundings) -> EnginePlan:
-    """The engine. EngineArgsError, ModelError, PreflightError or ValueError says what is wrong."""
+def plan_of(settings: JoinSettings, around: Surroundings, locks: GpuLocks) -> EnginePlan:
+    """The engine, whose GPUs are held in `locks` from here on.
+
+    EngineArgsError, GpuPlanError, ModelError, PreflightError or ValueError says what is wrong.
+    """
     alone = settings.model_copy(
         update={
             "worker_count": 1,
@@ -147,7 +153,8 @@ def plan_of(settings: JoinSettings, around: Surroundings) -> EnginePlan:
     role, machine = Role(settings.role), around.machine()
     leans = role is Role.BOTH and settings.disaggregation.balance_roles
     check_transfer([Role.PREFILL if leans else role], machine)
-    checked = check(alone, machine, cache_folder())
+    checked = check(alone, machine, cache_folder(), around.ask)
+    machine = claimed(alone, machine, checked, locks)
     (plan,) = plan_workers(alone, machine, checked, resolve(settings.model, cache_folder())).values()
     plan = replace(plan, role=role, host=settings.address, hands_over=leans)
     if machine.own_cores or checked.build != "cpu":

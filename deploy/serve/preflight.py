@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.engine.engine_args import (
+    EngineArgsError,
     EnginePlan,
     allowed_threads,
     build_in_use,
@@ -14,9 +15,12 @@ from deploy.engine.engine_args import (
     cpu_dtype,
     default_kv_cache_gib,
     divide_cores,
-    divide_gpus,
+    option_names,
     spreads,
 )
+from deploy.engine.engine_needs import Asking, ask_vllm, needs_of
+from deploy.engine.gpu_plan import GpuPlan, Need, plan_gpus
+from deploy.engine.gpus import named
 from deploy.engine.machine import GIB, Build, Machine
 from deploy.engine.model import BUNDLED, BUNDLED_BYTES, TINY, ModelSource, resolve, stored_dtype
 from deploy.settings import ServeSettings
@@ -30,6 +34,10 @@ MIB = 1024**2
 SHARED_BYTES = 240 * MIB
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf")
+
+
+# With these, weights take other room on a GPU than in their files, or none.
+UNLIKE_FILES = {"--quantization", "--load-format", "--cpu-offload-gb"}
 
 
 class PreflightError(Exception):
@@ -46,11 +54,15 @@ class SharedMemoryError(PreflightError):
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What was found: the build that will run, and the KV cache (GiB) and number format of each CPU engine."""
+    """What was found: the build that will run, and the KV cache (GiB) and number format of each CPU engine.
+
+    need: what each GPU engine takes.
+    """
 
     build: Build
     kv_cache_gib: int
     dtype: str = ""
+    need: Need = Need()
 
 
 def worker_roles(settings: ServeSettings) -> dict[str, Role]:
@@ -66,10 +78,10 @@ def worker_roles(settings: ServeSettings) -> dict[str, Role]:
     return {f"{name}-{index}": role for name, (role, count) in names.items() for index in range(count)}
 
 
-def check(settings: ServeSettings, machine: Machine, cache: Path) -> Checked:
-    """Looks at engine, model and memory.
+def check(settings: ServeSettings, machine: Machine, cache: Path, ask: Asking = ask_vllm) -> Checked:
+    """Looks at engine, model, memory and GPUs. `ask`: vLLM's reading of engine arguments.
 
-    EngineArgsError, ModelError, PreflightError or ValueError says what is wrong.
+    EngineArgsError, ModelError, PreflightError, GpuPlanError or ValueError says what is wrong.
     """
     if settings.workers:
         raise ValueError("`evenhand serve` starts its own workers: leave --worker out, or use `evenhand gateway`")
@@ -94,7 +106,44 @@ def check(settings: ServeSettings, machine: Machine, cache: Path) -> Checked:
     kv_cache_gib = settings.kv_cache_gib or default_kv_cache_gib(free, workers)
     if build == "cpu":
         _check_memory(settings.model, machine, workers, weights, kv_cache_gib)
-    return Checked(build, kv_cache_gib, dtype)
+        return Checked(build, kv_cache_gib, dtype)
+    checked = Checked(build, kv_cache_gib, dtype, gpu_need(settings, weights, ask))
+    gpu_plan(settings, machine, checked)
+    return checked
+
+
+def gpu_need(settings: ServeSettings, weights: int, ask: Asking) -> Need:
+    """What each engine takes of the GPUs. EngineArgsError for arguments that cannot be."""
+    needs = needs_of(settings.engine_args, ask)
+    if needs.data_parallel > 1:
+        raise EngineArgsError(
+            "--data-parallel-size hides several schedulers behind one address, where load, policy and fairness cannot "
+            f"be told apart: use --workers {needs.data_parallel}, each with its own GPUs (the experts of a large "
+            "model spread over GPUs with --tensor-parallel-size and --enable-expert-parallel)"
+        )
+    unlike_files = bool(option_names(settings.engine_args) & UNLIKE_FILES)
+    # Each node has its part of the weights.
+    return Need(needs.gpus, needs.utilization, 0 if unlike_files else weights // needs.nodes)
+
+
+def gpu_plan(settings: ServeSettings, machine: Machine, checked: Checked) -> GpuPlan:
+    """The GPUs of each worker. GpuPlanError if they do not suffice; PreflightError if --gpus names none that is here.
+
+    Nobody's on a CPU.
+    """
+    if checked.build == "cpu":
+        return GpuPlan({})
+    gpus = list(machine.gpus)
+    if settings.gpus:
+        gpus = []
+        for part in (part.strip() for part in settings.gpus.split(",")):
+            if not (chosen := [gpu for gpu in named(machine.gpus, part) if gpu not in gpus]):
+                there = ", ".join(f"{gpu.index}" for gpu in machine.gpus)
+                raise PreflightError(
+                    f"--gpus {settings.gpus}: {part!r} is no GPU here, or named twice; there are {there}"
+                )
+            gpus += chosen
+    return plan_gpus(gpus, list(worker_roles(settings)), checked.need)
 
 
 def check_transfer(roles: Iterable[Role], machine: Machine) -> None:
@@ -151,11 +200,9 @@ def plan_workers(
     roles = worker_roles(settings)
     cores = divide_cores(machine.cores, len(roles))
     allowed: list[tuple[int, ...]] = [()] * len(roles)
-    gpus = [("", 1.0)] * len(roles)
     if checked.build == "cpu":
         allowed = allowed_threads(machine.physical, cores)
-    else:
-        gpus = divide_gpus(machine.gpus, len(roles), several=spreads(settings.engine_args))
+    shares = gpu_plan(settings, machine, checked).shares
     return {
         name: EnginePlan(
             model=source.path,
@@ -170,8 +217,7 @@ def plan_workers(
             cores=cores[index],
             allowed=allowed[index],
             kv_cache_gib=checked.kv_cache_gib,
-            gpu=gpus[index][0],
-            gpu_share=gpus[index][1],
+            share=shares.get(name),
             hands_over=settings.disaggregation.balance_roles,
             model_args=source.engine_args,
             user_args=tuple(settings.engine_args),
@@ -183,8 +229,8 @@ def plan_workers(
 def in_words(plan: EnginePlan) -> str:
     """What an engine does and how, for a person: "reads prompts: CPU core 1, bfloat16, eager, 1 GiB KV cache"."""
     does = {Role.PREFILL: "reads prompts: ", Role.DECODE: "answers: ", Role.BOTH: ""}[plan.role]
-    if plan.build == "cuda":
-        return f"{does}{'GPUs' if ',' in plan.gpu else 'GPU'} {plan.gpu}"
+    if plan.share is not None:
+        return f"{does}{plan.share}"
     cores = "core" if len(plan.cores) == 1 else "cores"
     where = f"CPU {cores} {','.join(map(str, plan.cores))}"
     if plan.threads:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from deploy.engine.model import cache_folder
 from deploy.serve.command import exit_code
+from deploy.serve.dry_run import dry_run
 from deploy.serve.gateway import Front, front_for
 from deploy.serve.preflight import PreflightError, check, worker_roles
 from deploy.serve.screen import Screen
@@ -32,10 +33,12 @@ OPTIONS = (
     Option("prefill_workers", "N"),
     Option("decode_workers", "N"),
     Option("kv_cache_gib", "GIB"),
+    Option("gpus", "LIST"),
     Option("compile"),
     Option("start_timeout_s", "SECONDS", "--start-timeout"),
     Option("state_folder", "FOLDER"),
     Option("engine_args", "ARG", "--engine-arg"),
+    Option("dry_run"),
     Option("verbose"),
 )
 
@@ -52,11 +55,14 @@ def run(args: argparse.Namespace, surroundings: Surroundings | None = None) -> i
 
     def serve() -> int:
         chosen = given(args, ServeSettings, (*OPTIONS, *GATEWAY_OPTIONS))
-        settings = with_batches(read_settings(chosen, args.config, ServeSettings), os.environ)
+        settings = read_settings(chosen, args.config, ServeSettings)
+        if settings.dry_run:
+            return dry_run(settings, around, Console(highlight=False))
+        settings = with_batches(settings, os.environ)
         screen = Screen(Console(highlight=False), list(worker_roles(settings)), settings.verbose, time.monotonic)
         front = front_for(settings, screen.gateway)
         with listen(front, settings) as sock:
-            checked = check(settings, around.machine(), cache_folder())
+            checked = check(settings, around.machine(), cache_folder(), around.ask)
             serving = Serving(settings, checked, front, screen, around)
             calm_collector()
             code: int = uvloop.run(serving.serve(sock))

