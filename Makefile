@@ -26,7 +26,7 @@ test:  ## install if needed, lint, run the tests that prove each feature once; T
 	@$(BIN)/python -m pytest $(or $(TESTS),-m "not slow" $(TWO))
 
 test-all: test  ## `make test`, then the slow tests: deaths of real engines, chaos, long properties
-	@$(BIN)/python -m pytest -m slow $(TWO)
+	@$(BIN)/python -m pytest -m slow
 
 soak:  ## hours of what `make test` does for seconds: hostile bytes, dying workers; TIMES=200
 	@$(INSTALL) --tests
