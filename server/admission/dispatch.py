@@ -211,7 +211,7 @@ class Dispatcher:
     def _bound_width(self, call: Call) -> None:
         """BadRequest for more sequences than one request may have: those behind it wait until it is over. Where no
         tokens are made each is one step of the engine, and there may be as many as a body can list."""
-        if call.sequences > self.max_sequences and call.route.xargs:
+        if call.sequences > self.max_sequences and call.route.makes_tokens:
             raise BadRequest(
                 f"This request asks for {call.sequences} answers (prompts times 'n'), and {self.max_sequences} are "
                 "allowed: send it in parts.",

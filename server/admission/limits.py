@@ -263,7 +263,7 @@ def permitted(call: Call) -> Call:
     """The call, within what its tenant may ask for at all. UnknownModel for a model, BadRequest for a length."""
     tenant = call.tenant
     if tenant.models is not None and call.model not in tenant.models:
-        raise UnknownModel(f"The model '{call.model}' does not exist or you have no access to it.", param="model")
+        raise UnknownModel(f"The model '{call.model[:100]}' does not exist or you have no access to it.", param="model")
     if tenant.max_tokens is None or not call.route.xargs:
         return call
     name = call.route.limit_fields[0]

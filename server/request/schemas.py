@@ -45,7 +45,9 @@ ROUTES: dict[bytes, Route] = {
 }
 
 MAX_SEQUENCES = 128  # OpenAI's own bound on `n`
+MAX_PROMPTS = 2048  # OpenAI's own bound on the inputs of one request for embeddings
 MAX_OUTPUT_TOKENS = 2**31
+LONGEST_OPTIONS_BYTES = 4096
 LONGEST_DEADLINE_S = 1e9
 
 _ABSENT = msgspec.Raw(b"null")
@@ -75,13 +77,34 @@ class Fields(msgspec.Struct):
 
 Members = dict[str, msgspec.Raw]
 
+# Every member or prompt becomes an object, and a body of 32 MiB can have millions: they would block the event loop for
+# seconds. Where there may be too many, by this count of separators, they are counted by a decoder that stops in time.
+_SAFE_MEMBERS = 20_000
+
 # A member that comes twice counts as its last: here and in engines.
 _read_members = msgspec.json.Decoder(Members).decode
 _read_fields = msgspec.json.Decoder(Fields).decode
 _encode = msgspec.json.Encoder().encode
 _list = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_read_listed = {
+    path: msgspec.json.Decoder(
+        msgspec.defstruct(
+            "Listed", [(name, msgspec.Raw, _ABSENT) for name in sorted(names)], forbid_unknown_fields=True
+        )
+    ).decode
+    for path, names in ALLOWED.items()
+}
+_read_prompts = msgspec.json.Decoder(
+    msgspec.defstruct(
+        "Prompts",
+        [(f"prompt_{number}", msgspec.Raw, _ABSENT) for number in range(MAX_PROMPTS)],
+        array_like=True,
+        forbid_unknown_fields=True,
+    )
+).decode
 _FIELDS = frozenset(Fields.__struct_fields__)
 _SEVERAL = re.compile(rb'\[\s*["\[]')
+_MAYBE_IDS = re.compile(rb"\[\s*[\d\[]")
 _NO_TOKEN_IDS = b"0123456789,[] \t\r\n"
 
 
@@ -100,6 +123,8 @@ def deadline_from(header: bytes) -> float:
 
 def call_from(route: Route, body: bytes, tenant: Tenant, call_id: str, bytes_per_token: float) -> Call:
     """Reads a body. Raises BadRequest with a sentence that names the field."""
+    if body.count(b":") > _SAFE_MEMBERS and not tenant.grants:
+        _bound_members(route, body)
     members, fields = _parsed(body)
     if not members.keys() <= ALLOWED[route.path]:
         _refuse_unlisted(members, route, tenant)
@@ -107,7 +132,7 @@ def call_from(route: Route, body: bytes, tenant: Tenant, call_id: str, bytes_per
         raise BadRequest("The field 'model' is empty: name one of the models that /v1/models lists.", param="model")
     stream, options = bool(fields.stream), fields.stream_options
     hide_usage = route.usage_on_request and stream and not (options is not None and options.include_usage)
-    prompts = _prompts(bytes(members.get(route.content_field, _ABSENT))) if route.prompts else 1
+    prompts = _prompts(bytes(members.get(route.content_field, _ABSENT)), route.content_field) if route.prompts else 1
     return Call(
         id=call_id,
         route=route,
@@ -125,6 +150,19 @@ def call_from(route: Route, body: bytes, tenant: Tenant, call_id: str, bytes_per
         wants_ids=bool(fields.return_token_ids),
         hides_tokens=fields.include_reasoning is False,
     )
+
+
+def _bound_members(route: Route, body: bytes) -> None:
+    """BadRequest for a body with a member that is not listed. What else is wrong with it shows when it is read."""
+    try:
+        _read_listed[route.path](body)
+    except msgspec.ValidationError as error:
+        raise BadRequest(
+            f"The request body does not fit: {str(error)[:200]}. A body of this size may have listed fields only.",
+            code="field_not_allowed",
+        ) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return
 
 
 def _parsed(body: bytes) -> tuple[Members, Fields]:
@@ -186,6 +224,8 @@ def with_usage(body: bytes, members: Members) -> bytes:
     options = members.get("stream_options")
     if options is None:
         return body[: body.rindex(b"}")] + b',"stream_options":{"include_usage":true}}'
+    if len(bytes(options)) > LONGEST_OPTIONS_BYTES:
+        raise BadRequest("'stream_options' is too long.", param="stream_options")
     told = raw_members(options) if bytes(options)[:1] == b"{" else {}
     told.pop("continuous_usage_stats", None)
     told["include_usage"] = msgspec.Raw(b"true")
@@ -205,9 +245,19 @@ def splice(body: bytes, members: bytes) -> bytes:
     return body[: body.rindex(b"}")] + b"," + members + b"}"
 
 
-def _prompts(content: bytes) -> int:
+def _prompts(content: bytes, name: str) -> int:
     """How many prompts a prompt field holds: several only if it is a list of texts or of lists of token ids."""
-    return len(_list(content)) if _SEVERAL.match(content) else 1
+    if not _SEVERAL.match(content):
+        return 1
+    if content.count(b",") < MAX_PROMPTS:
+        return len(_list(content))
+    try:
+        read = _read_prompts(content)
+    except msgspec.ValidationError:
+        raise BadRequest(
+            f"'{name}' has more than {MAX_PROMPTS} prompts: send them in parts.", param=name, code="too_many_sequences"
+        ) from None
+    return sum(1 for prompt in msgspec.structs.astuple(read) if prompt is not _ABSENT)
 
 
 def prompt_estimate(members: Members, bytes_per_token: float) -> int:
@@ -224,7 +274,7 @@ def prompt_estimate(members: Members, bytes_per_token: float) -> int:
 
 def estimate_tokens(content: bytes, bytes_per_token: float) -> int:
     """Tokens of one field: exact for token ids, else from the length in bytes."""
-    if content[:1] == b"[" and not content.translate(None, _NO_TOKEN_IDS):
+    if _MAYBE_IDS.match(content) and not content.translate(None, _NO_TOKEN_IDS):
         return content.count(b",") + 1
     size = len(content)
     if size > LARGEST_MEDIA_BYTES:

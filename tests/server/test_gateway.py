@@ -481,3 +481,13 @@ async def test_the_estimate_of_a_prompt_is_learned_from_what_the_engine_counts()
             ratio = gateway.server.gateway.bytes_per_token["open"]
             wrong.append(abs(1 - estimate_tokens(content, ratio) / counted))
         assert wrong[-1] < 0.1 < wrong[0]
+
+
+async def test_too_many_prompts_or_answers_are_refused_with_what_to_do() -> None:
+    async with over_fake(admission={"max_sequences": 4}) as (gateway, engine):
+        for fields in ({"prompt": ["a"] * 5}, {"prompt": ["a"] * 3, "n": 2}, {"n": 5}, {"prompt": ["a"] * 3000}):
+            reply = await gateway.ask("/v1/completions", completion(**fields))
+            assert reply.status == 400 and reply.error["code"] == "too_many_sequences"
+            assert "in parts" in reply.error["message"]
+        assert (await gateway.ask("/v1/completions", completion(prompt=["a"] * 4))).status == 200
+        assert len(engine.seen) == 1

@@ -1,6 +1,8 @@
 """What is read of a body, and what the engine gets of it."""
 
+import contextlib
 import json
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +16,17 @@ from server.fleet.fleet import Fleet
 from server.relay.engine_body import Steering
 from server.request.call import Route
 from server.request.errors import BadRequest
-from server.request.schemas import CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, RESPONSES, raw_members, splice, with_usage
+from server.request.schemas import (
+    CHAT,
+    COMPLETIONS,
+    EMBEDDINGS,
+    MAX_PROMPTS,
+    MESSAGES,
+    RESPONSES,
+    raw_members,
+    splice,
+    with_usage,
+)
 from server.request.tenants import Tenant
 from tests.server.calls import call_of, ticket_of
 
@@ -238,3 +250,55 @@ def test_tenants_share_no_prefix_cache_where_that_is_asked_for(granted: frozense
         assert sent.get("cache_salt") == (Tenant(tenant).cache_salt if salted else None)
         plain = Steering(Lines(None, Fleet()))  # type: ignore[arg-type]
         assert plain.body_for(ticket, Worker("w", "http://127.0.0.1:9")) == body
+
+
+SIZE = 2 << 20
+
+
+def much(piece: bytes) -> bytes:
+    return piece * (SIZE // len(piece))
+
+
+DENSE = {
+    "prompts": (COMPLETIONS, b'{"model":"m","prompt":[' + much(b'"a",') + b'"a"]}'),
+    "prompts of ids": (COMPLETIONS, b'{"model":"m","prompt":[' + much(b"[1],") + b"[1]]}"),
+    "prompts behind spaces": (EMBEDDINGS, b'{"model":"m","input":[' + b" " * 100 + much(b'"",') + b'""]}'),
+    "one prompt of ids": (COMPLETIONS, b'{"model":"m","prompt":[' + much(b"1,") + b"1]}"),
+    "messages": (CHAT, b'{"model":"m","messages":[' + much(b"{},") + b'"base64"]}'),
+    "members": (CHAT, b'{"model":"m",' + b",".join(b'"k%d":0' % at for at in range(SIZE // 12)) + b"}"),
+    "null members": (CHAT, b'{"model":"m",' + b",".join(b'"%d":null' % at for at in range(SIZE // 12)) + b"}"),
+    "stream options": (
+        CHAT,
+        b'{"model":"m","stream":true,"messages":[],"stream_options":{'
+        + b",".join(b'"k%d":0' % at for at in range(SIZE // 12)) + b"}}",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DENSE)
+def test_a_body_of_very_many_parts_becomes_no_objects(case: str) -> None:
+    """Objects take memory and time by the million; what is read of a body takes no more than some copies of it."""
+    route, body = DENSE[case]
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(BadRequest):
+            call_of(body, route)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 * len(body)
+
+
+def test_as_many_prompts_as_allowed_are_counted_and_one_more_is_refused() -> None:
+    for text in ('"a"', '"a,b"', "[1,2]"):
+        for count in (1, 2, MAX_PROMPTS - 1, MAX_PROMPTS):
+            body = f'{{"model":"m","input":[{",".join([text] * count)}]}}'.encode()
+            assert call_of(body, EMBEDDINGS).sequences == count
+        with pytest.raises(BadRequest, match="more than 2048") as refused:
+            call_of(f'{{"model":"m","input":[{",".join([text] * (MAX_PROMPTS + 1))}]}}'.encode(), EMBEDDINGS)
+        assert refused.value.param == "input"
+
+
+def test_a_large_body_may_have_many_colons() -> None:
+    text = "a: b, " * 30_000
+    assert call_of(json.dumps({"model": "m", "messages": [{"role": "user", "content": text}]}).encode()).model == "m"
