@@ -36,7 +36,6 @@ STREAMS = (1, 4, 16)
 ANSWER_TOKENS = 64
 CONTEXT_TOKENS = 2048
 QUESTION = "What is the capital of France?"
-ANSWER = "Paris"
 VOCABULARY = range(1000, 40_000)  # text; the first ids are special tokens
 
 
@@ -47,10 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass
 class Side:
-    """One server: where it is, how long it took to its first answer, and what was measured, by the row's name."""
+    """One server: where it is, its first answer and how long that took, and what was measured, by the row's name."""
 
     name: str
     url: str
+    said: str
     start_s: float
     memory_gib: float
     seen: dict[str, list[float]] = field(default_factory=dict)
@@ -72,6 +72,9 @@ def run(args: argparse.Namespace) -> int:
                 progress.print(f"round {number} of {args.rounds}: {one.name}")
     console.print(machine())
     console.print(table(sides))
+    console.print(f"\n{QUESTION}")
+    for one in sides:
+        console.print(f"- {one.name}: {one.said}")
     return 0
 
 
@@ -95,7 +98,7 @@ def program(name: str, port: int) -> tuple[Sequence[str], dict[str, str]]:
 
 @contextmanager
 def side(name: str) -> Iterator[Side]:
-    """One server while the block runs, once it has answered a question. RuntimeError for a wrong answer."""
+    """One server while the block runs, once it has answered a question."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     argv, env = program(name, port)
@@ -103,9 +106,7 @@ def side(name: str) -> Iterator[Side]:
     with running(argv, {**os.environ, **env}, f"{url}/{'ready' if name == OURS else 'health'}") as log:
         said = ask(url)
         start_s = time.perf_counter() - began
-        if ANSWER not in said:
-            raise RuntimeError(f"{name} answered {QUESTION!r} with {said!r}")
-        yield Side(name, url, start_s, memory_gib(log))
+        yield Side(name, url, said, start_s, memory_gib(log))
 
 
 def ask(url: str) -> str:

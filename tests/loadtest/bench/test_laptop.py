@@ -13,7 +13,7 @@ from tests.deploy.processes import eventually
 
 
 def test_each_row_tells_every_side_and_what_ours_is_to_the_others() -> None:
-    sides = [Side(name, "", start_s, 1.5) for name, start_s in ((OURS, 20.0), (STOCK, 25.0), (LLAMA, 0.5))]
+    sides = [Side(name, "", "", start_s, 1.5) for name, start_s in ((OURS, 20.0), (STOCK, 25.0), (LLAMA, 0.5))]
     for one, speeds in zip(sides, ([100.0, 120.0, 110.0], [100.0, 90.0, 100.0], [44.0, 40.0, 50.0]), strict=True):
         for speed in speeds:
             one.note("tokens/s, 16 at once", speed)
@@ -25,7 +25,7 @@ def test_each_row_tells_every_side_and_what_ours_is_to_the_others() -> None:
 
 async def test_a_round_asks_prompts_of_each_length_and_so_many_streams_at_once() -> None:
     async with FakeEngine(EngineSetup(model="smollm2", cost=PRESETS["instant"])) as engine:
-        one = Side(OURS, engine.url, 1.0, 1.0)
+        one = Side(OURS, engine.url, "", 1.0, 1.0)
         await measure(one, Random(1), warm_up=True)
         assert one.seen == {}
         await measure(one, Random(2), warm_up=False)
