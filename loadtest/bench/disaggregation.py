@@ -46,10 +46,7 @@ MODEL = {
     "num_key_value_heads": 4, "head_dim": 64,
 }  # fmt: skip
 CONTEXT_TOKENS = 8192  # prompts are cut to half of it
-ENGINE = (
-    "--dtype=float32", "--enforce-eager", f"--max-model-len={CONTEXT_TOKENS}", "--max-num-seqs=16",
-    "--max-num-batched-tokens=256",
-)  # fmt: skip
+ENGINE = (f"--max-model-len={CONTEXT_TOKENS}", "--max-num-seqs=16", "--max-num-batched-tokens=256")
 TRACES = {"Mooncake": "mooncake_conversation_trace.first2000.jsonl", "Azure code": "AzureLLMInferenceTrace_code.csv"}
 MEAN_PROMPT_TOKENS = 1500  # lengths are scaled to it
 SHORT, LONG = 128, 4096  # prompts whose hand-over is timed; shorter ones than SHORT are not read apart
