@@ -1,7 +1,7 @@
 """vLLM's NIXL connector for engines on a CPU, where what waits must not take the core on which the engine computes.
 
 NIXL's thread, as of 1.5, asks for events without a pause as long as the engine lives, and its Python API has no way to
-say otherwise (`pthrDelay` is 0); here it sleeps until there is something to do. So do vLLM's processes (waiting.py).
+say otherwise (`pthrDelay` is 0); here it sleeps until there is something to do.
 
 vLLM's connector moves the thread that makes it, which is the one that computes, to the last core of each NUMA node:
 every engine of a machine to the same, and in a container to one that it may not have. Here the thread stays.
@@ -20,16 +20,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl import NixlConnector as StockConnector
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from scheduler.vllm.waiting import sleep_while_waiting
-
 LONGEST_SLEEP_US = 1000  # events wake it before; NIXL knows whole milliseconds
 
 
 class NixlConnector(StockConnector):  # type: ignore[misc]  # vLLM is untyped here
-    """The same under the same name, which vLLM looks at in several places. Made in both of an engine's processes."""
+    """The same under the same name, which vLLM looks at in several places. Made twice in an engine's process: where it
+    schedules, and where it computes."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
-        sleep_while_waiting()
         with _sleeping_threads(), _cores_kept():
             super().__init__(vllm_config, role, kv_cache_config)
 

@@ -47,7 +47,6 @@ from scheduler.jobs import Job, Outcome
 from scheduler.kept_blocks import Kept
 from scheduler.lanes import Lanes
 from scheduler.policy import Policy
-from scheduler.vllm.waiting import sleep_while_waiting
 
 logger = init_logger("vllm.evenhand")  # below "vllm", or the engine's log would not show it
 
@@ -459,8 +458,6 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         require_supported_vllm()
         self._shares_cores = bool(current_platform.is_cpu())
-        if self._shares_cores:
-            sleep_while_waiting()
         self._vllm_policy = SchedulingPolicy.FCFS
         super().__init__(*args, **kwargs)
         policy = policy_from(self.vllm_config.additional_config)
