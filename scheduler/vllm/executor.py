@@ -11,9 +11,11 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 
 class PinnedExecutor(UniProcExecutor):  # type: ignore[misc]  # vLLM is untyped here
-    """Computes in this process, on the cores that VLLM_CPU_OMP_THREADS_BIND names ("2,3")."""
+    """Computes in this process, on the cores that VLLM_CPU_OMP_THREADS_BIND names ("2,3"; "nobind": on any)."""
 
     def _init_executor(self) -> None:
-        # The threads that this one starts from here on inherit its cores: OpenMP's and NIXL's.
-        os.sched_setaffinity(0, [int(core) for core in os.environ["VLLM_CPU_OMP_THREADS_BIND"].split(",")])
+        cores = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        if cores != "nobind":
+            # The threads that this one starts from here on inherit its cores: OpenMP's and NIXL's.
+            os.sched_setaffinity(0, [int(core) for core in cores.split(",")])
         super()._init_executor()

@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
+from deploy.engine.engine_args import EXECUTOR
 from deploy.engine.model import cache_folder, prepare_tiny
 from loadtest.bench.bench_target import free_port
 from loadtest.bench.engines import running
@@ -36,6 +37,7 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--model", str(model), "--served-model-name", "fake", "--dtype", "float32", "--enforce-eager"]
     command += ["--max-model-len", "512", "--max-num-seqs", "4", "--block-size", "32"]
+    command += ["--distributed-executor-backend", EXECUTOR]  # one process less to start
     env = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with running(command, os.environ | env, f"http://127.0.0.1:{port}/health"):
         yield port
