@@ -54,23 +54,54 @@ local known = redis.call('ZSCORE', alive, replica) and 1 or 0
 redis.call('ZADD', alive, now_ms + ARGV[2], replica)
 local seq = redis.call('HINCRBY', meta, 'seq', 1)
 
-local kept_from = 8 + 2 * ARGV[7]
-for i = 8, #ARGV, 2 do
-  local row, value = ARGV[i], ARGV[i + 1]
-  if i < kept_from or tonumber(value) > tonumber(redis.call('HGET', rows, row) or -1) then
-    redis.call('HSET', rows, row, value)
-    redis.call('ZADD', changes, seq, row)
+-- Many rows take one command each way: what Redis does grows with the rows that changed, not with the gateways.
+local CHUNK = 1000
+local function write(names, values)
+  for first = 1, #names, CHUNK do
+    local fields, scored = {}, {}
+    for i = first, math.min(first + CHUNK - 1, #names) do
+      fields[#fields + 1], fields[#fields + 2] = names[i], values[i]
+      scored[#scored + 1], scored[#scored + 2] = seq, names[i]
+    end
+    redis.call('HSET', rows, unpack(fields))
+    redis.call('ZADD', changes, unpack(scored))
   end
 end
+local function values_of(names)
+  local values = {}
+  for first = 1, #names, CHUNK do
+    local last = math.min(first + CHUNK - 1, #names)
+    for i, value in ipairs(redis.call('HMGET', rows, unpack(names, first, last))) do
+      values[first + i - 1] = value
+    end
+  end
+  return values
+end
+
+local kept_from = 8 + 2 * ARGV[7]
+local live_names, live_values, kept_names, kept_values = {}, {}, {}, {}
+for i = 8, #ARGV, 2 do
+  local names, values = live_names, live_values
+  if i >= kept_from then names, values = kept_names, kept_values end
+  names[#names + 1], values[#values + 1] = ARGV[i], ARGV[i + 1]
+end
+write(live_names, live_values)
+local larger_names, larger_values = {}, {}
+for i, before in ipairs(values_of(kept_names)) do
+  if tonumber(kept_values[i]) > tonumber(before or -1) then
+    larger_names[#larger_names + 1], larger_values[#larger_values + 1] = kept_names[i], kept_values[i]
+  end
+end
+write(larger_names, larger_values)
 
 local cursor = generation == ARGV[4] and ARGV[3] or '0'
-local own, names, values = 'L' .. sep .. replica .. sep, {}, {}
+local own, names = 'L' .. sep .. replica .. sep, {}
 for _, row in ipairs(redis.call('ZRANGEBYSCORE', changes, '(' .. cursor, '+inf')) do
   if string.sub(row, 1, #own) ~= own then
     names[#names + 1] = row
-    values[#values + 1] = redis.call('HGET', rows, row)
   end
 end
+local values = values_of(names)
 local version = tonumber(redis.call('HGET', meta, 'version') or 0)
 return {generation, seq, known, version, redis.call('ZRANGE', alive, 0, -1), names, values}
 """

@@ -365,3 +365,34 @@ async def test_nonsense_on_the_socket_ends_that_connection_alone(tmp_path: Path)
                 assert await reader.read() == b""
             writer.close()
         assert await store.records("tenant") == {"acme": "{}"}
+
+
+async def test_thousands_of_rows_go_both_ways_in_one_exchange(store: Store) -> None:
+    one, two = Reader(store, "one"), Reader(store, "two")
+    live = {f"tenant-{number}": str(number) for number in range(2500)}
+    kept = {("day", f"tenant-{number}", "one"): number for number in range(2500)}
+    await one.says(live, kept)
+    news = await two.says({"x": "1"}, {row: amount - 1 for row, amount in kept.items()})
+    assert news.live == {"one": live}
+    assert {row: amount for row, amount in news.kept.items() if row[2] == "one"} == kept
+
+
+async def test_commands_of_an_exchange_do_not_grow_with_its_rows(redis_url: str) -> None:
+    store = RedisStore(redis_url, prefix=f"test-{next(NAMES)}", timeout_s=LIMIT_S)
+    one, two = Reader(store, "one"), Reader(store, "two")
+    await one.says({"a": "0"})
+    await two.says()
+
+    async def commands() -> int:
+        return int((await store._redis.info("stats"))["total_commands_processed"])
+
+    async def taken(rows: int) -> int:
+        before = await commands()
+        await one.says({f"t{number}": "1" for number in range(rows)}, {("d", f"t{n}", "one"): n for n in range(rows)})
+        await two.says()
+        return await commands() - before
+
+    await taken(1)  # the script is loaded
+    few, many = await taken(10), await taken(900)
+    await store.close()
+    assert many <= few + 2 <= 40
