@@ -171,7 +171,11 @@ class GatewayServer:
         """Where clients come in: our own protocol, and the application behind it."""
         settings, edge = self.settings, self.settings.edge
         bounds = Bounds(
-            edge.max_head_bytes, edge.max_body_bytes, edge.head_timeout_s, edge.body_timeout_s, edge.stall_timeout_s
+            head_bytes=edge.max_head_bytes,
+            body_bytes=edge.max_body_bytes,
+            head_s=edge.head_timeout_s,
+            body_s=edge.body_timeout_s,
+            stall_s=edge.stall_timeout_s,
         )
         bodies = BodyBudget(edge.max_held_bytes)
         self.edge = edge_for(

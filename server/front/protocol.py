@@ -46,6 +46,7 @@ _SAFE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _STATUS = {
     code: b"HTTP/1.1 %d %b\r\n" % (code, http.HTTPStatus(code).phrase.encode()) for code in map(int, http.HTTPStatus)
 }
+_UPLOADS = b"/v1/files"
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _COMMENT = b":\n\n"
 _ANTHROPIC = b"/v1/messages"
@@ -61,13 +62,14 @@ _SMALL_BODY_BYTES = 64 * 1024  # a refused request's body up to here is passed o
 class Bounds:
     """What a client may send, and how long it may take.
 
-    head_bytes: of request line and headers together. body_bytes: of a body.
+    head_bytes: of request line and headers together. body_bytes: of a body. upload_bytes: of a batch's input file.
     head_s: seconds for a connection's first byte and for a head to be complete. body_s: for a body.
     stall_s: seconds that a client may read nothing of its answer; after that its place goes to somebody else.
     """
 
     head_bytes: int = 32 * 1024
     body_bytes: int = 32 * 1024 * 1024
+    upload_bytes: int = 200 * 1024 * 1024 + 64 * 1024  # the file, and the rest of its form
     head_s: float = 15.0
     body_s: float = 60.0
     stall_s: float = 120.0
@@ -295,6 +297,7 @@ class Edge(HttpToolsProtocol):
         self.head_size = 0
         self.unread_size = 0
         self.body_size = 0
+        self.most_body = 0
         self.declared_size = 0
         self.hosts = 0
         self.chunked_body = False
@@ -413,11 +416,15 @@ class Edge(HttpToolsProtocol):
             return
         limit_s = self.bounds.body_s if self.in_message and not self.in_head else self.bounds.head_s
         if self.deadline is not None:
-            if self.deadline_s == limit_s:
-                return
+            if self.deadline_s == limit_s and not self._uploads():
+                return  # an upload may take its time as long as it goes on
             self.deadline.cancel()
         self.deadline_s = limit_s
         self.deadline = self.loop.call_later(limit_s, self._too_slow)
+
+    def _uploads(self) -> bool:
+        """Whether what arrives is a file, which goes to disk and not to memory."""
+        return self.most_body > self.bounds.body_bytes
 
     def _no_deadline(self) -> None:
         if self.deadline is not None:
@@ -518,6 +525,8 @@ class Edge(HttpToolsProtocol):
         if not self.in_message or self.parser.should_upgrade():
             return
         http10 = self.parser.get_http_version() == "1.0"
+        upload = self.url == _UPLOADS and self.parser.get_method() == b"POST"
+        self.most_body = self.bounds.upload_bytes if upload else self.bounds.body_bytes
         if error := self._wrong_head(http10=http10):
             self._refuse(error)
             return
@@ -552,8 +561,8 @@ class Edge(HttpToolsProtocol):
             return BadRequest("The request must have exactly one Host header.")
         if http10 and self.chunked_body:
             return BadRequest("HTTP/1.0 has no Transfer-Encoding.")
-        if self.declared_size > self.bounds.body_bytes:
-            return TooLarge(f"The body has {self.declared_size} bytes; {self.bounds.body_bytes} are allowed.")
+        if self.declared_size > self.most_body:
+            return TooLarge(f"The body has {self.declared_size} bytes; {self.most_body} are allowed.")
         if len(self.pipeline) >= _MOST_QUEUED:
             return Overloaded(f"More than {_MOST_QUEUED} requests wait on this connection.")
         return None
@@ -596,8 +605,8 @@ class Edge(HttpToolsProtocol):
         if not self.in_message:
             return
         self.body_size += len(body)
-        if self.body_size > self.bounds.body_bytes:
-            self._refuse(TooLarge(f"The body exceeds {self.bounds.body_bytes} bytes."))
+        if self.body_size > self.most_body:
+            self._refuse(TooLarge(f"The body exceeds {self.most_body} bytes."))
         elif isinstance(self.cycle, Exchange):
             self._body_of(self.cycle, body)
         else:

@@ -21,7 +21,7 @@ KEYS = {"acme": "sk-acme-0123456789abcdef", "other": "sk-other-0123456789abcdef"
 
 
 def jsonl(count: int, url: str = "/v1/completions", **body: Any) -> bytes:
-    base = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 4}
+    base = {"model": MODEL} | ({"prompt": "Once upon a time", "max_tokens": 4} if url == "/v1/completions" else {})
     lines = [
         {"custom_id": f"id-{number}", "method": "POST", "url": url, "body": base | body} for number in range(count)
     ]
@@ -85,7 +85,7 @@ async def test_a_batch_runs_from_upload_to_download(tmp_path: Path) -> None:
 
 
 async def test_every_generating_route_is_an_endpoint(tmp_path: Path) -> None:
-    chat = {"messages": [{"role": "user", "content": "Hello"}], "prompt": None, "max_tokens": 4}
+    chat = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
     async with over_fake(INSTANT, batch={"folder": tmp_path}) as (gateway, _), client_of(gateway) as client:
         for endpoint, body in (("/v1/chat/completions", chat), ("/v1/embeddings", {"input": "x"})):
             batch = await ended(client, (await submit(client, jsonl(2, endpoint, **body), endpoint)).id)
@@ -220,6 +220,19 @@ async def test_wrong_uploads_are_refused(tmp_path: Path) -> None:
         wire = await gateway.send(broken.replace(b"content-type: application/json\r\n", b"", 1))
         assert (await wire.answer()).status == 400
         assert not list((tmp_path / "files").iterdir())
+
+
+async def test_a_file_may_be_larger_than_a_body_and_has_a_bound_of_its_own(tmp_path: Path) -> None:
+    content = jsonl(1) + b"\n" * 100_000
+    settings: dict[str, Any] = {"batch": {"folder": tmp_path}, "edge": {"max_body_bytes": 50_000}}
+    async with over_fake(INSTANT, **settings) as (gateway, _), client_of(gateway) as client:
+        file = await client.files.create(file=("in.jsonl", content), purpose="batch")
+        assert file.bytes == len(content)
+        assert (await client.files.content(file.id)).content == content
+        assert (await gateway.ask("/v1/batches", {"input_file_id": "x" * 60_000})).status == 413
+        head = b"POST /v1/files HTTP/1.1\r\nhost: g\r\ncontent-length: 300000000\r\n\r\n"
+        wire = await gateway.send(head)
+        assert (await wire.answer()).status == 413
 
 
 async def test_a_gateway_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
