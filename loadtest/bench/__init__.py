@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 # name: (module with `add_arguments` and `run`, what it measures)
 BENCHMARKS: Mapping[str, tuple[str, str]] = {
-    "start": ("loadtest.bench.start", "seconds from the command to the gateway's first answer"),
+    "start": ("loadtest.bench.start", "seconds from the command to the first answer, of the gateway and of `serve`"),
     "ttft": ("loadtest.bench.ttft", "what the gateway adds to the time to the first token of a real engine"),
     "laptop": ("loadtest.bench.laptop", "the bundled model on one core, beside stock vLLM and llama.cpp"),
     "gateway": ("loadtest.bench.gateway", "what the gateway costs on one core, beside nginx and any other gateway"),
