@@ -61,6 +61,9 @@ RUN /opt/pip/bin/pip --python /opt/evenhand/bin/python uninstall --yes llm-smoll
 
 
 FROM python:${PYTHON} AS gateway
+LABEL org.opencontainers.image.title="Evenhand gateway" \
+      org.opencontainers.image.description="OpenAI-compatible gateway that shares LLM engines fairly" \
+      org.opencontainers.image.licenses="Apache-2.0"
 RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin evenhand
 COPY --from=gateway-packages /opt/evenhand /opt/evenhand
 RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
@@ -77,6 +80,9 @@ CMD ["gateway"]
 
 # libnuma1: with it vLLM places its threads.
 FROM python:${PYTHON} AS worker-cpu
+LABEL org.opencontainers.image.title="Evenhand worker for CPUs" \
+      org.opencontainers.image.description="vLLM engine for CPUs with a bundled model, joined to Evenhand gateways" \
+      org.opencontainers.image.licenses="Apache-2.0"
 # hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install -y --no-install-recommends libnuma1 \
@@ -98,6 +104,9 @@ ENTRYPOINT ["evenhand", "worker"]
 
 
 FROM vllm/vllm-openai:${VLLM} AS worker-cuda
+LABEL org.opencontainers.image.title="Evenhand worker for NVIDIA GPUs" \
+      org.opencontainers.image.description="vLLM engine for NVIDIA GPUs, joined to Evenhand gateways" \
+      org.opencontainers.image.licenses="Apache-2.0"
 # What the image has stays as it is (the overrides); only what it lacks is added.
 RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
     uv pip freeze --system --exclude-editable > /tmp/image.txt \

@@ -6,9 +6,12 @@ BIN := $(VENV)/bin
 INSTALL := $(PYTHON) -m deploy.install --engine $(ENGINE)
 # Two processes; the tests of a file stay together (tests/conftest.py).
 TWO := -n 2 --no-loadscope-reorder
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+TARGETS ?= gateway worker-cpu
+DOCKER ?= docker
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-all soak chaos lint bench lock dashboards compatibility pictures clean
+.PHONY: help install serve test test-all soak chaos lint bench images lock dashboards compatibility pictures clean
 
 help:  ## show this
 	@echo "usage: make TARGET"; echo
@@ -48,6 +51,19 @@ bench: bench-start bench-ttft bench-laptop bench-schedule bench-policies bench-i
 
 bench-%: install
 	@exec $(BIN)/evenhand bench $* $(ARGS)
+
+images:  ## build the images, and list what is in each in build/images; TARGETS="gateway worker-cuda" REGISTRY=ghcr.io/me/
+	@mkdir -p build/images
+	@set -e; for target in $(TARGETS); do \
+		image=$(REGISTRY)evenhand-$$target:$(VERSION); \
+		DOCKER_BUILDKIT=1 $(DOCKER) build $(BUILD_ARGS) --target $$target --tag $$image --tag $${image%:*}:latest \
+			--label org.opencontainers.image.version=$(VERSION) \
+			--label org.opencontainers.image.revision=$$(git rev-parse HEAD) \
+			--label org.opencontainers.image.created=$$(git show --no-patch --format=%cI) .; \
+		$(DOCKER) run --rm --entrypoint sh $$image -c 'pip --python "$$(command -v python3)" inspect' > build/images/$$target-python.json; \
+		$(DOCKER) run --rm --entrypoint dpkg-query $$image --show > build/images/$$target-debian.txt; \
+		echo "$$image"; \
+	done
 
 lock:  ## make the lock files anew from pyproject.toml; UPGRADE=1: newest versions
 	@$(PYTHON) -m deploy.install.lock $(if $(UPGRADE),--upgrade)

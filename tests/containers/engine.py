@@ -15,6 +15,7 @@ import pytest
 # Set by .ci/run: on a machine where no engine runs, start one, with its images in a folder of its own.
 START = "EVENHAND_START_DOCKER"
 START_S = 60.0
+DISK_BYTES = 20e9
 # Under cgroup v1 a container may get next to nothing of a core on which a process outside of containers computes.
 WEIGHT = Path("/sys/fs/cgroup/cpu/docker/cpu.shares")
 HEAVY = 8192
@@ -39,11 +40,10 @@ class Engine:
 
 
 def finished(
-    command: list[str], environ: Mapping[str, str], check: bool, limit_s: float
+    command: list[str], environ: Mapping[str, str], check: bool, limit_s: float, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        command, env={**os.environ, **environ}, capture_output=True, text=True, timeout=limit_s, check=False
-    )
+    given = {**os.environ, **environ}
+    done = subprocess.run(command, env=given, cwd=cwd, capture_output=True, text=True, timeout=limit_s, check=False)
     assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done
 
@@ -51,9 +51,7 @@ def finished(
 @contextmanager
 def docker_engine(folder: Path) -> Iterator[Engine]:
     """An engine that answers. Skips with the reason where there is none and none can be started."""
-    program = shutil.which("docker")
-    if program is None:
-        pytest.skip("no Docker Engine here: there is no program `docker`")
+    program = client()
     there = Engine(program)
     answer = there.run("info", check=False)
     if answer.returncode == 0:
@@ -65,9 +63,25 @@ def docker_engine(folder: Path) -> Iterator[Engine]:
         pytest.skip(f"no Docker Engine here: `docker info` says {answer.stderr.strip().splitlines()[-1]!r}")
 
 
+def client() -> str:
+    """The program `docker`; of several one that can build, for which newer ones need the plug-in buildx."""
+    places = os.environ["PATH"].split(":")
+    programs = [found for place in places if (found := shutil.which("docker", path=place)) is not None]
+    if not programs:
+        pytest.skip("no Docker Engine here: there is no program `docker`")
+    return next(filter(can_build, programs), programs[0])
+
+
+def can_build(program: str) -> bool:
+    said = finished([program, "build", "--help"], {"DOCKER_BUILDKIT": "1"}, False, START_S)
+    return said.returncode == 0 and "--target" in said.stdout
+
+
 @contextmanager
 def started(program: str, folder: Path) -> Iterator[Engine]:
     """An engine that keeps everything in `folder`."""
+    if (free := shutil.disk_usage(folder).free) < DISK_BYTES:
+        pytest.skip(f"no Docker Engine here: its images need {DISK_BYTES / 1e9:.0f} GB, {free / 1e9:.0f} GB are free")
     socket = f"unix://{folder}/docker.sock"
     command = ["dockerd", "--host", socket, "--data-root", f"{folder}/data", "--exec-root", f"{folder}/run"]
     own = Engine(program, {"DOCKER_HOST": socket, "DOCKER_CONFIG": f"{folder}/client"})
@@ -87,6 +101,7 @@ def started(program: str, folder: Path) -> Iterator[Engine]:
     finally:
         server.terminate()
         server.wait(timeout=START_S)
+        shutil.rmtree(folder / "data", ignore_errors=True)  # what is still mounted stays
 
 
 def compose_program() -> str:

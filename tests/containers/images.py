@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import cache
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -122,6 +123,7 @@ def copy_python(context: Path) -> None:
     (context / "pip.conf").write_text(pip_settings())
 
 
+@cache
 def pip_config() -> dict[str, list[str]]:
     """pip's settings of this machine that say where packages are."""
     told = subprocess.run(

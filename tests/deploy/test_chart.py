@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -231,6 +232,17 @@ def test_a_worker_gets_its_role_its_model_and_its_disk_and_an_unwanted_one_is_go
         mounted = {mount["name"] for mount in container(doc)["volumeMounts"]}
         given = {volume["name"] for volume in pod["volumes"]}
         assert mounted == given | {claim["metadata"]["name"] for claim in doc["spec"].get("volumeClaimTemplates", [])}
+
+
+def test_the_values_that_the_documentation_shows_are_rendered() -> None:
+    page = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    shown = [yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)]
+    values = [block for block in shown if "workers" in block]
+    assert len(values) >= 3
+    for block in values:
+        for document in rendered(block):
+            if not document["apiVersion"].startswith(FOREIGN):
+                kubernetes_validate.validate(document, NEWEST, strict=True)
 
 
 def test_a_cpu_worker_asks_for_cores_and_no_gpu() -> None:

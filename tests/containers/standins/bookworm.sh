@@ -8,6 +8,7 @@ rm -f "$root"/etc/apt/sources.list
 cp /etc/apt/sources.list.d/*.sources "$root/etc/apt/sources.list.d/"
 cp /usr/share/keyrings/debian-archive-keyring.* "$root/usr/share/keyrings/"
 grep -l Acquire:: /etc/apt/apt.conf.d/* | xargs -r cp -t "$root/etc/apt/apt.conf.d/"
+printf 'Dir::Cache::pkgcache "";\nDir::Cache::srcpkgcache "";\n' > "$root/etc/apt/apt.conf.d/docker-clean"
 rm -rf "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/* "$root"/usr/share/doc "$root"/usr/share/man "$root"/usr/share/locale
 tar -C "$root" -c .
 rm -rf "$root"
