@@ -67,7 +67,7 @@ async def test_an_operator_sees_the_worker_in_the_console(site: Site) -> None:
         await page.goto(f"http://127.0.0.1:{site.ports['EVENHAND_ADMIN_PORT']}/console")
         await page.fill("#key", site.admin_key)
         await page.press("#key", "Enter")
-        await expect(page.locator("#fleet")).to_contain_text(worker["name"], timeout=PATIENCE_MS)
+        await expect(page.locator("#fleet")).to_contain_text(worker["id"], timeout=PATIENCE_MS)
         await expect(page.locator("#policy-now")).to_contain_text("vtc", timeout=PATIENCE_MS)
 
 

