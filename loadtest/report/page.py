@@ -119,7 +119,15 @@ def _keys(sides: Sequence[Side]) -> str:
 
 def _section(title: str, about: str, figures: Iterable[str]) -> list[str]:
     note = f'<p class="note">{about}</p>' if about else ""
-    return [f"<h2>{title}</h2>{note}", f'<div class="panels">{"".join(figures)}</div>']
+    shown = list(figures)
+    return [f"<h2>{title}</h2>{note}", f'<div class="panels {rows_of(len(shown))}">{"".join(shown)}</div>']
+
+
+def rows_of(number: int) -> str:
+    """The class that fills the last row of so many pictures: three to a row, but no row with a single one."""
+    if number in (2, 4):
+        return "by2"
+    return "by4" if number > 4 and number % 3 == 1 else ""
 
 
 def _first_repetition(sides: Sequence[Side]) -> str:
@@ -138,7 +146,8 @@ def _headline(sides: Sequence[Side]) -> Iterator[str]:
     yield f'<div class="{look}">{pictures.overview(sides)}{_scroll(_table(sides))}</div>'
     yield (
         f'<p class="note">Under each number: how many times better than {escape(pictures.baseline(sides))}, and its '
-        f"interval. Bold: the whole interval is on one side of 1. {pictures.interval_words(sides)}</p>"
+        f"interval. Bold: at least 1 % better or worse, and the whole interval is on that side. "
+        f"{pictures.interval_words(sides)}</p>"
     )
 
 
@@ -223,8 +232,7 @@ def _scroll(table: str) -> str:
 
 def _objectives(sides: Sequence[Side], objective: report.Objective | None) -> list[str]:
     if objective is None:
-        about = "No objective was given. With --ttft and --tpot this page shows how many requests are inside both."
-        return [f'<h2>Inside the objective</h2><p class="note">{about}</p>']
+        return []
     limits = [
         f"{name} ≤ {exact(value)}"
         for name, value in (("TTFT", objective.ttft_s), ("TPOT", objective.tpot_s))
@@ -318,7 +326,7 @@ def _of_side(side: Side) -> Iterator[str]:
     targets = ", ".join(dict.fromkeys(one.target for one in lines))
     yield escape(", ".join([targets, *options]))
     sent, late = sum(len(run.records) for run in side.runs), sum(one.late for one in lines)
-    if lines:
+    if any(one.lag_max_s or one.loop_max_s for one in lines):  # virtual time has no lag
         lag_s, loop_s = max(one.lag_p99_s for one in lines), max(one.loop_p99_s for one in lines)
         yield (
             f"{late:,} of {sent:,} requests were sent more than {exact(LATE_S)} late (P99 {exact(lag_s)}); "

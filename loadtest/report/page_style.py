@@ -23,11 +23,15 @@ p{margin:.3rem 0 .8rem;max-width:46rem}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.2rem,1fr));gap:1.1rem 1.4rem;margin:1.3rem 0 .6rem}
 .tile b{display:block;font-weight:400;font-size:1.7rem;line-height:1.15}
 .tile span{display:block;font-size:.84rem;color:var(--soft);line-height:1.3}
-.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,20.5rem),1fr));gap:1rem 1.2rem;
-margin:.7rem 0}
+.panels{display:flex;flex-wrap:wrap;gap:1rem 1.2rem;margin:.7rem 0}
+.panels>*{flex:1 1 max(min(100%,18rem),31%);min-width:0}
+.panels.by2>*{flex-basis:max(min(100%,18rem),45%)}
+.panels.by4>*{flex-basis:max(min(100%,15rem),23%)}
+.panels>:only-child{max-width:40rem}
 figure{margin:0;min-width:0}
 figure.wide{max-width:40rem}
 .look{display:grid;gap:.6rem 2rem;align-items:start}
+.look figure{position:sticky;top:3rem}
 @media(min-width:68rem){.look{grid-template-columns:minmax(19rem,1fr) minmax(0,max-content)}}
 figcaption{font-size:.95rem;line-height:1.3;margin-bottom:.15rem}
 .about{display:block;font-size:.82rem}

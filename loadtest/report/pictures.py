@@ -1,6 +1,7 @@
 """The pictures of a report: runs → panels. One colour per run throughout; tenants have colours of their own."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from statistics import median
 
 import numpy as np
@@ -22,6 +23,7 @@ _MOST_DOTS = 1200
 _NAMED_TENANTS = 6
 _WINDOWS = 16
 _COLOURS = 8
+_ALIKE = 0.01  # curves that are nowhere farther apart are drawn as one
 _FARTHEST = 10.0  # times: what is farther away is told as a number, or all the rest would be one heap
 
 # What decides for users, in the order of their waiting, then for operators.
@@ -75,6 +77,20 @@ def percent(value: float) -> str:
 def better(value: float) -> str:
     """How many times, on an axis."""
     return f"{value:g}×"
+
+
+def coinciding(lines: Sequence[Series]) -> Sequence[Series]:
+    """The lines, or one for all where they cannot be told apart."""
+    if len(lines) < 2:
+        return lines
+    first, *others = lines
+    alike = all(
+        line.y.shape == first.y.shape
+        and np.allclose(line.x, first.x)
+        and np.allclose(line.y, first.y, rtol=_ALIKE, atol=0.0, equal_nan=True)
+        for line in others
+    )
+    return [Series("all alike", "s0", first.x, first.y)] if alike else lines
 
 
 # In one look
@@ -167,7 +183,7 @@ def _quantiles(title: str, about: str, sides: Sequence[Side], of: Callable[[Sequ
     x = Axis(0.0, most, [tick for tick in _NINES if tick[0] <= most])
     y = logarithmic((value for line in lines for value in line.y), duration, floor_at=_LEAST_S)
     panel = Panel(title, x, y, about, right=_margin(sides))
-    for line in lines:
+    for line in coinciding(lines):
         panel.line(line)
     if len(sides) == 1:
         _annotate(panel, lines[0])
@@ -190,10 +206,12 @@ def over_time(sides: Sequence[Side]) -> Iterator[str]:
     end_s = max(record.sent_s + record.e2e_s for run in first for record in run.records)
     at_s = series.ticks(end_s)
     window_s = end_s / _WINDOWS
-    yield _curves("Requests in flight", "", sides, at_s, lambda run: series.in_flight(run.records, at_s), count)
+    yield _curves(
+        "Requests in flight", "", sides, at_s, lambda run: series.in_flight(run.records, at_s) * run.every, count
+    )
     yield _curves(
         "Output tokens per second", f"mean over {duration(round(window_s, 1))}", sides, at_s,
-        lambda run: series.rate(series.token_times_s(run.records), at_s, window_s), count,
+        lambda run: series.rate(series.token_times_s(run.records), at_s, window_s) * run.every, count,
     )  # fmt: skip
     yield _curves(
         "TTFT of the requests sent then", f"median over {duration(round(window_s, 1))}", sides, at_s,
@@ -224,7 +242,7 @@ def _curves(
     lines = [line for line in lines if np.isfinite(line.y).any()]
     y = linear((value for line in lines for value in line.y), text, low=low, high=top)
     panel = Panel(title, time_axis(float(at_s[-1])), y, about, right=_margin(sides))
-    for line in lines:
+    for line in coinciding(lines):
         panel.line(line)
     return panel.figure()
 
@@ -359,7 +377,7 @@ def _by_rate(sides: Sequence[Side]) -> Iterator[str]:
 
 def tenants(sides: Sequence[Side]) -> Iterator[str]:
     """Service by tenant over time for each run, then how uneven it was."""
-    lines = [timeline(side.runs[0].records) for side in sides]
+    lines = [whole(side.runs[0]) for side in sides]
     known = [(side, line) for side, line in zip(sides, lines, strict=True) if line is not None]
     top = max(float(line.served_per_s.max()) for _, line in known)
     named = _by_demand(known[0][1])
@@ -380,6 +398,20 @@ def tenants(sides: Sequence[Side]) -> Iterator[str]:
             return np.interp(at_s, line.ticks_s, curve(line), right=np.nan)
 
         yield _curves(title, about, sides, at_s, interpolated, text, top, low)
+
+
+def whole(run: Recorded) -> Timeline | None:
+    """The service of all of a run of which every n-th request is known."""
+    line = timeline(run.records)
+    if line is None or run.every == 1:
+        return line
+    return replace(
+        line,
+        served=line.served * run.every,
+        asked=line.asked * run.every,
+        served_per_s=line.served_per_s * run.every,
+        asked_per_s=line.asked_per_s * run.every,
+    )
 
 
 def _two(value: float) -> str:

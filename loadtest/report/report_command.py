@@ -100,7 +100,11 @@ def render(summaries: Mapping[str, report.Summary], runs: Mapping[str, Recorded]
         if len(summary.by_tenant) > 1:
             heading = f"## {name}: tenants" if form == "markdown" else f"{name}: tenants"
             parts.append(f"{heading}\n\n{table(report.tenants(summary))}")
-    parts += [f"{name}: {report.client_lag(run.run)}" for name, run in runs.items() if run.run is not None]
+    parts += [
+        f"{name}: {report.client_lag(run.run)}"
+        for name, run in runs.items()
+        if run.run is not None and run.run.loop_max_s
+    ]
     return "\n\n".join(parts) + "\n"
 
 

@@ -5,11 +5,12 @@ from html.parser import HTMLParser
 from random import Random
 
 import pytest
+from msgspec.structs import replace
 
 from loadtest.records import Ending, Record, Recorded, Run, Sample
 from loadtest.report import report
-from loadtest.report.comparison import Side
-from loadtest.report.page import page, times
+from loadtest.report.comparison import Ratio, Side, measure, ratio, side_of
+from loadtest.report.page import page, rows_of, times
 
 OBJECTIVE = report.Objective(1.0, 0.05)
 VOID = {"meta", "circle", "path", "br", "rect", "link", "img"}
@@ -133,7 +134,7 @@ LOADS = (("fcfs@1", 0.3), ("vtc@1", 0.2), ("fcfs@2", 2.0), ("vtc@2", 1.0))
 
 def test_what_was_not_measured_is_said_to_be_so() -> None:
     said = " ".join(Reader(page([side("x", tenants=1)])).text)
-    assert "No objective was given" in said
+    assert "Inside the objective" not in said, "no section for what was not asked"
     assert "Between tenants" not in said
     assert said.count("not measured") == 4  # AMU, PCU, AEC, MCR
     assert "KV cache: 25% of its room" in said
@@ -154,3 +155,35 @@ def test_a_run_in_which_everything_failed_still_has_a_page() -> None:
 @pytest.mark.parametrize(("ratio", "told"), [(0.0334, "0.033×"), (0.871, "0.87×"), (1.9, "1.90×"), (61.2, "61×")])
 def test_how_many_times_is_short(ratio: float, told: str) -> None:
     assert times(ratio) == told
+
+
+def test_runs_that_are_alike_are_drawn_once_and_nothing_is_bold() -> None:
+    said = page([side("one", tenants=1), side("two", tenants=1)])
+    assert "all alike" in said
+    assert "<b>1.00×</b>" not in said
+    assert "service difference" not in said, "there is one tenant"
+    assert "Between tenants" not in said
+
+
+def test_an_effect_below_one_percent_is_no_finding_however_sure() -> None:
+    assert not Ratio(1.004, 1.002, 1.006).clear
+    assert Ratio(1.02, 1.01, 1.03).clear
+    assert not Ratio(1.02, 0.99, 1.03).clear
+
+
+def test_runs_offered_different_loads_are_not_compared_in_throughput() -> None:
+    slow = side("slow")
+    (run,) = slow.runs
+    records = [replace(record, due_s=record.due_s / 2, sent_s=record.sent_s / 2) for record in run.records]
+    quick = side_of("quick", Recorded(run.run, records, []), None)
+    throughput = measure("output tokens/s")
+    assert ratio(throughput, slow, quick) is None
+    assert ratio(throughput, slow, slow) is not None
+    said = page([slow, quick])
+    assert "slow was offered 4 requests/s and quick 8 requests/s: throughput follows the load" in said
+
+
+@pytest.mark.parametrize("number", range(1, 13))
+def test_no_row_of_pictures_has_a_single_one(number: int) -> None:
+    columns = {"by2": 2, "by4": 4, "": 3}[rows_of(number)]
+    assert number == 1 or number % columns != 1
