@@ -49,7 +49,7 @@ _STATUS = {
 _UPLOADS = b"/v1/files"
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _COMMENT = b":\n\n"
-_ANTHROPIC = b"/v1/messages"
+_ANTHROPIC = b"/v1/messages"  # whose clients read the request's id from another header
 _KNOCKS_S = (0.25, 1.0, 4.0, 16.0)  # pauses between the signs of life that a half-closed connection gets
 _LINGER_S = 2.0  # a refused client may go on sending for so long: closing at once would reset its connection, and with
 # it the refusal that it has not read yet (RFC 9112, 9.6)
@@ -176,7 +176,8 @@ class Exchange:
         head = [
             _STATUS.get(status) or b"HTTP/1.1 %d \r\n" % status,
             b"content-type: ", content_type,
-            b"\r\nx-request-id: ", self.request_id.encode(), b"\r\n", self.extra_headers,
+            b"\r\nx-request-id: ", self.request_id.encode(), b"\r\n",
+            b"request-id: %b\r\n" % self.request_id.encode() if self.route.anthropic else b"", self.extra_headers,
         ]  # fmt: skip
         if length is not None:
             head.append(b"content-length: %d\r\n" % length)
@@ -586,8 +587,11 @@ class Edge(HttpToolsProtocol):
         if self.parser.get_method() != b"POST":
             return None
         route = ROUTES.get(self.url)
-        if route is None and (self.url.startswith(b"http") or b"?" in self.url):
-            route = ROUTES.get(httptools.parse_url(self.url).path or b"")
+        if (
+            route is None
+        ):  # a query, a whole URL, or a slash at its end: clients join a base URL and a path in many ways
+            path = httptools.parse_url(self.url).path or b""
+            route = ROUTES.get(path.removesuffix(b"/"))
         return route
 
     def _hand_on(self) -> None:
@@ -597,9 +601,9 @@ class Edge(HttpToolsProtocol):
         self.url, self.expect_100_continue = url, expects
         self.headers.extend(headers)
         super().on_headers_complete()
-        self.cycle.default_headers = [
-            *self.cycle.default_headers, (b"x-request-id", request_id_in(headers).encode())
-        ]  # fmt: skip
+        request_id = request_id_in(headers).encode()
+        names = (b"x-request-id", b"request-id") if self.url.startswith(_ANTHROPIC) else (b"x-request-id",)
+        self.cycle.default_headers = [*self.cycle.default_headers, *((name, request_id) for name in names)]
 
     def on_body(self, body: bytes) -> None:
         if not self.in_message:
@@ -733,11 +737,13 @@ class Edge(HttpToolsProtocol):
 
 def _refusal(error: ServiceError, headers: list[tuple[bytes, bytes]], *, anthropic: bool) -> bytes:
     """A whole answer that says why, after which the connection closes."""
-    body = error_object(error, anthropic=anthropic)
-    retry = b"" if error.retry_after is None else b"retry-after: %d\r\n" % error.retry_after
-    return (
-        b"%bcontent-type: application/json\r\nx-request-id: %b\r\n%bconnection: close\r\ncontent-length: %d\r\n\r\n%b"
-    ) % (_STATUS[status_of(error)], request_id_in(headers).encode(), retry, len(body), body)
+    body, request_id = error_object(error, anthropic=anthropic), request_id_in(headers).encode()
+    lines = [_STATUS[status_of(error)], b"content-type: application/json\r\nx-request-id: ", request_id, b"\r\n"]
+    if anthropic:
+        lines += [b"request-id: ", request_id, b"\r\n"]
+    if error.retry_after is not None:
+        lines.append(b"retry-after: %d\r\n" % error.retry_after)
+    return b"".join([*lines, b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(body), body])
 
 
 _PROCESS = os.urandom(10).hex()  # so that the ids of two gateways differ

@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
+from datetime import UTC, datetime
 from typing import Any
 
 import orjson
@@ -25,10 +26,10 @@ def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None
     return Response(orjson.dumps(content), status, headers, "application/json")
 
 
-def _error(error: ServiceError, path: str) -> Response:
-    """In the shape of the API that a path belongs to."""
+def _error(error: ServiceError, path: str, *, anthropic: bool = False) -> Response:
+    """In the shape of the API that a request is made for, by its path or its headers."""
     headers = None if error.retry_after is None else {"retry-after": str(error.retry_after)}
-    anthropic = path == MESSAGES.path or path.startswith(f"{MESSAGES.path}/")
+    anthropic = anthropic or path == MESSAGES.path or path.startswith(f"{MESSAGES.path}/")
     return Response(error_object(error, anthropic=anthropic), status_of(error), headers, "application/json")
 
 
@@ -42,13 +43,14 @@ def public_app(
 
     @app.exception_handler(ServiceError)
     async def refused(request: Request, error: ServiceError) -> Response:
-        return _error(error, request.url.path)
+        return _error(error, request.url.path, anthropic=_is_anthropic(request))
 
     @app.exception_handler(HTTPException)
     async def no_such_route(request: Request, error: HTTPException) -> Response:
         wrong_method = error.status_code == 405 or request.url.path.encode() in ROUTES
         kind = WrongMethod if wrong_method else NotFound
-        answer = _error(kind(f"There is no {request.method} {request.url.path} here."), request.url.path)
+        said = kind(f"There is no {request.method} {request.url.path} here.")
+        answer = _error(said, request.url.path, anthropic=_is_anthropic(request))
         if wrong_method:
             answer.headers["allow"] = (error.headers or {}).get("Allow", "POST")
         return answer
@@ -119,17 +121,42 @@ def models(fleet: Fleet, tenants: Tenants) -> APIRouter:
         return [entry for entry in fleet.models() if tenant.models is None or entry.get("id") in tenant.models]
 
     @router.get("/v1/models", summary="The models that are served")
+    @router.get("/v1/models/", include_in_schema=False)
     async def listed(request: Request) -> Response:
-        return _json({"object": "list", "data": allowed(request)})
+        entries = allowed(request)
+        if not _is_anthropic(request):
+            return _json({"object": "list", "data": entries})
+        data = [_anthropic_model(entry) for entry in entries]
+        first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
+        return _json({"data": data, "has_more": False, "first_id": first, "last_id": last})
 
     @router.get("/v1/models/{model:path}", summary="One model")
     async def one(model: str, request: Request) -> Response:
         for entry in allowed(request):
             if entry.get("id") == model:
-                return _json(entry)
-        return _error(UnknownModel(f"The model '{model}' is not served here.", param="model"), request.url.path)
+                return _json(_anthropic_model(entry) if _is_anthropic(request) else entry)
+        raise UnknownModel(f"The model '{model[:100]}' is not served here.", param="model")
 
     return router
+
+
+def _is_anthropic(request: Request) -> bool:
+    """Whether a request is made for Anthropic's API, all of whose clients send this header."""
+    return "anthropic-version" in request.headers
+
+
+def _anthropic_model(entry: dict[str, object]) -> dict[str, object]:
+    """A model as Anthropic's API lists it."""
+    created, name = entry.get("created"), str(entry.get("id"))
+    seconds = created if isinstance(created, int | float) else 0
+    return {
+        "type": "model",
+        "id": name,
+        "display_name": name,
+        "created_at": datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z"),
+        "lifecycle": "active",
+        "max_input_tokens": entry.get("max_model_len"),
+    }
 
 
 def describe_relayed(app: FastAPI) -> None:

@@ -240,6 +240,7 @@ def refusal(status: int, body: bytes) -> Refused:
         if isinstance(inner, dict):
             message = str(inner.get("message") or inner.get("detail") or "")
             param = inner.get("param") if isinstance(inner.get("param"), str) else None
+            param = param.removeprefix("body.") if param else None  # pydantic's word for where the field is
             code = inner.get("code") if isinstance(inner.get("code"), str) else None
         elif isinstance(inner, str):
             message = inner

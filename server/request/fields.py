@@ -55,8 +55,13 @@ ALLOWED: Mapping[str, frozenset[str]] = {
         "model stream input messages user dimensions encoding_format truncate_prompt_tokens truncation_side padding "
         "add_special_tokens use_activation normalize embed_dtype endianness".split()
     ),
+    "/v1/messages/count_tokens": frozenset(
+        "model messages system thinking tool_choice tools output_config output_format context_management cache_control "
+        "mcp_servers chat_template_kwargs".split()
+    ),
     "/tokenize": _CHAT_PROMPT
     | frozenset("model stream prompt tools return_token_strs add_special_tokens chat_template_kwargs".split()),
+    "/detokenize": frozenset("model tokens".split()),
 }
 
 # Fields whose text engines put into the prompt; what a tenant was granted beyond the list may be there too.

@@ -40,8 +40,13 @@ RESPONSES = Route(
 MESSAGES = Route("/v1/messages", xargs=True, anthropic=True, dialect="messages")
 EMBEDDINGS = Route("/v1/embeddings", makes_tokens=False, content_field="input", prompts=True)
 TOKENIZE = Route("/tokenize", generates=False, makes_tokens=False, content_field="prompt")
+DETOKENIZE = Route("/detokenize", generates=False, makes_tokens=False, content_field="tokens")
+COUNT_TOKENS = Route(
+    "/v1/messages/count_tokens", generates=False, makes_tokens=False, anthropic=True, dialect="messages"
+)
 ROUTES: dict[bytes, Route] = {
-    route.path.encode(): route for route in (CHAT, COMPLETIONS, RESPONSES, MESSAGES, EMBEDDINGS, TOKENIZE)
+    route.path.encode(): route
+    for route in (CHAT, COMPLETIONS, RESPONSES, MESSAGES, COUNT_TOKENS, EMBEDDINGS, TOKENIZE, DETOKENIZE)
 }
 
 MAX_SEQUENCES = 128  # OpenAI's own bound on `n`
@@ -51,6 +56,7 @@ LONGEST_OPTIONS_BYTES = 4096
 LONGEST_DEADLINE_S = 1e9
 
 _ABSENT = msgspec.Raw(b"null")
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # JSON has none, but some clients send it (RFC 8259, 8.1, allows to ignore it)
 _NEUTRAL = (b"null", b"false")  # a field that says nothing is refused to nobody
 _NO_TOOLS = (b"null", b"[]")
 _KNOWN = frozenset().union(*ALLOWED.values())
@@ -123,6 +129,7 @@ def deadline_from(header: bytes) -> float:
 
 def call_from(route: Route, body: bytes, tenant: Tenant, call_id: str, bytes_per_token: float) -> Call:
     """Reads a body. Raises BadRequest with a sentence that names the field."""
+    body = body.removeprefix(_BYTE_ORDER_MARK)
     if body.count(b":") > _SAFE_MEMBERS and not tenant.grants:
         _bound_members(route, body)
     members, fields = _parsed(body)

@@ -127,14 +127,20 @@ async def test_another_method_on_a_relayed_route_is_405() -> None:
 
 async def test_an_unknown_route_is_404_in_openai_shape() -> None:
     async with over_fake() as (gateway, _):
-        for path in ("/v1/chat/completions/", "/v2/chat/completions", "/", "/v1/chat/completions%00"):
+        for path in ("/v1/chat/completions//", "/v2/chat/completions", "/", "/v1/chat/completions%00"):
             reply = await gateway.ask(path, chat())
             assert reply.status == 404 and reply.error["code"] == "unknown_url"
 
 
 async def test_a_query_or_an_absolute_url_leads_to_the_same_route() -> None:
     async with over_fake() as (gateway, engine):
-        for url in (CHAT + "?api-version=1", "http://gateway" + CHAT, "http://gateway" + CHAT + "?x"):
+        for url in (
+            CHAT + "/",
+            CHAT + "/?x",
+            CHAT + "?api-version=1",
+            "http://gateway" + CHAT,
+            "http://gateway" + CHAT + "?x",
+        ):
             assert (await gateway.ask(url, chat())).status == 200
             assert engine.seen[-1].path == CHAT
 

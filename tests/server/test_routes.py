@@ -1,7 +1,12 @@
 """What is not relayed: health, readiness, models, the OpenAPI page."""
 
+import json
+from datetime import datetime
+
+import pytest
+
 from loadtest.fake.engine import FakeEngine
-from tests.server.conftest import INSTANT, over_fake, request, serving
+from tests.server.conftest import INSTANT, chat, over_fake, over_script, plain, request, says, serving
 
 
 async def test_health_says_that_the_process_lives_and_ready_that_a_worker_does() -> None:
@@ -79,3 +84,59 @@ async def test_below_the_messages_route_errors_are_anthropic_s() -> None:
         told = (await (await gateway.send(too_large)).answer()).json()
         assert told["error"]["type"] == "request_too_large"
         assert (await gateway.ask("/v1/messagesx", {})).error["code"] == "unknown_url"
+
+
+ANTHROPIC = {"anthropic-version": "2023-06-01"}
+
+
+async def test_clients_of_anthropic_see_models_as_anthropic_lists_them() -> None:
+    async with over_fake() as (gateway, _):
+        listed = (await gateway.ask("/v1/models", method="GET", headers=ANTHROPIC)).json()
+        assert set(listed) == {"data", "has_more", "first_id", "last_id"} and listed["first_id"] == "fake"
+        (model,) = listed["data"]
+        assert model["type"] == "model" and model["id"] == model["display_name"] == "fake"
+        assert datetime.fromisoformat(model["created_at"]).tzinfo is not None
+        assert (await gateway.ask("/v1/models/fake", method="GET", headers=ANTHROPIC)).json() == model
+        missing = await gateway.ask("/v1/models/other", method="GET", headers=ANTHROPIC)
+        assert missing.status == 404 and missing.json()["error"]["type"] == "not_found_error"
+        assert (await gateway.ask("/v1/models/", method="GET")).json()["object"] == "list"
+
+
+async def test_below_the_messages_route_the_id_is_in_anthropic_s_header_too() -> None:
+    good = chat(max_tokens=3)
+    async with over_fake() as (gateway, _):
+        for method, path, body in (
+            ("POST", "/v1/messages", good),
+            ("POST", "/v1/messages", b"{"),
+            ("GET", "/v1/messages", b""),
+        ):
+            reply = await gateway.ask(path, body, method=method, headers={"x-request-id": "trace-7"})
+            assert reply.headers["request-id"] == reply.headers["x-request-id"] == "trace-7"
+        assert "request-id" not in (await gateway.ask("/v1/chat/completions", good)).headers
+
+
+@pytest.mark.parametrize("path", ["/v1/messages/count_tokens", "/detokenize", "/tokenize"])
+async def test_what_only_counts_tokens_is_relayed_and_does_not_wait(path: str) -> None:
+    asked = {"model": "fake"} | ({"tokens": [1, 2]} if path == "/detokenize" else {"messages": []})
+    async with over_script(says(plain(b'{"input_tokens":3}')), slots=1, admission={"max_waiting": 0}) as (
+        gateway,
+        engine,
+    ):
+        next(iter(gateway.server.fleet.members.values())).in_flight += 1  # it is full
+        reply = await gateway.ask(path, asked)
+        assert reply.status == 200 and reply.json() == {"input_tokens": 3}
+        assert engine.asked[-1].path == path and json.loads(engine.asked[-1].body) == asked
+        next(iter(gateway.server.fleet.members.values())).in_flight -= 1
+
+
+async def test_a_byte_order_mark_before_a_body_is_passed_over() -> None:
+    body = json.dumps(chat()).encode()
+    async with over_script(says(plain(b'{"choices":[]}'))) as (gateway, engine):
+        assert (await gateway.ask("/v1/chat/completions", b"\xef\xbb\xbf" + body)).status == 200
+        assert engine.asked[-1].body == body
+
+
+async def test_the_field_that_an_engine_refuses_is_named_as_openai_names_it() -> None:
+    refused = b'{"error":{"message":"no","type":"BadRequestError","param":"body.input","code":400}}'
+    async with over_script(says(plain(refused, status="400 Bad Request"))) as (gateway, _):
+        assert (await gateway.ask("/v1/chat/completions", chat())).error["param"] == "input"
