@@ -35,15 +35,6 @@ def on_off(rate_per_s: float, on_s: float, off_s: float, rng: Random) -> Iterato
         yield busy_s + off_s * int(busy_s // on_s)
 
 
-def steady(rate_per_s: float) -> Iterator[float]:
-    """One request every 1 / rate seconds."""
-    _positive(rate_per_s, "rate")
-    number = 0
-    while True:
-        yield number / rate_per_s
-        number += 1
-
-
 def timed(times_s: Iterable[float], rate_scale: float = 1.0) -> Iterator[float]:
     """A trace's own times; at a scale of 2 it passes twice as fast. Times that fall back are held at the latest."""
     _positive(rate_scale, "rate scale")

@@ -4,7 +4,7 @@ from statistics import mean, pstdev
 
 import pytest
 
-from loadtest.traces.arrivals import gamma, on_off, parse_stages, poisson, staged, steady, timed
+from loadtest.traces.arrivals import gamma, on_off, parse_stages, poisson, staged, timed
 
 
 def gaps(times: list[float]) -> list[float]:
@@ -37,10 +37,6 @@ def test_on_off_is_silent_while_it_is_off() -> None:
 
 def test_a_trace_passes_as_fast_as_it_is_scaled_and_never_goes_back() -> None:
     assert list(timed([0.0, 4.0, 3.0, 8.0], rate_scale=2.0)) == [0.0, 2.0, 2.0, 4.0]
-
-
-def test_steady_arrivals_are_evenly_spaced() -> None:
-    assert list(islice(steady(4.0), 3)) == [0.0, 0.25, 0.5]
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, float("nan")])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from loadtest.call import Call
 from loadtest.traces import arrivals
-from loadtest.traces.arrivals import steady, timed
+from loadtest.traces.arrivals import timed
 from loadtest.traces.formats import TraceRow
 from loadtest.traces.prompts import text_prompts, token_prompts
 from loadtest.traces.workload import MIXES, Fit, Maker, Shape, conversations, mean_lengths, parse_shares, shapes
@@ -99,7 +99,7 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
 
 def test_tenants_ask_in_their_shares() -> None:
     maker = Maker(token_prompts(1), Fit(0.01), parse_shares("heavy=3,light"))
-    calls = list(islice(maker.calls(shapes("S", Random(1)), steady(10.0), Random(2)), 2000))
+    calls = list(islice(maker.calls(shapes("S", Random(1)), (at / 10 for at in range(2000)), Random(2)), 2000))
     assert sum(call.tenant == "heavy" for call in calls) / 2000 == pytest.approx(0.75, abs=0.04)
     assert [call.at_s for call in calls[:3]] == [0.0, 0.1, 0.2]
 
