@@ -262,7 +262,9 @@ class GatewayServer:
         tenants = self.shared.tenants
         self.app.include_router(batch_routes(batches, partial(identified, tenants)))
         engines = GatewayEngines(self.gateway.answer, tenants, self.lines, reserve=batch.reserve, share=batch.share)
-        return Runner(batches, engines, self.shared.replicas.name, monotonic)
+        runner = Runner(batches, engines, self.shared.replicas.name, monotonic)
+        self.telemetry.registry.register(runner)
+        return runner
 
     def _notes(self) -> dict[str, Any]:
         """What /ready says beside the workers."""

@@ -7,11 +7,15 @@ that were in flight; they run once more, and whoever records a line's result fir
 import asyncio
 import logging
 import sqlite3
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Protocol
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from server.batch.batches import Batches
 from server.batch.content import Ready, Reply, answered, not_run, read
@@ -31,6 +35,7 @@ BURST = 32  # lines that start before the queue is looked at again
 PAGE = 1000
 RETRY_S = (1.0, 30.0)  # the first pause of a line that found no room, and the longest
 AGAIN = (408, 425, 429, 500, 502, 503, 504)  # worth another try: nothing is wrong with the request
+OUTCOMES = ("answered", "failed", "retried")
 MOST_TRIES = 8  # of a line that engines fail on; refusals for want of room do not count
 
 
@@ -69,7 +74,7 @@ class _Work:
         return self.exhausted and not (self.ready or self.later or self.running or self.results)
 
 
-class Runner:
+class Runner(Collector):
     """Runs all batches of the store that no other gateway runs. owner: this process's name among them."""
 
     def __init__(self, batches: Batches, engines: Engines, owner: str, clock: Callable[[], float]) -> None:
@@ -77,6 +82,8 @@ class Runner:
         self.engines = engines
         self.owner = owner
         self.clock = clock
+        self.lines: Counter[str] = Counter()
+        self.in_flight = 0
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._swept_at = float("-inf")
 
@@ -232,15 +239,22 @@ class Runner:
         """One request, and what becomes of its answer."""
         batch, line = work.batch, ready.line
         request_id = f"batch_req_{batch.id[6:]}_{line.number}"
-        reply = await self.engines.ask(batch.tenant, batch.endpoint, ready.body, request_id)
+        self.in_flight += 1
+        try:
+            reply = await self.engines.ask(batch.tenant, batch.endpoint, ready.body, request_id)
+        finally:
+            self.in_flight -= 1
         tries = work.tries.get(line.number, 0)
         if reply.status in AGAIN and (reply.status in (429, 503) or tries + 1 < MOST_TRIES):
             work.tries[line.number] = tries + 1
+            self.lines["retried"] += 1
             pause_s = min(RETRY_S[1], RETRY_S[0] * 2 ** min(tries, 5))
             work.later.append((self.clock() + max(pause_s, min(RETRY_S[1], reply.retry_after_s or 0.0)), ready))
             return
         work.tries.pop(line.number, None)
-        work.results.append(Result(line.number, 200 <= reply.status < 300, answered(line, reply)))
+        ok = 200 <= reply.status < 300
+        self.lines["answered" if ok else "failed"] += 1
+        work.results.append(Result(line.number, ok, answered(line, reply)))
 
     async def _flush(self, work: _Work) -> None:
         """Records what was answered. It stays in memory, and no further line starts, while the disk is full."""
@@ -285,6 +299,16 @@ class Runner:
         await self._moved(batch, status, output_file_id=output, error_file_id=errors)
         await self.batches.call(self.batches.store.forget_lines, batch.id)
         log.info("batch %s is %s", batch.id, status.value)
+
+    def collect(self) -> Iterator[Metric]:
+        lines = CounterMetricFamily("evenhand_batch_lines", "Requests of batches by outcome.", labels=("outcome",))
+        for outcome in OUTCOMES:
+            lines.add_metric((outcome,), self.lines[outcome])
+        yield lines
+        yield GaugeMetricFamily(
+            "evenhand_batch_lines_in_flight", "Requests of batches that run or wait.", self.in_flight
+        )
+        yield GaugeMetricFamily("evenhand_batches_running", "Batches that this gateway runs.", len(self._tasks))
 
     def _write_results(self, batch: Batch, *, ok: bool) -> str | None:
         """The file's id; None if there is nothing to write."""

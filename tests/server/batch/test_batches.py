@@ -80,6 +80,9 @@ async def test_a_batch_runs_from_upload_to_download(tmp_path: Path) -> None:
         with pytest.raises(openai.BadRequestError, match="completed cannot be cancelled"):
             await client.batches.cancel(batch.id)
         assert len({line["id"] for line in output}) == 1001
+        metrics = await gateway.metrics()
+        assert metrics["evenhand_batch_lines_total", (("outcome", "answered"),)] == 1001
+        assert metrics["evenhand_batch_lines_in_flight", ()] == 0
         listed = await client.batches.list(limit=10)
         assert [found.id for found in listed.data] == [batch.id]
 
