@@ -11,6 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from deploy.settings import ServeSettings
+from server.batch.runner import Runner
 from server.fleet.balancer import Balancer
 from server.fleet.fleet import Fleet
 from server.observe.fairness_metrics import Sharing
@@ -55,6 +56,7 @@ def metrics() -> set[str]:
         Balancer(Fleet(), 1, clock=lambda: 0.0),
         Handover(lambda ticket, worker: b"", Fleet(), timeout_s=1.0, clock=lambda: 0.0),
         Sharing(Counter(), lambda: (True, 1), lambda: 0.0, labels=1),
+        Runner(Any, Any, "", lambda: 0.0),  # type: ignore[arg-type]  # its metrics need neither batches nor engines
     )
     names = {
         family.name + ("_total" if family.type == "counter" else "")

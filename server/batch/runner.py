@@ -305,9 +305,8 @@ class Runner(Collector):
         for outcome in OUTCOMES:
             lines.add_metric((outcome,), self.lines[outcome])
         yield lines
-        yield GaugeMetricFamily(
-            "evenhand_batch_lines_in_flight", "Requests of batches that run or wait.", self.in_flight
-        )
+        waiting = "Requests of batches that run or wait for a slot."
+        yield GaugeMetricFamily("evenhand_batch_lines_in_flight", waiting, self.in_flight)
         yield GaugeMetricFamily("evenhand_batches_running", "Batches that this gateway runs.", len(self._tasks))
 
     def _write_results(self, batch: Batch, *, ok: bool) -> str | None:
