@@ -13,7 +13,7 @@ def traces() -> dict[str, Trace]:
 def test_a_request_reaches_its_engine_in_a_few_calls(traces: dict[str, Trace]) -> None:
     trace = traces["request"]
     assert trace.files[0] == "server/front/protocol.py" and trace.files[-1] == "server/engine/client.py"
-    assert len(trace.calls) <= 104 and len(set(trace.files)) <= 21 and trace.changes <= 50, trace.page()
+    assert len(trace.calls) <= 110 and len(set(trace.files)) <= 23 and trace.changes <= 56, trace.page()
 
 
 def test_a_token_reaches_its_client_in_five_calls(traces: dict[str, Trace]) -> None:
