@@ -30,7 +30,9 @@ class ServeSettings(Settings):
         description="compile the model at start: on a CPU some 40 s later ready, and about a seventh more tokens a "
         "second (a GPU engine always compiles)",
     )
-    start_timeout_s: Positive = Field(900.0, description="until an engine must be ready, seconds")
+    start_timeout_s: Positive = Field(
+        900.0, description="how long a starting engine may say nothing in its log, seconds"
+    )
     state_folder: Path | None = Field(None, description="where the engines' logs go; default: the user's state folder")
     dry_run: bool = Field(False, description="print what would be started on which GPUs or cores, and start nothing")
     verbose: bool = Field(False, description="show the engines' whole logs")

@@ -136,20 +136,24 @@ CAUSES: tuple[Cause, ...] = (
     (
         re.compile(r"([\d.]+) GiB KV cache is needed|No available memory for the cache blocks"),
         lambda _: (
-            "the KV cache cannot hold one request of the model's full length: give more with --kv-cache-gib, "
-            "or shorten it with --engine-arg=--max-model-len=2048"
+            "the KV cache cannot hold one request of the model's full length: give more (on a CPU with "
+            "--kv-cache-gib, on GPUs by spreading the model with --engine-arg=--tensor-parallel-size=2), or shorten it "
+            "with --engine-arg=--max-model-len=2048"
         ),
     ),
     (
         re.compile(r"CUDA out of memory|OutOfMemoryError|Free memory on device"),
         lambda _: (
-            "the GPU has too little free memory: free some, or take less with "
-            "--engine-arg=--gpu-memory-utilization=0.5 or a smaller model"
+            "the GPU has too little free memory: end what else uses it (`nvidia-smi`), spread the model over more GPUs "
+            "with --engine-arg=--tensor-parallel-size=2, or use a smaller or quantized model"
         ),
     ),
     (
         re.compile(r"MemoryError|Cannot allocate memory|DefaultCPUAllocator: can't allocate|std::bad_alloc"),
-        lambda _: "the machine ran out of memory: use a smaller model, fewer workers or a smaller --kv-cache-gib",
+        lambda _: (
+            "the machine ran out of memory (not the GPU): use a smaller model, fewer workers or, on a CPU, a smaller "
+            "--kv-cache-gib"
+        ),
     ),
     (
         re.compile(r"Address already in use"),

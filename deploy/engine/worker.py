@@ -19,6 +19,7 @@ from deploy.engine.child import Child, ChildEnded, running
 from deploy.engine.cores import stray_threads
 from deploy.engine.engine_args import EngineCommand, Ports
 from deploy.engine.engine_log import STAGES, LogFile, LogLine, cause, parse, stage
+from deploy.engine.pulse import Pulse
 
 KEPT_LINES = 1000  # enough for the stacks of all of vLLM's processes, root cause included
 STRAYED = (
@@ -78,10 +79,12 @@ class Life:
 class Timing:
     """How patient a supervisor is. All in seconds.
 
-    start_s: for one start, canary included.
+    start_s: for a step of a start that says nothing, and for the canary.
     probe_every_s, watch_every_s: between two probes, before and after it is ready.
     unanswered_s: a ready engine that has not answered for so long is taken for hung; long, for on a busy CPU one step
     can hold everything up.
+    look_every_s: between two looks at whether it computes. ask_every_s: without work it is asked so often.
+    hung_s: one that has requests and makes no step for so long is hung; more where its own steps take long.
     backoff_s: doubles with each death up to backoff_most_s, and is forgotten after stable_s alive.
     grace_s: from asking an engine to stop to killing it.
     """
@@ -91,6 +94,9 @@ class Timing:
     probe_timeout_s: float = 10.0
     watch_every_s: float = 1.0
     unanswered_s: float = 60.0
+    look_every_s: float = 5.0
+    ask_every_s: float = 60.0
+    hung_s: float = 120.0
     backoff_s: float = 1.0
     backoff_most_s: float = 60.0
     stable_s: float = 120.0
@@ -105,6 +111,9 @@ class Check(Protocol):
     """A test that a started engine has to pass: `deploy.engine.canary.Canary`. Raises CanaryError."""
 
     async def check(self, client: httpx2.AsyncClient, url: str) -> str: ...
+
+    async def responds(self, client: httpx2.AsyncClient, url: str, timeout_s: float) -> bool:
+        """Whether the engine answers anything, an error included, to the smallest of questions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +160,8 @@ class WorkerProcess:
         self._stage = 0
         self._stopping = False
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
+        self._deadline: asyncio.Timeout | None = None
+        self._said: set[str] = set()
 
     async def run(self) -> None:
         """Starts the engine and restarts it for ever. WorkerError if it did not become ready the first time."""
@@ -195,7 +206,7 @@ class WorkerProcess:
 
     async def _become_ready(self, child: Child, client: httpx2.AsyncClient) -> None:
         try:
-            async with asyncio.timeout(self._timing.start_s):
+            async with asyncio.timeout(self._timing.start_s) as self._deadline:
                 await child.or_end(self._answering(client))
                 self._move(State.CANARY, "asking it a question whose answer is known")
                 said = await child.or_end(self._canary.check(client, self._url))
@@ -205,7 +216,11 @@ class WorkerProcess:
             raise WorkerError(str(error)) from error
         except TimeoutError as error:
             limit_s = self._timing.start_s
-            raise WorkerError(f"it was not ready after {limit_s:.0f} s: allow more with --start-timeout") from error
+            raise WorkerError(
+                f"it was not ready after {limit_s:.0f} s without news in its log: allow more with --start-timeout"
+            ) from error
+        finally:
+            self._deadline = None
         self._move(State.READY, said)
         if strays := stray_threads(child.pid, *self._cores):
             self._listeners.line(self.name, LogLine("", "WARNING", STRAYED.format(", ".join(strays))))
@@ -213,9 +228,50 @@ class WorkerProcess:
     async def _ready_until(self, child: Child, client: httpx2.AsyncClient) -> str:
         """Watches a ready engine until it dies or hangs; returns why, as a sentence."""
         try:
-            return await child.or_end(self._unhealthy(client))
+            return await child.or_end(self._useless(child, client))
         except ChildEnded as end:
             return cause(self._lines, end.exit_code)
+
+    async def _useless(self, child: Child, client: httpx2.AsyncClient) -> str:
+        """Returns when an engine that runs has become useless. One that hangs is ended, for it would not end itself."""
+        unhealthy = asyncio.create_task(self._unhealthy(client))
+        hung = asyncio.create_task(self._hung(client))
+        try:
+            await asyncio.wait({unhealthy, hung}, return_when=asyncio.FIRST_COMPLETED)
+            if unhealthy.done():
+                return unhealthy.result()
+            why = hung.result()
+            child.kill()
+            return why
+        finally:
+            for task in (unhealthy, hung):
+                task.cancel()
+            await asyncio.gather(unhealthy, hung, return_exceptions=True)
+
+    async def _hung(self, client: httpx2.AsyncClient) -> str:
+        """Returns when the engine answers, but does not compute. Idle, it is asked something now and then."""
+        timing, pulse = self._timing, Pulse(_now_s())
+        while True:
+            await asyncio.sleep(timing.look_every_s)
+            await self._look(client, pulse)
+            if pulse.hangs(_now_s(), timing.hung_s):
+                return f"it has requests and made no step for {_now_s() - pulse.moved_at:.0f} s: it hangs"
+            if not pulse.idle or _now_s() - pulse.moved_at < timing.ask_every_s:
+                continue
+            asked_at_s = _now_s()
+            responded = await self._canary.responds(client, self._url, timing.hung_s)
+            # Others may have come while it was asked, and be served first.
+            if not await self._look(client, pulse) and not responded:
+                return f"it did not answer a question within {_now_s() - asked_at_s:.0f} s: it hangs"
+            pulse.moved_at = _now_s()
+
+    async def _look(self, client: httpx2.AsyncClient, pulse: Pulse) -> bool:
+        """Whether something was done since the last look; one that cannot be looked at is another's business."""
+        try:
+            answer = await client.get(self._url + "/metrics", timeout=self._timing.probe_timeout_s)
+        except httpx2.HTTPError:
+            return False
+        return answer.status_code == 200 and pulse.read(answer.text, _now_s())
 
     async def _answering(self, client: httpx2.AsyncClient) -> None:
         """Returns when the engine says that it is healthy."""
@@ -247,6 +303,7 @@ class WorkerProcess:
     async def _process(self) -> AsyncIterator[Child]:
         """The engine with fresh ports and a fresh folder for its metrics, where a dead one's must not count."""
         self._lines.clear()
+        self._said.clear()
         self._stage = 0
         metrics_folder = tempfile.mkdtemp(prefix="evenhand-metrics-")
         try:
@@ -279,6 +336,17 @@ class WorkerProcess:
         if self.state is State.STARTING and (reached := stage(line, self._stage)) != self._stage:
             self._stage = reached
             self._tell(STAGES[reached][1])
+
+    def _progress(self, text: str) -> None:
+        """Puts the end of a start off when its log says something new.
+
+        Fetching and loading a large model takes its time, and tells of its progress; what is said again and again
+        ("Waiting for 1 local core engine") is none.
+        """
+        deadline = self._deadline
+        if self.state is State.STARTING and deadline is not None and text not in self._said and not deadline.expired():
+            self._said.add(text)
+            deadline.reschedule(_now_s() + self._timing.start_s)
 
     def _move(self, state: State, detail: str) -> None:
         if state not in MOVES[self.state]:

@@ -40,14 +40,19 @@ async def test_an_engine_that_says_the_same_twice_may_join_and_is_asked_greedily
 
 async def test_the_bundled_model_must_give_its_recorded_answer() -> None:
     assert await heard(lambda path, body: (200, chat(PRIMES)), "smollm2") == PRIMES
-    with pytest.raises(CanaryError, match=r"L'Étoile.*in place of.*dtype=float32.*enforce-eager"):
+    with pytest.raises(CanaryError, match=r"L'Étoile.*in place of.*enforce-eager.*dtype=float32"):
         await heard(lambda path, body: (200, chat("L'Étoile, la Marseillaise, la femme")), "smollm2")
 
 
 async def test_an_engine_that_contradicts_itself_must_not_join() -> None:
-    answers = iter(["Paris", "Paris, of course"])
+    answers = iter(["Paris", "Paris, of course", "Lyon", "Rome"])
     with pytest.raises(CanaryError, match="'Paris' and then with 'Paris, of course'"):
         await heard(lambda path, body: (200, chat(next(answers))))
+
+
+async def test_a_near_tie_that_falls_either_way_is_no_fault() -> None:
+    answers = iter(["Paris", "Paris, of course", "Paris", "Paris"])
+    assert await heard(lambda path, body: (200, chat(next(answers)))) == "Paris"
 
 
 @pytest.mark.parametrize("silence", ["", "  \n", None])

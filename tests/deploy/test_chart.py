@@ -379,3 +379,52 @@ def test_a_wrong_value_is_refused_by_its_name(values: dict[str, Any], named: str
     with pytest.raises(helm_python.HelmError) as refused:
         rendered(values)
     assert named in str(refused.value)
+
+
+def worker_pod(**values: Any) -> Doc:
+    """The pod of a worker with these values."""
+    documents = rendered(KEY | {"workers": {"main": values}})
+    (pod,) = [
+        doc["spec"]["template"]["spec"]
+        for doc in documents
+        if doc["kind"] in ("Deployment", "StatefulSet") and doc["metadata"]["name"].endswith("main")
+    ]
+    return dict(pod)
+
+
+@pytest.mark.parametrize(
+    ("limits", "engine_args", "said"),
+    [
+        ({"nvidia.com/gpu": 8}, [], ["--engine-arg=--tensor-parallel-size=8"]),
+        ({"nvidia.com/gpu": 1}, [], []),
+        ({"nvidia.com/mig-3g.20gb": 1}, [], []),
+        (
+            {"nvidia.com/gpu": 8},
+            ["--pipeline-parallel-size=8"],
+            ["--engine-arg=--pipeline-parallel-size=8"],
+        ),
+        (
+            {"nvidia.com/gpu": 2},
+            ["--max-num-seqs=64"],
+            ["--engine-arg=--tensor-parallel-size=2", "--engine-arg=--max-num-seqs=64"],
+        ),
+    ],
+)
+def test_an_engine_uses_all_gpus_of_its_pod(limits: Mapping[str, int], engine_args: list[str], said: list[str]) -> None:
+    pod = worker_pod(resources={"limits": limits}, engineArgs=engine_args)
+    assert pod["containers"][0]["args"][4:] == said
+
+
+def test_a_pod_for_rdma_may_lock_memory_and_choose_runtime_and_place() -> None:
+    affinity = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": []}}}
+    pod = worker_pod(capabilities=["IPC_LOCK"], runtimeClassName="nvidia", affinity=affinity)
+    assert pod["containers"][0]["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["IPC_LOCK"]}
+    assert (pod["runtimeClassName"], pod["affinity"]) == ("nvidia", affinity)
+    plain = worker_pod()
+    assert plain["containers"][0]["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert not {"runtimeClassName", "affinity"} & set(plain)
+
+
+def test_what_a_start_compiles_is_kept_beside_the_models() -> None:
+    env = {item["name"]: item.get("value") for item in worker_pod()["containers"][0]["env"]}
+    assert env["VLLM_CACHE_ROOT"].startswith(env["HF_HOME"] + "/")

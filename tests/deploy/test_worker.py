@@ -198,6 +198,9 @@ class Wrong:
     async def check(self, client: httpx2.AsyncClient, url: str) -> str:
         raise CanaryError("the engine answered with nonsense")
 
+    async def responds(self, client: httpx2.AsyncClient, url: str, timeout_s: float) -> bool:
+        return True
+
 
 async def test_an_engine_with_a_wrong_canary_never_becomes_ready(watched: Watched) -> None:
     with pytest.raises(WorkerError, match="nonsense"):
@@ -285,3 +288,70 @@ def test_ports_stay_while_they_are_free() -> None:
         assert not is_free("127.0.0.1", ports.http)
         assert usable_ports(ports) != ports
     assert eventually(lambda: is_free("127.0.0.1", ports.http))
+
+
+# A server whose core stands still: it is healthy, and has the requests and steps that the test writes into a file.
+HOLLOW = """
+import http.server, json, pathlib, sys, time
+
+port, state = int(sys.argv[1]), pathlib.Path(sys.argv[2])
+
+class Server(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.answer(state.read_bytes() if self.path == "/metrics" and state.exists() else b"")
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if asked.get("max_tokens") == 1:
+            time.sleep(3600)  # its core does not answer any more
+        self.answer(json.dumps({"choices": [{"message": {"content": "fine"}}]}).encode())
+
+    def answer(self, body):
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Server).serve_forever()
+"""
+
+
+def metrics(running: int, steps: int) -> str:
+    return f'vllm:num_requests_running{{engine="0"}} {running}.0\nevenhand_engine_steps_total {steps}.0\n'
+
+
+@pytest.mark.parametrize(("running", "why"), [(3, "made no step for"), (0, "did not answer a question within")])
+async def test_an_engine_whose_core_hangs_under_a_live_server_is_replaced(
+    watched: Watched, tmp_path: Path, running: int, why: str
+) -> None:
+    state = tmp_path / "metrics"
+    timing = replace(QUICK, look_every_s=0.02, ask_every_s=0.1, hung_s=0.2)
+    async with alive(watched.worker(lambda port: [sys.executable, "-c", HOLLOW, str(port), str(state)], timing)):
+        await watched.until(State.READY)
+        first = watched.engine_pid()
+        state.write_text(metrics(running, 5))
+        dead = await watched.until(State.DEAD)
+        assert why in dead.detail and "it hangs" in dead.detail
+        state.unlink()
+        await watched.until(State.READY, times=2)
+        assert watched.engine_pid() != first
+
+
+@pytest.mark.slow
+async def test_a_start_may_take_as_long_as_its_log_says_new_things(watched: Watched, tmp_path: Path) -> None:
+    loads = "import time\nfor part in range(12): print(f'Loading shards: {part}', flush=True); time.sleep(0.3)\n"
+    timing = replace(QUICK, start_s=3.0)
+    argv = [sys.executable, "-c", loads + HOLLOW]
+    async with alive(watched.worker(lambda port: [*argv, str(port), str(tmp_path / "metrics")], timing)):
+        await watched.until(State.READY)
+
+
+async def test_a_start_that_says_the_same_thing_again_and_again_is_given_up(watched: Watched) -> None:
+    stuck = "import time\nwhile True: print('Waiting for 1 local core engine', flush=True); time.sleep(0.1)"
+    with pytest.raises(WorkerError, match="it was not ready after 1 s without news in its log"):
+        await watched.worker(lambda port: [sys.executable, "-c", stuck], replace(QUICK, start_s=1.0)).run()

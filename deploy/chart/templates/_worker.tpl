@@ -28,7 +28,7 @@ spec:
       env:
         {{- include "evenhand.workerEnv" . | nindent 8 }}
       {{- if not .follows }}
-      # The worker starts its engine anew when that dies or hangs, so there is no liveness probe.
+      # The worker itself replaces an engine that dies, or that has requests and makes no step: no liveness probe is needed.
       startupProbe:
         httpGet: {path: /health, port: engine}
         periodSeconds: 5
@@ -39,7 +39,9 @@ spec:
         timeoutSeconds: 3
       {{- end }}
       resources: {{- toYaml $worker.resources | nindent 8 }}
-      securityContext: {{- include "evenhand.containerSecurity" .root | nindent 8 }}
+      securityContext:
+        allowPrivilegeEscalation: false
+        capabilities: {drop: [ALL]{{ with $worker.capabilities }}, add: {{ toJson . }}{{ end }}}
       volumeMounts:
         - {name: models, mountPath: /models}
         - {name: shm, mountPath: /dev/shm}
@@ -53,6 +55,12 @@ spec:
     - name: models
       emptyDir: {}
     {{- end }}
+  {{- with $worker.runtimeClassName }}
+  runtimeClassName: {{ . }}
+  {{- end }}
+  {{- with $worker.affinity }}
+  affinity: {{- toYaml . | nindent 4 }}
+  {{- end }}
   {{- with $worker.nodeSelector }}
   nodeSelector: {{- toYaml . | nindent 4 }}
   {{- end }}
@@ -106,7 +114,7 @@ args:
 {{- if gt (int .multiNode.nodes) 1 }}{{ .multiNode.backend }}{{ end }}
 {{- end }}
 
-{{- /* What vLLM must know of its group; each node's GPUs share layers, and the nodes one after the other. */}}
+{{- /* How vLLM uses its GPUs: those of a node share layers, and the nodes come one after the other. */}}
 {{- define "evenhand.groupArgs" -}}
 {{- $gpus := dig "limits" "nvidia.com/gpu" 1 .worker.resources }}
 {{- $backend := include "evenhand.backend" .worker }}
@@ -119,6 +127,8 @@ args:
 - --node-rank=$(LWS_WORKER_INDEX)
 - --master-addr=$(LWS_LEADER_ADDRESS)
 {{- end }}
+{{- else if and (gt (int $gpus) 1) (not (regexMatch "parallel.size" (join " " .worker.engineArgs))) }}
+- --tensor-parallel-size={{ $gpus }}
 {{- else }}
 []
 {{- end }}
@@ -145,6 +155,9 @@ args:
 {{ include "evenhand.redis" .root }}
 {{ end -}}
 - {name: HF_HOME, value: /models}
+# What a first start compiles outlives the pod where the models do.
+- {name: VLLM_CACHE_ROOT, value: /models/.cache/vllm}
+- {name: TRITON_CACHE_DIR, value: /models/.cache/triton}
 {{- with $worker.huggingFaceSecret }}
 - name: HF_TOKEN
   valueFrom:
