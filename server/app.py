@@ -21,7 +21,7 @@ from server.admission.live_policy import LivePolicy
 from server.background import Background
 from server.batch.batches import Batches
 from server.batch.lines import GatewayEngines
-from server.batch.routes import batch_routes
+from server.batch.routes import batch_routes, operator_routes
 from server.batch.runner import Runner
 from server.cluster.local_sync import Process, Siblings
 from server.cluster.state import Shared
@@ -166,6 +166,8 @@ class GatewayServer:
         console = console_routes(seen, admin.authorize)
         for routes in (admin_routes(admin), console, log_routes(admin.authorize)):
             self.app.include_router(routes)
+        if self.batches is not None:
+            self.app.include_router(operator_routes(self.batches.batches, admin.authorize))
 
     def _listener(self) -> _Server:
         """Where clients come in: our own protocol, and the application behind it."""

@@ -188,6 +188,14 @@ class Batches:
                 self.changed.set()
                 return cancelling
 
+    async def cancel_any(self, batch_id: str) -> Batch:
+        """`cancel` for an operator: the batch of any tenant."""
+        found = await self.call(self.store.batch, batch_id)
+        return await self.cancel("" if found is None else found.tenant, batch_id)
+
+    async def recent(self, limit: int) -> list[Batch]:
+        return await self.call(self.store.recent, limit)
+
     async def running(self) -> list[Batch]:
         return await self.call(self.store.running)
 

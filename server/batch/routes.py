@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 import orjson
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.concurrency import iterate_in_threadpool
 from fastapi.responses import StreamingResponse
 from starlette.datastructures import UploadFile
@@ -13,6 +13,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from server.batch.batches import MAX_FILE_BYTES, Batches, BatchRequest
 from server.batch.files import bounded
+from server.batch.objects import Batch
 from server.request.errors import BadRequest
 from server.request.tenants import Tenant
 
@@ -79,6 +80,27 @@ def batch_routes(batches: Batches, identify: Callable[[Request], Tenant]) -> API
         return _json((await batches.cancel(identify(request).name, batch_id)).public())
 
     return router
+
+
+def operator_routes(batches: Batches, authorize: Callable[[Request], None]) -> APIRouter:
+    """Every tenant's batches, for operators and the console."""
+    router = APIRouter(prefix="/admin/batches", tags=["admin"], dependencies=[Depends(authorize)])
+
+    @router.get("", summary="The newest batches of all tenants")
+    async def listed(limit: int = _LIMIT) -> Response:
+        return _json({"batches": [_for_operators(batch) for batch in await batches.recent(limit)]})
+
+    @router.post("/{batch_id}/cancel", summary="End any tenant's batch")
+    async def cancel(batch_id: str) -> Response:
+        return _json(_for_operators(await batches.cancel_any(batch_id)))
+
+    return router
+
+
+def _for_operators(batch: Batch) -> dict[str, Any]:
+    told = batch.public()
+    kept = ("id", "endpoint", "status", "created_at", "expires_at", "request_counts")
+    return {name: told[name] for name in kept} | {"tenant": batch.tenant}
 
 
 def _file_routes(batches: Batches, identify: Callable[[Request], Tenant]) -> APIRouter:

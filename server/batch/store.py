@@ -38,6 +38,9 @@ class BatchStore(Protocol):
     def running(self) -> list[Batch]:
         """Every tenant's batches that are not over, the oldest first."""
 
+    def recent(self, limit: int) -> list[Batch]:
+        """Every tenant's batches, the newest first."""
+
     def lease(self, batch_id: str, owner: str, now: float, lease_s: float) -> bool:
         """Takes or renews the right to run a batch; False while another owner holds it."""
 
@@ -143,6 +146,9 @@ class SqliteBatchStore:
     def running(self) -> list[Batch]:
         marks = ", ".join("?" * len(RUNNING))
         return self._batches(f"WHERE status IN ({marks}) ORDER BY id", tuple(status.value for status in RUNNING))
+
+    def recent(self, limit: int) -> list[Batch]:
+        return self._batches("ORDER BY id DESC LIMIT ?", (limit,))
 
     def _batches(self, where: str, values: tuple[object, ...]) -> list[Batch]:
         rows = self._db.execute(f"SELECT record, total, completed, failed FROM batches {where}", values)

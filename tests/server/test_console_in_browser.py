@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from playwright.async_api import Browser, ConsoleMessage, Page, async_playwright, expect
 
+from tests.server.batch.test_batches import client_of, ended, jsonl, part_done, submit
 from tests.server.conftest import SLOW, Running, Wire, chat, eventually, over_fake, request
 from tests.server.test_admin import ADMIN_KEY
 from tests.server.test_tenants import KEY, OTHER
@@ -158,3 +159,26 @@ async def test_on_a_dark_phone_everything_fits_and_the_chat_box_tells_its_times(
             await console.picture("console-phone")
             await page.click("#theme")
             assert dark != await page.evaluate("getComputedStyle(document.body).backgroundColor")
+
+
+async def test_batches_are_shown_while_they_run_and_can_be_cancelled(tmp_path: Path) -> None:
+    async with (
+        chromium() as browser,
+        over_fake(SLOW, slots=8, admin_key=ADMIN_KEY, batch={"folder": tmp_path}) as (
+            gateway,
+            _,
+        ),
+    ):
+        async with shown(browser, gateway, 1280, 900, "light") as console, client_of(gateway) as client:
+            await console.log_in(ADMIN_KEY)
+            await console.says("#fleet", "ready")
+            await expect(console.page.locator("#batch-card")).to_be_hidden()
+            batch = await submit(client, jsonl(300))
+            await part_done(client, batch.id, 2)
+            await console.says("#batches", "in progress")
+            await console.says("#batches", "/ 300")
+            await console.picture("console-batches")
+            await console.page.click("#batches button")
+            await console.says("#batch-status", "is being cancelled")
+            await console.says("#batches", "cancelled")
+            assert (await ended(client, batch.id)).status == "cancelled"
