@@ -49,12 +49,18 @@ NOT_RUN = {
     "evenhand bench gateway --quick": "tests/loadtest/bench/test_gateway.py runs it",
 }
 # What a reader would wait for, or a busy machine may lack.
-CHANGED = {"--rate 0.5": "--rate 20", "evenhand doctor": "{ evenhand doctor || [ $? = 1 ]; }"}
+CHANGED = {
+    "--rate 0.5": "--rate 20",
+    "--rate 2 --limit 100": "--rate 40 --limit 100",
+    "--sweep 5,40 --limit 60": "--sweep 50,400 --limit 20",
+    "evenhand doctor": "{ evenhand doctor || [ $? = 1 ]; }",
+}
 # What a reader has done by then.
 BEFORE = {
     "evenhand report fcfs=a.jsonl": "for name in a b c d; do cp run.jsonl $name.jsonl; done",
     "evenhand replay traffic/": (
-        'answers $GATEWAY/ready; curl $GATEWAY/v1/completions -d \'{"model": "smollm2", "prompt": "Hello"}\''
+        "answers $GATEWAY/ready; curl $GATEWAY/v1/completions -H 'content-type: application/json' "
+        """-d '{"model": "smollm2", "prompt": "Hello"}'"""
     ),
 }
 PRELUDE = """

@@ -45,7 +45,7 @@ MODEL = {
     "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 8,
     "num_key_value_heads": 4, "head_dim": 64,
 }  # fmt: skip
-CONTEXT_TOKENS = 8192  # prompts are cut to half of it
+CONTEXT_TOKENS = 8192  # what is longer, prompt and answer together, is cut to it
 ENGINE = (f"--max-model-len={CONTEXT_TOKENS}", "--max-num-seqs=16", "--max-num-batched-tokens=256")
 TRACES = {"Mooncake": "mooncake_conversation_trace.first2000.jsonl", "Azure code": "AzureLLMInferenceTrace_code.csv"}
 MEAN_PROMPT_TOKENS = 1500  # lengths are scaled to it

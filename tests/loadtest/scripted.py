@@ -203,7 +203,7 @@ class Server:
         while True:
             try:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()
-            except asyncio.IncompleteReadError:
+            except (asyncio.IncompleteReadError, ConnectionResetError):
                 break
             headers = dict(line.lower().partition(": ")[::2] for line in head.split("\r\n")[1:])
             length = int(headers.get("content-length", 0))
