@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-# Set by .ci/run: on a machine where no engine runs, start one, with its images in a folder of its own.
+# Where it is set and no engine answers, the tests start one, with its images in a folder of its own.
 START = "EVENHAND_START_DOCKER"
 START_S = 60.0
 DISK_BYTES = 20e9
@@ -60,7 +60,9 @@ def docker_engine(folder: Path) -> Iterator[Engine]:
         with started(program, folder) as own:
             yield own
     else:
-        pytest.skip(f"no Docker Engine here: `docker info` says {answer.stderr.strip().splitlines()[-1]!r}")
+        said = f"{answer.stdout}\n{answer.stderr}"
+        why = next((line for line in said.splitlines() if "connect" in line or "denied" in line), answer.stderr.strip())
+        pytest.skip(f"no Docker Engine here: {why}")
 
 
 def client() -> str:
