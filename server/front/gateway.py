@@ -91,14 +91,14 @@ class Gateway:
             log.exception("request %s failed inside the gateway", call.id)
             request.fail(ServiceError("The gateway failed on this request; its log has the reason."))
 
-    def tenant_of(self, request: Request) -> Tenant:
-        """Who asks, by the headers alone. UnknownKey for nobody."""
-        return self.tenants.identify(request.header(b"authorization"), request.header(b"x-api-key"))
+    def tenant_with(self, credential: bytes) -> Tenant:
+        """Who asks, by the digest of the key. UnknownKey for nobody."""
+        return self.tenants.holder(credential)
 
     def read(self, request: Request) -> Call:
         """What is asked."""
         call_id = request.name_it()
-        tenant = request.tenant or self.tenant_of(request)
+        tenant = request.tenant or self.tenants.identify(request.header(b"authorization"), request.header(b"x-api-key"))
         ratio = self.bytes_per_token.get(tenant.name, BYTES_PER_TOKEN)
         call = permitted(call_from(request.route, request.take_body(), tenant, call_id, ratio))
         deadline = request.header(b"x-deadline-s")

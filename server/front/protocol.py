@@ -13,15 +13,17 @@ import re
 import termios
 from array import array
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import count
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.engine.client import Connection
+from server.engine.client import MOST_HEADS, Connection, keyed
 from server.front.intake import BodyBudget, Connections
 from server.request.call import Route
+from server.request.directory import credential
 from server.request.errors import (
     BadRequest,
     HeadTooLarge,
@@ -47,6 +49,9 @@ _STATUS = {
     code: b"HTTP/1.1 %d %b\r\n" % (code, http.HTTPStatus(code).phrase.encode()) for code in map(int, http.HTTPStatus)
 }
 _UPLOADS = b"/v1/files"
+# Headers that make a head different every time, or say how its body comes: such a head is read anew.
+_ONE_OF_ITS_OWN = frozenset((b"x-request-id", b"traceparent", b"transfer-encoding", b"upgrade", b"expect"))
+_SECRETS = (b"authorization", b"x-api-key")
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _COMMENT = b":\n\n"
 _ANTHROPIC = b"/v1/messages"  # whose clients read the request's id from another header
@@ -75,10 +80,18 @@ class Bounds:
     stall_s: float = 120.0
 
 
+class Head(NamedTuple):
+    """What the parser said of a head that clients send again and again. The key is not kept, only its digest."""
+
+    route: Route
+    headers: list[tuple[bytes, bytes]]
+    credential: bytes
+
+
 class Serves(Protocol):
     """What the edge hands a complete request to."""
 
-    def tenant_of(self, exchange: "Exchange") -> Tenant: ...
+    def tenant_with(self, credential: bytes) -> Tenant: ...
     async def answer(self, exchange: "Exchange") -> None: ...
     def refused(self, path: str, error: ServiceError) -> None: ...
 
@@ -132,6 +145,10 @@ class Exchange:
             if key == name:
                 return value
         return None
+
+    def credential(self) -> bytes:
+        """The digest of the key that it came with, empty without one."""
+        return credential(self.header(b"authorization"), self.header(b"x-api-key"))
 
     def receive(self, data: bytes) -> None:
         """A piece of the body. Many small pieces become one buffer: a list of them would weigh ten times the body."""
@@ -277,7 +294,7 @@ class Edge(HttpToolsProtocol):
     in_message: a request has begun to arrive and is not complete; in_head: nor is its head.
     current: what is being answered; uvicorn's `cycle` is the newest, which may still be arriving or wait behind it.
     last_words: the refusal of bytes that made no request, while answers before it are on their way.
-    bodies, open: what all connections share.
+    bodies, open, heads: what all connections share; heads by their digest.
     parting: for all connections, too: each closes with its next answer, for the gateway is about to stop.
     unread: bytes of its answer that a client that does not keep up had not read when it was last looked at.
     idle_since: when the last answer was complete, on the loop's clock.
@@ -287,6 +304,7 @@ class Edge(HttpToolsProtocol):
     bounds: Bounds
     bodies: BodyBudget
     open: Connections
+    heads: dict[bytes, Head]
     parting = False
     cycle: Any  # uvicorn's RequestResponseCycle, or an Exchange in its place
 
@@ -375,7 +393,16 @@ class Edge(HttpToolsProtocol):
             self._pass_over(len(data))
             return
         was_in_head = self.in_head
-        self._feed(data)
+        key, length, at = keyed(data) if self._expects_head() else (b"", 0, 0)
+        if key and len(data) == at + length <= self.bounds.body_bytes:
+            digest = blake2b(key, digest_size=16, key=_DIGEST_KEY).digest()
+            head = self.heads.get(digest)
+            if head is not None and self._start_known(head, data[at:]):
+                return
+            self._feed(data)
+            self._remember(digest, length)
+        else:
+            self._feed(data)
         if self.in_message or self._idle():
             if was_in_head and self.in_head:  # a header without an end shows only in the bytes that arrive
                 self.unread_size += len(data)
@@ -386,6 +413,47 @@ class Edge(HttpToolsProtocol):
 
     def _idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
+
+    def _expects_head(self) -> bool:
+        return not self.in_message and self._idle() and not self.transport.is_closing()
+
+    def _start_known(self, head: Head, body: bytes) -> bool:
+        """A whole request whose head has been read before. The parser stands between two messages, and stays there.
+        False for one that is refused: the parser may have it."""
+        exchange = Exchange(self, head.route, keep_alive=True, http10=False)
+        try:
+            exchange.tenant = self.gateway.tenant_with(head.credential)
+        except ServiceError:  # the key is not valid any more
+            return False
+        if not exchange.hold(len(body)):
+            return False
+        if self.deadline is not None:
+            self._no_deadline()
+        self.headers = exchange.headers = head.headers
+        exchange.request_id = fresh_id()
+        exchange.received = body
+        exchange.complete = True
+        self.cycle = exchange
+        self.open.busy(self)
+        self._start(exchange)
+        return True
+
+    def _remember(self, digest: bytes, length: int) -> None:
+        """Keeps what the parser said of this head, if it said of it all that matters."""
+        exchange = self.cycle
+        if (
+            not isinstance(exchange, Exchange)
+            or not (exchange.complete and exchange.keep_alive)
+            or exchange.refusal is not None
+            or exchange.expects_continue
+            or not self.declared_size == self.body_size == length
+            or not _ONE_OF_ITS_OWN.isdisjoint(name for name, _ in exchange.headers)
+        ):
+            return
+        if len(self.heads) >= MOST_HEADS:
+            self.heads.clear()
+        headers = [header for header in exchange.headers if header[0] not in _SECRETS]
+        self.heads[digest] = Head(exchange.route, headers, exchange.credential())
 
     def _feed(self, data: bytes) -> None:
         try:
@@ -575,7 +643,7 @@ class Edge(HttpToolsProtocol):
         the reader's own machine; for this one the browser asks first (the Fetch standard's CORS-safelisted types).
         """
         try:
-            exchange.tenant = self.gateway.tenant_of(exchange)
+            exchange.tenant = self.gateway.tenant_with(exchange.credential())
         except ServiceError as error:
             return error
         kind = exchange.header(b"content-type")
@@ -746,6 +814,7 @@ def _refusal(error: ServiceError, headers: list[tuple[bytes, bytes]], *, anthrop
     return b"".join([*lines, b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(body), body])
 
 
+_DIGEST_KEY = os.urandom(32)  # so that nobody can make two heads of one digest
 _PROCESS = os.urandom(10).hex()  # so that the ids of two gateways differ
 _serial = count()
 
@@ -765,4 +834,6 @@ def request_id_in(headers: list[tuple[bytes, bytes]]) -> str:
 
 def edge_for(gateway: Serves, bounds: Bounds, bodies: BodyBudget, connections: Connections) -> type[Edge]:
     """The protocol class for uvicorn, with the gateway it serves and what its connections share."""
-    return type("Edge", (Edge,), {"gateway": gateway, "bounds": bounds, "bodies": bodies, "open": connections})
+    return type(
+        "Edge", (Edge,), {"gateway": gateway, "bounds": bounds, "bodies": bodies, "open": connections, "heads": {}}
+    )

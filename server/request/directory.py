@@ -31,12 +31,14 @@ class Tenants:
 
     def identify(self, authorization: bytes | None, api_key: bytes | None) -> Tenant:
         """The tenant of a request's credentials. Raises UnknownKey; its message holds nothing of the key."""
+        return self.holder(credential(authorization, api_key))
+
+    def holder(self, digest: bytes) -> Tenant:
+        """As `identify`, by what `credential` makes of a request's headers."""
         if self.open:
             return OPEN if self.learned else self._not_yet()
-        key = bearer(authorization) or api_key
-        if not key:
+        if not digest:
             raise UnknownKey("No API key: send it as 'Authorization: Bearer KEY'.")
-        digest = digest_of(key)
         record = self._index.get(digest)
         # The dictionary compares digests, whose leading bytes nobody can choose; this comparison is for certain.
         keys = () if record is None else record.credentials
@@ -97,6 +99,12 @@ class Tenants:
     def all(self) -> list[TenantRecord]:
         """Every tenant that is in force."""
         return list(self._records.values())
+
+
+def credential(authorization: bytes | None, api_key: bytes | None) -> bytes:
+    """The digest of a request's key, empty if it has none."""
+    key = bearer(authorization) or api_key
+    return digest_of(key) if key else b""
 
 
 def bearer(authorization: bytes | None) -> bytes | None:

@@ -88,19 +88,19 @@ async def mid_chunked_body(gateway: Running) -> Wire:
 
 async def waiting(gateway: Running) -> Wire:
     before = gateway.waiting
-    wire = await gateway.send(request(CHAT, chat(pad=" " * BIG, **LONG)))
+    wire = await gateway.send(request(CHAT, chat(user=" " * BIG, **LONG)))
     await eventually(lambda: gateway.in_flight and (gateway.waiting > before or not before), "it waits")
     return wire
 
 
 async def mid_stream(gateway: Running) -> Wire:
-    wire = await gateway.send(request(CHAT, chat(stream=True, pad=" " * BIG, **LONG)))
+    wire = await gateway.send(request(CHAT, chat(stream=True, user=" " * BIG, **LONG)))
     await wire.head()
     return wire
 
 
 async def pipelined(gateway: Running) -> Wire:
-    wire = await gateway.send(request(CHAT, chat(stream=True, **LONG)) + request(CHAT, chat(pad=" " * 50_000)) * 2)
+    wire = await gateway.send(request(CHAT, chat(stream=True, **LONG)) + request(CHAT, chat(user=" " * 50_000)) * 2)
     await wire.head()
     return wire
 
@@ -175,6 +175,25 @@ async def test_a_key_in_a_trailer_opens_nothing(tenants: Path) -> None:
         assert len(engine.seen) == 1
 
 
+async def test_a_head_that_is_known_opens_nothing_once_its_key_is_gone_and_no_key_is_kept(tenants: Path) -> None:
+    async with over_fake(tenants=tenants) as (gateway, _):
+        wire = await gateway.connect()
+        for status in (200, 200):
+            await wire.send(keyed(KEY, chat()))
+            assert (await wire.answer()).status == status
+        edge = gateway.server.edge
+        assert len(edge.heads) == 1, "the second request did not need the parser"
+        kept = [
+            edge.heads,
+            *(connection.headers for connection in left(Edge)),
+            *(one.headers for one in left(Exchange)),
+        ]
+        assert KEY not in repr(kept)
+        gateway.server.shared.tenants.set_file(())
+        await wire.send(keyed(KEY, chat()))
+        assert (await wire.answer()).status == 401
+
+
 async def test_bodies_share_one_budget_and_a_tenant_leaves_room_for_others(tenants: Path) -> None:
     edge = {"max_body_bytes": 400_000, "max_held_bytes": 1_000_000}
     async with over_fake(tenants=tenants, edge=edge) as (gateway, _):
@@ -215,10 +234,11 @@ def test_the_budget_is_never_exceeded_and_gives_back_all(asked: list[tuple[str, 
     assert budget.held == 0 and not budget._by_tenant
 
 
-@pytest.mark.parametrize("most", [1000, 1249])
+@pytest.mark.parametrize("most", [1024, 1279])
 def test_a_budget_that_the_largest_body_exceeds_is_no_setting(most: int) -> None:
     with pytest.raises(ValueError, match="5/4 of max_body_bytes"):
-        EdgeSettings(max_body_bytes=1024, max_held_bytes=1024)
+        EdgeSettings(max_body_bytes=1024, max_held_bytes=most)
+    assert EdgeSettings(max_body_bytes=1024, max_held_bytes=1280)
 
 
 # connections
