@@ -38,7 +38,7 @@ soak:  ## hours of what `make test` does for seconds: hostile bytes, dying worke
 
 chaos:  ## every figure of docs/reliability.md but the soak's, one after the other
 	@$(INSTALL) --tests
-	@missed=0; for run in workers engines seeds redis rolling overload hostile; do \
+	@missed=0; for run in workers engines seeds redis rolling overload hostile memory; do \
 		$(BIN)/python -m tests.chaos $$run || missed=1; done; exit $$missed
 
 lint:  ## style, types and import rules
