@@ -11,7 +11,7 @@ TARGETS ?= gateway worker-cpu
 DOCKER ?= docker
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-all soak chaos lint bench images lock dashboards compatibility pictures clean
+.PHONY: help install serve test test-all soak chaos lint bench gpu-check images lock dashboards compatibility pictures clean
 
 help:  ## show this
 	@echo "usage: make TARGET"; echo
@@ -51,6 +51,9 @@ bench: bench-start bench-ttft bench-laptop bench-schedule bench-policies bench-i
 
 bench-%: install
 	@exec $(BIN)/evenhand bench $* $(ARGS)
+
+gpu-check: install  ## whether all works on this machine's GPU, in ten minutes: ARGS="--model meta-llama/Llama-3.1-8B-Instruct"
+	@exec $(BIN)/evenhand bench gpu-check $(ARGS)
 
 images:  ## build the images, and list what is in each in build/images; TARGETS="gateway worker-cuda" REGISTRY=ghcr.io/me/
 	@mkdir -p build/images

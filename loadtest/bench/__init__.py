@@ -23,6 +23,7 @@ BENCHMARKS: Mapping[str, tuple[str, str]] = {
     "compare": ("loadtest.bench.compare", "three policies on the bundled model, as `evenhand compare` shows them"),
     "replay": ("loadtest.bench.replay", "the replay client beside others, the fake engine, the simulator's speed"),
     "simulator": ("loadtest.bench.simulator", "how near the simulator comes to a real engine"),
+    "gpu-check": ("loadtest.bench.gpu_check", "in ten minutes whether all works on this machine's GPU, as one table"),
     "iterations": ("loadtest.bench.iterations", "every policy inside real engines, on their own CPU time"),
 }
 

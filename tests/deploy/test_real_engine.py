@@ -65,6 +65,37 @@ async def test_a_real_engine_is_tested_survives_the_death_of_its_core_and_leaves
     assert [in_session(session) for session in sessions] == [{}, {}]
 
 
+async def test_a_real_engine_whose_core_is_stopped_under_a_live_server_is_replaced(tmp_path: Path) -> None:
+    mark, events = new_mark(), list[WorkerEvent]()
+    timing = Timing(start_s=240, backoff_s=0.1, look_every_s=0.5, ask_every_s=2.0, hung_s=8.0)
+    listeners = Listeners(events.append, lambda name, line: None)
+    log = LogFile(tmp_path / "worker-0.log")
+    worker = WorkerProcess("worker-0", command_for(mark), Canary(BUNDLED), listeners, log, timing)
+    running = asyncio.create_task(worker.run())
+
+    async def reached(state: State, times: int) -> WorkerEvent:
+        async with asyncio.timeout(240):
+            while True:
+                found = [event for event in events if event.state is state]
+                if len(found) >= times:
+                    return found[times - 1]
+                await asyncio.sleep(0.1)
+
+    try:
+        ready = await reached(State.READY, 1)
+        os.kill(engine_core(leash_of(mark)), signal.SIGSTOP)
+        async with httpx2.AsyncClient(trust_env=False) as client:
+            assert (await client.get(f"{ready.url}/health")).status_code == 200  # vLLM sees nothing
+        assert "it hangs" in (await reached(State.DEAD, 1)).detail
+        again = await reached(State.READY, 2)
+        assert "2, 3, 5" in await answer(again.url)
+    finally:
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+    assert marked(mark) == {}
+
+
 def command_for(mark: str) -> Callable[[Ports], EngineCommand]:
     source, machine = obtain(BUNDLED, cache_folder(), lambda line: None), look(os.environ)
     plan = EnginePlan(

@@ -11,9 +11,12 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what vLLM imports uses deprecated parts of Python and torch
     from vllm.entrypoints.launchers import cli_args  # noqa: F401
 
-from deploy.engine.engine_args import EngineArgsError
+from deploy.engine.engine_args import EngineArgsError, EnginePlan, Ports, engine_command
 from deploy.engine.engine_needs import EngineNeeds, needs_of
+from deploy.engine.gpu_plan import UTILIZATION, Share
 from scheduler.vllm.arguments import needs, parsed
+from scheduler.workers import Role
+from tests.deploy.fake_gpus import h100s
 
 pytestmark = pytest.mark.engine
 
@@ -34,6 +37,28 @@ def test_every_spelling_of_a_size_counts(args: list[str], told: dict[str, object
     found = needs(parsed(args))
     assert told.items() <= found.items()
     assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize("role", list(Role))
+@pytest.mark.parametrize("share", [Share(h100s(2)), Share(h100s(1), 0.45, 2)], ids=["two GPUs", "shared"])
+def test_the_command_line_of_a_gpu_engine_is_one_that_vllm_takes(role: Role, share: Share) -> None:
+    plan = EnginePlan(
+        model="owner/name",
+        served_name="name",
+        local=False,
+        build="cuda",
+        role=role,
+        policy="mlfq",
+        policy_options={"quantum_steps": "8"},
+        share=share,
+        user_args=("-tp", str(len(share.gpus))),
+    )
+    argv = engine_command(plan, Ports(8101, 8102), "python").argv
+    args = parsed(argv[argv.index("--model") :])
+    assert (args.port, args.tensor_parallel_size) == (8101, len(share.gpus))
+    assert args.gpu_memory_utilization == pytest.approx(share.utilization or UTILIZATION)
+    assert args.additional_config["evenhand"]["policy"] == "mlfq"
+    assert (args.kv_transfer_config is None) == (role is Role.BOTH)
 
 
 @pytest.mark.slow
