@@ -15,7 +15,7 @@ import pytest
 
 from deploy.engine.canary import Canary, CanaryError
 from deploy.engine.engine_args import EngineCommand, Ports
-from deploy.engine.engine_log import LogFile
+from deploy.engine.engine_log import LogFile, LogLine
 from deploy.engine.worker import (
     MOVES,
     Check,
@@ -43,19 +43,22 @@ class Watched:
     mark: str = field(default_factory=new_mark)
     events: list[WorkerEvent] = field(default_factory=list)
     commands: list[EngineCommand] = field(default_factory=list)
+    shown: list[LogLine] = field(default_factory=list)
 
     def worker(
         self,
         argv: Callable[[int], list[str]] = lambda port: [*FAKE, str(port)],
         timing: Timing = QUICK,
         canary: Check | None = None,
+        cores: tuple[int, ...] = (),
     ) -> WorkerProcess:
         def build(ports: Ports) -> EngineCommand:
-            command = EngineCommand(tuple(argv(ports.http)), {MARK: self.mark}, f"http://127.0.0.1:{ports.http}")
+            url = f"http://127.0.0.1:{ports.http}"
+            command = EngineCommand(tuple(argv(ports.http)), {MARK: self.mark}, url, cores, cores)
             self.commands.append(command)
             return command
 
-        listeners = Listeners(self.events.append, lambda name, line: None)
+        listeners = Listeners(self.events.append, lambda name, line: self.shown.append(line))
         log = LogFile(self.folder / "worker-0.log")
         return WorkerProcess("worker-0", build, canary or Canary("toy"), listeners, log, timing)
 
@@ -117,6 +120,24 @@ async def test_a_worker_is_tested_before_it_is_ready_and_stops_without_a_trace(w
         assert watched.states() == [State.STARTING, State.CANARY, State.READY]
     assert watched.states()[-1] is State.STOPPED
     assert not await answers(ready.url)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is no other core to run on")
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_an_engine_whose_threads_leave_its_cores_is_warned_of_once_it_is_ready(
+    leaves: bool, watched: Watched
+) -> None:
+    own, other, *_ = sorted(os.sched_getaffinity(0))
+    program = (
+        "import os, runpy, sys; os.sched_setaffinity(0, {CORE}); sys.argv = sys.argv[2:]; "
+        "runpy.run_module('loadtest.fake.engine', run_name='__main__')"
+    ).replace("CORE", str(other if leaves else own))
+    worker = watched.worker(lambda port: [sys.executable, "-c", program, *FAKE[1:], str(port)], cores=(own,))
+    async with alive(worker):
+        await watched.until(State.READY)
+    warned = [line.text for line in watched.shown if "another engine's cores" in line.text]
+    assert len(warned) == leaves
+    assert not leaves or f" on {other}" in warned[0]
 
 
 async def answers(url: str) -> bool:
