@@ -247,7 +247,7 @@ STUBBORN = (
 async def test_an_engine_that_ignores_the_request_to_stop_is_killed_with_its_children(watched: Watched) -> None:
     async with alive(watched.worker(lambda port: [sys.executable, "-c", STUBBORN])):
         await watched.stage("reading the model's configuration")
-        assert len(marked(watched.mark)) == 3
+        assert eventually(lambda: len(marked(watched.mark)) == 3)  # its child may still be on its way to its program
     assert marked(watched.mark) == {}
 
 
