@@ -105,11 +105,6 @@ def spread(values: Iterable[float]) -> Spread:
     return Spread(int(seen.size), float(seen.mean()), p50, p90, p95, p99, float(seen.max()))
 
 
-def window(records: Iterable[Record], from_s: float = 0.0, to_s: float = float("inf")) -> list[Record]:
-    """The records of requests due within [from_s, to_s): leaves out warming up and cooling down."""
-    return [record for record in records if from_s <= record.due_s < to_s]
-
-
 def summarize(records: Sequence[Record], objective: Objective | None = None) -> Summary:
     """All that one run's records say."""
     return summarize_run(Recorded(None, records, []), objective)

@@ -1,6 +1,9 @@
-import pytest
+from pathlib import Path
 
-from loadtest.records import Ending, Fidelity, Kept, Record, Recorded, Run
+import pytest
+from msgspec.structs import replace
+
+from loadtest.records import Ending, Fidelity, Kept, Record, Recorded, Run, load, write
 from loadtest.report.fairness import fairness, jain
 from loadtest.report.report import (
     Objective,
@@ -13,7 +16,6 @@ from loadtest.report.report import (
     summarize_run,
     tenants,
     text,
-    window,
 )
 from loadtest.report.trust import trust
 
@@ -110,9 +112,13 @@ def test_a_tenant_that_asks_for_little_is_no_unfairness() -> None:
     assert seen.difference.average < 30  # of more than a thousand per second served to the other
 
 
-def test_a_window_leaves_out_warming_up() -> None:
-    kept = window([record("a", sent_s=1.0), record("b", sent_s=5.0), record("c", sent_s=9.0)], 2.0, 9.0)
-    assert [one.id for one in kept] == ["b"]
+def test_a_window_leaves_out_warming_up(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    times = {"warm": 0.5, "a": 1.0, "b": 5.0, "c": 9.0}
+    write(path, [replace(record(name, sent_s=at_s), warmup=name == "warm") for name, at_s in times.items()])
+    assert [one.id for one in load(path).records] == ["a", "b", "c"]
+    assert [one.id for one in load(path, 2.0, 9.0).records] == ["b"]
+    assert [one.id for one in load(path, 0.0).records] == ["warm", "a", "b", "c"]
 
 
 def test_tenants_come_most_served_first_and_the_rest_is_counted() -> None:
