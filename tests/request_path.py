@@ -4,6 +4,7 @@ A fake engine stands behind a real gateway, and a first request has opened the c
 with `sys.setprofile`:
 
 - a request on a new connection, from the accept until its bytes are written to the engine's socket;
+- a second one with the same head, on another new connection, for the gateway remembers heads;
 - a token in the middle of an answer, from the engine's socket to the client's.
 
 Printed are the calls of functions in server/ and scheduler/ in their order (a coroutine counts once), how many files
@@ -97,21 +98,23 @@ async def event(wire: Wire) -> None:
 
 
 async def traced() -> dict[str, Trace]:
-    asked = request(CHAT, chat(stream=True, max_tokens=12, ignore_eos=True))
+    body = chat(stream=True, max_tokens=12, ignore_eos=True)
+    traces = {}
     async with FakeEngine(SLOW) as engine, serving(engine.url, probe_s=3600.0) as gateway:
-        await (await gateway.send(asked)).answer()
-        of_request = Trace(engine.port, since="connection_made")
-        with of_request.recording():
-            wire = await gateway.send(asked)
-            await wire.head()
-        for _ in range(4):
-            await event(wire)
-        of_token = Trace(wire.writer.get_extra_info("sockname")[1], since="data_received")
-        with of_token.recording():
-            await event(wire)
-        while await wire.chunk():
-            pass
-    return {"request": of_request, "token": of_token}
+        await (await gateway.send(request(CHAT, body))).answer()
+        for name in ("request", "request with a head seen before"):
+            traces[name] = Trace(engine.port, since="connection_made")
+            with traces[name].recording():
+                wire = await gateway.send(request(CHAT, body, headers={"x-client": "another"}))
+                await wire.head()
+            for _ in range(4):
+                await event(wire)
+            traces["token"] = Trace(wire.writer.get_extra_info("sockname")[1], since="data_received")
+            with traces["token"].recording():
+                await event(wire)
+            while await wire.chunk():
+                pass
+    return traces
 
 
 def measured() -> dict[str, Trace]:
