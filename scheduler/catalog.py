@@ -1,7 +1,7 @@
 """The policies by name, with their options: what `--policy` and `--policy-option` accept."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from scheduler.policies.fcfs import Fcfs
@@ -78,6 +78,9 @@ def _one_of(*choices: str) -> Callable[[str], str]:
 _PREFILL = Option(
     "prefill_tokens_per_step", _whole(1), "256", "tokens", "prompt tokens whose prefill takes as long as a decode step"
 )
+_TAIL = Option(
+    "tail", _number(0.0), "inf", "ratio", "longest wait for a first token, by P99 of first come, first served"
+)
 _CAP = Option("preemptions_per_s", _whole(0), "100", "1/s", "most running jobs displaced in any one second")
 
 POLICIES: Mapping[str, Entry] = {
@@ -90,6 +93,7 @@ POLICIES: Mapping[str, Entry] = {
             _PREFILL,
             Option("patience_s", _number(0.0), "10", "s", "a job unserved for so long is promoted; inf for never"),
             _CAP,
+            _TAIL,
         ),
         Mlfq,
     ),
@@ -104,6 +108,7 @@ POLICIES: Mapping[str, Entry] = {
                 "slots", _one_of("free", "shared"), "free", "", "shared: who has few slots takes one from who has many"
             ),
             _CAP,
+            Option("burst", _number(0.0), "0", "requests", "mean requests a returning tenant may be ahead of its turn"),
             Option("within", _one_of("fcfs", "mlfq", "gittins", "srpt"), "fcfs", "", "order inside one tenant"),
         ),
         None,
@@ -118,6 +123,7 @@ POLICIES: Mapping[str, Entry] = {
             Option("min_samples", _whole(20), "50", "jobs", "finished jobs a class needs before it is trusted"),
             Option("window", _whole(100), "2000", "jobs", "how many of the latest jobs a class remembers"),
             Option("max_tokens", _one_of("use", "ignore"), "use", "", "ignore: it says nothing of a job's length"),
+            replace(_TAIL, default="0.8"),
         ),
         Gittins,
     ),
@@ -128,6 +134,7 @@ POLICIES: Mapping[str, Entry] = {
             Option("hysteresis", _number(1.1), "1.3", "ratio", "how much longer the displaced job's rest must be"),
             Option("patience_s", _number(0.0), "60", "s", "a job unserved for so long goes first; inf for never"),
             _CAP,
+            _TAIL,
         ),
         Srpt,
     ),

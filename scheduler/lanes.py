@@ -2,17 +2,22 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from heapq import heapify, heappop, heappush
-from math import isfinite
+from math import inf, isfinite
 
 from scheduler.jobs import Job, Outcome
 from scheduler.line import Line, Place, State
-from scheduler.policy import Account, Lane, Policy
+from scheduler.overdue import Overdue
+from scheduler.policy import FOR_GOOD, Account, Lane, Policy
 from scheduler.ranking import Ranking
+from scheduler.shadow import Shadow
 
 _BOOSTS_AT_ONCE = 64  # bounds the pause when thousands lose patience in the same moment
 _TENANTS_KEPT = 4096  # below this many, idle tenants are not looked at
-_SLACK = 64  # outdated entries that are not worth a clean-up
+_PROMISED = 0.99  # of the jobs of first come, first served are no worse off than what is promised
+_STALLED_PART = 0.25
+_COMPARE_S = 1.0
+_COMPARED = 50  # jobs that have ended in both worlds
+_BEHIND = 1.02
 
 
 def _anyone(job: Job) -> bool:
@@ -32,11 +37,24 @@ class Lanes:
     def __init__(self, policy: Policy) -> None:
         self._places: dict[str, Place] = {}
         self._seq = 0
+        self._slots = 0
         self._start(policy)
+
+    def feed(self, slots: int) -> None:
+        """What is popped runs in an engine with so many slots, whose steps `stepped` tells of.
+
+        Only then can a policy keep the promise that its `tail` makes, and weigh a prompt, which takes the engine as a
+        whole, against a decode step, which all slots share. RuntimeError if there are jobs already.
+        """
+        if self._places:
+            raise RuntimeError("say what the queue feeds before its first job")
+        self._slots = slots
+        self._start(self.policy)
 
     def _start(self, policy: Policy) -> None:
         self.policy = policy
         self._order = policy.order
+        self._order.fit(self._slots)
         self._shares = policy.shares
         self._waiting = 0
         self._depths: dict[Lane, int] = {}
@@ -44,12 +62,23 @@ class Lanes:
         self._ranking: Ranking[Line] = Ranking()
         self._last_left: Account | None = None
         self._sweep_at = _TENANTS_KEPT
-        self._waits: list[tuple[float, int, Place]] = []
-        self._waits_noted = 0
+        self._unserved = Overdue()  # by their latest stall
+        self._fresh = Overdue()  # before their first token, by all that they have waited
+        self._stalled = Overdue()  # likewise, from their first token on
+        self._fresh_s = self._stalled_s = inf
+        self._behind = False
+        self._compare_at = 0.0
+        self.shadow = self._shadow()
         self._busy: dict[Line, None] = {}
         self._displaced_at: deque[float] = deque(maxlen=policy.preemptions_per_s)
         self._offered: Place | None = None
         self._next: Place | None = None
+
+    def _shadow(self) -> Shadow | None:
+        """Where tenants share, nobody is promised what first come, first served would have given."""
+        if not self._slots or self._shares is not None or not isfinite(self._order.tail):
+            return None
+        return Shadow(self._slots, self._order.tokens_per_step, self._order.rest_tokens)
 
     def push(self, job: Job, now: float) -> None:
         """The job arrives and waits. ValueError if its id is known, or its weight is not positive."""
@@ -79,6 +108,8 @@ class Lanes:
         line.account.weight = job.weight
         self._seq += 1
         place = self._places[job.id] = Place(job, line, self._seq, now)
+        if self.shadow is not None:
+            self.shadow.arrived(job, now)
         return place
 
     def peek(self, now: float) -> Job | None:
@@ -97,6 +128,7 @@ class Lanes:
             if place.bill is None:
                 place.bill = self._shares.take(line.account, place.job)
             self._rank(line)
+        place.began_at = now
         self._go(place)
         return place.job
 
@@ -155,7 +187,7 @@ class Lanes:
         if not times.maxlen or (len(times) == times.maxlen and now - times[0] < 1.0):
             return None
         head = self._peek(now)
-        if head is None:
+        if head is None or (self._behind and head.boosted_at is None):
             return None
         victim = self._victim_of_another(head.line, can_yield) or self._victim_of_its_own(head, can_yield)
         if victim is None:
@@ -212,6 +244,7 @@ class Lanes:
         self._stop(place)
         if place.bill is not None:
             place.bill.fresh = False
+        place.waited_s += place.began_at - place.since
         place.since = now
         self._arrive(place, front=True)
 
@@ -239,7 +272,34 @@ class Lanes:
         if self._shares is not None and place.bill is not None:
             self._shares.settle(place.account, job, place.bill, outcome)
         self._order.learn(job, outcome)
+        if self.shadow is not None:
+            self.shadow.left(job, now)
         self._rank(place.line)
+
+    def stepped(self, now: float, tokens: int) -> None:
+        """A step of the engine that computes so many tokens begins now. Renews what is promised, if anything is.
+
+        Who has waited, before its first token, for as long as 99 of 100 would have under first come, first served
+        (times `tail`) is served next. Who was displaced for so long in all, or for a quarter of what 99 of 100 would
+        have needed to their end, is served to its own end. While jobs end later, in the mean, than they would have,
+        nobody else is displaced for a newcomer.
+        """
+        shadow = self.shadow
+        if shadow is None:
+            return
+        shadow.stepped(now, tokens)
+        waited_s = max(shadow.waits.quantile(_PROMISED), shadow.first_wait_s(now))
+        self._fresh_s = self._order.tail * waited_s
+        self._stalled_s = max(self._fresh_s, _STALLED_PART * shadow.ends.quantile(_PROMISED))
+        if now >= self._compare_at:
+            self._compare_at = now + _COMPARE_S
+            known = len(shadow.completions) >= _COMPARED
+            self._behind = known and shadow.real_completions.mean > _BEHIND * shadow.completions.mean
+
+    @property
+    def promised_wait_s(self) -> float:
+        """Longest wait for a first token that is promised at present; infinity if none is."""
+        return self._fresh_s
 
     def told(self, tenant: str, service: float, weight: float, now: float) -> None:
         """Others have seen this much service of the tenant (weighted tokens): the larger of theirs and ours counts."""
@@ -331,8 +391,7 @@ class Lanes:
         return place is not None and place.job is job and place.state is State.WAITING
 
     def _peek(self, now: float) -> Place | None:
-        if self._waits and self._waits[0][0] + self._order.patience_s <= now:
-            self._boost(now)
+        self._boost(now)
         if self._next is None:
             line = self._front()
             self._next = None if line is None else line.first()
@@ -396,7 +455,7 @@ class Lanes:
         """A tenant is back that has nothing in line."""
         if self._shares is not None and not account.elsewhere:
             before = account.counter
-            self._shares.lift(account, self._level())
+            self._shares.lift(account, self._level(), contended=self._front() is not None)
             account.lifted += account.counter - before
 
     def _wait(self, place: Place, *, front: bool) -> None:
@@ -458,30 +517,28 @@ class Lanes:
 
     def _boost(self, now: float) -> None:
         """Moves forward those that have been unserved for too long, a bounded number of them at a time."""
-        waits, patience_s = self._waits, self._order.patience_s
-        self._next = None
-        for _ in range(_BOOSTS_AT_ONCE):
-            if not waits or waits[0][0] + patience_s > now:
-                return
-            since, _, place = heappop(waits)
-            if place.state is State.WAITING and place.since == since:
-                place.boosted_at = place.job.output_tokens
+        left = self._boost_from(self._unserved, now - self._order.patience_s, _BOOSTS_AT_ONCE, for_good=False)
+        if self._fresh_s > 0.0:  # else first come, first served would let nobody wait, and neither does this
+            left = self._boost_from(self._fresh, now - self._fresh_s, left, for_good=False)
+            self._boost_from(self._stalled, now - self._stalled_s, left, for_good=True)
+
+    def _boost_from(self, overdue: Overdue, before: float, most: int, *, for_good: bool) -> int:
+        """Returns how many more may be."""
+        while most and (place := overdue.pop(before)) is not None:
+            most -= 1
+            self._next = None
+            if place.boosted_at != FOR_GOOD:
+                place.boosted_at = FOR_GOOD if for_good else place.job.output_tokens
                 place.line.move(place)
                 self._price(place)
+        return most
 
     def _note_wait(self, place: Place) -> None:
-        if not isfinite(self._order.patience_s):
-            return
-        self._waits_noted += 1
-        heappush(self._waits, (place.since, self._waits_noted, place))
-        if len(self._waits) > 2 * self._waiting + _SLACK:
-            live = {
-                entry[2]: entry
-                for entry in self._waits
-                if entry[2].state is State.WAITING and entry[2].since == entry[0]
-            }
-            self._waits = list(live.values())
-            heapify(self._waits)
+        if isfinite(self._order.patience_s):
+            self._unserved.note(place, place.since, self._waiting)
+        if self.shadow is not None:
+            overdue = self._stalled if place.job.output_tokens else self._fresh
+            overdue.note(place, place.since - place.waited_s, self._waiting)
 
     def _settle_all(self, places: list[Place]) -> None:
         """Ends the accounts of all that were taken, for the policy that kept them goes."""
@@ -499,6 +556,8 @@ class Lanes:
         place.account = place.line.account
         place.account.weight = job.weight
         place.boosted_at = None
+        if self.shadow is not None:
+            self.shadow.arrived(job, job.arrived_at)
         place.bill = self._shares.adopt(job) if self._shares is not None and taken else None
         if running:
             self._go(place)

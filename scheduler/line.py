@@ -21,13 +21,16 @@ class Place:
     """One job's place in its line.
 
     seq: order of arrival.
-    since: unserved since then, in seconds.
+    since: unserved since then, in seconds. began_at: when it was popped last. waited_s: unserved before `since`.
     boosted_at: output tokens when its patience ended.
     until: output tokens at which lane or price must be looked at again.
     price: counter units per output token at present.
     """
 
-    __slots__ = ("account", "bill", "boosted_at", "job", "lane", "line", "price", "seq", "since", "state", "until")
+    __slots__ = (
+        "account", "began_at", "bill", "boosted_at", "job", "lane", "line", "price", "seq", "since", "state", "until",
+        "waited_s",
+    )  # fmt: skip
 
     def __init__(self, job: Job, line: "Line", seq: int, since: float) -> None:
         self.job = job
@@ -35,6 +38,8 @@ class Place:
         self.account = line.account
         self.seq = seq
         self.since = since
+        self.began_at = since
+        self.waited_s = 0.0
         self.state = State.GONE
         self.lane: Lane = ()
         self.until = NEVER

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 from scheduler.jobs import Job, Outcome
 
 NEVER = sys.maxsize
+FOR_GOOD = NEVER // 2  # a boost "at" so many output tokens never ends
 
 Lane = tuple[int, ...]
 
@@ -42,6 +43,20 @@ class Order(Protocol):
     @property
     def preemptions_per_s(self) -> int:
         """Most running jobs displaced in any one second; 0 if the order never displaces."""
+
+    @property
+    def tail(self) -> float:
+        """How many times the waits of first come, first served a job may wait; infinity if nothing is promised."""
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens whose computing takes an engine as long as a step does as such."""
+
+    def fit(self, slots: int) -> None:
+        """The jobs run in an engine with so many slots; 0 if that is not known."""
+
+    def rest_tokens(self, job: Job) -> float:
+        """How many more output tokens the job is expected to make; 0 if nothing is known."""
 
     @property
     def epoch(self) -> int:
@@ -116,8 +131,9 @@ class Shares(Protocol):
     def taken_per_s(self) -> int:
         """Most slots that tenants take from others that hold more, in any one second; 0 if they never do."""
 
-    def lift(self, account: Account, level: float) -> None:
-        """A tenant that had nothing waiting is back. `level`: lowest counter of those that wait, in counter units."""
+    def lift(self, account: Account, level: float, *, contended: bool) -> None:
+        """A tenant that had nothing waiting is back. `level`: lowest counter of those that wait, in counter units;
+        if nobody does (not `contended`), that of the last tenant that did."""
 
     def take(self, account: Account, job: Job) -> Bill:
         """The job starts for the first time: charges what is charged in advance."""

@@ -197,7 +197,7 @@ class Engine:
 
         self._scheduler.schedule = counted
 
-    def run(self, calls: Sequence[Call], asked: Mapping[str, Any], taught: Sequence[int]) -> dict[str, Any]:
+    def run(self, calls: Sequence[Call], asked: Mapping[str, Any], taught: Sequence[Call]) -> dict[str, Any]:
         """rate None: all at once. Returns the figures of the run; its records go to the file `out`."""
         name, *options = (asked["policy"] or "").split(":")
         if self._plugin:
@@ -287,12 +287,14 @@ class Engine:
         )  # fmt: skip
         self._running.add_request(call.id, {"prompt_token_ids": call.prompt}, params)
 
-    def switch(self, name: str, options: Mapping[str, str], taught: Sequence[int]) -> None:
-        """Another policy from here on, that knows these lengths of finished jobs."""
+    def switch(self, name: str, options: Mapping[str, str], taught: Sequence[Call]) -> None:
+        """Another policy from here on, that knows the lengths of these calls as if it had served them."""
         switch(self._running, name, options)
         learn = self._scheduler._lanes.policy.order.learn
-        for number, tokens in enumerate(taught):
-            learn(Job(f"taught-{number}", "taught", 1, 0.0, max_tokens=tokens, output_tokens=tokens), Outcome.DONE)
+        for call in taught:
+            tokens = call.output_tokens
+            job = Job(call.id, call.tenant, call.prompt_tokens, 0.0, max_tokens=tokens, output_tokens=tokens)
+            learn(job, Outcome.DONE)
 
     def _preempted(self, name: str) -> int:
         return int(preemptions(name)["policy"]) if self._plugin else 0

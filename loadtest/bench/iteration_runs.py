@@ -231,7 +231,7 @@ def serve(args: argparse.Namespace) -> None:
             asked = json.loads(line)
             calls = calls_for(draws, asked)
             taught = islice(draws.calls(asked["workload"], 1.0, 7000 + asked["repetition"], args.taught), args.taught)
-            told = engine.run(calls, asked, [call.output_tokens for call in taught])
+            told = engine.run(calls, asked, list(taught))
             sys.stdout.write("\n" + json.dumps(told) + "\n")
             sys.stdout.flush()
 

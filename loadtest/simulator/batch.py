@@ -124,6 +124,7 @@ class ContinuousBatch:
     def __init__(self, cost: CostModel, lanes: Lanes) -> None:
         self.cost = cost
         self.lanes = lanes
+        lanes.feed(cost.max_seqs)
         self.counts = Counts()
         self._size = cost.block_tokens
         self._all = max(1, cost.kv_capacity_tokens // self._size)
@@ -190,6 +191,7 @@ class ContinuousBatch:
         if not step.chunks and not step.producing:
             # All that it did was to send somebody away: vLLM's next iteration follows at once.
             return self.schedule(now) if step.short or barred else None
+        self.lanes.stepped(now, self.cost.max_batched_tokens - step.left)
         duration_s = self.cost.duration_s(
             step.prefill_tokens, step.decoding, step.kv_tokens, step.transfer_tokens, step.started
         )

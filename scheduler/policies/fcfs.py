@@ -15,7 +15,16 @@ class Fcfs:
     name: Final = "fcfs"
     patience_s: Final = math.inf
     preemptions_per_s: Final = 0
+    tail: Final = math.inf
+    tokens_per_step: Final = 256.0
     epoch: Final = 0
+
+    def fit(self, slots: int) -> None:
+        """Nothing depends on it."""
+
+    def rest_tokens(self, job: Job) -> float:
+        """Nothing is known."""
+        return 0.0
 
     def spot(self, job: Job, *, running: bool, boosted_at: int | None) -> Spot:
         """One lane for all."""

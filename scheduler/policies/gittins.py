@@ -22,17 +22,18 @@ _AGES = [0, 1, 2, 3, 4, 5, 6, 8] + [round(8 * 2 ** (step / 3)) for step in range
 _TIE = 1.25  # indices within this ratio are one rank: a smaller difference is noise
 _BOOST_STEPS = 64  # what a job whose patience ended may run before it is ranked by its index again
 _BOOSTED: Lane = (-1, 0, 0)
-_MOST_CLASSES = 512
+_MOST_CLASSES = 1024
 
-_ClassKey = tuple[str | int, ...]
+_ClassKey = tuple[str | float, ...]
 
 
 class Gittins:
     """Learns the lengths of each class of jobs; a job's lane is (class, outstanding prefill, age), both in buckets.
 
-    A class is what is thought alike in length: tenant, kind and `max_tokens` (by powers of two); while it has too few
-    samples, its parent stands in: kind and `max_tokens`, then `max_tokens`, then all. With too few in all, the order
-    is first come, first served. Outcomes that end early (aborted, failed) count as "at least so long" only.
+    A class is what is thought alike in length: tenant, kind, `max_tokens` (by powers of two) and the prompt's length
+    (by half octaves); while it has too few samples, its parent stands in: without the tenant, without the kind, then
+    the same without the prompt, then all. With too few in all, the order is first come, first served. Outcomes that
+    end early (aborted, failed) count as "at least so long" only.
 
     prefill_tokens_per_step: prompt tokens whose prefill takes as long as one decode step.
     hysteresis: the head displaces a running job only if its index is this many times higher, at least 1.25.
@@ -42,6 +43,8 @@ class Gittins:
     min_samples: completed jobs that a class needs.
     window: how many of the latest jobs a class remembers.
     max_tokens: "use", or "ignore" where clients set it without a thought of the length.
+    tail: jobs wait no longer for their first token than 99 of 100 would have under first come, first served, times
+        this; see `Lanes.stepped`. Infinity promises nothing.
     """
 
     name = "gittins"
@@ -55,11 +58,14 @@ class Gittins:
         min_samples: int = 50,
         window: int = 2000,
         max_tokens: str = "use",
+        tail: float = 0.8,
     ) -> None:
         self.patience_s = patience_s
+        self.tail = tail
+        self.tokens_per_step = float(prefill_tokens_per_step)
         self.preemptions_per_s = preemptions_per_s
         self.epoch = 0
-        self._prefill_tokens_per_step = prefill_tokens_per_step
+        self._prompt_tokens = self.tokens_per_step
         self._hysteresis = max(hysteresis, _TIE)
         self._min_samples = min_samples
         self._window = window
@@ -69,6 +75,15 @@ class Gittins:
         self._classes: OrderedDict[_ClassKey, int] = OrderedDict()
         self._lengths: dict[int, Lengths] = {0: self._all}
         self._indices: dict[Lane, float] = {}
+
+    def fit(self, slots: int) -> None:
+        """A prompt holds up every slot, so to one of them it counts as many times as there are."""
+        self._prompt_tokens = self.tokens_per_step / slots + 1.0 if slots else self.tokens_per_step
+
+    def rest_tokens(self, job: Job) -> float:
+        """The mean of those of its class that were as long."""
+        lengths = self._lengths.get(self._class_of(job), self._all)
+        return lengths.rest(job.output_tokens) if lengths.ready else 0.0
 
     def spot(self, job: Job, *, running: bool, boosted_at: int | None) -> Spot:
         """The lane by class, outstanding prefill and age."""
@@ -151,13 +166,18 @@ class Gittins:
 
     def _chain(self, job: Job) -> tuple[_ClassKey, ...]:
         """The job's class and its parents, without the one of all."""
-        if not self._by_max_tokens:
-            return ((job.tenant, job.kind), (job.kind,))
-        bound = job.max_tokens.bit_length()
-        return ((job.tenant, job.kind, bound), (job.kind, bound), (bound,))
+        bound = job.max_tokens.bit_length() if self._by_max_tokens else -1
+        parents: tuple[_ClassKey, ...] = ((job.tenant, job.kind, bound), (job.kind, bound), (bound,))
+        octave = _half_octave(job.prompt_tokens)
+        return (*((*key, octave) for key in parents), *parents)
 
     def _steps(self, tokens: int) -> float:
-        return tokens / self._prefill_tokens_per_step
+        return tokens / self._prompt_tokens
+
+
+def _half_octave(tokens: int) -> float:
+    """Prompts whose lengths differ by a factor of less than 1.41, as a class key that no `max_tokens` can be."""
+    return int(2 * math.log2(max(1, tokens))) + 0.5
 
 
 def _bucket(steps: float) -> int:

@@ -52,6 +52,15 @@ class Lengths:
             best = max(best, gain / (alive * prefill_steps + self._means[point] - mean))
         return best
 
+    def rest(self, age: int) -> float:
+        """How many more tokens a job that has made `age` is expected to make, in the mean; needs `ready`."""
+        age = min(age, self._supported)
+        at = bisect_right(self._lengths, age)
+        alive = 1.0 - self._shares[at]
+        before = self._lengths[at - 1] if at else 0
+        mean = self._means[at] + alive * (age - before)
+        return max(1.0, (self._means[-1] - mean) / alive) if alive > 0.0 else 1.0
+
     def _fit(self) -> None:
         self._unfitted = 0
         self.ready = True

@@ -4,6 +4,7 @@ Only an engine that steps token by token can displace a running job. Where whole
 gateway, the policy orders the line and no more.
 """
 
+import math
 from bisect import bisect_left
 
 from scheduler.jobs import Job, Outcome
@@ -24,6 +25,7 @@ class Mlfq:
     patience_s: a job unserved for so long is promoted. When more are promoted at once than the batch holds, they take
         turns, and the time unserved is no longer bounded by it.
     preemptions_per_s: cap on displacements, since each costs the victim's recomputation.
+    tail: as for Gittins.
     """
 
     name = "mlfq"
@@ -36,11 +38,21 @@ class Mlfq:
         prefill_tokens_per_step: int = 256,
         patience_s: float = 10.0,
         preemptions_per_s: int = 100,
+        tail: float = math.inf,
     ) -> None:
         self.patience_s = patience_s
+        self.tail = tail
+        self.tokens_per_step = float(prefill_tokens_per_step)
         self.preemptions_per_s = preemptions_per_s
         self._prefill_tokens_per_step = prefill_tokens_per_step
         self._quanta_steps = [quantum_steps * 2**level for level in range(levels)]
+
+    def fit(self, slots: int) -> None:
+        """Nothing depends on it."""
+
+    def rest_tokens(self, job: Job) -> float:
+        """Nothing is known."""
+        return 0.0
 
     def spot(self, job: Job, *, running: bool, boosted_at: int | None) -> Spot:
         """The level follows from the prompt and the tokens made, so there is no state to keep per job."""

@@ -23,6 +23,7 @@ class Srpt:
     hysteresis: the victim's rest must be this many times the head's work and its own recomputation.
     patience_s: a job unserved for so long goes first, for 64 decode steps, and displaces one that came after it.
     preemptions_per_s: cap on displacements.
+    tail: as for Gittins.
     """
 
     name = "srpt"
@@ -34,11 +35,22 @@ class Srpt:
         hysteresis: float = 1.3,
         patience_s: float = 60.0,
         preemptions_per_s: int = 100,
+        tail: float = math.inf,
     ) -> None:
         self.patience_s = patience_s
+        self.tail = tail
+        self.tokens_per_step = float(prefill_tokens_per_step)
         self.preemptions_per_s = preemptions_per_s
-        self._prefill_tokens_per_step = prefill_tokens_per_step
+        self._prompt_tokens = self.tokens_per_step
         self._hysteresis = max(hysteresis, _TIE)
+
+    def fit(self, slots: int) -> None:
+        """A prompt holds up every slot, so to one of them it counts as many times as there are."""
+        self._prompt_tokens = self.tokens_per_step / slots + 1.0 if slots else self.tokens_per_step
+
+    def rest_tokens(self, job: Job) -> float:
+        """What `max_tokens` leaves."""
+        return float(max(1, job.max_tokens - job.output_tokens)) if job.max_tokens else 0.0
 
     def spot(self, job: Job, *, running: bool, boosted_at: int | None) -> Spot:
         """The lane by what is left; jobs without `max_tokens` come last."""
@@ -84,7 +96,7 @@ class Srpt:
         """Nothing to learn."""
 
     def _steps(self, tokens: int) -> float:
-        return tokens / self._prefill_tokens_per_step
+        return tokens / self._prompt_tokens
 
 
 def _bucket(steps: float) -> int:

@@ -5,14 +5,16 @@ not charged its prompt again, an aborted one gets back only what was predicted a
 free (`charge="computed"`), and counters are stored already divided by the tenant's weight.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from scheduler.jobs import Job, Outcome
 from scheduler.policy import Account, Bill
 
+_FRESH = 0.02  # of what is known of the mean request after one more
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class Vtc:
     """The rules of the counters; the counters themselves are the `Account`s that `Lanes` keeps.
 
@@ -22,6 +24,8 @@ class Vtc:
     slots: "shared" lets the tenant that goes next take a slot from one that holds more of them for its weight, also
         after the change; "free", as published, lets it wait for the next free slot.
     preemptions_per_s: cap on the slots so taken.
+    burst: how many mean requests a tenant may be below those that wait when it comes back, as far as it really has had
+        less; 0, as published, lifts it to their level. Counters of waiting tenants then differ by U + burst at most.
     """
 
     prompt_weight: float = 1.0
@@ -30,15 +34,21 @@ class Vtc:
     charge: Literal["all", "computed"] = "all"
     slots: Literal["free", "shared"] = "free"
     preemptions_per_s: int = 100
+    burst: float = 0.0
+    mean_service: float = field(default=0.0, init=False)  # of a finished request, in weighted tokens
 
     @property
     def taken_per_s(self) -> int:
         """The cap, 0 where slots are not shared."""
         return self.preemptions_per_s if self.slots == "shared" else 0
 
-    def lift(self, account: Account, level: float) -> None:
-        """Time away from the queue saves up nothing: the counter rises to the level of those that waited."""
-        account.counter = max(account.counter, level)
+    def lift(self, account: Account, level: float, *, contended: bool) -> None:
+        """Time away saves up no more than `burst`: the counter rises to that far below the level of those that wait.
+
+        Where nobody waits there is nobody to catch up with, and nothing is saved up.
+        """
+        credit = self.burst * self.mean_service / account.weight if contended else 0.0
+        account.counter = max(account.counter, level - credit)
 
     def take(self, account: Account, job: Job) -> Bill:
         """Charges the whole prompt at once, or the tenant would stay lowest and fill the batch."""
@@ -73,6 +83,9 @@ class Vtc:
             account.counter = max(min(bill.floor, account.counter), account.counter - unused_tokens * bill.price)
         if outcome in (Outcome.DONE, Outcome.LENGTH):
             account.recent.append(job.output_tokens)
+            service = self._prompt_price(job) * job.weight + self.output_weight * job.output_tokens
+            share = _FRESH if self.mean_service else 1.0
+            self.mean_service += share * (service - self.mean_service)
 
     def _prompt_price(self, job: Job) -> float:
         return self.prompt_weight * job.charged_tokens(cached_free=self.charge == "computed") / job.weight

@@ -427,6 +427,16 @@ class EngineMetrics:
         self.gap = self._gauge(
             registry, "service_gap", "Weighted tokens between the most and least served waiting tenant", (), "livemax"
         )
+        self.completion_s = self._gauge(
+            registry,
+            "mean_completion_seconds",
+            "Arrival to end of the latest requests: as they went (policy), and first come, first served (fcfs)",
+            ("of",),
+            "livemax",
+        )
+        self.promised_s = self._gauge(
+            registry, "promised_wait_seconds", "Longest wait for a first token that `tail` allows now", (), "livemax"
+        )
         self.stall_s = self._gauge(
             registry, "longest_stall_seconds", "Longest that a started request went without its slot", (), "livemax"
         )
@@ -468,6 +478,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         if not self.scheduler_config.async_scheduling:
             self._be_synchronous()
         self._slots: int = getattr(self, "max_num_active_reqs", None) or self.max_num_running_reqs
+        self._lanes.feed(self._slots)
         takes = inspect.signature(Scheduler._preempt_request).parameters
         self._preempt_options = {"drop_stale_output": self.requires_kv_delivery} if "drop_stale_output" in takes else {}
         self._kept = kept_in(self.kv_cache_manager.block_pool, self.vllm_config.cache_config.block_size)
@@ -541,6 +552,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         self._reason, self._yielded_memory = "memory", False
         output = self._schedule_capped(self._prompt_cap(now) if admits else None, *args, **kwargs)
         self._reason = "reset"
+        self._lanes.stepped(now, output.total_num_scheduled_tokens)
         self._note_starts(output, now)
         self._kept.after(output.total_num_scheduled_tokens, self._lanes.__contains__)
         self._memory_bound = admits and self._stopped_at_memory(output)
@@ -751,3 +763,8 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
             self._metrics.service.labels(tenant).inc(max(0.0, service))
         self._metrics.gap.set(sample.gap)
         self._metrics.stall_s.set(sample.longest_stall_s)
+        shadow = self._lanes.shadow
+        if shadow is not None:
+            self._metrics.completion_s.labels("policy").set(shadow.real_completions.mean)
+            self._metrics.completion_s.labels("fcfs").set(shadow.completions.mean)
+            self._metrics.promised_s.set(self._lanes.promised_wait_s)

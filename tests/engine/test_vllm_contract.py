@@ -17,7 +17,7 @@ from tests.engine.test_vllm_plugin import ArrivingBlocks, metric
 pytestmark = pytest.mark.engine
 
 PREEMPTING = ("mlfq", "gittins", "srpt")
-OPTIONS = {"mlfq": {"quantum_steps": "4"}}
+OPTIONS = {"mlfq": {"quantum_steps": "4"}, "gittins": {"tail": "inf"}}
 
 
 def eight_running(folder: Path, policy: str, *, slots: int) -> Engine:

@@ -28,11 +28,19 @@ class Oracle:
     name = "oracle"
     patience_s = float("inf")
     preemptions_per_s = 1000
+    tail = float("inf")
+    tokens_per_step = 256.0
     epoch = 0
 
     def __init__(self, requests: list[Request]) -> None:
         ordered = sorted(requests, key=lambda request: request.at)
         self._lengths = {str(number): request.output_tokens for number, request in enumerate(ordered)}
+
+    def fit(self, slots: int) -> None:
+        pass
+
+    def rest_tokens(self, job: Job) -> float:
+        return float(self._lengths[job.id] - job.output_tokens)
 
     def spot(self, job: Job, *, running: bool, boosted_at: int | None) -> Spot:
         return Spot((self._lengths[job.id] - job.output_tokens,), job.output_tokens + 16)

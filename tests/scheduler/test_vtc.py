@@ -35,10 +35,10 @@ def on_off_traffic(seed: int, weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0))
     return requests
 
 
-def audit(policy: Policy, seed: int, **engine: object) -> Auditor:
+def audit(policy: Policy, seed: int, burst: float = 0.0, **engine: object) -> Auditor:
     weights = engine.pop("weights", (1.0, 1.0, 1.0, 1.0))
     settings: dict[str, object] = {"slots": 16, "kv_tokens": 2000, **engine}
-    auditor = Auditor(Engine(policy, **settings))  # type: ignore[arg-type]
+    auditor = Auditor(Engine(policy, **settings), burst=burst)  # type: ignore[arg-type]
     auditor.engine.run(on_off_traffic(seed, weights))  # type: ignore[arg-type]
     return auditor
 
@@ -50,6 +50,40 @@ def audit(policy: Policy, seed: int, **engine: object) -> Auditor:
 def test_counters_and_service_of_waiting_tenants_stay_within_the_published_bounds(within: str, seed: int) -> None:
     policy = build("vtc", {"within": within})
     assert audit(policy, seed).violations() == []
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_with_credit_the_bounds_are_wider_by_it_and_hold(seed: int) -> None:
+    auditor = audit(build("vtc", {"burst": "10"}), seed, burst=10.0, weights=(1.0, 2.0, 3.0, 0.5))
+    assert (auditor.violations(), auditor.wrong_means) == ([], 0)
+
+
+def test_credit_without_a_bound_breaks_them() -> None:
+    class Generous(Vtc):
+        def lift(self, account: Account, level: float, *, contended: bool) -> None:
+            pass
+
+    auditors = [audit(Policy("vtc", Fcfs(), Generous()), seed, burst=10.0) for seed in SEEDS]
+    assert any({"spread", "gap"} & set(auditor.violations()) for auditor in auditors)
+
+
+def test_credit_lets_a_light_tenant_go_first_and_no_further() -> None:
+    def light_started_before(burst: str) -> int:
+        """Of ten requests that a light tenant sends at once beside a flood, those that go before the flood's next."""
+        lanes = Lanes(build("vtc", {"burst": burst}))
+        lanes.push(Job("usual", "flood", 10, 0.0), 0.0)
+        usual = lanes.pop(0.0)
+        lanes.serve(usual, 20, 0.0)
+        lanes.finish(usual, Outcome.DONE, 0.0)
+        lanes.told("flood", 10_000.0, 1.0, 0.0)
+        for number in range(10):
+            lanes.push(Job(f"flood{number}", "flood", 50, 0.0), 0.0)
+        for number in range(10):
+            lanes.push(Job(f"light{number}", "light", 50, 0.0), 0.0)
+        order = [lanes.pop(0.0).tenant for _ in range(20)]
+        return order.index("flood")
+
+    assert [light_started_before(burst) for burst in ("0", "4", "8")] == [0, 4, 8]
 
 
 @pytest.mark.parametrize("seed", SEEDS)

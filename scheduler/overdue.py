@@ -1,0 +1,36 @@
+"""Who has waited for too long: places by the time since which that is counted, oldest first."""
+
+from heapq import heapify, heappop, heappush
+
+from scheduler.line import Place, State
+
+_SLACK = 64  # outdated entries that are not worth a clean-up
+
+
+class Overdue:
+    """Waiting places. An entry is outdated once its place has left the line, or come back to it."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, float, Place]] = []
+        self._noted = 0
+
+    def note(self, place: Place, since: float, waiting: int) -> None:
+        """The place waits; `since` is what it is judged by. waiting: how many places wait in all."""
+        self._noted += 1
+        heappush(self._heap, (since, self._noted, place.since, place))
+        if len(self._heap) > 2 * waiting + _SLACK:
+            self._heap = list({entry[3]: entry for entry in self._heap if self._holds(entry)}.values())
+            heapify(self._heap)
+
+    def pop(self, before: float) -> Place | None:
+        """The oldest of those that wait since before then, which is forgotten; None if there is none."""
+        while self._heap and self._heap[0][0] <= before:
+            entry = heappop(self._heap)
+            if self._holds(entry):
+                return entry[3]
+        return None
+
+    @staticmethod
+    def _holds(entry: tuple[float, int, float, Place]) -> bool:
+        place = entry[3]
+        return place.state is State.WAITING and place.since == entry[2]

@@ -1,0 +1,186 @@
+"""The shadow is first come, first served, whatever the engine really does; and the promise made from it holds."""
+
+import random
+from collections.abc import Callable, Sequence
+from statistics import mean
+
+import pytest
+
+from loadtest.simulator.batch import ContinuousBatch
+from loadtest.simulator.costmodel import CostModel
+from scheduler.catalog import build
+from scheduler.jobs import Job, Outcome
+from scheduler.lanes import Lanes
+from scheduler.shadow import Recent, Shadow
+
+STEP_S, TOKENS_PER_STEP, SLOTS = 0.01, 256, 8
+COST = CostModel(
+    iteration_s=STEP_S,
+    prefill_s_per_token=STEP_S / TOKENS_PER_STEP,
+    decode_s_per_sequence=STEP_S / TOKENS_PER_STEP,
+    max_seqs=SLOTS,
+    kv_capacity_tokens=1 << 20,
+)
+
+Lengths = Callable[[random.Random], int]
+LENGTHS: dict[str, Lengths] = {
+    "constant": lambda rng: 60,
+    "uniform": lambda rng: rng.randint(1, 120),
+    "exponential": lambda rng: max(1, round(rng.expovariate(1 / 60))),
+    "Pareto": lambda rng: min(4000, max(1, round(12 * rng.random() ** (-1 / 1.2)))),
+}
+
+
+class Lived:
+    """A run: seconds to the first token and to the end, by job, in order of arrival."""
+
+    def __init__(self) -> None:
+        self.first_s: dict[int, float] = {}
+        self.end_s: dict[int, float] = {}
+        self.displaced = 0
+        self.shadow: Shadow | None = None
+
+
+def work(lengths: str, count: int, seed: int) -> list[tuple[int, int]]:
+    rng = random.Random(seed)
+    return [(rng.randint(20, 400), LENGTHS[lengths](rng)) for _ in range(count)]
+
+
+def arrivals(jobs: Sequence[tuple[int, int]], load: float, seed: int) -> list[float]:
+    """Poisson, at `load` times what the engine can do of them."""
+    seconds = sum(STEP_S * ((prompt + made) / TOKENS_PER_STEP + made / SLOTS) for prompt, made in jobs)
+    rng, at, times = random.Random(seed), 0.0, []
+    for _ in jobs:
+        at += rng.expovariate(load * len(jobs) / seconds)
+        times.append(at)
+    return times
+
+
+def live(
+    policy: str, options: dict[str, str], jobs: Sequence[tuple[int, int]], times: Sequence[float], taught: int = 0
+) -> Lived:
+    """The simulator's engine under a policy. taught: seed of other jobs whose lengths it knows, 0 for none."""
+    built = build(policy, options)
+    lanes = Lanes(built)
+    batch, lived = ContinuousBatch(COST, lanes), Lived()
+    if taught:
+        shuffled = random.Random(taught).sample(list(jobs), len(jobs))
+        for prompt, made in shuffled:
+            built.order.learn(Job("", "t", prompt, 0.0, output_tokens=made), Outcome.DONE)
+    now, coming, left = 0.0, 0, {}
+    while coming < len(jobs) or left:
+        if not left:
+            now = max(now, times[coming])
+        while coming < len(jobs) and times[coming] <= now:
+            job = Job(str(coming), "t", jobs[coming][0], now)
+            left[job] = jobs[coming][1]
+            batch.add(job, now)
+            coming += 1
+        iteration = batch.schedule(now)
+        assert iteration is not None
+        now += iteration.duration_s
+        for job in batch.complete(iteration, now):
+            number = int(job.id)
+            lived.first_s.setdefault(number, now - times[number])
+            if job.output_tokens == left[job]:
+                del left[job]
+                batch.finish(job, Outcome.DONE, now)
+                lived.end_s[number] = now - times[number]
+    lived.displaced, lived.shadow = batch.counts.displaced, lanes.shadow
+    return lived
+
+
+def p99(values: Sequence[float]) -> float:
+    return sorted(values)[int(0.99 * len(values))]
+
+
+@pytest.mark.parametrize(
+    ("policy", "lengths", "load"),
+    [("gittins", "uniform", 0.9), ("gittins", "Pareto", 1.3), ("mlfq", "exponential", 1.3)],
+)
+def test_it_tells_what_first_come_first_served_would_have_done(policy: str, lengths: str, load: float) -> None:
+    jobs = work(lengths, 400, 3)
+    times = arrivals(jobs, load, 4)
+    fcfs = live("fcfs", {}, jobs, times)
+    shadow = live(policy, {"tail": "0.8"}, jobs, times, taught=5).shadow
+    assert shadow is not None
+    real, told = mean(fcfs.end_s.values()), shadow.ends.mean
+    assert abs(told - real) <= 0.2 * real
+    worst = p99(list(fcfs.end_s.values()))
+    assert abs(shadow.ends.quantile(0.99) - worst) <= 0.2 * worst
+
+
+class Forgetful(Shadow):
+    """A mutant: what it did too little or too much of a job is forgotten."""
+
+    def _owe(self, tokens: float) -> None:
+        pass
+
+
+def test_without_the_debt_it_would_believe_in_an_engine_that_is_too_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = work("Pareto", 400, 3)
+    times = arrivals(jobs, 1.3, 4)
+    fcfs = live("fcfs", {}, jobs, times)
+    monkeypatch.setattr("scheduler.lanes.Shadow", Forgetful)
+    shadow = live("mlfq", {"tail": "100"}, jobs, times).shadow
+    assert shadow is not None
+    assert shadow.ends.mean < 0.85 * mean(fcfs.end_s.values())
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize(
+    "load", [pytest.param(0.7, marks=pytest.mark.slow), pytest.param(0.9, marks=pytest.mark.slow), 1.2]
+)
+def test_gittins_with_its_defaults_makes_nobody_regret_it(lengths: str, load: float) -> None:
+    jobs = work(lengths, 600, 1)
+    times = arrivals(jobs, load, 2)
+    fcfs, gittins = live("fcfs", {}, jobs, times), live("gittins", {}, jobs, times, taught=3)
+    assert mean(gittins.end_s.values()) <= mean(fcfs.end_s.values()) / 0.98
+    assert p99(list(gittins.first_s.values())) <= p99(list(fcfs.first_s.values())) / 0.9
+    assert p99(list(gittins.end_s.values())) <= p99(list(fcfs.end_s.values())) / 0.75
+
+
+def test_without_its_promise_the_tail_is_lost() -> None:
+    jobs = work("exponential", 600, 1)
+    times = arrivals(jobs, 1.2, 2)
+    fcfs = live("fcfs", {}, jobs, times)
+    free = live("mlfq", {}, jobs, times)
+    kept = live("mlfq", {"tail": "0.8"}, jobs, times)
+    end = p99(list(fcfs.end_s.values()))
+    assert p99(list(free.end_s.values())) > 2 * end
+    assert p99(list(kept.end_s.values())) <= end / 0.75
+
+
+def test_where_lengths_are_alike_next_to_nobody_is_displaced() -> None:
+    jobs = work("constant", 400, 1)
+    assert live("gittins", {}, jobs, arrivals(jobs, 1.2, 2), taught=3).displaced <= 8
+
+
+def test_jobs_that_left_unserved_take_no_time_in_it() -> None:
+    shadow = Shadow(1, 256.0, lambda job: 0.0)
+    gone, stays = Job("gone", "t", 25600, 0.0), Job("stays", "t", 1, 0.0)
+    first = Job("first", "t", 1, 0.0)
+    for job in (first, gone, stays):
+        shadow.arrived(job, 0.0)
+    shadow.stepped(0.0, 1)
+    shadow.left(gone, 0.0)
+    first.output_tokens = 5
+    shadow.left(first, 0.05)
+    for step in range(1, 20):
+        shadow.stepped(step * 0.01, 1)
+    assert shadow.waits.quantile(1.0) == pytest.approx(0.06, abs=0.02)
+
+
+def test_the_latest_values_are_kept_in_order() -> None:
+    recent, rng = Recent(50), random.Random(1)
+    values = [rng.random() for _ in range(200)]
+    for value in values:
+        recent.add(value)
+    latest = sorted(values[-50:])
+    assert (len(recent), recent.mean) == (50, pytest.approx(mean(latest)))
+    assert [recent.quantile(share) for share in (0.0, 0.5, 0.99, 1.0)] == [
+        latest[0],
+        latest[25],
+        latest[49],
+        latest[49],
+    ]
