@@ -14,6 +14,7 @@ import pytest
 from loadtest.bench.bench_target import free_port
 from loadtest.fake.engine import FakeEngine
 from server.app import GatewayServer
+from server.cluster.local_sync import WORKER
 from server.settings import Settings, admin_address, read_settings
 from tests.server.conftest import INSTANT, SLOW, Reply, Running, chat, eventually, over_fake, request, serving
 from tests.server.test_tenants import KEY, OTHER
@@ -277,3 +278,12 @@ async def test_long_lists_have_pages_and_a_search(tmp_path: Path) -> None:
         assert (await admin(gateway, "GET", "/tenants?limit=0")).status == 422
         workers = (await admin(gateway, "GET", "/workers?search=nothing")).json()
         assert workers == {"workers": [], "total": 0, "next_after": None}
+
+
+async def test_a_worker_whose_address_cannot_be_one_is_refused_and_not_kept() -> None:
+    async with over_fake(admin_key=ADMIN_KEY) as (gateway, _):
+        for url in ("http://127.0.0.1:99999", "http://127.0.0.1:port", "http://:80"):
+            reply = await admin(gateway, "PUT", "/workers/bad", {"url": url})
+            assert reply.status == 400 and "is not an address" in reply.error["message"]
+        assert await gateway.server.shared.local.records(WORKER) == {}
+        assert set(gateway.server.fleet.members) == {"worker-0"}
