@@ -33,7 +33,7 @@ test-all: test  ## `make test`, then the slow tests: deaths of real engines, cha
 
 soak:  ## hours of what `make test` does for seconds: hostile bytes, dying workers; TIMES=200
 	@$(INSTALL) --tests
-	@EVENHAND_SOAK=$(or $(TIMES),200) $(BIN)/python -m pytest --timeout=0 tests/server/test_fuzz.py tests/chaos tests/engine/test_disaggregation.py
+	@EVENHAND_SOAK=$(or $(TIMES),200) $(BIN)/python -m pytest --timeout=0 tests/server/test_fuzz.py tests/server/test_charges.py tests/chaos tests/engine/test_disaggregation.py
 	@$(BIN)/python -m tests.chaos soak
 
 chaos:  ## every figure of docs/reliability.md but the soak's, one after the other

@@ -81,7 +81,8 @@ class Seen:
 
 @dataclass(slots=True, eq=False)
 class Choice:
-    """One choice of an answer while it is made. before, after: a plain chunk around the text of a token."""
+    """One choice of an answer while it is made. before, after: a plain chunk around the text of a token. unsent: how
+    many of its ids have not been streamed."""
 
     answer: "Answer"
     index: int
@@ -92,6 +93,7 @@ class Choice:
     before: bytes = b""
     after: bytes = b""
     ids: list[int] = field(default_factory=list)
+    unsent: int = 0
     finish: str = ""
 
 
@@ -407,13 +409,17 @@ class FakeEngine:
         if not answer.started:
             self._start_stream(answer)
         ask = answer.ask
+        choice.unsent += 1
+        if 1 < len(choice.ids) and choice.unsent < ask.stream_interval and not choice.finish:
+            return
         with_prompt = len(choice.ids) == 1 and (ask.echo or (ask.return_token_ids and not ask.chat))
-        if choice.before and not choice.finish and not with_prompt:
+        if choice.before and ask.stream_interval == 1 and not choice.finish and not with_prompt:
             text = b"" if token < 3 else hash_model.token_bytes(token)
             after = choice.after % token if ask.return_token_ids else choice.after
             answer.exchange.send(choice.before + text + after)
         else:
-            answer.exchange.send(self._rich_chunk(choice, token))
+            answer.exchange.send(self._rich_chunk(choice))
+        choice.unsent = 0
 
     def _start_stream(self, answer: Answer) -> None:
         answer.started = True
@@ -422,18 +428,20 @@ class FakeEngine:
         if opening:
             answer.exchange.send(opening)
 
-    def _rich_chunk(self, choice: Choice, token: int) -> bytes:
+    def _rich_chunk(self, choice: Choice) -> bytes:
+        """The tokens that have not been streamed yet, of which the last has just been made."""
         ask, first = choice.answer.ask, len(choice.ids) == 1
-        text = _text([token])
+        ids = choice.ids[-choice.unsent :]
+        text = _text(ids)
         if ask.echo and first:
             text = (ask.prompt_text or hash_model.decode(ask.prompts[choice.prompt])) + text
         more: dict[str, Any] = {}
         if ask.return_token_ids:
-            more["token_ids"] = [token]
+            more["token_ids"] = ids
             if first:
                 more["prompt_token_ids"] = ask.prompts[choice.prompt]
         if ask.logprobs:
-            more["logprobs"] = (vllm_wire.chat_logprobs if ask.chat else vllm_wire.text_logprobs)([token])
+            more["logprobs"] = (vllm_wire.chat_logprobs if ask.chat else vllm_wire.text_logprobs)(ids)
         return choice.answer.wire.token(choice.index, text, choice.finish or None, more, len(choice.ids))
 
     def _close(self, answer: Answer) -> None:

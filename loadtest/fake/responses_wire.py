@@ -22,6 +22,7 @@ def ask_responses(body: Json, max_model_tokens: int) -> Ask:
     if body.get("max_output_tokens") is not None:
         known["max_tokens"] = body["max_output_tokens"]
     ask = ask_chat(known | {"messages": turns, "stream": body.get("stream", False)}, max_model_tokens)
+    ask = replace(ask, metadata=body.get("metadata"))
     return ask if ask.max_tokens is not None else replace(ask, max_tokens=max_model_tokens - ask.prompt_tokens)
 
 
@@ -105,7 +106,7 @@ class ResponsesWire:
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "background": False,
             "instructions": None,
-            "metadata": None,
+            "metadata": self.ask.metadata,
             "model": self.model,
             "output": output,
             "parallel_tool_calls": True,

@@ -37,6 +37,7 @@ class Ask:
     """What a generation request asks for, prompts already as token ids.
 
     max_tokens: None where the client left it open (chat: as much as the context holds).
+    stream_interval: tokens of an event, but for the first one and the last. metadata: sent back on /v1/responses.
     extra: `vllm_xargs`. transfer: `kv_transfer_params`.
     """
 
@@ -54,6 +55,8 @@ class Ask:
     echo: bool = False
     logprobs: bool = False
     role: str = "assistant"
+    stream_interval: int = 1
+    metadata: Mapping[str, Any] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     transfer: Mapping[str, Any] | None = None
 
@@ -175,6 +178,7 @@ def _ask(body: Json, *, chat: bool, prompts: list[list[int]], prompt_text: str, 
             body.get("logprobs") or body.get("logprobs") == 0 and not chat and body.get("logprobs") is not False
         ),
         role=role,
+        stream_interval=_count(body.get("stream_interval") or 1, "stream_interval", least=1),
         extra=_mapping(body.get("vllm_xargs"), "vllm_xargs"),
         transfer=_mapping(body["kv_transfer_params"], "kv_transfer_params") if body.get("kv_transfer_params") else None,
     )
