@@ -98,11 +98,11 @@ RUNS: Mapping[str, Run] = {
         workers,
     ),
     "engines": Run(
-        "the same over real vLLM engines on a tiny model, which also get SIGTERM",
+        "each process of real vLLM engines on a tiny model is killed, stopped and told to end",
         (
             SEED,
             ("workers", 2, "engines"),
-            ("blows", 6, "how often one is killed, stopped or told to end; 0: what differs when all is well"),
+            ("blows", 12, "how often one is killed, stopped or told to end; 0: what differs when all is well"),
             ("clients", 4, "who never pause"),
             ("streams", 0, "it goes on until so many have ended"),
         ),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from tests.chaos.load import COMPLETIONS, Question, Told
+from tests.chaos.load import CHAT, COMPLETIONS, Question, Told
 from tests.chaos.site import ask
 
 # Natural logarithms. Rounding moves float32 sums by about 1e-5 here; the second best is 0.4 below the best in the mean.
@@ -34,7 +34,14 @@ class Judge:
     def __init__(self, model: Path) -> None:
         self.tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
 
+    @staticmethod
+    def reads(question: Question) -> bool:
+        """Whether its answer tells token ids, without which nobody can say how likely its tokens are."""
+        return question.path in (CHAT, COMPLETIONS)
+
     async def verdict(self, port: int, question: Question, said: Told) -> Verdict:
+        if not self.reads(question):
+            return Verdict(0.0, "it tells no token ids, and is not the undisturbed one")
         (text, ids, finish), usage = said
         prompt = await prompt_ids(port, question)
         below = await gaps(port, prompt, ids)

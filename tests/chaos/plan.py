@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import product
 
 
 class Blow(Enum):
@@ -14,6 +15,15 @@ class Blow(Enum):
     TERM = "term"  # SIGTERM: vLLM aborts what it runs, and ends; a new process takes the address
 
 
+class Part(Enum):
+    """Which of a worker's processes is struck."""
+
+    ALL = "all of it"
+    SERVER = "API server"
+    CORE = "EngineCore"
+    WORKER = "Worker"  # the process that computes: what a GPU's fault or the out-of-memory killer ends
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
     """One blow. pause_s: after the last one has been mended. away_s: how long the worker is not there."""
@@ -22,14 +32,22 @@ class Event:
     worker: int
     blow: Blow
     away_s: float
+    part: Part = Part.ALL
 
 
 FOUR = (Blow.KILL, Blow.KILL, Blow.KILL, Blow.STOP)
 
 
-def plan(seed: int, workers: int, blows: int, kinds_in_turn: Sequence[Blow] = FOUR) -> list[Event]:
-    """`blows` events over so many workers, one of which is away at a time; as many of each kind, in any order."""
+def plan(
+    seed: int, workers: int, blows: int, kinds_in_turn: Sequence[Blow] = FOUR, parts: Sequence[Part] = (Part.ALL,)
+) -> list[Event]:
+    """`blows` events over so many workers, one of which is away at a time; as many of each kind to each part, in any
+    order."""
     dice = random.Random(seed)
-    kinds = [kinds_in_turn[number % len(kinds_in_turn)] for number in range(blows)]
+    every = list(product(kinds_in_turn, parts))
+    kinds = [every[number % len(every)] for number in range(blows)]
     dice.shuffle(kinds)
-    return [Event(dice.uniform(0.05, 0.4), dice.randrange(workers), kind, dice.uniform(0.1, 0.5)) for kind in kinds]
+    return [
+        Event(dice.uniform(0.05, 0.4), dice.randrange(workers), kind, dice.uniform(0.1, 0.5), part)
+        for kind, part in kinds
+    ]

@@ -5,6 +5,7 @@ undisturbed one, token for token, as one well-formed stream; and at the end noth
 """
 
 import asyncio
+import os
 import signal
 import tempfile
 import time
@@ -22,11 +23,12 @@ from server.request.call import Ticket
 from tests.chaos.figures import Figure, none, quantile_ms
 from tests.chaos.greedy import TIE, Judge
 from tests.chaos.load import Client, Pause, Question, Seen, Tell, questions, told
-from tests.chaos.plan import FOUR, Blow, Event, plan
+from tests.chaos.plan import FOUR, Blow, Event, Part, plan
 from tests.chaos.site import HEALTH, START_S, Program, engine, running
 from tests.server.conftest import eventually, serving
 
 WORKERS = 3
+SIGNALS = {Blow.KILL: signal.SIGKILL, Blow.STOP: signal.SIGSTOP, Blow.TERM: signal.SIGTERM}
 NOTICE_S = 60.0
 STREAMS_S = 600.0  # for those that are wanted beyond the last blow
 COST = "gpu-7b"
@@ -41,6 +43,7 @@ class Setting:
 
     judge: of well-formed answers that are not the undisturbed ones, where such may be right. It asks the first worker.
     rests: clients rest while a worker starts, where that takes a minute of all the cores there are.
+    parts: processes that are struck, in turn. process_of: which process of a worker is this part.
     """
 
     workers: Callable[[Path], list[Program]]
@@ -52,6 +55,8 @@ class Setting:
     told: Tell = told
     judge: Judge | None = None
     rests: bool = False
+    parts: Sequence[Part] = (Part.ALL,)
+    process_of: Callable[[Program, Part], int] = lambda program, part: program.pid
 
 
 def without_a_model(seed: int) -> Setting:
@@ -72,6 +77,7 @@ class Struck:
     blow: Blow
     began: float
     noticed: float
+    part: Part = Part.ALL
 
 
 @dataclass
@@ -92,6 +98,10 @@ class Report:
     def kinds(self) -> Counter[str]:
         return Counter(struck.blow.value for struck in self.blows)
 
+    @property
+    def parts(self) -> Counter[str]:
+        return Counter(f"{struck.blow.value} {struck.part.value}" for struck in self.blows)
+
     def pauses(self, blow: Blow) -> list[tuple[Pause, Struck]]:
         """The silences of moved streams that a blow of this kind made, each with it."""
         found = []
@@ -105,7 +115,7 @@ class Report:
 
     def figures(self) -> list[Figure]:
         """Beside their goals. The goal for pauses: what is left after the failure was noticed is one prefill."""
-        answers, kinds = self.seen.answers, ", ".join(f"{name} {count}" for name, count in sorted(self.kinds.items()))
+        answers, kinds = self.seen.answers, ", ".join(f"{name}: {count}" for name, count in sorted(self.parts.items()))
         figures = [
             Figure("blows", kinds),
             Figure("answers, of which streams", f"{answers.total()}, {len(self.seen.streams)}"),
@@ -180,7 +190,7 @@ class Chaos:
         setting = self.setting
         with tempfile.TemporaryDirectory(prefix="evenhand-chaos-") as folder:
             self.workers = setting.workers(Path(folder))
-            self.events = plan(self.seed, len(self.workers), self.blows, setting.kinds)
+            self.events = plan(self.seed, len(self.workers), self.blows, setting.kinds, setting.parts)
             async with running(*self.workers):
                 urls = [worker.url for worker in self.workers]
                 async with serving(*urls, probe_s=setting.probe_s, health=setting.health) as self.gateway:
@@ -216,6 +226,8 @@ class Chaos:
         """What the other answers are, by an engine that nobody asks anything else now."""
         port, seen = self.workers[0].port, self.report.seen
         for question, said in zip(self.setting.questions, self.clients[0].expected, strict=True):
+            if not judge.reads(question):
+                continue
             learned = await judge.verdict(port, question, said)
             assert not learned.problem, f"an undisturbed answer: {learned.problem}"
         self.report.gaps = {}
@@ -234,22 +246,27 @@ class Chaos:
         member = self.gateway.server.fleet.members[name]
         await eventually(lambda: any(map(_has_far_to_go, member.legs)), f"{name} is in the middle of a stream", START_S)
         began = time.monotonic()
-        if event.blow is Blow.KILL:
+        await self._hit(worker, event)
+        await eventually(self._one_is_out, f"the {event.blow.value} of {event.part.value} is noticed", NOTICE_S)
+        self.report.blows.append(Struck(name, event.blow, began, time.monotonic(), event.part))
+        await asyncio.sleep(event.away_s)
+        await self._mend(event, worker)
+
+    async def _hit(self, worker: Program, event: Event) -> None:
+        if event.part is not Part.ALL:
+            os.kill(self.setting.process_of(worker, event.part), SIGNALS[event.blow])
+        elif event.blow is Blow.KILL:
             await worker.kill()
         elif event.blow is Blow.STOP:
             worker.signal(signal.SIGSTOP)
         else:
             await worker.end()
-        await eventually(self._one_is_out, f"the {event.blow.value} is noticed", NOTICE_S)
-        self.report.blows.append(Struck(name, event.blow, began, time.monotonic()))
-        await asyncio.sleep(event.away_s)
-        await self._mend(event.blow, worker)
 
     def _one_is_out(self) -> bool:
         return len(self.gateway.server.fleet.ready()) < len(self.workers)
 
-    async def _mend(self, blow: Blow, worker: Program) -> None:
-        if blow is Blow.STOP:
+    async def _mend(self, event: Event, worker: Program) -> None:
+        if event.blow is Blow.STOP:
             worker.signal(signal.SIGCONT)
         else:
             await worker.kill()  # what it may have left
