@@ -268,7 +268,11 @@ class FakeEngine:
         ask = api.ask(body, self._context_tokens())
         request_id = api.prefix + (exchange.headers.get("x-request-id") or uuid.uuid4().hex)
         answer = Answer(exchange, api.wire(request_id, int(self._wall_clock()), self.setup.model, ask))
-        if self.setup.plugin and "evenhand_policy" in ask.extra:
+        if ask.cuts:
+            exchange.begin_stream(_SSE)
+            exchange.send(answer.wire.opening(1))
+            exchange.cut(vllm_wire.event({"cut": "in the middle of a chunk"}))
+        elif self.setup.plugin and "evenhand_policy" in ask.extra:
             exchange.respond(200, answer.wire.whole([], {"evenhand": self._switch(ask.extra)}), _JSON)
         elif ask.transfer and ask.transfer.get("do_remote_prefill"):
             answer.exchange.gone = lambda: setattr(answer, "left", True)

@@ -22,7 +22,7 @@ def ask_responses(body: Json, max_model_tokens: int) -> Ask:
     if body.get("max_output_tokens") is not None:
         known["max_tokens"] = body["max_output_tokens"]
     ask = ask_chat(known | {"messages": turns, "stream": body.get("stream", False)}, max_model_tokens)
-    ask = replace(ask, metadata=body.get("metadata"))
+    ask = replace(ask, metadata=body.get("metadata"), cuts=ask.stream and (body.get("top_logprobs") or 0) > 20)
     return ask if ask.max_tokens is not None else replace(ask, max_tokens=max_model_tokens - ask.prompt_tokens)
 
 

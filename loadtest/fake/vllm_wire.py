@@ -38,6 +38,7 @@ class Ask:
 
     max_tokens: None where the client left it open (chat: as much as the context holds).
     stream_interval: tokens of an event, but for the first one and the last. metadata: sent back on /v1/responses.
+    cuts: vLLM 0.32 cuts this stream after its first events, and is well.
     extra: `vllm_xargs`. transfer: `kv_transfer_params`.
     """
 
@@ -57,6 +58,7 @@ class Ask:
     role: str = "assistant"
     stream_interval: int = 1
     metadata: Mapping[str, Any] | None = None
+    cuts: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
     transfer: Mapping[str, Any] | None = None
 
@@ -151,8 +153,17 @@ def _turn(message: object) -> tuple[str, str]:
         raise _invalid("messages", "Input should be an object with a role")
     content = message.get("content") or ""
     if isinstance(content, list):
+        if any(isinstance(part, dict) and _is_remote(part) for part in content):
+            # vLLM 0.32 answers 500 for whatever goes wrong while it fetches; this engine reaches nothing
+            raise Refused(500, "InternalServerError", "Cannot connect to host")
         content = "\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
     return message["role"], str(content)
+
+
+def _is_remote(part: Json) -> bool:
+    """Whether a part of a message is a picture that is elsewhere."""
+    picture = part.get("image_url")
+    return isinstance(picture, dict) and str(picture.get("url")).startswith("http")
 
 
 def _ask(body: Json, *, chat: bool, prompts: list[list[int]], prompt_text: str, max_tokens: object, role: str) -> Ask:

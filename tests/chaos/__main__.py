@@ -15,7 +15,7 @@ import uvloop
 from loadtest.bench.table import machine
 from tests.chaos.batch import BatchChaos
 from tests.chaos.figures import Figure, table
-from tests.chaos.hostile import Hostile
+from tests.chaos.hostile import Hostile, Valid
 from tests.chaos.memory import Memory
 from tests.chaos.overload import Overload
 from tests.chaos.redis import RedisChaos
@@ -70,7 +70,8 @@ async def overload(args: argparse.Namespace) -> Figures:
 
 
 async def hostile(args: argparse.Namespace) -> Figures:
-    return (await Hostile(args.seed, args.requests).run()).figures()
+    figures = (await Hostile(args.seed, args.requests).run()).figures() if args.requests else []
+    return [*figures, *(await Valid(args.seed, args.seconds).run()).figures()]
 
 
 async def batch(args: argparse.Namespace) -> Figures:
@@ -138,8 +139,8 @@ RUNS: Mapping[str, Run] = {
         batch,
     ),
     "hostile": Run(
-        "malformed requests, by the ten thousand",
-        (SEED, ("requests", 100_000, "how many")),
+        "malformed requests by the ten thousand, then valid ones that mean no good, beside honest tenants",
+        (SEED, ("requests", 100_000, "how many malformed ones"), ("seconds", 60.0, "how long the valid ones")),
         hostile,
     ),
     "memory": Run(

@@ -1,11 +1,16 @@
-"""Malformed requests by the ten thousand, against a gateway that runs as a program.
+"""Hostile requests against a gateway that runs as a program: malformed ones by the ten thousand, then valid ones.
 
-None may be answered with 5xx, and none may leave anything behind. The bytes are those of tests/server/test_fuzz.py.
+None of the malformed may be answered with 5xx, and none may leave anything behind. The bytes are those of
+tests/server/test_fuzz.py. The valid ones mean no good, each in its own way, and two honest tenants beside them must not
+notice.
 """
 
 import asyncio
+import random
 import tempfile
+import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +18,20 @@ from pathlib import Path
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from tests.chaos.figures import Figure, none
-from tests.chaos.site import Program, all_ready, engine, gateway, metrics, running, summed, until
+from tests.chaos.figures import Figure, none, quantile_ms
+from tests.chaos.site import (
+    Program,
+    all_ready,
+    ask,
+    engine,
+    gateway,
+    metrics,
+    running,
+    summed,
+    tenant_file,
+    until,
+)
+from tests.server.conftest import Wire, chat, completion, request
 from tests.server.test_fuzz import STATUS, Sent, built, mutated, tell
 
 AT_ONCE = 10
@@ -126,3 +143,131 @@ class Hostile:
 
 class Enough(Exception):
     """A round has sent its part."""
+
+
+CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+HOSTILE, HONEST = "hostile-key-000000000", ("honest-key-1-0000000", "honest-key-2-0000000")
+ENGINES = 3
+ALONE_S = 15.0
+PAUSE_S = 0.25  # of an honest client between two requests
+CLIENTS = 6  # of the hostile tenant
+SLOWER = 2.0  # than P99 alone is delayed
+STOPS = {
+    "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x"}}]}]
+}
+LONG = {"tools": [{"type": "function", "function": {"name": "f", "description": "A" * 600_000}}]}
+Body = dict[str, object]
+
+# What a hostile tenant sends: a name, a route, a body, and whether it leaves after the first bytes of the answer.
+VALID: list[tuple[str, str, Callable[[], Body], bool]] = [
+    ("metadata that looks like a failure", RESPONSES, lambda: _response(metadata={"finish_reason": "abort"}), False),
+    ("usage as a name", RESPONSES, lambda: _response(user="usage"), False),
+    ("an engine's error", CHAT, lambda: chat(**STOPS), False),
+    ("an engine's error in a stream", CHAT, lambda: chat(stream=True, **STOPS), False),
+    ("a stream that the engine cuts", RESPONSES, lambda: _response(stream=True, top_logprobs=30), False),
+    ("many tokens in an event, then gone", CHAT, lambda: _stream(stream_interval=50, max_tokens=200), True),
+    ("a large tool list, then gone", CHAT, lambda: _stream(**LONG), True),
+    ("hidden prompts", COMPLETIONS, lambda: completion(prompt=["a"] * 55, max_tokens=1), False),
+    ("a field that steers", CHAT, lambda: chat(ec_transfer_params={"peer_host": "10.0.0.1"}), False),
+    ("background", RESPONSES, lambda: _response(background=True), False),
+]
+
+
+def _response(**fields: object) -> Body:
+    return {"model": "fake", "input": "Hello", "max_output_tokens": 4} | fields
+
+
+def _stream(**fields: object) -> Body:
+    return chat(stream=True, ignore_eos=True, **fields)
+
+
+@dataclass
+class Bystanders:
+    """What the honest tenants saw. alone, beside: seconds that their requests took."""
+
+    alone: list[float] = field(default_factory=list)
+    beside: list[float] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    sent: Counter[str] = field(default_factory=Counter)
+    workers: list[float] = field(default_factory=list)
+
+    def figures(self) -> list[Figure]:
+        limit_s = SLOWER * sorted(self.alone)[int(0.99 * len(self.alone))]
+        late = [f"{took:.3f} s" for took in self.beside if took > limit_s]
+        return [
+            Figure(
+                "valid hostile requests", ", ".join(f"{name}: {count}" for name, count in sorted(self.sent.items()))
+            ),
+            Figure("requests of honest tenants, alone and beside them", f"{len(self.alone)}, {len(self.beside)}"),
+            none("of them failed", self.failed),
+            Figure(
+                "fewest workers that were ready", f"{min(self.workers):.0f}", f"{ENGINES}", min(self.workers) == ENGINES
+            ),
+            Figure(
+                "time of an honest request, P50 and P99: alone; beside them",
+                f"{_both(self.alone)}; {_both(self.beside)}",
+            ),
+            none(f"of them later than {SLOWER:g} × P99 alone", late),
+        ]
+
+
+def _both(values_s: list[float]) -> str:
+    return f"{quantile_ms(values_s, 0.5)}, {quantile_ms(values_s, 0.99)}"
+
+
+class Valid:
+    """One run: honest tenants alone, then so many seconds beside a hostile one."""
+
+    def __init__(self, number: int, seconds: float) -> None:
+        self.dice, self.seconds = random.Random(number), seconds
+        self.seen = Bystanders()
+
+    async def run(self) -> Bystanders:
+        with tempfile.TemporaryDirectory(prefix="evenhand-hostile-") as name:
+            folder = Path(name)
+            keys = {"hostile": HOSTILE, "honest-1": HONEST[0], "honest-2": HONEST[1]}
+            tenants = tenant_file(folder, [{"name": name, "keys": [key]} for name, key in keys.items()])
+            engines = [engine(folder, number, "--cost", "gpu-7b") for number in range(ENGINES)]
+            settings = {"tenants": str(tenants), "policy": "vtc", "health": {"failures": 5, "canary": "answers"}}
+            front = gateway(folder, 0, [one.url for one in engines], settings)
+            async with running(*engines, front):
+                await all_ready([front], ENGINES)
+                await self._honest(front.port, ALONE_S, self.seen.alone)
+                await self._beside(front.port)
+        return self.seen
+
+    async def _beside(self, port: int) -> None:
+        over = asyncio.Event()
+        hostile = [asyncio.create_task(self._attack(port, over)) for _ in range(CLIENTS)]
+        looking = asyncio.create_task(self._look(port, over))
+        await self._honest(port, self.seconds, self.seen.beside)
+        over.set()
+        await asyncio.gather(*hostile, looking)
+
+    async def _honest(self, port: int, seconds: float, times: list[float]) -> None:
+        end = time.monotonic() + seconds
+
+        async def client(key: str) -> None:
+            while time.monotonic() < end:
+                began = time.monotonic()
+                reply = await ask(port, CHAT, chat(max_tokens=8), headers={"authorization": f"Bearer {key}"})
+                times.append(time.monotonic() - began)
+                if reply.status != 200:
+                    self.seen.failed.append(f"{reply.status} {reply.body[:200]!r}")
+                await asyncio.sleep(PAUSE_S)  # its own pace
+
+        await asyncio.gather(*(client(key) for key in HONEST))
+
+    async def _attack(self, port: int, over: asyncio.Event) -> None:
+        while not over.is_set():
+            name, path, body, leaves = self.dice.choice(VALID)
+            self.seen.sent[name] += 1
+            wire = Wire(*await asyncio.open_connection("127.0.0.1", port))
+            await wire.send(request(path, body(), headers={"authorization": f"Bearer {HOSTILE}"}))
+            await (wire.head() if leaves else wire.answer())
+            wire.reset()
+
+    async def _look(self, port: int, over: asyncio.Event) -> None:
+        while not over.is_set():
+            self.seen.workers.append(summed(await metrics(port), "evenhand_worker_up"))
+            await asyncio.sleep(0.1)  # between two looks
