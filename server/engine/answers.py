@@ -52,6 +52,7 @@ class Said(NamedTuple):
 
 
 NOTHING = Said()
+_ONE = Said(tokens=1)
 
 
 class _Details(msgspec.Struct):
@@ -185,8 +186,9 @@ def tokens_in(text_bytes: int) -> int:
 
 def data_of(event: bytes) -> bytes:
     """An event's data, as the specification of server-sent events has it; empty if it has none."""
-    if event.startswith(b"data:") and b"\n" not in event:
-        return event[5:].strip()
+    at = event.find(b"data:")
+    if (at == 0 or event[at - 1 : at] == b"\n") and event.find(b"\n", at) < 0:
+        return event[at + 5 :].strip()
     return b"\n".join(line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:"))
 
 
@@ -200,7 +202,7 @@ def read_event(dialect: Dialect, event: bytes) -> Said:
     try:
         return _EVENTS[dialect](data)
     except _UNREADABLE:
-        return Said(tokens=1)
+        return _ONE
 
 
 def _chunk(data: bytes) -> Said:
@@ -255,7 +257,8 @@ def _message_event(data: bytes) -> Said:
             return Said(usage=usage_of(event.message.usage) if event.message is not None else None)
         case "content_block_delta" if event.delta is not None and event.delta.type != "signature_delta":
             delta = event.delta
-            return Said(tokens_in(len((delta.text + delta.thinking + delta.partial_json).encode())))
+            tokens = tokens_in(len((delta.text + delta.thinking + delta.partial_json).encode()))
+            return _ONE if tokens == 1 else Said(tokens)
         case "message_delta":
             if event.delta is not None and event.delta.stop_reason is None:
                 return Said(failure=EngineGone("The engine stopped in the middle of the answer."))
@@ -270,7 +273,8 @@ def _message_event(data: bytes) -> Said:
 def _response_event(data: bytes) -> Said:
     event = _read_response_event(data)
     if event.type.endswith(".delta"):
-        return Said(tokens_in(len(bytes(event.delta)) - 2))
+        tokens = tokens_in(len(bytes(event.delta)) - 2)
+        return _ONE if tokens == 1 else Said(tokens)
     if event.type == "error":
         return Said(failure=_error(data, data))
     response = event.response

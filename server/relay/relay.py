@@ -246,7 +246,8 @@ class Stream(Pipe):
         self._events(data.split(b"\n\n")[:-1])
 
     def _events(self, events: list[bytes]) -> None:
-        made, shown, said = 0, list[bytes](), NOTHING
+        made, said = 0, NOTHING
+        shown: list[bytes] = []
         for event in events:
             said = self.read(event)
             if said.failure is not None:
