@@ -423,8 +423,7 @@ class Dispatcher:
         self.settle(now)
         if outcome is Outcome.ABORTED:
             ticket.tokens += self.sizes.made_unseen(ticket, now)
-        if ticket.exact:
-            self.lanes.computed(ticket.job, ticket.cached_tokens, now, prompt_tokens=ticket.prompt_tokens)
+        self._tell_prompt(ticket, now)
         missing = ticket.tokens - ticket.job.output_tokens
         if missing:  # tokens that were not seen one by one; less than none where an estimate was too high
             self.lanes.serve(ticket.job, missing, now)
@@ -437,9 +436,18 @@ class Dispatcher:
     def settle(self, now: float) -> None:
         """Charges what streamed since the last decision. Exact whenever somebody must choose, and free between."""
         for ticket in self.charge:
+            if ticket.exact and not ticket.told:
+                self._tell_prompt(ticket, now)
             self.lanes.serve(ticket.job, ticket.uncharged, now)
             ticket.uncharged = 0
         self.charge.clear()
+
+    def _tell_prompt(self, ticket: Ticket, now: float) -> None:
+        """Corrects what the policy charged for the prompt, once the engine has told how long it is and what of it was
+        in its cache."""
+        if ticket.exact:
+            ticket.told = True
+            self.lanes.computed(ticket.job, ticket.cached_tokens, now, prompt_tokens=ticket.prompt_tokens)
 
     def waiting_by_tenant(self) -> dict[str, int]:
         """How many requests of each tenant wait."""

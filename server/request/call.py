@@ -118,6 +118,7 @@ class Ticket:
     split: set if prompt and answer are two workers' business; `worker` is then the one that answers.
     avoid: the worker that failed it last, which it should not be given again.
     at_fault: workers that failed because of it.
+    told: the policy knows the prompt's length as the engine counts it.
     received: what its stream has said so far, None where that is not kept.
     trace: header lines that make what workers do for it a part of its trace; nothing if it has none.
     """
@@ -139,6 +140,7 @@ class Ticket:
     uncharged: int = 0
     avoid: str = ""
     at_fault: int = 0
+    told: bool = False
     received: Received | None = None
     trace: bytes = b""
 
