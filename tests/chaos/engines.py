@@ -10,7 +10,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from deploy.engine.engine_args import EXECUTOR
 from deploy.engine.model import cache_folder, prepare_tiny
 from loadtest.bench.bench_target import free_port
 from loadtest.bench.in_process_engine import chaotic_model
@@ -33,12 +32,11 @@ PATIENT = HEALTH | {"probe_timeout_s": 3.0, "stall_s": 20.0}
 
 
 def vllm(folder: Path, number: int, model: Path) -> Program:
-    """vLLM's API server, stock."""
+    """vLLM's API server, stock: with a Worker process of its own, as on GPUs."""
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--model", str(model), "--served-model-name", "fake", "--dtype", "float32", "--enforce-eager"]
     command += ["--max-model-len", "512", "--max-num-seqs", "8", "--block-size", "32"]
-    command += ["--distributed-executor-backend", EXECUTOR]  # one process less to start
     return Program(f"vllm-{number}", command, folder / f"vllm-{number}.log", port, "/health", ENVIRONMENT, START_S)
 
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from loadtest.fake.engine import Choice, EngineSetup, FakeEngine
 from scheduler.jobs import Outcome
+from server.observe.observer import Observer
 from server.request.call import Ticket
 from tests.server.conftest import INSTANT, Running, eventually, request, serving
 from tests.server.test_hostile_requests import TENANTS
@@ -95,6 +96,17 @@ def asked(draw: st.DrawFn) -> Asked:
     return Asked(path, body, leave)
 
 
+class Ended(Observer):
+    """Notes the tickets of calls that are over."""
+
+    def __init__(self, tickets: list[Ticket]) -> None:
+        self.tickets = tickets
+
+    def ended(self, ticket: Ticket, outcome: str) -> None:
+        """A call is over."""
+        self.tickets.append(ticket)
+
+
 class Desk:
     """A gateway over an engine that counts, and what was charged for each request."""
 
@@ -102,7 +114,7 @@ class Desk:
         self.gateway = gateway
         self.engine = engine
         self.ended: list[Ticket] = []
-        gateway.server.gateway.on_end.append(lambda ticket, outcome: self.ended.append(ticket))
+        gateway.server.gateway.observers.add(Ended(self.ended))
 
     def used(self) -> int:
         return max(self.gateway.server.shared.gate.usage("hostile").values())
@@ -164,9 +176,10 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[asyncio.Run
         return Desk(gateway, engine)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        there = runner.run(begin())
-        yield runner, there
-        runner.run(stack.aclose())
+        try:
+            yield runner, runner.run(begin())
+        finally:
+            runner.run(stack.aclose())
 
 
 @given(one=asked())
