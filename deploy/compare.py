@@ -16,7 +16,7 @@ from rich.console import Console
 from loadtest import provenance
 from loadtest.bench import policies, policies_bench
 from loadtest.bench.bench_target import BenchTarget, CannotStart
-from loadtest.bench.policies_bench import SATURATING_ROUNDS, Bench, Draws, Setting, run_name, saturation_per_s
+from loadtest.bench.policies_bench import SATURATING_ROUNDS, Draws, PoliciesBench, Setting, run_name, saturation_per_s
 from loadtest.client.replay import CannotReplay
 from loadtest.report import report
 from loadtest.report.comparison import Side, rows, sides
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     """0, or 2 when something cannot be started or read."""
     screen = Console(stderr=True)
     try:
-        comparison = Comparison(args, screen)
+        comparison = PolicyComparison(args, screen)
         read = comparison.run()
     except (CannotStart, CannotReplay, ValueError, OSError) as error:
         screen.print(f"evenhand compare: {error}", style="red", markup=False, highlight=False)
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class ComparedPolicy:
     """One policy of the list. name: as it was written."""
 
     name: str
@@ -111,19 +111,19 @@ class Choice:
     options: Mapping[str, str]
 
     @classmethod
-    def parse(cls, text: str) -> "Choice":
+    def parse(cls, text: str) -> "ComparedPolicy":
         """NAME[:KEY=VALUE…]; ValueError for a policy or an option that there is not."""
         return cls(text, *choose(text))
 
 
-class Comparison:
+class PolicyComparison:
     """All runs of one comparison. objective: what they are judged by."""
 
     def __init__(self, args: argparse.Namespace, screen: Console) -> None:
         """ValueError for what cannot be compared."""
         self._args = args
         self._screen = screen
-        self._choices = [Choice.parse(text) for text in args.policies.split(",")]
+        self._choices = [ComparedPolicy.parse(text) for text in args.policies.split(",")]
         if args.cost_file and args.engine != "simulated":
             raise ValueError("--cost-file is for --engine simulated: a fake engine takes one of the presets of --cost.")
         args.workloads = args.workload
@@ -156,22 +156,22 @@ class Comparison:
         ]
         return sides(files, self.objective)
 
-    def _side(self, choice: Choice, setting: Setting) -> str:
+    def _side(self, choice: ComparedPolicy, setting: Setting) -> str:
         name = choice.name.replace("=", " ")
         return name if len(self._settings) == 1 else f"{name}@{setting.load:g}"
 
-    def _bench(self) -> Bench:
+    def _bench(self) -> PoliciesBench:
         args = self._args
         args.slots, args.tenant_xargs = f"{args.slots}", True
         if args.engine == "real":
             commands = [policies.target(_file(one), one.name, args, args.model) for one in self._choices]
         else:
             commands = [self._fake(choice) for choice in self._choices]
-        return Bench(
+        return PoliciesBench(
             args, [BenchTarget.parse(text) for text in commands], self._screen, told=self._told(), sample_s=_SAMPLE_S
         )
 
-    def _fake(self, choice: Choice) -> str:
+    def _fake(self, choice: ComparedPolicy) -> str:
         options = " ".join(f"--policy-option {shlex.quote(f'{key}={value}')}" for key, value in choice.options.items())
         start = f"{shlex.quote(sys.executable)} -m loadtest.fake.engine --port {{port}} --max-seqs {{slots}}"
         context = f"--max-model-len {self._args.context}"
@@ -195,7 +195,7 @@ class Comparison:
     def _blocks(self, seed: int) -> Prompts:
         return block_prompts(self._cost.prefix_block_tokens)
 
-    def _simulate(self, choice: Choice, setting: Setting, repetition: int) -> None:
+    def _simulate(self, choice: ComparedPolicy, setting: Setting, repetition: int) -> None:
         draws = replace(self._draws, prompts=self._blocks)
         calls = draws.calls(setting.workload, self._args.saturation * setting.load, repetition, setting.jobs)
         plan = Plan(self._cost, choice.policy, choice.options, gateway=False)
@@ -204,7 +204,7 @@ class Comparison:
         simulate(plan, calls, path, policies_bench.label(setting.workload), options)
 
 
-def _file(choice: Choice) -> str:
+def _file(choice: ComparedPolicy) -> str:
     return policies.label(choice.name)
 
 

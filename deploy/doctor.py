@@ -48,20 +48,20 @@ from deploy.serve.preflight import (
     worker_roles,
 )
 from deploy.settings import ServeSettings
-from server.options import Option, add_options, given
+from server.options import CliOption, add_options, given
 from server.settings import read_settings
 
 OPTIONS = (
-    Option("model", "NAME|PATH|HF_ID"),
-    Option("worker_count", "N", "--workers"),
-    Option("prefill_workers", "N"),
-    Option("decode_workers", "N"),
-    Option("engine_args", "ARG", "--engine-arg"),
-    Option("gpus", "LIST"),
-    Option("kv_cache_gib", "GIB"),
-    Option("host", "HOST"),
-    Option("port", "PORT"),
-    Option("redis_url", "URL"),
+    CliOption("model", "NAME|PATH|HF_ID"),
+    CliOption("worker_count", "N", "--workers"),
+    CliOption("prefill_workers", "N"),
+    CliOption("decode_workers", "N"),
+    CliOption("engine_args", "ARG", "--engine-arg"),
+    CliOption("gpus", "LIST"),
+    CliOption("kv_cache_gib", "GIB"),
+    CliOption("host", "HOST"),
+    CliOption("port", "PORT"),
+    CliOption("redis_url", "URL"),
 )
 
 Level = Literal["ok", "warn", "bad"]

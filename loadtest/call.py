@@ -9,7 +9,7 @@ TRACE, IDLE_GAP = "trace", "idle-gap"
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class TraceCall:
     """One request of a workload.
 
     at_s: when to send it, seconds since the start of the run.

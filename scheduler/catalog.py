@@ -13,7 +13,7 @@ from scheduler.policy import Order, Policy
 
 
 @dataclass(frozen=True, slots=True)
-class Option:
+class PolicyOption:
     """One option of a policy.
 
     parse: turns the text into the value, or raises ValueError with what is allowed.
@@ -30,11 +30,11 @@ class Option:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class CatalogEntry:
     """One policy of the table. `order` builds its order from parsed options; None if it takes the one of `within`."""
 
     text: str
-    options: tuple[Option, ...]
+    options: tuple[PolicyOption, ...]
     order: Callable[..., Order] | None
 
 
@@ -75,64 +75,80 @@ def _one_of(*choices: str) -> Callable[[str], str]:
     return parse
 
 
-_PREFILL = Option(
+_PREFILL = PolicyOption(
     "prefill_tokens_per_step", _whole(1), "256", "tokens", "prompt tokens whose prefill takes as long as a decode step"
 )
-_TAIL = Option(
+_TAIL = PolicyOption(
     "tail", _number(0.0), "inf", "ratio", "longest wait for a first token, by P99 of first come, first served"
 )
-_CAP = Option("preemptions_per_s", _whole(0), "100", "1/s", "most running jobs displaced in any one second")
+_CAP = PolicyOption("preemptions_per_s", _whole(0), "100", "1/s", "most running jobs displaced in any one second")
 
-POLICIES: Mapping[str, Entry] = {
-    "fcfs": Entry("first come, first served", (), Fcfs),
-    "mlfq": Entry(
+POLICIES: Mapping[str, CatalogEntry] = {
+    "fcfs": CatalogEntry("first come, first served", (), Fcfs),
+    "mlfq": CatalogEntry(
         "skip-join multi-level feedback queue (FastServe): least served first",
         (
-            Option("quantum_steps", _whole(1), "16", "decode steps", "quantum of the highest level; doubles per level"),
-            Option("levels", _whole(1), "6", "levels", "how many"),
+            PolicyOption(
+                "quantum_steps", _whole(1), "16", "decode steps", "quantum of the highest level; doubles per level"
+            ),
+            PolicyOption("levels", _whole(1), "6", "levels", "how many"),
             _PREFILL,
-            Option("patience_s", _number(0.0), "10", "s", "a job unserved for so long is promoted; inf for never"),
+            PolicyOption(
+                "patience_s", _number(0.0), "10", "s", "a job unserved for so long is promoted; inf for never"
+            ),
             _CAP,
             _TAIL,
         ),
         Mlfq,
     ),
-    "vtc": Entry(
+    "vtc": CatalogEntry(
         "virtual token counter: fair between tenants",
         (
-            Option("prompt_weight", _number(0.0), "1", "service/token", "service per prompt token (VTC's w_p)"),
-            Option("output_weight", _number(0.0), "2", "service/token", "service per output token (VTC's w_q)"),
-            Option("predict", _one_of("none", "last5"), "none", "", "charge the tenant's usual output in advance"),
-            Option("charge", _one_of("all", "computed"), "all", "", "computed: prompt tokens found in cache are free"),
-            Option(
+            PolicyOption("prompt_weight", _number(0.0), "1", "service/token", "service per prompt token (VTC's w_p)"),
+            PolicyOption("output_weight", _number(0.0), "2", "service/token", "service per output token (VTC's w_q)"),
+            PolicyOption(
+                "predict", _one_of("none", "last5"), "none", "", "charge the tenant's usual output in advance"
+            ),
+            PolicyOption(
+                "charge", _one_of("all", "computed"), "all", "", "computed: prompt tokens found in cache are free"
+            ),
+            PolicyOption(
                 "slots", _one_of("free", "shared"), "free", "", "shared: who has few slots takes one from who has many"
             ),
             _CAP,
-            Option("burst", _number(0.0), "0", "requests", "mean requests a returning tenant may be ahead of its turn"),
-            Option("within", _one_of("fcfs", "mlfq", "gittins", "srpt"), "fcfs", "", "order inside one tenant"),
+            PolicyOption(
+                "burst", _number(0.0), "0", "requests", "mean requests a returning tenant may be ahead of its turn"
+            ),
+            PolicyOption("within", _one_of("fcfs", "mlfq", "gittins", "srpt"), "fcfs", "", "order inside one tenant"),
         ),
         None,
     ),
-    "gittins": Entry(
+    "gittins": CatalogEntry(
         "learned from finished lengths: likeliest to end soon first",
         (
             _PREFILL,
-            Option("hysteresis", _number(1.25), "1.3", "ratio", "by how much an index must be higher to displace"),
-            Option("patience_s", _number(0.0), "60", "s", "a job unserved for so long goes first; inf for never"),
+            PolicyOption(
+                "hysteresis", _number(1.25), "1.3", "ratio", "by how much an index must be higher to displace"
+            ),
+            PolicyOption("patience_s", _number(0.0), "60", "s", "a job unserved for so long goes first; inf for never"),
             _CAP,
-            Option("min_samples", _whole(20), "50", "jobs", "finished jobs a class needs before it is trusted"),
-            Option("window", _whole(100), "2000", "jobs", "how many of the latest jobs a class remembers"),
-            Option("max_tokens", _one_of("use", "ignore"), "use", "", "ignore: it says nothing of a job's length"),
+            PolicyOption("min_samples", _whole(20), "50", "jobs", "finished jobs a class needs before it is trusted"),
+            PolicyOption("window", _whole(100), "2000", "jobs", "how many of the latest jobs a class remembers"),
+            PolicyOption(
+                "max_tokens", _one_of("use", "ignore"), "use", "", "ignore: it says nothing of a job's length"
+            ),
             replace(_TAIL, default="0.8"),
         ),
         Gittins,
     ),
-    "srpt": Entry(
+    "srpt": CatalogEntry(
         "shortest rest first, where max_tokens is the true length",
         (
             _PREFILL,
-            Option("hysteresis", _number(1.1), "1.3", "ratio", "how much longer the displaced job's rest must be"),
-            Option("patience_s", _number(0.0), "60", "s", "a job unserved for so long goes first; inf for never"),
+            PolicyOption(
+                "hysteresis", _number(1.1), "1.3", "ratio", "how much longer the displaced job's rest must be"
+            ),
+            PolicyOption("patience_s", _number(0.0), "60", "s", "a job unserved for so long goes first; inf for never"),
             _CAP,
             _TAIL,
         ),
@@ -174,13 +190,13 @@ def describe() -> str:
     return "\n".join(lines)
 
 
-def _entry(name: str) -> Entry:
+def _entry(name: str) -> CatalogEntry:
     if name not in POLICIES:
         raise ValueError(f"unknown policy {name!r}: choose one of {', '.join(POLICIES)}")
     return POLICIES[name]
 
 
-def _parse(name: str, known: tuple[Option, ...], given: Mapping[str, str]) -> dict[str, Any]:
+def _parse(name: str, known: tuple[PolicyOption, ...], given: Mapping[str, str]) -> dict[str, Any]:
     table = {option.name: option for option in known}
     for key in given:
         if key not in table:

@@ -13,7 +13,7 @@ OTHER = "other"
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class FairnessSample:
     """What was seen since the sample before.
 
     service: weighted tokens by label (a tenant's name, or `OTHER`).
@@ -27,7 +27,7 @@ class Sample:
 
 
 @dataclass(slots=True)
-class Tally:
+class FairnessTally:
     """Books service per tenant lazily: a job's tokens are read when a sample is taken or the job leaves.
 
     The gap is the spread of VTC's own counters: a tenant that comes back to wait is lifted to the least served of those
@@ -84,7 +84,7 @@ class Tally:
             self._book(job)
             del self._booked[job]
 
-    def sample(self, now: float) -> Sample:
+    def sample(self, now: float) -> FairnessSample:
         """Book what running jobs made, and start a new period."""
         for job in self._booked:
             self._book(job)
@@ -95,7 +95,7 @@ class Tally:
         self._fresh.clear()
         oldest = min(self._stalled.values(), default=now)
         longest_s, self._longest_ended_s = max(self._longest_ended_s, now - oldest), 0.0
-        return Sample(dict(service), self._gap(), longest_s)
+        return FairnessSample(dict(service), self._gap(), longest_s)
 
     def _book(self, job: Job) -> None:
         service = PROMPT_WEIGHT * job.charged_tokens(cached_free=True) + OUTPUT_WEIGHT * job.output_tokens

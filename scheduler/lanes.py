@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from math import inf, isfinite
 
 from scheduler.jobs import Job, Outcome
-from scheduler.line import Line, Place, State
+from scheduler.line import JobPlace, JobState, Line
 from scheduler.overdue import Overdue
 from scheduler.policy import FOR_GOOD, Account, Lane, Policy
 from scheduler.ranking import Ranking
@@ -35,7 +35,7 @@ class Lanes:
     """
 
     def __init__(self, policy: Policy) -> None:
-        self._places: dict[str, Place] = {}
+        self._places: dict[str, JobPlace] = {}
         self._seq = 0
         self._slots = 0
         self._start(policy)
@@ -71,8 +71,8 @@ class Lanes:
         self.shadow = self._shadow()
         self._busy: dict[Line, None] = {}
         self._displaced_at: deque[float] = deque(maxlen=policy.preemptions_per_s)
-        self._offered: Place | None = None
-        self._next: Place | None = None
+        self._offered: JobPlace | None = None
+        self._next: JobPlace | None = None
 
     def _shadow(self) -> Shadow | None:
         """Where tenants share, nobody is promised what first come, first served would have given."""
@@ -99,7 +99,7 @@ class Lanes:
         self._next = None
         self._go(place)
 
-    def _enter(self, job: Job, now: float) -> Place:
+    def _enter(self, job: Job, now: float) -> JobPlace:
         if job.id in self._places:
             raise ValueError(f"job {job.id!r} is already in: give every job an id of its own")
         if job.weight <= 0:
@@ -107,7 +107,7 @@ class Lanes:
         line = self._line(job.tenant)
         line.account.weight = job.weight
         self._seq += 1
-        place = self._places[job.id] = Place(job, line, self._seq, now)
+        place = self._places[job.id] = JobPlace(job, line, self._seq, now)
         if self.shadow is not None:
             self.shadow.arrived(job, now)
         return place
@@ -161,7 +161,7 @@ class Lanes:
         if not job.output_tokens:
             self._reconsider(place)
 
-    def _reconsider(self, place: Place) -> None:
+    def _reconsider(self, place: JobPlace) -> None:
         """What is known of a job has changed, and with it, perhaps, its lane."""
         place.line.move(place)
         self._price(place)
@@ -206,18 +206,18 @@ class Lanes:
         places = [self._places[job.id] for job in running]
         return head.job if all(self._goes_before(head, place) for place in places) else None
 
-    def _goes_before(self, head: Place, place: Place) -> bool:
+    def _goes_before(self, head: JobPlace, place: JobPlace) -> bool:
         if head.line is not place.line:
             return head.account.counter < place.account.counter
         return self._order.rank(head.lane) < self._order.rank(place.lane)
 
-    def _victim_of_its_own(self, head: Place, can_yield: Callable[[Job], bool]) -> Place | None:
+    def _victim_of_its_own(self, head: JobPlace, can_yield: Callable[[Job], bool]) -> JobPlace | None:
         victim = head.line.worst(can_yield)
         if victim is None or not self._order.displaces(head.job, victim.job, head.lane, victim.lane):
             return None
         return victim
 
-    def _victim_of_another(self, line: Line, can_yield: Callable[[Job], bool]) -> Place | None:
+    def _victim_of_another(self, line: Line, can_yield: Callable[[Job], bool]) -> JobPlace | None:
         """Of the tenant with the most slots for its weight, if after the change it still has no fewer than `line`.
 
         And if it has had more service, or it would be next again as soon as its job waits. A tenant none of whose jobs
@@ -265,7 +265,7 @@ class Lanes:
     def finish(self, job: Job, outcome: Outcome, now: float) -> None:
         """The job leaves from wherever it is. KeyError if it is unknown."""
         place = self._places.pop(job.id)
-        if place.state is State.WAITING:
+        if place.state is JobState.WAITING:
             self._quit(place)
         else:
             self._stop(place)
@@ -365,7 +365,7 @@ class Lanes:
         if self._shares is not None and last_left is not None:
             self._last_left = self._line(last_left.tenant).account
         for place, state in zip(places, states, strict=True):
-            self._move_in(place, running=state is State.RUNNING)
+            self._move_in(place, running=state is JobState.RUNNING)
 
     def depth(self) -> dict[str, int]:
         """How many wait, by the label of their lane."""
@@ -381,16 +381,16 @@ class Lanes:
 
     def waiting_jobs(self) -> Iterator[Job]:
         """All that wait, in order of arrival."""
-        return (place.job for place in self._places.values() if place.state is State.WAITING)
+        return (place.job for place in self._places.values() if place.state is JobState.WAITING)
 
     def __len__(self) -> int:
         return self._waiting
 
     def __contains__(self, job: Job) -> bool:
         place = self._places.get(job.id)
-        return place is not None and place.job is job and place.state is State.WAITING
+        return place is not None and place.job is job and place.state is JobState.WAITING
 
-    def _peek(self, now: float) -> Place | None:
+    def _peek(self, now: float) -> JobPlace | None:
         self._boost(now)
         if self._next is None:
             line = self._front()
@@ -446,7 +446,7 @@ class Lanes:
             account.lifted += floor - account.counter
             account.counter = floor
 
-    def _arrive(self, place: Place, *, front: bool) -> None:
+    def _arrive(self, place: JobPlace, *, front: bool) -> None:
         if self._shares is not None and not place.line.waiting:
             self._lift(place.account)
         self._wait(place, front=front)
@@ -458,14 +458,14 @@ class Lanes:
             self._shares.lift(account, self._level(), contended=self._front() is not None)
             account.lifted += account.counter - before
 
-    def _wait(self, place: Place, *, front: bool) -> None:
+    def _wait(self, place: JobPlace, *, front: bool) -> None:
         place.line.wait(place, front=front)
         self._waiting += 1
         self._price(place)
         self._note_wait(place)
         self._rank(place.line)
 
-    def _quit(self, place: Place) -> None:
+    def _quit(self, place: JobPlace) -> None:
         """The job waits no longer."""
         line = place.line
         line.leave(place)
@@ -475,7 +475,7 @@ class Lanes:
             self._ranking.drop(line)
             self._last_left = line.account
 
-    def _stop(self, place: Place) -> None:
+    def _stop(self, place: JobPlace) -> None:
         """The job runs no longer."""
         place.line.leave(place)
         if not place.line.running:
@@ -483,19 +483,19 @@ class Lanes:
         if place is self._offered:
             self._offered = None
 
-    def _go(self, place: Place) -> None:
+    def _go(self, place: JobPlace) -> None:
         """The job runs."""
         place.line.run(place)
         self._busy[place.line] = None
         self._price(place)
 
-    def _running_place(self, job: Job) -> Place:
+    def _running_place(self, job: Job) -> JobPlace:
         place = self._places[job.id]
-        if place.state is not State.RUNNING:
+        if place.state is not JobState.RUNNING:
             raise ValueError(f"job {job.id!r} waits: only a running job can stop running")
         return place
 
-    def _cross(self, place: Place) -> None:
+    def _cross(self, place: JobPlace) -> None:
         """The job reached a boundary: of its lane, or of the tokens charged in advance."""
         bill = place.bill
         if bill is not None and place.price == 0.0:
@@ -504,7 +504,7 @@ class Lanes:
         self._price(place)
         self._rank(place.line)
 
-    def _price(self, place: Place) -> None:
+    def _price(self, place: JobPlace) -> None:
         """Sets what the job's next token costs, and until when."""
         bill = place.bill
         if bill is None:
@@ -533,14 +533,14 @@ class Lanes:
                 self._price(place)
         return most
 
-    def _note_wait(self, place: Place) -> None:
+    def _note_wait(self, place: JobPlace) -> None:
         if isfinite(self._order.patience_s):
             self._unserved.note(place, place.since, self._waiting)
         if self.shadow is not None:
             overdue = self._stalled if place.job.output_tokens else self._fresh
             overdue.note(place, place.since - place.waited_s, self._waiting)
 
-    def _settle_all(self, places: list[Place]) -> None:
+    def _settle_all(self, places: list[JobPlace]) -> None:
         """Ends the accounts of all that were taken, for the policy that kept them goes."""
         if self._shares is None:
             return
@@ -548,7 +548,7 @@ class Lanes:
             if place.bill is not None:
                 self._shares.settle(place.account, place.job, place.bill, Outcome.ABORTED)
 
-    def _move_in(self, place: Place, *, running: bool) -> None:
+    def _move_in(self, place: JobPlace, *, running: bool) -> None:
         """A job that was here under another policy: no arrival, so nothing is lifted."""
         job = place.job
         taken = running or place.bill is not None or job.output_tokens > 0

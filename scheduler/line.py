@@ -9,7 +9,7 @@ from scheduler.policy import NEVER, Account, Bill, Lane, Order
 from scheduler.ranking import Ranking
 
 
-class State(IntEnum):
+class JobState(IntEnum):
     """Where a job is."""
 
     WAITING = 0
@@ -17,7 +17,7 @@ class State(IntEnum):
     GONE = 2
 
 
-class Place:
+class JobPlace:
     """One job's place in its line.
 
     seq: order of arrival.
@@ -40,7 +40,7 @@ class Place:
         self.since = since
         self.began_at = since
         self.waited_s = 0.0
-        self.state = State.GONE
+        self.state = JobState.GONE
         self.lane: Lane = ()
         self.until = NEVER
         self.boosted_at: int | None = None
@@ -66,8 +66,8 @@ class Line:
         self.waiting = 0
         self.running = 0
         self._epoch = order.epoch
-        self._waiting: dict[Lane, OrderedDict[int, Place]] = {}
-        self._running: dict[Lane, OrderedDict[int, Place]] = {}
+        self._waiting: dict[Lane, OrderedDict[int, JobPlace]] = {}
+        self._running: dict[Lane, OrderedDict[int, JobPlace]] = {}
         self._ranking: Ranking[Lane] = Ranking()
         self._worst: Lane | None = None
 
@@ -76,7 +76,7 @@ class Line:
         """Nothing waits and nothing runs."""
         return not self._waiting and not self._running
 
-    def wait(self, place: Place, *, front: bool) -> None:
+    def wait(self, place: JobPlace, *, front: bool) -> None:
         """The job waits, first or last in its lane."""
         self._settle(place, running=False)
         lane = self._waiting.get(place.lane)
@@ -89,9 +89,9 @@ class Line:
             self._ranking.post(place.lane, self._order.rank(place.lane), place.seq)
         self.waiting += 1
         self.depths[place.lane] = self.depths.get(place.lane, 0) + 1
-        place.state = State.WAITING
+        place.state = JobState.WAITING
 
-    def run(self, place: Place) -> None:
+    def run(self, place: JobPlace) -> None:
         """The job runs, as the latest of its lane."""
         self._settle(place, running=True)
         lane = self._running.get(place.lane)
@@ -100,11 +100,11 @@ class Line:
             self._worst = None
         lane[place.seq] = place
         self.running += 1
-        place.state = State.RUNNING
+        place.state = JobState.RUNNING
 
-    def leave(self, place: Place) -> None:
+    def leave(self, place: JobPlace) -> None:
         """The job neither waits nor runs."""
-        if place.state is State.WAITING:
+        if place.state is JobState.WAITING:
             self._leave_waiting(place)
         else:
             lane = self._running[place.lane]
@@ -113,9 +113,9 @@ class Line:
             if not lane:
                 del self._running[place.lane]
                 self._worst = None
-        place.state = State.GONE
+        place.state = JobState.GONE
 
-    def _leave_waiting(self, place: Place) -> None:
+    def _leave_waiting(self, place: JobPlace) -> None:
         lane = self._waiting[place.lane]
         was_head = next(iter(lane)) == place.seq
         del lane[place.seq]
@@ -129,25 +129,25 @@ class Line:
         if not self.depths[place.lane]:
             del self.depths[place.lane]
 
-    def move(self, place: Place) -> None:
+    def move(self, place: JobPlace) -> None:
         """The job may belong in another lane by now: last there if it waits."""
-        spot = self._order.spot(place.job, running=place.state is State.RUNNING, boosted_at=place.boosted_at)
+        spot = self._order.spot(place.job, running=place.state is JobState.RUNNING, boosted_at=place.boosted_at)
         if spot.lane == place.lane:
             place.until = spot.until
-        elif place.state is State.RUNNING:
+        elif place.state is JobState.RUNNING:
             self.leave(place)
             self.run(place)
         else:
             self.leave(place)
             self.wait(place, front=False)
 
-    def first(self) -> Place | None:
+    def first(self) -> JobPlace | None:
         """The waiting job that goes next."""
         self._refresh()
         entry = self._ranking.first()
         return None if entry is None else next(iter(self._waiting[entry.item].values()))
 
-    def worst(self, can_yield: Callable[[Job], bool]) -> Place | None:
+    def worst(self, can_yield: Callable[[Job], bool]) -> JobPlace | None:
         """The running job that yields first: the newest of the worst lane, passing over those that cannot."""
         self._refresh()
         if not self._running:
@@ -161,7 +161,7 @@ class Line:
         places = (place for lane in lanes for place in reversed(self._running[lane].values()))
         return next((place for place in places if can_yield(place.job)), None)
 
-    def _settle(self, place: Place, *, running: bool) -> None:
+    def _settle(self, place: JobPlace, *, running: bool) -> None:
         place.lane, place.until = self._order.spot(place.job, running=running, boosted_at=place.boosted_at)
 
     def _refresh(self) -> None:

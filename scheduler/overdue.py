@@ -2,7 +2,7 @@
 
 from heapq import heapify, heappop, heappush
 
-from scheduler.line import Place, State
+from scheduler.line import JobPlace, JobState
 
 _SLACK = 64  # outdated entries that are not worth a clean-up
 
@@ -11,10 +11,10 @@ class Overdue:
     """Waiting places. An entry is outdated once its place has left the line, or come back to it."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, int, float, Place]] = []
+        self._heap: list[tuple[float, int, float, JobPlace]] = []
         self._noted = 0
 
-    def note(self, place: Place, since: float, waiting: int) -> None:
+    def note(self, place: JobPlace, since: float, waiting: int) -> None:
         """The place waits; `since` is what it is judged by. waiting: how many places wait in all."""
         self._noted += 1
         heappush(self._heap, (since, self._noted, place.since, place))
@@ -22,7 +22,7 @@ class Overdue:
             self._heap = list({entry[3]: entry for entry in self._heap if self._holds(entry)}.values())
             heapify(self._heap)
 
-    def pop(self, before: float) -> Place | None:
+    def pop(self, before: float) -> JobPlace | None:
         """The oldest of those that wait since before then, which is forgotten; None if there is none."""
         while self._heap and self._heap[0][0] <= before:
             entry = heappop(self._heap)
@@ -31,6 +31,6 @@ class Overdue:
         return None
 
     @staticmethod
-    def _holds(entry: tuple[float, int, float, Place]) -> bool:
+    def _holds(entry: tuple[float, int, float, JobPlace]) -> bool:
         place = entry[3]
-        return place.state is State.WAITING and place.since == entry[2]
+        return place.state is JobState.WAITING and place.since == entry[2]

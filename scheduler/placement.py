@@ -26,7 +26,7 @@ class Why(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Candidate:
     """A worker that is up, as one request sees it.
 
     role: what it does at present; one that does both may lean to a side.
@@ -65,7 +65,7 @@ class Rules:
 
 
 @dataclass(frozen=True, slots=True)
-class Apart:
+class Disaggregated:
     """One worker reads the prompt, another writes the answer."""
 
     prefill: Worker
@@ -73,7 +73,7 @@ class Apart:
 
 
 @dataclass(frozen=True, slots=True)
-class Together:
+class Aggregated:
     """One worker does both."""
 
     worker: Worker
@@ -83,7 +83,9 @@ class Together:
 _cost = attrgetter("cost")
 
 
-def place(prompt_tokens: int, places: Sequence[Place], rules: Rules, *, splittable: bool) -> Apart | Together | None:
+def place(
+    prompt_tokens: int, places: Sequence[Candidate], rules: Rules, *, splittable: bool
+) -> Disaggregated | Aggregated | None:
     """Decides for one request; None if it has to wait until a worker has room.
 
     prompt_tokens: of the whole prompt. splittable: it is one answer to one prompt on an endpoint with a hand-over.
@@ -102,7 +104,7 @@ def place(prompt_tokens: int, places: Sequence[Place], rules: Rules, *, splittab
     if prompt_tokens < rules.min_prompt_tokens:
         return _together(whole, Why.SHORT_PROMPT)
     if prompt_tokens - decode.cached_tokens < rules.min_prompt_tokens:
-        return Together(decode.worker, Why.CACHED_PREFIX)
+        return Aggregated(decode.worker, Why.CACHED_PREFIX)
     prefill = _cheapest(each for each in prefills if not _is_busy(each, rules))
     if prefill is None:
         return _together(whole, Why.PREFILL_BUSY)
@@ -110,22 +112,22 @@ def place(prompt_tokens: int, places: Sequence[Place], rules: Rules, *, splittab
     if decode is None:
         # A decode worker that cannot take more KV cannot take the prompt either: only one that does both may.
         return _together([each for each in whole if each.role is Role.BOTH], Why.BACK_PRESSURE)
-    return Apart(prefill.worker, decode.worker)
+    return Disaggregated(prefill.worker, decode.worker)
 
 
-def _is_busy(prefill: Place, rules: Rules) -> bool:
+def _is_busy(prefill: Candidate, rules: Rules) -> bool:
     return prefill.pending_tokens > rules.busy_tokens or prefill.kv_usage > rules.full_kv
 
 
-def _can_fetch(decode: Place, prompt_tokens: int, rules: Rules) -> bool:
+def _can_fetch(decode: Candidate, prompt_tokens: int, rules: Rules) -> bool:
     arriving = decode.arriving_tokens
     return arriving == 0 or arriving + prompt_tokens <= rules.max_arriving_tokens
 
 
-def _cheapest(places: Iterable[Place]) -> Place | None:
+def _cheapest(places: Iterable[Candidate]) -> Candidate | None:
     return min((each for each in places if each.has_room), key=_cost, default=None)
 
 
-def _together(places: Iterable[Place], why: Why) -> Together | None:
+def _together(places: Iterable[Candidate], why: Why) -> Aggregated | None:
     best = _cheapest(places)
-    return None if best is None else Together(best.worker, why)
+    return None if best is None else Aggregated(best.worker, why)

@@ -9,7 +9,7 @@ _SLACK = 64
 Item = TypeVar("Item", bound=Hashable)
 
 
-class Entry(NamedTuple, Generic[Item]):
+class RankedEntry(NamedTuple, Generic[Item]):
     """One posting. `serial` is unique, so that items are never compared."""
 
     rank: float
@@ -24,14 +24,14 @@ class Ranking(Generic[Item]):
     __slots__ = ("_heap", "_posted", "_serial")
 
     def __init__(self) -> None:
-        self._heap: list[Entry[Item]] = []
-        self._posted: dict[Item, Entry[Item]] = {}
+        self._heap: list[RankedEntry[Item]] = []
+        self._posted: dict[Item, RankedEntry[Item]] = {}
         self._serial = 0
 
     def post(self, item: Item, rank: float, tie: int) -> None:
         """Adds the item, or gives it another key."""
         self._serial += 1
-        entry = Entry(rank, tie, self._serial, item)
+        entry = RankedEntry(rank, tie, self._serial, item)
         self._posted[item] = entry
         heappush(self._heap, entry)
         if len(self._heap) > 2 * len(self._posted) + _SLACK:
@@ -42,7 +42,7 @@ class Ranking(Generic[Item]):
         """Removes the item; KeyError if it is not in."""
         del self._posted[item]
 
-    def first(self) -> Entry[Item] | None:
+    def first(self) -> RankedEntry[Item] | None:
         """The smallest entry, or None."""
         heap = self._heap
         while heap:

@@ -18,7 +18,7 @@ Beginning = tuple[int, int]  # hash of the prompt's first bytes, and how many to
 
 
 @dataclass(frozen=True, slots=True)
-class Option:
+class RouteOption:
     """A worker that has room, as one request sees it.
 
     slots: sequences that its batch holds.
@@ -35,7 +35,7 @@ class Option:
     known_tokens: int = 0
 
 
-def score(option: Option, typical_tokens: float) -> float:
+def score(option: RouteOption, typical_tokens: float) -> float:
     """How well a worker would do; the lowest score is the best. typical_tokens: of one request, prompt and answer.
 
     The load is the share of its batch that its work would fill with typical requests, or of its memory if that is
@@ -47,7 +47,7 @@ def score(option: Option, typical_tokens: float) -> float:
     return load - AFFINITY * option.known_tokens / (option.known_tokens + typical_tokens)
 
 
-def best(options: Sequence[Option], typical_tokens: float) -> int:
+def best(options: Sequence[RouteOption], typical_tokens: float) -> int:
     """Index of the option with the lowest score; the first of equals. ValueError if there is none."""
     return min(range(len(options)), key=lambda index: score(options[index], typical_tokens))
 

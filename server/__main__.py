@@ -13,26 +13,26 @@ import uvloop
 from scheduler.catalog import describe
 from server.app import GatewayServer, calm_collector
 from server.operators.logs import write_to_standard_error
-from server.options import Option, add_options, given
+from server.options import CliOption, add_options, given
 from server.processes.prefork import all_reserved, serve_processes
 from server.settings import Settings, read_settings, whence
 
 OPTIONS = (
-    Option("host", "HOST"),
-    Option("port", "PORT"),
-    Option("workers", "URL[,role=…][,slots=N][,kv=yes]", "--worker"),
-    Option("policy", "NAME"),
-    Option("policy_options", "KEY=VALUE", "--policy-option"),
-    Option("disaggregation.balance_roles", flag="--balance-roles"),
-    Option("tenants", "FILE"),
-    Option("allow_open"),
-    Option("redis_url", "URL"),
-    Option("replica", "NAME"),
-    Option("gateway_processes", "N"),
-    Option("record.folder", "FOLDER", "--record"),
-    Option("batch.folder", "FOLDER", "--batch-folder"),
-    Option("log_format", "text|json"),
-    Option("log_level", "LEVEL"),
+    CliOption("host", "HOST"),
+    CliOption("port", "PORT"),
+    CliOption("workers", "URL[,role=…][,slots=N][,kv=yes]", "--worker"),
+    CliOption("policy", "NAME"),
+    CliOption("policy_options", "KEY=VALUE", "--policy-option"),
+    CliOption("disaggregation.balance_roles", flag="--balance-roles"),
+    CliOption("tenants", "FILE"),
+    CliOption("allow_open"),
+    CliOption("redis_url", "URL"),
+    CliOption("replica", "NAME"),
+    CliOption("gateway_processes", "N"),
+    CliOption("record.folder", "FOLDER", "--record"),
+    CliOption("batch.folder", "FOLDER", "--batch-folder"),
+    CliOption("log_format", "text|json"),
+    CliOption("log_level", "LEVEL"),
 )
 
 

@@ -23,25 +23,24 @@ from server.batch.batches import Batches
 from server.batch.lines import GatewayEngines
 from server.batch.routes import batch_routes, operator_routes
 from server.batch.runner import Runner
-from server.cluster.local_sync import Process, Siblings
-from server.cluster.state import Shared
+from server.cluster.local_sync import LocalSync, Process
+from server.cluster.state import ClusterState
 from server.fleet.balancer import Balancer
 from server.fleet.fleet import Fleet
 from server.front.gateway import Gateway
 from server.front.intake import BodyBudget, Connections, connections_allowed
-from server.front.protocol import Bounds, edge_for
-from server.front.routes import Apart, identified, public_app
-from server.observe.fairness_metrics import Sharing
+from server.front.protocol import ProtocolBounds, protocol_for
+from server.front.routes import AdminPortFilter, identified, public_app
+from server.observe.fairness_metrics import FairnessMetrics
 from server.observe.observer import Observers
-from server.observe.recorder import Bounds as FileBounds
-from server.observe.recorder import Recorder
+from server.observe.recorder import Recorder, RecordingBounds
 from server.observe.telemetry import Telemetry
 from server.operators.admin import Admin, admin_routes
 from server.operators.console import Console, console_routes
 from server.operators.logs import Pseudonyms, RequestLog, log_routes
-from server.relay.engine_body import Steering
+from server.relay.engine_body import EngineBody
 from server.relay.failover import Failover
-from server.relay.prefill_leg import Handover
+from server.relay.prefill_leg import PrefillLeg
 from server.relay.relay import Relay
 from server.settings import Settings, admin_address
 
@@ -114,7 +113,7 @@ class GatewayServer:
         self.fleet.policy, self.fleet.replicas = self.policy.order, self._replicas
         self.lines = Lines(self._dispatcher, self.fleet)
         self.process = process
-        self.shared = Shared(
+        self.shared = ClusterState(
             settings,
             self.fleet,
             self.lines,
@@ -126,12 +125,12 @@ class GatewayServer:
         )
         gate, tenants = self.shared.gate, self.shared.tenants
         self.telemetry = Telemetry(self.lines.depth, self.lines.placed, self.fleet.rows)
-        steering = Steering(self.lines, salt_cache=settings.salt_cache)
+        steering = EngineBody(self.lines, salt_cache=settings.salt_cache)
         relay = Relay(self.telemetry.itl, steering.body_for)
-        handover = Handover(
+        handover = PrefillLeg(
             steering.to_prefill, self.fleet, timeout_s=settings.disaggregation.prefill_timeout_s, clock=monotonic
         )
-        sharing = Sharing(gate.refusals, self.shared.store_state, monotonic, settings.tenant_labels)
+        sharing = FairnessMetrics(gate.refusals, self.shared.store_state, monotonic, settings.tenant_labels)
         self.balancer = Balancer(self.fleet, settings.disaggregation.busy_tokens, clock=monotonic)
         for collector in (sharing, handover, self.balancer):
             self.telemetry.registry.register(collector)
@@ -144,21 +143,21 @@ class GatewayServer:
             tenants, gate, self.lines, handover, failover, self.telemetry, self._observers(sharing), monotonic
         )
         number = process.number if process is not None else 0
-        self.siblings = Siblings(self.shared.local, number, self.fleet, self.telemetry.registry, self.background)
+        self.siblings = LocalSync(self.shared.local, number, self.fleet, self.telemetry.registry, self.background)
         self.app = public_app(self.fleet, self.siblings.metrics, tenants, self._notes, self._lifespan)
         self._for_operators(sharing)
         self.uvicorn = self._listener()
 
-    def _observers(self, sharing: Sharing) -> Observers:
+    def _observers(self, sharing: FairnessMetrics) -> Observers:
         """Who hears of each call."""
         request_log = RequestLog(self.pseudonyms) if self.settings.log_format == "json" else None
         wanted = (self.telemetry, sharing, self.tracing, self.recorder, request_log)
         return Observers(*(observer for observer in wanted if observer is not None))
 
-    def _for_operators(self, sharing: Sharing) -> None:
+    def _for_operators(self, sharing: FairnessMetrics) -> None:
         """Their routes, their address, and the log's line for each request."""
         self.batches = self._batches()
-        self.apart = Apart(self.app)
+        self.apart = AdminPortFilter(self.app)
         self._admin_sock: socket.socket | None = None
         admin = self._admin()
         seen = self._console(sharing)
@@ -172,7 +171,7 @@ class GatewayServer:
     def _listener(self) -> _Server:
         """Where clients come in: our own protocol, and the application behind it."""
         settings, edge = self.settings, self.settings.edge
-        bounds = Bounds(
+        bounds = ProtocolBounds(
             head_bytes=edge.max_head_bytes,
             body_bytes=edge.max_body_bytes,
             head_s=edge.head_timeout_s,
@@ -180,7 +179,7 @@ class GatewayServer:
             stall_s=edge.stall_timeout_s,
         )
         bodies = BodyBudget(edge.max_held_bytes)
-        self.edge = edge_for(
+        self.edge = protocol_for(
             self.gateway, bounds, bodies, Connections(connections_allowed(edge.max_connections), monotonic)
         )
         return _Server(
@@ -233,12 +232,12 @@ class GatewayServer:
             raise ValueError("a recording is made by one process: leave out --record or --gateway-processes")
         return Recorder(
             record.folder,
-            FileBounds(record.max_bytes, record.file_bytes),
+            RecordingBounds(record.max_bytes, record.file_bytes),
             monotonic,
             lambda said: self.background.failed("recorder", said),
         )
 
-    def _console(self, sharing: Sharing) -> Console:
+    def _console(self, sharing: FairnessMetrics) -> Console:
         shared = self.shared
         return Console(
             self.telemetry,

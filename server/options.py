@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 
 @dataclass(frozen=True, slots=True)
-class Option:
+class CliOption:
     """The option of one setting.
 
     setting: its name, behind that of its group if it is in one: "record.folder".
@@ -23,7 +23,7 @@ class Option:
     flag: str = ""
 
 
-def add_options(parser: argparse.ArgumentParser, settings: type[BaseModel], options: Iterable[Option]) -> None:
+def add_options(parser: argparse.ArgumentParser, settings: type[BaseModel], options: Iterable[CliOption]) -> None:
     """Adds them all. Values stay text: the settings parse and check them, wherever they come from."""
     for option in options:
         field = _field(settings, option.setting)
@@ -37,7 +37,7 @@ def add_options(parser: argparse.ArgumentParser, settings: type[BaseModel], opti
         parser.add_argument(flag, dest=option.setting, help=_help(field, kind), **how)
 
 
-def given(args: argparse.Namespace, settings: type[BaseModel], options: Iterable[Option]) -> dict[str, Any]:
+def given(args: argparse.Namespace, settings: type[BaseModel], options: Iterable[CliOption]) -> dict[str, Any]:
     """What the command line says, as settings. ValueError for a pair that is not KEY=VALUE."""
     found: dict[str, Any] = {}
     for option in options:
@@ -71,7 +71,7 @@ def _help(field: FieldInfo, kind: object) -> str:
     )
 
 
-def _pair(option: Option, text: str) -> tuple[str, str]:
+def _pair(option: CliOption, text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ValueError(f"{option.flag} {text!r}: write it as {option.metavar}")

@@ -14,9 +14,9 @@ from deploy.settings import ServeSettings
 from server.batch.runner import Runner
 from server.fleet.balancer import Balancer
 from server.fleet.fleet import Fleet
-from server.observe.fairness_metrics import Sharing
+from server.observe.fairness_metrics import FairnessMetrics
 from server.observe.telemetry import Telemetry
-from server.relay.prefill_leg import Handover
+from server.relay.prefill_leg import PrefillLeg
 from server.request.fields import ALLOWED
 from server.request.tenants import read_file
 from tests.compatibility.clients import CLIENTS
@@ -54,8 +54,8 @@ def metrics() -> set[str]:
     collectors = (
         Telemetry(lambda: [], lambda: [], lambda: []),
         Balancer(Fleet(), 1, clock=lambda: 0.0),
-        Handover(lambda ticket, worker: b"", Fleet(), timeout_s=1.0, clock=lambda: 0.0),
-        Sharing(Counter(), lambda: (True, 1), lambda: 0.0, labels=1),
+        PrefillLeg(lambda ticket, worker: b"", Fleet(), timeout_s=1.0, clock=lambda: 0.0),
+        FairnessMetrics(Counter(), lambda: (True, 1), lambda: 0.0, labels=1),
         Runner(Any, Any, "", lambda: 0.0),  # type: ignore[arg-type]  # its metrics need neither batches nor engines
     )
     names = {

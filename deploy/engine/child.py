@@ -24,7 +24,7 @@ class ChildEnded(Exception):
         self.exit_code = exit_code
 
 
-class Child:
+class ChildProcess:
     """A running command with everything that it started, as one process group."""
 
     def __init__(self, process: asyncio.subprocess.Process, reading: asyncio.Task[None]) -> None:
@@ -81,7 +81,7 @@ async def running(
     grace_s: float,
     heard: Callable[[str], None],
     cores: Sequence[int] = (),
-) -> AsyncIterator[Child]:
+) -> AsyncIterator[ChildProcess]:
     """Runs `argv` in exactly `env`; `heard` gets each line that it writes. Nothing of it is left when the block is.
 
     cores: the only ones on which it may run; empty for all. OSError if no process can be started.
@@ -96,7 +96,7 @@ async def running(
         env=dict(env),
     )
     assert process.stdout is not None
-    child = Child(process, asyncio.create_task(hear(process.stdout, heard)))
+    child = ChildProcess(process, asyncio.create_task(hear(process.stdout, heard)))
     try:
         yield child
     finally:

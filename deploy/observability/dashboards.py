@@ -41,7 +41,7 @@ class Query:
 
 
 @dataclass(frozen=True, slots=True)
-class Panel:
+class DashboardPanel:
     """One panel. unit: Grafana's name of it. text: what a reader should know. number: one figure in place of lines."""
 
     title: str
@@ -53,11 +53,11 @@ class Panel:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class PanelRow:
     """Panels side by side, as wide as each other."""
 
     title: str
-    panels: tuple[Panel, ...]
+    panels: tuple[DashboardPanel, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Board:
     uid: str
     title: str
     text: str
-    rows: tuple[Row, ...]
+    rows: tuple[PanelRow, ...]
 
 
 def rate(metric: str, by: str = "") -> str:
@@ -82,12 +82,12 @@ def quantiles(histogram: str, *shares: float) -> tuple[Query, ...]:
     )
 
 
-def latency(title: str, name: str, text: str) -> Panel:
-    return Panel(title, "s", quantiles(f"evenhand_request_{name}_seconds", 0.5, 0.95, 0.99), text)
+def latency(title: str, name: str, text: str) -> DashboardPanel:
+    return DashboardPanel(title, "s", quantiles(f"evenhand_request_{name}_seconds", 0.5, 0.95, 0.99), text)
 
 
-def figure(title: str, unit: str, expr: str, text: str = "") -> Panel:
-    return Panel(title, unit, (Query(expr, title),), text, number=True)
+def figure(title: str, unit: str, expr: str, text: str = "") -> DashboardPanel:
+    return DashboardPanel(title, unit, (Query(expr, title),), text, number=True)
 
 
 TTFT = latency(
@@ -95,7 +95,7 @@ TTFT = latency(
 )
 SECOND = latency("To the second token", "second_token", "From the first token of a streamed answer to its second.")
 ITL = latency("Gap between tokens", "itl", "Between two streamed chunks of one answer.")
-QUEUE = Panel(
+QUEUE = DashboardPanel(
     "Waiting line", "short", (Query("sum by (model) (evenhand_queue_depth)", "{{model}}"),), "At the gateways."
 )
 
@@ -104,7 +104,7 @@ OVERVIEW = Board(
     "Evenhand / Overview",
     "Is everybody served, and how fast?",
     (
-        Row(
+        PanelRow(
             "Now",
             (
                 figure("Requests", "reqps", rate("evenhand_requests_total")),
@@ -115,25 +115,25 @@ OVERVIEW = Board(
                 figure("Missed first-token objective", "percentunit", "evenhand:ttft_misses:ratio5m", "last 5 minutes"),
             ),
         ),
-        Row("Latency", (TTFT, ITL)),
-        Row(
+        PanelRow("Latency", (TTFT, ITL)),
+        PanelRow(
             "More latency",
             (
                 latency("Time per output token", "tpot", "(E2E − TTFT) ÷ (output tokens − 1); streams only."),
                 latency("Whole answer", "e2e", "Arrival to the end of the answer."),
             ),
         ),
-        Row(
+        PanelRow(
             "Traffic",
             (
-                Panel(
+                DashboardPanel(
                     "Requests by how they ended",
                     "reqps",
                     (Query(rate("evenhand_requests_total", "outcome"), "{{outcome}}"),),
                     "ok, cancelled (the client left), or the error's code.",
                     stacked=True,
                 ),
-                Panel(
+                DashboardPanel(
                     "Tokens",
                     "short",
                     (Query(rate("evenhand_tokens_total", "kind"), "{{kind}}"),),
@@ -141,11 +141,11 @@ OVERVIEW = Board(
                 ),
             ),
         ),
-        Row(
+        PanelRow(
             "Objectives",
             (
                 QUEUE,
-                Panel(
+                DashboardPanel(
                     "Streams that missed their objective",
                     "percentunit",
                     (
@@ -166,17 +166,17 @@ TENANTS = Board(
     "Evenhand / Tenants and fairness",
     "Who gets how much, and is it fair? Service is weighted tokens: a prompt token 1, an output token 2.",
     (
-        Row(
+        PanelRow(
             "Service",
             (
-                Panel(
+                DashboardPanel(
                     "Service by tenant",
                     "short",
                     (Query(rate("evenhand_tenant_service_total", "tenant"), "{{tenant}}"),),
                     "Weighted tokens per second. The largest tenants are named, the rest is `other`.",
                     stacked=True,
                 ),
-                Panel(
+                DashboardPanel(
                     "Share of service",
                     "percentunit",
                     (Query("evenhand:tenant_service:share5m", "{{tenant}}"),),
@@ -185,17 +185,17 @@ TENANTS = Board(
                 ),
             ),
         ),
-        Row(
+        PanelRow(
             "Fairness",
             (
-                Panel(
+                DashboardPanel(
                     "Fairness gap",
                     "short",
                     (Query("max by (instance) (evenhand_fairness_max_service_gap)", "{{instance}}"),),
                     "Weighted tokens per weight between the most and the least served of the tenants that wait. "
                     "Bounded under VTC; under the others it shows what the policy costs.",
                 ),
-                Panel(
+                DashboardPanel(
                     "Refused at a limit",
                     "reqps",
                     (Query(rate("evenhand_limit_refusals_total", "reason"), "{{reason}}"),),
@@ -203,7 +203,7 @@ TENANTS = Board(
                 ),
             ),
         ),
-        Row(
+        PanelRow(
             "Waiting",
             (QUEUE, latency("Wait in line", "queue", "Until a worker had room.")),
         ),
@@ -215,17 +215,17 @@ POLICIES = Board(
     "Evenhand / Policies and preemption",
     "What the scheduler plug-in decides inside the engines.",
     (
-        Row(
+        PanelRow(
             "Inside the engines",
             (
-                Panel(
+                DashboardPanel(
                     "Waiting by lane",
                     "short",
                     (Query("sum by (lane) (evenhand_engine_waiting)", "{{lane}}"),),
                     "Lanes are the policy's: levels under MLFQ, ages under Gittins, one under FCFS.",
                     stacked=True,
                 ),
-                Panel(
+                DashboardPanel(
                     "Preemptions",
                     "short",
                     (Query(rate("evenhand_engine_preemptions_total", "policy, reason"), "{{policy}}: {{reason}}"),),
@@ -233,16 +233,16 @@ POLICIES = Board(
                 ),
             ),
         ),
-        Row(
+        PanelRow(
             "Costs",
             (
-                Panel(
+                DashboardPanel(
                     "Longest stall",
                     "s",
                     (Query("max by (worker) (evenhand_engine_longest_stall_seconds)", "{{worker}}"),),
                     "The longest that a request that had begun went without its slot.",
                 ),
-                Panel(
+                DashboardPanel(
                     "Fairness gap in the engines",
                     "short",
                     (Query("max by (worker) (evenhand_engine_service_gap)", "{{worker}}"),),
@@ -250,17 +250,17 @@ POLICIES = Board(
                 ),
             ),
         ),
-        Row(
+        PanelRow(
             "In force",
             (
-                Panel(
+                DashboardPanel(
                     "Engines by policy",
                     "short",
                     (Query("sum by (policy) (evenhand_engine_policy_info)", "{{policy}}"),),
                     "More than one name for longer than a second or so: an engine refused the change.",
                     stacked=True,
                 ),
-                Panel(
+                DashboardPanel(
                     "Changes of policy",
                     "short",
                     (Query("sum by (outcome) (evenhand_engine_policy_switches_total)", "{{outcome}}"),),
@@ -276,17 +276,17 @@ APART = Board(
     "Evenhand / Prefill and decode",
     "Prompts read by one worker and answered by another: who takes what, and does the KV cache arrive?",
     (
-        Row(
+        PanelRow(
             "Where requests go",
             (
-                Panel(
+                DashboardPanel(
                     "Placements",
                     "reqps",
                     (Query(rate("evenhand_placements_total", "placement"), "{{placement}}"),),
                     "`apart`, or why one worker took a request whole. Nothing here: there has been no prefill worker.",
                     stacked=True,
                 ),
-                Panel(
+                DashboardPanel(
                     "Work ahead by role",
                     "short",
                     (Query("sum by (role) (evenhand_worker_pending_tokens)", "{{role}}"),),
@@ -294,17 +294,17 @@ APART = Board(
                 ),
             ),
         ),
-        Row(
+        PanelRow(
             "Reading",
             (
-                Panel(
+                DashboardPanel(
                     "Prompts at prefill workers",
                     "reqps",
                     (Query(rate("evenhand_prefills_total", "outcome"), "{{outcome}}"),),
                     "All but `read` were read again where they are answered.",
                     stacked=True,
                 ),
-                Panel(
+                DashboardPanel(
                     "Time to read a prompt",
                     "s",
                     quantiles("evenhand_prefill_seconds", 0.5, 0.95, 0.99),
@@ -312,17 +312,17 @@ APART = Board(
                 ),
             ),
         ),
-        Row("What clients feel", (TTFT, SECOND)),
-        Row(
+        PanelRow("What clients feel", (TTFT, SECOND)),
+        PanelRow(
             "KV transfer",
             (
-                Panel(
+                DashboardPanel(
                     "From read to first bytes",
                     "s",
                     quantiles("evenhand_kv_transfer_seconds", 0.5, 0.95, 0.99),
                     "The fetch of the KV and the first token, of streamed answers.",
                 ),
-                Panel(
+                DashboardPanel(
                     "KV fetched",
                     "Bps",
                     (Query(rate("evenhand_kv_transfer_bytes_total", "worker"), "{{worker}}"),),
@@ -338,16 +338,16 @@ WORKERS = Board(
     "Evenhand / Workers and KV cache",
     "How loaded is each engine?",
     (
-        Row(
+        PanelRow(
             "Fleet",
             (
-                Panel(
+                DashboardPanel(
                     "Takes requests",
                     "short",
                     (Query("max by (worker, role) (evenhand_worker_up)", "{{worker}} ({{role}})"),),
                     "1 if any gateway reaches it and it is not drained.",
                 ),
-                Panel(
+                DashboardPanel(
                     "In flight",
                     "short",
                     (Query("sum by (worker) (evenhand_worker_in_flight)", "{{worker}}"),),
@@ -355,10 +355,10 @@ WORKERS = Board(
                 ),
             ),
         ),
-        Row(
+        PanelRow(
             "Inside",
             (
-                Panel(
+                DashboardPanel(
                     "Batch and line",
                     "short",
                     (
@@ -367,23 +367,23 @@ WORKERS = Board(
                     ),
                     "As vLLM counts them.",
                 ),
-                Panel(
+                DashboardPanel(
                     "KV cache in use",
                     "percentunit",
                     (Query("max by (worker) (vllm:kv_cache_usage_perc)", "{{worker}}"),),
                 ),
             ),
         ),
-        Row(
+        PanelRow(
             "Work",
             (
-                Panel(
+                DashboardPanel(
                     "Prompt tokens computed",
                     "short",
                     (Query(rate("vllm:prompt_tokens_total", "worker, role"), "{{worker}} ({{role}})"),),
                     "Per second.",
                 ),
-                Panel(
+                DashboardPanel(
                     "Tokens made",
                     "short",
                     (Query(rate("vllm:generation_tokens_total", "worker, role"), "{{worker}} ({{role}})"),),
@@ -391,10 +391,10 @@ WORKERS = Board(
                 ),
             ),
         ),
-        Row(
+        PanelRow(
             "Cache",
             (
-                Panel(
+                DashboardPanel(
                     "Prefix cache hits",
                     "percentunit",
                     (
@@ -406,7 +406,7 @@ WORKERS = Board(
                     ),
                     "Of the prompt tokens looked up.",
                 ),
-                Panel(
+                DashboardPanel(
                     "Preemptions",
                     "short",
                     (Query(rate("vllm:num_preemptions_total", "worker"), "{{worker}}"),),
@@ -422,27 +422,27 @@ GATEWAY = Board(
     "Evenhand / Gateway",
     "The gateway processes themselves.",
     (
-        Row(
+        PanelRow(
             "Process",
             (
-                Panel(
+                DashboardPanel(
                     "CPU",
                     "percentunit",
                     (Query(rate(f"process_cpu_seconds_total{OF_GATEWAYS}", "instance"), "{{instance}}"),),
                     "Of one core: a gateway uses one.",
                 ),
-                Panel(
+                DashboardPanel(
                     "Memory",
                     "bytes",
                     (Query(f"process_resident_memory_bytes{OF_GATEWAYS}", "{{instance}}"),),
                 ),
             ),
         ),
-        Row(
+        PanelRow(
             "Work",
             (
                 latency("Wait in line", "queue", "Until a worker had room."),
-                Panel(
+                DashboardPanel(
                     "Requests by route",
                     "reqps",
                     (Query(rate("evenhand_requests_total", "route"), "{{route}}"),),
@@ -451,13 +451,13 @@ GATEWAY = Board(
                 ),
             ),
         ),
-        Row(
+        PanelRow(
             "Shared state",
             (
-                Panel(
+                DashboardPanel(
                     "Redis answers", "short", (Query("evenhand_store_up", "{{instance}}"),), "1 too where none is used."
                 ),
-                Panel(
+                DashboardPanel(
                     "Gateways that see each other",
                     "short",
                     (Query("evenhand_replicas", "{{instance}}"),),
@@ -465,23 +465,23 @@ GATEWAY = Board(
                 ),
             ),
         ),
-        Row(
+        PanelRow(
             "Connections",
             (
-                Panel(
+                DashboardPanel(
                     "Open files",
                     "short",
                     (Query(f"process_open_fds{OF_GATEWAYS}", "{{instance}}"),),
                     "About two for each request in flight.",
                 ),
-                Panel(
+                DashboardPanel(
                     "Answers that workers broke off",
                     "short",
                     (Query(rate("evenhand_failovers_total", "outcome"), "{{outcome}}"),),
                     "Per second. `retried` and `resumed`: another worker went on and no client noticed.",
                     stacked=True,
                 ),
-                Panel(
+                DashboardPanel(
                     "Failed or refused",
                     "reqps",
                     (Query(rate('evenhand_requests_total{outcome!~"ok|cancelled"}', "outcome"), "{{outcome}}"),),
@@ -525,7 +525,7 @@ def built(board: Board) -> str:
     return JSONEncoder(sort_keys=True, indent=2).encode(made.build()) + "\n"
 
 
-def _panel(panel: Panel, width: int) -> stat.Panel | timeseries.Panel:
+def _panel(panel: DashboardPanel, width: int) -> stat.Panel | timeseries.Panel:
     made = stat.Panel().height(STAT_HEIGHT) if panel.number else _lines(panel)
     made.title(panel.title).description(panel.text).unit(panel.unit).span(width).datasource(SOURCE)
     for letter, query in zip(ascii_uppercase, panel.queries, strict=False):
@@ -534,7 +534,7 @@ def _panel(panel: Panel, width: int) -> stat.Panel | timeseries.Panel:
     return made
 
 
-def _lines(panel: Panel) -> timeseries.Panel:
+def _lines(panel: DashboardPanel) -> timeseries.Panel:
     made = (
         timeseries.Panel()
         .height(HEIGHT)
@@ -551,7 +551,7 @@ def _lines(panel: Panel) -> timeseries.Panel:
     return made.stacking(StackingConfig().mode(StackingMode.NORMAL)) if panel.stacked else made
 
 
-def panels(board: Board) -> Sequence[Panel]:
+def panels(board: Board) -> Sequence[DashboardPanel]:
     """All panels of a dashboard."""
     return [panel for row in board.rows for panel in row.panels]
 

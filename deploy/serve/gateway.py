@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import yaml
 from pydantic import SecretStr
 
-from deploy.engine.child import Child, ChildEnded, running
+from deploy.engine.child import ChildEnded, ChildProcess, running
 from deploy.engine.worker import WorkerError
 from scheduler.workers import Worker
 from server.app import GatewayServer
@@ -28,7 +28,7 @@ from server.store.store import MemoryStore
 LOOK_S = 0.05
 
 
-class Front(Protocol):
+class GatewayRunner(Protocol):
     """What stands before the engines."""
 
     def listen(self) -> socket.socket:
@@ -56,13 +56,13 @@ class Front(Protocol):
         """Returns when nothing of the above is under way."""
 
 
-def front_for(settings: Settings, heard: Callable[[str], None]) -> Front:
+def front_for(settings: Settings, heard: Callable[[str], None]) -> GatewayRunner:
     """The gateway that the settings ask for. heard: gets each line that a gateway of its own says.
 
     ValueError for settings that cannot be.
     """
     server = GatewayServer(settings)
-    return Here(server) if settings.gateway_processes == 1 else Several(settings, heard)
+    return InProcessGateway(server) if settings.gateway_processes == 1 else GatewayProcesses(settings, heard)
 
 
 class _Tasks:
@@ -80,7 +80,7 @@ class _Tasks:
         await asyncio.gather(*self._running, return_exceptions=True)
 
 
-class Here:
+class InProcessGateway:
     """A gateway in this process."""
 
     def __init__(self, server: GatewayServer) -> None:
@@ -120,7 +120,7 @@ class Here:
         await self._tasks.settled()
 
 
-class Several:
+class GatewayProcesses:
     """A gateway of several processes, a program of its own that hears of workers through a store served here."""
 
     def __init__(self, settings: Settings, heard: Callable[[str], None]) -> None:
@@ -130,7 +130,7 @@ class Several:
         self._local = MemoryStore(time.monotonic)
         self._tasks = _Tasks()
         self._stop = asyncio.Event()
-        self._child: Child | None = None
+        self._child: ChildProcess | None = None
 
     def listen(self) -> socket.socket:
         return reserved(self._settings.host, self._settings.port)

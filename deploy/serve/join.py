@@ -29,7 +29,7 @@ from deploy.engine.engine_args import EnginePlan, Ports, worker_of
 from deploy.engine.engine_log import LogFile
 from deploy.engine.gpu_lock import GpuLocks
 from deploy.engine.model import cache_folder, resolve
-from deploy.engine.worker import Listeners, State, WorkerEvent, WorkerProcess, is_free
+from deploy.engine.worker import EngineState, Listeners, WorkerEvent, WorkerProcess, is_free
 from deploy.serve.command import exit_code
 from deploy.serve.preflight import PreflightError, check, check_transfer, in_words, plan_workers
 from deploy.serve.screen import Screen
@@ -37,10 +37,10 @@ from deploy.serve.serving import Stop, Surroundings, claimed, log_to_screen, sta
 from deploy.settings import ServeSettings
 from scheduler.workers import Role
 from server.cluster.state import REGISTRY_S
-from server.engine.client import Engine
+from server.engine.client import EngineClient
 from server.fleet.fleet import is_idle
 from server.fleet.registry import HEARTBEAT_S, WORKER_TTL_S, registration_of
-from server.options import Option, add_options, given
+from server.options import CliOption, add_options, given
 from server.request.errors import EngineGone
 from server.settings import DisaggregationSettings, read_settings
 from server.store.redis_store import RedisStore
@@ -71,22 +71,22 @@ class JoinSettings(ServeSettings):
 
 
 OPTIONS = (
-    Option("role", "prefill|decode|both"),
-    Option("disaggregation.balance_roles", flag="--balance-roles"),
-    Option("redis_url", "URL"),
-    Option("address", "HOST"),
-    Option("name", "NAME"),
-    Option("engine_port", "PORT"),
-    Option("model", "NAME|PATH|HF_ID"),
-    Option("policy", "NAME"),
-    Option("policy_options", "KEY=VALUE", "--policy-option"),
-    Option("kv_cache_gib", "GIB"),
-    Option("gpus", "LIST"),
-    Option("compile"),
-    Option("start_timeout_s", "SECONDS", "--start-timeout"),
-    Option("state_folder", "FOLDER"),
-    Option("engine_args", "ARG", "--engine-arg"),
-    Option("verbose"),
+    CliOption("role", "prefill|decode|both"),
+    CliOption("disaggregation.balance_roles", flag="--balance-roles"),
+    CliOption("redis_url", "URL"),
+    CliOption("address", "HOST"),
+    CliOption("name", "NAME"),
+    CliOption("engine_port", "PORT"),
+    CliOption("model", "NAME|PATH|HF_ID"),
+    CliOption("policy", "NAME"),
+    CliOption("policy_options", "KEY=VALUE", "--policy-option"),
+    CliOption("kv_cache_gib", "GIB"),
+    CliOption("gpus", "LIST"),
+    CliOption("compile"),
+    CliOption("start_timeout_s", "SECONDS", "--start-timeout"),
+    CliOption("state_folder", "FOLDER"),
+    CliOption("engine_args", "ARG", "--engine-arg"),
+    CliOption("verbose"),
 )
 
 
@@ -250,7 +250,7 @@ class Joining:
 
     def _moved(self, event: WorkerEvent) -> None:
         self._screen.worker(event)
-        self._url = event.url if event.state is State.READY else ""
+        self._url = event.url if event.state is EngineState.READY else ""
         self._note_ready()
         self._was_ready = self._was_ready or bool(self._url)
         self._changed.set()
@@ -308,7 +308,7 @@ class Joining:
     async def _idle(self) -> None:
         """Returns when the engine has nothing more to do."""
         await asyncio.sleep(HEARD_S)
-        engine = Engine(self._url)
+        engine = EngineClient(self._url)
         try:
             while True:
                 if is_idle((await engine.get("/metrics")).text):

@@ -11,7 +11,7 @@ from rich.spinner import Spinner
 from rich.text import Text
 
 from deploy.engine.engine_log import LogLine, shown
-from deploy.engine.worker import State, WorkerEvent
+from deploy.engine.worker import EngineState, WorkerEvent
 
 BEAT_S = 10.0  # the longest silence of a start that is not watched on a terminal
 
@@ -66,14 +66,14 @@ class Screen:
 
     def worker(self, event: WorkerEvent) -> None:
         """A worker moved on."""
-        if event.state in (State.STARTING, State.CANARY):
+        if event.state in (EngineState.STARTING, EngineState.CANARY):
             self.starting(event.worker, event.detail, event.elapsed_s)
             return
         self.started(event.worker)
-        if event.state is State.READY:
+        if event.state is EngineState.READY:
             text = f"ready after {event.elapsed_s:.1f} s; its test answer: {event.detail}"
             self.line(event.worker, text, "green")
-        elif event.state is State.DEAD:
+        elif event.state is EngineState.DEAD:
             self.line(event.worker, f"died: {event.detail}", "red")
 
     def log(self, name: str, line: LogLine) -> None:

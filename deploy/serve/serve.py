@@ -16,7 +16,7 @@ from rich.console import Console
 from deploy.engine.model import cache_folder
 from deploy.serve.command import exit_code
 from deploy.serve.dry_run import dry_run
-from deploy.serve.gateway import Front, front_for
+from deploy.serve.gateway import GatewayRunner, front_for
 from deploy.serve.preflight import PreflightError, check, worker_roles
 from deploy.serve.screen import Screen
 from deploy.serve.serving import Serving, Surroundings, with_batches
@@ -24,22 +24,22 @@ from deploy.settings import ServeSettings
 from server.__main__ import OPTIONS as GATEWAY_OPTIONS
 from server.__main__ import add_arguments as add_gateway_arguments
 from server.app import calm_collector
-from server.options import Option, add_options, given
+from server.options import CliOption, add_options, given
 from server.settings import read_settings
 
 OPTIONS = (
-    Option("model", "NAME|PATH|HF_ID"),
-    Option("worker_count", "N", "--workers"),
-    Option("prefill_workers", "N"),
-    Option("decode_workers", "N"),
-    Option("kv_cache_gib", "GIB"),
-    Option("gpus", "LIST"),
-    Option("compile"),
-    Option("start_timeout_s", "SECONDS", "--start-timeout"),
-    Option("state_folder", "FOLDER"),
-    Option("engine_args", "ARG", "--engine-arg"),
-    Option("dry_run"),
-    Option("verbose"),
+    CliOption("model", "NAME|PATH|HF_ID"),
+    CliOption("worker_count", "N", "--workers"),
+    CliOption("prefill_workers", "N"),
+    CliOption("decode_workers", "N"),
+    CliOption("kv_cache_gib", "GIB"),
+    CliOption("gpus", "LIST"),
+    CliOption("compile"),
+    CliOption("start_timeout_s", "SECONDS", "--start-timeout"),
+    CliOption("state_folder", "FOLDER"),
+    CliOption("engine_args", "ARG", "--engine-arg"),
+    CliOption("dry_run"),
+    CliOption("verbose"),
 )
 
 
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace, surroundings: Surroundings | None = None) -> i
     return exit_code("evenhand serve", serve)
 
 
-def listen(front: Front, settings: ServeSettings) -> socket.socket:
+def listen(front: GatewayRunner, settings: ServeSettings) -> socket.socket:
     """Takes the gateway's port; PreflightError with a way out if it cannot be had."""
     host, port = settings.host, settings.port
     try:

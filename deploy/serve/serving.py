@@ -26,8 +26,8 @@ from deploy.engine.gpu_lock import GpuLocks
 from deploy.engine.gpu_plan import GpuPlanError
 from deploy.engine.machine import Machine, look
 from deploy.engine.model import ModelError, ModelSource, cache_folder, resolve
-from deploy.engine.worker import Listeners, State, Timing, WorkerError, WorkerEvent, WorkerProcess
-from deploy.serve.gateway import Front
+from deploy.engine.worker import EngineState, Listeners, Timing, WorkerError, WorkerEvent, WorkerProcess
+from deploy.serve.gateway import GatewayRunner
 from deploy.serve.preflight import Checked, PreflightError, gpu_plan, in_words, plan_workers
 from deploy.serve.screen import Screen, ScreenLog
 from deploy.settings import ServeSettings
@@ -80,7 +80,12 @@ class Serving:
     """One run of gateway and engines."""
 
     def __init__(
-        self, settings: ServeSettings, checked: Checked, front: Front, screen: Screen, surroundings: Surroundings
+        self,
+        settings: ServeSettings,
+        checked: Checked,
+        front: GatewayRunner,
+        screen: Screen,
+        surroundings: Surroundings,
     ) -> None:
         self._settings = settings
         self._checked = checked
@@ -174,21 +179,21 @@ class Serving:
         """A worker's move, told to the screen and to the gateway's fleet."""
         self._screen.worker(event)
         front, plan = self._front, self._plans[event.worker]
-        if event.state is State.READY:
+        if event.state is EngineState.READY:
             front.join(worker_of(plan, event.worker, event.url))
             if missing := self._missing_role(plan):
                 self._screen.line(event.worker, f"takes whole requests until a {missing} worker is ready", "yellow")
         else:
             front.leave(event.worker)
-            if event.state is not State.STOPPED:
+            if event.state is not EngineState.STOPPED:
                 front.starting(event.worker, event.detail)
-        if all(worker.state is State.READY for worker in self._workers.values()):
+        if all(worker.state is EngineState.READY for worker in self._workers.values()):
             self._all_ready.set()
 
     def _missing_role(self, plan: EnginePlan) -> str:
         """The role that an engine of `plan` needs beside its own and that no worker takes yet; "" if none."""
         other = {Role.PREFILL: Role.DECODE, Role.DECODE: Role.PREFILL}.get(plan.role)
-        there = {self._plans[name].role for name, worker in self._workers.items() if worker.state is State.READY}
+        there = {self._plans[name].role for name, worker in self._workers.items() if worker.state is EngineState.READY}
         return other.value if other is not None and other not in there else ""
 
     async def _wind_down(self, stop: Stop, gateway: asyncio.Task[None], work: asyncio.Task[None]) -> None:

@@ -27,7 +27,7 @@ from loadtest.bench.bench_target import free_port
 from loadtest.bench.engines import running
 from loadtest.bench.relay_load import BenchmarkError
 from loadtest.bench.table import machine, markdown, quantile
-from loadtest.call import Call
+from loadtest.call import TraceCall
 from loadtest.client.client import Client, Target
 from loadtest.records import Record
 
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def interactive(rng: Random, seconds: float, rounds: int) -> Iterator[Call]:
+def interactive(rng: Random, seconds: float, rounds: int) -> Iterator[TraceCall]:
     """Poisson arrivals, fast and slow in turns."""
     at_s, number = 0.0, 0
     location = math.log(OUTPUT_TOKENS) - SIGMA**2 / 2
@@ -77,7 +77,7 @@ def interactive(rng: Random, seconds: float, rounds: int) -> Iterator[Call]:
         at_s += rng.expovariate(CALM_PER_S if phase % 2 else BURST_PER_S)
         length = max(2, min(1024, round(rng.lognormvariate(location, SIGMA))))
         prompt = [rng.randrange(100, 40_000) for _ in range(PROMPT_TOKENS)]
-        yield Call(f"i{number}", at_s, "people", prompt, PROMPT_TOKENS, length)
+        yield TraceCall(f"i{number}", at_s, "people", prompt, PROMPT_TOKENS, length)
         number += 1
 
 
@@ -99,7 +99,7 @@ class Figures:
         return sum(record.output_tokens for record in self.records) / self.seconds
 
 
-def measured(calls: Sequence[Call], share: float | None) -> Figures:
+def measured(calls: Sequence[TraceCall], share: float | None) -> Figures:
     """The interactive requests over a gateway and an engine of their own, with a batch beside them unless `share` is
     None. BenchmarkError if one of them fails."""
     with tempfile.TemporaryDirectory(prefix="evenhand-batch-") as folder, served("gpu-7b", Path(folder), share) as url:

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         # Before minutes are spent on what it is to show.
         browser = _browser(args.chromium, args.pages) if args.pages else ""
-        comparison = compare.Comparison(args, screen)
+        comparison = compare.PolicyComparison(args, screen)
         read = comparison.run()
         html = args.out / "page.html"
         html.write_text(page(read, comparison.objective, command=provenance.command()), "utf-8")

@@ -26,7 +26,7 @@ from loadtest.bench.bench_target import free_port
 from loadtest.bench.engines import running
 from loadtest.bench.random_model import write
 from loadtest.bench.table import machine, markdown, quantile, spread
-from loadtest.call import Call
+from loadtest.call import TraceCall
 from loadtest.client.client import Client, Target
 from loadtest.records import Record
 from loadtest.report.report import Objective, goodput, summarize
@@ -123,7 +123,7 @@ def measured(args: argparse.Namespace, drawn: Mapping[str, list[Shape]], progres
         urls = {side: stack.enter_context(served(model, Path(name), *options)) for side, options in SIDES.items()}
         for url in urls.values():
             wait_ready(url)
-        bench = Bench(urls, args, progress)
+        bench = DisaggregationBench(urls, args, progress)
         for part in args.parts.split(","):
             if part in PARTS:
                 yield PARTS[part](bench, drawn)
@@ -175,7 +175,7 @@ def scaled(drawn: Sequence[Shape]) -> list[Shape]:
     return [fit(shape) for shape in drawn]
 
 
-class Bench:
+class DisaggregationBench:
     """Measures both sides in turns."""
 
     def __init__(self, urls: Mapping[str, str], args: argparse.Namespace, progress: Console) -> None:
@@ -318,7 +318,7 @@ def until(times_s: Iterator[float], end_s: float) -> Iterator[float]:
         yield at_s
 
 
-def stopping(calls: Iterator[Call], end: float) -> Iterator[Call]:
+def stopping(calls: Iterator[TraceCall], end: float) -> Iterator[TraceCall]:
     """As long as it is not later than `end`."""
     while time.monotonic() < end:
         yield next(calls)
@@ -388,10 +388,10 @@ def simulated_side(plan: Plan, lengths: Sequence[Shape], idle: Idle) -> tuple[fl
     return summarize(half).itl.p99, goodputs(runs, idle.objectives())
 
 
-PARTS: Mapping[str, Callable[[Bench, Mapping[str, list[Shape]]], str]] = {
+PARTS: Mapping[str, Callable[[DisaggregationBench, Mapping[str, list[Shape]]], str]] = {
     "handover": lambda bench, drawn: bench.handover_table(),
-    "itl": Bench.stutter_table,
-    "goodput": Bench.goodput_table,
+    "itl": DisaggregationBench.stutter_table,
+    "goodput": DisaggregationBench.goodput_table,
     "equality": lambda bench, drawn: bench.equality(),
 }
 SIMULATED_PART = "simulated"

@@ -47,7 +47,7 @@ TINY_LLAMA = {
 }
 
 
-class Clock:
+class StepClock:
     """A clock that is moved by hand."""
 
     def __init__(self) -> None:
@@ -97,7 +97,7 @@ def build_scheduler(
     step_tokens: int = 512,
     blocks: int = 1000,
     is_async: bool = False,
-    clock: Clock | None = None,
+    clock: StepClock | None = None,
 ) -> Any:
     """Stock vLLM's scheduler if `policy` is None, else ours with a registry of its own (`.registry`)."""
     ours = None if policy is None else {"policy": policy, "options": options or {}}
@@ -187,11 +187,11 @@ class Rule:
         return bool(live.num_output_placeholders)
 
 
-class Engine:
+class DrivenEngine:
     """Steps a scheduler as vLLM's EngineCore does: in step, or scheduling a step ahead of the output."""
 
     def __init__(
-        self, scheduler: Any, *, is_async: bool = False, clock: Clock | None = None, step_s: float = 0.01
+        self, scheduler: Any, *, is_async: bool = False, clock: StepClock | None = None, step_s: float = 0.01
     ) -> None:
         self.scheduler = scheduler
         self.answers: dict[str, list[int]] = {}

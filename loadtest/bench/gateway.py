@@ -18,8 +18,16 @@ import yaml
 from rich.console import Console
 
 from loadtest.bench.bench_target import free_port
-from loadtest.bench.gateway_table import STREAMS, YARDSTICK, Run, Runs, notes, table
-from loadtest.bench.relay_load import SOURCES, Bench, BenchmarkError, Phase, open_files, program, wait_until_quiet
+from loadtest.bench.gateway_table import STREAMS, YARDSTICK, Runs, TableRun, notes, table
+from loadtest.bench.relay_load import (
+    SOURCES,
+    BenchmarkError,
+    LoadPhase,
+    RelayBench,
+    open_files,
+    program,
+    wait_until_quiet,
+)
 from loadtest.bench.table import machine
 from server.request.tenants import new_key
 
@@ -28,18 +36,18 @@ OPEN_STREAMS = 10_000
 FILES_BESIDE = 600  # what a gateway has open that is no stream: nginx keeps up to 256 idle connections
 CHUNK_US = 20_000  # between two chunks: 50 a second, as an engine makes them
 
-PHASES: Mapping[str, Phase] = {
-    "idle": Phase(64, 4.0, 1.0, chunks=16, interval_us=5_000, rate=50.0),
-    "whole": Phase(64, 3.0, 1.0),
-    "paced": Phase(64, 4.0, 1.0, chunks=256, interval_us=CHUNK_US),
-    "many": Phase(STREAMS, 4.0, 2.0, chunks=256, interval_us=CHUNK_US),
+PHASES: Mapping[str, LoadPhase] = {
+    "idle": LoadPhase(64, 4.0, 1.0, chunks=16, interval_us=5_000, rate=50.0),
+    "whole": LoadPhase(64, 3.0, 1.0),
+    "paced": LoadPhase(64, 4.0, 1.0, chunks=256, interval_us=CHUNK_US),
+    "many": LoadPhase(STREAMS, 4.0, 2.0, chunks=256, interval_us=CHUNK_US),
 }
-WARM_UP = (Phase(64, 0.5, 0.5), Phase(16, 0.3, 0.2, chunks=64))
+WARM_UP = (LoadPhase(64, 0.5, 0.5), LoadPhase(16, 0.3, 0.2, chunks=64))
 QUICK_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
-class Gateway:
+class MeasuredGateway:
     """A gateway that can be started: its command for a port, and the environment it gets."""
 
     command: Callable[[int], Sequence[str]]
@@ -70,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         added, files = named(args.add), 2 * max(streams, STREAMS) + FILES_BESIDE
         with tempfile.TemporaryDirectory(prefix="evenhand-gateway-") as folder, ExitStack() as stack:
-            bench = Bench(Path(folder), new_key())
+            bench = RelayBench(Path(folder), new_key())
             stack.enter_context(bench.engine())
             runs = measure(bench, gateways(bench, added, files), args, streams, progress)
     except BenchmarkError as error:
@@ -94,20 +102,20 @@ def named(added: Sequence[str]) -> dict[str, str]:
     return commands
 
 
-def gateways(bench: Bench, added: Mapping[str, str], files: int) -> dict[str, Gateway]:
+def gateways(bench: RelayBench, added: Mapping[str, str], files: int) -> dict[str, MeasuredGateway]:
     """nginx, ours, and those that were added. BenchmarkError if nginx is missing."""
     nginx = program(YARDSTICK, hint="it is what all are compared with (Debian and Ubuntu: apt install nginx-light)")
     clean = {name: value for name, value in os.environ.items() if not name.startswith("EVENHAND_")}
     known = {
-        YARDSTICK: Gateway(lambda port: nginx_command(bench, nginx, port, files), clean),
-        OURS: Gateway(lambda port: our_command(bench, port), clean),
+        YARDSTICK: MeasuredGateway(lambda port: nginx_command(bench, nginx, port, files), clean),
+        OURS: MeasuredGateway(lambda port: our_command(bench, port), clean),
     }
     for name, command in added.items():
-        known[name] = Gateway(partial(added_command, bench, command), clean)
+        known[name] = MeasuredGateway(partial(added_command, bench, command), clean)
     return known
 
 
-def nginx_command(bench: Bench, nginx: str, port: int, files: int) -> Sequence[str]:
+def nginx_command(bench: RelayBench, nginx: str, port: int, files: int) -> Sequence[str]:
     """nginx over the mock engine, with a configuration written for it."""
     template = (SOURCES / "nginx.conf").read_text(encoding="utf-8")
     config = bench.folder / "nginx.conf"
@@ -115,7 +123,7 @@ def nginx_command(bench: Bench, nginx: str, port: int, files: int) -> Sequence[s
     return [nginx, "-c", str(config), "-p", str(bench.folder)]
 
 
-def our_command(bench: Bench, port: int) -> Sequence[str]:
+def our_command(bench: RelayBench, port: int) -> Sequence[str]:
     """Our gateway over the mock engine, with everything on."""
     tenant = {
         "name": "bench",
@@ -132,7 +140,7 @@ def our_command(bench: Bench, port: int) -> Sequence[str]:
     return [sys.executable, "-m", "deploy.cli", "gateway", *(part for option in options.items() for part in option)]
 
 
-def added_command(bench: Bench, command: str, port: int) -> Sequence[str]:
+def added_command(bench: RelayBench, command: str, port: int) -> Sequence[str]:
     """Somebody else's gateway. BenchmarkError for a name in braces that we do not fill in."""
     try:
         return shlex.split(command.format(port=port, backend=bench.url, key=bench.key))
@@ -141,7 +149,7 @@ def added_command(bench: Bench, command: str, port: int) -> Sequence[str]:
 
 
 def measure(
-    bench: Bench, known: Mapping[str, Gateway], args: argparse.Namespace, streams: int, progress: Console
+    bench: RelayBench, known: Mapping[str, MeasuredGateway], args: argparse.Namespace, streams: int, progress: Console
 ) -> Runs:
     """All gateways in turns, and the engine asked directly; an added one that fails is left out from then on."""
     runs: Runs = {name: [] for name in (DIRECT, *known)}
@@ -161,27 +169,29 @@ def measure(
     return runs
 
 
-def phases(quick: bool, streams: int, *, weigh: bool) -> dict[str, Phase]:
+def phases(quick: bool, streams: int, *, weigh: bool) -> dict[str, LoadPhase]:
     """What a gateway goes through. Its memory is read once: it is the same each time."""
     all_phases = dict(PHASES)
     if weigh:  # a slow gateway takes some time to open them all; then each stream is silent
         patience_s = 2.0 + streams / 1_000
-        all_phases["open"] = Phase(streams, 1.0, patience_s, chunks=2, interval_us=60_000_000, weighs=True)
+        all_phases["open"] = LoadPhase(streams, 1.0, patience_s, chunks=2, interval_us=60_000_000, weighs=True)
     if quick:
         return {name: replace(phase, seconds=QUICK_S, warm_up_s=QUICK_S) for name, phase in all_phases.items()}
     return all_phases
 
 
-def one_run(bench: Bench, name: str, gateway: Gateway | None, chosen: Mapping[str, Phase], *, patient: bool) -> Run:
+def one_run(
+    bench: RelayBench, name: str, gateway: MeasuredGateway | None, chosen: Mapping[str, LoadPhase], *, patient: bool
+) -> TableRun:
     """One gateway through all phases; without one the engine alone, for the time to its first byte."""
     if gateway is None:
         if patient:
             wait_until_quiet()
-        return Run({"idle": bench.observe(chosen["idle"], bench.port, None)})
+        return TableRun({"idle": bench.observe(chosen["idle"], bench.port, None)})
     port = free_port()
     with bench.gateway(name, gateway.command(port), port, gateway.env) as pid:
         if patient:
             for phase in WARM_UP:
                 bench.observe(phase, port, pid)
             wait_until_quiet()
-        return Run({key: bench.observe(phase, port, pid) for key, phase in chosen.items()})
+        return TableRun({key: bench.observe(phase, port, pid) for key, phase in chosen.items()})

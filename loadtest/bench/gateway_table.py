@@ -17,7 +17,7 @@ HEAD = (
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class TableRun:
     """One repetition of one gateway: what each phase showed, by its name."""
 
     phases: Mapping[str, Observed]
@@ -54,18 +54,18 @@ class Run:
         ]
 
 
-Runs = dict[str, list[Run]]
+Runs = dict[str, list[TableRun]]
 
 
-def table(runs: Mapping[str, Sequence[Run]], direct: str) -> str:
+def table(runs: Mapping[str, Sequence[TableRun]], direct: str) -> str:
     """One line per gateway, nginx first. `direct`: the name of the runs without a gateway."""
     base, alone = runs[YARDSTICK], runs[direct]
     rows = [_row(name, mine, base, alone) for name, mine in runs.items() if name != direct and mine]
     return markdown(HEAD, rows)
 
 
-def _row(name: str, mine: Sequence[Run], base: Sequence[Run], alone: Sequence[Run]) -> list[str]:
-    def ratio(figure: Callable[[Run], float]) -> str:
+def _row(name: str, mine: Sequence[TableRun], base: Sequence[TableRun], alone: Sequence[TableRun]) -> list[str]:
+    def ratio(figure: Callable[[TableRun], float]) -> str:
         pairs = zip(mine, base, strict=False)  # a gateway that was left out has fewer
         return spread([figure(one) / max(1e-9, figure(other)) for one, other in pairs])
 
@@ -76,9 +76,9 @@ def _row(name: str, mine: Sequence[Run], base: Sequence[Run], alone: Sequence[Ru
     return [
         name,
         spread([one.requests_per_s() for one in mine], digits=0),
-        ratio(Run.requests_per_s),
+        ratio(TableRun.requests_per_s),
         spread([one.chunk_cpu_us() for one in mine], digits=1),
-        ratio(Run.chunk_cpu_us),
+        ratio(TableRun.chunk_cpu_us),
         added("p50"),
         added("p99"),
         spread([one.carried_per_s() for one in mine], digits=0),
@@ -87,14 +87,14 @@ def _row(name: str, mine: Sequence[Run], base: Sequence[Run], alone: Sequence[Ru
     ]
 
 
-def _memory(mine: Sequence[Run]) -> str:
+def _memory(mine: Sequence[TableRun]) -> str:
     seen = [run.phases["open"] for run in mine if "open" in run.phases]
     if not seen:
         return ""
     return f"{seen[0].pss_bytes / 1e6:.0f} with {seen[0].load['open']:,} streams"
 
 
-def notes(runs: Mapping[str, Sequence[Run]], asked: int, streams: int, one_core: bool) -> Iterator[str]:
+def notes(runs: Mapping[str, Sequence[TableRun]], asked: int, streams: int, one_core: bool) -> Iterator[str]:
     """What a reader must know beside the table."""
     repetitions = max(len(mine) for mine in runs.values())
     yield f"{repetitions} repetition{'s' * (repetitions > 1)} in turns, median (least–most); memory is read once."

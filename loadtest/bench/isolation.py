@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from loadtest.bench.policies_bench import Draws
-from loadtest.call import Call
+from loadtest.call import TraceCall
 from loadtest.records import read
 from loadtest.report import report
 
@@ -24,7 +24,9 @@ LIGHT, FLOOD = "light", "flood"
 Ask = Callable[[str, float, float, int], Mapping[str, Any]]
 
 
-def calls_of(draws: Draws, workload: str, light_per_s: float, flood: float, repetition: int, jobs: int) -> list[Call]:
+def calls_of(
+    draws: Draws, workload: str, light_per_s: float, flood: float, repetition: int, jobs: int
+) -> list[TraceCall]:
     """`jobs` calls of the light tenant, and the flood's until the last of them, in order of time."""
     light = list(replace(draws, shares={LIGHT: 1.0}).calls(workload, light_per_s, repetition, jobs))
     if not flood:

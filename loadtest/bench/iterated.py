@@ -17,14 +17,14 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 from loadtest.bench.driven import Rule
 from loadtest.bench.in_process_engine import engine, preemptions, switch
-from loadtest.call import Call
+from loadtest.call import TraceCall
 from loadtest.records import Record, Run, Writer
 from loadtest.simulator.costmodel import CostModel
 from scheduler.jobs import Job, Outcome
 from scheduler.vllm.plugin import PolicyScheduler
 
 
-class Clock:
+class EngineClock:
     """Seconds of CPU that the engine used, and the pauses in which it had nothing to do."""
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Clock:
             self._offset_s -= thread_time() - begun
 
 
-class Steadied(Clock):
+class Steadied(EngineClock):
     """CPU seconds of a machine that is always as fast as when this clock was made.
 
     A core that it shares with others is half as fast for seconds at a time, by CPU time too. So a piece of work that is
@@ -94,7 +94,7 @@ def _reference_s() -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class CorePace:
     """What a step takes on a clock that counts work: the same on any machine, however busy.
 
     step_s: seconds of a step as such. tokens_per_step: tokens computed that take as long again.
@@ -108,7 +108,7 @@ class Pace:
         return self.step_s * (1.0 + tokens / self.tokens_per_step)
 
 
-class Count(Clock):
+class Count(EngineClock):
     """Seconds by what the engine has computed."""
 
     def __init__(self) -> None:
@@ -129,7 +129,7 @@ class Count(Clock):
 class Served:
     """One request on its way. at: when each of its tokens came."""
 
-    call: Call
+    call: TraceCall
     sent_s: float
     at: list[float] = field(default_factory=list)
 
@@ -156,10 +156,10 @@ def _leave_out_the_model(running: LLMEngine) -> None:
     core.model_executor.execute_model = execute_model
 
 
-class Engine:
+class IteratedEngine:
     """Runs lists of calls, one list after the other."""
 
-    def __init__(self, running: LLMEngine, clock: Clock, pace: Pace | None, *, plugin: bool) -> None:
+    def __init__(self, running: LLMEngine, clock: EngineClock, pace: CorePace | None, *, plugin: bool) -> None:
         self._running = running
         self._clock = clock
         self._pace = pace
@@ -171,11 +171,11 @@ class Engine:
     @classmethod
     @contextmanager
     def started(
-        cls, model: Path, pace: Pace | None, *, plugin: bool, slots: int, context: int, kv_tokens: int | None = None,
-        clock: Clock | None = None, with_model: bool = True,
+        cls, model: Path, pace: CorePace | None, *, plugin: bool, slots: int, context: int,
+        kv_tokens: int | None = None, clock: EngineClock | None = None, with_model: bool = True,
     ) -> Iterator[Self]:  # fmt: skip
         """`context` in tokens. kv_tokens: None for all slots at that length. pace: None for CPU time, by `clock`."""
-        clock = clock or (Clock() if pace is None else Count())
+        clock = clock or (EngineClock() if pace is None else Count())
         PolicyScheduler.clock = staticmethod(clock)
         settings = {
             "max_model_len": context,
@@ -197,7 +197,7 @@ class Engine:
 
         self._scheduler.schedule = counted
 
-    def run(self, calls: Sequence[Call], asked: Mapping[str, Any], taught: Sequence[Call]) -> dict[str, Any]:
+    def run(self, calls: Sequence[TraceCall], asked: Mapping[str, Any], taught: Sequence[TraceCall]) -> dict[str, Any]:
         """rate None: all at once. Returns the figures of the run; its records go to the file `out`."""
         name, *options = (asked["policy"] or "").split(":")
         if self._plugin:
@@ -222,7 +222,7 @@ class Engine:
             "recomputed": (self._tokens - tokens) / ideal - 1.0,
         }
 
-    def serve(self, calls: Sequence[Call], *, at_once: bool) -> tuple[list[Record], float]:
+    def serve(self, calls: Sequence[TraceCall], *, at_once: bool) -> tuple[list[Record], float]:
         """All calls to their ends under the policy in force, from an empty prefix cache; and how many a second while
         nobody had to wait for calls."""
         self._running.reset_prefix_cache()
@@ -240,7 +240,7 @@ class Engine:
         )  # fmt: skip
 
     def _serve(
-        self, calls: Sequence[Call], *, at_once: bool, begun_s: float, watched: str
+        self, calls: Sequence[TraceCall], *, at_once: bool, begun_s: float, watched: str
     ) -> tuple[list[Served], float]:
         """All calls to their end, and when the line was empty for the first time after the last arrival.
 
@@ -280,14 +280,14 @@ class Engine:
         while self._running.has_unfinished_requests():
             self._running.step()
 
-    def _add(self, call: Call) -> None:
+    def _add(self, call: TraceCall) -> None:
         params = SamplingParams(
             temperature=0.0, max_tokens=call.output_tokens, ignore_eos=True, detokenize=False,
             output_kind=RequestOutputKind.DELTA, extra_args={"evenhand_tenant": call.tenant},
         )  # fmt: skip
         self._running.add_request(call.id, {"prompt_token_ids": call.prompt}, params)
 
-    def switch(self, name: str, options: Mapping[str, str], taught: Sequence[Call]) -> None:
+    def switch(self, name: str, options: Mapping[str, str], taught: Sequence[TraceCall]) -> None:
         """Another policy from here on, that knows the lengths of these calls as if it had served them."""
         switch(self._running, name, options)
         learn = self._scheduler._lanes.policy.order.learn

@@ -29,9 +29,9 @@ from typing import Any
 
 from loadtest.bench import isolation, iterations
 from loadtest.bench.in_process_engine import ENVIRONMENT, chaotic_model
-from loadtest.bench.iterated import Engine, Pace
+from loadtest.bench.iterated import CorePace, IteratedEngine
 from loadtest.bench.policies_bench import MEASURES, Draws, Results, Setting, page_of, parse_load
-from loadtest.call import Call
+from loadtest.call import TraceCall
 from loadtest.records import read
 from loadtest.report import report
 
@@ -56,7 +56,7 @@ def _of(measure: Callable[[report.Summary], float]) -> Callable[[Iterated], floa
     return lambda run: measure(run.summary)
 
 
-class Child:
+class EngineChild:
     """An engine in a process of its own, told what to run line by line."""
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
@@ -73,7 +73,7 @@ class Child:
 
 
 @contextmanager
-def child(args: argparse.Namespace, kind: str, slots: int, model: Path) -> Iterator[Child]:
+def child(args: argparse.Namespace, kind: str, slots: int, model: Path) -> Iterator[EngineChild]:
     argv = [sys.executable, "-m", "loadtest.bench.iteration_runs", *sys.argv[1:]]
     argv += ["--child", kind, "--model", str(model), "--slots", str(slots)]
     if args.core is not None:
@@ -81,13 +81,13 @@ def child(args: argparse.Namespace, kind: str, slots: int, model: Path) -> Itera
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(argv, env=os.environ | ENVIRONMENT, text=True, **pipes)
     try:
-        yield Child(process)
+        yield EngineChild(process)
     finally:
         process.kill()
         process.wait()
 
 
-class Comparison:
+class IterationComparison:
     """All runs, the engines one after the other, neighbours in time."""
 
     def __init__(self, args: argparse.Namespace, model: Path) -> None:
@@ -105,7 +105,7 @@ class Comparison:
         return results
 
     @contextmanager
-    def _engines(self, slots: int) -> Iterator[Mapping[str, Child]]:
+    def _engines(self, slots: int) -> Iterator[Mapping[str, EngineChild]]:
         with ExitStack() as stack:
             yield {
                 kind: stack.enter_context(child(self._args, kind, slots, self._model))
@@ -113,13 +113,15 @@ class Comparison:
             }
 
     @staticmethod
-    def _warm_up(engines: Mapping[str, Child], workload: str) -> None:
+    def _warm_up(engines: Mapping[str, EngineChild], workload: str) -> None:
         """An engine's first steps are slower than all later ones."""
         for kind, engine in engines.items():
             policy = "" if kind == STOCK else "fcfs"
             engine.run(policy=policy, workload=workload, rate=None, repetition=-1, jobs=100, out="", flood=None)
 
-    def _workload(self, results: Results[Iterated], engines: Mapping[str, Child], workload: str, slots: int) -> None:
+    def _workload(
+        self, results: Results[Iterated], engines: Mapping[str, EngineChild], workload: str, slots: int
+    ) -> None:
         names = [STOCK, *self._policies]
         self._warm_up(engines, workload)
         for repetition in range(self._args.repetitions):
@@ -133,8 +135,8 @@ class Comparison:
                     by_name[name].append(self._read(told, f"{workload}-{slots}-{load:g}-{name}-{repetition}"))
 
     def _ask(
-        self, engines: Mapping[str, Child], name: str, workload: str, slots: int, rate: float | None, repetition: int,
-        jobs: int, flood: float | None = None,
+        self, engines: Mapping[str, EngineChild], name: str, workload: str, slots: int, rate: float | None,
+        repetition: int, jobs: int, flood: float | None = None,
     ) -> Any:  # fmt: skip
         out = self._args.out / f"{workload}-{slots}-{rate or 0:.3g}-{flood}-{name}-{repetition}.jsonl"
         return engines[STOCK if name == STOCK else "plugin"].run(
@@ -204,14 +206,14 @@ def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     Draws.of(args)
     with tempfile.TemporaryDirectory() as folder:
-        comparison = Comparison(args, chaotic_model(Path(folder)))
+        comparison = IterationComparison(args, chaotic_model(Path(folder)))
         page = comparison.isolation() if args.isolation else whole_page(args, comparison.run())
     (args.out / "iterations.md").write_text(page)
     sys.stdout.write(page)
     return 0
 
 
-def calls_for(draws: Draws, asked: Mapping[str, Any]) -> list[Call]:
+def calls_for(draws: Draws, asked: Mapping[str, Any]) -> list[TraceCall]:
     """What one run sends."""
     workload, rate, repetition, jobs = asked["workload"], asked["rate"], asked["repetition"], asked["jobs"]
     if asked["flood"] is not None:
@@ -223,10 +225,10 @@ def serve(args: argparse.Namespace) -> None:
     """The child: one engine, one run per line."""
     draws = Draws.of(args)
     slots = int(args.slots)
-    pace = None if args.step_ms is None else Pace(args.step_ms / 1000, args.tokens_per_step)
+    pace = None if args.step_ms is None else CorePace(args.step_ms / 1000, args.tokens_per_step)
     sizes = {"slots": slots, "context": args.context, "kv_tokens": args.kv_tokens}
     made = {"plugin": args.child == "plugin", "with_model": not args.without_model}
-    with Engine.started(args.model, pace, **made, **sizes) as engine:
+    with IteratedEngine.started(args.model, pace, **made, **sizes) as engine:
         for line in sys.stdin:
             asked = json.loads(line)
             calls = calls_for(draws, asked)

@@ -26,7 +26,7 @@ from deploy.engine.model import BUNDLED
 from loadtest.bench.bench_target import free_port
 from loadtest.bench.engines import cores, engine_program, running
 from loadtest.bench.table import machine, markdown, spread
-from loadtest.call import Call
+from loadtest.call import TraceCall
 from loadtest.client.client import Client, Target
 from loadtest.records import Record
 
@@ -163,7 +163,7 @@ def prompt(drawn: Random, tokens: int) -> list[int]:
 
 async def asked(one: Side, prompts: Sequence[list[int]], at_once: int, answer_tokens: int) -> Sequence[Record]:
     """What came of these prompts. RuntimeError if one failed, or was not answered in full."""
-    calls = [Call(f"{at}", 0.0, "bench", ids, len(ids), answer_tokens) for at, ids in enumerate(prompts)]
+    calls = [TraceCall(f"{at}", 0.0, "bench", ids, len(ids), answer_tokens) for at, ids in enumerate(prompts)]
     records = await Client(Target(one.url, model=BUNDLED)).closed_loop(calls, at_once)
     for record in records:
         if not record.ok or record.ttft_s is None or record.output_tokens != answer_tokens:

@@ -22,7 +22,7 @@ from typing import Self, TypeVar
 from rich.console import Console
 
 from loadtest.bench.bench_target import BenchTarget, CannotStart, running
-from loadtest.call import Call
+from loadtest.call import TraceCall
 from loadtest.client.client import Target
 from loadtest.client.replay import CannotReplay, Prepared, measure, served
 from loadtest.records import Record
@@ -162,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
     """0, or 2 when a target cannot be started or asked."""
     screen = Console(stderr=True)
     try:
-        bench = Bench(args, [BenchTarget.parse(text) for text in args.target], screen)
+        bench = PoliciesBench(args, [BenchTarget.parse(text) for text in args.target], screen)
         results = bench.run()
     except (CannotStart, CannotReplay, ValueError, OSError) as error:
         screen.print(f"policies_bench: {error}", style="red", markup=False, highlight=False)
@@ -192,7 +192,7 @@ class Draws:
         fit = Fit(args.length_scale, args.context, args.prompt_scale)
         return cls(fit, parse_shares(args.shares), args.traces, args.seed, rows)
 
-    def calls(self, workload: str, rate: float, repetition: int, number: int) -> Iterator[Call]:
+    def calls(self, workload: str, rate: float, repetition: int, number: int) -> Iterator[TraceCall]:
         """`number` calls at `rate` per second: Poisson, or at the trace's times, stretched, where it has some."""
         seed = self.seed * 1000 + repetition
         maker = Maker(self.prompts(seed), self.fit, self.shares)
@@ -220,7 +220,7 @@ class Draws:
         return islice(shapes(workload, Random(0), self.traces), _MEAN_OF)
 
 
-class Bench:
+class PoliciesBench:
     """All runs of one benchmark.
 
     told: noted in every file of records. sample_s: how often the targets' /metrics are read; 0, never.
@@ -305,7 +305,7 @@ class Bench:
         return summary
 
     def measure(
-        self, target: BenchTarget, setting: Setting, urls: Mapping[str, str], calls: Iterator[Call],
+        self, target: BenchTarget, setting: Setting, urls: Mapping[str, str], calls: Iterator[TraceCall],
         name: str, *, drain_s: float | None = None,
     ) -> Sequence[Record]:  # fmt: skip
         """One run; a load of 0 is a closed loop that never leaves the engine without work.

@@ -33,7 +33,7 @@ class BenchmarkError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Phase:
+class LoadPhase:
     """One kind of load.
 
     connections: kept open, each asking anew when it has its answer; with `rate` (requests/s) at most so many at once.
@@ -174,7 +174,7 @@ def wait_until_quiet() -> None:
             return
 
 
-class Bench:
+class RelayBench:
     """The mock engine, and the load generator that asks what stands before it. `with` it."""
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -223,7 +223,7 @@ class Bench:
         said = log.read_text(errors="replace")[-1500:]
         raise BenchmarkError(f"{log.stem} does not relay ({problem}). It said:\n{said}")
 
-    def observe(self, phase: Phase, port: int, gateway_pid: int | None) -> Observed:
+    def observe(self, phase: LoadPhase, port: int, gateway_pid: int | None) -> Observed:
         """Runs a phase against a port. gateway_pid: what is measured, None where the engine is asked directly."""
         command = [str(self.loadgen), "-p", str(port), "-H", f"authorization: Bearer {self.key}", *phase.arguments()]
         mine = [pid for pid in (self._engine.pid, gateway_pid) if pid is not None]

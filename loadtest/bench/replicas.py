@@ -26,7 +26,7 @@ from loadtest.bench.engines import answers, cores, gateway, running
 from loadtest.bench.policies_bench import ARENA_FILE, arena
 from loadtest.bench.relay_load import BenchmarkError, program
 from loadtest.bench.table import machine, markdown
-from loadtest.call import Call
+from loadtest.call import TraceCall
 from loadtest.client.client import Client, Target
 from loadtest.records import Ending, Record
 from loadtest.report.fairness import timeline
@@ -99,7 +99,7 @@ def variants(redis_url: str) -> dict[str, list[list[str]]]:
     }
 
 
-def calls(args: argparse.Namespace) -> list[Call]:
+def calls(args: argparse.Namespace) -> list[TraceCall]:
     """The requests, at times that make them more than the engine can do."""
     rng = Random(args.seed)
     rows = arena(args.traces) if args.traces is not None else made_up(rng)
@@ -142,7 +142,7 @@ def tenant_file(folder: Path, keys: Mapping[str, str]) -> Path:
 
 
 def measured(
-    gateways: Sequence[Sequence[str]], asked: Sequence[Call], keys: Mapping[str, str], seed: int
+    gateways: Sequence[Sequence[str]], asked: Sequence[TraceCall], keys: Mapping[str, str], seed: int
 ) -> dict[str, float]:
     """Each tenant's share of all service over these gateways, on an engine of their own, until all is asked.
 
@@ -174,10 +174,10 @@ def settle(url: str) -> None:
         time.sleep(0.1)
 
 
-async def sent(urls: Sequence[str], asked: Sequence[Call], keys: Mapping[str, str], seed: int) -> list[Record]:
+async def sent(urls: Sequence[str], asked: Sequence[TraceCall], keys: Mapping[str, str], seed: int) -> list[Record]:
     """Every request to one of the gateways, when it is due."""
     rng = Random(seed)
-    of: list[list[Call]] = [[] for _ in urls]
+    of: list[list[TraceCall]] = [[] for _ in urls]
     for call in asked:
         rng.choice(of).append(call)
     clients = [Client(Target(url, model="fake", keys=keys)) for url in urls]

@@ -17,14 +17,14 @@ from rich.console import Console
 from loadtest.bench.engines import engine, gateway
 from loadtest.bench.replicas import tenant_file
 from loadtest.bench.table import machine, markdown, quantile, spread
-from loadtest.call import Call
+from loadtest.call import TraceCall
 from loadtest.client.client import Client, Target
 from server.request.tenants import new_key
 
 VOCABULARY = 40_000
 
 
-class Seen(NamedTuple):
+class SaltFigures(NamedTuple):
     """One round. ttft_s: the median. cached: the part of all prompt tokens that the engine had computed before."""
 
     ttft_s: float
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def table(rounds: Sequence[tuple[Seen, Seen]]) -> str:
+def table(rounds: Sequence[tuple[SaltFigures, SaltFigures]]) -> str:
     """One cache for all beside one for each, and the ratio within a round."""
     ttft = [[1e3 * seen.ttft_s for seen in side] for side in zip(*rounds, strict=True)]
     cached = [[100.0 * seen.cached for seen in side] for side in zip(*rounds, strict=True)]
@@ -86,7 +86,7 @@ def gateways(engine_url: str, keys: dict[str, str]) -> Iterator[tuple[str, str]]
             yield shared, salted
 
 
-def measured(url: str, engine_url: str, args: argparse.Namespace, keys: dict[str, str], seed: int) -> Seen:
+def measured(url: str, engine_url: str, args: argparse.Namespace, keys: dict[str, str], seed: int) -> SaltFigures:
     """One round, with a beginning that no round before had. RuntimeError if a request failed."""
     before = lookups(engine_url)
     asked = calls(args, list(keys), seed)
@@ -95,10 +95,12 @@ def measured(url: str, engine_url: str, args: argparse.Namespace, keys: dict[str
     if failed:
         raise RuntimeError(f"{len(failed)} requests to {url} failed, the first with {failed[0].error}")
     queries, hits = (now - then for now, then in zip(lookups(engine_url), before, strict=True))
-    return Seen(quantile([record.ttft_s for record in records if record.ttft_s is not None], 0.5), hits / queries)
+    return SaltFigures(
+        quantile([record.ttft_s for record in records if record.ttft_s is not None], 0.5), hits / queries
+    )
 
 
-def calls(args: argparse.Namespace, tenants: Sequence[str], seed: int) -> list[Call]:
+def calls(args: argparse.Namespace, tenants: Sequence[str], seed: int) -> list[TraceCall]:
     """Every tenant in turn; prompts are token ids, alike for `args.shared` of them."""
     rng = Random(seed)
     common = [rng.randrange(100, VOCABULARY) for _ in range(args.shared)]
@@ -106,7 +108,7 @@ def calls(args: argparse.Namespace, tenants: Sequence[str], seed: int) -> list[C
     for number in range(args.requests):
         for tenant in tenants:
             prompt = common + [rng.randrange(100, VOCABULARY) for _ in range(args.own)]
-            asked.append(Call(f"{seed}-{number}-{tenant}", 0.0, tenant, prompt, len(prompt), 2))
+            asked.append(TraceCall(f"{seed}-{number}-{tenant}", 0.0, tenant, prompt, len(prompt), 2))
     return asked
 
 

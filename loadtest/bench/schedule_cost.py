@@ -20,7 +20,7 @@ from typing import Any
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
-from loadtest.bench.driven import Clock, build_scheduler, model_folder, request, seed_block_hashes
+from loadtest.bench.driven import StepClock, build_scheduler, model_folder, request, seed_block_hashes
 
 RUNNING = 256
 TENANTS = 50
@@ -33,7 +33,7 @@ class Timed:
     """One scheduler, and how long its last block of steps took, in microseconds a step."""
 
     scheduler: Any
-    clock: Clock
+    clock: StepClock
     schedule_us: list[float] = field(default_factory=list)
     update_us: list[float] = field(default_factory=list)
 
@@ -68,7 +68,7 @@ def one_token_each(output: SchedulerOutput) -> ModelRunnerOutput:
 
 def prepare(folder: Path, policy: str | None, waiting: int) -> Timed:
     """A scheduler with a full batch that has decoded a while, and `waiting` requests behind it."""
-    clock = Clock()
+    clock = StepClock()
     scheduler = build_scheduler(folder, policy, slots=RUNNING, step_tokens=8192, blocks=200_000, clock=clock)
     timed = Timed(scheduler, clock)
     for index in range(RUNNING + waiting):

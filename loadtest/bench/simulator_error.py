@@ -30,13 +30,13 @@ from numpy.typing import NDArray
 
 from loadtest.bench import simulator
 from loadtest.bench.in_process_engine import ENVIRONMENT, chaotic_model
-from loadtest.bench.iterated import Engine, Pace, Steadied
+from loadtest.bench.iterated import CorePace, IteratedEngine, Steadied
 from loadtest.bench.policies_bench import Draws, Setting, label, parse_load
 from loadtest.bench.table import machine
-from loadtest.call import Call
+from loadtest.call import TraceCall
 from loadtest.records import Record
 from loadtest.report import report
-from loadtest.simulator.calibrate import Probes, Seen, fit
+from loadtest.simulator.calibrate import ProbeResult, Probes, fit
 from loadtest.simulator.costmodel import CostModel
 from loadtest.simulator.kv_blocks import block_hashes
 from loadtest.simulator.simulate import Plan, Simulation
@@ -44,7 +44,7 @@ from loadtest.simulator.simulate_command import words
 from loadtest.traces.prompts import token_prompts
 from scheduler.catalog import choose
 
-WORK = Pace(0.01, 256.0)
+WORK = CorePace(0.01, 256.0)
 _SATURATING_JOBS = 200
 _ALIKE = 1e-3  # two policies that differ less are not told apart
 Times = NDArray[np.float64]  # seconds: a row per repetition, a column per call
@@ -90,16 +90,16 @@ def chance(of: Callable[[Times, Times], float], real: Times) -> float | None:
 Results = Mapping[Setting, Mapping[str, Foretold]]
 
 
-class Comparison:
+class SimulatorComparison:
     """All runs on one engine."""
 
-    def __init__(self, args: argparse.Namespace, engine: Engine, slots: int) -> None:
+    def __init__(self, args: argparse.Namespace, engine: IteratedEngine, slots: int) -> None:
         self._args = args
         self._engine = engine
         self._slots = slots
         self._draws = Draws.of(args)
         self._policies = args.policies.split(",")
-        self._seen: list[Seen] = []
+        self._seen: list[ProbeResult] = []
         self._probed = 0
 
     def run(self) -> tuple[Results, CostModel, float]:
@@ -122,7 +122,7 @@ class Comparison:
             for setting, calls in loads
         }, cost, off  # fmt: skip
 
-    def _loads(self) -> Iterator[tuple[Setting, list[Call]]]:
+    def _loads(self) -> Iterator[tuple[Setting, list[TraceCall]]]:
         for workload in self._args.workloads.split(","):
             full = list(self._draws.calls(workload, 1.0, 0, _SATURATING_JOBS))
             rate = self._engine.serve(full, at_once=True)[1]
@@ -131,13 +131,13 @@ class Comparison:
                 setting = Setting(label(workload), self._slots, share, jobs)
                 yield setting, list(self._draws.calls(workload, rate * share, 0, jobs))
 
-    def _served(self, policy: str, calls: Sequence[Call]) -> list[Record]:
+    def _served(self, policy: str, calls: Sequence[TraceCall]) -> list[Record]:
         name, options = choose(policy)
         self._engine.switch(name, options, ())
         served = {one.id: one for one in self._engine.serve(calls, at_once=False)[0]}
         return [served[call.id] for call in calls]
 
-    def _told(self, policy: str, calls: Sequence[Call], cost: CostModel) -> list[Record]:
+    def _told(self, policy: str, calls: Sequence[TraceCall], cost: CostModel) -> list[Record]:
         name, options = choose(policy)
         known = [replace(call, prompt=list(block_hashes(ids(call), cost.prefix_block_tokens))) for call in calls]
         told = {one.id: one for one in Simulation(Plan(cost, name, options, gateway=False)).run(known).records}
@@ -152,7 +152,7 @@ class Comparison:
         probes = Probes(self._ask, token_prompts(-self._probed), self._args.context, limits.max_batched_tokens)
         self._seen += probes.seen(self._slots)
 
-    def _ask(self, calls: Sequence[Call], concurrency: int) -> Sequence[Record]:
+    def _ask(self, calls: Sequence[TraceCall], concurrency: int) -> Sequence[Record]:
         each = [calls[at : at + concurrency] for at in range(0, len(calls), concurrency)]
         return [record for some in each for record in self._engine.serve(some, at_once=True)[0]]
 
@@ -162,14 +162,14 @@ class Comparison:
             token_s = WORK.step_s / WORK.tokens_per_step
             known = replace(limits, iteration_s=WORK.step_s, prefill_s_per_token=token_s, decode_s_per_sequence=token_s)
             return known, 0.0
-        kinds: dict[Seen, list[float]] = {}
+        kinds: dict[ProbeResult, list[float]] = {}
         for one in self._seen:
             kinds.setdefault(replace(one, duration_s=0.0), []).append(one.duration_s)
         fitted = fit([replace(kind, duration_s=median(times_s)) for kind, times_s in kinds.items()], limits)
         return fitted.cost, median(map(abs, fitted.errors))
 
 
-def ids(call: Call) -> list[int]:
+def ids(call: TraceCall) -> list[int]:
     """Its prompt, which is made of tokens here."""
     assert isinstance(call.prompt, list)
     return call.prompt
@@ -248,8 +248,8 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         model = chaotic_model(Path(folder))
         sizes = {"slots": slots, "context": args.context, "kv_tokens": args.kv_tokens}
-        with Engine.started(model, pace, plugin=True, clock=clock, **sizes) as engine:
-            page = page_of(args, *Comparison(args, engine, slots).run())
+        with IteratedEngine.started(model, pace, plugin=True, clock=clock, **sizes) as engine:
+            page = page_of(args, *SimulatorComparison(args, engine, slots).run())
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"simulator-{args.clock}.md").write_text(page)
     sys.stdout.write(page)

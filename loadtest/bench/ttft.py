@@ -8,7 +8,7 @@ from rich.console import Console
 
 from loadtest.bench.engines import engine, gateway
 from loadtest.bench.table import machine, markdown, quantile, spread
-from loadtest.call import Call
+from loadtest.call import TraceCall
 from loadtest.client.client import Client, Target
 
 
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 def first_tokens(url: str, args: argparse.Namespace, seed: int) -> Sequence[float]:
     """Seconds to the first token of each request. RuntimeError if one failed."""
     calls = [
-        Call(f"{seed}-{number}", 0.0, "bench", [1 + (seed * 7919 + number * 31) % 40_000] * 8, 8, 2)
+        TraceCall(f"{seed}-{number}", 0.0, "bench", [1 + (seed * 7919 + number * 31) % 40_000] * 8, 8, 2)
         for number in range(args.requests)
     ]
     records = asyncio.run(Client(Target(url, model=args.model)).closed_loop(calls, 1))

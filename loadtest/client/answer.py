@@ -56,7 +56,7 @@ _chunk = msgspec.json.Decoder(_Chunk)
 _usage = msgspec.json.Decoder(_Usage)
 
 
-class Answer:
+class ParsedAnswer:
     """What has come of one answer.
 
     finished: the model has ended it. terminated: so has the stream. error: that the stream itself told, "" for none.

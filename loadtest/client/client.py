@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 import httptools
 import msgspec
 
-from loadtest.call import IDLE_GAP, TRACE, Call
-from loadtest.client.answer import Answer
+from loadtest.call import IDLE_GAP, TRACE, TraceCall
+from loadtest.client.answer import ParsedAnswer
 from loadtest.client.event_stream import EventStream
 from loadtest.client.target import Target, base_url
 from loadtest.client.watch import Watch
@@ -31,11 +31,11 @@ _MOST_WAITING = 10_000  # turns that a closed loop reads ahead, while their conv
 _MOST_SESSIONS = 4096  # idle conversations whose answers are remembered
 _LOOKED_AT = 4  # sessions, to find an idle one to forget
 
-__all__ = ["Client", "Exchange", "Manner", "Progress", "Target"]
+__all__ = ["Client", "ReplayExchange", "Manner", "ReplayProgress", "Target"]
 
 
 @dataclass(slots=True)
-class Progress:
+class ReplayProgress:
     """What a run has come to, for a progress line; the lists hold seconds."""
 
     sent: int = 0
@@ -50,19 +50,19 @@ class Progress:
 
 
 @dataclass(slots=True, eq=False)
-class Exchange:
+class ReplayExchange:
     """One call on its way: what was seen of its answer so far, in perf_counter seconds."""
 
-    call: Call
+    call: TraceCall
     request: bytes
     started_at: float
-    done: Callable[["Exchange", Record], None]
+    done: Callable[["ReplayExchange", Record], None]
     released_s: float | None = None
     sent_at: float = 0.0
     arrivals: list[float] = field(default_factory=list)
     status: int = 0
     retry_after_s: float | None = None
-    answer: Answer = field(default_factory=Answer)
+    answer: ParsedAnswer = field(default_factory=ParsedAnswer)
     error: str = ""
     ended_at: float = 0.0
     body: bytes = b""
@@ -110,15 +110,17 @@ class Exchange:
         )
 
 
-class Connection(asyncio.Protocol):
+class ClientConnection(asyncio.Protocol):
     """One connection to the target: carries one exchange at a time, then offers itself again."""
 
-    def __init__(self, idle: list["Connection"], retry: Callable[[Exchange], None], clock: Callable[[], float]) -> None:
+    def __init__(
+        self, idle: list["ClientConnection"], retry: Callable[[ReplayExchange], None], clock: Callable[[], float]
+    ) -> None:
         self._clock = clock
         self._idle = idle
         self._retry = retry
         self._transport: asyncio.Transport | None = None
-        self._exchange: Exchange | None = None
+        self._exchange: ReplayExchange | None = None
         self._parser = httptools.HttpResponseParser(self)
         self._events = EventStream()
         self._now = 0.0
@@ -131,7 +133,7 @@ class Connection(asyncio.Protocol):
     def usable(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
-    def start(self, exchange: Exchange) -> None:
+    def start(self, exchange: ReplayExchange) -> None:
         """Send; ValueError if the connection is gone or busy."""
         if self._transport is None or self._exchange is not None:
             raise ValueError("This connection cannot take a request.")
@@ -211,7 +213,7 @@ class Connection(asyncio.Protocol):
         for name, data in self._events.feed(body):
             exchange.event(name, data, self._now)
 
-    def _last_events(self, exchange: Exchange, now: float) -> None:
+    def _last_events(self, exchange: ReplayExchange, now: float) -> None:
         for name, data in self._events.end():
             exchange.event(name, data, now)
 
@@ -230,7 +232,7 @@ class Connection(asyncio.Protocol):
             _end(exchange, _ending(exchange), self._now)
 
 
-def _ending(exchange: Exchange) -> Ending:
+def _ending(exchange: ReplayExchange) -> Ending:
     """How an exchange ended whose HTTP answer is complete."""
     if exchange.status != 200:
         exchange.error = exchange.error or exchange.body[:500].decode(errors="replace") or f"HTTP {exchange.status}"
@@ -249,7 +251,7 @@ def _ending(exchange: Exchange) -> Ending:
     return Ending.TRUNCATED
 
 
-def _cut(exchange: Exchange) -> Ending:
+def _cut(exchange: ReplayExchange) -> Ending:
     """How an exchange ended that was cut off."""
     if exchange.whole:
         return Ending.OK
@@ -258,7 +260,7 @@ def _cut(exchange: Exchange) -> Ending:
     return Ending.TRUNCATED if exchange.status == 200 else Ending.FAILED
 
 
-def _end(exchange: Exchange, ending: Ending, now: float) -> None:
+def _end(exchange: ReplayExchange, ending: Ending, now: float) -> None:
     if exchange.over:
         return
     exchange.over = True
@@ -272,7 +274,7 @@ class _Session:
     """A conversation: whether a turn is on its way, which ones wait, and what the server answered, by turn."""
 
     busy: bool = False
-    waiting: deque[Call] = field(default_factory=deque)
+    waiting: deque[TraceCall] = field(default_factory=deque)
     said: dict[int, str] = field(default_factory=dict)
     ended_at: float | None = None
 
@@ -309,12 +311,12 @@ class Client:
         self._begin_s = begin_s
         self.target = target
         self.note = note
-        self.progress = Progress()
+        self.progress = ReplayProgress()
         self.kept = Kept()
         self.stopped = ""
         self._manner = manner or Manner()
-        self._idle: list[Connection] = []
-        self._open: dict[Exchange, Connection | None] = {}
+        self._idle: list[ClientConnection] = []
+        self._open: dict[ReplayExchange, ClientConnection | None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._address = urlsplit(base_url(target.url))
         self._ssl = ssl.create_default_context() if self._address.scheme == "https" else None
@@ -322,7 +324,7 @@ class Client:
         self._quiet = asyncio.Event()
         self._freed: asyncio.Event | None = None
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
-        self._thinking: dict[str, tuple[asyncio.TimerHandle, Call]] = {}
+        self._thinking: dict[str, tuple[asyncio.TimerHandle, TraceCall]] = {}
         self._waiting = 0
         self._closing = False
         self._enough = False
@@ -334,7 +336,7 @@ class Client:
         """In the order in which they ended; of a very long run every n-th (`kept` says which)."""
         return self.kept.records
 
-    async def open_loop(self, calls: Iterable[Call], *, drain_s: float | None = None) -> Sequence[Record]:
+    async def open_loop(self, calls: Iterable[TraceCall], *, drain_s: float | None = None) -> Sequence[Record]:
         """Send every call when it is due, however slow the answers are; wait `drain_s` for the last ones.
 
         Calls come in order of `at_s`. Returns the records in the order in which they ended.
@@ -343,7 +345,7 @@ class Client:
         return self.records
 
     async def closed_loop(
-        self, calls: Iterable[Call], concurrency: int, *, drain_s: float | None = None
+        self, calls: Iterable[TraceCall], concurrency: int, *, drain_s: float | None = None
     ) -> Sequence[Record]:
         """Keep `concurrency` calls on their way until there are no more; `at_s` is not looked at."""
         await self._run(self._closed_loop(iter(calls), concurrency), drain_s)
@@ -368,7 +370,7 @@ class Client:
                     raise
             await self._drain(drain_s)
 
-    async def _open_loop(self, calls: Iterable[Call]) -> None:
+    async def _open_loop(self, calls: Iterable[TraceCall]) -> None:
         for call in calls:
             if call.at_s >= self._manner.duration_s:
                 return
@@ -377,7 +379,7 @@ class Client:
             await self._until(call.at_s)
             self._offer(call, request)
 
-    async def _closed_loop(self, pending: Iterator[Call], concurrency: int) -> None:
+    async def _closed_loop(self, pending: Iterator[TraceCall], concurrency: int) -> None:
         self._freed = asyncio.Event()
         if self._manner.duration_s != float("inf"):
             asyncio.get_running_loop().call_later(self._manner.duration_s, self._have_enough)
@@ -390,7 +392,7 @@ class Client:
         if self._freed is not None:
             self._freed.set()
 
-    def _fill(self, pending: Iterator[Call], concurrency: int) -> bool:
+    def _fill(self, pending: Iterator[TraceCall], concurrency: int) -> bool:
         while len(self._open) + len(self._thinking) < concurrency and self._waiting < _MOST_WAITING:
             call = None if self._enough else next(pending, None)
             if call is None:
@@ -405,7 +407,7 @@ class Client:
 
     # Conversations
 
-    def _offer(self, call: Call, request: bytes | None = None) -> None:
+    def _offer(self, call: TraceCall, request: bytes | None = None) -> None:
         """Send the call, or keep it until the answer that it waits for is there."""
         if not call.waits:
             self._send(call, request)
@@ -417,7 +419,7 @@ class Client:
         else:
             self._begin(call, session)
 
-    def _begin(self, call: Call, session: _Session) -> None:
+    def _begin(self, call: TraceCall, session: _Session) -> None:
         """A turn whose answer before is there: send it now, or after the time to think."""
         session.busy = True
         now = self._clock()
@@ -430,22 +432,22 @@ class Client:
             later = asyncio.get_running_loop().call_later(ready_at - now, self._thought, call, session, ready_at)
             self._thinking[call.id] = (later, call)
 
-    def _think_s(self, call: Call) -> float:
+    def _think_s(self, call: TraceCall) -> float:
         think = self._manner.think
         if isinstance(think, float):
             return think
         return call.idle_s if think == IDLE_GAP else 0.0
 
-    def _thought(self, call: Call, session: _Session, ready_at: float) -> None:
+    def _thought(self, call: TraceCall, session: _Session, ready_at: float) -> None:
         del self._thinking[call.id]
         self._send_turn(call, session, ready_at)
 
-    def _send_turn(self, call: Call, session: _Session, ready_at: float) -> None:
+    def _send_turn(self, call: TraceCall, session: _Session, ready_at: float) -> None:
         released_s = ready_at - self._started_at
         held = session.ended_at is not None and released_s > call.at_s
         self._send(call, self.target.request(call, self._messages(call, session)), released_s if held else None)
 
-    def _messages(self, call: Call, session: _Session) -> Sequence[Mapping[str, Any]]:
+    def _messages(self, call: TraceCall, session: _Session) -> Sequence[Mapping[str, Any]]:
         """A turn's messages with the answers that there are; where there is none, the message is left out."""
         places = {place: session.said.get(turn, "") for turn, place in enumerate(call.answers)}
         messages: list[Mapping[str, Any]] = []
@@ -457,7 +459,7 @@ class Client:
                 messages.append(message)
         return messages
 
-    def _ended_turn(self, exchange: Exchange) -> None:
+    def _ended_turn(self, exchange: ReplayExchange) -> None:
         """The conversation goes on with the next turn, if one waits."""
         call = exchange.call
         session = self._sessions.get(call.session)
@@ -473,7 +475,7 @@ class Client:
             self._begin(session.waiting.popleft(), session)
         self._forget(call)
 
-    def _forget(self, call: Call) -> None:
+    def _forget(self, call: TraceCall) -> None:
         """Keeps what later turns may need, and no more than a bounded number of conversations."""
         if call.last and not self._sessions[call.session].busy:
             del self._sessions[call.session]
@@ -484,18 +486,18 @@ class Client:
             else:
                 del self._sessions[name]
 
-    def _unsent(self, call: Call) -> None:
+    def _unsent(self, call: TraceCall) -> None:
         now = self._clock()
-        exchange = Exchange(call, b"", self._started_at, self._ended, sent_at=now)
+        exchange = ReplayExchange(call, b"", self._started_at, self._ended, sent_at=now)
         exchange.error = "the run was over before its turn came"
         _end(exchange, Ending.UNFINISHED, now)
 
     # Connections
 
-    def _send(self, call: Call, request: bytes | None = None, released_s: float | None = None) -> None:
-        exchange = Exchange(
+    def _send(self, call: TraceCall, request: bytes | None = None, released_s: float | None = None) -> None:
+        exchange = ReplayExchange(
             call, request or self.target.request(call), self._started_at, self._ended, released_s,
-            answer=Answer(keep=call.waits and not call.last and bool(call.messages)),
+            answer=ParsedAnswer(keep=call.waits and not call.last and bool(call.messages)),
         )  # fmt: skip
         late_s = self._clock() - self._started_at - max(call.at_s, released_s or 0.0)
         self.progress.lag_s.append(late_s)
@@ -507,7 +509,7 @@ class Client:
         self.progress.in_flight = len(self._open)
         self._start(exchange)
 
-    def _start(self, exchange: Exchange) -> None:
+    def _start(self, exchange: ReplayExchange) -> None:
         while self._idle:
             connection = self._idle.pop()
             if connection.usable:
@@ -518,13 +520,13 @@ class Client:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _connect(self, exchange: Exchange) -> None:
+    async def _connect(self, exchange: ReplayExchange) -> None:
         exchange.sent_at = exchange.sent_at or self._clock()  # connecting is part of what the user waits for
         port = self._address.port or (443 if self._ssl else 80)
         loop, host = asyncio.get_running_loop(), self._address.hostname or ""
         try:
             _, connection = await loop.create_connection(
-                lambda: Connection(self._idle, self._start, self._clock), host, port, ssl=self._ssl
+                lambda: ClientConnection(self._idle, self._start, self._clock), host, port, ssl=self._ssl
             )
         except OSError as error:
             exchange.error = f"cannot connect: {error}"
@@ -540,7 +542,7 @@ class Client:
             exchange.error = "the server closed the connection at once"
             _end(exchange, Ending.UNREACHABLE, self._clock())
 
-    def _give_up(self, exchange: Exchange, ending: Ending) -> None:
+    def _give_up(self, exchange: ReplayExchange, ending: Ending) -> None:
         connection = self._open.get(exchange)
         if connection is not None:
             connection.drop()
@@ -549,7 +551,7 @@ class Client:
         exchange.error = exchange.error or "the client gave up"
         _end(exchange, ending, self._clock())
 
-    def _ended(self, exchange: Exchange, record: Record) -> None:
+    def _ended(self, exchange: ReplayExchange, record: Record) -> None:
         self._open.pop(exchange, None)
         if exchange.call.at_s < self._begin_s + self._manner.warmup_s:
             record = msgspec.structs.replace(record, warmup=True)

@@ -12,7 +12,7 @@ import httpx2
 import orjson
 import yaml
 
-from loadtest.call import TRACE, Call
+from loadtest.call import TRACE, TraceCall
 from loadtest.client.client import Manner
 from loadtest.client.samples import PERIOD_S
 from loadtest.client.target import Target, base_url
@@ -41,7 +41,7 @@ class Prepared:
     """
 
     target: Target
-    calls: Iterator[Call]
+    calls: Iterator[TraceCall]
     total: int
     concurrency: int | None
     drain_s: float
@@ -125,7 +125,7 @@ def _writable(out: Path | None) -> None:
             pass
 
 
-def _resumed(calls: Iterator[Call], ids: set[str], end_s: float) -> Iterator[Call]:
+def _resumed(calls: Iterator[TraceCall], ids: set[str], end_s: float) -> Iterator[TraceCall]:
     """What was not sent, at once, in its own rhythm. Times go on after the end of the first run."""
     shift_s: float | None = None
     for call in calls:
@@ -205,7 +205,7 @@ def _prompts(args: argparse.Namespace) -> Prompts:
 # Calls
 
 
-def calls_of(args: argparse.Namespace, maker: Maker, skipped: Skipped) -> tuple[Iterator[Call], int]:
+def calls_of(args: argparse.Namespace, maker: Maker, skipped: Skipped) -> tuple[Iterator[TraceCall], int]:
     """The calls that the options ask for, made as they are needed, and how many (0: not known). CannotReplay says what
     to do."""
     rng = Random(args.seed)
@@ -230,7 +230,7 @@ def calls_of(args: argparse.Namespace, maker: Maker, skipped: Skipped) -> tuple[
     return maker.replay(for_rows, _times(args, for_times, first), rng), args.limit or 0
 
 
-def _limited(calls: Iterator[Call], args: argparse.Namespace) -> tuple[Iterator[Call], int]:
+def _limited(calls: Iterator[TraceCall], args: argparse.Namespace) -> tuple[Iterator[TraceCall], int]:
     """A workload never ends by itself."""
     if args.limit is None and (getattr(args, "duration", None) or args.stages):
         return calls, 0

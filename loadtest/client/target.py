@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from loadtest.call import Call
+from loadtest.call import TraceCall
 from loadtest.client.answer import text_in
 
 APIS = ("completions", "chat", "responses", "messages")
@@ -44,7 +44,7 @@ class Target:
     api: str = ""
     timeout_s: float = 600.0
 
-    def request(self, call: Call, messages: Sequence[Mapping[str, Any]] | None = None) -> bytes:
+    def request(self, call: TraceCall, messages: Sequence[Mapping[str, Any]] | None = None) -> bytes:
         """The HTTP request of one call, whole. messages: in place of the call's own."""
         parts = urlsplit(base_url(self.url))
         api = self.api or ("chat" if call.messages else "completions")
@@ -56,13 +56,13 @@ class Target:
         )
         return head.encode() + body
 
-    def _authorization(self, call: Call, api: str) -> str:
+    def _authorization(self, call: TraceCall, api: str) -> str:
         key = self.keys.get(call.tenant, self.key)
         anthropic = api == "messages"
         headers = f"authorization: Bearer {key}\r\n" if key else ""
         return headers + (f"x-api-key: {key}\r\n" if key and anthropic else "") + (_ANTHROPIC if anthropic else "")
 
-    def _body(self, call: Call, api: str, messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def _body(self, call: TraceCall, api: str, messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         body: dict[str, Any] = {"stream": True, "temperature": 0}
         if self.model:
             body["model"] = self.model
@@ -79,7 +79,7 @@ class Target:
 Messages = Sequence[Mapping[str, Any]]
 
 
-def _said(call: Call, messages: Messages) -> Messages:
+def _said(call: TraceCall, messages: Messages) -> Messages:
     """A chat: the call's messages, or its text as a question."""
     if messages:
         return messages
@@ -88,17 +88,17 @@ def _said(call: Call, messages: Messages) -> Messages:
     return [{"role": "user", "content": call.prompt}]
 
 
-def _completions(call: Call, messages: Messages) -> dict[str, Any]:
+def _completions(call: TraceCall, messages: Messages) -> dict[str, Any]:
     said = "\n\n".join(text_in(one["content"]) for one in messages) if messages else call.prompt
     return {"prompt": said} | ({"max_tokens": call.output_tokens} if call.output_tokens else {})
 
 
-def _chat(call: Call, messages: Messages) -> dict[str, Any]:
+def _chat(call: TraceCall, messages: Messages) -> dict[str, Any]:
     limit = {"max_tokens": call.output_tokens} if call.output_tokens else {}
     return {"messages": list(_said(call, messages))} | limit
 
 
-def _responses(call: Call, messages: Messages) -> dict[str, Any]:
+def _responses(call: TraceCall, messages: Messages) -> dict[str, Any]:
     said = [{**one, "content": _response_content(one)} for one in _said(call, messages)]
     return {"input": said} | ({"max_output_tokens": call.output_tokens} if call.output_tokens else {})
 
@@ -117,7 +117,7 @@ def _response_part(part: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
     return {"type": kind, "text": part["text"]} if part.get("type") == "text" else part
 
 
-def _messages(call: Call, messages: Messages) -> dict[str, Any]:
+def _messages(call: TraceCall, messages: Messages) -> dict[str, Any]:
     said = _said(call, messages)
     system = "\n\n".join(text_in(one["content"]) for one in said if one["role"] == "system")
     turns = [{**one, "content": _message_content(one["content"])} for one in said if one["role"] != "system"]

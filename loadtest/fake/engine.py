@@ -25,11 +25,11 @@ from loadtest.fake import vllm_wire
 from loadtest.fake.embedding import embeddings
 from loadtest.fake.engine_metrics import exposition
 from loadtest.fake.faults import HEALTHY, Faults, faults_from
-from loadtest.fake.http_server import Exchange
+from loadtest.fake.http_server import ServedExchange
 from loadtest.fake.kept_kv import FETCH_PATH, KeptKv, fetch
 from loadtest.fake.messages_wire import MessagesWire, anthropic_error, ask_messages
 from loadtest.fake.responses_wire import ResponsesWire, ask_responses
-from loadtest.fake.vllm_wire import Ask, Json, OpenAIWire, Refused, Said, Wire, ask_chat, ask_completion
+from loadtest.fake.vllm_wire import Ask, Json, OpenAIWire, Said, Wire, WireRefusal, ask_chat, ask_completion
 from loadtest.simulator.batch import ContinuousBatch, Iteration
 from loadtest.simulator.costmodel import PRESETS, CostModel
 from loadtest.simulator.kv_blocks import block_hashes
@@ -71,7 +71,7 @@ class EngineSetup:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class SeenRequest:
     """A generation request as the engine received it, for tests to look at."""
 
     path: str
@@ -80,15 +80,15 @@ class Seen:
 
 
 @dataclass(slots=True, eq=False)
-class Choice:
+class FakeChoice:
     """One choice of an answer while it is made. before, after: a plain chunk around the text of a token. unsent: how
     many of its ids have not been streamed."""
 
-    answer: "Answer"
+    answer: "FakeAnswer"
     index: int
     prompt: int
     job: Job
-    next: hash_model.Continuation
+    next: hash_model.ModelContinuation
     max_tokens: int
     before: bytes = b""
     after: bytes = b""
@@ -98,12 +98,12 @@ class Choice:
 
 
 @dataclass(slots=True, eq=False)
-class Answer:
+class FakeAnswer:
     """One request being answered. left: its client has gone before it was admitted."""
 
-    exchange: Exchange
+    exchange: ServedExchange
     wire: Wire
-    choices: list[Choice] = field(default_factory=list)
+    choices: list[FakeChoice] = field(default_factory=list)
     started: bool = False
     left: bool = False
 
@@ -147,7 +147,7 @@ class FakeEngine:
     ) -> None:
         self.setup = setup or EngineSetup()
         self.faults = faults
-        self.seen: deque[Seen] = deque(maxlen=_SEEN)
+        self.seen: deque[SeenRequest] = deque(maxlen=_SEEN)
         self.port = port
         self.batch = ContinuousBatch(self.setup.cost, Lanes(build(self.setup.policy, self.setup.policy_options)))
         self.kept = KeptKv(self.batch.keep, self.setup.kv_lease_s)
@@ -155,13 +155,13 @@ class FakeEngine:
         self._fetches: set[asyncio.Task[None]] = set()
         self._wall_clock = wall_clock
         self._die = die
-        self._connections: set[Exchange] = set()
-        self._choices: dict[Job, Choice] = {}
+        self._connections: set[ServedExchange] = set()
+        self._choices: dict[Job, FakeChoice] = {}
         self._server: asyncio.Server | None = None
         self._tick: asyncio.Handle | None = None
         self.stalled = False
         self.accepted = 0
-        self._posts: Mapping[str, Callable[[Exchange], None]] = {
+        self._posts: Mapping[str, Callable[[ServedExchange], None]] = {
             **dict.fromkeys(_APIS, self._generate),
             "/v1/embeddings": self._embed,
             "/tokenize": self._tokenize,
@@ -169,7 +169,7 @@ class FakeEngine:
             "/fake/faults": self._set_faults,
             FETCH_PATH: self._give_kv,
         }
-        self._gets: Mapping[str, Callable[[Exchange], None]] = {
+        self._gets: Mapping[str, Callable[[ServedExchange], None]] = {
             "/health": self._health,
             "/v1/models": self._models,
             "/metrics": self._metrics,
@@ -204,9 +204,9 @@ class FakeEngine:
         self.stalled = False
         self._wake()
 
-    def _accept(self) -> Exchange:
+    def _accept(self) -> ServedExchange:
         self.accepted += 1
-        return Exchange(self._serve, self._connections)
+        return ServedExchange(self._serve, self._connections)
 
     def close_idle(self) -> None:
         """Close the connections on which nothing is being answered, as a server's keep-alive limit does."""
@@ -243,31 +243,31 @@ class FakeEngine:
 
     # requests
 
-    def _serve(self, exchange: Exchange) -> None:
+    def _serve(self, exchange: ServedExchange) -> None:
         table = self._posts if exchange.method == "POST" else self._gets
         route = table.get(exchange.path)
         try:
             if route is None:
                 known = exchange.path in self._posts or exchange.path in self._gets
                 status = HTTPStatus.METHOD_NOT_ALLOWED if known else HTTPStatus.NOT_FOUND
-                raise Refused(status, status.phrase, status.phrase)
+                raise WireRefusal(status, status.phrase, status.phrase)
             route(exchange)
-        except Refused as refused:
+        except WireRefusal as refused:
             anthropic = exchange.path == "/v1/messages"
             exchange.respond(refused.status, anthropic_error(refused.body) if anthropic else refused.body, _JSON)
 
-    def _generate(self, exchange: Exchange) -> None:
+    def _generate(self, exchange: ServedExchange) -> None:
         api = _APIS[exchange.path]
         body = vllm_wire.parse_body(exchange.body)
-        self.seen.append(Seen(exchange.path, dict(exchange.headers), body))
+        self.seen.append(SeenRequest(exchange.path, dict(exchange.headers), body))
         if self.faults.error_status:
             status = self.faults.error_status
             self._strike()
-            raise Refused(status, "InternalServerError", "EngineCore encountered an issue.")
+            raise WireRefusal(status, "InternalServerError", "EngineCore encountered an issue.")
         self._check_model(body)
         ask = api.ask(body, self._context_tokens())
         request_id = api.prefix + (exchange.headers.get("x-request-id") or uuid.uuid4().hex)
-        answer = Answer(exchange, api.wire(request_id, int(self._wall_clock()), self.setup.model, ask))
+        answer = FakeAnswer(exchange, api.wire(request_id, int(self._wall_clock()), self.setup.model, ask))
         if ask.cuts:
             exchange.begin_stream(_SSE)
             exchange.send(answer.wire.opening(1))
@@ -282,7 +282,7 @@ class FakeEngine:
         else:
             self._admit(answer)
 
-    async def _admit_with_kv(self, answer: Answer, params: Mapping[str, Any]) -> None:
+    async def _admit_with_kv(self, answer: FakeAnswer, params: Mapping[str, Any]) -> None:
         """Fetches the KV first; what cannot be fetched is computed, as with `kv_load_failure_policy: recompute`."""
         there = not self.faults.no_transfer and await fetch(params)
         self.fetched += there
@@ -290,7 +290,7 @@ class FakeEngine:
         if not answer.left:
             self._admit(answer, transferred=there)
 
-    def _give_kv(self, exchange: Exchange) -> None:
+    def _give_kv(self, exchange: ServedExchange) -> None:
         name = str(vllm_wire.parse_body(exchange.body).get("remote_request_id"))
         exchange.respond(200 if self.kept.release(name) else 404, b"", _JSON)
 
@@ -306,12 +306,12 @@ class FakeEngine:
     def _check_model(self, body: Mapping[str, Any]) -> None:
         model = body.get("model")
         if model is not None and model != self.setup.model:
-            raise Refused(404, "NotFoundError", f"The model `{model}` does not exist.", "model")
+            raise WireRefusal(404, "NotFoundError", f"The model `{model}` does not exist.", "model")
 
     def _context_tokens(self) -> int:
         return min(self.setup.max_model_tokens, self.setup.cost.kv_capacity_tokens)
 
-    def _admit(self, answer: Answer, *, transferred: bool = False) -> None:
+    def _admit(self, answer: FakeAnswer, *, transferred: bool = False) -> None:
         now = self._loop.time()
         ask = answer.ask
         self._learn_service(ask, now)
@@ -325,7 +325,7 @@ class FakeEngine:
         answer.exchange.gone = lambda: self._abort(answer)
         self._wake()
 
-    def _choice(self, answer: Answer, at: int, sample: int, now: float) -> Choice:
+    def _choice(self, answer: FakeAnswer, at: int, sample: int, now: float) -> FakeChoice:
         ask = answer.ask
         prompt = ask.prompts[at]
         index = at * ask.n + sample
@@ -341,7 +341,7 @@ class FakeEngine:
         )
         salt = sample + (0x5EED if self.faults.wrong_answers else 0)
         said = hash_model.continuation(prompt, mean_tokens=self.setup.mean_answer_tokens, salt=salt)
-        choice = Choice(answer, index, at, job, said, max_tokens)
+        choice = FakeChoice(answer, index, at, job, said, max_tokens)
         if ask.stream:
             choice.before, choice.after = answer.wire.plain(index)
         return choice
@@ -351,7 +351,7 @@ class FakeEngine:
         if service is not None:
             self.batch.lanes.told(ask.tenant, service, ask.number("evenhand_weight") or 1.0, now)
 
-    def _abort(self, answer: Answer) -> None:
+    def _abort(self, answer: FakeAnswer) -> None:
         for choice in answer.choices:
             if not choice.finish:
                 self._end(choice, Outcome.ABORTED)
@@ -390,7 +390,7 @@ class FakeEngine:
         now = self._loop.time()
         self._begin(end if now - end < _CATCH_UP_S else now)
 
-    def _emit(self, choice: Choice, now: float) -> None:
+    def _emit(self, choice: FakeChoice, now: float) -> None:
         """One token of one choice is there: on the wire with it, and out of the batch if it was the last."""
         if self.faults.in_stream and self._struck(choice):
             return
@@ -408,7 +408,7 @@ class FakeEngine:
             self._end(choice, Outcome.DONE if choice.finish == "stop" else Outcome.LENGTH)
             self._close(choice.answer)
 
-    def _stream(self, choice: Choice, token: int) -> None:
+    def _stream(self, choice: FakeChoice, token: int) -> None:
         answer = choice.answer
         if not answer.started:
             self._start_stream(answer)
@@ -425,14 +425,14 @@ class FakeEngine:
             answer.exchange.send(self._rich_chunk(choice))
         choice.unsent = 0
 
-    def _start_stream(self, answer: Answer) -> None:
+    def _start_stream(self, answer: FakeAnswer) -> None:
         answer.started = True
         answer.exchange.begin_stream(_SSE)
         opening = answer.wire.opening(len(answer.choices))
         if opening:
             answer.exchange.send(opening)
 
-    def _rich_chunk(self, choice: Choice) -> bytes:
+    def _rich_chunk(self, choice: FakeChoice) -> bytes:
         """The tokens that have not been streamed yet, of which the last has just been made."""
         ask, first = choice.answer.ask, len(choice.ids) == 1
         ids = choice.ids[-choice.unsent :]
@@ -448,7 +448,7 @@ class FakeEngine:
             more["logprobs"] = (vllm_wire.chat_logprobs if ask.chat else vllm_wire.text_logprobs)(ids)
         return choice.answer.wire.token(choice.index, text, choice.finish or None, more, len(choice.ids))
 
-    def _close(self, answer: Answer) -> None:
+    def _close(self, answer: FakeAnswer) -> None:
         """Send what ends the answer, once its last choice has finished."""
         if any(not choice.finish for choice in answer.choices):
             return
@@ -466,14 +466,14 @@ class FakeEngine:
             return None
         return self.kept.keep(ask.prompt_tokens, self.port)
 
-    def _end(self, choice: Choice, outcome: Outcome) -> None:
+    def _end(self, choice: FakeChoice, outcome: Outcome) -> None:
         choice.finish = choice.finish or "abort"
         if self._choices.pop(choice.job, None) is not None:
             self.batch.finish(choice.job, outcome, self._loop.time())
 
     # faults
 
-    def _struck(self, choice: Choice) -> bool:
+    def _struck(self, choice: FakeChoice) -> bool:
         """Whether a fault strikes instead of the next token."""
         made, faults = len(choice.ids), self.faults
         if made == faults.die_after_tokens:
@@ -496,7 +496,7 @@ class FakeEngine:
             left = self.faults.times - 1
             self.faults = replace(self.faults, times=left) if left else HEALTHY
 
-    def _break(self, answer: Answer) -> None:
+    def _break(self, answer: FakeAnswer) -> None:
         """An error event, and the end of the stream."""
         self._abort(answer)
         answer.exchange.gone = None
@@ -515,21 +515,21 @@ class FakeEngine:
         self.stalled = False
         self._wake()
 
-    def _set_faults(self, exchange: Exchange) -> None:
+    def _set_faults(self, exchange: ServedExchange) -> None:
         try:
             faults = faults_from(vllm_wire.parse_body(exchange.body))
         except (TypeError, ValueError) as error:
-            raise Refused(400, "BadRequestError", str(error)) from error
+            raise WireRefusal(400, "BadRequestError", str(error)) from error
         self.heal()
         self.faults = faults
         exchange.respond(200, b"{}", _JSON)
 
     # the small endpoints
 
-    def _health(self, exchange: Exchange) -> None:
+    def _health(self, exchange: ServedExchange) -> None:
         exchange.respond(503 if self.faults.unhealthy else 200, b"", _JSON)
 
-    def _models(self, exchange: Exchange) -> None:
+    def _models(self, exchange: ServedExchange) -> None:
         card = {
             "id": self.setup.model,
             "object": "model",
@@ -542,24 +542,24 @@ class FakeEngine:
         }
         exchange.respond(200, orjson.dumps({"object": "list", "data": [card]}), _JSON)
 
-    def _metrics(self, exchange: Exchange) -> None:
+    def _metrics(self, exchange: ServedExchange) -> None:
         body = exposition(self.batch, self.setup.model, plugin=self.setup.plugin)
         exchange.respond(200, body, "text/plain; version=1.0.0; charset=utf-8")
 
-    def _version(self, exchange: Exchange) -> None:
+    def _version(self, exchange: ServedExchange) -> None:
         exchange.respond(200, b'{"version":"0.32.0"}', _JSON)
 
-    def _load(self, exchange: Exchange) -> None:
+    def _load(self, exchange: ServedExchange) -> None:
         exchange.respond(200, orjson.dumps({"server_load": self.running + self.waiting}), _JSON)
 
-    def _embed(self, exchange: Exchange) -> None:
+    def _embed(self, exchange: ServedExchange) -> None:
         body = vllm_wire.parse_body(exchange.body)
-        self.seen.append(Seen(exchange.path, dict(exchange.headers), body))
+        self.seen.append(SeenRequest(exchange.path, dict(exchange.headers), body))
         self._check_model(body)
         ask = ask_completion({"prompt": body.get("input"), "max_tokens": 1}, self._context_tokens())
         exchange.respond(200, embeddings(body, ask, self.setup.model, int(self._wall_clock())), _JSON)
 
-    def _tokenize(self, exchange: Exchange) -> None:
+    def _tokenize(self, exchange: ServedExchange) -> None:
         body = vllm_wire.parse_body(exchange.body)
         self._check_model(body)
         if "messages" in body:
@@ -570,7 +570,7 @@ class FakeEngine:
         answer = {"count": len(ids), "max_model_len": self._context_tokens(), "tokens": ids, "token_strs": strings}
         exchange.respond(200, orjson.dumps(answer), _JSON)
 
-    def _detokenize(self, exchange: Exchange) -> None:
+    def _detokenize(self, exchange: ServedExchange) -> None:
         ids = vllm_wire.parse_body(exchange.body).get("tokens") or []
         exchange.respond(200, orjson.dumps({"prompt": hash_model.decode(ids)}), _JSON)
 

@@ -17,14 +17,14 @@ _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _MAX_BODY_BYTES = 64 << 20
 
 
-class Exchange(asyncio.Protocol):
+class ServedExchange(asyncio.Protocol):
     """One connection: reads a request, hands itself to `serve`, and carries the answer; then reads the next.
 
     While a request is answered: `method`, `path`, `headers` (names in lower case) and `body` are its own, and `gone`
     is set to what must happen when the client leaves before the end.
     """
 
-    def __init__(self, serve: Callable[["Exchange"], None], connections: set["Exchange"]) -> None:
+    def __init__(self, serve: Callable[["ServedExchange"], None], connections: set["ServedExchange"]) -> None:
         self._serve = serve
         self._connections = connections
         self._transport: asyncio.Transport | None = None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import orjson
 
-from loadtest.fake.vllm_wire import Ask, Json, Refused, Said, ask_chat, parse_body
+from loadtest.fake.vllm_wire import Ask, Json, Said, WireRefusal, ask_chat, parse_body
 
 
 def _stop_reason(finish: str) -> str:
@@ -16,7 +16,7 @@ def ask_messages(body: Json, max_model_tokens: int) -> Ask:
     """A Messages request, or Refused. The system prompt becomes the first turn."""
     system = [{"role": "system", "content": body["system"]}] if body.get("system") else []
     if not isinstance(body.get("max_tokens"), int):
-        raise Refused(400, "Bad Request", "1 validation error:\n  Field required (max_tokens)", "max_tokens")
+        raise WireRefusal(400, "Bad Request", "1 validation error:\n  Field required (max_tokens)", "max_tokens")
     known: Json = {name: body[name] for name in ("max_tokens", "vllm_xargs", "kv_transfer_params") if name in body}
     messages = body.get("messages")
     turns = system + messages if isinstance(messages, list) and messages else messages

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import orjson
 
-from loadtest.fake.vllm_wire import Ask, Json, Refused, Said, ask_chat, parse_body
+from loadtest.fake.vllm_wire import Ask, Json, Said, WireRefusal, ask_chat, parse_body
 
 _BEFORE_TEXT = 4  # events before the first delta
 
@@ -15,7 +15,7 @@ def ask_responses(body: Json, max_model_tokens: int) -> Ask:
     asked = body.get("input")
     turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
     if not isinstance(turns, list) or not turns:
-        raise Refused(400, "Bad Request", "1 validation error:\n  Field required (input)", "input")
+        raise WireRefusal(400, "Bad Request", "1 validation error:\n  Field required (input)", "input")
     if body.get("instructions"):
         turns = [{"role": "system", "content": body["instructions"]}, *turns]
     known: Json = {name: body[name] for name in ("vllm_xargs", "kv_transfer_params") if name in body}

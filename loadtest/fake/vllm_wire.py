@@ -19,7 +19,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 _ANY_ID = 987_654_321  # stands where a token's id will
 
 
-class Refused(Exception):
+class WireRefusal(Exception):
     """A request that vLLM would refuse."""
 
     def __init__(self, status: int, kind: str, message: str, param: str | None = None) -> None:
@@ -89,7 +89,7 @@ def parse_body(body: bytes) -> Json:
         message = (
             f"1 validation error:\n  {{'type': 'json_invalid', 'loc': ('body',), 'msg': 'JSON decode error: {error}'}}"
         )
-        raise Refused(400, "Bad Request", message) from error
+        raise WireRefusal(400, "Bad Request", message) from error
     if not isinstance(parsed, dict):
         raise _invalid("body", "Input should be a valid dictionary or object to extract fields from")
     return parsed
@@ -144,7 +144,7 @@ def _prompts(prompt: object) -> list[list[int]]:
 
 def _ids(ids: list[int]) -> list[int]:
     if max(ids) >= hash_model.VOCABULARY_SIZE or min(ids) < 0:
-        raise Refused(400, "BadRequestError", f"Token id {max(ids)} is out of vocabulary")
+        raise WireRefusal(400, "BadRequestError", f"Token id {max(ids)} is out of vocabulary")
     return ids
 
 
@@ -155,7 +155,7 @@ def _turn(message: object) -> tuple[str, str]:
     if isinstance(content, list):
         if any(isinstance(part, dict) and _is_remote(part) for part in content):
             # vLLM 0.32 answers 500 for whatever goes wrong while it fetches; this engine reaches nothing
-            raise Refused(500, "InternalServerError", "Cannot connect to host")
+            raise WireRefusal(500, "InternalServerError", "Cannot connect to host")
         content = "\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
     return message["role"], str(content)
 
@@ -207,14 +207,14 @@ def _count(value: object, param: str, *, least: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise _invalid(param, "Input should be a valid integer")
     if value < least:
-        raise Refused(400, "BadRequestError", f"{param} must be at least {least}, got {value}.", param)
+        raise WireRefusal(400, "BadRequestError", f"{param} must be at least {least}, got {value}.", param)
     return value
 
 
 def _checked(ask: Ask, max_model_tokens: int) -> Ask:
     longest = max(len(prompt) for prompt in ask.prompts)
     if not all(ask.prompts):
-        raise Refused(400, "BadRequestError", "The decoder prompt cannot be empty")
+        raise WireRefusal(400, "BadRequestError", "The decoder prompt cannot be empty")
     limit = f"This model's maximum context length is {max_model_tokens} tokens. However, "
     if ask.max_tokens is not None and longest + ask.max_tokens > max_model_tokens:
         message = (
@@ -222,18 +222,18 @@ def _checked(ask: Ask, max_model_tokens: int) -> Ask:
             f"a total of {longest + ask.max_tokens} tokens. Please reduce the length of the input prompt or the number "
             f"of requested output tokens."
         )
-        raise Refused(400, "BadRequestError", message, "input_tokens")
+        raise WireRefusal(400, "BadRequestError", message, "input_tokens")
     if longest >= max_model_tokens:
         message = (
             f"{limit}your prompt contains {longest} input tokens, which exceeds this limit even without any output "
             f"tokens. Please reduce the length of the input prompt."
         )
-        raise Refused(400, "BadRequestError", message, "input_tokens")
+        raise WireRefusal(400, "BadRequestError", message, "input_tokens")
     return ask
 
 
-def _invalid(param: str, message: str) -> Refused:
-    return Refused(400, "Bad Request", f"1 validation error:\n  {message} ({param})", param)
+def _invalid(param: str, message: str) -> WireRefusal:
+    return WireRefusal(400, "Bad Request", f"1 validation error:\n  {message} ({param})", param)
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> Json:

@@ -21,7 +21,7 @@ _OWN = 1 << 80  # above the ids of all prompts
 
 
 @dataclass(slots=True, eq=False)
-class Entry:
+class BatchEntry:
     """A job that waits or runs.
 
     tokens: of its prompt and of what it has said.
@@ -51,7 +51,7 @@ class Iteration:
     """What one iteration computes. duration_s: how long it takes; producing: who has one more token at its end."""
 
     duration_s: float
-    producing: Seq[Entry]
+    producing: Seq[BatchEntry]
     prefill_tokens: int
 
 
@@ -79,8 +79,8 @@ class _Step:
 
     left: int
     cap: int | None = None
-    chunks: dict[Entry, int] = field(default_factory=dict)
-    producing: list[Entry] = field(default_factory=list)
+    chunks: dict[BatchEntry, int] = field(default_factory=dict)
+    producing: list[BatchEntry] = field(default_factory=list)
     decoding: int = 0
     prefill_tokens: int = 0
     kv_tokens: int = 0
@@ -88,7 +88,7 @@ class _Step:
     started: int = 0
     short: bool = False
 
-    def add(self, entry: Entry, chunk: int) -> None:
+    def add(self, entry: BatchEntry, chunk: int) -> None:
         """So many tokens of it are computed."""
         computed = entry.computed
         self.chunks[entry] = chunk
@@ -102,7 +102,7 @@ class _Step:
         if computed == entry.tokens:
             self.producing.append(entry)
 
-    def drop(self, entry: Entry) -> None:
+    def drop(self, entry: BatchEntry) -> None:
         """It is not computed after all, if it was going to be."""
         chunk = self.chunks.pop(entry, 0)
         if not chunk:
@@ -131,8 +131,8 @@ class ContinuousBatch:
         self._kv = KvBlocks(self._all)
         self._kept: Kept[int] = Kept(self._all, self._size, self._kv.has, self._kv.free_anew)
         self._cached = cost.prefix_block_tokens > 0
-        self._entries: dict[Job, Entry] = {}
-        self._running: dict[Job, Entry] = {}
+        self._entries: dict[Job, BatchEntry] = {}
+        self._running: dict[Job, BatchEntry] = {}
         self._arrived = 0
         self._memory_bound = False
 
@@ -171,7 +171,7 @@ class ContinuousBatch:
             raise ValueError(f"A prompt of {job.prompt_tokens} tokens exceeds the KV capacity.")
         self._arrived += 1
         own = _OWN + self._arrived * _MOST_BLOCKS
-        self._entries[job] = Entry(job, job.prompt_tokens + job.output_tokens, blocks, own, transferred)
+        self._entries[job] = BatchEntry(job, job.prompt_tokens + job.output_tokens, blocks, own, transferred)
         self.lanes.push(job, now)
 
     def schedule(self, now: float) -> Iteration | None:
@@ -238,7 +238,7 @@ class ContinuousBatch:
             if end % size < chunk:
                 self._name(entry)
 
-    def _grow(self, entry: Entry, tokens: int, step: _Step, now: float) -> bool:
+    def _grow(self, entry: BatchEntry, tokens: int, step: _Step, now: float) -> bool:
         """Gives it blocks for so many tokens, if need be those of the policy's worst; False if that is itself.
 
         One that is alone takes more than there is, for it could never end otherwise.
@@ -273,7 +273,7 @@ class ContinuousBatch:
             step.started += 1
             self._begin(entry, step, now)
 
-    def _room(self, entry: Entry, shared: Seq[int]) -> int:
+    def _room(self, entry: BatchEntry, shared: Seq[int]) -> int:
         """Blocks that it takes from the free ones when it starts."""
         return self._blocks_for(entry.tokens) - len(shared) + self._kv.idle(shared)
 
@@ -285,7 +285,7 @@ class ContinuousBatch:
         entry = self._entries[job]
         return self._room(entry, self._shared(entry)) > self._kv.free
 
-    def _begin(self, entry: Entry, step: _Step, now: float) -> None:
+    def _begin(self, entry: BatchEntry, step: _Step, now: float) -> None:
         if entry.transferred:
             entry.transferred = False  # but what is preempted is computed
             step.transfer_tokens += entry.tokens
@@ -300,7 +300,7 @@ class ContinuousBatch:
             step.add(entry, chunk)
         self._name(entry)
 
-    def _shared(self, entry: Entry) -> list[int]:
+    def _shared(self, entry: BatchEntry) -> list[int]:
         """Its first blocks that are still there; at least one token is computed, as in vLLM, to have logits."""
         if not self._cached or entry.transferred:
             return []
@@ -308,7 +308,7 @@ class ContinuousBatch:
         ids = entry.ids(0, most if entry.started else min(most, len(entry.prompt)))
         return ids[: self._kv.known(ids)]
 
-    def _reuse(self, entry: Entry, shared: list[int], now: float) -> None:
+    def _reuse(self, entry: BatchEntry, shared: list[int], now: float) -> None:
         self._kv.hold(shared)
         entry.blocks = shared
         entry.computed = len(shared) * self._size
@@ -322,7 +322,7 @@ class ContinuousBatch:
         if entry.computed:
             self.lanes.computed(entry.job, entry.computed, now)
 
-    def _name(self, entry: Entry) -> None:
+    def _name(self, entry: BatchEntry) -> None:
         """Its blocks that are full now can be found by others."""
         if not self._cached:
             return

@@ -22,7 +22,7 @@ import orjson
 from numpy.typing import NDArray
 from rich.console import Console
 
-from loadtest.call import Call
+from loadtest.call import TraceCall
 from loadtest.client.client import Client, Target
 from loadtest.client.replay import CannotReplay, served
 from loadtest.client.samples import Sampler
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     """0, or 2 when the engine cannot be asked."""
     screen = Console(stderr=True)
     try:
-        engine = Engine(args)
+        engine = ProbedEngine(args)
         fitted = engine.fit(screen)
     except (CannotReplay, ValueError, OSError) as error:
         screen.print(f"evenhand calibrate: {error}", style="red", markup=False, highlight=False)
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class ProbeResult:
     """One kind of iteration as it was timed. request: the time includes a request's way to the batch and back."""
 
     prefill_tokens: int
@@ -105,7 +105,7 @@ class Fitted:
         return f"{len(self.errors)} kinds of iteration, error {middle:.1%} in the median and {worst:.1%} at most"
 
 
-def fit(seen: Sequence[Seen], like: CostModel) -> Fitted:
+def fit(seen: Sequence[ProbeResult], like: CostModel) -> Fitted:
     """Least squares of the relative errors, no cost below zero. ValueError with fewer kinds than there are costs."""
     if len(seen) < 5:
         raise ValueError("There are too few measurements to fit a cost model.")
@@ -143,7 +143,7 @@ def _no_less_than_zero(rows: Floats, goal: Floats) -> Floats:
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class CalibrationCheck:
     """Measured against foretold, request by request."""
 
     pairs: Sequence[tuple[Record, Record]]
@@ -173,7 +173,7 @@ class Probes:
     """
 
     def __init__(
-        self, ask: Callable[[Sequence[Call], int], Sequence[Record]], prompts: Prompts, context_tokens: int,
+        self, ask: Callable[[Sequence[TraceCall], int], Sequence[Record]], prompts: Prompts, context_tokens: int,
         most_tokens: int,
     ) -> None:  # fmt: skip
         self._send = ask
@@ -182,7 +182,7 @@ class Probes:
         self._most_tokens = min(most_tokens, context_tokens - 2)
         self._numbers = count()
 
-    def seen(self, slots: int) -> list[Seen]:
+    def seen(self, slots: int) -> list[ProbeResult]:
         """Prompts one at a time, and batches up to so many slots. CannotReplay if the engine is too fast to overlap."""
         self._ask(_PROBES, 1, _SHORT_TOKENS, 2)  # the first requests of an engine are slower than all later ones
         return [*self._prefill(), *self._decode(slots)]
@@ -191,12 +191,12 @@ class Probes:
         """One that was not asked before."""
         return self._prompts(next(self._numbers), tokens, (), 0)
 
-    def _prefill(self) -> Iterator[Seen]:
+    def _prefill(self) -> Iterator[ProbeResult]:
         for tokens in (length for length in _PROMPT_LENGTHS if length <= self._most_tokens):
             records = self._ask(_PROBES, 1, tokens, 1)
-            yield Seen(tokens, 0, 0, median(record.ttft_s or 0.0 for record in records), request=True)
+            yield ProbeResult(tokens, 0, 0, median(record.ttft_s or 0.0 for record in records), request=True)
 
-    def _decode(self, slots: int) -> Iterator[Seen]:
+    def _decode(self, slots: int) -> Iterator[ProbeResult]:
         sizes = [size for size in (1, 2, 4, 8, 16, 32, 64, 128, 256) if size < slots] + [slots]
         for size in sizes:
             yield self._batch(size, _SHORT_TOKENS)
@@ -204,7 +204,7 @@ class Probes:
         for size in {1, max(1, slots // 2)}:
             yield self._batch(size, long_tokens)
 
-    def _batch(self, size: int, prompt_tokens: int) -> Seen:
+    def _batch(self, size: int, prompt_tokens: int) -> ProbeResult:
         """Gaps of a batch in which all decode: those between the last first token and the first last one."""
         records = self._ask(size, size, prompt_tokens, _ANSWER_TOKENS)
         begin = max(record.sent_s + (record.ttft_s or 0.0) for record in records)
@@ -217,17 +217,19 @@ class Probes:
                 at_s += gap_us / 1e6
         if not gaps_s:
             raise CannotReplay("The answers did not overlap: give fewer --slots.")
-        return Seen(0, size, size * (prompt_tokens + _ANSWER_TOKENS // 2), fmean(gaps_s))
+        return ProbeResult(0, size, size * (prompt_tokens + _ANSWER_TOKENS // 2), fmean(gaps_s))
 
     def _ask(self, number: int, concurrency: int, prompt_tokens: int, output_tokens: int) -> Sequence[Record]:
         calls = [
-            Call(f"probe-{at}", 0.0, "default", self._prompts(at, prompt_tokens, (), 0), prompt_tokens, output_tokens)
+            TraceCall(
+                f"probe-{at}", 0.0, "default", self._prompts(at, prompt_tokens, (), 0), prompt_tokens, output_tokens
+            )
             for at in (next(self._numbers) for _ in range(number))
         ]
         return self._send(calls, concurrency)
 
 
-class Engine:
+class ProbedEngine:
     """An engine that is probed. Everything here talks to it."""
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -246,7 +248,7 @@ class Engine:
         seen = self._probes.seen(slots)
         return fit(seen, self._with_kv(CostModel(max_seqs=slots, max_batched_tokens=self._args.batched_tokens)))
 
-    def check(self, cost: CostModel) -> Check:
+    def check(self, cost: CostModel) -> CalibrationCheck:
         """Sends a workload, and simulates the very same calls at the times at which they were sent."""
         args = self._args
         calls = list(self._workload(cost))
@@ -261,9 +263,9 @@ class Engine:
         told = Simulation(Plan(cost, gateway=False)).run(again).records
         if not told:
             raise CannotReplay(f"{args.url} ended none of the check's requests well.")
-        return Check([(sent[record.id], record) for record in told])
+        return CalibrationCheck([(sent[record.id], record) for record in told])
 
-    def _workload(self, cost: CostModel) -> Iterator[Call]:
+    def _workload(self, cost: CostModel) -> Iterator[TraceCall]:
         args = self._args
         maker = Maker(self._prompts, Fit(args.length_scale, self._context_tokens), name="check")
         drawn = [
@@ -276,7 +278,7 @@ class Engine:
         rate = args.load * cost.saturation_tokens_per_s(prompt, output) / output
         return maker.calls(drawn, arrivals.poisson(rate, Random(args.seed + 2)), Random(args.seed + 3))
 
-    def _ask(self, calls: Sequence[Call], concurrency: int) -> Sequence[Record]:
+    def _ask(self, calls: Sequence[TraceCall], concurrency: int) -> Sequence[Record]:
         client = Client(self._target)
         asyncio.run(client.closed_loop(calls, concurrency))
         bad = [record for record in client.records if not record.ok]
@@ -292,7 +294,7 @@ class Engine:
             sampler = Sampler([self._args.url], seen.append, perf_counter, period_s=0.1)
             task = asyncio.create_task(sampler.run())
             calls = [
-                Call(f"flood-{at}", 0.0, "default", self._probes.prompt(8), 8, _FLOOD_TOKENS)
+                TraceCall(f"flood-{at}", 0.0, "default", self._probes.prompt(8), 8, _FLOOD_TOKENS)
                 for at in range(_MOST_SLOTS)
             ]
             await Client(self._target).closed_loop(calls, _MOST_SLOTS)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import cast
 
-from loadtest.call import IDLE_GAP, TRACE, Call
+from loadtest.call import IDLE_GAP, TRACE, TraceCall
 from loadtest.records import Kept, Record, Sample
 from loadtest.simulator.batch import ContinuousBatch, Iteration
 from loadtest.simulator.costmodel import CostModel
@@ -19,7 +19,7 @@ from loadtest.traces.prompts import Prompts
 from scheduler.catalog import build
 from scheduler.jobs import Job, Outcome
 from scheduler.lanes import Lanes
-from scheduler.placement import Apart, Place, Rules, Together, place
+from scheduler.placement import Aggregated, Candidate, Disaggregated, Rules, place
 from scheduler.policy import window_for
 from scheduler.workers import Role, Worker
 
@@ -56,7 +56,7 @@ class _Flight:
     """One call on its way. waits, runs, reads: the same request as the gateway's lanes, the engine's, and those of the
     worker that only reads its prompt see it; `reads` as long as it does. pending_tokens: counted at `worker`."""
 
-    call: Call
+    call: TraceCall
     due_s: float
     sent_s: float
     runs: Job
@@ -98,9 +98,9 @@ class _Worker:
     arriving_tokens: int = 0
     busy: bool = False
 
-    def place(self, window: int) -> Place:
+    def place(self, window: int) -> Candidate:
         """Itself as placement sees it; compared by what is pending."""
-        return Place(
+        return Candidate(
             self.is_,
             self.is_.role,
             self.in_flight < window,
@@ -139,11 +139,11 @@ class Simulation:
         self._by_id = {one.is_.id: one for one in (*self._workers, *self._readers)}
         self._flights: dict[str, _Flight] = {}
         self._charge: list[_Flight] = []
-        self._events: list[tuple[float, int, _Worker | Call, Iteration | None]] = []
+        self._events: list[tuple[float, int, _Worker | TraceCall, Iteration | None]] = []
         self._seq = 0
         self._sample_at = 0.0
         self._iterations = 0
-        self._sessions: dict[str, deque[Call]] = {}
+        self._sessions: dict[str, deque[TraceCall]] = {}
         self._note = note
         self._kept = Kept()
         self._samples: list[Sample] = []
@@ -158,7 +158,7 @@ class Simulation:
             for at in range(number)
         ]
 
-    def run(self, calls: Iterable[Call]) -> Simulated:
+    def run(self, calls: Iterable[TraceCall]) -> Simulated:
         """All calls to their ends. They come in order of `at_s`."""
         pending = iter(calls)
         if self._plan.concurrency:
@@ -174,12 +174,12 @@ class Simulation:
             raise RuntimeError(f"{len(self._flights)} requests cannot run: the cost model's KV holds none of them.")
         return Simulated(self._kept, self._samples, self._iterations)
 
-    def _until(self, end_s: float, pending: Iterator[Call] | None) -> None:
+    def _until(self, end_s: float, pending: Iterator[TraceCall] | None) -> None:
         events = self._events
         while events and events[0][0] <= end_s:
             now, _, worker, iteration = heappop(events)
-            if isinstance(worker, Call) or iteration is None:
-                self._turn(cast(Call, worker), now)
+            if isinstance(worker, TraceCall) or iteration is None:
+                self._turn(cast(TraceCall, worker), now)
                 continue
             self._sample(now)
             ended = self._complete(worker, iteration, now)
@@ -188,7 +188,7 @@ class Simulation:
             self._advance(now)
             self._step(worker, now)
 
-    def _arrive(self, call: Call, now: float) -> None:
+    def _arrive(self, call: TraceCall, now: float) -> None:
         """A call is due; it waits for the answer before it in its conversation, if that is not there."""
         if call.waits:
             if call.session in self._sessions:
@@ -197,7 +197,7 @@ class Simulation:
             self._sessions[call.session] = deque()
         self._turn(call, now)
 
-    def _turn(self, call: Call, now: float) -> None:
+    def _turn(self, call: TraceCall, now: float) -> None:
         """A call is sent."""
         self._seq += 1
         name = f"{self._seq}"
@@ -236,9 +236,9 @@ class Simulation:
             return (min(free, key=lambda worker: worker.pending_tokens), None) if free else None
         places = [worker.place(self._window) for worker in self._by_id.values()]
         match place(job.prompt_tokens, places, self._plan.rules, splittable=True):
-            case Apart(prefill, decode):
+            case Disaggregated(prefill, decode):
                 return self._by_id[decode.id], self._by_id[prefill.id]
-            case Together(worker, _):
+            case Aggregated(worker, _):
                 return self._by_id[worker.id], None
         return None
 
@@ -345,7 +345,7 @@ class Simulation:
         self._samples.append(Sample(round(now, 3), waiting, running, round(kv_usage, 4), preemptions))
 
 
-def _first(calls: Iterator[Call], most: int) -> Iterator[Call]:
+def _first(calls: Iterator[TraceCall], most: int) -> Iterator[TraceCall]:
     for _ in range(most):
         call = next(calls, None)
         if call is None:
@@ -353,7 +353,7 @@ def _first(calls: Iterator[Call], most: int) -> Iterator[Call]:
         yield call
 
 
-def _job(call: Call, name: str, now: float) -> Job:
+def _job(call: TraceCall, name: str, now: float) -> Job:
     """As an engine sees it, which is not told what the report calls its kind."""
     return Job(name, call.tenant, call.prompt_tokens, now, max_tokens=call.output_tokens)
 

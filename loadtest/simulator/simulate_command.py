@@ -11,7 +11,7 @@ from time import perf_counter
 from rich.console import Console
 
 from loadtest import provenance
-from loadtest.call import Call
+from loadtest.call import TraceCall
 from loadtest.client import options, prepare
 from loadtest.client.prepare import CannotReplay
 from loadtest.records import Fidelity, Recorded, Run, Writer
@@ -131,7 +131,7 @@ def cost_of(args: argparse.Namespace) -> CostModel:
 
 def simulate(
     plan: Plan,
-    calls: Iterable[Call],
+    calls: Iterable[TraceCall],
     out: Path | None,
     workload: str,
     told: Mapping[str, str],

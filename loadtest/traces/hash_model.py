@@ -140,7 +140,7 @@ def _rest_of_known_answer(ids: Sequence[int]) -> list[int]:
 
 
 @dataclass(slots=True)
-class Continuation:
+class ModelContinuation:
     """The one answer that follows a sequence of tokens, token by token.
 
     digest: CRC of the sequence so far. last: its last token. known: what is left of an answer known by heart.
@@ -174,8 +174,8 @@ class Continuation:
         return _WORDS_AT + 2 * ((value >> 8) % len(WORDS))
 
 
-def continuation(ids: Sequence[int], *, mean_tokens: int = 64, salt: int = 0) -> Continuation:
+def continuation(ids: Sequence[int], *, mean_tokens: int = 64, salt: int = 0) -> ModelContinuation:
     """What the model says after `ids`. Another salt is another model: it gives wrong answers, with confidence."""
     digest = zlib.crc32(array("I", [token & _MASK for token in ids]).tobytes(), salt)
     known = [] if salt else _rest_of_known_answer(ids[-64:])
-    return Continuation(digest, ids[-1] if ids else END_OF_TEXT, known, mean_tokens)
+    return ModelContinuation(digest, ids[-1] if ids else END_OF_TEXT, known, mean_tokens)

@@ -15,7 +15,7 @@ from itertools import groupby, islice, tee
 from pathlib import Path
 from random import Random
 
-from loadtest.call import Call
+from loadtest.call import TraceCall
 from loadtest.records import Fidelity
 from loadtest.traces.formats import TraceRow, read
 from loadtest.traces.prompts import Prompts
@@ -241,14 +241,14 @@ class Maker:
     open_tokens: int = 0
     fidelity: Fidelity = field(default_factory=Fidelity)
 
-    def calls(self, drawn: Iterable[Shape], times_s: Iterable[float], rng: Random) -> Iterator[Call]:
+    def calls(self, drawn: Iterable[Shape], times_s: Iterable[float], rng: Random) -> Iterator[TraceCall]:
         """One call per time, as long as both last."""
         for number, (shape, at_s) in enumerate(zip(drawn, times_s, strict=False)):
             yield self._lengths(
                 number, at_s, TraceRow(None, shape.prompt_tokens, shape.output_tokens, kind=shape.kind), rng
             )
 
-    def replay(self, rows: Iterable[TraceRow], times_s: Iterable[float], rng: Random) -> Iterator[Call]:
+    def replay(self, rows: Iterable[TraceRow], times_s: Iterable[float], rng: Random) -> Iterator[TraceCall]:
         """The rows of a trace, each at its time. Turns of one conversation begin alike, where the trace does not say
         itself what is shared."""
         latest: OrderedDict[str, TraceRow] = OrderedDict()
@@ -267,7 +267,7 @@ class Maker:
                     latest.popitem(last=False)
             yield call
 
-    def conversations(self, rows: Iterable[TraceRow], times_s: Iterable[float], rng: Random) -> Iterator[Call]:
+    def conversations(self, rows: Iterable[TraceRow], times_s: Iterable[float], rng: Random) -> Iterator[TraceCall]:
         """Conversations that begin at these times, with turns as long as the context takes what was said before."""
         fitting = (row for row in rows if row.turn == 0 or self._fits(row))
         for_rows, for_times = tee(starting(fitting, times_s))
@@ -277,7 +277,7 @@ class Maker:
         shape = self.fit.scaled(Shape(row.prompt_tokens, row.output_tokens))
         return not self.fit.context_tokens or shape.prompt_tokens + shape.output_tokens <= self.fit.context_tokens
 
-    def _lengths(self, number: int, at_s: float, row: TraceRow, rng: Random) -> Call:
+    def _lengths(self, number: int, at_s: float, row: TraceRow, rng: Random) -> TraceCall:
         """A prompt of the row's length that is made up."""
         asked = self.fit.scaled(Shape(row.prompt_tokens, row.output_tokens or self.open_tokens or 1, row.kind))
         sent = self.fit.cut(asked)
@@ -286,9 +286,11 @@ class Maker:
         prompt = self.prompts(number, sent.prompt_tokens, row.prefix_hashes, row.block_tokens)
         output = sent.output_tokens if row.output_tokens or self.open_tokens else 0
         call_id = f"{self.name}-{number}"
-        return Call(call_id, at_s, self._tenant(row, rng), prompt, sent.prompt_tokens, output, row.kind, row.session)
+        return TraceCall(
+            call_id, at_s, self._tenant(row, rng), prompt, sent.prompt_tokens, output, row.kind, row.session
+        )
 
-    def _text(self, number: int, at_s: float, row: TraceRow, rng: Random) -> Call | None:
+    def _text(self, number: int, at_s: float, row: TraceRow, rng: Random) -> TraceCall | None:
         """The row's own text; None where it does not fit the context, for text cannot be cut to a length."""
         asked = Shape(row.prompt_tokens, row.output_tokens or self.open_tokens, row.kind)
         room = self.fit.context_tokens
@@ -300,7 +302,7 @@ class Maker:
             return None
         sent = replace(asked, output_tokens=min(asked.output_tokens, room - asked.prompt_tokens)) if room else asked
         self._count(row, asked, sent)
-        return Call(
+        return TraceCall(
             f"{self.name}-{number}", at_s, self._tenant(row, rng), row.prompt, sent.prompt_tokens, sent.output_tokens,
             row.kind, row.session, messages=row.messages, answers=row.answers, body=row.body,
         )  # fmt: skip

@@ -42,7 +42,7 @@ from vllm.version import __version_tuple__ as vllm_version
 
 from scheduler.batching import prompt_cap
 from scheduler.catalog import build, options_from
-from scheduler.fairness import Tally
+from scheduler.fairness import FairnessTally
 from scheduler.jobs import Job, Outcome
 from scheduler.kept_blocks import Kept
 from scheduler.lanes import Lanes
@@ -217,7 +217,7 @@ def _positive(value: object, default: float) -> float:
     return number if math.isfinite(number) and number > 0 else default
 
 
-class Entry(NamedTuple):
+class QueueEntry(NamedTuple):
     """A request that waits or runs, and its job."""
 
     request: Request
@@ -240,13 +240,13 @@ class PolicyQueue(RequestQueue):  # type: ignore[misc]  # vLLM is not type-check
     def __init__(
         self,
         lanes: Lanes,
-        tally: Tally,
+        tally: FairnessTally,
         clock: Callable[[], float],
         cached_tokens: Callable[[Request], int] = lambda request: 0,
     ) -> None:
         self.lanes = lanes
         self.tally = tally
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, QueueEntry] = {}
         self.now = clock()
         self.barred: set[Job] = set()
         self.refused: Request | None = None
@@ -262,7 +262,7 @@ class PolicyQueue(RequestQueue):  # type: ignore[misc]  # vLLM is not type-check
             self.lanes.told(job.tenant, service, job.weight, now)
         self.lanes.push(job, now)
         self.tally.queued(job)
-        self.entries[job.id] = Entry(request, job)
+        self.entries[job.id] = QueueEntry(request, job)
 
     def peek_request(self) -> Request:
         job = self.lanes.peek(self.now)
@@ -472,7 +472,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         policy = policy_from(self.vllm_config.additional_config)
         self._lanes = Lanes(policy)
-        self._tally = Tally()
+        self._tally = FairnessTally()
         self._queue = PolicyQueue(self._lanes, self._tally, self.clock, self._cached_tokens)
         self._install_queue()
         if not self.scheduler_config.async_scheduling:

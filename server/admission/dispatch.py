@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from scheduler.jobs import Job, Outcome
 from scheduler.lanes import Lanes
-from scheduler.placement import Apart, Place, Rules, Together, place
-from scheduler.routing import Affinity, Option, beginnings, best, score
+from scheduler.placement import Aggregated, Candidate, Disaggregated, Rules, place
+from scheduler.routing import Affinity, RouteOption, beginnings, best, score
 from scheduler.workers import Role, Worker
-from server.admission.reservations import Promises
+from server.admission.reservations import Reservations
 from server.fleet.fleet import Fleet, Member
 from server.fleet.split import Split
 from server.request.call import Call, Phase, Ticket
@@ -176,7 +176,7 @@ class Dispatcher:
         self.max_sequences = MAX_SEQUENCES
         self.placed: Counter[str] = Counter()
         self.pace = Pace(clock())
-        self.promises = Promises(max_waiting)
+        self.promises = Reservations(max_waiting)
         self.charge: list[Ticket] = []
         self.affinity = Affinity()
         self.sizes = Sizes()
@@ -371,7 +371,7 @@ class Dispatcher:
     ) -> "Room | None":
         call, typical_tokens = ticket.call, self.sizes.typical_tokens
         places = [
-            Place(
+            Candidate(
                 member.worker,
                 member.role,
                 member in roomy,
@@ -386,9 +386,9 @@ class Dispatcher:
         splittable = call.route.handover and call.sequences == 1 and not call.steers_kv and not ticket.avoid
         members = {member.worker.id: member for member in ready}
         match place(call.prompt_tokens, places, self.rules, splittable=splittable):
-            case Apart(prefill, decode):
+            case Disaggregated(prefill, decode):
                 return Room(members[decode.id], members[prefill.id], "apart")
-            case Together(worker, why):
+            case Aggregated(worker, why):
                 return Room(members[worker.id], placed=why.value)
         return None
 
@@ -479,9 +479,9 @@ class Room(NamedTuple):
         return (self.member,) if self.prefill is None else (self.member, self.prefill)
 
 
-def _option(member: Member, known: Mapping[str, int]) -> Option:
+def _option(member: Member, known: Mapping[str, int]) -> RouteOption:
     worker = member.worker
-    return Option(worker.slots, member.pending_tokens, member.others, member.kv_usage, known.get(worker.id, 0))
+    return RouteOption(worker.slots, member.pending_tokens, member.others, member.kv_usage, known.get(worker.id, 0))
 
 
 class Lines:

@@ -123,7 +123,7 @@ _REQUEST_LINES = _LINES % ((b"requests",) * 3)
 _TOKEN_LINES = _LINES % ((b"tokens",) * 3)
 
 
-class Standing:
+class LimitStanding:
     """One tenant's state. Rates and budgets may change under it; what was used stays used.
 
     spent_requests, spent_tokens: by this replica since it started. in_flight: here. elsewhere: at other replicas.
@@ -309,7 +309,7 @@ class Gate:
         self._named = named
         self._clock = clock
         self._wall = wall
-        self._standings: dict[str, Standing] = {}
+        self._standings: dict[str, LimitStanding] = {}
         self._changed: set[str] = set()
         self._seen: dict[tuple[str, str], tuple[int, int, int]] = {}
         self._kept: dict[Kept, int] = {}
@@ -326,7 +326,7 @@ class Gate:
             return FREE
         return Metered(self, ticket) if tenant.limits is None else Admission(self, ticket, out)
 
-    def enter(self, tenant: Tenant, tokens: int, out: Headed) -> Standing:
+    def enter(self, tenant: Tenant, tokens: int, out: Headed) -> LimitStanding:
         """Books a call. Raises an AtLimit, having booked nothing. Both ways `out` gets its headers."""
         now = self._clock()
         standing = self._standing(tenant, now)
@@ -340,7 +340,7 @@ class Gate:
             raise refusal
         return standing
 
-    def leave(self, standing: Standing, reserved: int, used: int) -> None:
+    def leave(self, standing: LimitStanding, reserved: int, used: int) -> None:
         """A call is over: what was booked becomes what was used."""
         standing.in_flight -= 1
         standing.free += 1
@@ -360,7 +360,7 @@ class Gate:
             if standing is not None:
                 standing.used[period] = standing.used.get(period, 0) + used
 
-    def _book(self, standing: Standing, requests: int, tokens: int) -> None:
+    def _book(self, standing: LimitStanding, requests: int, tokens: int) -> None:
         standing.spent_requests += requests
         standing.spent_tokens += tokens
         if standing.requests is not None and requests:
@@ -369,10 +369,10 @@ class Gate:
             standing.tokens.take(tokens)
         self._changed.add(standing.name)
 
-    def _standing(self, tenant: Tenant, now: float) -> Standing:
+    def _standing(self, tenant: Tenant, now: float) -> LimitStanding:
         standing = self._standings.get(tenant.name)
         if standing is None:
-            standing = self._standings[tenant.name] = Standing(tenant.name)
+            standing = self._standings[tenant.name] = LimitStanding(tenant.name)
             self._turn_page()
             for (period, name, _), used in self._kept.items():
                 if name == tenant.name:
@@ -384,13 +384,13 @@ class Gate:
                 bucket.refill(now, self.ring)
         return standing
 
-    def _refusal(self, standing: Standing, tokens: int, now: float) -> AtLimit | None:
+    def _refusal(self, standing: LimitStanding, tokens: int, now: float) -> AtLimit | None:
         refusal = self._over_budget(standing) or self._crowded(standing) or self._too_fast(standing, tokens)
         if refusal is not None:
             self.refusals[refusal.reason] += 1
         return refusal
 
-    def _over_budget(self, standing: Standing) -> AtLimit | None:
+    def _over_budget(self, standing: LimitStanding) -> AtLimit | None:
         limits = standing.limits
         if limits.tokens_per_day is None and limits.tokens_per_month is None:
             return None
@@ -404,7 +404,7 @@ class Gate:
                 )
         return None
 
-    def _crowded(self, standing: Standing) -> AtLimit | None:
+    def _crowded(self, standing: LimitStanding) -> AtLimit | None:
         most = standing.limits.concurrency
         if most is None:
             return None
@@ -419,7 +419,7 @@ class Gate:
             return None
         return TooManyAtOnce(f"Your limit of {most} requests at a time is reached.", retry_after_s=1.0)
 
-    def _too_fast(self, standing: Standing, tokens: int) -> AtLimit | None:
+    def _too_fast(self, standing: LimitStanding, tokens: int) -> AtLimit | None:
         requests, bucket = standing.requests, standing.tokens
         if requests is not None and (wait_s := requests.lacks(1)) > 0:
             return TooManyRequests(
@@ -483,7 +483,7 @@ class Gate:
                     self._seen[replica, name] = (requests, tokens, in_flight)
                     standing.hear(requests - was[0], tokens - was[1], in_flight - was[2])
 
-    def _begin_low(self, standing: Standing) -> None:
+    def _begin_low(self, standing: LimitStanding) -> None:
         """What was spent before this replica came is not known: it begins with its share of each bucket."""
         for bucket in (standing.requests, standing.tokens):
             if bucket is not None:

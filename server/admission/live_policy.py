@@ -12,7 +12,7 @@ from scheduler.workers import Worker
 log = logging.getLogger("evenhand.policy")
 
 
-class Line(Protocol):
+class ModelQueue(Protocol):
     """A waiting line whose policy may change."""
 
     @property
@@ -49,7 +49,7 @@ class LivePolicy:
         """How many sequences a worker is given at a time."""
         return worker.slots + self._beyond
 
-    def switch(self, name: str, options: Mapping[str, str], lines: Iterable[Line]) -> None:
+    def switch(self, name: str, options: Mapping[str, str], lines: Iterable[ModelQueue]) -> None:
         """Another policy for all lines from here on; nobody loses a place. ValueError, and no change, if none such."""
         if (name, dict(options)) == (self.name, self.options):
             return
@@ -61,6 +61,6 @@ class LivePolicy:
             line.advance()
         log.warning("policy is %s from here on%s", name, f", with {dict(options)}" if options else "")
 
-    def as_configured(self, lines: Iterable[Line]) -> None:
+    def as_configured(self, lines: Iterable[ModelQueue]) -> None:
         """The policy that the gateway was started with."""
         self.switch(*self._configured, lines)

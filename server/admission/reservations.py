@@ -9,7 +9,7 @@ from collections import Counter, deque
 KEPT_S = 5.0  # a place waits so long for whom it was promised
 
 
-class Promises:
+class Reservations:
     """Promises to tenants, up to `most` at a time. Seconds are the gateway's own."""
 
     __slots__ = ("_coming", "_due", "_held", "_kept", "_last", "_total", "most")

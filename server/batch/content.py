@@ -6,7 +6,7 @@ from typing import NamedTuple
 import msgspec
 import orjson
 
-from server.batch.objects import Line
+from server.batch.objects import BatchLine
 
 
 class Reply(NamedTuple):
@@ -21,7 +21,7 @@ class Reply(NamedTuple):
 class Ready(NamedTuple):
     """A line with its request."""
 
-    line: Line
+    line: BatchLine
     model: str
     body: bytes
 
@@ -41,7 +41,7 @@ _request = msgspec.json.Decoder(_Request).decode
 _content = msgspec.json.Decoder(_Content).decode
 
 
-def read(file: int, lines: list[Line]) -> list[Ready]:
+def read(file: int, lines: list[BatchLine]) -> list[Ready]:
     """The lines with their requests, equal beginnings side by side, the first one last."""
 
     def order(ready: Ready) -> tuple[str, bytes]:
@@ -55,7 +55,7 @@ def read(file: int, lines: list[Line]) -> list[Ready]:
     return sorted(read, key=order, reverse=True)
 
 
-def answered(line: Line, reply: Reply) -> bytes:
+def answered(line: BatchLine, reply: Reply) -> bytes:
     """A line of the output or error file."""
     try:
         body = orjson.loads(reply.body)
@@ -65,7 +65,7 @@ def answered(line: Line, reply: Reply) -> bytes:
     return orjson.dumps({"id": reply.request_id, "custom_id": line.custom_id, "response": response, "error": None})
 
 
-def not_run(line: Line, code: str, message: str) -> bytes:
+def not_run(line: BatchLine, code: str, message: str) -> bytes:
     error = {"code": code, "message": message}
     return orjson.dumps(
         {"id": f"batch_req_{line.number}", "custom_id": line.custom_id, "response": None, "error": error}

@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable
 
 from server.admission.dispatch import Lines
 from server.batch.content import Reply
-from server.engine.client import Connection
+from server.engine.client import EngineConnection
 from server.request.call import Route
 from server.request.directory import Tenants
 from server.request.errors import NoWorker, ServiceError, UnknownKey, error_object, status_of
@@ -48,7 +48,7 @@ class LineRequest:
     def end(self) -> None:
         """The answer is complete."""
 
-    def flows_from(self, connection: Connection | None) -> None:
+    def flows_from(self, connection: EngineConnection | None) -> None:
         """Nothing here is ever too slow for an engine."""
 
     def fail(self, error: ServiceError) -> None:

@@ -116,7 +116,7 @@ class Batch(msgspec.Struct, frozen=True):
         }
 
 
-class Line(msgspec.Struct, frozen=True):
+class BatchLine(msgspec.Struct, frozen=True):
     """Where a request stands in the input file. number: from 1. offset, length: bytes."""
 
     number: int

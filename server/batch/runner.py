@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 from server.batch.batches import Batches
 from server.batch.content import Ready, Reply, answered, not_run, read
 from server.batch.files import NoSpace
-from server.batch.objects import Batch, Line, LineError, Result, Status
+from server.batch.objects import Batch, BatchLine, LineError, Result, Status
 from server.batch.store import LeaseLost
 from server.batch.validation import Checker
 
@@ -327,7 +327,7 @@ class Runner(Collector):
         return file_id
 
 
-def _page(lines: Iterator[Line]) -> list[Line]:
+def _page(lines: Iterator[BatchLine]) -> list[BatchLine]:
     return list(islice(lines, PAGE))
 
 

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import msgspec
 
-from server.batch.objects import RUNNING, Batch, Line, Result, Status, StoredFile
+from server.batch.objects import RUNNING, Batch, BatchLine, Result, Status, StoredFile
 
 
 class LeaseLost(Exception):
@@ -48,10 +48,10 @@ class BatchStore(Protocol):
         """Replaces a batch's record if its status still is `before`; with an owner, only if that one has the lease.
         The counts are the store's own: the record's are ignored, except that `total` is taken."""
 
-    def add_lines(self, batch_id: str, owner: str, lines: Sequence[Line]) -> None:
+    def add_lines(self, batch_id: str, owner: str, lines: Sequence[BatchLine]) -> None:
         """Lines that are to run. Adding one twice changes nothing. LeaseLost."""
 
-    def open_lines(self, batch_id: str, after: int, limit: int) -> list[Line]:
+    def open_lines(self, batch_id: str, after: int, limit: int) -> list[BatchLine]:
         """Lines behind number `after` that have no result, in order."""
 
     def record(self, batch_id: str, owner: str, results: Iterable[Result]) -> None:
@@ -172,7 +172,7 @@ class SqliteBatchStore:
         )
         return done.rowcount == 1
 
-    def add_lines(self, batch_id: str, owner: str, lines: Sequence[Line]) -> None:
+    def add_lines(self, batch_id: str, owner: str, lines: Sequence[BatchLine]) -> None:
         rows = [(batch_id, line.number, line.custom_id, line.offset, line.length) for line in lines]
         with self._db:
             self._db.execute("BEGIN IMMEDIATE")
@@ -181,13 +181,13 @@ class SqliteBatchStore:
                 "INSERT OR IGNORE INTO lines(batch, number, custom_id, offset, length) VALUES(?, ?, ?, ?, ?)", rows
             )
 
-    def open_lines(self, batch_id: str, after: int, limit: int) -> list[Line]:
+    def open_lines(self, batch_id: str, after: int, limit: int) -> list[BatchLine]:
         rows = self._db.execute(
             "SELECT number, custom_id, offset, length FROM lines"
             " WHERE batch = ? AND text IS NULL AND number > ? ORDER BY number LIMIT ?",
             (batch_id, after, limit),
         )
-        return [Line(*row) for row in rows]
+        return [BatchLine(*row) for row in rows]
 
     def record(self, batch_id: str, owner: str, results: Iterable[Result]) -> None:
         completed = failed = 0

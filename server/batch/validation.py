@@ -5,7 +5,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from server.batch.objects import Line, LineError
+from server.batch.objects import BatchLine, LineError
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
 MAX_ERRORS = 20  # of one file; who mends these finds the rest the next time
@@ -39,7 +39,7 @@ class Checker:
         self._enough = False
         self._seen: set[int] = set()  # hashes: 50,000 ids of 512 characters would take 25 MB
 
-    def lines(self, file: BinaryIO) -> Iterator[Line]:
+    def lines(self, file: BinaryIO) -> Iterator[BatchLine]:
         """The lines that are right; what is wrong with the others is in `errors`. Stops after `MAX_ERRORS`."""
         offset = 0
         number = 0
@@ -52,7 +52,7 @@ class Checker:
         if not self.count and not self.errors:
             self._wrong("empty_file", "The input file has no request: write one JSON object on each line.")
 
-    def _line(self, number: int, offset: int, text: bytes) -> Line | None:
+    def _line(self, number: int, offset: int, text: bytes) -> BatchLine | None:
         if not text.strip():
             return None
         self.count += 1
@@ -76,7 +76,7 @@ class Checker:
             self._wrong(code, message, number, param)
             return None
         self._seen.add(hash(request.custom_id))
-        return Line(number, request.custom_id, offset, len(text))
+        return BatchLine(number, request.custom_id, offset, len(text))
 
     def _problem(self, request: _Request) -> tuple[str, str, str] | None:
         """(code, param, message) of the first thing that is wrong with a request."""

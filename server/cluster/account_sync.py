@@ -20,7 +20,7 @@ class Queue(Protocol):
 
 
 @dataclass(slots=True)
-class _Told:
+class _Sent:
     """What was last told of a tenant, and how it follows from its account.
 
     offset: charged on accounts before this one; `Lanes` forgets an account that is idle, and a change of policy
@@ -37,7 +37,7 @@ class _Told:
 
 
 @dataclass(slots=True)
-class _Heard:
+class _Reported:
     """Another replica's word on a tenant: charged there in all, its whole counter, whether the tenant waits there."""
 
     charged: float
@@ -46,7 +46,7 @@ class _Heard:
 
 
 @dataclass(slots=True)
-class Ledger:
+class AccountSync:
     """Shares the accounts of every model's lanes between replicas, under keys `tenant model`.
 
     How far shares may be off: two replicas know of each other's charges one exchange late or two, so a tenant may be
@@ -56,8 +56,8 @@ class Ledger:
     queues: Callable[[], Mapping[str, Queue]]
     clock: Callable[[], float]
     prefix: str = "service:"
-    _told: dict[str, _Told] = field(default_factory=dict)
-    _heard: dict[str, dict[str, _Heard]] = field(default_factory=dict)  # by key, then replica
+    _told: dict[str, _Sent] = field(default_factory=dict)
+    _heard: dict[str, dict[str, _Reported]] = field(default_factory=dict)  # by key, then replica
     _known: dict[str, Lanes] = field(default_factory=dict)
 
     def changed(self, *, everything: bool) -> dict[str, str]:
@@ -80,7 +80,7 @@ class Ledger:
         """
         told = self._told.get(key)
         if told is None:
-            told = self._told[key] = _Told(account)
+            told = self._told[key] = _Sent(account)
         elif told.account is not account:
             told.account, told.offset = account, told.charged
         charged = told.offset + account.counter - account.lifted - account.heard
@@ -105,7 +105,7 @@ class Ledger:
         for replica, told in rows.items():
             for key, row in told.items():
                 charged, counter, waits = row.split()
-                word = _Heard(float(charged), float(counter), waits == "1")
+                word = _Reported(float(charged), float(counter), waits == "1")
                 by_replica = self._heard.setdefault(key, {})
                 before = by_replica.get(replica)
                 begin = before.charged if before is not None else 0.0 if replica in from_zero else word.charged

@@ -36,7 +36,7 @@ class Process:
     socket: Path
 
 
-class Siblings:
+class LocalSync:
     """One process among them."""
 
     def __init__(

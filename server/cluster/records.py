@@ -5,8 +5,8 @@ from collections.abc import Awaitable, Callable, Iterable
 
 import msgspec
 
-from server.admission.live_policy import Line, LivePolicy
-from server.fleet.fleet import Fleet, State
+from server.admission.live_policy import LivePolicy, ModelQueue
+from server.fleet.fleet import Fleet, WorkerState
 from server.request.directory import Tenants
 from server.request.tenants import TenantRecord, read_record
 from server.store.store import Store, StoreAway
@@ -32,7 +32,12 @@ class Records:
     """
 
     def __init__(
-        self, store: Store, tenants: Tenants, policy: LivePolicy, fleet: Fleet, lines: Callable[[], Iterable[Line]]
+        self,
+        store: Store,
+        tenants: Tenants,
+        policy: LivePolicy,
+        fleet: Fleet,
+        lines: Callable[[], Iterable[ModelQueue]],
     ) -> None:
         self.stale = True
         self.store = store
@@ -98,7 +103,7 @@ class Records:
     def _drain_newcomers(self) -> None:
         for worker_id, url in self.drained.items():
             member = self._fleet.members.get(worker_id)
-            if member is not None and member.state is not State.DRAINING and url in ("", member.worker.url):
+            if member is not None and member.state is not WorkerState.DRAINING and url in ("", member.worker.url):
                 self._fleet.drain(worker_id)
 
     def _set_policy(self, text: str | None) -> None:

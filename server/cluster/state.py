@@ -13,7 +13,7 @@ from server.admission.dispatch import Lines
 from server.admission.limits import ALONE, Gate
 from server.admission.live_policy import LivePolicy
 from server.background import Background
-from server.cluster.account_sync import Ledger
+from server.cluster.account_sync import AccountSync
 from server.cluster.local_sync import Process
 from server.cluster.records import Records
 from server.cluster.replicas import Replicas
@@ -45,7 +45,7 @@ def is_private(settings: Settings) -> bool:
     return is_loopback(settings.host) and (address is None or is_loopback(address[0]))
 
 
-class Shared:
+class ClusterState:
     """The shared state of one gateway. Without a Redis it is the state of this process alone, or of all processes of
     this gateway, and ends with them."""
 
@@ -80,7 +80,7 @@ class Shared:
         self.replicas = Replicas(name, self.store, clock=clock, sync_s=settings.sync_s)
         ring = self.replicas if self._ring else ALONE
         self.gate = Gate(name, self.tenants.named, clock=clock, wall=wall, ring=ring)
-        ledger = Ledger(lambda: lines.by_model, clock)
+        ledger = AccountSync(lambda: lines.by_model, clock)
         self.replicas.parts = [self.gate, ledger]
         self.replicas.on_silence.append(ledger.silence)
         self.replicas.kept = [self.gate]

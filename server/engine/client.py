@@ -76,7 +76,7 @@ class Head(NamedTuple):
     content_type: bytes
 
 
-class Connection(asyncio.Protocol):
+class EngineConnection(asyncio.Protocol):
     """One keep-alive connection to a worker; it carries one answer at a time.
 
     begun: bytes of the present answer have come; headed: its whole head. reused: it has carried an answer before.
@@ -88,7 +88,7 @@ class Connection(asyncio.Protocol):
         "keep", "paused", "headed", "chunked", "between",
     )  # fmt: skip
 
-    def __init__(self, engine: "Engine") -> None:
+    def __init__(self, engine: "EngineClient") -> None:
         self.engine = engine
         self.sink: Sink | None = None
         self.parser = httptools.HttpResponseParser(self)
@@ -257,7 +257,7 @@ def _out_of_files() -> OutOfFiles:
     return OutOfFiles("The gateway has no file descriptor left for a connection.", retry_after_s=1.0)
 
 
-class Engine:
+class EngineClient:
     """A worker's HTTP server: a pool of connections for relayed answers, and small questions of our own."""
 
     def __init__(self, url: str) -> None:
@@ -269,13 +269,13 @@ class Engine:
         self.port = parts.port or 80
         self.prefix = parts.path.rstrip("/").encode()
         self._host_header = parts.netloc.rpartition("@")[2].encode()
-        self.idle: deque[Connection] = deque()
+        self.idle: deque[EngineConnection] = deque()
         self.heads: dict[bytes, Head] = {}
         self._client: httpx2.AsyncClient | None = None
 
     async def ask(
         self, path: bytes, body: bytes, request_id: str, sink: Sink, *, trace: bytes = b"", fresh: bool = False
-    ) -> Connection:
+    ) -> EngineConnection:
         """POSTs a JSON body; the answer goes to `sink`. `fresh` forbids a kept-alive connection.
 
         trace: header lines of the request's trace, if it has one. EngineUnreachable if no connection can be had,
@@ -291,11 +291,11 @@ class Engine:
         connection.ask(request, sink)
         return connection
 
-    async def _connect(self) -> Connection:
+    async def _connect(self) -> EngineConnection:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                _, connection = await loop.create_connection(lambda: Connection(self), self.host, self.port)
+                _, connection = await loop.create_connection(lambda: EngineConnection(self), self.host, self.port)
         except TimeoutError:
             log.warning("the engine at %s took no connection within %g s", self.url, CONNECT_TIMEOUT_S)
             raise EngineUnreachable("The engine did not take a connection in time.") from None
@@ -306,7 +306,7 @@ class Engine:
             raise EngineUnreachable("The engine cannot be reached.") from None
         return connection
 
-    def forget(self, connection: Connection) -> None:
+    def forget(self, connection: EngineConnection) -> None:
         """A connection was closed: it must not be handed out again."""
         if connection in self.idle:
             self.idle.remove(connection)

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from scheduler.workers import UNKNOWN_SLOTS, Role, Worker
 from server.background import Background
-from server.engine.client import Engine
+from server.engine.client import EngineClient
 from server.fleet.health import NUMBER, Breaker, Output, trial_answer
 from server.request.errors import EngineGone, EngineLost, EngineUnreachable, OutOfFiles
 from server.settings import HealthSettings
@@ -32,14 +32,14 @@ MOST_TENANTS = 10_000
 _MOST_SEQUENCES = 1e6  # a larger number is none
 
 
-class State(Enum):
+class WorkerState(Enum):
     STARTING = "starting"  # known, not yet seen healthy
     READY = "ready"
     DOWN = "down"  # was ready, does not answer
     DRAINING = "draining"  # finishes what it has, gets nothing new
 
 
-class Leg(Protocol):
+class RunningAnswer(Protocol):
     """An answer on its way through this gateway.
 
     speaks: its stream has begun. silent_s: seconds since something came; 0 while its client does not keep up.
@@ -66,8 +66,8 @@ class Member:
     """
 
     worker: Worker
-    engine: Engine
-    state: State = State.STARTING
+    engine: EngineClient
+    state: WorkerState = WorkerState.STARTING
     models: tuple[str, ...] = ()
     in_flight: int = 0
     pending_tokens: int = 0
@@ -86,7 +86,7 @@ class Member:
     note: str = ""
     policy: tuple[str, tuple[str, ...]] | None = None
     models_json: list[dict[str, object]] = field(default_factory=list)
-    legs: set["Leg"] = field(default_factory=set)
+    legs: set["RunningAnswer"] = field(default_factory=set)
     look_now: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -115,7 +115,7 @@ class Fleet:
         self.misses = misses
         self.health = health or HealthSettings()
         self.clock = clock
-        self.movable: Callable[[Leg], bool] = lambda leg: False  # whether another worker could go on with it
+        self.movable: Callable[[RunningAnswer], bool] = lambda leg: False  # whether another worker could go on with it
         self.trial_answers: dict[str, str] = {}
         self.changed: list[Callable[[], None]] = []
         self.replicas: Callable[[], int] = lambda: 1  # gateways that feed these workers, this one included
@@ -126,7 +126,7 @@ class Fleet:
         """A worker joins; it gets requests once a probe has found it healthy. ValueError if its id is taken."""
         if worker.id in self.members:
             raise ValueError(f"a worker named {worker.id!r} is already in the fleet")
-        member = Member(worker, Engine(worker.url), note=note, output=Output(moved_at=self.clock()))
+        member = Member(worker, EngineClient(worker.url), note=note, output=Output(moved_at=self.clock()))
         self.members[worker.id] = member
         self._probes[worker.id] = self._background.start(f"probe {worker.id}", lambda: self._watch(member))
         return member
@@ -134,7 +134,7 @@ class Fleet:
     async def remove(self, worker_id: str) -> None:
         """A worker leaves at once; what it still relays ends as its connections end. KeyError if unknown."""
         member = self.members.pop(worker_id)
-        member.state = State.DOWN
+        member.state = WorkerState.DOWN
         await Background.stop(self._probes.pop(worker_id))
         await member.engine.close()
         self._tell()
@@ -142,22 +142,22 @@ class Fleet:
     def drain(self, worker_id: str) -> None:
         """A worker gets nothing new; what it has it finishes, or after `drain_s` another does. KeyError if unknown."""
         member = self.members[worker_id]
-        if member.state is not State.DRAINING:
-            member.state = State.DRAINING
+        if member.state is not WorkerState.DRAINING:
+            member.state = WorkerState.DRAINING
             member.drained_at = self.clock()
 
     def resume(self, worker_id: str) -> None:
         """A drained worker is given requests again once a probe finds it healthy. KeyError if unknown."""
         member = self.members[worker_id]
-        if member.state is State.DRAINING:
-            member.state = State.STARTING
+        if member.state is WorkerState.DRAINING:
+            member.state = WorkerState.STARTING
 
     def ready(self, model: str | None = None) -> list[Member]:
         """Workers that may be given a request (for `model`)."""
         return [
             member
             for member in self.members.values()
-            if member.state is State.READY and (model is None or model in member.models)
+            if member.state is WorkerState.READY and (model is None or model in member.models)
         ]
 
     def missing_roles(self) -> list[str]:
@@ -177,28 +177,28 @@ class Fleet:
     def rows(self) -> Iterator[tuple[str, Role, bool, int, int]]:
         """(id, role, ready, sequences in flight, tokens pending) per worker, for metrics."""
         for member in self.members.values():
-            ready = member.state is State.READY
+            ready = member.state is WorkerState.READY
             yield member.worker.id, member.role, ready, member.in_flight, member.pending_tokens
 
     def suspect(self, member: Member, error: BaseException) -> None:
         """A relayed request failed at this worker, for whatever reason: it is looked at now. It is out at once if it
         cannot be reached or is known to be lost; else one missed probe suffices."""
-        if member.state is State.DRAINING:
+        if member.state is WorkerState.DRAINING:
             return
         member.suspected = True
         member.look_now.set()
-        if member.state is State.READY and isinstance(error, EngineUnreachable | EngineLost):
+        if member.state is WorkerState.READY and isinstance(error, EngineUnreachable | EngineLost):
             self._take_out(member, error)
 
     def failed(self, member: Member, call: str, tenant: str, *, proven: bool) -> None:
         """A call failed at this worker; `proven` if another then answered it. Enough of them take the worker out for a
         while, but never the last one of a model: the calls may be to blame."""
-        if member.state is State.DRAINING:
+        if member.state is WorkerState.DRAINING:
             return
         member.breaker.failed(call, tenant, proven=proven)
         now = self.clock()
         several = any(name != tenant and now - at < TENANT_MEMORY_S for name, at in self.served.items())
-        if member.state is not State.READY or self._is_last(member):
+        if member.state is not WorkerState.READY or self._is_last(member):
             return
         if member.breaker.opens(now, self.health.failures, several=several):
             self._take_out(member, f"{member.breaker.failures} calls in a row failed there")
@@ -215,7 +215,7 @@ class Fleet:
         return any(all(other is member for other in self.ready(model)) for model in member.models)
 
     def _take_out(self, member: Member, why: object) -> None:
-        member.state = State.DOWN
+        member.state = WorkerState.DOWN
         log.warning("worker %s is out until it answers again: %s", member.worker.id, why)
 
     async def is_well(self, member: Member) -> bool:
@@ -229,7 +229,7 @@ class Fleet:
         while True:
             member.look_now.clear()
             await self._look(member)
-            pause_s = self.probe_s if member.state is not State.STARTING else min(self.probe_s, 0.25)
+            pause_s = self.probe_s if member.state is not WorkerState.STARTING else min(self.probe_s, 0.25)
             try:
                 async with asyncio.timeout(pause_s):
                     await member.look_now.wait()
@@ -253,7 +253,7 @@ class Fleet:
         now, patience_s = self.clock(), self.health.stall_s
         dead = member.misses >= self.misses
         stuck = member.output.stuck_s(now) > patience_s
-        drained = member.state is State.DRAINING and now - member.drained_at > self.health.drain_s
+        drained = member.state is WorkerState.DRAINING and now - member.drained_at > self.health.drain_s
         for leg in list(member.legs):
             silent_s = leg.silent_s(now)
             if dead and silent_s > self.health.probe_timeout_s:
@@ -276,8 +276,8 @@ class Fleet:
             member.output.read(metrics.text, self.clock())
         if member.worker.plugin and self.policy is not None and member.policy != self.policy():
             await self._order(member, *self.policy())
-        if member.state in (State.STARTING, State.DOWN) and await self._may_join(member):
-            member.state = State.READY
+        if member.state in (WorkerState.STARTING, WorkerState.DOWN) and await self._may_join(member):
+            member.state = WorkerState.READY
             log.info("worker %s is ready: %s", member.worker.id, ", ".join(member.models))
             self._tell()
         member.misses = 0
@@ -296,14 +296,14 @@ class Fleet:
         if health.canary == "same" and said != self.trial_answers.setdefault(model, said):
             member.note = "does not answer the trial question as the others do"
             raise EngineGone(f"it {member.note}: {said!r}")
-        return member.state is not State.DRAINING  # it may have been told so while it answered
+        return member.state is not WorkerState.DRAINING  # it may have been told so while it answered
 
     def _read(self, member: Member, metrics: str) -> None:
         member.kv_usage = max(map(float, _KV_USAGE.findall(metrics)), default=member.kv_usage)
         member.ranks = tuple(sorted({int(rank) for rank in _RANKS.findall(metrics)})) or (0,)
         sequences = min(_MOST_SEQUENCES, sum(map(float, _SEQUENCES.findall(metrics))))
         before, member.others = member.others, max(0, round(sequences) - member.in_flight)
-        if member.others < before and member.state is State.READY:
+        if member.others < before and member.state is WorkerState.READY:
             self._tell()  # there may be room for who waits here
         if (received := _KV_RECEIVED.search(metrics)) is not None:
             member.kv_received_bytes = float(received.group(1))
@@ -321,7 +321,7 @@ class Fleet:
         level = logging.INFO if said == UNKNOWN_SLOTS else logging.ERROR
         log.log(level, "worker %s runs %d sequences at once, not %d", member.worker.id, slots, said)
         member.worker = replace(member.worker, slots=slots)
-        if slots > said and member.state is State.READY:
+        if slots > said and member.state is WorkerState.READY:
             self._tell()
 
     async def _order(self, member: Member, policy: str, options: tuple[str, ...]) -> None:
@@ -358,8 +358,8 @@ class Fleet:
     def _missed(self, member: Member, error: EngineGone) -> None:
         member.misses += 1
         member.breaker = Breaker()  # it was away, and may be another process when it comes back
-        if member.state is State.READY and (member.misses >= self.misses or member.suspected):
-            member.state = State.DOWN
+        if member.state is WorkerState.READY and (member.misses >= self.misses or member.suspected):
+            member.state = WorkerState.DOWN
             member.models = ()  # it may come back with another model, and a plug-in that knows nothing yet
             member.policy = None
             log.warning("worker %s is out: %s", member.worker.id, error.message)

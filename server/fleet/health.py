@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field
 
-from server.engine.client import Engine
+from server.engine.client import EngineClient
 from server.request.errors import EngineGone
 
 FIRST_PAUSE_S = 1.0
@@ -75,7 +75,7 @@ class Output:
         return now - self.moved_at
 
 
-async def trial_answer(engine: Engine, model: str) -> str:
+async def trial_answer(engine: EngineClient, model: str) -> str:
     """What a worker answers to a small question, "" if it has no completions. EngineGone if that is no answer."""
     body = {"model": model, "prompt": TRIAL_PROMPT, "max_tokens": TRIAL_TOKENS, "temperature": 0}
     answer = await engine.post("/v1/completions", body)

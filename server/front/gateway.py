@@ -13,8 +13,8 @@ from server.admission.limits import Gate, permitted
 from server.observe.observer import Observers
 from server.observe.telemetry import Telemetry
 from server.relay.failover import Failover
-from server.relay.prefill_leg import Handover
-from server.relay.relay import Answer
+from server.relay.prefill_leg import PrefillLeg
+from server.relay.relay import ClientAnswer
 from server.request.call import Call, Phase, Route, Ticket
 from server.request.directory import Tenants
 from server.request.errors import ServiceError, outcome_of
@@ -28,7 +28,7 @@ LEARN_FROM_TOKENS = 64  # in shorter prompts the chat template outweighs the tex
 LEARN_SHARE = 0.1
 
 
-class Request(Answer, Protocol):
+class Request(ClientAnswer, Protocol):
     """A complete request at the edge, and the way back to its client."""
 
     route: Route
@@ -54,7 +54,7 @@ class Gateway:
         tenants: Tenants,
         limits: Gate,
         lines: Lines,
-        handover: Handover,
+        handover: PrefillLeg,
         failover: Failover,
         telemetry: Telemetry,
         observers: Observers,

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.engine.client import MOST_HEADS, Connection, keyed
+from server.engine.client import MOST_HEADS, EngineConnection, keyed
 from server.front.intake import BodyBudget, Connections
 from server.request.call import Route
 from server.request.directory import credential
@@ -64,7 +64,7 @@ _SMALL_BODY_BYTES = 64 * 1024  # a refused request's body up to here is passed o
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class ProtocolBounds:
     """What a client may send, and how long it may take.
 
     head_bytes: of request line and headers together. body_bytes: of a body. upload_bytes: of a batch's input file.
@@ -92,11 +92,11 @@ class Serves(Protocol):
     """What the edge hands a complete request to."""
 
     def tenant_with(self, credential: bytes) -> Tenant: ...
-    async def answer(self, exchange: "Exchange") -> None: ...
+    async def answer(self, exchange: "ClientExchange") -> None: ...
     def refused(self, path: str, error: ServiceError) -> None: ...
 
 
-class Exchange:
+class ClientExchange:
     """One relayed request on its connection: what came, and the way back. Stands where uvicorn keeps a cycle.
 
     tenant: who asks, known when the head is complete. refusal: why it is not served; its body is passed over then.
@@ -112,7 +112,7 @@ class Exchange:
 
     _unused_event = asyncio.Event()  # uvicorn sets its cycle's event when a connection is lost; nobody waits on ours
 
-    def __init__(self, edge: "Edge", route: Route, *, keep_alive: bool, http10: bool) -> None:
+    def __init__(self, edge: "GatewayProtocol", route: Route, *, keep_alive: bool, http10: bool) -> None:
         self.edge = edge
         self.transport = edge.transport
         self.route = route
@@ -128,7 +128,7 @@ class Exchange:
         self.keep_alive = keep_alive
         self.http10 = http10
         self.expects_continue = edge.expect_100_continue
-        self.engine_side: Connection | None = None
+        self.engine_side: EngineConnection | None = None
         self.disconnected = False
         self.response_complete = False
         self.message_event = self._unused_event
@@ -281,14 +281,14 @@ class Exchange:
         else:
             self.fail(ServiceError("The gateway failed on this request; its log has the reason."))
 
-    def flows_from(self, connection: Connection | None) -> None:
+    def flows_from(self, connection: EngineConnection | None) -> None:
         """Which engine connection feeds the answer: it is paused while the client does not keep up."""
         self.engine_side = connection
         if connection is not None and self.edge.flow.write_paused:
             connection.pause()
 
 
-class Edge(HttpToolsProtocol):
+class GatewayProtocol(HttpToolsProtocol):
     """One client connection.
 
     in_message: a request has begun to arrive and is not complete; in_head: nor is its head.
@@ -301,7 +301,7 @@ class Edge(HttpToolsProtocol):
     """
 
     gateway: Serves
-    bounds: Bounds
+    bounds: ProtocolBounds
     bodies: BodyBudget
     open: Connections
     heads: dict[bytes, Head]
@@ -349,12 +349,12 @@ class Edge(HttpToolsProtocol):
         self.open.closed(self)
         super().connection_lost(exc)
         exchange = self.current
-        if isinstance(exchange, Exchange) and not exchange.response_complete:
+        if isinstance(exchange, ClientExchange) and not exchange.response_complete:
             exchange.disconnected = True
             if exchange.task is not None:
                 exchange.task.cancel()
         for cycle in (self.cycle, *(waiting for waiting, _ in self.pipeline)):
-            if isinstance(cycle, Exchange) and cycle.task is None:
+            if isinstance(cycle, ClientExchange) and cycle.task is None:
                 cycle.release()
         self.pipeline.clear()
         self.current = self.cycle = None
@@ -379,7 +379,7 @@ class Edge(HttpToolsProtocol):
         """Writes what means nothing. A client that is gone answers with a reset, which the next write meets."""
         self.deadline = None
         exchange = self.current
-        if not isinstance(exchange, Exchange) or exchange.response_complete or self.transport.is_closing():
+        if not isinstance(exchange, ClientExchange) or exchange.response_complete or self.transport.is_closing():
             return
         if not exchange.begun:
             self.transport.write(_CONTINUE)
@@ -420,7 +420,7 @@ class Edge(HttpToolsProtocol):
     def _start_known(self, head: Head, body: bytes) -> bool:
         """A whole request whose head has been read before. The parser stands between two messages, and stays there.
         False for one that is refused: the parser may have it."""
-        exchange = Exchange(self, head.route, keep_alive=True, http10=False)
+        exchange = ClientExchange(self, head.route, keep_alive=True, http10=False)
         try:
             exchange.tenant = self.gateway.tenant_with(head.credential)
         except ServiceError:  # the key is not valid any more
@@ -442,7 +442,7 @@ class Edge(HttpToolsProtocol):
         """Keeps what the parser said of this head, if it said of it all that matters."""
         exchange = self.cycle
         if (
-            not isinstance(exchange, Exchange)
+            not isinstance(exchange, ClientExchange)
             or not (exchange.complete and exchange.keep_alive)
             or exchange.refusal is not None
             or exchange.expects_continue
@@ -528,7 +528,7 @@ class Edge(HttpToolsProtocol):
         cycle = self.cycle
         if self.pipeline and self.pipeline[0][0] is cycle:
             self.pipeline.popleft()
-        if isinstance(cycle, Exchange):
+        if isinstance(cycle, ClientExchange):
             cycle.response_complete = True
             cycle.release()
         elif cycle is self.current:
@@ -609,7 +609,7 @@ class Edge(HttpToolsProtocol):
 
     def _expect_body(self, route: Route, *, http10: bool) -> None:
         """The head of a relayed request is complete: here it is decided whether its body is taken in at all."""
-        exchange = Exchange(self, route, keep_alive=not http10 and self.parser.should_keep_alive(), http10=http10)
+        exchange = ClientExchange(self, route, keep_alive=not http10 and self.parser.should_keep_alive(), http10=http10)
         exchange.queued = not self._idle()
         self.cycle = exchange
         if exchange.queued:  # pipelined: its turn comes when the answer before it is complete
@@ -636,7 +636,7 @@ class Edge(HttpToolsProtocol):
             return Overloaded(f"More than {_MOST_QUEUED} requests wait on this connection.")
         return None
 
-    def _objection(self, exchange: Exchange) -> ServiceError | None:
+    def _objection(self, exchange: ClientExchange) -> ServiceError | None:
         """Why a request is not served, as far as its head says: an unknown key, or a body that is no JSON.
 
         A web page can make a browser send any other type to a gateway without a key, which reaches no farther than
@@ -679,12 +679,12 @@ class Edge(HttpToolsProtocol):
         self.body_size += len(body)
         if self.body_size > self.most_body:
             self._refuse(TooLarge(f"The body exceeds {self.most_body} bytes."))
-        elif isinstance(self.cycle, Exchange):
+        elif isinstance(self.cycle, ClientExchange):
             self._body_of(self.cycle, body)
         else:
             super().on_body(body)
 
-    def _body_of(self, exchange: Exchange, body: bytes) -> None:
+    def _body_of(self, exchange: ClientExchange, body: bytes) -> None:
         if exchange.refusal is not None:
             if self.body_size > _SMALL_BODY_BYTES:
                 self._refuse(exchange.refusal)
@@ -698,7 +698,7 @@ class Edge(HttpToolsProtocol):
             return
         self.in_message = False
         exchange = self.cycle
-        if not isinstance(exchange, Exchange):
+        if not isinstance(exchange, ClientExchange):
             super().on_message_complete()
             return
         exchange.complete = True
@@ -706,7 +706,7 @@ class Edge(HttpToolsProtocol):
             self._start(exchange)
 
     # answers
-    def _start(self, exchange: Exchange) -> None:
+    def _start(self, exchange: ClientExchange) -> None:
         self.current = exchange
         if exchange.refusal is not None:
             exchange.name_it()
@@ -719,7 +719,7 @@ class Edge(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         """uvicorn calls this for the next one in a pipeline too: `app` is an ASGI application, or None."""
-        if not isinstance(cycle, Exchange):
+        if not isinstance(cycle, ClientExchange):
             self.current = cycle
             super()._start_asgi_task(cycle, app)
             return
@@ -743,7 +743,7 @@ class Edge(HttpToolsProtocol):
         else:
             self.idle_since = self.loop.time()
             self.open.idle(self)
-            if isinstance(self.cycle, Exchange):
+            if isinstance(self.cycle, ClientExchange):
                 self.cycle.headers = self.headers = []  # there may be a key among them
             else:
                 self.cycle.body = bytearray()  # what the application has not read of it
@@ -770,7 +770,7 @@ class Edge(HttpToolsProtocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         self._watch_reader()
-        if isinstance(self.current, Exchange) and self.current.engine_side is not None:
+        if isinstance(self.current, ClientExchange) and self.current.engine_side is not None:
             self.current.engine_side.pause()
 
     def resume_writing(self) -> None:
@@ -778,7 +778,7 @@ class Edge(HttpToolsProtocol):
         if self.stall is not None:
             self.stall.cancel()
             self.stall = None
-        if isinstance(self.current, Exchange) and self.current.engine_side is not None:
+        if isinstance(self.current, ClientExchange) and self.current.engine_side is not None:
             self.current.engine_side.resume()
 
     def _unread(self) -> int:
@@ -832,8 +832,12 @@ def request_id_in(headers: list[tuple[bytes, bytes]]) -> str:
     return fresh_id()
 
 
-def edge_for(gateway: Serves, bounds: Bounds, bodies: BodyBudget, connections: Connections) -> type[Edge]:
+def protocol_for(
+    gateway: Serves, bounds: ProtocolBounds, bodies: BodyBudget, connections: Connections
+) -> type[GatewayProtocol]:
     """The protocol class for uvicorn, with the gateway it serves and what its connections share."""
     return type(
-        "Edge", (Edge,), {"gateway": gateway, "bounds": bounds, "bodies": bodies, "open": connections, "heads": {}}
+        "GatewayProtocol",
+        (GatewayProtocol,),
+        {"gateway": gateway, "bounds": bounds, "bodies": bodies, "open": connections, "heads": {}},
     )

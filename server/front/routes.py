@@ -11,7 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from server.fleet.fleet import Fleet, State, described
+from server.fleet.fleet import Fleet, WorkerState, described
 from server.request.directory import Tenants
 from server.request.errors import NotFound, ServiceError, UnknownModel, WrongMethod, error_object, status_of
 from server.request.schemas import MESSAGES, ROUTES
@@ -59,7 +59,7 @@ def public_app(
     return app
 
 
-class Apart:
+class AdminPortFilter:
     """The application as each address shows it: what is the operators' is not there where clients come in.
 
     port: the operators' own; 0 as long as they have none, and everything is everywhere.
@@ -93,7 +93,7 @@ def operations(fleet: Fleet, metrics: Metrics, notes: Callable[[], dict[str, Any
     async def ready() -> Response:
         workers = described(fleet.members.values())
         said = notes()
-        if any(member.state is State.READY for member in fleet.members.values()) and "stopping" not in said:
+        if any(member.state is WorkerState.READY for member in fleet.members.values()) and "stopping" not in said:
             missing = {"missing_roles": roles} if (roles := fleet.missing_roles()) else {}
             return _json({"status": "ready", "workers": workers, **missing, **said})
         waiting = {"status": "not ready", "workers": workers, "starting": fleet.starting, **said}

@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from scheduler.fairness import Tally
+from scheduler.fairness import FairnessTally
 from server.observe.observer import Observer
 from server.request.call import Phase, Ticket
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
-    """service: weighted tokens since the start, by tenant or `other`. gap: as in `scheduler.fairness.Sample`."""
+class TenantService:
+    """service: weighted tokens since the start, by tenant or `other`. gap: see `scheduler.fairness.FairnessSample`."""
 
     service: dict[str, float]
     gap: float
 
 
-class Sharing(Observer, Collector):
+class FairnessMetrics(Observer, Collector):
     """Counts service (weighted tokens) by tenant; only the largest are named, the rest is `other`.
 
     refusals: by reason. store: whether it answers, and how many replicas there are.
@@ -29,7 +29,7 @@ class Sharing(Observer, Collector):
     def __init__(
         self, refusals: Counter[str], store: Callable[[], tuple[bool, int]], clock: Callable[[], float], labels: int
     ) -> None:
-        self.tally = Tally(labels=labels)
+        self.tally = FairnessTally(labels=labels)
         self.clock = clock
         self._refusals = refusals
         self._store = store
@@ -45,12 +45,12 @@ class Sharing(Observer, Collector):
         waited = ticket.times[Phase.PREFILLING] is None
         self.tally.left(ticket.job, waited, self.clock())
 
-    def standing(self) -> Standing:
+    def standing(self) -> TenantService:
         """What everybody got so far."""
         sample = self.tally.sample(self.clock())
         for label, amount in sample.service.items():
             self._service[label] += amount  # type: ignore[assignment]  # Counter's stubs know whole numbers only
-        return Standing(dict(self._service), sample.gap)
+        return TenantService(dict(self._service), sample.gap)
 
     def collect(self) -> Iterator[Metric]:
         standing = self.standing()

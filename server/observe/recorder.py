@@ -34,7 +34,7 @@ _STOP_S = 5.0
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
-class Row(msgspec.Struct, frozen=True, omit_defaults=True):
+class RecordedRow(msgspec.Struct, frozen=True, omit_defaults=True):
     """One line of a trace, as `evenhand replay` reads it.
 
     at_s: arrival, seconds since this recording began; lines come in the order of ends. prefix_hashes: of every
@@ -58,7 +58,7 @@ class Row(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class RecordingBounds:
     """max_bytes: of all files together; the oldest goes. file_bytes: of one file."""
 
     max_bytes: int
@@ -73,7 +73,7 @@ class Recorder(Observer):
     """Records calls as they end. `note` is for the event loop; everything else happens on the recorder's thread."""
 
     def __init__(
-        self, folder: Path, bounds: Bounds, clock: Callable[[], float], failed: Callable[[str], None] = _nobody
+        self, folder: Path, bounds: RecordingBounds, clock: Callable[[], float], failed: Callable[[str], None] = _nobody
     ) -> None:
         """ValueError if the folder cannot be written. failed: told why a request, or all from now on, is missing."""
         self._failed = failed
@@ -84,7 +84,7 @@ class Recorder(Observer):
             raise ValueError(f"cannot record into {folder}: {error.strerror}. Choose another folder.") from error
         self._files = _Files(folder, bounds)
         self._began = clock()
-        self._queue: SimpleQueue[tuple[Row, str, bytes, str] | None] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[RecordedRow, str, bytes, str] | None] = SimpleQueue()
         self._handed_bytes = 0  # each of the two is written by one thread only
         self._written_bytes = 0
         self._thread: Thread | None = None
@@ -111,7 +111,7 @@ class Recorder(Observer):
             self.left_out += 1
             return
         self._handed_bytes += len(body) + _ROW_BYTES
-        row = Row(
+        row = RecordedRow(
             at_s=round(ticket.job.arrived_at - self._began, 4),
             tenant=call.tenant.name,
             prompt_tokens=ticket.prompt_tokens,
@@ -148,7 +148,7 @@ class Recorder(Observer):
                 "%d requests are missing in the trace: they came faster than it could be written", self.left_out
             )
 
-    def _write(self, row: Row, tenant: str, body: bytes, field: str) -> None:
+    def _write(self, row: RecordedRow, tenant: str, body: bytes, field: str) -> None:
         """OSError if the disk takes no more. One request that cannot be written does not end the recording."""
         try:
             self._files.write(self._line(row, tenant, _content(body, field)))
@@ -160,7 +160,7 @@ class Recorder(Observer):
         finally:
             self._written_bytes += len(body) + _ROW_BYTES
 
-    def _line(self, row: Row, tenant: str, content: bytes) -> bytes:
+    def _line(self, row: RecordedRow, tenant: str, content: bytes) -> bytes:
         hashes = prefix_hashes(content, self._key)
         name = hashlib.blake2b(tenant.encode(), key=self._key, digest_size=5).hexdigest()
         told = msgspec.structs.replace(
@@ -205,7 +205,7 @@ def _key(path: Path) -> bytes:
 class _Files:
     """Numbered files in one folder, the newest written, the oldest removed when all together are too large."""
 
-    def __init__(self, folder: Path, bounds: Bounds) -> None:
+    def __init__(self, folder: Path, bounds: RecordingBounds) -> None:
         self._folder = folder
         self._most_bytes = bounds.max_bytes
         self._file_bytes = min(bounds.file_bytes, bounds.max_bytes // 2)

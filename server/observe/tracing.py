@@ -28,7 +28,7 @@ OPERATIONS = {
 _CONTEXT = TraceContextTextMapPropagator()
 
 
-class Leg(NamedTuple):
+class TracedLeg(NamedTuple):
     """A phase of a request: its times on the gateway's clock, and whose it was."""
 
     name: str
@@ -119,18 +119,18 @@ class Tracing(Observer):
         return int((self._epoch_s + at_s) * 1e9)
 
 
-def legs(ticket: Ticket, end_s: float) -> Iterator[Leg]:
+def legs(ticket: Ticket, end_s: float) -> Iterator[TracedLeg]:
     """The phases that a request went through, in order."""
     arrived_s = ticket.job.arrived_at
     sent_s, first_s = ticket.times[Phase.PREFILLING], ticket.times[Phase.DECODING]
-    yield Leg("wait in line", arrived_s, end_s if sent_s is None else sent_s, "")
+    yield TracedLeg("wait in line", arrived_s, end_s if sent_s is None else sent_s, "")
     if sent_s is None:
         return
     read_s = None if ticket.split is None else ticket.split.read_at
     if ticket.split is not None and read_s is not None:
-        yield Leg("prefill", sent_s, read_s, ticket.split.prefill.worker.id)
-        yield Leg("kv transfer", read_s, end_s if first_s is None else first_s, ticket.worker)
+        yield TracedLeg("prefill", sent_s, read_s, ticket.split.prefill.worker.id)
+        yield TracedLeg("kv transfer", read_s, end_s if first_s is None else first_s, ticket.worker)
     else:
-        yield Leg("prefill", sent_s, end_s if first_s is None else first_s, ticket.worker)
+        yield TracedLeg("prefill", sent_s, end_s if first_s is None else first_s, ticket.worker)
     if first_s is not None:
-        yield Leg("decode", first_s, end_s, ticket.worker)
+        yield TracedLeg("decode", first_s, end_s, ticket.worker)

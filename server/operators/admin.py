@@ -19,7 +19,7 @@ from scheduler.workers import Worker
 from server.admission.dispatch import Lines
 from server.admission.limits import Gate
 from server.admission.live_policy import LivePolicy
-from server.cluster.local_sync import Siblings
+from server.cluster.local_sync import LocalSync
 from server.cluster.records import DRAINED, LIVE, POLICY, TENANT, PolicyRecord, Records
 from server.fleet.fleet import Fleet, described
 from server.fleet.registry import worker_from
@@ -62,7 +62,7 @@ class Admin:
     lines: Lines
     fleet: Fleet
     records: Records
-    siblings: Siblings
+    siblings: LocalSync
     wall: Callable[[], float]
     pseudonym: Callable[[str], str]
 

@@ -20,9 +20,9 @@ from fastapi import APIRouter, Depends, Request, Response
 from scheduler.catalog import POLICIES
 from server.admission.dispatch import Dispatcher, Lines
 from server.admission.live_policy import LivePolicy
-from server.cluster.local_sync import Siblings
+from server.cluster.local_sync import LocalSync
 from server.fleet.fleet import Fleet, Member, described
-from server.observe.fairness_metrics import Sharing
+from server.observe.fairness_metrics import FairnessMetrics
 from server.observe.telemetry import Distribution, Telemetry
 from server.request.directory import Tenants
 
@@ -68,13 +68,13 @@ class Console:
     """What the page shows. clock: seconds; rates are differences of two answers over the difference of their times."""
 
     telemetry: Telemetry
-    sharing: Sharing
+    sharing: FairnessMetrics
     lines: Lines
     fleet: Fleet
     policy: LivePolicy
     tenants: Tenants
     store: Callable[[], tuple[bool, int]]
-    siblings: Siblings
+    siblings: LocalSync
     clock: Callable[[], float]
 
     async def live(self) -> View:

@@ -22,7 +22,7 @@ import uvloop
 from server.app import GatewayServer, calm_collector
 from server.cluster.local_sync import Process
 from server.operators.logs import JsonLines
-from server.processes.supervisor import Order, Post, Program, Supervisor
+from server.processes.supervisor import ChildCommand, Post, Program, Supervisor
 from server.settings import Settings, admin_address
 from server.store.socket_store import LOCAL, SHARED, listen_at, serving_stores
 from server.store.store import MemoryStore, Store
@@ -140,7 +140,7 @@ async def _obeying(work: Awaitable[object], post: Post, stop: Callable[..., None
 
     def ordered() -> None:
         order = os.read(post.orders, 1)
-        stop(at_once=order == Order.STOP_AT_ONCE.value)
+        stop(at_once=order == ChildCommand.STOP_AT_ONCE.value)
         if not order:
             loop.remove_reader(post.orders)
 

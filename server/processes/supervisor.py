@@ -23,7 +23,7 @@ LONGEST_PAUSE_S = 10.0
 KILL_S = 10.0  # beyond what running answers may take
 
 
-class Order(Enum):
+class ChildCommand(Enum):
     """What the parent tells a process; the end of the pipe, when the parent is gone, means STOP."""
 
     STOP = b"s"
@@ -160,7 +160,7 @@ class Supervisor:
     def _stop(self) -> None:
         """First: everybody finishes what it has; again: everybody stops at once."""
         self._stop_asked += 1
-        order = Order.STOP if self._stop_asked == 1 else Order.STOP_AT_ONCE
+        order = ChildCommand.STOP if self._stop_asked == 1 else ChildCommand.STOP_AT_ONCE
         if self._kill_at is None:
             self._kill_at = self._clock() + self._grace_s + KILL_S
         for child in self._children:
@@ -168,7 +168,7 @@ class Supervisor:
             if not child.program.last:
                 self._order(child, order)
 
-    def _order(self, child: _Child, order: Order) -> None:
+    def _order(self, child: _Child, order: ChildCommand) -> None:
         if child.runs:
             try:
                 os.write(child.orders, order.value)
@@ -180,7 +180,7 @@ class Supervisor:
         """Those that the others need end after them."""
         if self._stop_asked and not any(child.runs for child in self._children if not child.program.last):
             for child in self._children:
-                self._order(child, Order.STOP)
+                self._order(child, ChildCommand.STOP)
 
     def _reap(self) -> None:
         for child in self._children:

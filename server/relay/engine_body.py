@@ -21,7 +21,7 @@ _READ_ONLY = {
 }
 
 
-class Steering:
+class EngineBody:
     """Writes `vllm_xargs` and `kv_transfer_params` into request bodies."""
 
     def __init__(self, lines: Lines, *, salt_cache: bool = False) -> None:

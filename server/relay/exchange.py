@@ -5,13 +5,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TypeVar
 
-from server.engine.client import Connection
+from server.engine.client import EngineConnection
 from server.fleet.fleet import Member
 from server.request.call import Ticket
 from server.request.errors import EngineGone, EngineHungUp, ServiceError
 
 
-class Receiver(ABC):
+class EngineExchange(ABC):
     """Receives one answer; `done` ends it, with an error if the answer could not be had.
 
     asked_at: seconds on the gateway's clock.
@@ -32,7 +32,7 @@ class Receiver(ABC):
         """Seconds since something of the answer came."""
         return now - self.asked_at
 
-    def flows_from(self, connection: Connection | None) -> None:
+    def flows_from(self, connection: EngineConnection | None) -> None:
         """Which connection the answer comes through; None when no more is wanted from it."""
         return
 
@@ -65,7 +65,7 @@ class Receiver(ABC):
             self.done.exception()
 
 
-R = TypeVar("R", bound=Receiver)
+R = TypeVar("R", bound=EngineExchange)
 
 
 async def answered(receiver: Callable[[], R], ticket: Ticket, member: Member, path: bytes, body: bytes) -> R:
@@ -79,7 +79,7 @@ async def answered(receiver: Callable[[], R], ticket: Ticket, member: Member, pa
 
 
 async def _through(
-    receiver: Receiver, ticket: Ticket, member: Member, path: bytes, body: bytes, *, fresh: bool
+    receiver: EngineExchange, ticket: Ticket, member: Member, path: bytes, body: bytes, *, fresh: bool
 ) -> bool:
     """False for a kept-alive connection that the engine closed just as we wrote: it never saw the request, which may be
     sent again on a fresh one. Not for an answer that was taken away from an engine, however old its connection."""

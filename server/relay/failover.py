@@ -8,10 +8,10 @@ import logging
 from collections import Counter
 from typing import Protocol
 
-from server.fleet.fleet import Leg, Member
-from server.relay.engine_body import Steering
+from server.fleet.fleet import Member, RunningAnswer
+from server.relay.engine_body import EngineBody
 from server.relay.exchange import answered
-from server.relay.relay import Answer, Pipe, Relay
+from server.relay.relay import ClientAnswer, Pipe, Relay
 from server.relay.resume import (
     CannotResume,
     Continuation,
@@ -27,14 +27,14 @@ from server.relay.resume import (
 )
 from server.request.call import Ticket
 from server.request.errors import ServiceError, is_engine_failure, is_same_refusal, may_be_the_request
-from server.request.transcript import Chunk, Progress, progress_of
+from server.request.transcript import Chunk, TranscriptProgress, progress_of
 
 log = logging.getLogger("evenhand.failover")
 
 MOST_LOOKS = 32  # at how many lengths the text of token ids is compared with what the client has
 
 
-class Place(Protocol):
+class HeldSlot(Protocol):
     """A call's place at a worker, which it can change for one at another. member: None once it has no place."""
 
     member: Member | None
@@ -48,13 +48,13 @@ class Place(Protocol):
 class Failover:
     """Brings an answer to its end at other workers. attempts: workers asked for one request, the first one too."""
 
-    def __init__(self, relay: Relay, steering: Steering, attempts: int) -> None:
+    def __init__(self, relay: Relay, steering: EngineBody, attempts: int) -> None:
         self.relay = relay
         self.steering = steering
         self.attempts = attempts
         self.outcomes: Counter[str] = Counter()
 
-    def can_move(self, leg: Leg) -> bool:
+    def can_move(self, leg: RunningAnswer) -> bool:
         """Whether another worker could go on with an answer."""
         if not isinstance(leg, Pipe) or not leg.out.begun:
             return isinstance(leg, Pipe)
@@ -64,7 +64,9 @@ class Failover:
             return False
         return True
 
-    async def go_on(self, ticket: Ticket, place: Place, charge: list[Ticket], out: Answer, error: ServiceError) -> None:
+    async def go_on(
+        self, ticket: Ticket, place: HeldSlot, charge: list[Ticket], out: ClientAnswer, error: ServiceError
+    ) -> None:
         """Returns when the client has the whole answer. Raises what went wrong last if it cannot be had.
 
         A failure is a worker's once another worker has answered the call. Where a second one fails in the same way and
@@ -97,7 +99,7 @@ class Failover:
         raise error
 
     async def _another(
-        self, ticket: Ticket, place: Place, charge: list[Ticket], out: Answer, error: ServiceError
+        self, ticket: Ticket, place: HeldSlot, charge: list[Ticket], out: ClientAnswer, error: ServiceError
     ) -> None:
         if not out.begun:
             if ticket.received is not None:
@@ -120,10 +122,10 @@ class Failover:
     async def _resume(
         self,
         ticket: Ticket,
-        progress: Progress,
-        place: Place,
+        progress: TranscriptProgress,
+        place: HeldSlot,
         charge: list[Ticket],
-        out: Answer,
+        out: ClientAnswer,
         error: ServiceError,
     ) -> None:
         again = has_said_nothing(progress)
@@ -144,7 +146,7 @@ class Unresumable(ServiceError):
     code = "engine_gone"
 
 
-def _progress(ticket: Ticket) -> Progress:
+def _progress(ticket: Ticket) -> TranscriptProgress:
     received = ticket.received
     if received is None:
         raise CannotResume(f"{ticket.call.route.path} is not kept")
@@ -156,7 +158,7 @@ def _progress(ticket: Ticket) -> Progress:
         raise CannotResume(str(error)) from None
 
 
-def _close(ticket: Ticket, progress: Progress, out: Answer) -> None:
+def _close(ticket: Ticket, progress: TranscriptProgress, out: ClientAnswer) -> None:
     """All tokens are there: the events that close the stream are ours to write."""
     last = closing(ticket.call, progress)
     if last:
@@ -164,7 +166,7 @@ def _close(ticket: Ticket, progress: Progress, out: Answer) -> None:
     out.end()
 
 
-async def _plan(ticket: Ticket, progress: Progress, member: Member) -> Continuation:
+async def _plan(ticket: Ticket, progress: TranscriptProgress, member: Member) -> Continuation:
     """What `member` is asked. The text of the token ids that are built upon must be text that the client has, and must
     not end within a stop text: an engine finds one only if it makes the whole of it."""
     stops = stop_texts(ticket.call)

@@ -17,7 +17,7 @@ from server.engine.client import MAX_ERROR_BODY_BYTES
 from server.fleet.fleet import Fleet, Member
 from server.fleet.split import Split
 from server.observe.telemetry import Distribution
-from server.relay.exchange import Receiver, answered
+from server.relay.exchange import EngineExchange, answered
 from server.request.call import Ticket
 from server.request.errors import EngineGone, refusal
 from server.request.schemas import splice
@@ -55,7 +55,7 @@ class NotRead(Exception):
         self.outcome = outcome
 
 
-class _Whole(Receiver):
+class _Whole(EngineExchange):
     """Receives one small answer as a whole."""
 
     __slots__ = ("status", "data")
@@ -76,7 +76,7 @@ class _Whole(Receiver):
         self.finish()
 
 
-class Handover(Collector):
+class PrefillLeg(Collector):
     """Has prompts read by prefill workers.
 
     body_for: the body that a prefill worker gets. timeout_s: after so long the prompt is read where it is answered.

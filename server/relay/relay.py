@@ -18,13 +18,13 @@ from server.engine.answers import (
     with_fingerprint,
     without_prompt_ids,
 )
-from server.engine.client import MAX_ERROR_BODY_BYTES, Connection
+from server.engine.client import MAX_ERROR_BODY_BYTES, EngineConnection
 from server.fleet.fleet import Member
 from server.observe.telemetry import Distribution
-from server.relay.exchange import Receiver, answered
+from server.relay.exchange import EngineExchange, answered
 from server.request.call import Phase, Ticket
 from server.request.errors import EngineGone, EngineHungUp, ServiceError, refusal
-from server.request.transcript import PACK_CHUNKS, Received
+from server.request.transcript import PACK_CHUNKS, Transcript
 
 MAX_EVENT_BYTES = 64 * 1024 * 1024
 MAX_HELD_BYTES = 8 * 1024 * 1024
@@ -32,7 +32,7 @@ _IDS_BYTES = 128  # of an event's end, in which the token ids of an ordinary one
 _ENDS_WITH_IDS = b"]}]}\n\n\r\n"  # an event whose last member is a list, and the end of its HTTP chunk
 
 
-class Answer(Protocol):
+class ClientAnswer(Protocol):
     """The client's side of a request."""
 
     begun: bool
@@ -41,10 +41,10 @@ class Answer(Protocol):
     def write(self, data: bytes) -> None: ...
     def forward(self, chunk: bytes, at: int) -> None: ...
     def end(self) -> None: ...
-    def flows_from(self, connection: Connection | None) -> None: ...
+    def flows_from(self, connection: EngineConnection | None) -> None: ...
 
 
-class Pipe(Receiver):
+class Pipe(EngineExchange):
     """An answer on its way to a client.
 
     instead: who receives it once its head has shown that it is not what was expected.
@@ -52,12 +52,12 @@ class Pipe(Receiver):
 
     __slots__ = ("ticket", "out", "instead", "connection", "status", "content_type", "length")
 
-    def __init__(self, ticket: Ticket, out: Answer) -> None:
+    def __init__(self, ticket: Ticket, out: ClientAnswer) -> None:
         super().__init__(ticket.clock())
         self.ticket = ticket
         self.out = out
         self.instead: Whole | Refusal | None = None
-        self.connection: Connection | None = None
+        self.connection: EngineConnection | None = None
 
     @property
     def speaks(self) -> bool:
@@ -69,7 +69,7 @@ class Pipe(Receiver):
             return 0.0
         return now - max(self.asked_at, self.ticket.last_at)
 
-    def flows_from(self, connection: Connection | None) -> None:
+    def flows_from(self, connection: EngineConnection | None) -> None:
         if connection is not None:
             self.connection = connection
         self.out.flows_from(connection)
@@ -109,7 +109,7 @@ class Whole(Pipe):
 
     __slots__ = ("held", "held_bytes", "finder")
 
-    def __init__(self, ticket: Ticket, out: Answer) -> None:
+    def __init__(self, ticket: Ticket, out: ClientAnswer) -> None:
         super().__init__(ticket, out)
         self.held: list[bytes] = []
         self.held_bytes = 0
@@ -179,7 +179,7 @@ class Stream(Pipe):
         "received", "finishing", "prompts",
     )  # fmt: skip
 
-    def __init__(self, ticket: Ticket, out: Answer, itl: Distribution, charge: list[Ticket]) -> None:
+    def __init__(self, ticket: Ticket, out: ClientAnswer, itl: Distribution, charge: list[Ticket]) -> None:
         super().__init__(ticket, out)
         self.itl = itl
         self.charge = charge
@@ -191,10 +191,10 @@ class Stream(Pipe):
         self.mark = self.suffix = self.finishing = b""
         self.longest = 0
         self.prompts: dict[int, int] = {}
-        self.received: Received | None = None
+        self.received: Transcript | None = None
         self.chunks: list[bytes] = []
         if ticket.call.route.resumes:
-            self.received = ticket.received = ticket.received or Received()
+            self.received = ticket.received = ticket.received or Transcript()
             self.chunks = self.received.chunks
 
     def head(self, status: int, content_type: bytes, length: int | None) -> None:
@@ -427,7 +427,7 @@ class Relay:
         self.itl = itl
         self.body_for = body_for
 
-    async def pump(self, ticket: Ticket, member: Member, charge: list[Ticket], out: Answer) -> None:
+    async def pump(self, ticket: Ticket, member: Member, charge: list[Ticket], out: ClientAnswer) -> None:
         """One leg: returns when the client has the whole answer. Raises a ServiceError when it cannot be had.
 
         charge: where a ticket is noted that has streamed tokens its policy has not been told about.

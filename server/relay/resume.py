@@ -12,11 +12,11 @@ import orjson
 
 from server.engine.answers import Said, Usage, data_of
 from server.observe.telemetry import Distribution
-from server.relay.relay import Answer, Stream
+from server.relay.relay import ClientAnswer, Stream
 from server.request.call import Call, Ticket
 from server.request.errors import EngineGone, ServiceError
 from server.request.schemas import COMPLETIONS, raw_members
-from server.request.transcript import PACK_CHUNKS, Chunk, Progress
+from server.request.transcript import PACK_CHUNKS, Chunk, TranscriptProgress
 
 DEFAULT_COMPLETION_TOKENS = 16  # where /v1/completions is asked without a length
 _TEXTS = ("text", "input_text", "refusal")
@@ -58,13 +58,13 @@ class Continuation:
 
     path: bytes
     body: bytes
-    kept: Progress
+    kept: TranscriptProgress
     skip: str = ""
     skip_ids: Sequence[int] = ()
     restart: bool = False
 
 
-def fit_to_resume(call: Call, progress: Progress) -> None:
+def fit_to_resume(call: Call, progress: TranscriptProgress) -> None:
     """Raises CannotResume where an engine could not continue exactly."""
     if not progress.only_text or call.sequences > 1:
         raise CannotResume("it says more than one plain text")
@@ -116,7 +116,7 @@ def ends_within(text: str, stops: Sequence[str]) -> bool:
     return any(text.endswith(stop[:length]) for stop in stops for length in range(1, len(stop)))
 
 
-def continuation(call: Call, progress: Progress, kept_ids: list[int], kept_text: str) -> Continuation:
+def continuation(call: Call, progress: TranscriptProgress, kept_ids: list[int], kept_text: str) -> Continuation:
     """What another worker is asked, where `kept_ids` say `kept_text`. CannotResume."""
     assert progress.prompt_ids is not None  # fit_to_resume has seen to it
     members = {name: bytes(raw) for name, raw in raw_members(call.body).items()}
@@ -128,7 +128,7 @@ def continuation(call: Call, progress: Progress, kept_ids: list[int], kept_text:
     least = orjson.loads(members.get("min_tokens", b"0")) or 0
     body["min_tokens"] = max(0, least - len(kept_ids))
     chunks = [Chunk(kept_ids, kept_text)] if kept_ids else []
-    kept = Progress(progress.head, progress.prompt_ids, chunks, progress.told, told_ids=progress.told_ids)
+    kept = TranscriptProgress(progress.head, progress.prompt_ids, chunks, progress.told, told_ids=progress.told_ids)
     skip, skip_ids = progress.told[len(kept_text) :], progress.told_ids[len(kept_ids) :]
     return Continuation(COMPLETIONS.path.encode(), orjson.dumps(body), kept, skip, skip_ids)
 
@@ -143,17 +143,17 @@ def _left(call: Call, members: dict[str, bytes], made: int) -> int | None:
     return None if limit is None else max(1, limit - made)
 
 
-def restart(call: Call, progress: Progress) -> Continuation:
+def restart(call: Call, progress: TranscriptProgress) -> Continuation:
     """The request once more, for a client that has no more than the role."""
-    return Continuation(call.route.path.encode(), call.body, Progress(progress.head), restart=True)
+    return Continuation(call.route.path.encode(), call.body, TranscriptProgress(progress.head), restart=True)
 
 
-def has_said_nothing(progress: Progress) -> bool:
+def has_said_nothing(progress: TranscriptProgress) -> bool:
     """Whether the client has no more than who speaks."""
     return not progress.chunks and progress.only_text and not progress.told
 
 
-def closing(call: Call, progress: Progress) -> bytes:
+def closing(call: Call, progress: TranscriptProgress) -> bytes:
     """The events that close a stream whose last token the client has. CannotResume if its usage is not known."""
     if progress.said_done:
         return b""
@@ -173,7 +173,7 @@ class Resumed(Stream):
     __slots__ = ("plan", "raw", "skip", "skip_ids", "chat", "made_before", "prompt_tokens")
 
     def __init__(
-        self, ticket: Ticket, out: Answer, itl: Distribution, charge: list[Ticket], plan: Continuation
+        self, ticket: Ticket, out: ClientAnswer, itl: Distribution, charge: list[Ticket], plan: Continuation
     ) -> None:
         super().__init__(ticket, out, itl, charge)
         self.plan = plan

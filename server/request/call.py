@@ -9,7 +9,7 @@ import msgspec
 
 from scheduler.jobs import Job
 from server.request.tenants import Tenant
-from server.request.transcript import Received
+from server.request.transcript import Transcript
 
 if TYPE_CHECKING:  # an annotation only: at run time this layer knows nothing of workers
     from server.fleet.split import Split
@@ -141,7 +141,7 @@ class Ticket:
     avoid: str = ""
     at_fault: int = 0
     told: bool = False
-    received: Received | None = None
+    received: Transcript | None = None
     trace: bytes = b""
 
     def __post_init__(self) -> None:

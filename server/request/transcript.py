@@ -21,7 +21,7 @@ _HEAD, _TAIL = b"\0", b"\1"  # bytes that no JSON text has
 _NO_CONTENT = ("role", "content")
 
 
-class Received:
+class Transcript:
     """The raw events of a stream's present leg. `chunks` is appended to by the relay, whole events each.
 
     earlier: what former legs said. full: it was too much to be kept, or keeping it was of no use.
@@ -31,7 +31,7 @@ class Received:
 
     def __init__(self) -> None:
         self.chunks: list[bytes] = []
-        self.earlier: Progress | None = None
+        self.earlier: TranscriptProgress | None = None
         self.full = False
         self._packed: list[bytes] = []
         self._packed_bytes = 0
@@ -68,7 +68,7 @@ class Received:
             packed = packed.replace(_TAIL, self._tail).replace(_HEAD, self._head)
         return packed + b"".join(self.chunks)
 
-    def begin_leg(self, earlier: "Progress | None") -> None:
+    def begin_leg(self, earlier: "TranscriptProgress | None") -> None:
         """Another worker goes on after `earlier`."""
         self.earlier = earlier
         self.chunks.clear()
@@ -85,7 +85,7 @@ class Chunk(NamedTuple):
 
 
 @dataclass(slots=True)
-class Progress:
+class TranscriptProgress:
     """How far a stream has come, one choice.
 
     head: what each event has beside its choices (id, created, model). told: the text that the client has.
@@ -153,10 +153,10 @@ class Progress:
             self.chunks.append(Chunk(ids, text))
 
 
-def progress_of(received: Received) -> Progress:
+def progress_of(received: Transcript) -> TranscriptProgress:
     """What a client has of a stream. ValueError if an event is not one of OpenAI's."""
     earlier = received.earlier
-    progress = Progress()
+    progress = TranscriptProgress()
     if earlier is not None:
         progress.head, progress.prompt_ids = earlier.head, earlier.prompt_ids
         progress.chunks = list(earlier.chunks)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from loadtest.simulator.costmodel import PRESETS
-from server.fleet.fleet import Leg
+from server.fleet.fleet import RunningAnswer
 from server.observe.observer import Observer
 from server.relay.relay import Stream
 from server.request.call import Ticket
@@ -161,7 +161,7 @@ class Report:
         ]
 
 
-def _has_far_to_go(leg: Leg) -> bool:
+def _has_far_to_go(leg: RunningAnswer) -> bool:
     """Whether it is a stream in its first half, so that a blow that is dealt now finds it running."""
     return isinstance(leg, Stream) and leg.speaks and 2 * leg.ticket.tokens < (leg.ticket.call.max_tokens or 0)
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from deploy.install import __main__ as install
-from deploy.install.__main__ import InstallError, Place, Stage
-from deploy.install.progress import Line, PipProgress
+from deploy.install.__main__ import InstallError, InstallFolder, Stage
+from deploy.install.progress import PipProgress, ProgressLine
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
+def place(tmp_path: Path) -> InstallFolder:
     (tmp_path / "venv").mkdir()
-    made = Place(tmp_path / "venv")
+    made = InstallFolder(tmp_path / "venv")
     made.packages.mkdir(parents=True)
     return made
 
@@ -31,7 +31,7 @@ class Steps:
         self.fail: dict[str, BaseException] = {}
 
     def stage(self, name: str, made_of: str = "1") -> Stage:
-        def run(place: Place, line: Line) -> None:
+        def run(place: InstallFolder, line: ProgressLine) -> None:
             self.ran.append(name)
             if name in self.fail:
                 raise self.fail[name]
@@ -39,7 +39,7 @@ class Steps:
         return Stage(name, name, made_of, run)
 
 
-def test_a_second_run_does_nothing(place: Place) -> None:
+def test_a_second_run_does_nothing(place: InstallFolder) -> None:
     steps, out = Steps(), io.StringIO()
     wanted = [steps.stage("a"), steps.stage("b")]
     install.install(place, wanted, "none", out)
@@ -50,7 +50,7 @@ def test_a_second_run_does_nothing(place: Place) -> None:
     assert re.search(r"✓ a +\d+\.\d s\n", said)
 
 
-def test_only_the_stage_whose_lock_changed_runs_again(place: Place) -> None:
+def test_only_the_stage_whose_lock_changed_runs_again(place: InstallFolder) -> None:
     steps = Steps()
     install.install(place, [steps.stage("a"), steps.stage("b")], "none", io.StringIO())
     install.install(place, [steps.stage("a"), steps.stage("b", "2")], "none", io.StringIO())
@@ -58,7 +58,9 @@ def test_only_the_stage_whose_lock_changed_runs_again(place: Place) -> None:
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt(), InstallError("no network")])
-def test_an_interrupted_stage_is_taken_up_again_and_the_earlier_ones_are_not(place: Place, end: BaseException) -> None:
+def test_an_interrupted_stage_is_taken_up_again_and_the_earlier_ones_are_not(
+    place: InstallFolder, end: BaseException
+) -> None:
     steps, out = Steps(), io.StringIO()
     wanted = [steps.stage("a"), steps.stage("b"), steps.stage("c")]
     steps.fail["b"] = end
@@ -71,7 +73,7 @@ def test_an_interrupted_stage_is_taken_up_again_and_the_earlier_ones_are_not(pla
     assert steps.ran == ["a", "b", "b", "c"]
 
 
-def test_a_stage_that_fails_when_it_runs_again_is_no_longer_noted_as_done(place: Place) -> None:
+def test_a_stage_that_fails_when_it_runs_again_is_no_longer_noted_as_done(place: InstallFolder) -> None:
     steps = Steps()
     install.install(place, [steps.stage("a", "1")], "none", io.StringIO())
     steps.fail["a"] = InstallError("no network")
@@ -80,7 +82,7 @@ def test_a_stage_that_fails_when_it_runs_again_is_no_longer_noted_as_done(place:
     assert not steps.stage("a", "1").is_done(place)
 
 
-def test_a_package_that_pip_was_killed_over_is_forgotten(place: Place) -> None:
+def test_a_package_that_pip_was_killed_over_is_forgotten(place: InstallFolder) -> None:
     whole, half = place.packages / "whole-1.dist-info", place.packages / "half-1.dist-info"
     for info in (whole, half):
         info.mkdir()
@@ -90,28 +92,28 @@ def test_a_package_that_pip_was_killed_over_is_forgotten(place: Place) -> None:
     assert whole.exists() and not half.exists()
 
 
-def stand_in_for_pip(place: Place, script: str) -> None:
+def stand_in_for_pip(place: InstallFolder, script: str) -> None:
     place.python.parent.mkdir()
     place.python.write_text(f"#!{sys.executable}\n{script}")
     place.python.chmod(0o755)
 
 
-def test_a_failure_of_pip_is_told_in_its_own_words_without_its_warnings(place: Place) -> None:
+def test_a_failure_of_pip_is_told_in_its_own_words_without_its_warnings(place: InstallFolder) -> None:
     stand_in_for_pip(
         place,
         "print('Collecting x')\nprint('ERROR: No matching distribution found for x')\nprint('WARNING: noise')\nexit(1)",
     )
     with pytest.raises(InstallError) as failed:
-        install.pip(place, Line("x", io.StringIO(), lambda: 0.0), "install", "x")
+        install.pip(place, ProgressLine("x", io.StringIO(), lambda: 0.0), "install", "x")
     assert "pip stopped: No matching distribution found for x\n" in str(failed.value)
     assert "noise" not in str(failed.value)
     assert "noise" in place.log.read_text()
 
 
-def test_pip_is_not_sent_elsewhere_by_the_users_settings(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pip_is_not_sent_elsewhere_by_the_users_settings(place: InstallFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_TARGET", "/elsewhere")
     stand_in_for_pip(place, "import os\nprint('target', os.environ.get('PIP_TARGET'))")
-    install.pip(place, Line("x", io.StringIO(), lambda: 0.0), "install", "x")
+    install.pip(place, ProgressLine("x", io.StringIO(), lambda: 0.0), "install", "x")
     assert "target None" in place.log.read_text()
 
 
@@ -151,7 +153,7 @@ def driver(root: Path) -> Path:
     return root
 
 
-def distribution(name: str) -> Callable[[Place], None]:
+def distribution(name: str) -> Callable[[InstallFolder], None]:
     return lambda place: (place.packages / f"{name}-1.0.dist-info").mkdir()
 
 
@@ -166,7 +168,12 @@ def distribution(name: str) -> Callable[[Place], None]:
     ],
 )
 def test_the_engine_is_what_was_asked_for_else_what_is_installed_else_what_the_gpu_says(
-    place: Place, tmp_path: Path, prepare: Callable[[Place], None], wanted: str, has_driver: bool, expected: str
+    place: InstallFolder,
+    tmp_path: Path,
+    prepare: Callable[[InstallFolder], None],
+    wanted: str,
+    has_driver: bool,
+    expected: str,
 ) -> None:
     prepare(place)
     assert install.choose_engine(wanted, place, driver(tmp_path) if has_driver else tmp_path) == expected

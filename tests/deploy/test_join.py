@@ -17,7 +17,7 @@ from deploy.serve.join import Joining, JoinSettings, address_towards
 from deploy.serve.preflight import PreflightError
 from deploy.serve.screen import ScreenLog
 from scheduler.workers import Role
-from server.fleet.fleet import State
+from server.fleet.fleet import WorkerState
 from server.store.redis_store import RedisStore
 from server.store.store import MemoryStore
 from tests.deploy import worker_program
@@ -81,7 +81,7 @@ async def fleet_of(model: Path, redis_url: str) -> AsyncIterator[tuple[Fleet, Ru
             assert eventually(lambda: not marked(fleet.mark)), "an engine outlived its worker"
 
 
-def state_of(gateway: Running, name: str) -> State | None:
+def state_of(gateway: Running, name: str) -> WorkerState | None:
     member = gateway.server.fleet.members.get(name)
     return None if member is None else member.state
 
@@ -99,7 +99,7 @@ async def test_workers_join_with_their_roles_and_leave_when_their_answers_are_co
         wire = await gateway.send(request("/v1/completions", long))
         assert (await wire.head()).status == 200
         writer.send_signal(signal.SIGTERM)
-        await soon(lambda: state_of(gateway, "decode") is State.DRAINING, "the gateway knows that it is leaving")
+        await soon(lambda: state_of(gateway, "decode") is WorkerState.DRAINING, "the gateway knows that it is leaving")
         text = b"".join([chunk async for chunk in chunks(wire)])
         assert text.endswith(b"data: [DONE]\n\n") and text.count(b'"text"') == 1500
         assert await asyncio.wait_for(writer.wait(), LIMIT_S) == 0
@@ -156,7 +156,7 @@ async def test_a_second_signal_ends_it_at_once(model: Path, redis_url: str) -> N
         wire = await gateway.send(request("/v1/completions", endless))
         await wire.head()
         worker.send_signal(signal.SIGINT)
-        await soon(lambda: state_of(gateway, "both") is State.DRAINING)
+        await soon(lambda: state_of(gateway, "both") is WorkerState.DRAINING)
         worker.send_signal(signal.SIGINT)
         assert await asyncio.wait_for(worker.wait(), LIMIT_S) == 130
         assert not fleet.ready_file("both").exists()

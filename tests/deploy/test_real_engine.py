@@ -19,7 +19,7 @@ from deploy.engine.engine_args import EngineCommand, EnginePlan, Ports, cpu_dtyp
 from deploy.engine.engine_log import LogFile
 from deploy.engine.machine import look
 from deploy.engine.model import BUNDLED, STORED_DTYPE, cache_folder, obtain
-from deploy.engine.worker import Listeners, State, Timing, WorkerEvent, WorkerProcess
+from deploy.engine.worker import EngineState, Listeners, Timing, WorkerEvent, WorkerProcess
 from tests.deploy.processes import MARK, in_session, marked, new_mark
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 async def test_a_real_engine_is_tested_survives_the_death_of_its_core_and_leaves_nothing_behind(tmp_path: Path) -> None:
     mark, events = new_mark(), list[WorkerEvent]()
 
-    async def until(state: State, times: int) -> WorkerEvent:
+    async def until(state: EngineState, times: int) -> WorkerEvent:
         async with asyncio.timeout(240):
             while True:
                 found = [event for event in events if event.state is state]
@@ -46,13 +46,13 @@ async def test_a_real_engine_is_tested_survives_the_death_of_its_core_and_leaves
     )
     running = asyncio.create_task(worker.run())
     try:
-        ready = await until(State.READY, 1)
+        ready = await until(EngineState.READY, 1)
         assert ready.detail.startswith("The first five prime numbers are 2, 3, 5")
         assert "loading the model" in [event.detail for event in events]
         sessions = {leash_of(mark)}
         os.kill(engine_core(*sessions), signal.SIGKILL)
-        await until(State.DEAD, 1)
-        again = await until(State.READY, 2)
+        await until(EngineState.DEAD, 1)
+        again = await until(EngineState.READY, 2)
         assert again.url == ready.url
         assert "2, 3, 5" in await answer(again.url)
         sessions.add(leash_of(mark))
@@ -60,7 +60,7 @@ async def test_a_real_engine_is_tested_survives_the_death_of_its_core_and_leaves
         running.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await running
-    assert worker.state is State.STOPPED
+    assert worker.state is EngineState.STOPPED
     assert len(sessions) == 2
     assert [in_session(session) for session in sessions] == [{}, {}]
 
@@ -73,7 +73,7 @@ async def test_a_real_engine_whose_core_is_stopped_under_a_live_server_is_replac
     worker = WorkerProcess("worker-0", command_for(mark), Canary(BUNDLED), listeners, log, timing)
     running = asyncio.create_task(worker.run())
 
-    async def reached(state: State, times: int) -> WorkerEvent:
+    async def reached(state: EngineState, times: int) -> WorkerEvent:
         async with asyncio.timeout(240):
             while True:
                 found = [event for event in events if event.state is state]
@@ -82,12 +82,12 @@ async def test_a_real_engine_whose_core_is_stopped_under_a_live_server_is_replac
                 await asyncio.sleep(0.1)
 
     try:
-        ready = await reached(State.READY, 1)
+        ready = await reached(EngineState.READY, 1)
         os.kill(engine_core(leash_of(mark)), signal.SIGSTOP)
         async with httpx2.AsyncClient(trust_env=False) as client:
             assert (await client.get(f"{ready.url}/health")).status_code == 200  # vLLM sees nothing
-        assert "it hangs" in (await reached(State.DEAD, 1)).detail
-        again = await reached(State.READY, 2)
+        assert "it hangs" in (await reached(EngineState.DEAD, 1)).detail
+        again = await reached(EngineState.READY, 2)
         assert "2, 3, 5" in await answer(again.url)
     finally:
         running.cancel()

@@ -3,7 +3,7 @@ import io
 from rich.console import Console
 
 from deploy.engine.engine_log import parse
-from deploy.engine.worker import State, WorkerEvent
+from deploy.engine.worker import EngineState, WorkerEvent
 from deploy.serve.screen import Screen
 
 
@@ -23,16 +23,16 @@ def screen(*, verbose: bool = False, terminal: bool = False) -> tuple[Screen, io
     return Screen(console, ["worker-0", "worker-10"], verbose, clock), out, clock
 
 
-def event(state: State, detail: str, elapsed_s: float = 0.0) -> WorkerEvent:
+def event(state: EngineState, detail: str, elapsed_s: float = 0.0) -> WorkerEvent:
     return WorkerEvent("worker-0", state, "http://127.0.0.1:1", detail, elapsed_s)
 
 
 def test_lines_are_aligned_plain_text_where_there_is_no_terminal() -> None:
     seen, out, _ = screen()
     with seen:
-        seen.worker(event(State.STARTING, "loading the model", 21.34))
-        seen.worker(event(State.READY, "Paris [sic]", 35.0))
-        seen.worker(event(State.DEAD, "it was killed"))
+        seen.worker(event(EngineState.STARTING, "loading the model", 21.34))
+        seen.worker(event(EngineState.READY, "Paris [sic]", 35.0))
+        seen.worker(event(EngineState.DEAD, "it was killed"))
         seen.line("gateway", "hello")
     assert out.getvalue().splitlines() == [
         "worker-0  │ loading the model                             21.3 s",
@@ -44,13 +44,13 @@ def test_lines_are_aligned_plain_text_where_there_is_no_terminal() -> None:
 
 def test_a_long_stage_says_that_it_goes_on_every_ten_seconds_until_it_is_over() -> None:
     seen, out, clock = screen()
-    seen.worker(event(State.STARTING, "loading the model", 20.0))
+    seen.worker(event(EngineState.STARTING, "loading the model", 20.0))
     for _ in range(25):
         clock.now_s += 1.0
         seen.beat()
     beats = [line for line in out.getvalue().splitlines() if "still loading the model" in line]
     assert [line.split()[-2] for line in beats] == ["30.0", "40.0"]
-    seen.worker(event(State.READY, "Paris", 45.0))
+    seen.worker(event(EngineState.READY, "Paris", 45.0))
     clock.now_s += 60.0
     seen.beat()
     assert out.getvalue().count("still") == 2
@@ -71,7 +71,7 @@ def test_of_an_engines_log_each_warning_is_shown_once_and_all_of_it_when_verbose
 def test_a_terminal_gets_colours_and_a_line_that_moves() -> None:
     seen, out, _ = screen(terminal=True)
     with seen:
-        seen.worker(event(State.STARTING, "loading the model", 1.0))
-        seen.worker(event(State.READY, "Paris", 2.0))
+        seen.worker(event(EngineState.STARTING, "loading the model", 1.0))
+        seen.worker(event(EngineState.READY, "Paris", 2.0))
     assert "\x1b[32m" in out.getvalue()
     assert "loading the model" in out.getvalue() or "ready after" in out.getvalue()

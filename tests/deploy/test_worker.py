@@ -18,9 +18,9 @@ from deploy.engine.engine_args import EngineCommand, Ports
 from deploy.engine.engine_log import LogFile, LogLine
 from deploy.engine.worker import (
     MOVES,
-    Check,
+    EngineState,
+    HealthCheck,
     Listeners,
-    State,
     Timing,
     WorkerError,
     WorkerEvent,
@@ -49,7 +49,7 @@ class Watched:
         self,
         argv: Callable[[int], list[str]] = lambda port: [*FAKE, str(port)],
         timing: Timing = QUICK,
-        canary: Check | None = None,
+        canary: HealthCheck | None = None,
         cores: tuple[int, ...] = (),
     ) -> WorkerProcess:
         def build(ports: Ports) -> EngineCommand:
@@ -62,15 +62,15 @@ class Watched:
         log = LogFile(self.folder / "worker-0.log")
         return WorkerProcess("worker-0", build, canary or Canary("toy"), listeners, log, timing)
 
-    def states(self) -> list[State]:
+    def states(self) -> list[EngineState]:
         """Every state that was entered, in order."""
-        entered: list[State] = []
+        entered: list[EngineState] = []
         for event in self.events:
             if not entered or entered[-1] is not event.state:
                 entered.append(event.state)
         return entered
 
-    async def until(self, state: State, times: int = 1) -> WorkerEvent:
+    async def until(self, state: EngineState, times: int = 1) -> WorkerEvent:
         return await self._event(lambda event: event.state is state, times)
 
     async def stage(self, detail: str) -> WorkerEvent:
@@ -114,11 +114,11 @@ def says(text: str, then: str = "") -> Callable[[int], list[str]]:
 async def test_a_worker_is_tested_before_it_is_ready_and_stops_without_a_trace(watched: Watched) -> None:
     worker = watched.worker()
     async with alive(worker):
-        ready = await watched.until(State.READY)
+        ready = await watched.until(EngineState.READY)
         assert ready.url == watched.commands[0].url
         assert ready.detail == "The first five prime numbers are 2, 3, 5"
-        assert watched.states() == [State.STARTING, State.CANARY, State.READY]
-    assert watched.states()[-1] is State.STOPPED
+        assert watched.states() == [EngineState.STARTING, EngineState.CANARY, EngineState.READY]
+    assert watched.states()[-1] is EngineState.STOPPED
     assert not await answers(ready.url)
 
 
@@ -134,7 +134,7 @@ async def test_an_engine_whose_threads_leave_its_cores_is_warned_of_once_it_is_r
     ).replace("CORE", str(other if leaves else own))
     worker = watched.worker(lambda port: [sys.executable, "-c", program, *FAKE[1:], str(port)], cores=(own,))
     async with alive(worker):
-        await watched.until(State.READY)
+        await watched.until(EngineState.READY)
     warned = [line.text for line in watched.shown if "another engine's cores" in line.text]
     assert len(warned) == leaves
     assert not leaves or f" on {other}" in warned[0]
@@ -150,33 +150,33 @@ async def answers(url: str) -> bool:
 
 async def test_a_killed_engine_is_replaced_at_the_same_address(watched: Watched) -> None:
     async with alive(watched.worker()):
-        first = await watched.until(State.READY)
+        first = await watched.until(EngineState.READY)
         os.kill(watched.engine_pid(), signal.SIGKILL)
-        dead = await watched.until(State.DEAD)
+        dead = await watched.until(EngineState.DEAD)
         assert "was killed" in dead.detail
         assert "it starts again in" in dead.detail
-        again = await watched.until(State.READY, times=2)
+        again = await watched.until(EngineState.READY, times=2)
         assert again.url == first.url
         assert await answers(again.url)
 
 
 async def test_a_killed_leash_takes_its_engine_along_and_both_are_replaced(watched: Watched) -> None:
     async with alive(watched.worker()):
-        await watched.until(State.READY)
+        await watched.until(EngineState.READY)
         leash = next(pid for pid, command in marked(watched.mark).items() if "reaper.py" in command)
         engine = watched.engine_pid()
         os.kill(leash, signal.SIGKILL)
-        await watched.until(State.READY, times=2)
+        await watched.until(EngineState.READY, times=2)
         assert engine not in marked(watched.mark)
 
 
 async def test_a_frozen_engine_is_taken_for_dead(watched: Watched) -> None:
     timing = replace(QUICK, probe_timeout_s=0.3, unanswered_s=3.0, grace_s=0.2)
     async with alive(watched.worker(timing=timing)):
-        await watched.until(State.READY)
+        await watched.until(EngineState.READY)
         os.kill(watched.engine_pid(), signal.SIGSTOP)
-        assert "has not answered for" in (await watched.until(State.DEAD)).detail
-        await watched.until(State.READY, times=2)
+        assert "has not answered for" in (await watched.until(EngineState.DEAD)).detail
+        await watched.until(EngineState.READY, times=2)
 
 
 async def test_an_engine_that_dies_at_its_first_start_is_an_error_with_its_cause_and_its_log(watched: Watched) -> None:
@@ -201,10 +201,10 @@ async def test_later_failures_are_tried_again_with_growing_pauses(watched: Watch
         return [*FAKE, str(port)] if starts in (1, 4) else [sys.executable, "-c", "raise SystemExit(7)"]
 
     async with alive(watched.worker(healthy_once)):
-        await watched.until(State.READY)
+        await watched.until(EngineState.READY)
         os.kill(watched.engine_pid(), signal.SIGKILL)
-        await watched.until(State.READY, times=2)
-    deaths = [event.detail for event in watched.events if event.state is State.DEAD]
+        await watched.until(EngineState.READY, times=2)
+    deaths = [event.detail for event in watched.events if event.state is EngineState.DEAD]
     assert ["exit code 7" in detail for detail in deaths] == [False, True, True]
 
 
@@ -226,7 +226,7 @@ class Wrong:
 async def test_an_engine_with_a_wrong_canary_never_becomes_ready(watched: Watched) -> None:
     with pytest.raises(WorkerError, match="nonsense"):
         await watched.worker(canary=Wrong()).run()
-    assert watched.states() == [State.STARTING, State.CANARY, State.STOPPED]
+    assert watched.states() == [EngineState.STARTING, EngineState.CANARY, EngineState.STOPPED]
 
 
 async def test_an_engine_that_is_not_ready_in_time_is_given_up(watched: Watched) -> None:
@@ -296,9 +296,9 @@ async def test_lines_longer_than_any_buffer_and_progress_bars_do_not_stop_the_lo
 
 
 def test_no_move_leads_out_of_stopped_and_every_state_is_reachable() -> None:
-    assert MOVES[State.STOPPED] == frozenset()
-    assert set(MOVES) == set(State)
-    assert {state for reachable in MOVES.values() for state in reachable} == set(State)
+    assert MOVES[EngineState.STOPPED] == frozenset()
+    assert set(MOVES) == set(EngineState)
+    assert {state for reachable in MOVES.values() for state in reachable} == set(EngineState)
 
 
 def test_ports_stay_while_they_are_free() -> None:
@@ -353,13 +353,13 @@ async def test_an_engine_whose_core_hangs_under_a_live_server_is_replaced(
     state = tmp_path / "metrics"
     timing = replace(QUICK, look_every_s=0.02, ask_every_s=0.1, hung_s=0.2)
     async with alive(watched.worker(lambda port: [sys.executable, "-c", HOLLOW, str(port), str(state)], timing)):
-        await watched.until(State.READY)
+        await watched.until(EngineState.READY)
         first = watched.engine_pid()
         state.write_text(metrics(running, 5))
-        dead = await watched.until(State.DEAD)
+        dead = await watched.until(EngineState.DEAD)
         assert why in dead.detail and "it hangs" in dead.detail
         state.unlink()
-        await watched.until(State.READY, times=2)
+        await watched.until(EngineState.READY, times=2)
         assert watched.engine_pid() != first
 
 
@@ -369,7 +369,7 @@ async def test_a_start_may_take_as_long_as_its_log_says_new_things(watched: Watc
     timing = replace(QUICK, start_s=3.0)
     argv = [sys.executable, "-c", loads + HOLLOW]
     async with alive(watched.worker(lambda port: [*argv, str(port), str(tmp_path / "metrics")], timing)):
-        await watched.until(State.READY)
+        await watched.until(EngineState.READY)
 
 
 async def test_a_start_that_says_the_same_thing_again_and_again_is_given_up(watched: Watched) -> None:

@@ -18,7 +18,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
-from loadtest.bench.driven import Clock, build_scheduler, expected, request, token
+from loadtest.bench.driven import StepClock, build_scheduler, expected, request, token
 
 pytestmark = pytest.mark.engine
 
@@ -89,7 +89,7 @@ class Run:
     def __init__(self, folder: Path, setup: Setup, seed: int) -> None:
         self.setup = setup
         self.rng = random.Random(seed)
-        self.clock = Clock()
+        self.clock = StepClock()
         self.scheduler = build_scheduler(
             folder, setup.policy, slots=6, step_tokens=128, blocks=setup.blocks, is_async=True, clock=self.clock
         )

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from loadtest.bench.driven import BLOCK_TOKENS, Clock, Engine, build_scheduler, request
+from loadtest.bench.driven import BLOCK_TOKENS, DrivenEngine, StepClock, build_scheduler, request
 from loadtest.simulator.batch import ContinuousBatch
 from loadtest.simulator.costmodel import CostModel
 from scheduler.catalog import build
@@ -65,18 +65,18 @@ class Simulated:
         return {job.id for job in made}
 
 
-def said(engine: Engine) -> dict[str, int]:
+def said(engine: DrivenEngine) -> dict[str, int]:
     return {name: len(tokens) for name, tokens in engine.answers.items()}
 
 
 @pytest.mark.parametrize("blocks", [PLENTY, SCARCE])
 @pytest.mark.parametrize("policy", ["fcfs", "mlfq", "vtc", "gittins"])
 def test_the_same_jobs_make_a_token_at_every_step(hollow_model: Path, policy: str, blocks: int) -> None:
-    clock = Clock()
+    clock = StepClock()
     scheduler = build_scheduler(
         hollow_model, policy, OPTIONS.get(policy), slots=SLOTS, step_tokens=STEP_TOKENS, blocks=blocks, clock=clock
     )
-    engine, simulated = Engine(scheduler, clock=clock, step_s=STEP_S), Simulated(policy, blocks)
+    engine, simulated = DrivenEngine(scheduler, clock=clock, step_s=STEP_S), Simulated(policy, blocks)
     coming = work(seed=3)
     steps = 0
     while len(engine.finished) < 80:

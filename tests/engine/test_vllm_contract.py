@@ -10,7 +10,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import Request, RequestStatus
 
-from loadtest.bench.driven import Clock, Engine, build_scheduler, expected, request
+from loadtest.bench.driven import DrivenEngine, StepClock, build_scheduler, expected, request
 from scheduler.jobs import Job, Outcome
 from tests.engine.test_vllm_plugin import ArrivingBlocks, metric
 
@@ -20,13 +20,13 @@ PREEMPTING = ("mlfq", "gittins", "srpt")
 OPTIONS = {"mlfq": {"quantum_steps": "4"}, "gittins": {"tail": "inf"}}
 
 
-def eight_running(folder: Path, policy: str, *, slots: int) -> Engine:
+def eight_running(folder: Path, policy: str, *, slots: int) -> DrivenEngine:
     """Eight long requests that have run for a while, so that a short newcomer ranks before them all."""
-    clock = Clock()
+    clock = StepClock()
     scheduler = build_scheduler(folder, policy, OPTIONS.get(policy), slots=slots, blocks=1000, clock=clock)
     if policy == "gittins":
         teach(scheduler)
-    engine = Engine(scheduler, clock=clock)
+    engine = DrivenEngine(scheduler, clock=clock)
     engine.add(*(request(f"long{index}", 20, 300) for index in range(8)))
     for _ in range(60):
         engine.step()
@@ -41,7 +41,7 @@ def teach(scheduler: Any) -> None:
         scheduler._lanes.policy.order.learn(job, Outcome.DONE)
 
 
-def displaced(engine: Engine, policy: str) -> float:
+def displaced(engine: DrivenEngine, policy: str) -> float:
     return metric(engine.scheduler, "preemptions_total", policy=policy, reason="policy")
 
 
@@ -88,10 +88,10 @@ def test_a_head_that_vllm_stops_at_with_memory_to_spare_displaces_nobody(
 
 def preempted_when_memory_ends(folder: Path) -> list[str]:
     """Two run until the KV cache is full, while a third that ranks last waits for its KV blocks."""
-    clock = Clock()
+    clock = StepClock()
     scheduler = build_scheduler(folder, "vtc", slots=8, blocks=40, clock=clock)
     scheduler.connector = ArrivingBlocks({"arriving": 64})
-    engine = Engine(scheduler, clock=clock)
+    engine = DrivenEngine(scheduler, clock=clock)
     seen: list[str] = []
     original = scheduler._preempt_request
 
@@ -118,10 +118,10 @@ def test_a_tenant_whose_newest_job_is_still_loading_yields_another_of_its_own(ho
 
 
 def test_shared_slots_pass_over_a_job_whose_blocks_are_on_their_way(hollow_model: Path) -> None:
-    clock = Clock()
+    clock = StepClock()
     scheduler = build_scheduler(hollow_model, "vtc", {"slots": "shared"}, slots=3, clock=clock)
     scheduler.connector = ArrivingBlocks({"arriving": 32})
-    engine = Engine(scheduler, clock=clock)
+    engine = DrivenEngine(scheduler, clock=clock)
     engine.add(request("near1", 20, 300, tenant="flood"), request("near2", 20, 300, tenant="flood"))
     engine.step()
     engine.add(request("arriving", 33, 20, tenant="flood"))
@@ -135,10 +135,10 @@ def test_shared_slots_pass_over_a_job_whose_blocks_are_on_their_way(hollow_model
 
 
 def test_a_prompt_read_elsewhere_is_free_to_charge_and_dear_to_displace(hollow_model: Path) -> None:
-    clock = Clock()
+    clock = StepClock()
     scheduler = build_scheduler(hollow_model, "vtc", slots=2, clock=clock)
     scheduler.connector = ArrivingBlocks({"far": 64})
-    engine = Engine(scheduler, clock=clock)
+    engine = DrivenEngine(scheduler, clock=clock)
     far = request("far", 65, 5)
     far.sampling_params.extra_args["kv_transfer_params"] = {"do_remote_prefill": True}
     engine.add(far)
@@ -153,9 +153,9 @@ def test_a_prompt_read_elsewhere_is_free_to_charge_and_dear_to_displace(hollow_m
 
 @pytest.mark.parametrize("policy", ["mlfq", "gittins"])
 def test_a_cached_prompt_counts_for_what_is_left_of_it(hollow_model: Path, policy: str) -> None:
-    clock = Clock()
+    clock = StepClock()
     scheduler = build_scheduler(hollow_model, policy, slots=2, step_tokens=4096, blocks=1000, clock=clock)
-    engine = Engine(scheduler, clock=clock)
+    engine = DrivenEngine(scheduler, clock=clock)
     engine.add(request("same", 4001, 1))
     engine.run()
     engine.add(request("same", 4001, 5))
@@ -169,11 +169,11 @@ def test_a_cached_prompt_counts_for_what_is_left_of_it(hollow_model: Path, polic
 @pytest.mark.parametrize("policy", ["mlfq", "gittins", "srpt"])
 def test_a_short_request_starts_beside_a_prompt_that_would_take_every_token(hollow_model: Path, policy: str) -> None:
     """64 slots, 512 tokens a step: without a cap the short one waits for 16 steps, under every policy."""
-    clock = Clock()
+    clock = StepClock()
     scheduler = build_scheduler(hollow_model, policy, slots=64, step_tokens=512, blocks=2000, clock=clock)
     if policy == "gittins":
         teach(scheduler)
-    engine = Engine(scheduler, clock=clock)
+    engine = DrivenEngine(scheduler, clock=clock)
     engine.add(request("long", 8000, 20))
     engine.step()
     engine.add(request("short", 30, 4))
@@ -193,10 +193,10 @@ def test_a_short_request_starts_beside_a_prompt_that_would_take_every_token(holl
 
 def test_requests_whose_blocks_have_arrived_start_before_the_line(hollow_model: Path) -> None:
     """A decode worker's requests with KV in place are vLLM's own queue, which it drains first, even when paused."""
-    clock = Clock()
+    clock = StepClock()
     scheduler = build_scheduler(hollow_model, "mlfq", slots=1, clock=clock)
     scheduler.connector = ArrivingBlocks({"far": 32})
-    engine = Engine(scheduler, clock=clock)
+    engine = DrivenEngine(scheduler, clock=clock)
     engine.add(request("far", 33, 4))
     engine.step()
     assert scheduler.requests["far"].status == RequestStatus.WAITING_FOR_REMOTE_KVS

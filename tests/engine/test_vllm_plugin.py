@@ -11,8 +11,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from vllm import PoolingParams
 from vllm.v1.request import Request, RequestStatus
 
-from loadtest.bench.driven import Clock, Engine, build_scheduler, expected, request, token
-from scheduler.fairness import Tally
+from loadtest.bench.driven import DrivenEngine, StepClock, build_scheduler, expected, request, token
+from scheduler.fairness import FairnessTally
 from scheduler.jobs import Job, Outcome
 from scheduler.kept_blocks import Kept
 from scheduler.lanes import Lanes
@@ -40,10 +40,10 @@ def mixed_work(seed: int, count: int = 60) -> list[tuple[str, int, int]]:
     return [(f"r{index}", rng.randint(1, 90), rng.choice([3, 8, 20, 200])) for index in range(count)]
 
 
-def run_mixed_work(folder: Path, policy: str | None, *, is_async: bool, blocks: int, seed: int = 1) -> Engine:
-    clock = Clock()
+def run_mixed_work(folder: Path, policy: str | None, *, is_async: bool, blocks: int, seed: int = 1) -> DrivenEngine:
+    clock = StepClock()
     scheduler = build_scheduler(folder, policy, slots=6, step_tokens=128, blocks=blocks, is_async=is_async, clock=clock)
-    engine = Engine(scheduler, is_async=is_async, clock=clock)
+    engine = DrivenEngine(scheduler, is_async=is_async, clock=clock)
     rng = random.Random(seed)
     coming = [request(*each, tenant=f"t{index % 3}") for index, each in enumerate(mixed_work(seed))]
     while coming:
@@ -118,8 +118,8 @@ def test_nothing_is_remembered_of_requests_that_are_gone(hollow_model: Path, pol
 
 def test_mlfq_gives_a_long_ones_slot_to_a_short_one_and_stock_does_not(hollow_model: Path) -> None:
     def first_done(policy: str | None) -> str:
-        clock = Clock()
-        engine = Engine(build_scheduler(hollow_model, policy, slots=2, clock=clock), clock=clock)
+        clock = StepClock()
+        engine = DrivenEngine(build_scheduler(hollow_model, policy, slots=2, clock=clock), clock=clock)
         engine.add(request("long1", 10, 300), request("long2", 10, 300))
         for _ in range(60):
             engine.step()
@@ -132,9 +132,9 @@ def test_mlfq_gives_a_long_ones_slot_to_a_short_one_and_stock_does_not(hollow_mo
 
 
 def test_mlfq_makes_room_in_memory_too_when_slots_are_free(hollow_model: Path) -> None:
-    clock = Clock()
+    clock = StepClock()
     scheduler = build_scheduler(hollow_model, "mlfq", slots=8, blocks=30, clock=clock)
-    engine = Engine(scheduler, clock=clock)
+    engine = DrivenEngine(scheduler, clock=clock)
     engine.add(request("long1", 100, 130), request("long2", 100, 130))  # 15 blocks of 16 tokens each, in the end
     for _ in range(100):
         engine.step()
@@ -149,9 +149,9 @@ def test_mlfq_makes_room_in_memory_too_when_slots_are_free(hollow_model: Path) -
 
 def test_when_memory_is_short_the_one_that_the_policy_ranks_last_yields(hollow_model: Path) -> None:
     def preempted(policy: str | None) -> set[str]:
-        clock = Clock()
+        clock = StepClock()
         scheduler = build_scheduler(hollow_model, policy, slots=4, blocks=26, clock=clock)
-        engine = Engine(scheduler, clock=clock)
+        engine = DrivenEngine(scheduler, clock=clock)
         engine.add(request("long", 16, 300))
         for _ in range(200):
             engine.step()
@@ -176,8 +176,8 @@ def test_when_memory_is_short_the_one_that_the_policy_ranks_last_yields(hollow_m
 
 
 def test_vtc_takes_turns_between_a_heavy_and_a_light_tenant(hollow_model: Path) -> None:
-    clock = Clock()
-    engine = Engine(build_scheduler(hollow_model, "vtc", slots=1, clock=clock), clock=clock)
+    clock = StepClock()
+    engine = DrivenEngine(build_scheduler(hollow_model, "vtc", slots=1, clock=clock), clock=clock)
     engine.add(*(request(f"heavy{index}", 20, 10, tenant="heavy") for index in range(10)))
     engine.add(*(request(f"light{index}", 20, 10, tenant="light") for index in range(3)))
     engine.run()
@@ -188,8 +188,8 @@ def test_vtc_takes_turns_between_a_heavy_and_a_light_tenant(hollow_model: Path) 
 
 
 def test_a_tenant_whom_other_engines_served_much_waits_its_turn(hollow_model: Path) -> None:
-    clock = Clock()
-    engine = Engine(build_scheduler(hollow_model, "vtc", slots=1, clock=clock), clock=clock)
+    clock = StepClock()
+    engine = DrivenEngine(build_scheduler(hollow_model, "vtc", slots=1, clock=clock), clock=clock)
     engine.add(request("here1", 5, 2, tenant="idle"))
     engine.add(request("elsewhere", 5, 2, tenant="busy", service=1e6), request("here2", 5, 2, tenant="idle"))
     engine.run()
@@ -210,9 +210,9 @@ def test_what_is_charged_is_prompt_once_and_every_output_token(hollow_model: Pat
 
 
 def test_prompt_tokens_that_the_prefix_cache_held_are_free_if_asked_for(hollow_model: Path) -> None:
-    clock = Clock()
+    clock = StepClock()
     scheduler = build_scheduler(hollow_model, "vtc", {"charge": "computed"}, slots=1, clock=clock)
-    engine = Engine(scheduler, clock=clock)
+    engine = DrivenEngine(scheduler, clock=clock)
     engine.add(request("same", 64, 1, tenant="first"))
     engine.run()
     engine.add(request("same", 64, 1, tenant="second"))
@@ -233,7 +233,7 @@ def test_requests_stopped_by_a_token_by_length_and_by_the_client_leave_as_what_t
     learner = Learner()
     scheduler = build_scheduler(hollow_model, "fcfs", slots=3)
     scheduler.waiting.lanes.switch(Policy("learner", learner), 0.0)
-    engine = Engine(scheduler)
+    engine = DrivenEngine(scheduler)
     engine.add(request("stops", 10, 50, stop_token=token("stops", 14)), request("full", 10, 9), request("left", 10, 50))
     engine.add(request("never", 10, 50))
     for _ in range(3):
@@ -251,9 +251,9 @@ def test_requests_stopped_by_a_token_by_length_and_by_the_client_leave_as_what_t
 @pytest.mark.parametrize("is_async", [False, True], ids=["in_step", "one_step_behind"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_aborts_anywhere_leave_the_others_whole(hollow_model: Path, policy: str, is_async: bool) -> None:
-    clock = Clock()
+    clock = StepClock()
     scheduler = build_scheduler(hollow_model, policy, slots=4, blocks=60, is_async=is_async, clock=clock)
-    engine = Engine(scheduler, is_async=is_async, clock=clock)
+    engine = DrivenEngine(scheduler, is_async=is_async, clock=clock)
     work = mixed_work(9)
     engine.add(*(request(*each) for each in work))
     rng = random.Random(3)
@@ -274,7 +274,7 @@ def test_aborts_anywhere_leave_the_others_whole(hollow_model: Path, policy: str,
 @pytest.mark.parametrize("is_async", [False, True], ids=["in_step", "one_step_behind"])
 def test_a_reset_of_the_prefix_cache_restarts_everybody_in_place(hollow_model: Path, is_async: bool) -> None:
     scheduler = build_scheduler(hollow_model, "mlfq", slots=4, is_async=is_async)
-    engine = Engine(scheduler, is_async=is_async)
+    engine = DrivenEngine(scheduler, is_async=is_async)
     work = [(f"r{index}", 20, 40) for index in range(8)]
     engine.add(*(request(*each) for each in work))
     for _ in range(10):
@@ -286,9 +286,9 @@ def test_a_reset_of_the_prefix_cache_restarts_everybody_in_place(hollow_model: P
 
 
 def test_an_order_changes_the_policy_at_once_and_loses_nobody(hollow_model: Path) -> None:
-    clock = Clock()
+    clock = StepClock()
     scheduler = build_scheduler(hollow_model, "fcfs", slots=2, clock=clock)
-    engine = Engine(scheduler, clock=clock)
+    engine = DrivenEngine(scheduler, clock=clock)
     work = [(f"r{index}", 20, 100 if index < 4 else 5) for index in range(12)]
     engine.add(*(request(*each, tenant=f"t{index % 2}") for index, each in enumerate(work)))
     for policy, options in (("mlfq", ["quantum_steps=4"]), ("vtc", []), ("gittins", []), ("fcfs", []), ("mlfq", [])):
@@ -319,7 +319,7 @@ def test_an_order_that_makes_no_sense_is_answered_and_the_policy_stays(
     hollow_model: Path, order: dict[str, Any], says: str
 ) -> None:
     scheduler = build_scheduler(hollow_model, "vtc")
-    engine = Engine(scheduler)
+    engine = DrivenEngine(scheduler)
     engine.add(request("order", 3, 1, **order))
     engine.run()
     assert says in engine.notes["order"]["evenhand"]["error"]
@@ -334,7 +334,7 @@ def test_options_are_read_as_on_the_command_line() -> None:
 
 def queue_of(policy: str, options: dict[str, str] | None = None) -> PolicyQueue:
     built = policy_from({"evenhand": {"policy": policy, "options": options or {}}})
-    return PolicyQueue(Lanes(built), Tally(), Clock())
+    return PolicyQueue(Lanes(built), FairnessTally(), StepClock())
 
 
 def test_a_request_that_was_taken_and_skipped_has_paid_nothing_and_is_first_again() -> None:
@@ -420,9 +420,9 @@ def test_what_a_request_tells_of_itself_reaches_its_job() -> None:
 
 
 def test_the_line_and_the_longest_stall_are_shown(hollow_model: Path) -> None:
-    clock = Clock()
+    clock = StepClock()
     scheduler = build_scheduler(hollow_model, "mlfq", slots=1, clock=clock)
-    engine = Engine(scheduler, clock=clock, step_s=0.1)
+    engine = DrivenEngine(scheduler, clock=clock, step_s=0.1)
     engine.add(request("long", 10, 200))
     for _ in range(30):
         engine.step()
@@ -440,11 +440,11 @@ def test_the_line_and_the_longest_stall_are_shown(hollow_model: Path) -> None:
 
 def recomputed_by_a_displaced_request(folder: Path, *, kept: bool) -> int:
     """Tokens that a long request computes twice, displaced while others fill the KV cache four times over."""
-    clock = Clock()
+    clock = StepClock()
     scheduler = build_scheduler(folder, "mlfq", slots=1, blocks=100, clock=clock)
     if not kept:
         scheduler._kept = Kept(99, 16, Filled.intact, lambda blocks: None)
-    engine = Engine(scheduler, clock=clock)
+    engine = DrivenEngine(scheduler, clock=clock)
     work = [("long", 320, 100), *((f"short{index}", 160, 5) for index in range(40))]
     computed = 0
     for step in range(1000):
@@ -467,9 +467,9 @@ def test_what_a_displaced_request_has_computed_outlives_what_finished_requests_h
 
 
 def test_of_many_displaced_requests_no_more_are_kept_than_may_be(hollow_model: Path) -> None:
-    clock = Clock()
+    clock = StepClock()
     scheduler = build_scheduler(hollow_model, "mlfq", {"preemptions_per_s": "1000"}, slots=4, blocks=80, clock=clock)
-    engine = Engine(scheduler, clock=clock)
+    engine = DrivenEngine(scheduler, clock=clock)
     work = [(f"r{index}", 100 + index, 60) for index in range(30)]
     engine.add(*(request(*each) for each in work))
     engine.run()
@@ -481,8 +481,8 @@ def test_of_many_displaced_requests_no_more_are_kept_than_may_be(hollow_model: P
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_streaming_session_goes_as_in_stock_vllm_and_leaves_nothing_behind(hollow_model: Path, policy: str) -> None:
-    def talk(name: str | None) -> Engine:
-        engine = Engine(build_scheduler(hollow_model, name, slots=2))
+    def talk(name: str | None) -> DrivenEngine:
+        engine = DrivenEngine(build_scheduler(hollow_model, name, slots=2))
         engine.add(request("other", 10, 40))
         for prompt, is_last in ((10, False), (4, False), (1, True)):
             turn = request("session", prompt, 5)
@@ -536,10 +536,10 @@ class ArrivingBlocks:
 def test_a_request_whose_blocks_arrive_from_a_prefill_worker_runs_when_they_are_there(
     hollow_model: Path, policy: str
 ) -> None:
-    clock = Clock()
+    clock = StepClock()
     scheduler = build_scheduler(hollow_model, policy, slots=3, clock=clock)
     scheduler.connector = connector = ArrivingBlocks({"far": 32, "lost": 32})
-    engine = Engine(scheduler, clock=clock)
+    engine = DrivenEngine(scheduler, clock=clock)
     engine.add(request("long", 10, 120, tenant="a"))
     engine.step()
     engine.add(request("far", 33, 20, tenant="b"), request("lost", 33, 20, tenant="b"), request("near", 10, 20))
@@ -560,9 +560,9 @@ def test_a_request_whose_blocks_arrive_from_a_prefill_worker_runs_when_they_are_
 
 
 def test_the_engine_says_what_it_has_and_that_it_steps(hollow_model: Path) -> None:
-    clock = Clock()
+    clock = StepClock()
     scheduler = build_scheduler(hollow_model, "fcfs", slots=7, clock=clock)
-    engine = Engine(scheduler, clock=clock, step_s=0.4)
+    engine = DrivenEngine(scheduler, clock=clock, step_s=0.4)
     assert metric(scheduler, "slots") == 7
     assert metric(scheduler, "info", dtype="float32") == 1
     engine.add(request("one", 10, 40))

@@ -7,15 +7,15 @@ from loadtest.fake.engine import EngineSetup
 from loadtest.fake.faults import Faults
 from loadtest.records import Record
 from loadtest.simulator import calibrate
-from loadtest.simulator.calibrate import Check, Seen, fit
+from loadtest.simulator.calibrate import CalibrationCheck, ProbeResult, fit
 from loadtest.simulator.costmodel import CostModel
 from tests.loadtest.engines import engine_in_a_thread
 
 TRUE = CostModel(0.05, 1e-3, 4e-3, 2e-6, max_seqs=16)
 
 
-def timed(prefill: int, sequences: int, kv: int, request_s: float = 0.0) -> Seen:
-    return Seen(prefill, sequences, kv, TRUE.duration_s(prefill, sequences, kv) + request_s, bool(request_s))
+def timed(prefill: int, sequences: int, kv: int, request_s: float = 0.0) -> ProbeResult:
+    return ProbeResult(prefill, sequences, kv, TRUE.duration_s(prefill, sequences, kv) + request_s, bool(request_s))
 
 
 def parsed(*argv: str) -> argparse.Namespace:
@@ -35,7 +35,9 @@ def test_a_linear_engine_is_found_exactly() -> None:
 
 
 def test_no_cost_is_negative_whatever_the_noise() -> None:
-    seen = [Seen(0, size, 0, 0.05 - 1e-4 * size) for size in (1, 2, 4, 8)] + [timed(tokens, 0, 0) for tokens in (8, 99)]
+    seen = [ProbeResult(0, size, 0, 0.05 - 1e-4 * size) for size in (1, 2, 4, 8)] + [
+        timed(tokens, 0, 0) for tokens in (8, 99)
+    ]
     found = fit(seen, CostModel())
     assert found.cost.decode_s_per_sequence == 0.0
     assert found.cost.iteration_s > 0
@@ -49,7 +51,9 @@ def test_too_few_measurements_are_refused() -> None:
 def test_a_check_tells_the_error_of_each_request() -> None:
     real = [Record(str(at), "t", 0, 0, 2.0, 1, 2, ttft_s=1.0) for at in range(4)]
     told = [Record(str(at), "t", 0, 0, 2.2, 1, 2, ttft_s=0.9) for at in range(4)]
-    assert "TTFT: 10.0% in the median, -10.0% at P99; E2E: 10.0%" in str(Check(list(zip(real, told, strict=True))))
+    assert "TTFT: 10.0% in the median, -10.0% at P99; E2E: 10.0%" in str(
+        CalibrationCheck(list(zip(real, told, strict=True)))
+    )
 
 
 def test_an_engine_is_probed_fitted_and_foretold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

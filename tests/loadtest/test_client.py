@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from loadtest.call import Call
+from loadtest.call import TraceCall
 from loadtest.client.client import Client, Target
 from loadtest.fake.engine import EngineSetup, FakeEngine
 from loadtest.fake.faults import Faults
@@ -16,8 +16,8 @@ from loadtest.simulator.costmodel import PRESETS, CostModel
 SLOW = EngineSetup(cost=CostModel(iteration_s=0.005, max_seqs=64))
 
 
-def calls(number: int, *, every_s: float = 0.0, output_tokens: int = 10) -> list[Call]:
-    return [Call(f"c{at}", at * every_s, "t", [5, 6, 7, at], 4, output_tokens) for at in range(number)]
+def calls(number: int, *, every_s: float = 0.0, output_tokens: int = 10) -> list[TraceCall]:
+    return [TraceCall(f"c{at}", at * every_s, "t", [5, 6, 7, at], 4, output_tokens) for at in range(number)]
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ async def test_each_tenant_sends_its_own_key_and_extras_reach_the_body(engine: F
 
 
 async def test_text_prompts_go_to_chat_when_asked_and_the_role_chunk_is_no_token(engine: FakeEngine) -> None:
-    call = Call("c", 0.0, "t", "Tell me more.", 4, 12)
+    call = TraceCall("c", 0.0, "t", "Tell me more.", 4, 12)
     (record,) = await Client(Target(engine.url, api="chat")).open_loop([call])
     assert engine.seen[-1].path == "/v1/chat/completions"
     assert (record.output_tokens, len(record.gaps_us)) == (12, 11)

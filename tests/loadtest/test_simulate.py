@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from loadtest.call import Call
+from loadtest.call import TraceCall
 from loadtest.report.report import summarize
 from loadtest.simulator.batch import ContinuousBatch
 from loadtest.simulator.costmodel import CostModel
@@ -23,17 +23,17 @@ COST = CostModel(
 )
 
 
-def call(name: str, at_s: float = 0.0, prompt: int = 100, output: int = 10, tenant: str = "t") -> Call:
-    return Call(name, at_s, tenant, [], prompt, output)
+def call(name: str, at_s: float = 0.0, prompt: int = 100, output: int = 10, tenant: str = "t") -> TraceCall:
+    return TraceCall(name, at_s, tenant, [], prompt, output)
 
 
-def load(number: int, rate_per_s: float, workload: str = "C") -> Iterator[Call]:
+def load(number: int, rate_per_s: float, workload: str = "C") -> Iterator[TraceCall]:
     maker = Maker(block_prompts(0), Fit(0.25), parse_shares("a=2,b=1"))
     times_s = arrivals.poisson(rate_per_s, Random(2))
     return islice(maker.calls(shapes(workload, Random(1)), times_s, Random(3)), number)
 
 
-def simulated(plan: Plan, calls: list[Call]) -> Simulated:
+def simulated(plan: Plan, calls: list[TraceCall]) -> Simulated:
     return Simulation(plan).run(calls)
 
 
@@ -120,8 +120,8 @@ def test_queue_and_memory_are_sampled_in_virtual_seconds() -> None:
 def test_a_prompt_that_is_known_already_costs_less() -> None:
     cached = CostModel(0.01, 1e-3, 1e-3, max_seqs=4, prefix_block_tokens=16)
     prompts = block_prompts(16)
-    shared = [Call(f"{at}", at * 5.0, "t", prompts(at, 160, (7, 8, 9), 16), 160, 4) for at in range(2)]
-    own = [Call(f"{at}", at * 5.0, "t", prompts(at, 160, (), 16), 160, 4) for at in range(2)]
+    shared = [TraceCall(f"{at}", at * 5.0, "t", prompts(at, 160, (7, 8, 9), 16), 160, 4) for at in range(2)]
+    own = [TraceCall(f"{at}", at * 5.0, "t", prompts(at, 160, (), 16), 160, 4) for at in range(2)]
     first, second = simulated(Plan(cached), shared).records
     assert first.ttft_s is not None
     assert second.ttft_s == pytest.approx(first.ttft_s - 48 * 1e-3, abs=1e-5)
@@ -138,7 +138,7 @@ def test_a_call_that_can_never_run_is_told() -> None:
 def test_a_conversations_next_turn_waits_for_the_answer_before_it() -> None:
     first, second = (
         replace(call("a"), session="s", waits=True),
-        Call("b", 0.0, "t", [], 100, 10, session="s", waits=True),
+        TraceCall("b", 0.0, "t", [], 100, 10, session="s", waits=True),
     )
     records = {record.id: record for record in simulated(Plan(COST), [first, second]).records}
     assert records["b"].sent_s == pytest.approx(records["a"].e2e_s, abs=1e-5)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loadtest.call import Call
+from loadtest.call import TraceCall
 from loadtest.client.client import Client, Manner
 from loadtest.client.target import Target
 from loadtest.records import Ending, Record, Recorded
@@ -18,7 +18,7 @@ NEAR = {"abs": 2e-6}
 
 
 def measured(
-    script: Script, *, api: str = "chat", packet: int = 1 << 20, call: Call | None = None
+    script: Script, *, api: str = "chat", packet: int = 1 << 20, call: TraceCall | None = None
 ) -> tuple[Record, list[dict[str, Any]]]:
     """One call to a server of this script: its record, and the bodies that were sent."""
     bodies: list[dict[str, Any]] = []
@@ -32,7 +32,7 @@ def measured(
 
     loop = VirtualLoop(answer, packets)
     client = Client(Target("http://h", "m", api=api, timeout_s=60.0), clock=loop.time)
-    loop.run(client.open_loop([call or Call("c", 0.25, "t", "Hello", 1, 0)]))
+    loop.run(client.open_loop([call or TraceCall("c", 0.25, "t", "Hello", 1, 0)]))
     (record,) = client.records
     return record, bodies
 
@@ -260,7 +260,7 @@ def test_a_runs_summary_follows_from_the_scripts_and_failures_are_in_no_time() -
     scripts = [plain(11, 0.1, 0.02), plain(21, 0.3, 0.01), Script([Step(9.0, b"x")], status=500)]
     loop = VirtualLoop(lambda _, body: scripts[int(body["messages"][0]["content"])])
     client = Client(Target("http://h", "m", api="chat"), clock=loop.time)
-    loop.run(client.open_loop([Call(f"{at}", at * 0.5, "t", f"{at}", 1, 0) for at in range(3)]))
+    loop.run(client.open_loop([TraceCall(f"{at}", at * 0.5, "t", f"{at}", 1, 0) for at in range(3)]))
     run = summarize_run(Recorded.of(None, client.kept, []))
     assert run.endings == {"ok": 2, "failed": 1}
     assert (run.ttft.count, run.ttft.mean) == (2, pytest.approx(0.2, **NEAR))
@@ -274,17 +274,17 @@ def test_a_runs_summary_follows_from_the_scripts_and_failures_are_in_no_time() -
 def test_the_first_request_is_sent_on_time_and_so_are_all_others() -> None:
     loop = VirtualLoop(lambda *_: plain(3, 0.1, 0.02))
     client = Client(Target("http://h", "m", api="chat"), clock=loop.time)
-    loop.run(client.open_loop([Call(f"{at}", at * 0.001, "t", "Hi", 1, 0) for at in range(500)]))
+    loop.run(client.open_loop([TraceCall(f"{at}", at * 0.001, "t", "Hi", 1, 0) for at in range(500)]))
     assert max(record.late_s for record in client.records) < 1e-5
     assert client.progress.lag_s.max < 1e-5
 
 
-def turns(number: int, every_s: float, **fields: Any) -> list[Call]:
+def turns(number: int, every_s: float, **fields: Any) -> list[TraceCall]:
     """A conversation whose turns are due so far apart."""
     said = []
     for turn in range(number):
         said += [{"role": "user", "content": f"q{turn}"}]
-        yield_ = Call(
+        yield_ = TraceCall(
             f"{turn}", turn * every_s, "t", "", 1, 0, session="s", waits=True, messages=tuple(said),
             answers=tuple(range(1, 2 * turn, 2)), last=turn == number - 1, **fields,
         )  # fmt: skip
@@ -347,7 +347,7 @@ def test_a_failed_answer_is_replaced_by_the_traces() -> None:
 def test_a_run_stops_at_its_duration_and_reports_nothing_of_its_warmup() -> None:
     loop = VirtualLoop(lambda *_: plain(3, 0.1, 0.02))
     client = Client(Target("http://h", "m", api="chat"), manner=Manner(duration_s=2.0, warmup_s=0.5), clock=loop.time)
-    loop.run(client.open_loop(Call(f"{at}", at * 0.1, "t", "Hi", 1, 0) for at in range(100)))
+    loop.run(client.open_loop(TraceCall(f"{at}", at * 0.1, "t", "Hi", 1, 0) for at in range(100)))
     assert client.progress.done == 20
     assert client.kept.totals.requests == 15
 
@@ -355,7 +355,7 @@ def test_a_run_stops_at_its_duration_and_reports_nothing_of_its_warmup() -> None
 def test_too_many_errors_stop_a_run() -> None:
     loop = VirtualLoop(lambda *_: Script([Step(0.01, b"no")], status=500))
     client = Client(Target("http://h", "m", api="chat"), manner=Manner(most_errors=5), clock=loop.time)
-    loop.run(client.open_loop(Call(f"{at}", at * 0.1, "t", "Hi", 1, 0) for at in range(100)))
+    loop.run(client.open_loop(TraceCall(f"{at}", at * 0.1, "t", "Hi", 1, 0) for at in range(100)))
     assert client.progress.done == 6
     assert "more than 5 requests failed" in client.stopped
 
@@ -363,7 +363,7 @@ def test_too_many_errors_stop_a_run() -> None:
 def test_a_closed_loop_keeps_so_many_on_their_way_and_is_late_for_none() -> None:
     loop = VirtualLoop(lambda *_: plain(11, 0.1, 0.01))
     client = Client(Target("http://h", "m", api="chat"), clock=loop.time)
-    loop.run(client.closed_loop((Call(f"{at}", 99.0 * at, "t", "Hi", 1, 0) for at in range(12)), 4))
+    loop.run(client.closed_loop((TraceCall(f"{at}", 99.0 * at, "t", "Hi", 1, 0) for at in range(12)), 4))
     assert [record.sent_s for record in client.records] == pytest.approx([0.0] * 4 + [0.2] * 4 + [0.4] * 4, abs=1e-5)
     assert max(record.late_s for record in client.records) < 1e-5
 
@@ -371,7 +371,7 @@ def test_a_closed_loop_keeps_so_many_on_their_way_and_is_late_for_none() -> None
 def test_what_is_stopped_marks_what_is_on_its_way_as_unfinished() -> None:
     loop = VirtualLoop(lambda *_: plain(100, 0.1, 1.0))
     client = Client(Target("http://h", "m"), clock=loop.time)
-    calls = [*turns(5, 0.1), *(Call(f"x{at}", 1 + at * 0.1, "t", "Hi", 1, 0) for at in range(100))]
+    calls = [*turns(5, 0.1), *(TraceCall(f"x{at}", 1 + at * 0.1, "t", "Hi", 1, 0) for at in range(100))]
     loop.call_later(2.05, client.stop, "by SIGINT")
     loop.run(client.open_loop(calls))
     assert client.stopped == "by SIGINT"

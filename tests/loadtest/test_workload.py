@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest.call import Call
+from loadtest.call import TraceCall
 from loadtest.traces import arrivals
 from loadtest.traces.arrivals import timed
 from loadtest.traces.formats import TraceRow
@@ -129,7 +129,7 @@ def test_turns_of_a_conversation_begin_alike_and_wait_for_each_other() -> None:
     assert not [call for call in Maker(token_prompts(0), wait=False).replay(rows, (0.0,) * 3, Random(1)) if call.waits]
 
 
-def spoken(number: int, context_tokens: int = 8192) -> list[Call]:
+def spoken(number: int, context_tokens: int = 8192) -> list[TraceCall]:
     maker = Maker(token_prompts(0), Fit(1.0, context_tokens), parse_shares("a=1,b=1"))
     calls = maker.conversations(conversations(Random(1)), arrivals.poisson(1.0, Random(2)), Random(3))
     return list(islice(calls, number))

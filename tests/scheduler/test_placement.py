@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from scheduler.placement import Apart, Place, Rules, Together, Why, place
+from scheduler.placement import Aggregated, Candidate, Disaggregated, Rules, Why, place
 from scheduler.workers import Role, Worker
 
 RULES = Rules(min_prompt_tokens=100, busy_tokens=1000, max_arriving_tokens=2000)
@@ -15,20 +15,20 @@ def worker(name: str) -> Worker:
     return Worker(name, f"http://{name}", roles[name[0]])
 
 
-def at(name: str, cost: float = 0.0, *, room: bool = True, **how: float) -> Place:
-    return Place(worker(name), worker(name).role, room, cost, **how)  # type: ignore[arg-type]
+def at(name: str, cost: float = 0.0, *, room: bool = True, **how: float) -> Candidate:
+    return Candidate(worker(name), worker(name).role, room, cost, **how)  # type: ignore[arg-type]
 
 
-def apart(prefill: str, decode: str) -> Apart:
-    return Apart(worker(prefill), worker(decode))
+def apart(prefill: str, decode: str) -> Disaggregated:
+    return Disaggregated(worker(prefill), worker(decode))
 
 
-def together(name: str, why: Why) -> Together:
-    return Together(worker(name), why)
+def together(name: str, why: Why) -> Aggregated:
+    return Aggregated(worker(name), why)
 
 
 P, D = at("p0"), at("d0")
-TABLE: dict[str, tuple[int, list[Place], Apart | Together | None]] = {
+TABLE: dict[str, tuple[int, list[Candidate], Disaggregated | Aggregated | None]] = {
     "a long prompt is read by one and answered by another": (500, [P, D], apart("p0", "d0")),
     "just long enough": (100, [P, D], apart("p0", "d0")),
     "short": (99, [P, D], together("d0", Why.SHORT_PROMPT)),
@@ -120,9 +120,9 @@ def test_whoever_is_chosen_has_room() -> None:
     for prompt_tokens, places, _ in TABLE.values():
         free = {each.worker for each in places if each.has_room}
         match place(prompt_tokens, places, RULES, splittable=True):
-            case Apart(prefill, decode):
+            case Disaggregated(prefill, decode):
                 assert {prefill, decode} <= free
-            case Together(chosen, _):
+            case Aggregated(chosen, _):
                 assert chosen in free
             case None:
                 pass

@@ -2,7 +2,7 @@
 
 from itertools import count
 
-from scheduler.fairness import OTHER, Tally
+from scheduler.fairness import OTHER, FairnessTally
 from scheduler.jobs import Job
 
 ids = count()
@@ -12,7 +12,7 @@ def job(tenant: str, prompt: int = 10, weight: float = 1.0) -> Job:
     return Job(f"j{next(ids)}", tenant, prompt_tokens=prompt, arrived_at=0.0, weight=weight)
 
 
-def run(tally: Tally, one: Job, output_tokens: int) -> None:
+def run(tally: FairnessTally, one: Job, output_tokens: int) -> None:
     tally.queued(one)
     tally.started(one, 0.0)
     one.output_tokens = output_tokens
@@ -20,7 +20,7 @@ def run(tally: Tally, one: Job, output_tokens: int) -> None:
 
 
 def test_service_is_booked_once_whether_a_job_is_seen_running_or_gone() -> None:
-    tally, one = Tally(), job("a")
+    tally, one = FairnessTally(), job("a")
     tally.queued(one)
     tally.started(one, 0.0)
     one.output_tokens = 3
@@ -32,14 +32,14 @@ def test_service_is_booked_once_whether_a_job_is_seen_running_or_gone() -> None:
 
 
 def test_prompt_tokens_from_the_cache_are_no_service() -> None:
-    tally, one = Tally(), job("a", prompt=100)
+    tally, one = FairnessTally(), job("a", prompt=100)
     one.cached_tokens = 96
     run(tally, one, 1)
     assert tally.sample(1.0).service == {"a": 4 + 2}
 
 
 def test_a_job_that_never_started_got_nothing() -> None:
-    tally, one = Tally(), job("a")
+    tally, one = FairnessTally(), job("a")
     tally.queued(one)
     tally.left(one, was_waiting=True, now=1.0)
     sample = tally.sample(1.0)
@@ -47,7 +47,7 @@ def test_a_job_that_never_started_got_nothing() -> None:
 
 
 def test_the_gap_is_between_those_who_wait_and_divided_by_their_weight() -> None:
-    tally = Tally()
+    tally = FairnessTally()
     for tenant, weight in (("light", 1.0), ("heavy", 4.0), ("away", 1.0)):
         run(tally, job(tenant, prompt=100, weight=weight), 150)
     tally.queued(job("light"))
@@ -56,7 +56,7 @@ def test_the_gap_is_between_those_who_wait_and_divided_by_their_weight() -> None
 
 
 def test_time_away_is_no_claim() -> None:
-    tally = Tally()
+    tally = FairnessTally()
     tally.queued(job("busy"))
     tally.sample(0.0)
     run(tally, job("busy", prompt=0), 500)
@@ -68,7 +68,7 @@ def test_time_away_is_no_claim() -> None:
 
 
 def test_the_longest_stall_counts_those_stalled_now_and_those_just_resumed() -> None:
-    tally, first, second = Tally(), job("a"), job("a")
+    tally, first, second = FairnessTally(), job("a"), job("a")
     for one in (first, second):
         tally.queued(one)
         tally.started(one, 0.0)
@@ -84,14 +84,14 @@ def test_the_longest_stall_counts_those_stalled_now_and_those_just_resumed() -> 
 
 
 def test_the_largest_tenants_are_named_and_the_rest_are_other() -> None:
-    tally = Tally(labels=3)
+    tally = FairnessTally(labels=3)
     for number in range(10):
         run(tally, job(f"t{number}", prompt=number), 0)
     assert tally.sample(1.0).service == {"t9": 9, "t8": 8, "t7": 7, OTHER: 21}
 
 
 def test_names_given_out_are_bounded_however_many_tenants_grow_large() -> None:
-    tally, seen = Tally(labels=3), set[str]()
+    tally, seen = FairnessTally(labels=3), set[str]()
     for number in range(100):
         run(tally, job(f"t{number}", prompt=10 + number), 0)
         seen |= tally.sample(float(number)).service.keys()
@@ -99,7 +99,7 @@ def test_names_given_out_are_bounded_however_many_tenants_grow_large() -> None:
 
 
 def test_tenants_without_a_job_are_forgotten_once_there_are_very_many() -> None:
-    tally = Tally()
+    tally = FairnessTally()
     for number in range(12_000):
         run(tally, job(f"t{number}"), 1)
     tally.sample(1.0)
@@ -107,7 +107,7 @@ def test_tenants_without_a_job_are_forgotten_once_there_are_very_many() -> None:
 
 
 def test_a_stall_goes_on_when_a_job_is_taken_and_cannot_start() -> None:
-    tally, one, other = Tally(), job("a"), job("b")
+    tally, one, other = FairnessTally(), job("a"), job("b")
     tally.queued(one)
     tally.started(one, 0.0)
     tally.preempted(one, 10.0)

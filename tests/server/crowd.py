@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
-from loadtest.fake.engine import EngineSetup, FakeEngine, Seen
+from loadtest.fake.engine import EngineSetup, FakeEngine, SeenRequest
 from loadtest.fake.faults import HEALTHY, Faults
 from tests.server.conftest import INSTANT, Running, eventually, serving
 
@@ -58,7 +58,7 @@ class Crowd:
         await eventually(lambda: len(self.gateway.server.fleet.ready()) == len(self.engines), "all workers are ready")
 
     @property
-    def asked(self) -> list[Seen]:
+    def asked(self) -> list[SeenRequest]:
         return [seen for engine in self.engines for seen in engine.seen]
 
 

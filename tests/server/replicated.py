@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from server.admission.limits import AtLimit, Gate, Standing
+from server.admission.limits import AtLimit, Gate, LimitStanding
 from server.cluster.replicas import Part, Replicas
 from server.request.tenants import Limits, Tenant
 from server.store.store import MemoryStore, News, Offer, StoreAway
@@ -85,11 +85,11 @@ class Member:
     async def sync(self) -> None:
         await self.replicas.exchange()
 
-    def try_enter(self, tenant: Tenant, tokens: int = 0) -> Standing | None:
+    def try_enter(self, tenant: Tenant, tokens: int = 0) -> LimitStanding | None:
         return try_enter(self.gate, tenant, tokens)
 
 
-def try_enter(gate: Gate, tenant: Tenant, tokens: int = 0) -> Standing | None:
+def try_enter(gate: Gate, tenant: Tenant, tokens: int = 0) -> LimitStanding | None:
     try:
         return gate.enter(tenant, tokens, Answer())
     except AtLimit:

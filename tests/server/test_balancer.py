@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator
 from loadtest.fake.engine import FakeEngine
 from scheduler.balance import Swing
 from scheduler.workers import Role, Worker
-from server.engine.client import Engine
+from server.engine.client import EngineClient
 from server.fleet.balancer import Balancer, loads
-from server.fleet.fleet import Fleet, Member, State
+from server.fleet.fleet import Fleet, Member, WorkerState
 from tests.server.conftest import Running, completion, eventually, serving
 from tests.server.test_handover import QUICK
 
@@ -24,7 +24,7 @@ def fleet_of(**roles: str) -> Fleet:
     fleet = Fleet()
     for name, role in roles.items():
         worker = Worker(name, "http://127.0.0.1:9", Role(role), slots=10, hands_over=role == "both")
-        fleet.members[name] = Member(worker, Engine(worker.url), State.READY, ("fake",))
+        fleet.members[name] = Member(worker, EngineClient(worker.url), WorkerState.READY, ("fake",))
     return fleet
 
 
@@ -64,7 +64,7 @@ def test_one_worker_at_a_time_leans_and_not_twice_within_a_while() -> None:
 def test_a_worker_without_a_connector_and_one_with_a_role_stay_what_they_are() -> None:
     fleet = fleet_of(p="prefill", d="decode")
     plain = Worker("plain", "http://127.0.0.1:9", Role.BOTH)
-    fleet.members["plain"] = Member(plain, Engine(plain.url), State.READY, ("fake",))
+    fleet.members["plain"] = Member(plain, EngineClient(plain.url), WorkerState.READY, ("fake",))
     fleet.members["p"].pending_tokens = 10**6
     Balancer(fleet, 1000, clock=Clock()).look()
     assert [member.role for member in fleet.members.values()] == [Role.PREFILL, Role.DECODE, Role.BOTH]
@@ -89,13 +89,13 @@ async def test_requests_follow_a_worker_to_its_side_and_back() -> None:
             assert reply.status == 200
 
         members["b"].leans = Role.PREFILL
-        members["p"].state = State.DRAINING
+        members["p"].state = WorkerState.DRAINING
         await ask(10)
         assert len(engines["b"].seen) == 1 and engines["b"].seen[-1].body["max_tokens"] == 1
         assert engines["d"].fetched == 1
         members["b"].leans = Role.DECODE
-        members["p"].state = State.READY
-        members["d"].state = State.DRAINING
+        members["p"].state = WorkerState.READY
+        members["d"].state = WorkerState.DRAINING
         await ask(11)
         assert engines["b"].fetched == 1 and len(engines["p"].seen) == 1
         members["b"].leans = Role.BOTH

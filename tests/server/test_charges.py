@@ -16,7 +16,7 @@ import uvloop
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loadtest.fake.engine import Choice, EngineSetup, FakeEngine
+from loadtest.fake.engine import EngineSetup, FakeChoice, FakeEngine
 from scheduler.jobs import Outcome
 from server.observe.observer import Observer
 from server.request.call import Ticket
@@ -43,7 +43,7 @@ class Counting(FakeEngine):
         super().__init__(setup)
         self.prompt_tokens = self.output_tokens = 0
 
-    def _end(self, choice: Choice, outcome: Outcome) -> None:
+    def _end(self, choice: FakeChoice, outcome: Outcome) -> None:
         there = choice.job in self._choices
         super()._end(choice, outcome)
         if there:

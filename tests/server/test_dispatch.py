@@ -16,8 +16,8 @@ from scheduler.catalog import build
 from scheduler.lanes import Lanes
 from scheduler.workers import Worker
 from server.admission.dispatch import LONGEST_RETRY_S, Dispatcher, Lines, Pace
-from server.engine.client import Engine
-from server.fleet.fleet import Fleet, Member, State
+from server.engine.client import EngineClient
+from server.fleet.fleet import Fleet, Member, WorkerState
 from server.request.call import Phase, Ticket
 from server.request.errors import BadRequest, EngineUnreachable, NoWorker, Overloaded, ServiceError, UnknownModel
 from tests.server.calls import call_of, ticket_of
@@ -65,7 +65,7 @@ class Hall:
 
     def join(self, name: str, slots: int) -> Member:
         url = "http://127.0.0.1:9"
-        member = Member(Worker(name, url, slots=slots), Engine(url), State.READY, ("fake",))
+        member = Member(Worker(name, url, slots=slots), EngineClient(url), WorkerState.READY, ("fake",))
         self.fleet.members[name] = member
         return member
 
@@ -406,7 +406,7 @@ def test_no_worker_is_said_at_once_and_after_a_wait() -> None:
         await settle()
         waiting = hall.send(hall.ticket())
         await settle()
-        member.state = State.DOWN
+        member.state = WorkerState.DOWN
         with pytest.raises(NoWorker):
             await hall.visit(hall.ticket())
         with pytest.raises(NoWorker):
@@ -425,7 +425,7 @@ def test_a_worker_that_takes_no_connection_is_out_until_it_is_seen_again() -> No
             async with slot:
                 slot.suspect(EngineUnreachable("refused"))
                 raise EngineUnreachable("refused")
-        assert hall.fleet.members["w0"].state is State.DOWN and hall.is_empty()
+        assert hall.fleet.members["w0"].state is WorkerState.DOWN and hall.is_empty()
 
     in_virtual_time(run())
 
@@ -567,7 +567,7 @@ def test_a_model_that_nobody_serves_is_unknown_only_while_others_are_served() ->
         with pytest.raises(UnknownModel):
             lines.of("other")
         assert lines.of("fake") is hall.dispatcher
-        member.state = State.DOWN
+        member.state = WorkerState.DOWN
         assert lines.of("fake") is hall.dispatcher
 
     in_virtual_time(run())

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.client import Connection, Engine, content_at
+from server.engine.client import EngineClient, EngineConnection, content_at
 from server.request.errors import EngineGone, EngineUnreachable
 from tests.server.conftest import LIMIT_S, ScriptedEngine, eventually, plain, says, streamed
 
@@ -51,7 +51,7 @@ async def scripted() -> AsyncIterator[ScriptedEngine]:
         yield engine
 
 
-async def ask(engine: Engine, **how: bool) -> tuple[Recorder, Connection]:
+async def ask(engine: EngineClient, **how: bool) -> tuple[Recorder, EngineConnection]:
     sink = Recorder()
     connection = await engine.ask(b"/v1/x", b"{}", "id-1", sink, **how)
     async with asyncio.timeout(LIMIT_S):
@@ -60,7 +60,7 @@ async def ask(engine: Engine, **how: bool) -> tuple[Recorder, Connection]:
 
 
 async def test_one_connection_serves_many_requests(scripted: ScriptedEngine) -> None:
-    engine = Engine(scripted.url)
+    engine = EngineClient(scripted.url)
     for _ in range(3):
         sink, connection = await ask(engine)
         assert (sink.status, sink.got, sink.length) == (200, b'{"ok":1}', 8)
@@ -81,7 +81,7 @@ async def test_a_head_that_was_read_before_is_read_alike() -> None:
         cut = rng.choice([0, 0, 0, 5, len(said) - len(body), len(said) - 1])
         scripts.append(says(said[:cut], said[cut:]) if cut else says(said))
     async with ScriptedEngine(scripts).run() as scripted:
-        engine = Engine(scripted.url)
+        engine = EngineClient(scripted.url)
         for status, body in order:
             sink, _ = await ask(engine)
             assert (sink.status, sink.got, sink.length) == (status, body, len(body))
@@ -158,9 +158,9 @@ class Wire(asyncio.Transport):
         self.open = False
 
 
-def received(pieces: list[bytes]) -> tuple[Recorder, Connection]:
+def received(pieces: list[bytes]) -> tuple[Recorder, EngineConnection]:
     """What a connection makes of an answer that comes in these pieces."""
-    connection, sink = Connection(Engine("http://127.0.0.1:9")), Recorder()
+    connection, sink = EngineConnection(EngineClient("http://127.0.0.1:9")), Recorder()
     connection.connection_made(Wire())
     connection.ask(b"", sink)
     for piece in pieces:
@@ -169,14 +169,14 @@ def received(pieces: list[bytes]) -> tuple[Recorder, Connection]:
 
 
 async def test_a_prefix_in_the_workers_address_is_kept(scripted: ScriptedEngine) -> None:
-    engine = Engine(scripted.url + "/engines/a/")
+    engine = EngineClient(scripted.url + "/engines/a/")
     await ask(engine)
     assert scripted.asked[0].path == "/engines/a/v1/x"
     await engine.close()
 
 
 async def test_a_fresh_connection_can_be_demanded(scripted: ScriptedEngine) -> None:
-    engine = Engine(scripted.url)
+    engine = EngineClient(scripted.url)
     _, first = await ask(engine)
     _, second = await ask(engine, fresh=True)
     assert first is not second and scripted.accepted == 2
@@ -184,7 +184,7 @@ async def test_a_fresh_connection_can_be_demanded(scripted: ScriptedEngine) -> N
 
 
 async def test_giving_up_one_answer_never_touches_the_next_one_on_the_connection(scripted: ScriptedEngine) -> None:
-    engine = Engine(scripted.url)
+    engine = EngineClient(scripted.url)
     first, connection = await ask(engine)
     later = Recorder()
     assert await engine.ask(b"/v1/x", b"{}", "id-2", later) is connection
@@ -200,7 +200,7 @@ async def test_an_abandoned_answer_closes_its_connection_and_says_nothing_more(s
         await asyncio.Event().wait()
 
     scripted.scripts = [slow]
-    engine, sink = Engine(scripted.url), Recorder()
+    engine, sink = EngineClient(scripted.url), Recorder()
     connection = await engine.ask(b"/v1/x", b"{}", "id", sink)
     await eventually(lambda: sink.got == b"half")
     connection.abandon(sink)
@@ -210,7 +210,7 @@ async def test_an_abandoned_answer_closes_its_connection_and_says_nothing_more(s
 
 
 async def test_a_connection_is_not_paused_for_a_client_whose_answer_is_over(scripted: ScriptedEngine) -> None:
-    engine = Engine(scripted.url)
+    engine = EngineClient(scripted.url)
     _, connection = await ask(engine)
     connection.pause()
     sink, again = await ask(engine)
@@ -221,7 +221,7 @@ async def test_a_connection_is_not_paused_for_a_client_whose_answer_is_over(scri
 class Pausing(Recorder):
     """A sink that takes one read of an answer's body and then no more."""
 
-    connection: Connection
+    connection: EngineConnection
     taken = 0
 
     def body(self, data: bytes) -> None:
@@ -248,7 +248,7 @@ async def test_what_is_paused_stops_and_what_is_resumed_goes_on(scripted: Script
         writer.write(b"0\r\n\r\n")
 
     scripted.scripts = [on_and_on]
-    engine, sink = Engine(scripted.url), Pausing()
+    engine, sink = EngineClient(scripted.url), Pausing()
     sink.connection = await engine.ask(b"/v1/x", b"{}", "id", sink)
     paused_by.set()
     await eventually(lambda: sink.taken, "the first read of the body")
@@ -275,7 +275,7 @@ async def test_bytes_that_nobody_asked_for_end_the_connection(scripted: Scripted
         await has_its_answer.wait()
         writer.write(b"HTTP/1.1 200 OK\r\n")
 
-    engine = Engine(scripted.url)
+    engine = EngineClient(scripted.url)
     scripted.scripts = [says_more]
     await ask(engine)
     has_its_answer.set()
@@ -301,14 +301,14 @@ async def test_an_answer_that_is_not_whole_is_lost(scripted: ScriptedEngine, sai
         writer.close()
 
     scripted.scripts = [say_and_close]
-    engine = Engine(scripted.url)
+    engine = EngineClient(scripted.url)
     sink, _ = await ask(engine)
     assert isinstance(sink.error, EngineGone) and not engine.idle
     await engine.close()
 
 
 async def test_a_worker_that_is_not_there_is_unreachable() -> None:
-    engine = Engine("http://127.0.0.1:9")
+    engine = EngineClient("http://127.0.0.1:9")
     with pytest.raises(EngineUnreachable, match="cannot be reached"):
         await engine.ask(b"/v1/x", b"{}", "id", Recorder())
     with pytest.raises(EngineGone):
@@ -319,4 +319,4 @@ async def test_a_worker_that_is_not_there_is_unreachable() -> None:
 @pytest.mark.parametrize("url", ["https://host", "host:80", "http://", "ftp://host"])
 def test_an_address_that_is_none_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match="http://HOST:PORT"):
-        Engine(url)
+        EngineClient(url)

@@ -4,7 +4,7 @@ import pytest
 
 from loadtest.fake.engine import EngineSetup, FakeEngine
 from scheduler.workers import Worker
-from server.fleet.fleet import Fleet, State
+from server.fleet.fleet import Fleet, WorkerState
 from server.settings import HealthSettings
 from tests.server.conftest import SLOW, ScriptedEngine, chat, eventually, over_fake, plain, request, says
 
@@ -28,9 +28,9 @@ async def test_a_worker_that_answers_nonsense_is_asked_again_until_it_makes_sens
         engine.gets = {"/v1/models": garbage}
         member = fleet.add(Worker("w", engine.url))
         await eventually(lambda: member.misses >= 2)
-        assert member.state is State.STARTING
+        assert member.state is WorkerState.STARTING
         engine.gets = {}
-        await eventually(lambda: member.state is State.READY)
+        await eventually(lambda: member.state is WorkerState.READY)
         await fleet.close()
 
 
@@ -39,9 +39,9 @@ async def test_a_server_without_health_and_metrics_is_known_by_its_models() -> N
         engine.gets = {"/health": plain(b"", status="404 Not Found")}
         fleet = Fleet(probe_s=0.01, health=QUIET)
         member = fleet.add(Worker("w", engine.url))
-        await eventually(lambda: member.state is State.READY)
+        await eventually(lambda: member.state is WorkerState.READY)
         engine.gets["/v1/models"] = plain(b"", status="500 Internal Server Error")
-        await eventually(lambda: member.state is State.DOWN)
+        await eventually(lambda: member.state is WorkerState.DOWN)
         await fleet.close()
 
 
@@ -52,7 +52,7 @@ async def test_kv_usage_is_read_and_a_strange_number_is_not() -> None:
         member = fleet.add(Worker("w", engine.url))
         await eventually(lambda: member.kv_usage == 0.25)
         engine.gets = {"/metrics": plain(b"vllm:kv_cache_usage_perc many\n")}
-        await eventually(lambda: member.state is State.READY)
+        await eventually(lambda: member.state is WorkerState.READY)
         assert member.kv_usage == 0.25 and member.misses == 0
         await fleet.close()
 
@@ -70,7 +70,7 @@ async def test_sequences_from_elsewhere_are_those_that_a_worker_has_beyond_ours(
         await eventually(lambda: member.others == 0)
         engine.gets = {"/metrics": plain(b"vllm:num_requests_running 1e999\nvllm:num_requests_waiting e\n")}
         await eventually(lambda: member.others > 1000)
-        assert member.state is State.READY
+        assert member.state is WorkerState.READY
         await fleet.close()
 
 
@@ -110,7 +110,7 @@ async def test_an_engine_with_the_plug_in_is_recognised_and_follows_the_policy()
         fleet = Fleet(probe_s=0.01, health=QUIET)
         fleet.policy = lambda: wanted
         member = fleet.add(Worker("w", engine.url))
-        await eventually(lambda: member.state is State.READY)
+        await eventually(lambda: member.state is WorkerState.READY)
         assert member.worker.plugin
         assert engine.batch.lanes.policy.name == "vtc"
         wanted = ("mlfq", ())
@@ -125,7 +125,7 @@ async def test_the_slots_that_count_are_those_of_the_running_engine(caplog: pyte
         fleet.changed.append(lambda: told.append(member.worker.slots))
         member = fleet.add(Worker("w", engine.url))
         runs = engine.batch.cost.max_seqs
-        await eventually(lambda: member.worker.slots == runs and member.state is State.READY)
+        await eventually(lambda: member.worker.slots == runs and member.state is WorkerState.READY)
         assert not [record for record in caplog.records if record.levelname == "ERROR"]
         misled = fleet.add(Worker("misled", engine.url, slots=7))
         await eventually(lambda: misled.worker.slots == runs)
@@ -147,7 +147,7 @@ async def test_each_data_parallel_rank_is_told_the_policy() -> None:
         fleet = Fleet(probe_s=0.01, health=QUIET)
         fleet.policy = lambda: ("vtc", ())
         member = fleet.add(Worker("w", engine.url))
-        await eventually(lambda: member.state is State.READY)
+        await eventually(lambda: member.state is WorkerState.READY)
         assert [asked.headers["x-data-parallel-rank"] for asked in engine.asked] == ["0", "1", "2"]
         assert (member.worker.slots, member.kv_usage) == (3072, 0.2)
         await fleet.close()
@@ -158,7 +158,7 @@ async def test_an_engine_that_refuses_a_policy_keeps_its_own_and_serves_on() -> 
         fleet = Fleet(probe_s=0.01, health=QUIET)
         fleet.policy = lambda: ("lottery", ())
         member = fleet.add(Worker("w", engine.url))
-        await eventually(lambda: member.state is State.READY)
+        await eventually(lambda: member.state is WorkerState.READY)
         assert "lottery" in member.note
         assert engine.batch.lanes.policy.name == "fcfs"
         asked = len(engine.seen)
@@ -172,7 +172,7 @@ async def test_an_engine_without_the_plug_in_is_told_nothing() -> None:
         fleet = Fleet(probe_s=0.01, health=QUIET)
         fleet.policy = lambda: ("vtc", ())
         member = fleet.add(Worker("w", engine.url))
-        await eventually(lambda: member.state is State.READY)
+        await eventually(lambda: member.state is WorkerState.READY)
         assert not member.worker.plugin
         assert not engine.seen
         await fleet.close()

@@ -8,7 +8,7 @@ import pytest
 from loadtest.fake.engine import FakeEngine
 from loadtest.fake.faults import HEALTHY, Faults
 from scheduler.workers import Worker
-from server.fleet.fleet import Fleet, State
+from server.fleet.fleet import Fleet, WorkerState
 from server.fleet.health import Breaker, Output
 from server.settings import HealthSettings
 from tests.server.conftest import (
@@ -164,10 +164,10 @@ async def test_an_engine_that_fails_again_and_again_is_out_and_costs_nobody_an_a
         member = next(member for member in crowd.gateway.server.fleet.members.values() if member.worker.url == bad.url)
         for _ in range(40):
             assert (await crowd.gateway.ask(CHAT, chat())).status == 200
-        assert member.state is State.DOWN and len(bad.seen) == 3
+        assert member.state is WorkerState.DOWN and len(bad.seen) == 3
         bad.faults = HEALTHY
         now += 1.5  # longer than its first pause
-        await eventually(lambda: member.state is State.READY)
+        await eventually(lambda: member.state is WorkerState.READY)
         assert member.breaker.failures == 3, "the next failure opens it again at once"
         while member.breaker.failures:
             await asyncio.gather(*(crowd.gateway.ask(CHAT, chat()) for _ in range(4)))
@@ -190,7 +190,7 @@ async def test_a_worker_joins_when_it_answers_a_trial_question(answer: bytes, jo
         fleet = Fleet(probe_s=0.01)
         member = fleet.add(Worker("w", engine.url))
         await eventually(lambda: len(engine.asked) >= (1 if joins else 3))
-        await eventually(lambda: (member.state is State.READY) == joins)
+        await eventually(lambda: (member.state is WorkerState.READY) == joins)
         await fleet.close()
 
 
@@ -198,12 +198,12 @@ async def test_a_worker_that_says_something_else_than_its_fellows_stays_out() ->
     async with FakeEngine(INSTANT) as one, FakeEngine(INSTANT, faults=Faults(wrong_answers=True)) as other:
         fleet = Fleet(probe_s=0.01, health=HealthSettings(canary="same"))
         first = fleet.add(Worker("one", one.url))
-        await eventually(lambda: first.state is State.READY)
+        await eventually(lambda: first.state is WorkerState.READY)
         second = fleet.add(Worker("other", other.url))
         await eventually(lambda: second.misses >= 2)
-        assert second.state is State.STARTING and "as the others do" in second.note
+        assert second.state is WorkerState.STARTING and "as the others do" in second.note
         other.faults = HEALTHY
-        await eventually(lambda: second.state is State.READY)
+        await eventually(lambda: second.state is WorkerState.READY)
         await fleet.close()
 
 
@@ -226,7 +226,7 @@ async def test_after_its_time_a_drained_worker_s_streams_go_on_elsewhere_and_the
             head.body = b"".join(first + rest)
             assert sorted(map(str, said(head.events))) == sorted(map(str, said(whole.events)))
             assert len(crowd.asked) - before == 1 + moves
-            assert member.state is State.DRAINING and not member.breaker.failures
+            assert member.state is WorkerState.DRAINING and not member.breaker.failures
             fleet.resume(member.worker.id)
             await crowd.mend()
 

@@ -11,7 +11,7 @@ import pytest
 
 from loadtest.fake.engine import FakeEngine
 from scheduler.workers import Worker
-from server.fleet.fleet import Fleet, State
+from server.fleet.fleet import Fleet, WorkerState
 from server.request.errors import EngineGone
 from tests.server.conftest import (
     INSTANT,
@@ -390,7 +390,7 @@ async def test_a_probe_outlives_whatever_a_stream_s_request_looks_like() -> None
         fleet.drain("w0")
         await asyncio.sleep(0.05)  # several looks
         fleet.resume("w0")
-        await eventually(lambda: members[0].state is State.READY)
+        await eventually(lambda: members[0].state is WorkerState.READY)
         members[0].legs.clear()
         await fleet.close()
 

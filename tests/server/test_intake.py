@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.front.intake import BodyBudget, Connections, connections_allowed
-from server.front.protocol import Edge, Exchange
+from server.front.protocol import ClientExchange, GatewayProtocol
 from server.settings import EdgeSettings
 from tests.server.conftest import (
     SLOW,
@@ -126,7 +126,9 @@ async def test_a_dropped_connection_frees_its_memory_without_the_collector(
             del wire
             await eventually(lambda: not gateway.server.uvicorn.server_state.connections, "it is gone")
             await eventually(gateway.at_rest)
-            await eventually(lambda: not left(Edge) and not left(Exchange), "nothing refers to it any more")
+            await eventually(
+                lambda: not left(GatewayProtocol) and not left(ClientExchange), "nothing refers to it any more"
+            )
             assert held(gateway) == 0
 
 
@@ -185,8 +187,8 @@ async def test_a_head_that_is_known_opens_nothing_once_its_key_is_gone_and_no_ke
         assert len(edge.heads) == 1, "the second request did not need the parser"
         kept = [
             edge.heads,
-            *(connection.headers for connection in left(Edge)),
-            *(one.headers for one in left(Exchange)),
+            *(connection.headers for connection in left(GatewayProtocol)),
+            *(one.headers for one in left(ClientExchange)),
         ]
         assert KEY not in repr(kept)
         gateway.server.shared.tenants.set_file(())

@@ -10,7 +10,7 @@ import pytest
 from scheduler.catalog import build
 from scheduler.jobs import Job, Outcome
 from scheduler.lanes import Lanes
-from server.cluster.account_sync import Ledger
+from server.cluster.account_sync import AccountSync
 from server.cluster.replicas import Replicas
 from tests.server.replicated import Store
 
@@ -33,7 +33,7 @@ class Gateway:
     def __post_init__(self) -> None:
         self.lanes = Lanes(build(self.policy, {}))
         self.replicas = Replicas(self.name, self.store, clock=self.clock, sync_s=SYNC_S)
-        self.ledger = Ledger(lambda: {MODEL: self}, self.clock)
+        self.ledger = AccountSync(lambda: {MODEL: self}, self.clock)
         self.replicas.parts = [self.ledger]
         self.replicas.on_silence.append(self.ledger.silence)
 

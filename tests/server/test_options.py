@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, Field
 
-from server.options import Option, add_options, given
+from server.options import CliOption, add_options, given
 
 
 class Group(BaseModel):
@@ -22,11 +22,11 @@ class Several(BaseModel):
 
 
 OPTIONS = (
-    Option("host", "HOST"),
-    Option("engines", "URL", "--engine"),
-    Option("pairs", "KEY=VALUE", "--pair"),
-    Option("open"),
-    Option("group.folder", "FOLDER", "--folder"),
+    CliOption("host", "HOST"),
+    CliOption("engines", "URL", "--engine"),
+    CliOption("pairs", "KEY=VALUE", "--pair"),
+    CliOption("open"),
+    CliOption("group.folder", "FOLDER", "--folder"),
 )
 
 

@@ -16,8 +16,8 @@ from scheduler.lanes import Lanes
 from scheduler.placement import Rules
 from scheduler.workers import Role, Worker
 from server.admission.dispatch import Dispatcher
-from server.engine.client import Engine
-from server.fleet.fleet import Fleet, Member, State
+from server.engine.client import EngineClient
+from server.fleet.fleet import Fleet, Member, WorkerState
 from server.request.call import Phase, Ticket
 from tests.server.calls import ticket_of
 from tests.server.test_dispatch import in_virtual_time
@@ -37,7 +37,7 @@ class Floor:
         for role, count in workers.items():
             for number in range(count):
                 worker = Worker(f"{role.value}-{number}", "http://127.0.0.1:9", role, SLOTS[role])
-                self.fleet.members[worker.id] = Member(worker, Engine(worker.url), State.READY, ("fake",))
+                self.fleet.members[worker.id] = Member(worker, EngineClient(worker.url), WorkerState.READY, ("fake",))
         self.line = Dispatcher(
             "fake",
             Lanes(build(policy, {})),

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.admission.reservations import KEPT_S, Promises
+from server.admission.reservations import KEPT_S, Reservations
 
 PACE = 10.0
 
 
 def test_who_comes_back_in_time_finds_a_place_once() -> None:
-    promises = Promises(most=5)
+    promises = Reservations(most=5)
     after_s = promises.make("acme", PACE, 100.0)
     assert after_s == pytest.approx(0.1)
     assert not promises.redeem("acme", 100.05), "too early"
@@ -23,7 +23,7 @@ def test_who_comes_back_in_time_finds_a_place_once() -> None:
 
 
 def test_a_place_that_nobody_comes_for_is_free_again() -> None:
-    promises = Promises(most=5)
+    promises = Reservations(most=5)
     after_s = promises.make("acme", PACE, 100.0)
     late = 100.0 + after_s + KEPT_S
     assert promises.due(late - 0.01) == 1 and promises.due(late) == 0
@@ -32,13 +32,13 @@ def test_a_place_that_nobody_comes_for_is_free_again() -> None:
 
 
 def test_times_are_as_far_apart_as_places_come_free() -> None:
-    promises = Promises(most=100)
+    promises = Reservations(most=100)
     told = [promises.make(f"tenant-{number}", PACE, 100.0) for number in range(20)]
     assert [round(after_s, 6) for after_s in told] == [round((number + 1) / PACE, 6) for number in range(20)]
 
 
 def test_one_tenant_leaves_half_to_others_and_each_gets_one() -> None:
-    promises = Promises(most=40)
+    promises = Reservations(most=40)
     for _ in range(1000):
         last = promises.make("heavy", PACE, 100.0)
     assert promises._held["heavy"] == 20
@@ -50,7 +50,7 @@ def test_one_tenant_leaves_half_to_others_and_each_gets_one() -> None:
 
 
 def test_where_nobody_may_wait_nothing_is_promised() -> None:
-    promises = Promises(most=0)
+    promises = Reservations(most=0)
     assert promises.make("acme", PACE, 100.0) == pytest.approx(0.1)
     assert not promises.redeem("acme", 100.2)
 
@@ -58,7 +58,7 @@ def test_where_nobody_may_wait_nothing_is_promised() -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 30))
 def test_nothing_is_kept_of_promises_that_are_over(seed: int, most: int) -> None:
-    dice, promises, now = random.Random(seed), Promises(most), 100.0
+    dice, promises, now = random.Random(seed), Reservations(most), 100.0
     owed: dict[str, int] = {}
     for _ in range(300):
         now += dice.expovariate(PACE)

@@ -5,7 +5,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.request.transcript import MAX_KEPT_BYTES, PACK_CHUNKS, Chunk, Received, progress_of
+from server.request.transcript import MAX_KEPT_BYTES, PACK_CHUNKS, Chunk, Transcript, progress_of
 
 ROLE = {"id": "c", "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
 
@@ -19,8 +19,8 @@ def token(text: str, number: int, **more: object) -> bytes:
     return event({"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice | more]})
 
 
-def kept(*chunks: bytes) -> Received:
-    received = Received()
+def kept(*chunks: bytes) -> Transcript:
+    received = Transcript()
     for chunk in chunks:
         received.chunks.append(chunk)
         if len(received.chunks) >= PACK_CHUNKS:
@@ -60,7 +60,7 @@ def test_raw_control_bytes_are_never_mistaken_for_packed_ones() -> None:
 def test_text_of_a_later_leg_that_repeats_what_the_client_has_is_not_told_twice() -> None:
     first = progress_of(kept(event(ROLE), token("ab", 1), token("cd", 2)))
     first.chunks = [Chunk([1], "ab")]
-    received = Received()
+    received = Transcript()
     received.begin_leg(first)
     received.chunks.append(event({"choices": [{"index": 0, "text": "c", "token_ids": [3]}]}))
     assert progress_of(received).told == "abcd"

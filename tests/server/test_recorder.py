@@ -10,14 +10,14 @@ import pytest
 
 from loadtest.traces.formats import Skipped, read
 from scheduler.jobs import Job
-from server.observe.recorder import BLOCK_BYTES, Bounds, Recorder, prefix_hashes
+from server.observe.recorder import BLOCK_BYTES, Recorder, RecordingBounds, prefix_hashes
 from server.request.call import Call, Phase, Ticket
 from server.request.schemas import CHAT, TOKENIZE
 from server.request.tenants import Tenant
 from tests.server.conftest import chat, eventually, over_fake
 from tests.steps import lines_executed
 
-WIDE = Bounds(max_bytes=1 << 30, file_bytes=1 << 20)
+WIDE = RecordingBounds(max_bytes=1 << 30, file_bytes=1 << 20)
 
 
 class Clock:
@@ -46,7 +46,7 @@ def recorded(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in lines]
 
 
-def record(folder: Path, *tickets: Ticket, clock: Clock | None = None, bounds: Bounds = WIDE) -> Recorder:
+def record(folder: Path, *tickets: Ticket, clock: Clock | None = None, bounds: RecordingBounds = WIDE) -> Recorder:
     recorder = Recorder(folder, bounds, clock or Clock())
     recorder.start()
     for one in tickets:
@@ -105,7 +105,7 @@ def test_prompts_that_begin_alike_share_hashes_up_to_where_they_differ() -> None
 def test_the_files_stay_within_their_bounds_and_the_newest_are_kept(tmp_path: Path) -> None:
     clock = Clock()
     tickets = [ticket(clock, tokens=at + 1) for at in range(400)]
-    record(tmp_path, *tickets, clock=clock, bounds=Bounds(max_bytes=20_000, file_bytes=4_000))
+    record(tmp_path, *tickets, clock=clock, bounds=RecordingBounds(max_bytes=20_000, file_bytes=4_000))
     sizes = [path.stat().st_size for path in tmp_path.glob("trace-*.jsonl")]
     assert len(sizes) > 2
     assert sum(sizes) <= 20_000

@@ -6,15 +6,15 @@ import pytest
 
 from server.relay.resume import CannotResume, clean_length, closing, continuation, fit_to_resume
 from server.request.schemas import CHAT, COMPLETIONS
-from server.request.transcript import Chunk, Progress
+from server.request.transcript import Chunk, TranscriptProgress
 from tests.server.calls import call_of
 
 HEAD = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m"}
 
 
-def progress(*chunks: tuple[list[int], str]) -> Progress:
+def progress(*chunks: tuple[list[int], str]) -> TranscriptProgress:
     told = "".join(text for _, text in chunks)
-    return Progress(HEAD, [1, 2, 3], [Chunk(ids, text) for ids, text in chunks], told)
+    return TranscriptProgress(HEAD, [1, 2, 3], [Chunk(ids, text) for ids, text in chunks], told)
 
 
 def call(route: object = CHAT, **fields: object) -> object:
@@ -99,8 +99,8 @@ def test_what_means_the_same_for_the_rest_can(fields: dict[str, object]) -> None
 
 
 def test_without_token_ids_or_with_more_than_text_nothing_is_continued() -> None:
-    unknown = Progress(HEAD, None, [Chunk(None, "a")], "a")
-    reasoned = Progress(HEAD, [1], [Chunk([2], "a")], "a", only_text=False)
+    unknown = TranscriptProgress(HEAD, None, [Chunk(None, "a")], "a")
+    reasoned = TranscriptProgress(HEAD, [1], [Chunk([2], "a")], "a", only_text=False)
     for said in (unknown, reasoned):
         with pytest.raises(CannotResume):
             fit_to_resume(call(), said)

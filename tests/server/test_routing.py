@@ -6,36 +6,40 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.routing import AFFINITY, LONGEST_BYTES, WORKERS_EACH, Affinity, Option, beginnings, best, score
+from scheduler.routing import AFFINITY, LONGEST_BYTES, WORKERS_EACH, Affinity, RouteOption, beginnings, best, score
 
 TYPICAL = 500.0
-IDLE = Option(8)
+IDLE = RouteOption(8)
 
 # (what it shows, options, the one that is taken)
-TABLE: list[tuple[str, list[Option], int]] = [
-    ("the only one", [Option(8, 9000, 3, 0.9)], 0),
+TABLE: list[tuple[str, list[RouteOption], int]] = [
+    ("the only one", [RouteOption(8, 9000, 3, 0.9)], 0),
     ("the first of equals", [IDLE, IDLE, IDLE], 0),
-    ("the one with less to compute", [Option(8, 1000), Option(8, 500)], 1),
-    ("work counts by what a batch holds", [Option(8, 1000), Option(64, 4000)], 1),
-    ("others' requests are work too", [Option(8, 500, others=4), Option(8, 1000)], 1),
-    ("a full memory is a load, whatever the batch holds", [Option(256, 500, kv_usage=0.6), Option(256, 9000)], 1),
-    ("who remembers the prompt, among idle ones", [IDLE, Option(8, known_tokens=32)], 1),
-    ("who remembers more of it", [Option(8, known_tokens=64), Option(8, known_tokens=1024)], 1),
-    ("who remembers a long conversation, though busier", [IDLE, Option(8, 1500, known_tokens=4000)], 1),
-    ("but not if its batch is fuller by half", [IDLE, Option(8, 2000, known_tokens=10**9)], 0),
-    ("nor if its memory is", [IDLE, Option(8, kv_usage=0.6, known_tokens=10**9)], 0),
-    ("a short common prompt does not outweigh one request", [IDLE, Option(8, 500, known_tokens=100)], 0),
-    ("overloaded all, it is still remembered", [Option(8, 80_000), Option(8, 80_500, known_tokens=4000)], 1),
+    ("the one with less to compute", [RouteOption(8, 1000), RouteOption(8, 500)], 1),
+    ("work counts by what a batch holds", [RouteOption(8, 1000), RouteOption(64, 4000)], 1),
+    ("others' requests are work too", [RouteOption(8, 500, others=4), RouteOption(8, 1000)], 1),
+    (
+        "a full memory is a load, whatever the batch holds",
+        [RouteOption(256, 500, kv_usage=0.6), RouteOption(256, 9000)],
+        1,
+    ),
+    ("who remembers the prompt, among idle ones", [IDLE, RouteOption(8, known_tokens=32)], 1),
+    ("who remembers more of it", [RouteOption(8, known_tokens=64), RouteOption(8, known_tokens=1024)], 1),
+    ("who remembers a long conversation, though busier", [IDLE, RouteOption(8, 1500, known_tokens=4000)], 1),
+    ("but not if its batch is fuller by half", [IDLE, RouteOption(8, 2000, known_tokens=10**9)], 0),
+    ("nor if its memory is", [IDLE, RouteOption(8, kv_usage=0.6, known_tokens=10**9)], 0),
+    ("a short common prompt does not outweigh one request", [IDLE, RouteOption(8, 500, known_tokens=100)], 0),
+    ("overloaded all, it is still remembered", [RouteOption(8, 80_000), RouteOption(8, 80_500, known_tokens=4000)], 1),
 ]
 
 
 @pytest.mark.parametrize("options, taken", [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
-def test_the_best_option(options: list[Option], taken: int) -> None:
+def test_the_best_option(options: list[RouteOption], taken: int) -> None:
     assert best(options, TYPICAL) == taken
 
 
 OPTIONS = st.builds(
-    Option,
+    RouteOption,
     slots=st.integers(1, 512),
     pending_tokens=st.integers(0, 10**6),
     others=st.integers(0, 1000),
@@ -45,8 +49,8 @@ OPTIONS = st.builds(
 
 
 @given(option=OPTIONS, typical=st.floats(1, 1e5))
-def test_what_is_remembered_is_worth_half_a_batch_at_most(option: Option, typical: float) -> None:
-    forgetful = Option(option.slots, option.pending_tokens, option.others, option.kv_usage)
+def test_what_is_remembered_is_worth_half_a_batch_at_most(option: RouteOption, typical: float) -> None:
+    forgetful = RouteOption(option.slots, option.pending_tokens, option.others, option.kv_usage)
     assert -1e-6 <= score(forgetful, typical) - score(option, typical) <= AFFINITY + 1e-6  # as floats go
 
 

@@ -13,7 +13,7 @@ from scheduler.lanes import Lanes
 from scheduler.workers import Worker
 from server.admission.dispatch import Lines
 from server.fleet.fleet import Fleet
-from server.relay.engine_body import Steering
+from server.relay.engine_body import EngineBody
 from server.request.call import Route
 from server.request.errors import BadRequest
 from server.request.schemas import (
@@ -209,7 +209,7 @@ def test_the_scheduler_s_words_cannot_be_overwritten_by_a_client() -> None:
         by_model = {"m": OneLine()}
 
     worker = Worker("w", "http://127.0.0.1:1", plugin=True)
-    steering = Steering(TheLines())  # type: ignore[arg-type]
+    steering = EngineBody(TheLines())  # type: ignore[arg-type]
     for body in (b'{"model":"m"}', b'{"model":"m","vllm_xargs":null}', b'{"model":"m","vllm_xarg\\u0073":null}'):
         sent = json.loads(steering.body_for(ticket_of(lambda: 0.0, call_of(body)), worker))
         assert sent["vllm_xargs"]["evenhand_tenant"] == "anybody"
@@ -229,7 +229,7 @@ def test_an_engine_is_told_what_kind_of_answer_is_asked_for() -> None:
         by_model = {"m": OneLine()}
 
     worker = Worker("w", "http://127.0.0.1:1", plugin=True)
-    steering = Steering(TheLines())  # type: ignore[arg-type]
+    steering = EngineBody(TheLines())  # type: ignore[arg-type]
     kinds = {
         b'{"model":"m","messages":[]}': None,
         b'{"model":"m","messages":[],"tools":[{"type":"function","function":{"name":"f"}}]}': "tools",
@@ -245,10 +245,10 @@ def test_tenants_share_no_prefix_cache_where_that_is_asked_for(granted: frozense
     body = b'{"model":"m","messages":[]}'
     for tenant in ("acme", "beta"):
         ticket = ticket_of(lambda: 0.0, call_of(body, tenant=Tenant(tenant, grants=granted)))
-        steering = Steering(Lines(None, Fleet()), salt_cache=True)  # type: ignore[arg-type]  # no line is made here
+        steering = EngineBody(Lines(None, Fleet()), salt_cache=True)  # type: ignore[arg-type]  # no line is made here
         sent = json.loads(steering.body_for(ticket, Worker("w", "http://127.0.0.1:9")))
         assert sent.get("cache_salt") == (Tenant(tenant).cache_salt if salted else None)
-        plain = Steering(Lines(None, Fleet()))  # type: ignore[arg-type]
+        plain = EngineBody(Lines(None, Fleet()))  # type: ignore[arg-type]
         assert plain.body_for(ticket, Worker("w", "http://127.0.0.1:9")) == body
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from loadtest.fake.engine import FakeEngine
 from scheduler.workers import Role, Worker
-from server.fleet.fleet import Fleet, State
+from server.fleet.fleet import Fleet, WorkerState
 from server.fleet.registry import WORKER_TTL_S, Registry, registration_of
 from server.store.redis_store import RedisStore
 from server.store.store import MemoryStore
@@ -288,7 +288,7 @@ async def test_a_worker_that_is_about_to_leave_gets_nothing_new_and_may_change_i
                 await store.register("w", registration_of(worker, draining=draining), ttl_s=60.0)
                 await registry.follow()
                 await registry.follow()
-                wanted = State.DRAINING if draining else State.READY
+                wanted = WorkerState.DRAINING if draining else WorkerState.READY
                 await eventually(lambda wanted=wanted: fleet.members["w"].state is wanted)
             await fleet.remove("w")  # an operator is quicker
             await registry.follow()

@@ -7,7 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from scheduler.workers import Role, Worker
 from server.background import Background
-from server.cluster.local_sync import READY, STARTING, WORKER, Siblings
+from server.cluster.local_sync import READY, STARTING, WORKER, LocalSync
 from server.fleet.fleet import Fleet
 from server.observe.telemetry import Telemetry
 from server.store.store import MemoryStore, StoreAway
@@ -37,7 +37,7 @@ class One:
     def __init__(self, store: MemoryStore, number: int) -> None:
         self.fleet = Fleet(probe_s=60)
         self.telemetry = Telemetry(lambda: [("m", number + 1)], lambda: [], self.fleet.rows)
-        self.siblings = Siblings(store, number, self.fleet, self.telemetry.registry, Background())
+        self.siblings = LocalSync(store, number, self.fleet, self.telemetry.registry, Background())
 
     @property
     def workers(self) -> set[str]:

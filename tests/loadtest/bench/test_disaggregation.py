@@ -23,7 +23,7 @@ from loadtest.bench.disaggregation import (
     until,
 )
 from loadtest.bench.random_model import write
-from loadtest.call import Call
+from loadtest.call import TraceCall
 from loadtest.records import Record
 
 IDLE = Idle(ttft_s=0.2, tpot_s=0.01)
@@ -61,7 +61,7 @@ def test_goodput_is_for_each_worker_and_grows_as_the_objective_loosens() -> None
 
 def test_times_and_calls_stop_when_they_should() -> None:
     assert list(until(iter((0.0, 0.4, 0.8, 1.2)), 1.0)) == [0.0, 0.4, 0.8]
-    call = Call("c", 0.0, "t", [1], 1, 1)
+    call = TraceCall("c", 0.0, "t", [1], 1, 1)
     assert list(stopping(repeat(call), time.monotonic() - 1)) == []
     assert next(stopping(repeat(call), time.monotonic() + 60)) is call
 

@@ -13,7 +13,7 @@ import pytest
 from loadtest.bench import gateway
 from loadtest.bench.gateway import OURS, PHASES, add_arguments, phases
 from loadtest.bench.gateway_table import STREAMS, YARDSTICK
-from loadtest.bench.relay_load import BenchmarkError, Phase, program
+from loadtest.bench.relay_load import BenchmarkError, LoadPhase, program
 
 RELAY = "import sys; sys.exit('this one never relays')"
 
@@ -61,8 +61,15 @@ def test_memory_is_read_in_one_repetition_and_only_there() -> None:
 
 
 def test_a_phase_becomes_the_load_generator_s_arguments() -> None:
-    assert Phase(2, 1.0, 0.5).arguments() == ["-c", "2", "-d", "1.0", "-w", "0.5"]
-    assert Phase(2, 1.0, 0.5, chunks=3, interval_us=7, rate=4.0).arguments()[6:] == ["-s", "3", "-i", "7", "-r", "4.0"]
+    assert LoadPhase(2, 1.0, 0.5).arguments() == ["-c", "2", "-d", "1.0", "-w", "0.5"]
+    assert LoadPhase(2, 1.0, 0.5, chunks=3, interval_us=7, rate=4.0).arguments()[6:] == [
+        "-s",
+        "3",
+        "-i",
+        "7",
+        "-r",
+        "4.0",
+    ]
 
 
 def test_all_repetitions_of_nginx_and_ours_fit_into_six_minutes() -> None:

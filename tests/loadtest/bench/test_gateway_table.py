@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from loadtest.bench.gateway_table import HEAD, Run, Runs, notes, table
+from loadtest.bench.gateway_table import HEAD, Runs, TableRun, notes, table
 from loadtest.bench.relay_load import Observed
 
 
@@ -10,8 +10,8 @@ def seen(*, cpu_s: float = 0.0, pss_bytes: int = 0, others: float = 0.0, **load:
     return Observed({"errors": 0, "error": "", "seconds": 2.0, **load}, cpu_s, pss_bytes, others)
 
 
-def run(requests: int, cpu_us: float, first_byte_us: float, *, carried: int = 51_200, **more: Observed) -> Run:
-    return Run(
+def run(requests: int, cpu_us: float, first_byte_us: float, *, carried: int = 51_200, **more: Observed) -> TableRun:
+    return TableRun(
         {
             "idle": seen(first_byte_us={"p50": first_byte_us, "p99": 2 * first_byte_us}),
             "whole": seen(requests=requests),
@@ -22,8 +22,8 @@ def run(requests: int, cpu_us: float, first_byte_us: float, *, carried: int = 51
     )
 
 
-def direct(first_byte_us: float) -> Run:
-    return Run({"idle": seen(first_byte_us={"p50": first_byte_us, "p99": 2 * first_byte_us})})
+def direct(first_byte_us: float) -> TableRun:
+    return TableRun({"idle": seen(first_byte_us={"p50": first_byte_us, "p99": 2 * first_byte_us})})
 
 
 def runs() -> Runs:
@@ -67,8 +67,10 @@ def test_a_gateway_without_a_whole_repetition_has_no_line() -> None:
 
 def test_a_reader_is_told_what_is_wrong_with_the_figures() -> None:
     told = runs()
-    told["ours"][1] = Run({**told["ours"][1].phases, "whole": seen(requests=5, errors=3, error="status 502")})
-    told["nginx"][0] = Run({**told["nginx"][0].phases, "idle": seen(first_byte_us={"p50": 1, "p99": 1}, others=0.7)})
+    told["ours"][1] = TableRun({**told["ours"][1].phases, "whole": seen(requests=5, errors=3, error="status 502")})
+    told["nginx"][0] = TableRun(
+        {**told["nginx"][0].phases, "idle": seen(first_byte_us={"p50": 1, "p99": 1}, others=0.7)}
+    )
     text = "\n".join(notes(told, 10_000, 9_900, one_core=True))
     assert "3 repetitions" in text
     assert "9,900 streams in place of 10,000" in text

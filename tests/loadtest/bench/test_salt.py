@@ -2,7 +2,7 @@
 
 import argparse
 
-from loadtest.bench.salt import Seen, add_arguments, calls, table
+from loadtest.bench.salt import SaltFigures, add_arguments, calls, table
 
 
 def test_all_prompts_of_a_round_begin_alike_and_of_the_next_round_otherwise() -> None:
@@ -18,7 +18,11 @@ def test_all_prompts_of_a_round_begin_alike_and_of_the_next_round_otherwise() ->
 
 
 def test_ratios_are_taken_within_a_round() -> None:
-    rounds = [(Seen(0.1, 0.8), Seen(0.2, 0.6)), (Seen(0.2, 0.8), Seen(0.3, 0.6)), (Seen(0.1, 0.9), Seen(0.3, 0.5))]
+    rounds = [
+        (SaltFigures(0.1, 0.8), SaltFigures(0.2, 0.6)),
+        (SaltFigures(0.2, 0.8), SaltFigures(0.3, 0.6)),
+        (SaltFigures(0.1, 0.9), SaltFigures(0.3, 0.5)),
+    ]
     lines = table(rounds).splitlines()
     assert "| TTFT p50, ms | 100 (100–200) | 300 (200–300) | 2.00 (1.50–3.00) |" in lines
     assert "| prompt tokens found in the cache, % | 80 (80–90) | 60 (50–60) |  |" in lines

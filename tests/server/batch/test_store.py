@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from server.batch.objects import Batch, Line, Result, Status, StoredFile
+from server.batch.objects import Batch, BatchLine, Result, Status, StoredFile
 from server.batch.store import BatchStore, LeaseLost, SqliteBatchStore
 
 NOW = 1_000_000
@@ -38,8 +38,8 @@ def a_batch(number: int = 1, tenant: str = "acme", file: str = "file-00000001") 
     return Batch(f"batch_{number:08}", tenant, "/v1/completions", file, "24h", NOW, NOW + 86400)
 
 
-def lines(*numbers: int) -> list[Line]:
-    return [Line(number, f"id-{number}", number * 100, 100) for number in numbers]
+def lines(*numbers: int) -> list[BatchLine]:
+    return [BatchLine(number, f"id-{number}", number * 100, 100) for number in numbers]
 
 
 def begun(store: BatchStore, *numbers: int) -> Batch:
