@@ -112,7 +112,7 @@ class BatchSettings(BaseModel):
     max_requests: int = Field(50_000, ge=1, description="requests of one batch")
     tenant_bytes: int = Field(10 * 1024**3, ge=1, description="of all files of one tenant, bytes")
     keep_days: Positive = Field(30.0, description="then a file is removed, days")
-    share: float = Field(0.5, gt=0, le=1, description="of a model's slots, at most, for batches")
+    share: float = Field(0.25, gt=0, le=1, description="of a model's slots, at most, for batches")
     reserve: float = Field(0.05, ge=0, le=1, description="of a model's slots for batches even while others wait")
 
 
