@@ -54,7 +54,7 @@ class Trace:
             return
         if code is _SelectorSocketTransport.write.__code__ and self._is_the_end(frame):
             sys.setprofile(None)
-        elif file_of(code) is not None and frame not in self._seen:
+        elif file_of(code) is not None and frame not in self._seen and not in_background():
             self._seen.add(frame)  # a coroutine's frame is entered anew after every wait
             if code.co_name == self.since:
                 self.calls.clear()  # what came before is some other task
@@ -82,6 +82,12 @@ class Trace:
             lines.append(f"{'' if file == before else file:36} {code.co_qualname}")
             before = file
         return "\n".join(lines)
+
+
+def in_background() -> bool:
+    """Whether a long-lived task of the gateway runs: those have names, requests' tasks have none of their own."""
+    task = asyncio.current_task()
+    return task is not None and not task.get_name().startswith("Task-")
 
 
 def file_of(code: CodeType) -> str | None:

@@ -157,7 +157,7 @@ def test_slots_are_taken_no_more_often_than_allowed_and_not_at_all_as_published(
 class NoLift(Vtc):
     """Mutant: least counter first; time away saves up service."""
 
-    def lift(self, account: Account, level: float) -> None:
+    def lift(self, account: Account, level: float, *, contended: bool) -> None:
         pass
 
 
