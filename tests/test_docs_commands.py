@@ -35,7 +35,7 @@ REAL = "starts real engines: tests/end_to_end and tests/engine do"
 CLUSTER = "needs a cluster; the chart is rendered with these values below"
 ENGINE_OF_CONTAINERS = "needs a container engine; tests/deploy/test_containers.py reads the file as Docker Compose does"
 NOT_RUN = {
-    "docker compose": ENGINE_OF_CONTAINERS,
+    "docker ": ENGINE_OF_CONTAINERS,
     "kubectl ": CLUSTER,
     "helm ": CLUSTER,
     "promtool ": "tests/deploy/test_prometheus.py runs it",

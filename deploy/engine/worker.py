@@ -331,6 +331,7 @@ class WorkerProcess:
         line = parse(text)
         self._log.write(text)
         self._lines.append(text)
+        self._progress(text)
         if not self._stopping:
             self._listeners.line(self.name, line)
         if self.state is EngineState.STARTING and (reached := stage(line, self._stage)) != self._stage:

@@ -365,8 +365,8 @@ async def test_an_engine_whose_core_hangs_under_a_live_server_is_replaced(
 
 @pytest.mark.slow
 async def test_a_start_may_take_as_long_as_its_log_says_new_things(watched: Watched, tmp_path: Path) -> None:
-    loads = "import time\nfor part in range(12): print(f'Loading shards: {part}', flush=True); time.sleep(0.3)\n"
-    timing = replace(QUICK, start_s=3.0)
+    loads = "import time\nfor part in range(24): print(f'Loading shards: {part}', flush=True); time.sleep(0.5)\n"
+    timing = replace(QUICK, start_s=10.0)
     argv = [sys.executable, "-c", loads + HOLLOW]
     async with alive(watched.worker(lambda port: [*argv, str(port), str(tmp_path / "metrics")], timing)):
         await watched.until(EngineState.READY)
