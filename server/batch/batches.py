@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, ParamSpec, TypeVar
@@ -10,7 +10,7 @@ from typing import BinaryIO, ParamSpec, TypeVar
 import msgspec
 
 from server.batch.files import FileFolder
-from server.batch.objects import NEXT, RUNNING, Batch, Status, StoredFile
+from server.batch.objects import NEXT, Batch, Status, StoredFile
 from server.batch.store import BatchStore, SqliteBatchStore
 from server.request.errors import BadRequest, NotFound, RateLimited
 from server.request.schemas import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES
@@ -203,11 +203,3 @@ class Batches:
         """Waits for what the thread is doing."""
         self._thread.shutdown(wait=True)
         self.store.close()
-
-
-def counts(batches: Iterable[Batch]) -> dict[str, int]:
-    """Batches that are not over, by status."""
-    found = {status.value: 0 for status in RUNNING}
-    for batch in batches:
-        found[batch.status.value] += 1
-    return found

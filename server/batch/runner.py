@@ -145,9 +145,10 @@ class Runner(Collector):
             return None
         return await self.batches.call(self.batches.store.batch, batch_id)
 
-    async def _moved(self, batch: Batch, status: Status, **changes: object) -> None:
+    async def _moved(self, batch: Batch, status: Status, **changes: object) -> bool:
+        """Whether the batch was still as it is known here; if not, it was cancelled or is another gateway's."""
         moved = batch.moved(status, int(self.batches.wall()), **changes)
-        await self.batches.call(self.batches.store.update, moved, batch.status, self.owner)
+        return await self.batches.call(self.batches.store.update, moved, batch.status, self.owner)
 
     # validating
     async def _validate(self, batch: Batch) -> None:
@@ -296,7 +297,8 @@ class Runner(Collector):
         """Writes output and error file. Their ids follow from the batch's, so that writing them again replaces them."""
         output = await self.batches.call(self._write_results, batch, ok=True)
         errors = await self.batches.call(self._write_results, batch, ok=False)
-        await self._moved(batch, status, output_file_id=output, error_file_id=errors)
+        if not await self._moved(batch, status, output_file_id=output, error_file_id=errors):
+            return  # the results are still needed
         await self.batches.call(self.batches.store.forget_lines, batch.id)
         log.info("batch %s is %s", batch.id, status.value)
 
@@ -332,6 +334,9 @@ def _page(lines: Iterator[BatchLine]) -> list[BatchLine]:
 
 
 def _finished(work: _Work, task: asyncio.Task[None]) -> None:
-    del work.running[task]
+    """A line that failed inside the gateway ends with an error: the batch must not end without it."""
+    ready = work.running.pop(task)
     if not task.cancelled() and (error := task.exception()) is not None:
         log.error("a line of batch %s failed inside the gateway", work.batch.id, exc_info=error)
+        said = not_run(ready.line, "internal_error", "The gateway failed on this request; its log has the reason.")
+        work.results.append(Result(ready.line.number, False, said))
