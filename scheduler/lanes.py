@@ -297,6 +297,11 @@ class Lanes:
             self._behind = known and shadow.real_completions.mean > _BEHIND * shadow.completions.mean
 
     @property
+    def keeps_order(self) -> bool:
+        """Whether who goes next stays the same while running jobs are served: first come, first served."""
+        return self._shares is None and not self._displaced_at.maxlen and not isfinite(self._order.patience_s)
+
+    @property
     def promised_wait_s(self) -> float:
         """Longest wait for a first token that is promised at present; infinity if none is."""
         return self._fresh_s

@@ -48,11 +48,16 @@ class BatchEntry:
 
 @dataclass(frozen=True, slots=True)
 class Iteration:
-    """What one iteration computes. duration_s: how long it takes; producing: who has one more token at its end."""
+    """What one iteration computes. duration_s: how long it takes; producing: who has one more token at its end.
+
+    steady: nothing but decoding by all that run, so the next iterations are alike until one arrives, ends or needs
+    memory that is not there.
+    """
 
     duration_s: float
     producing: Seq[BatchEntry]
     prefill_tokens: int
+    steady: bool = False
 
 
 @dataclass(slots=True)
@@ -195,7 +200,55 @@ class ContinuousBatch:
         duration_s = self.cost.duration_s(
             step.prefill_tokens, step.decoding, step.kv_tokens, step.transfer_tokens, step.started
         )
-        return Iteration(duration_s, step.producing, step.prefill_tokens)
+        return Iteration(duration_s, step.producing, step.prefill_tokens, not barred and self._steady(step))
+
+    def _steady(self, step: _Step) -> bool:
+        alone = not (step.prefill_tokens or step.transfer_tokens or step.started or step.short)
+        waits = len(self.lanes) > 0 and not self.lanes.keeps_order
+        return alone and 0 < step.left and step.decoding == len(self._running) and not waits
+
+    def repeats(self, iteration: Iteration) -> int:
+        """How many iterations after a steady one are sure to find memory for all: no more than needs be looked at."""
+        return max(0, self._kv.free // len(iteration.producing) - 1) * self._size if iteration.steady else 0
+
+    def durations_s(self, iteration: Iteration, repeats: int) -> list[float]:
+        """How long each of so many iterations after a steady one, which has just been scheduled, takes."""
+        sequences = len(iteration.producing)
+        kv_tokens = sum(entry.computed for entry in iteration.producing) - sequences
+        last = kv_tokens + repeats * sequences
+        return [self.cost.duration_s(0, sequences, kv) for kv in range(kv_tokens + sequences, last + 1, sequences)]
+
+    def repeat(self, iteration: Iteration, ends: Seq[float]) -> None:
+        """A steady iteration and those that repeat it end at these times, each time but not with the last of them all.
+
+        What `complete` and `schedule` would do in turns, so many times: the next iteration is under way afterwards.
+        """
+        times, size = len(ends), self._size
+        for entry in iteration.producing:
+            entry.tokens += times
+            entry.computed += times
+            more = self._blocks_for(entry.computed) - len(entry.blocks)
+            if more:
+                self._kv.take(more)
+                entry.blocks += [KvBlocks.NAMELESS] * more
+            if entry.computed % size < times:
+                self._name(entry)
+        self.counts.generation_tokens += times * len(iteration.producing)
+        self._kept.after(times * len(iteration.producing), self.lanes.__contains__)
+        self._serve(iteration, ends)
+
+    def _serve(self, iteration: Iteration, ends: Seq[float]) -> None:
+        """Charges a token for each of these times; where the lanes keep a shadow account, it follows step by step."""
+        jobs = [entry.job for entry in iteration.producing]
+        serve = self.lanes.serve
+        if self.lanes.shadow is None:
+            for job in jobs:
+                serve(job, len(ends), ends[-1])
+            return
+        for end in ends:
+            for job in jobs:
+                serve(job, 1, end)
+            self.lanes.stepped(end, len(jobs))
 
     def complete(self, iteration: Iteration, now: float) -> list[Job]:
         """The iteration has ended: charge it, and name the jobs that have one more output token."""

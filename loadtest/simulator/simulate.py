@@ -5,10 +5,12 @@ What it does not have: the gateway's and the network's own time, and a worker's 
 where a request goes (that is the worker with the fewest pending tokens that has room).
 """
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from itertools import accumulate
 from typing import cast
 
 from loadtest.call import IDLE_GAP, TRACE, TraceCall
@@ -24,6 +26,7 @@ from scheduler.policy import window_for
 from scheduler.workers import Role, Worker
 
 SAMPLE_S = 1.0
+LONGEST_STRETCH = 64  # iterations in one event
 _MOST_PARTS = 1 << 10
 _MOST_BLOCKS = 1 << 20  # of one prompt: keeps the ids of different calls apart
 
@@ -68,6 +71,11 @@ class _Flight:
     pending_tokens: int = 0
     arriving_tokens: int = 0
 
+    @property
+    def left(self) -> int:
+        """Output tokens to come."""
+        return self.call.output_tokens - self.runs.output_tokens
+
     def record(self, now: float) -> Record:
         call, arrivals = self.call, self.arrivals_s
         marks = [round((at - self.sent_s) * 1e6) for at in arrivals]
@@ -90,13 +98,26 @@ class _Flight:
 
 
 @dataclass(slots=True, eq=False)
+class _Stretch:
+    """A steady iteration and those that repeat it. ends: when each ends; `done` of them are in the books."""
+
+    iteration: Iteration
+    ends: list[float]
+    done: int = 0
+
+
+@dataclass(slots=True, eq=False)
 class _Worker:
+    """due: the number of the event that ends its iteration, or its stretch; of events with other numbers none counts."""
+
     is_: Worker
     batch: ContinuousBatch
     in_flight: int = 0
     pending_tokens: int = 0
     arriving_tokens: int = 0
     busy: bool = False
+    due: int = 0
+    stretch: _Stretch | None = None
 
     def place(self, window: int) -> Candidate:
         """Itself as placement sees it; compared by what is pending."""
@@ -126,20 +147,33 @@ class Simulated:
 
 
 class Simulation:
-    """One run. `note` is called with each record as it ends."""
+    """One run.
 
-    def __init__(self, plan: Plan, note: Callable[[Record], None] | None = None) -> None:
-        """ValueError for a policy or option that there is not."""
+    Iterations in which everybody decodes and nobody arrives or ends differ only in their length. They are simulated
+    in stretches, one event for up to `longest_stretch` of them, and come out as they would one by one.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        note: Callable[[Record], None] | None = None,
+        *,
+        longest_stretch: int = LONGEST_STRETCH,
+    ) -> None:
+        """note: called with each record as it ends. ValueError for a policy or option that there is not."""
+        self._longest_stretch = longest_stretch
         self._plan = plan
         policy = build(plan.policy, plan.policy_options)
         self._line = Lanes(policy) if plan.gateway else None
+        self._accounts = policy.shares is not None
         self._window = plan.cost.max_seqs + window_for(policy, plan.ahead)
-        self._workers = self._made(plan.workers, Role.DECODE if plan.prefill_workers else Role.BOTH)
-        self._readers = self._made(plan.prefill_workers, Role.PREFILL)
+        self._workers = self._pool(plan.workers, Role.DECODE if plan.prefill_workers else Role.BOTH)
+        self._readers = self._pool(plan.prefill_workers, Role.PREFILL)
         self._by_id = {one.is_.id: one for one in (*self._workers, *self._readers)}
         self._flights: dict[str, _Flight] = {}
         self._charge: list[_Flight] = []
         self._events: list[tuple[float, int, _Worker | TraceCall, Iteration | None]] = []
+        self._stretching: dict[_Worker, None] = {}
         self._seq = 0
         self._sample_at = 0.0
         self._iterations = 0
@@ -148,7 +182,7 @@ class Simulation:
         self._kept = Kept()
         self._samples: list[Sample] = []
 
-    def _made(self, number: int, role: Role) -> list[_Worker]:
+    def _pool(self, number: int, role: Role) -> list[_Worker]:
         plan = self._plan
         return [
             _Worker(
@@ -177,10 +211,13 @@ class Simulation:
     def _until(self, end_s: float, pending: Iterator[TraceCall] | None) -> None:
         events = self._events
         while events and events[0][0] <= end_s:
-            now, _, worker, iteration = heappop(events)
+            now, number, worker, iteration = heappop(events)
             if isinstance(worker, TraceCall) or iteration is None:
                 self._turn(cast(TraceCall, worker), now)
                 continue
+            if number != worker.due:
+                continue
+            self._end_stretch(worker)
             self._sample(now)
             ended = self._complete(worker, iteration, now)
             for call in _first(pending, ended) if pending is not None else ():
@@ -209,6 +246,8 @@ class Simulation:
         if self._line is None or flight.waits is None:
             self._occupy(self._workers[0], flight, now)
         else:
+            if len(self._line):
+                self._charge_all(self._line, now)
             self._line.push(flight.waits, now)
             self._advance(now)
 
@@ -217,17 +256,23 @@ class Simulation:
         line = self._line
         if line is None or not len(line):
             return
-        for flight in self._charge:
-            if flight.uncharged and flight.waits is not None:
-                line.serve(flight.waits, flight.uncharged, now)
-                flight.uncharged = 0
-        self._charge.clear()
+        self._charge_all(line, now)
         while (job := line.peek(now)) is not None:
             room = self._room(job)
             if room is None:
                 return
             line.pop(now)
             self._occupy(room[0], self._flights[job.id], now, room[1])
+
+    def _charge_all(self, line: Lanes, now: float) -> None:
+        """Charges what has been made, where the order of those that wait depends on it."""
+        if self._accounts:
+            self._settle(now)
+        for flight in self._charge:
+            if flight.uncharged and flight.waits is not None:
+                line.serve(flight.waits, flight.uncharged, now)
+                flight.uncharged = 0
+        self._charge.clear()
 
     def _room(self, job: Job) -> tuple[_Worker, _Worker | None] | None:
         """Who answers, and who reads the prompt if that is another."""
@@ -244,6 +289,7 @@ class Simulation:
 
     def _occupy(self, worker: _Worker, flight: _Flight, now: float, reader: _Worker | None = None) -> None:
         call = flight.call
+        self._interrupt(worker, now)
         flight.worker = worker
         worker.in_flight += 1
         flight.pending_tokens = call.output_tokens + (call.prompt_tokens if reader is None else 0)
@@ -275,10 +321,77 @@ class Simulation:
         if worker.busy:
             return
         iteration = worker.batch.schedule(now)
-        if iteration is not None:
-            worker.busy = True
-            self._seq += 1
-            heappush(self._events, (now + iteration.duration_s, self._seq, worker, iteration))
+        if iteration is None:
+            return
+        worker.busy = True
+        end = now + iteration.duration_s
+        more = self._repeats(worker, iteration)
+        if more > 0:
+            ends = list(accumulate(worker.batch.durations_s(iteration, more), initial=end))
+            worker.stretch = _Stretch(iteration, ends)
+            self._stretching[worker] = None
+            end = ends[-1]
+        self._expect(worker, iteration, end)
+
+    def _expect(self, worker: _Worker, iteration: Iteration, end: float) -> None:
+        self._seq += 1
+        worker.due = self._seq
+        heappush(self._events, (end, self._seq, worker, iteration))
+
+    def _repeats(self, worker: _Worker, iteration: Iteration) -> int:
+        """How many more iterations like this one follow for sure, unless one arrives: none of them ends an answer."""
+        if not iteration.steady or self._readers:  # placement on separate pools looks at how full each memory is
+            return 0
+        flights = self._flights
+        left = min(flights[entry.job.id].left for entry in iteration.producing)
+        return min(left - 1, worker.batch.repeats(iteration), self._longest_stretch)
+
+    def _settle(self, now: float) -> None:
+        """Enters into the books what has been computed up to now in all stretches."""
+        for worker in self._stretching:
+            self._settle_one(worker, now)
+
+    def _settle_one(self, worker: _Worker, now: float) -> None:
+        stretch = worker.stretch
+        if stretch is not None:
+            ended = min(bisect_right(stretch.ends, now), len(stretch.ends) - 1)
+            self._enter(worker, stretch, ended)
+
+    def _enter(self, worker: _Worker, stretch: _Stretch, ended: int) -> None:
+        """So many of a stretch's iterations have ended."""
+        ends = stretch.ends[stretch.done : ended]
+        if not ends:
+            return
+        stretch.done = ended
+        self._iterations += len(ends)
+        worker.batch.repeat(stretch.iteration, ends)
+        for entry in stretch.iteration.producing:
+            self._made(self._flights[entry.job.id], ends)
+
+    def _end_stretch(self, worker: _Worker) -> None:
+        """All but its last iteration are in the books afterwards; the last one is under way."""
+        if worker.stretch is not None:
+            self._enter(worker, worker.stretch, len(worker.stretch.ends) - 1)
+            worker.stretch = None
+            del self._stretching[worker]
+
+    def _interrupt(self, worker: _Worker, now: float) -> None:
+        """A call arrives: the iteration under way is the stretch's last."""
+        stretch = worker.stretch
+        if stretch is None:
+            return
+        self._settle_one(worker, now)
+        worker.stretch = None
+        del self._stretching[worker]
+        self._expect(worker, stretch.iteration, stretch.ends[stretch.done])
+
+    def _made(self, flight: _Flight, ends: Sequence[float]) -> None:
+        """Output tokens came at these times."""
+        flight.arrivals_s += ends
+        if flight.waits is not None:
+            if not flight.uncharged:
+                self._charge.append(flight)
+            flight.uncharged += len(ends)
 
     def _complete(self, worker: _Worker, iteration: Iteration, now: float) -> int:
         worker.busy = False
@@ -292,11 +405,7 @@ class Simulation:
             if flight.arriving_tokens:
                 worker.arriving_tokens -= flight.arriving_tokens
                 flight.arriving_tokens = 0
-            flight.arrivals_s.append(now)
-            if flight.waits is not None:
-                if not flight.uncharged:
-                    self._charge.append(flight)
-                flight.uncharged += 1
+            self._made(flight, (now,))
             if job.output_tokens >= flight.call.output_tokens:
                 self._end(worker, flight, now)
                 ended += 1
@@ -337,6 +446,7 @@ class Simulation:
         if now < self._sample_at:
             return
         self._sample_at = now - now % SAMPLE_S + SAMPLE_S
+        self._settle(now)
         batches = [worker.batch for worker in self._by_id.values()]
         waiting = sum(batch.waiting() for batch in batches) + (len(self._line) if self._line is not None else 0)
         kv_usage = sum(batch.kv_usage() for batch in batches) / len(batches)

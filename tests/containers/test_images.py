@@ -139,5 +139,6 @@ def test_make_images_labels_them_and_lists_what_is_in_them(engine: Engine, tmp_p
     assert f"{image}:{labels['version']}" in about["RepoTags"]
     packages = json.loads((tmp_path / "build/images/gateway-python.json").read_text())["installed"]
     assert {"evenhand", "uvicorn"} <= {package["metadata"]["name"] for package in packages}
-    assert "libc6\t" in (tmp_path / "build/images/gateway-debian.txt").read_text()
+    debian = (tmp_path / "build/images/gateway-debian.txt").read_text().splitlines()
+    assert "libc6" in {line.partition("\t")[0].partition(":")[0] for line in debian}
     engine.run("image", "rm", *about["RepoTags"])

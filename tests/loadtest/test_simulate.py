@@ -6,6 +6,8 @@ from itertools import islice
 from random import Random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from loadtest.call import TraceCall
 from loadtest.report.report import summarize
@@ -58,6 +60,29 @@ def test_every_call_ends_with_all_its_tokens_under_every_policy(policy: str, wor
 def test_the_same_run_twice_is_the_same() -> None:
     first, second = (simulated(Plan(COST, "gittins", workers=2), list(load(150, 8.0))) for _ in range(2))
     assert (first.records, first.samples) == (second.records, second.samples)
+
+
+@given(
+    policy=st.sampled_from(sorted(POLICIES)),
+    workers=st.sampled_from([1, 3]),
+    rate_per_s=st.sampled_from([1.0, 6.0, 20.0]),
+    kv_tokens=st.sampled_from([700, 3000, 50_000]),
+    concurrency=st.sampled_from([None, 5]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=12)
+def test_iterations_in_stretches_come_out_as_one_by_one(
+    policy: str, workers: int, rate_per_s: float, kv_tokens: int, concurrency: int | None, seed: int
+) -> None:
+    draw, at_s, calls = Random(seed), 0.0, []
+    for at in range(30):
+        at_s += draw.expovariate(rate_per_s)
+        calls.append(call(f"{at}", at_s, draw.randint(1, 400), draw.randint(1, 100), draw.choice("ab")))
+    cost = replace(COST, attention_s_per_kv_token=1e-6, kv_capacity_tokens=kv_tokens, max_batched_tokens=128)
+    plan = Plan(cost, policy, workers=workers, concurrency=concurrency)
+    one_by_one = Simulation(plan, longest_stretch=0).run(calls)
+    stretched = Simulation(plan).run(calls)
+    assert (stretched.records, stretched.iterations) == (one_by_one.records, one_by_one.iterations)
 
 
 def test_one_worker_without_a_gateway_is_the_batch_that_the_fake_engine_runs() -> None:
