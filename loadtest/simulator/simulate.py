@@ -108,7 +108,7 @@ class _Stretch:
 
 @dataclass(slots=True, eq=False)
 class _Worker:
-    """due: the number of the event that ends its iteration, or its stretch; of events with other numbers none counts."""
+    """due: the number of the event that ends its iteration or its stretch; its events with other numbers are void."""
 
     is_: Worker
     batch: ContinuousBatch

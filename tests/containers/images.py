@@ -87,7 +87,9 @@ def make(engine: Engine, what: str, name: str, folder: Path) -> None:
     """Builds one stand-in, with the engine's first builder, which every client has."""
     if not has(engine, BOOKWORM):
         with (folder / "bookworm.tar").open("wb") as archive:
-            subprocess.run([STANDINS / "bookworm.sh", folder], stdout=archive, check=True)
+            made = subprocess.run([STANDINS / "bookworm.sh", folder], stdout=archive, check=False)
+        if made.returncode:
+            pytest.skip("no registry of images answers, and Debian's packages for stand-ins cannot be had either")
         engine.run("import", str(folder / "bookworm.tar"), BOOKWORM)
         (folder / "bookworm.tar").unlink()
     context = folder / what
