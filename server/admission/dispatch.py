@@ -4,7 +4,6 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping
 from math import exp2, log
-from types import TracebackType
 from typing import NamedTuple
 
 from scheduler.jobs import Job, Outcome
@@ -25,6 +24,7 @@ LONGEST_RETRY_S = 600.0
 TYPICAL_TOKENS_PER_S = 10.0  # of one sequence, before any request was seen
 TYPICAL_PROMPT_TOKENS = TYPICAL_OUTPUT_TOKENS = 256.0  # before any request was seen
 LEARN_SHARE = 0.05
+_COMPLETE = (Outcome.DONE, Outcome.LENGTH)
 UNKNOWN_RETRY_S = 5.0  # before any place has come free
 PROMISED_SHARE = 0.8  # of the places that come free: the line must not grow when they come slower than lately
 TIMES_LEFT = 4  # of the places that are left in line, one tenant may have so many times as many where tenants share
@@ -94,56 +94,6 @@ class Sizes:
         return call.prompt_tokens + round(output_tokens * call.sequences)
 
 
-class Slot:
-    """The right to run on a worker; held for the length of a call, given back however that ends."""
-
-    __slots__ = ("dispatcher", "ticket", "member")
-
-    def __init__(self, dispatcher: "Dispatcher", ticket: Ticket) -> None:
-        self.dispatcher = dispatcher
-        self.ticket = ticket
-
-    async def __aenter__(self) -> Member:
-        self.member: Member | None = await self.dispatcher.take(self.ticket)
-        return self.member
-
-    def suspect(self, error: ServiceError) -> None:
-        """Its worker failed, or its call made it fail."""
-        if self.member is not None:
-            self.dispatcher.fleet.suspect(self.member, error)
-
-    def failed(self, members: list[Member], *, proven: bool) -> None:
-        """The call failed at these workers; `proven` if another has answered it."""
-        call = self.ticket.call
-        for member in members:
-            self.dispatcher.fleet.failed(member, call.id, call.tenant.name, proven=proven)
-
-    async def are_well(self, members: list[Member]) -> bool:
-        """Whether these workers say that they are healthy, all of them."""
-        return all(await asyncio.gather(*map(self.dispatcher.fleet.is_well, members)))
-
-    async def move(self, error: ServiceError) -> Member:
-        """A place at another worker, first in its lane. Raises `error` again if there is no other."""
-        failed, self.member = self.member, None
-        assert failed is not None  # whoever has no worker cannot change it
-        self.member = await self.dispatcher.take_another(self.ticket, failed, error)
-        return self.member
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            outcome = Outcome.LENGTH if self.ticket.tokens == self.ticket.call.max_tokens else Outcome.DONE
-        else:
-            outcome = Outcome.ABORTED if kind is asyncio.CancelledError else Outcome.FAILED
-        member = self.member
-        if member is None:  # it had given its place up, and got no other
-            return
-        if kind is None:
-            self.dispatcher.fleet.did_well(member, self.ticket.call.tenant.name)
-        self.dispatcher.give_back(self.ticket, member, outcome)
-
-
 class Dispatcher:
     """One model's line and the workers that serve it.
 
@@ -183,12 +133,9 @@ class Dispatcher:
         self._waiters: dict[Job, tuple[asyncio.Future[Member], Ticket]] = {}
         self._waiting_of: Counter[str] = Counter()
 
-    def slot(self, ticket: Ticket) -> Slot:
-        """`async with` this: waits in line, yields the worker, gives the place back."""
-        return Slot(self, ticket)
-
     async def take(self, ticket: Ticket) -> Member:
-        """Waits for a place. Raises Overloaded if the line is full or the wait too long, NoWorker if nobody serves."""
+        """Waits for a place, which the ticket holds until `give_back`. Overloaded if the line is full or the wait too
+        long, NoWorker if nobody serves."""
         now = self.clock()
         self._bound_width(ticket.call)
         ready = self.fleet.ready(self.model)
@@ -230,9 +177,11 @@ class Dispatcher:
             return True
         return self.lanes.policy.shares is not None and self._waiting_of[tenant] >= TIMES_LEFT * left
 
-    async def take_another(self, ticket: Ticket, failed: Member, error: ServiceError) -> Member:
-        """A place at another worker than `failed`, whose own is given back. The job goes first in its lane and is not
-        charged again. Raises `error` if no other worker is ready."""
+    async def take_another(self, ticket: Ticket, error: ServiceError) -> Member:
+        """A place at another worker than the one that failed, whose own is given back. The job goes first in its lane
+        and is not charged again. Raises `error` if no other worker is ready."""
+        failed, ticket.member = ticket.member, None
+        assert failed is not None  # whoever has no place cannot change it
         now = self.clock()
         ready = [member for member in self.fleet.ready(self.model) if member is not failed]
         if not ticket.call.route.generates:
@@ -253,7 +202,7 @@ class Dispatcher:
     def _aside(self, ticket: Ticket, ready: list[Member]) -> Member:
         """A request that needs no place in a batch: nobody waits for it, and it waits for nobody."""
         member = min(ready, key=lambda member: member.in_flight)
-        ticket.worker = member.worker.id
+        ticket.member, ticket.worker = member, member.worker.id
         return member
 
     async def _wait(self, ticket: Ticket, now: float) -> Member:
@@ -272,8 +221,8 @@ class Dispatcher:
             self.advance()
             return await future
         except asyncio.CancelledError:
-            if future.done() and not future.cancelled() and future.exception() is None:
-                self.give_back(ticket, future.result(), Outcome.ABORTED)  # got its place in the moment it left
+            if ticket.member is not None:
+                self.give_back(ticket, Outcome.ABORTED)  # got its place in the moment it left
             raise
         finally:
             if timer is not None:
@@ -403,7 +352,7 @@ class Dispatcher:
         read_elsewhere = 0 if ticket.split is None else ticket.split.prompt_tokens
         ticket.pending_tokens = self.sizes.expected_tokens(ticket.call) - read_elsewhere
         member.pending_tokens += ticket.pending_tokens
-        ticket.worker = member.worker.id
+        ticket.member, ticket.worker = member, member.worker.id
         return member
 
     @staticmethod
@@ -414,8 +363,12 @@ class Dispatcher:
         member.pending_tokens -= ticket.pending_tokens
         ticket.pending_tokens = 0
 
-    def give_back(self, ticket: Ticket, member: Member, outcome: Outcome) -> None:
-        """A call is over: its place is the next one's."""
+    def give_back(self, ticket: Ticket, outcome: Outcome) -> None:
+        """A call that holds a place is over: its place is the next one's."""
+        member, ticket.member = ticket.member, None
+        assert member is not None
+        if outcome in _COMPLETE:
+            self.fleet.did_well(member, ticket.call.tenant.name)
         if not ticket.call.route.generates:
             return
         now = self.clock()
@@ -428,7 +381,7 @@ class Dispatcher:
         if missing:  # tokens that were not seen one by one; less than none where an estimate was too high
             self.lanes.serve(ticket.job, missing, now)
         self.lanes.finish(ticket.job, outcome, now)
-        if outcome in (Outcome.DONE, Outcome.LENGTH):
+        if outcome in _COMPLETE:
             self.sizes.learn(ticket, now)
         self.pace.freed(now)
         self.advance()

@@ -9,12 +9,10 @@ rounds of exchanges gives out at most its share of what is left. So, with R repl
 - While the store is away each gives out 1/R of the rate.
 """
 
-from asyncio import CancelledError
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from math import ceil
-from types import TracebackType
 from typing import ClassVar, Protocol
 
 import msgspec
@@ -22,7 +20,7 @@ import msgspec
 from server.request.call import Call, Ticket
 from server.request.errors import BadRequest, RateLimited, UnknownModel
 from server.request.schemas import raw_members, splice
-from server.request.tenants import OPEN, Limits, Tenant
+from server.request.tenants import Limits, Tenant
 from server.store.store import Kept
 
 
@@ -197,63 +195,6 @@ def span(seconds: float) -> bytes:
     return b"%dm%bs" % (minutes, text) if minutes else text + b"s"
 
 
-class Free:
-    """The admission where there are no tenants."""
-
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(self, *_: object) -> None:
-        return
-
-
-FREE = Free()
-
-
-class Admission:
-    """One call's hold on its tenant's limits, corrected to what it really used when it ends."""
-
-    __slots__ = ("gate", "out", "reserved", "standing", "ticket")
-
-    def __init__(self, gate: "Gate", ticket: Ticket, out: Headed) -> None:
-        self.gate = gate
-        self.ticket = ticket
-        self.out = out
-
-    def __enter__(self) -> None:
-        tenant = self.ticket.call.tenant
-        self.reserved = estimate(self.ticket.call)
-        self.standing = self.gate.enter(tenant, self.reserved, self.out)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.gate.leave(self.standing, self.reserved, used_by(self.ticket, kind))
-
-
-class Metered:
-    """The admission of a tenant without limits: what it used is counted all the same."""
-
-    __slots__ = ("gate", "ticket")
-
-    def __init__(self, gate: "Gate", ticket: Ticket) -> None:
-        self.gate = gate
-        self.ticket = ticket
-
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.gate.count(self.ticket.call.tenant.name, used_by(self.ticket, kind))
-
-
-def used_by(ticket: Ticket, failure: type[BaseException] | None) -> int:
-    """Tokens that a call which is over has used. failure: what ended it, None if its answer is complete."""
-    return ticket.used_tokens(failed=failure is not None and failure is not CancelledError)
-
-
 def estimate(call: Call) -> int:
     """Tokens charged in advance: the prompt, and the most that the answer may have, as OpenAI counts them."""
     return call.prompt_tokens + call.max_tokens * call.sequences if call.route.generates else 0
@@ -319,12 +260,20 @@ class Gate:
         self._day = self._month = ""
 
     # calls
-    def admit(self, ticket: Ticket, out: Headed) -> Admission | Metered | Free:
-        """`with` this: AtLimit if the tenant is at one; else its use is booked while the block runs."""
-        tenant = ticket.call.tenant
-        if tenant is OPEN:
-            return FREE
-        return Metered(self, ticket) if tenant.limits is None else Admission(self, ticket, out)
+    def admit(self, ticket: Ticket, out: Headed) -> None:
+        """Books a call of a tenant that has limits. AtLimit, and nothing booked, if the tenant is at one of them."""
+        booked = estimate(ticket.call)
+        ticket.standing = self.enter(ticket.call.tenant, booked, out)
+        ticket.booked_tokens = booked
+
+    def settle(self, ticket: Ticket) -> None:
+        """A call is over: what was booked for it becomes what it used. A tenant's use is counted with limits and
+        without."""
+        used = ticket.used_tokens()
+        if ticket.standing is None:
+            self.count(ticket.call.tenant.name, used)
+        else:
+            self.leave(ticket.standing, ticket.booked_tokens, used)
 
     def enter(self, tenant: Tenant, tokens: int, out: Headed) -> LimitStanding:
         """Books a call. Raises an AtLimit, having booked nothing. Both ways `out` gets its headers."""

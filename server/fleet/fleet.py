@@ -190,9 +190,13 @@ class Fleet:
         if member.state is WorkerState.READY and isinstance(error, EngineUnreachable | EngineLost):
             self._take_out(member, error)
 
-    def failed(self, member: Member, call: str, tenant: str, *, proven: bool) -> None:
-        """A call failed at this worker; `proven` if another then answered it. Enough of them take the worker out for a
+    def failed(self, members: Iterable[Member], call: str, tenant: str, *, proven: bool) -> None:
+        """A call failed at these workers; `proven` if another then answered it. Enough of them take a worker out for a
         while, but never the last one of a model: the calls may be to blame."""
+        for member in members:
+            self._failed(member, call, tenant, proven=proven)
+
+    def _failed(self, member: Member, call: str, tenant: str, *, proven: bool) -> None:
         if member.state is WorkerState.DRAINING:
             return
         member.breaker.failed(call, tenant, proven=proven)
@@ -217,6 +221,10 @@ class Fleet:
     def _take_out(self, member: Member, why: object) -> None:
         member.state = WorkerState.DOWN
         log.warning("worker %s is out until it answers again: %s", member.worker.id, why)
+
+    async def are_well(self, members: Iterable[Member]) -> bool:
+        """Whether these workers say at this moment that they are healthy, all of them."""
+        return all(await asyncio.gather(*map(self.is_well, members)))
 
     async def is_well(self, member: Member) -> bool:
         """Whether a worker says at this moment that it is healthy."""

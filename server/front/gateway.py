@@ -7,7 +7,7 @@ from typing import Protocol
 
 import msgspec
 
-from scheduler.jobs import Job
+from scheduler.jobs import Job, Outcome
 from server.admission.dispatch import Dispatcher, Lines
 from server.admission.limits import Gate, permitted
 from server.observe.observer import Observers
@@ -19,7 +19,7 @@ from server.request.call import Call, Phase, Route, Ticket
 from server.request.directory import Tenants
 from server.request.errors import ServiceError, outcome_of
 from server.request.schemas import call_from, deadline_from
-from server.request.tenants import Tenant
+from server.request.tenants import OPEN, Tenant
 
 log = logging.getLogger("evenhand.gateway")
 
@@ -105,22 +105,22 @@ class Gateway:
         return call if deadline is None else msgspec.structs.replace(call, deadline_s=deadline_from(deadline))
 
     async def serve(self, call: Call, dispatcher: Dispatcher, out: Request) -> None:
-        """One call from admission to its last token: limits, a slot in policy order, a worker, the answer's flow."""
-        ticket = self.ticket(call)
+        """One call from admission to its last token: limits, a place in policy order, a worker, the answer's flow."""
+        ticket, outcome = self.ticket(call), "ok"
         self.observers.began(ticket, out.header(b"traceparent"))
-        slot = dispatcher.slot(ticket)
         try:
-            with self.limits.admit(ticket, out):
-                async with slot as member:
-                    self.observers.started(ticket)
-                    ticket.move(Phase.PREFILLING)
-                    await self.handover.prefill(ticket)
-                    try:
-                        await self.relay.pump(ticket, member, dispatcher.charge, out)
-                    except ServiceError as error:
-                        await self.failover.go_on(ticket, slot, dispatcher.charge, out, error)
-                    ticket.move(Phase.DONE)
-                    outcome = "ok"
+            if call.tenant.limits is not None:
+                self.limits.admit(ticket, out)
+            member = await dispatcher.take(ticket)
+            self.observers.started(ticket)
+            ticket.move(Phase.PREFILLING)
+            if ticket.split is not None:
+                await self.handover.prefill(ticket)
+            try:
+                await self.relay.pump(ticket, member, dispatcher.charge, out)
+            except ServiceError as error:
+                await self.failover.go_on(ticket, dispatcher, out, error)
+            ticket.move(Phase.DONE)
         except asyncio.CancelledError:
             ticket.move(Phase.CANCELLED)
             outcome = "cancelled"
@@ -130,6 +130,16 @@ class Gateway:
             outcome = outcome_of(error)
             raise
         finally:
+            self.end(ticket, dispatcher, outcome)
+
+    def end(self, ticket: Ticket, dispatcher: Dispatcher, outcome: str) -> None:
+        """A call is over, however it ended: what it holds is given back, and it is counted."""
+        try:
+            if ticket.member is not None:
+                dispatcher.give_back(ticket, _job_outcome(ticket))
+        finally:
+            if ticket.call.tenant is not OPEN:
+                self.limits.settle(ticket)
             if ticket.exact:
                 self.learn(ticket)
             self.observers.ended(ticket, outcome)
@@ -160,3 +170,13 @@ class Gateway:
     def refused(self, path: str, error: ServiceError) -> None:
         """A request ended before it became a call."""
         self.telemetry.refused(path, outcome_of(error))
+
+
+def _job_outcome(ticket: Ticket) -> Outcome:
+    """How a call ended, as the scheduler sees it."""
+    match ticket.phase:
+        case Phase.DONE:
+            return Outcome.LENGTH if ticket.tokens == ticket.call.max_tokens else Outcome.DONE
+        case Phase.CANCELLED:
+            return Outcome.ABORTED
+    return Outcome.FAILED

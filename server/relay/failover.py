@@ -6,8 +6,8 @@ has. Never two at a time: a leg's connection is closed before the next one begin
 
 import logging
 from collections import Counter
-from typing import Protocol
 
+from server.admission.dispatch import Dispatcher
 from server.fleet.fleet import Member, RunningAnswer
 from server.relay.engine_body import EngineBody
 from server.relay.exchange import answered
@@ -34,17 +34,6 @@ log = logging.getLogger("evenhand.failover")
 MOST_LOOKS = 32  # at how many lengths the text of token ids is compared with what the client has
 
 
-class HeldSlot(Protocol):
-    """A call's place at a worker, which it can change for one at another. member: None once it has no place."""
-
-    member: Member | None
-
-    def suspect(self, error: ServiceError) -> None: ...
-    def failed(self, members: list[Member], *, proven: bool) -> None: ...
-    async def are_well(self, members: list[Member]) -> bool: ...
-    async def move(self, error: ServiceError) -> Member: ...
-
-
 class Failover:
     """Brings an answer to its end at other workers. attempts: workers asked for one request, the first one too."""
 
@@ -64,20 +53,19 @@ class Failover:
             return False
         return True
 
-    async def go_on(
-        self, ticket: Ticket, place: HeldSlot, charge: list[Ticket], out: ClientAnswer, error: ServiceError
-    ) -> None:
+    async def go_on(self, ticket: Ticket, line: Dispatcher, out: ClientAnswer, error: ServiceError) -> None:
         """Returns when the client has the whole answer. Raises what went wrong last if it cannot be had.
 
         A failure is a worker's once another worker has answered the call. Where a second one fails in the same way and
         both are well, the call is to blame: nobody else is asked, and its tenant pays for the attempts.
         """
+        fleet, call = line.fleet, ticket.call
         tried: list[Member] = []
         before: ServiceError | None = None  # what the latest worker to fail said
-        while is_engine_failure(error) and place.member is not None:
-            place.suspect(error)
-            tried.append(place.member)
-            if before is not None and is_same_refusal(before, error) and await place.are_well(tried):
+        while is_engine_failure(error) and ticket.member is not None:
+            fleet.suspect(ticket.member, error)
+            tried.append(ticket.member)
+            if before is not None and is_same_refusal(before, error) and await fleet.are_well(tried):
                 ticket.at_fault = len(tried)
                 self.outcomes["blamed"] += 1
                 raise error
@@ -85,27 +73,25 @@ class Failover:
             if len(tried) == self.attempts:
                 break
             try:
-                await self._another(ticket, place, charge, out, error)
+                await self._another(ticket, line, out, error)
             except ServiceError as next_error:
                 error = next_error
             else:
-                place.failed(tried, proven=True)
+                fleet.failed(tried, call.id, call.tenant.name, proven=True)
                 return
         if is_engine_failure(error) or isinstance(error, Unresumable):
-            place.failed(tried, proven=False)
+            fleet.failed(tried, call.id, call.tenant.name, proven=False)
             self.outcomes["failed"] += 1
-            if may_be_the_request(before or error) and await place.are_well(tried):
+            if may_be_the_request(before or error) and await fleet.are_well(tried):
                 ticket.at_fault = len(tried)
         raise error
 
-    async def _another(
-        self, ticket: Ticket, place: HeldSlot, charge: list[Ticket], out: ClientAnswer, error: ServiceError
-    ) -> None:
+    async def _another(self, ticket: Ticket, line: Dispatcher, out: ClientAnswer, error: ServiceError) -> None:
         if not out.begun:
             if ticket.received is not None:
                 ticket.received.begin_leg(None)
-            member = await place.move(error)
-            await self.relay.pump(ticket, member, charge, out)
+            member = await line.take_another(ticket, error)
+            await self.relay.pump(ticket, member, line.charge, out)
             self.outcomes["retried"] += 1
             return
         try:
@@ -113,30 +99,24 @@ class Failover:
             if progress.finish is not None and ticket.call.sequences == 1:
                 _close(ticket, progress, out)
             else:
-                await self._resume(ticket, progress, place, charge, out, error)
+                await self._resume(ticket, progress, line, out, error)
         except CannotResume as why:
             log.info("request %s cannot go on at another worker: %s", ticket.call.id, why)
             raise Unresumable(error.message) from None
         self.outcomes["resumed"] += 1
 
     async def _resume(
-        self,
-        ticket: Ticket,
-        progress: TranscriptProgress,
-        place: HeldSlot,
-        charge: list[Ticket],
-        out: ClientAnswer,
-        error: ServiceError,
+        self, ticket: Ticket, progress: TranscriptProgress, line: Dispatcher, out: ClientAnswer, error: ServiceError
     ) -> None:
         again = has_said_nothing(progress)
         if not again:
             fit_to_resume(ticket.call, progress)
-        member = await place.move(error)
+        member = await line.take_another(ticket, error)
         plan = restart(ticket.call, progress) if again else await _plan(ticket, progress, member)
         assert ticket.received is not None  # else there is no progress
         ticket.received.begin_leg(plan.kept)
         body = self.steering.dressed(ticket, member.worker, plan.body)
-        await answered(lambda: Resumed(ticket, out, self.relay.itl, charge, plan), ticket, member, plan.path, body)
+        await answered(lambda: Resumed(ticket, out, self.relay.itl, line.charge, plan), ticket, member, plan.path, body)
 
 
 class Unresumable(ServiceError):

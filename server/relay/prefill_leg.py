@@ -121,7 +121,7 @@ class PrefillLeg(Collector):
                 status, data = await self._ask(ticket, member)
         except EngineGone as error:
             self.fleet.suspect(member, error)
-            self.fleet.failed(member, ticket.call.id, ticket.call.tenant.name, proven=False)
+            self.fleet.failed([member], ticket.call.id, ticket.call.tenant.name, proven=False)
             raise NotRead("gone", error.message) from None
         except TimeoutError:
             raise NotRead("slow", f"it took longer than {self.timeout_s:g} s") from None

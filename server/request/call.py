@@ -11,7 +11,9 @@ from scheduler.jobs import Job
 from server.request.tenants import Tenant
 from server.request.transcript import Transcript
 
-if TYPE_CHECKING:  # an annotation only: at run time this layer knows nothing of workers
+if TYPE_CHECKING:  # annotations only: at run time this layer knows nothing of workers or limits
+    from server.admission.limits import LimitStanding
+    from server.fleet.fleet import Member
     from server.fleet.split import Split
 
 Dialect = Literal["openai", "responses", "messages"]
@@ -114,6 +116,9 @@ class Ticket:
     times: seconds on the gateway's clock at which a phase was first reached, by phase; None if it was not.
     tokens: output tokens counted as they passed; `usage` corrects them when the answer is complete.
     second_s: from a stream's first token to its second, None if there was none.
+    member: the worker that it holds a place at, None while it holds none. worker: the id of the last one.
+    standing: the limits of its tenant that it counts against, None if there are none; booked_tokens: charged there in
+    advance.
     pending_tokens: what the worker is taken to be busy with for it.
     split: set if prompt and answer are two workers' business; `worker` is then the one that answers.
     avoid: the worker that failed it last, which it should not be given again.
@@ -134,7 +139,10 @@ class Ticket:
     exact: bool = False
     last_at: float = 0.0
     second_s: float | None = None
+    member: "Member | None" = None
     worker: str = ""
+    standing: "LimitStanding | None" = None
+    booked_tokens: int = 0
     pending_tokens: int = 0
     split: "Split | None" = None
     uncharged: int = 0
@@ -156,14 +164,12 @@ class Ticket:
         if cached_tokens is not None:
             self.cached_tokens = cached_tokens
 
-    def used_tokens(self, *, failed: bool) -> int:
-        """What its tenant pays for: the prompt for each worker that it made fail, and what it was given.
-
-        failed: it ended with an error. One that a worker is to blame for costs nothing before the first token.
-        """
+    def used_tokens(self) -> int:
+        """What its tenant pays for: the prompt for each worker that it made fail, and what it was given. An error that
+        a worker is to blame for costs nothing before the first token."""
         if self.times[Phase.PREFILLING] is None or not self.call.route.generates:
             return 0
-        if failed and not self.tokens:
+        if self.phase is Phase.FAILED and not self.tokens:
             return self.prompt_tokens * self.at_fault
         return self.prompt_tokens * max(1, self.at_fault) + self.tokens
 

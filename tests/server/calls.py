@@ -1,8 +1,12 @@
 """Calls and tickets as tests need them."""
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
-from scheduler.jobs import Job
+from scheduler.jobs import Job, Outcome
+from server.admission.dispatch import Dispatcher
+from server.fleet.fleet import Member
 from server.request.call import Call, Route, Ticket
 from server.request.schemas import CHAT, call_from
 from server.request.tenants import Tenant
@@ -38,3 +42,21 @@ def ticket_of(
     )
     job = Job(str(number), call.tenant.name, call.prompt_tokens, clock(), call.max_tokens, call.tenant.weight)
     return Ticket(call, job, clock)
+
+
+@asynccontextmanager
+async def placed(line: Dispatcher, ticket: Ticket) -> AsyncIterator[Member]:
+    """A place in a line's workers for as long as the block runs."""
+    outcome = Outcome.DONE
+    member = await line.take(ticket)
+    try:
+        yield member
+    except asyncio.CancelledError:
+        outcome = Outcome.ABORTED
+        raise
+    except BaseException:
+        outcome = Outcome.FAILED
+        raise
+    finally:
+        if ticket.member is not None:
+            line.give_back(ticket, outcome)

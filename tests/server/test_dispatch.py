@@ -20,7 +20,7 @@ from server.engine.client import EngineClient
 from server.fleet.fleet import Fleet, Member, WorkerState
 from server.request.call import Phase, Ticket
 from server.request.errors import BadRequest, EngineUnreachable, NoWorker, Overloaded, ServiceError, UnknownModel
-from tests.server.calls import call_of, ticket_of
+from tests.server.calls import call_of, placed, ticket_of
 from tests.server.conftest import VirtualLoop
 
 POLICIES = ["fcfs", "mlfq", "vtc", "gittins"]
@@ -74,7 +74,7 @@ class Hall:
         return ticket_of(self.clock, number=self.count - 1, tenant=tenant, sequences=sequences)
 
     async def visit(self, ticket: Ticket, stay_s: float = 1.0, tokens: int = 5) -> None:
-        async with self.dispatcher.slot(ticket) as member:
+        async with placed(self.dispatcher, ticket) as member:
             ticket.move(Phase.PREFILLING)
             self.order.append(int(ticket.job.id))
             self.running[member.worker.id] += ticket.call.sequences
@@ -387,11 +387,10 @@ def test_a_deadline_counts_from_arrival_and_what_cannot_meet_it_is_not_started()
         hall.join("w1", 1)
         error = EngineUnreachable("it is gone")
         with pytest.raises(Overloaded):
-            slot = hall.dispatcher.slot(moved)
-            async with slot, hall.dispatcher.slot(hall.ticket()):
+            async with placed(hall.dispatcher, moved), placed(hall.dispatcher, hall.ticket()):
                 await asyncio.sleep(1.5)
                 began = hall.clock()
-                await slot.move(error)
+                await hall.dispatcher.take_another(moved, error)
         assert hall.clock() - began == pytest.approx(0.5)
         assert hall.is_empty()
 
@@ -420,10 +419,9 @@ def test_no_worker_is_said_at_once_and_after_a_wait() -> None:
 def test_a_worker_that_takes_no_connection_is_out_until_it_is_seen_again() -> None:
     async def run() -> None:
         hall = Hall(slots=(1,))
-        slot = hall.dispatcher.slot(hall.ticket())
         with pytest.raises(EngineUnreachable):
-            async with slot:
-                slot.suspect(EngineUnreachable("refused"))
+            async with placed(hall.dispatcher, hall.ticket()) as member:
+                hall.fleet.suspect(member, EngineUnreachable("refused"))
                 raise EngineUnreachable("refused")
         assert hall.fleet.members["w0"].state is WorkerState.DOWN and hall.is_empty()
 
@@ -438,16 +436,15 @@ def test_a_call_whose_worker_failed_goes_before_those_that_wait_and_is_charged_o
 
         async def fails_once() -> None:
             ticket = hall.ticket("a")
-            slot = hall.dispatcher.slot(ticket)
-            async with slot as member:
+            async with placed(hall.dispatcher, ticket) as member:
                 await asyncio.sleep(1.0)
-                slot.suspect(error)
-                other = await slot.move(error)
+                hall.fleet.suspect(member, error)
+                other = await hall.dispatcher.take_another(ticket, error)
                 assert other is not member
                 order.append("moved")
 
         async def visits(name: str, seconds: float) -> None:
-            async with hall.dispatcher.slot(hall.ticket("a")):
+            async with placed(hall.dispatcher, hall.ticket("a")):
                 order.append(name)
                 await asyncio.sleep(seconds)
 
@@ -469,10 +466,10 @@ def test_a_call_without_another_worker_ends_with_what_went_wrong() -> None:
     async def run() -> None:
         hall = Hall(slots=(1,))
         error = EngineUnreachable("refused")
-        slot = hall.dispatcher.slot(hall.ticket())
+        ticket = hall.ticket()
         with pytest.raises(EngineUnreachable):
-            async with slot:
-                await slot.move(error)
+            async with placed(hall.dispatcher, ticket):
+                await hall.dispatcher.take_another(ticket, error)
         assert hall.is_empty()
 
     in_virtual_time(run())
@@ -485,9 +482,9 @@ def test_a_client_that_leaves_while_its_call_changes_workers_leaves_nothing_behi
         await settle()
 
         async def fails() -> None:
-            slot = hall.dispatcher.slot(hall.ticket())
-            async with slot:
-                await slot.move(EngineUnreachable("refused"))
+            ticket = hall.ticket()
+            async with placed(hall.dispatcher, ticket):
+                await hall.dispatcher.take_another(ticket, EngineUnreachable("refused"))
 
         leaving = asyncio.create_task(fails())
         await settle()

@@ -19,7 +19,7 @@ from server.admission.dispatch import Dispatcher
 from server.engine.client import EngineClient
 from server.fleet.fleet import Fleet, Member, WorkerState
 from server.request.call import Phase, Ticket
-from tests.server.calls import ticket_of
+from tests.server.calls import placed, ticket_of
 from tests.server.test_dispatch import in_virtual_time
 
 SLOTS = {Role.PREFILL: 2, Role.DECODE: 4}
@@ -66,7 +66,7 @@ class Floor:
 
     async def visit(self, tenant: str) -> None:
         ticket, output_tokens = self.ticket(tenant)
-        async with self.line.slot(ticket):
+        async with placed(self.line, ticket):
             ticket.move(Phase.PREFILLING)
             self.weigh(tenant, PROMPT_WEIGHT * ticket.call.prompt_tokens)
             self.hold(ticket.call.prompt_tokens + output_tokens)
