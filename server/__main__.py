@@ -21,6 +21,7 @@ OPTIONS = (
     CliOption("host", "HOST"),
     CliOption("port", "PORT"),
     CliOption("workers", "URL[,role=…][,slots=N][,kv=yes]", "--worker"),
+    CliOption("models", "NAME=MODEL", "--model-alias"),
     CliOption("policy", "NAME"),
     CliOption("policy_options", "KEY=VALUE", "--policy-option"),
     CliOption("disaggregation.balance_roles", flag="--balance-roles"),

@@ -17,6 +17,7 @@ from scheduler.lanes import Lanes
 from scheduler.placement import Rules
 from scheduler.workers import Role, Worker
 from server.admission.dispatch import Dispatcher, Lines
+from server.admission.live_names import LiveNames
 from server.admission.live_policy import LivePolicy
 from server.background import Background
 from server.batch.batches import Batches
@@ -111,7 +112,7 @@ class GatewayServer:
         self.background = Background(monotonic)
         self.fleet = Fleet(probe_s=settings.probe_s, health=settings.health, background=self.background)
         self.fleet.policy, self.fleet.replicas = self.policy.order, self._replicas
-        self.lines = Lines(self._dispatcher, self.fleet)
+        self.lines = Lines(self._dispatcher, self.fleet, LiveNames(settings.models, self.fleet))
         self.process = process
         self.shared = ClusterState(
             settings,
@@ -140,11 +141,18 @@ class GatewayServer:
         self.pseudonyms = Pseudonyms(settings.admin_key.get_secret_value() if settings.admin_key is not None else None)
         self.recorder, self.tracing = self._recorder(), self._tracing()
         self.gateway = Gateway(
-            tenants, gate, self.lines, handover, failover, self.telemetry, self._observers(sharing), monotonic
+            tenants,
+            gate,
+            self.lines,
+            handover,
+            failover,
+            self.telemetry,
+            self._observers(sharing),
+            monotonic,
         )
         number = process.number if process is not None else 0
         self.siblings = LocalSync(self.shared.local, number, self.fleet, self.telemetry.registry, self.background)
-        self.app = public_app(self.fleet, self.siblings.metrics, tenants, self._notes, self._lifespan)
+        self.app = public_app(self.fleet, self.lines.names, self.siblings.metrics, tenants, self._notes, self._lifespan)
         self._for_operators(sharing)
         self.uvicorn = self._listener()
 

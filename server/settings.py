@@ -141,6 +141,11 @@ class Settings(BaseSettings):
     workers: list[str] = Field(
         default_factory=list, description="an OpenAI-compatible engine, e.g. http://127.0.0.1:8101,slots=256"
     )
+    models: dict[str, Any] = Field(
+        default_factory=dict,
+        description="a name that clients may ask for and the model that answers, e.g. gpt-4o-mini=smollm2; "
+        "`*` stands for every name that nobody serves",
+    )
     gateway_processes: int = Field(1, ge=1, le=64, description="processes that are this gateway, behind one port")
     probe_s: Positive = Field(1.0, description="between two probes of a worker, seconds")
     lame_duck_s: float = Field(

@@ -11,6 +11,7 @@ from scheduler.lanes import Lanes
 from scheduler.placement import Aggregated, Candidate, Disaggregated, Rules, place
 from scheduler.routing import Affinity, RouteOption, beginnings, best, score
 from scheduler.workers import Role, Worker
+from server.admission.live_names import LiveNames
 from server.admission.reservations import Reservations
 from server.fleet.fleet import Fleet, Member
 from server.fleet.split import Split
@@ -140,7 +141,9 @@ class Dispatcher:
         self._bound_width(ticket.call)
         ready = self.fleet.ready(self.model)
         if not ready:
-            raise NoWorker(f"No worker serves '{self.model}' right now.", retry_after_s=self.fleet.probe_s * 5)
+            raise NoWorker(
+                f"No worker serves '{ticket.call.asked or self.model}' right now.", retry_after_s=self.fleet.probe_s * 5
+            )
         if not ticket.call.route.generates:
             return self._aside(ticket, ready)
         if not len(self.lanes) and (room := self._room(ticket, ready)) is not None:
@@ -151,7 +154,7 @@ class Dispatcher:
         if not self.promises.redeem(tenant, now) and self._is_full_for(tenant, now):
             pace = self.pace.per_s(now)
             retry_s = self.promises.make(tenant, PROMISED_SHARE * pace, now) if pace > 0 else UNKNOWN_RETRY_S
-            waiting = f"{len(self.lanes)} requests already wait for '{self.model}'"
+            waiting = f"{len(self.lanes)} requests already wait for '{ticket.call.asked or self.model}'"
             raise Overloaded(f"{waiting}.", retry_after_s=min(LONGEST_RETRY_S, max(1.0, retry_s)))
         return await self._wait(ticket, now)
 
@@ -250,7 +253,9 @@ class Dispatcher:
                 f"No place came free within {waited:.0f} s.", retry_after_s=self.retry_after_s(ticket.call.tenant.name)
             )
             if not self.fleet.ready(self.model):
-                error = NoWorker(f"No worker served '{self.model}' within {waited:.0f} s.", retry_after_s=5.0)
+                error = NoWorker(
+                    f"No worker served '{ticket.call.asked or self.model}' within {waited:.0f} s.", retry_after_s=5.0
+                )
             future.set_exception(error)
 
     def advance(self) -> None:
@@ -438,10 +443,11 @@ def _option(member: Member, known: Mapping[str, int]) -> RouteOption:
 
 
 class Lines:
-    """A dispatcher for each served model; all under one policy."""
+    """A dispatcher for each served model; all under one policy. names: what clients may ask for."""
 
-    def __init__(self, build: Callable[[str], Dispatcher], fleet: Fleet) -> None:
+    def __init__(self, build: Callable[[str], Dispatcher], fleet: Fleet, names: LiveNames | None = None) -> None:
         self._build = build
+        self.names = names or LiveNames({}, fleet)
         self.fleet = fleet
         self.by_model: dict[str, Dispatcher] = {}
         fleet.changed.append(self.advance)

@@ -87,17 +87,19 @@ class GatewayEngines:
         who = self._tenant(tenant)
         if who is None or (who.models is not None and model not in who.models):
             return False
-        names = {str(entry["id"]) for entry in self.lines.fleet.models()}
-        return model in names or not names  # while no worker is ready, lines wait for one
+        if not self.lines.fleet.ready():
+            return True  # lines wait for a worker
+        return self.lines.names.answers_to(model, who)
 
     def room(self, model: str, running: int) -> int:
-        members = self.lines.fleet.ready(model)
+        behind = self.lines.names.table.models_of(model)
+        members = [member for name in behind for member in self.lines.fleet.ready(name)]
         slots = sum(member.worker.slots for member in members)
         if not slots:
             return 0
         least = max(1, round(self.reserve * slots)) - running
-        dispatcher = self.lines.by_model.get(model)
-        if dispatcher is not None and len(dispatcher.lanes):
+        dispatchers = [self.lines.by_model[name] for name in behind if name in self.lines.by_model]
+        if any(len(dispatcher.lanes) for dispatcher in dispatchers):
             return least
         free = sum(max(0, member.worker.slots - member.in_flight - member.others) for member in members)
         return max(least, min(free - round((1.0 - self.share) * slots), round(self.share * slots) - running))

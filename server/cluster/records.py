@@ -1,10 +1,11 @@
-"""What operators change while gateways run (tenants, policy, drained workers): records of the store, put in force."""
+"""What operators change while gateways run (tenants, policy, model names, drained workers): records of the store."""
 
 import logging
 from collections.abc import Awaitable, Callable, Iterable
 
 import msgspec
 
+from server.admission.live_names import LiveNames
 from server.admission.live_policy import LivePolicy, ModelQueue
 from server.fleet.fleet import Fleet, WorkerState
 from server.request.directory import Tenants
@@ -13,7 +14,7 @@ from server.store.store import Store, StoreAway
 
 log = logging.getLogger("evenhand.records")
 
-TENANT, POLICY, DRAINED = "tenant", "policy", "drained"
+TENANT, POLICY, DRAINED, MODEL = "tenant", "policy", "drained", "model"
 LIVE = "live"  # the name of the one policy record
 
 
@@ -36,6 +37,7 @@ class Records:
         store: Store,
         tenants: Tenants,
         policy: LivePolicy,
+        names: LiveNames,
         fleet: Fleet,
         lines: Callable[[], Iterable[ModelQueue]],
     ) -> None:
@@ -43,6 +45,7 @@ class Records:
         self.store = store
         self._tenants = tenants
         self._policy = policy
+        self._names = names
         self._fleet = fleet
         self._lines = lines
         self.drained: dict[str, str] = {}  # workers by id, with the address that each had; "" for any
@@ -82,6 +85,7 @@ class Records:
         drained = dict(self._known[DRAINED])
         self._tenants.set_stored(_tenants_in(self._known[TENANT]))
         self._set_policy(self._known[POLICY].get(LIVE))
+        self._names.set_stored(self._known[MODEL])
         for worker_id in self.drained.keys() - drained.keys():
             if worker_id in self._fleet.members:
                 self._fleet.resume(worker_id)
@@ -89,7 +93,7 @@ class Records:
         self._drain_newcomers()
 
     async def _all(self) -> dict[str, dict[str, str]]:
-        return {kind: await self.store.records(kind) for kind in (TENANT, POLICY, DRAINED)}
+        return {kind: await self.store.records(kind) for kind in (TENANT, POLICY, DRAINED, MODEL)}
 
     async def _restore(self) -> None:
         for kind, records in self._known.items():

@@ -84,11 +84,12 @@ class ClusterState:
         self.replicas.parts = [self.gate, ledger]
         self.replicas.on_silence.append(ledger.silence)
         self.replicas.kept = [self.gate]
-        self.records = Records(self.store, self.tenants, policy, fleet, lambda: lines.by_model.values())
+        self.records = Records(self.store, self.tenants, policy, lines.names, fleet, lambda: lines.by_model.values())
         self.replicas.on_records.append(self.records.are_stale)
         self.replicas.on_loss.append(self.records.are_lost)
         if self._ring:
             self.records.confirm = self.replicas.confirm
+        self._names = lines.names
         self._registry = Registry(self.store, fleet, clock)
 
     @asynccontextmanager
@@ -138,6 +139,8 @@ class ClusterState:
             }
         if self.file is not None and self.file.problem:
             notes["tenants"] = {"problem": self.file.problem}
+        if problems := self._names.problems():
+            notes["model_names"] = {"problems": problems}
         return notes
 
 

@@ -160,6 +160,15 @@ class Fleet:
             if member.state is WorkerState.READY and (model is None or model in member.models)
         ]
 
+    def models_known(self) -> set[str]:
+        """What the workers serve, as far as they have said so."""
+        return {model for member in self.members.values() for model in member.models}
+
+    def is_starting(self) -> bool:
+        """Whether there is a worker that has not said yet what it serves, or none at all."""
+        members = self.members.values()
+        return bool(self.starting) or not members or any(member.state is WorkerState.STARTING for member in members)
+
     def missing_roles(self) -> list[str]:
         """The halves of a split deployment that nobody takes at present, so that requests are not split."""
         there = {member.role for member in self.ready()}

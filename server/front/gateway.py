@@ -10,14 +10,16 @@ import msgspec
 from scheduler.jobs import Job, Outcome
 from server.admission.dispatch import Dispatcher, Lines
 from server.admission.limits import Gate, permitted
+from server.admission.live_names import may_fall_back
 from server.observe.observer import Observers
 from server.observe.telemetry import Telemetry
 from server.relay.failover import Failover
 from server.relay.prefill_leg import PrefillLeg
 from server.relay.relay import ClientAnswer
+from server.relay.renamed import RenamedAnswer
 from server.request.call import Call, Phase, Route, Ticket
 from server.request.directory import Tenants
-from server.request.errors import ServiceError, outcome_of
+from server.request.errors import NoWorker, ServiceError, UnknownModel, outcome_of
 from server.request.schemas import call_from, deadline_from
 from server.request.tenants import OPEN, Tenant
 
@@ -63,6 +65,7 @@ class Gateway:
         self.tenants = tenants
         self.limits = limits
         self.lines = lines
+        self.names = lines.names
         self.handover = handover
         self.failover = failover
         self.relay = failover.relay
@@ -75,8 +78,7 @@ class Gateway:
     async def answer(self, request: Request) -> None:
         """One request from its body to its last byte. Never raises, but for the cancellation of a client that left."""
         try:
-            call = self.read(request)
-            dispatcher = self.lines.of(call.model)
+            call, dispatcher = self.line_for(self.read(request))
         except ServiceError as error:
             self.refused(request.route.path, error)
             request.fail(error)
@@ -102,25 +104,36 @@ class Gateway:
         ratio = self.bytes_per_token.get(tenant.name, BYTES_PER_TOKEN)
         call = permitted(call_from(request.route, request.take_body(), tenant, call_id, ratio))
         deadline = request.header(b"x-deadline-s")
-        return call if deadline is None else msgspec.structs.replace(call, deadline_s=deadline_from(deadline))
+        if deadline is not None:
+            call = msgspec.structs.replace(call, deadline_s=deadline_from(deadline))
+        return self.names.resolved(call) if self.names.table.names else call
+
+    def line_for(self, call: Call) -> tuple[Call, Dispatcher]:
+        """The line of the model that is asked, or of its first fallback that is served."""
+        while True:
+            try:
+                return call, self.lines.of(call.model)
+            except (UnknownModel, NoWorker) as error:
+                if not call.asked:
+                    raise
+                if not call.fallbacks:
+                    raise NoWorker(f"No worker serves '{call.asked[:100]}' right now.", retry_after_s=5.0) from None
+                call = self.next_model(call, error)
 
     async def serve(self, call: Call, dispatcher: Dispatcher, out: Request) -> None:
         """One call from admission to its last token: limits, a place in policy order, a worker, the answer's flow."""
         ticket, outcome = self.ticket(call), "ok"
         self.observers.began(ticket, out.header(b"traceparent"))
+        answer = RenamedAnswer(out, call.asked) if call.asked else out
         try:
             if call.tenant.limits is not None:
                 self.limits.admit(ticket, out)
-            member = await dispatcher.take(ticket)
-            self.observers.started(ticket)
-            ticket.move(Phase.PREFILLING)
-            if ticket.split is not None:
-                await self.handover.prefill(ticket)
             try:
-                await self.relay.pump(ticket, member, dispatcher.charge, out)
+                await self.at_worker(ticket, dispatcher, answer)
             except ServiceError as error:
-                await self.failover.go_on(ticket, dispatcher, out, error)
-            ticket.move(Phase.DONE)
+                if not call.fallbacks:
+                    raise
+                await self.fall_back(ticket, answer, error)
         except asyncio.CancelledError:
             ticket.move(Phase.CANCELLED)
             outcome = "cancelled"
@@ -130,19 +143,62 @@ class Gateway:
             outcome = outcome_of(error)
             raise
         finally:
-            self.end(ticket, dispatcher, outcome)
+            self.end(ticket, outcome)
 
-    def end(self, ticket: Ticket, dispatcher: Dispatcher, outcome: str) -> None:
+    def end(self, ticket: Ticket, outcome: str) -> None:
         """A call is over, however it ended: what it holds is given back, and it is counted."""
         try:
             if ticket.member is not None:
-                dispatcher.give_back(ticket, _job_outcome(ticket))
+                self.lines.by_model[ticket.call.model].give_back(ticket, _job_outcome(ticket))
         finally:
             if ticket.call.tenant is not OPEN:
                 self.limits.settle(ticket)
             if ticket.exact:
                 self.learn(ticket)
             self.observers.ended(ticket, outcome)
+
+    async def at_worker(self, ticket: Ticket, dispatcher: Dispatcher, out: ClientAnswer) -> None:
+        """The answer of one model: waits for a place, and returns when the client has it all."""
+        member = await dispatcher.take(ticket)
+        if ticket.times[Phase.PREFILLING] is None:
+            self.observers.started(ticket)
+        ticket.move(Phase.PREFILLING)
+        if ticket.split is not None:
+            await self.handover.prefill(ticket)
+        try:
+            await self.relay.pump(ticket, member, dispatcher.charge, out)
+        except ServiceError as error:
+            await self.failover.go_on(ticket, dispatcher, out, error)
+        ticket.move(Phase.DONE)
+
+    async def fall_back(self, ticket: Ticket, out: ClientAnswer, error: ServiceError) -> None:
+        """The answer of the first fallback that gives one, as long as the client has nothing. Raises what went wrong.
+
+        A request that two workers failed on, both well, is not handed on: it would make others fail.
+        """
+        blamed = 0
+        while ticket.call.fallbacks and not out.begun and may_fall_back(error):
+            blamed += ticket.at_fault
+            if blamed > 1:
+                break
+            if ticket.member is not None:
+                self.lines.by_model[ticket.call.model].give_back(ticket, Outcome.FAILED)
+            try:
+                call, dispatcher = self.line_for(self.next_model(ticket.call, error))
+            except NoWorker:
+                break
+            ticket.ask_another(call)
+            try:
+                return await self.at_worker(ticket, dispatcher, out)
+            except ServiceError as next_error:
+                error = next_error
+        raise error
+
+    def next_model(self, call: Call, error: ServiceError) -> Call:
+        """The call, asked of its next fallback."""
+        following = self.names.next(call)
+        self.telemetry.fell_back(call, following.model, outcome_of(error))
+        return following
 
     def learn(self, ticket: Ticket) -> None:
         """The engine has told how long the prompt was: the tenant's next estimate is nearer to it."""

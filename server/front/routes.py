@@ -11,6 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from server.admission.live_names import LiveNames
 from server.fleet.fleet import Fleet, WorkerState, described
 from server.request.directory import Tenants
 from server.request.errors import NotFound, ServiceError, UnknownModel, WrongMethod, error_object, status_of
@@ -34,12 +35,17 @@ def _error(error: ServiceError, path: str, *, anthropic: bool = False) -> Respon
 
 
 def public_app(
-    fleet: Fleet, metrics: Metrics, tenants: Tenants, notes: Callable[[], dict[str, Any]], lifespan: Lifespan
+    fleet: Fleet,
+    names: LiveNames,
+    metrics: Metrics,
+    tenants: Tenants,
+    notes: Callable[[], dict[str, Any]],
+    lifespan: Lifespan,
 ) -> FastAPI:
     """The ASGI application beside the relayed routes. notes: what /ready says beside the workers."""
     app = FastAPI(title="Evenhand", summary="OpenAI-compatible serving, fairly shared.", lifespan=lifespan)
     app.include_router(operations(fleet, metrics, notes))
-    app.include_router(models(fleet, tenants))
+    app.include_router(models(names, tenants))
 
     @app.exception_handler(ServiceError)
     async def refused(request: Request, error: ServiceError) -> Response:
@@ -112,13 +118,12 @@ def identified(tenants: Tenants, request: Request) -> Tenant:
     return tenants.identify(sent.get(b"authorization"), sent.get(b"x-api-key"))
 
 
-def models(fleet: Fleet, tenants: Tenants) -> APIRouter:
+def models(names: LiveNames, tenants: Tenants) -> APIRouter:
     """OpenAI's list of models: those that the tenant may use."""
     router = APIRouter(tags=["models"])
 
     def allowed(request: Request) -> list[dict[str, object]]:
-        tenant = identified(tenants, request)
-        return [entry for entry in fleet.models() if tenant.models is None or entry.get("id") in tenant.models]
+        return names.listed(identified(tenants, request))
 
     @router.get("/v1/models", summary="The models that are served")
     @router.get("/v1/models/", include_in_schema=False)

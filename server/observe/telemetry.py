@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 from scheduler.workers import Role
 from server.observe.observer import Observer
-from server.request.call import Phase, Ticket
+from server.request.call import Call, Phase, Ticket
 
 # 1 ms to 10 min: a token of a small model, and the longest wait that anybody has patience for.
 SECONDS = (
@@ -74,6 +74,8 @@ class Telemetry(Observer, Collector):
         self.outcomes: Counter[tuple[str, str]] = Counter()
         self.tokens: Counter[str] = Counter()
         self.failovers: Counter[str] = Counter()
+        self.models: Counter[tuple[str, str, str]] = Counter()
+        self.fallbacks: Counter[tuple[str, str, str, str]] = Counter()
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
         ProcessCollector(registry=self.registry)
@@ -82,9 +84,15 @@ class Telemetry(Observer, Collector):
         """A request that was answered before it became a call (bad body, unknown key)."""
         self.outcomes[path, outcome] += 1
 
+    def fell_back(self, call: Call, model: str, outcome: str) -> None:
+        """The model of a call could not answer, and another is asked. outcome: how the first one ended."""
+        self.fallbacks[call.name, call.model, model, outcome] += 1
+
     def ended(self, ticket: Ticket, outcome: str) -> None:
         """A call is over: its phases become latencies."""
-        self.outcomes[ticket.call.route.path, outcome] += 1
+        call = ticket.call
+        self.outcomes[call.route.path, outcome] += 1
+        self.models[call.name or call.model, call.model, outcome] += 1
         arrived, sent, first, done = ticket.times[: Phase.DONE + 1]
         assert arrived is not None  # a ticket begins with it
         if sent is not None:
@@ -117,6 +125,7 @@ class Telemetry(Observer, Collector):
         for (path, outcome), count in self.outcomes.items():
             requests.add_metric((path, outcome), count)
         yield requests
+        yield from self._of_models()
         tokens = CounterMetricFamily(
             "evenhand_tokens", "Tokens of finished requests; cached ones are part of the prompt.", labels=("kind",)
         )
@@ -142,6 +151,24 @@ class Telemetry(Observer, Collector):
         for placement, count in self.placed():
             placed.add_metric((placement,), count)
         yield placed
+
+    def _of_models(self) -> Iterator[Metric]:
+        requests = CounterMetricFamily(
+            "evenhand_model_requests",
+            "Requests by the name that was asked (`*`: by the name that takes every other) and the model that was.",
+            labels=("name", "model", "outcome"),
+        )
+        for labels, count in self.models.items():
+            requests.add_metric(labels, count)
+        yield requests
+        fallbacks = CounterMetricFamily(
+            "evenhand_fallbacks",
+            "Requests that went on to another model, and how the first one had ended.",
+            labels=("name", "model", "fallback", "outcome"),
+        )
+        for steps, count in self.fallbacks.items():
+            fallbacks.add_metric(steps, count)
+        yield fallbacks
 
     def _of_workers(self) -> Iterator[Metric]:
         up = GaugeMetricFamily("evenhand_worker_up", "Whether a worker takes requests.", labels=("worker", "role"))

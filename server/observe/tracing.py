@@ -68,7 +68,7 @@ class Tracing(Observer):
         told = {} if traceparent is None else {"traceparent": traceparent.decode("latin-1")}
         operation = OPERATIONS.get(ticket.call.route.path, "tokenize")
         span = self._tracer.start_span(
-            f"{operation} {ticket.call.model}",
+            f"{operation} {ticket.call.asked or ticket.call.model}",
             context=_CONTEXT.extract(told),
             kind=SpanKind.SERVER,
             start_time=self._ns(ticket.job.arrived_at),
@@ -101,7 +101,8 @@ class Tracing(Observer):
         span.set_attributes(
             {
                 "gen_ai.operation.name": OPERATIONS.get(call.route.path, "tokenize"),
-                "gen_ai.request.model": call.model,
+                "gen_ai.request.model": call.asked or call.model,
+                "gen_ai.response.model": call.model,
                 "gen_ai.request.max_tokens": call.max_tokens,
                 "gen_ai.usage.input_tokens": ticket.prompt_tokens,
                 "gen_ai.usage.output_tokens": ticket.tokens,

@@ -1,4 +1,4 @@
-"""What operators do while the gateway runs, under a key of their own: workers, tenants and keys, the policy."""
+"""What operators do while the gateway runs, under a key of their own: workers, model names, tenants, the policy."""
 
 import hmac
 from bisect import bisect_right
@@ -20,11 +20,12 @@ from server.admission.dispatch import Lines
 from server.admission.limits import Gate
 from server.admission.live_policy import LivePolicy
 from server.cluster.local_sync import LocalSync
-from server.cluster.records import DRAINED, LIVE, POLICY, TENANT, PolicyRecord, Records
+from server.cluster.records import DRAINED, LIVE, MODEL, POLICY, TENANT, PolicyRecord, Records
 from server.fleet.fleet import Fleet, described
 from server.fleet.registry import worker_from
 from server.request.directory import Tenants, bearer
 from server.request.errors import BadRequest, NotAllowed, ServiceError, UnknownKey
+from server.request.names import NameRecord, read_name
 from server.request.tenants import KeyRecord, TenantRecord, digest_of, hashed, index_of, key_id, new_key, read_record
 from server.store.store import StoreAway
 
@@ -117,6 +118,32 @@ class Admin:
         except StoreAway as error:
             raise StoreUnreachable(f"{error}. Nothing is known to be changed.", retry_after_s=5.0) from None
 
+    # model names
+    def described_name(self, name: str) -> dict[str, Any]:
+        """A name, what it comes to, and where it was set."""
+        names = self.lines.names
+        record = names.records.get(name)
+        if record is None:
+            raise Unknown(f"There is no model name {name!r}.", param="name")
+        served = names.table.names[name]
+        missing = names.table.missing_behind(served, self.fleet.models_known())
+        return {
+            "name": name,
+            **record.described(),
+            "models": {model: round(share, 6) for model, share in served.models},
+            "source": "store" if name in names.stored else "settings",
+            **({"problem": missing} if missing is not None else {}),
+        }
+
+    async def put_name(self, name: str, body: dict[str, Any]) -> None:
+        """Writes a name; the other gateways have it an exchange later."""
+        try:
+            record = read_name(name, body)
+            self.lines.names.checked(name, record)
+        except ValueError as error:
+            raise BadRequest(f"{error}.", param=name) from None
+        await self.write(self.records.store.put(MODEL, name, stored_name(record)))
+
     async def put_worker(self, worker_id: str, body: dict[str, Any]) -> None:
         """A worker of this gateway alone; others join by themselves, through the store."""
         if unknown := sorted(body.keys() - WORKER_FIELDS):
@@ -180,6 +207,7 @@ def admin_routes(admin: Admin) -> APIRouter:
     router.include_router(_tenants(admin))
     router.include_router(_keys(admin))
     router.include_router(_policy(admin))
+    router.include_router(_names(admin))
 
     @router.get("/targets", summary="The engines' addresses for Prometheus' HTTP service discovery")
     async def targets() -> Response:
@@ -232,6 +260,42 @@ def _workers(admin: Admin) -> APIRouter:
         known(worker_id)
         await admin.write(admin.records.store.drop(DRAINED, worker_id))
         return JSONResponse(described([fleet.members[worker_id]])[0])
+
+    return router
+
+
+def stored_name(record: NameRecord) -> str:
+    """A name's record as the store has it."""
+    return orjson.dumps(record.described()).decode()
+
+
+def _names(admin: Admin) -> APIRouter:
+    router = APIRouter(prefix="/models")
+
+    @router.get("", summary="The names that clients may ask for, what answers to each, and the models that are served")
+    async def listed(page: Paged) -> Response:
+        names, rest = page.of(admin.lines.names.records)
+        told = {"names": [admin.described_name(name) for name in names], "served": sorted(admin.fleet.models_known())}
+        return JSONResponse(told | rest)
+
+    @router.get("/{name:path}", summary="One name")
+    async def one(name: str) -> Response:
+        return JSONResponse(admin.described_name(name))
+
+    @router.put(
+        "/{name:path}", summary="Set a name, at every gateway: targets with weights, fallbacks, tenants, sticky"
+    )
+    async def put(name: str, body: Body) -> Response:
+        await admin.put_name(name, body)
+        return JSONResponse(admin.described_name(name))
+
+    @router.delete("/{name:path}", summary="Remove a name; one of the settings is as they have it again")
+    async def delete(name: str) -> Response:
+        if name not in admin.lines.names.stored:
+            admin.described_name(name)
+            raise Conflict(f"The model name {name!r} comes from the settings: remove it there.")
+        await admin.write(admin.records.store.drop(MODEL, name))
+        return Response(status_code=204)
 
     return router
 

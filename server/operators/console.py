@@ -81,6 +81,13 @@ class Console:
         """Everything at this moment, of all processes of this gateway. Counters and histograms are totals."""
         return reduce(joined, (orjson.loads(text) for text in await self.siblings.views()), self.view())
 
+    def _by_name(self) -> dict[str, int]:
+        """Requests by the name that was asked and the model that was, as a JSON list."""
+        counts: Counter[str] = Counter()
+        for (name, model, _), count in self.telemetry.models.items():
+            counts[orjson.dumps([name, model]).decode()] += count
+        return dict(counts)
+
     def published(self) -> str:
         """This process's view, for the others."""
         return orjson.dumps(self.view()).decode()
@@ -102,6 +109,7 @@ class Console:
             "weights": {record.name: record.weight for record in self.tenants.all() if record.weight != 1.0},
             "gap": standing.gap,
             "outcomes": dict(outcomes),
+            "models": self._by_name(),
             "tokens": {kind: telemetry.tokens[kind] for kind in ("prompt", "completion", "cached")},
             "ttft": histogram(telemetry.ttft),
             "itl": histogram(telemetry.itl),
@@ -113,7 +121,7 @@ class Console:
 def joined(one: View, other: View) -> View:
     """Two processes' views as one: what is counted is added up, the wider gap counts, and the rest is the first's."""
     both = {**one, "gap": max(one["gap"], other["gap"])}
-    for name in ("service", "outcomes", "tokens"):
+    for name in ("service", "outcomes", "models", "tokens"):
         both[name] = added(one[name], other[name])
     for name in ("ttft", "itl", "queue"):
         counts = [a + b for a, b in zip(one[name]["counts"], other[name]["counts"], strict=True)]

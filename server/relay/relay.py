@@ -35,7 +35,9 @@ _ENDS_WITH_IDS = b"]}]}\n\n\r\n"  # an event whose last member is a list, and th
 class ClientAnswer(Protocol):
     """The client's side of a request."""
 
-    begun: bool
+    @property
+    def begun(self) -> bool:
+        """Whether its head has been written."""
 
     def begin(self, status: int, content_type: bytes, length: int | None) -> None: ...
     def write(self, data: bytes) -> None: ...

@@ -65,6 +65,9 @@ class Call(msgspec.Struct, frozen=True):
     steers_kv: it has `kv_transfer_params` of its own, for its tenant may.
     prompts: how many; `sequences` is a multiple of it.
     wants_ids: the client asked for token ids itself. hides_tokens: tokens of reasoning are made and not sent.
+    asked: the name that the client used, where `model` is what an operator's table made of it; else empty.
+    name: the table's entry for it, `*` for the one that takes every name.
+    fallbacks: models to ask if this one cannot answer, in order.
     """
 
     id: str
@@ -83,6 +86,9 @@ class Call(msgspec.Struct, frozen=True):
     prompts: int = 1
     wants_ids: bool = False
     hides_tokens: bool = False
+    asked: str = ""
+    name: str = ""
+    fallbacks: tuple[str, ...] = ()
 
 
 class Phase(IntEnum):
@@ -182,6 +188,17 @@ class Ticket:
             self.times[phase] = self.clock()
         if self.split is not None and phase is Phase.DECODING:
             self.split.arrived()
+
+    def ask_another(self, call: Call) -> None:
+        """Another model is asked, as if nobody had been asked before; its times go on."""
+        self.call = call
+        if self.phase is Phase.PREFILLING:
+            self.move(Phase.WAITING)
+        self.prompt_tokens, self.cached_tokens, self.tokens, self.uncharged = call.prompt_tokens, 0, 0, 0
+        self.exact = self.told = False
+        self.avoid, self.split = "", None
+        if self.received is not None:
+            self.received.begin_leg(None)
 
     @property
     def ended(self) -> bool:

@@ -37,7 +37,8 @@ ROUTES = [
     ("GET", "/workers"), ("PUT", "/workers/w"), ("DELETE", "/workers/w"), ("POST", "/workers/w/drain"),
     ("POST", "/workers/w/resume"), ("GET", "/tenants"), ("GET", "/tenants/a"), ("PUT", "/tenants/a"),
     ("DELETE", "/tenants/a"), ("POST", "/tenants/a/keys"), ("DELETE", "/tenants/a/keys/0"), ("GET", "/policy"),
-    ("PUT", "/policy"), ("DELETE", "/policy"), ("GET", "/targets"), ("GET", "/live"), ("GET", "/policies"),
+    ("PUT", "/policy"), ("DELETE", "/policy"), ("GET", "/models"), ("GET", "/models/a"), ("PUT", "/models/a"),
+    ("DELETE", "/models/a"), ("GET", "/targets"), ("GET", "/live"), ("GET", "/policies"),
 ]  # fmt: skip
 
 
