@@ -166,6 +166,7 @@ class FakeEngine:
             "/v1/embeddings": self._embed,
             "/tokenize": self._tokenize,
             "/detokenize": self._detokenize,
+            **{f"{path}/render": self._render for path in ("/v1/responses", "/v1/messages")},
             "/fake/faults": self._set_faults,
             FETCH_PATH: self._give_kv,
         }
@@ -421,8 +422,8 @@ class FakeEngine:
             text = b"" if token < 3 else hash_model.token_bytes(token)
             after = choice.after % token if ask.return_token_ids else choice.after
             answer.exchange.send(choice.before + text + after)
-        else:
-            answer.exchange.send(self._rich_chunk(choice))
+        elif chunk := self._rich_chunk(choice):
+            answer.exchange.send(chunk)
         choice.unsent = 0
 
     def _start_stream(self, answer: FakeAnswer) -> None:
@@ -569,6 +570,12 @@ class FakeEngine:
         strings = [hash_model.decode([token]) for token in ids] if body.get("return_token_strs") else None
         answer = {"count": len(ids), "max_model_len": self._context_tokens(), "tokens": ids, "token_strs": strings}
         exchange.respond(200, orjson.dumps(answer), _JSON)
+
+    def _render(self, exchange: ServedExchange) -> None:
+        body = vllm_wire.parse_body(exchange.body)
+        self._check_model(body)
+        ask = _APIS[exchange.path.removesuffix("/render")].ask(body, self._context_tokens())
+        exchange.respond(200, orjson.dumps({"token_ids": ask.prompts[0], "features": None}), _JSON)
 
     def _detokenize(self, exchange: ServedExchange) -> None:
         ids = vllm_wire.parse_body(exchange.body).get("tokens") or []

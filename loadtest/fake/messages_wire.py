@@ -50,7 +50,7 @@ class MessagesWire:
         return before, after
 
     def token(self, index: int, text: str, finish: str | None, more: Json, made: int) -> bytes:
-        return self._delta(text)
+        return self._delta(text) if text else b""
 
     def closing(self, said: Sequence[Said]) -> bytes:
         tokens = len(said[0].ids)

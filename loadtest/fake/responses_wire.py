@@ -47,7 +47,7 @@ class ResponsesWire:
                 _event("response.created", 0, {"response": begun}),
                 _event("response.in_progress", 1, {"response": begun}),
                 _event("response.output_item.added", 2, {"output_index": 0, "item": item}),
-                _event("response.content_part.added", 3, self._place() | {"part": _part("")}),
+                _event("response.content_part.added", 3, self._place() | {"part": _part("") | {"logprobs": []}}),
             )
         )
 
@@ -55,20 +55,21 @@ class ResponsesWire:
         return b"", b""  # every delta has another number
 
     def token(self, index: int, text: str, finish: str | None, more: Json, made: int) -> bytes:
+        if not text:
+            return b""
         body = self._place() | {"delta": text, "logprobs": []}
         return _event("response.output_text.delta", _BEFORE_TEXT + made - 1, body)
 
     def closing(self, said: Sequence[Said]) -> bytes:
-        text, number = said[0].text, _BEFORE_TEXT + len(said[0].ids)
+        text, number = said[0].text, _BEFORE_TEXT + len(said[0].ids) - (said[0].finish == "stop")
         whole = self._finished(said[0])
         item = whole["output"][0]
-        kind = "response.incomplete" if said[0].finish == "length" else "response.completed"
         return b"".join(
             (
                 _event("response.output_text.done", number, self._place() | {"text": text, "logprobs": []}),
                 _event("response.content_part.done", number + 1, self._place() | {"part": _part(text)}),
                 _event("response.output_item.done", number + 2, {"output_index": 0, "item": item}),
-                _event(kind, number + 3, {"response": whole}),
+                _event("response.completed", number + 3, {"response": whole}),  # vLLM's, whatever the status
             )
         )
 
@@ -89,7 +90,7 @@ class ResponsesWire:
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": self.ask.prompt_tokens + len(said.ids),
         }
-        return self._response(status, [self._item(status, [_part(said.text)])], usage)
+        return self._response(status, [self._item("completed", [_part(said.text)])], usage)
 
     def _place(self) -> Json:
         return {"item_id": self._item_id, "output_index": 0, "content_index": 0}

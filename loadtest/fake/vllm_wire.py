@@ -278,7 +278,8 @@ class Wire(Protocol):
         """
 
     def token(self, index: int, text: str, finish: str | None, more: Json, made: int) -> bytes:
-        """One token's chunk. more: token_ids, logprobs or prompt_token_ids where asked for; made: tokens so far."""
+        """One token's chunk, empty if it has none. more: token_ids, logprobs or prompt_token_ids where asked for; made:
+        tokens so far."""
 
     def closing(self, said: Sequence[Said]) -> bytes:
         """What a stream ends with, after its last token."""

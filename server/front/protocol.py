@@ -261,7 +261,7 @@ class ClientExchange:
 
     def _break_off(self, error: ServiceError) -> None:
         if self.chunked and self.events:
-            self.write(error_event(error, anthropic=self.route.anthropic))
+            self.write(error_event(error, self.route.dialect))
             self.end()
             return
         self.edge.transport.abort()  # a body cut short must not look like a whole one

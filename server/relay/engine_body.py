@@ -43,7 +43,7 @@ class EngineBody:
         call = ticket.call
         if worker.plugin and call.route.xargs:
             more = _joined(b'"vllm_xargs":' + self._words(ticket), more)
-        if worker.token_ids and call.stream and call.route.resumes and not call.wants_ids:
+        if worker.token_ids and call.stream and call.route.tells_ids and not call.wants_ids:
             more = _joined(b'"return_token_ids":true', more)
         if self.salt_cache and call.route.generates and "cache_salt" not in call.tenant.grants:
             more = _joined(b'"cache_salt":' + orjson.dumps(call.tenant.cache_salt), more)

@@ -4,10 +4,13 @@ Before the first byte the request is asked again as it was. In a stream the othe
 has. Never two at a time: a leg's connection is closed before the next one begins.
 """
 
+import contextlib
 import logging
 from collections import Counter
+from functools import partial
 
 from server.admission.dispatch import Dispatcher
+from server.engine.answers import Usage
 from server.fleet.fleet import Member, RunningAnswer
 from server.relay.engine_body import EngineBody
 from server.relay.exchange import answered
@@ -25,8 +28,18 @@ from server.relay.resume import (
     restart,
     stop_texts,
 )
+from server.relay.typed_answers import AnswerEnd
+from server.relay.typed_resume import (
+    BegunAnew,
+    Continued,
+    answer_so_far,
+    closing_of,
+    continuation_at,
+    fit_to_continue,
+)
 from server.request.call import Ticket
 from server.request.errors import ServiceError, is_engine_failure, is_same_refusal, may_be_the_request
+from server.request.schemas import COMPLETIONS
 from server.request.transcript import Chunk, TranscriptProgress, progress_of
 
 log = logging.getLogger("evenhand.failover")
@@ -47,8 +60,12 @@ class Failover:
         """Whether another worker could go on with an answer."""
         if not isinstance(leg, Pipe) or not leg.out.begun:
             return isinstance(leg, Pipe)
+        call = leg.ticket.call
         try:
-            fit_to_resume(leg.ticket.call, _progress(leg.ticket))
+            if call.route.tells_ids:
+                fit_to_resume(call, _progress(leg.ticket))
+            else:
+                fit_to_continue(call, answer_so_far(leg.ticket))
         except CannotResume:
             return False
         return True
@@ -68,7 +85,7 @@ class Failover:
             if before is not None and is_same_refusal(before, error) and await fleet.are_well(tried):
                 ticket.at_fault = len(tried)
                 self.outcomes["blamed"] += 1
-                raise error
+                raise _numbered(ticket, error)
             before = error
             if len(tried) == self.attempts:
                 break
@@ -84,7 +101,7 @@ class Failover:
             self.outcomes["failed"] += 1
             if may_be_the_request(before or error) and await fleet.are_well(tried):
                 ticket.at_fault = len(tried)
-        raise error
+        raise _numbered(ticket, error)
 
     async def _another(self, ticket: Ticket, line: Dispatcher, out: ClientAnswer, error: ServiceError) -> None:
         if not out.begun:
@@ -94,20 +111,20 @@ class Failover:
             await self.relay.pump(ticket, member, line.charge, out)
             self.outcomes["retried"] += 1
             return
+        go_on = self._resume if ticket.call.route.tells_ids else self._continue
         try:
-            progress = _progress(ticket)
-            if progress.finish is not None and ticket.call.sequences == 1:
-                _close(ticket, progress, out)
-            else:
-                await self._resume(ticket, progress, line, out, error)
+            await go_on(ticket, line, out, error)
         except CannotResume as why:
             log.info("request %s cannot go on at another worker: %s", ticket.call.id, why)
             raise Unresumable(error.message) from None
         self.outcomes["resumed"] += 1
 
-    async def _resume(
-        self, ticket: Ticket, progress: TranscriptProgress, line: Dispatcher, out: ClientAnswer, error: ServiceError
-    ) -> None:
+    async def _resume(self, ticket: Ticket, line: Dispatcher, out: ClientAnswer, error: ServiceError) -> None:
+        """The rest of a stream of chat or completions, by its token ids."""
+        progress = _progress(ticket)
+        if progress.finish is not None and ticket.call.sequences == 1:
+            _end(out, closing(ticket.call, progress))
+            return
         again = has_said_nothing(progress)
         if not again:
             fit_to_resume(ticket.call, progress)
@@ -118,12 +135,42 @@ class Failover:
         body = self.steering.dressed(ticket, member.worker, plan.body)
         await answered(lambda: Resumed(ticket, out, self.relay.itl, line.charge, plan), ticket, member, plan.path, body)
 
+    async def _continue(self, ticket: Ticket, line: Dispatcher, out: ClientAnswer, error: ServiceError) -> None:
+        """The rest of a stream of /v1/responses or /v1/messages, by its text."""
+        call, itl = ticket.call, self.relay.itl
+        answer = answer_so_far(ticket)
+        if answer.finish_told:
+            _end(out, b"" if answer.ended else answer.closing(AnswerEnd(False, None, Usage(None, None, None))))
+            return
+        fit_to_continue(call, answer)
+        member = await line.take_another(ticket, error)
+        if not answer.announced:
+            body = self.steering.dressed(ticket, member.worker, call.body)
+            anew = partial(BegunAnew, ticket, out, itl, line.charge, answer)
+            await answered(anew, ticket, member, call.route.path.encode(), body)
+            return
+        plan = await continuation_at(member, call, answer)
+        if not plan.body:
+            _end(out, closing_of(call, answer, plan))
+            return
+        body = self.steering.dressed(ticket, member.worker, plan.body)
+        rest = partial(Continued, ticket, out, itl, line.charge, answer, plan)
+        await answered(rest, ticket, member, COMPLETIONS.path.encode(), body)
+
 
 class Unresumable(ServiceError):
     """A stream that has begun and that no other worker can continue: it ends with this error."""
 
     status = 502
     code = "engine_gone"
+
+
+def _numbered(ticket: Ticket, error: ServiceError) -> ServiceError:
+    """The error with its number among the events that the client of /v1/responses has."""
+    if ticket.call.route.dialect == "responses" and ticket.received is not None:
+        with contextlib.suppress(CannotResume):
+            error.number = answer_so_far(ticket).next_number
+    return error
 
 
 def _progress(ticket: Ticket) -> TranscriptProgress:
@@ -138,9 +185,8 @@ def _progress(ticket: Ticket) -> TranscriptProgress:
         raise CannotResume(str(error)) from None
 
 
-def _close(ticket: Ticket, progress: TranscriptProgress, out: ClientAnswer) -> None:
+def _end(out: ClientAnswer, last: bytes) -> None:
     """All tokens are there: the events that close the stream are ours to write."""
-    last = closing(ticket.call, progress)
     if last:
         out.write(last)
     out.end()

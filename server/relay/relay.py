@@ -285,8 +285,10 @@ class Stream(Pipe):
         ids, they come last, behind a part that is always the same. Where not, an event of one token ends always in the
         same way, and none is longer than the longest that counted as one.
         """
+        if not event.startswith(b"data: {"):
+            return
         start = event.rfind(b'"finish_reason":null')
-        if not event.startswith(b"data: {") or start < 0 or said.usage or said.finishes or b"\n" in event:
+        if start < 0 or said.usage or said.finishes or b"\n" in event:
             return
         if said.exact:
             ids = event.rfind(b"[") + 1

@@ -20,19 +20,20 @@ from server.request.transcript import PACK_CHUNKS, Chunk, TranscriptProgress
 
 DEFAULT_COMPLETION_TOKENS = 16  # where /v1/completions is asked without a length
 _TEXTS = ("text", "input_text", "refusal")
-_NEUTRAL: tuple[object, ...] = (None, False, 0, "", [], {})
+NEUTRAL: tuple[object, ...] = (None, False, 0, "", [], {})
 # Fields that mean the same for the rest of an answer as for the whole of it, and go along.
-_GO_ALONG = frozenset(
+GO_ALONG = frozenset(
     "model temperature top_p top_k min_p seed repetition_penalty logit_bias stop stop_token_ids ignore_eos "
     "include_stop_str_in_output skip_special_tokens spaces_between_special_tokens allowed_token_ids user cache_salt "
     "priority vllm_xargs stream_interval".split()
 )
 # Fields that have done their work once the prompt is token ids, or that are written anew.
-_SPENT = frozenset(
+SPENT = frozenset(
     "messages prompt stream stream_options max_tokens max_completion_tokens min_tokens n add_generation_prompt "
     "continue_final_message add_special_tokens chat_template chat_template_kwargs documents reasoning_effort "
     "include_reasoning truncate_prompt_tokens truncation_side return_token_ids parallel_tool_calls tool_choice store "
-    "metadata service_tier session_id top_logprobs best_of".split()
+    "metadata service_tier session_id top_logprobs best_of prompt_cache_key prompt_cache_retention "
+    "safety_identifier".split()
 )
 
 
@@ -71,10 +72,10 @@ def fit_to_resume(call: Call, progress: TranscriptProgress) -> None:
     if progress.prompt_ids is None or progress.ids is None:
         raise CannotResume("its engine does not tell token ids")
     for name, raw in raw_members(call.body).items():
-        if name in _GO_ALONG or name in _SPENT:
+        if name in GO_ALONG or name in SPENT:
             continue
         value = orjson.loads(bytes(raw))
-        if value not in _NEUTRAL and not (name == "response_format" and value == {"type": "text"}):
+        if value not in NEUTRAL and not (name == "response_format" and value == {"type": "text"}):
             raise CannotResume(f"{name[:64]!r} concerns the answer as a whole")
     if not _text_only(call):
         raise CannotResume("its prompt is not text alone")
@@ -120,7 +121,7 @@ def continuation(call: Call, progress: TranscriptProgress, kept_ids: list[int], 
     """What another worker is asked, where `kept_ids` say `kept_text`. CannotResume."""
     assert progress.prompt_ids is not None  # fit_to_resume has seen to it
     members = {name: bytes(raw) for name, raw in raw_members(call.body).items()}
-    body: dict[str, Any] = {name: orjson.Fragment(raw) for name, raw in members.items() if name in _GO_ALONG}
+    body: dict[str, Any] = {name: orjson.Fragment(raw) for name, raw in members.items() if name in GO_ALONG}
     body["prompt"] = [*progress.prompt_ids, *kept_ids]
     body["stream"] = body["return_token_ids"] = True
     body["stream_options"] = orjson.Fragment(members.get("stream_options", b'{"include_usage":true}'))

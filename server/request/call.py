@@ -35,7 +35,8 @@ class Route:
     prompts: the prompt field may hold several prompts, each a sequence of its own.
     choices: `n` asks for several answers to each prompt.
     chat: events carry a `delta`, not a `text`.
-    resumes: what a client has of a stream is kept, so that another worker can go on with it.
+    resumes: what a client has of a stream is kept, so that another worker can continue it.
+    tells_ids: a stream carries the token ids of what it says if it is asked to (vLLM's `return_token_ids`).
     dialect: the shape of its answers and events.
     """
 
@@ -52,6 +53,7 @@ class Route:
     choices: bool = False
     chat: bool = False
     resumes: bool = False
+    tells_ids: bool = False
     dialect: Dialect = "openai"
 
 

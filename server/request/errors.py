@@ -1,9 +1,12 @@
 """What can go wrong with a request, and how each dialect says it: one answer shape, written in one place."""
 
 from math import ceil
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import orjson
+
+if TYPE_CHECKING:
+    from server.request.call import Dialect
 
 
 class ServiceError(Exception):
@@ -12,11 +15,13 @@ class ServiceError(Exception):
     status: HTTP status when nothing has been answered yet.
     kind, code: OpenAI's `type` and `code`.
     retry_after_s: goes out as Retry-After when it is worth trying again.
+    number: of its event, in a stream whose events are numbered; None if it is not known.
     """
 
     status: ClassVar[int] = 500
     kind: ClassVar[str] = "server_error"
     code: str | None = None
+    number: int | None = None
 
     def __init__(
         self, message: str, *, param: str | None = None, code: str | None = None, retry_after_s: float | None = None
@@ -203,9 +208,13 @@ _ANTHROPIC_KINDS = {
 }
 
 
+def _kind(error: ServiceError) -> str:
+    return error.refused_kind if isinstance(error, Refused) else error.kind
+
+
 def error_object(error: ServiceError, *, anthropic: bool = False) -> bytes:
     """The JSON body of an error, as OpenAI (or Anthropic) shapes it."""
-    kind = error.refused_kind if isinstance(error, Refused) else error.kind
+    kind = _kind(error)
     if anthropic:
         status = status_of(error)
         kind = _ANTHROPIC_KINDS.get(status, "invalid_request_error" if 400 <= status < 500 else "api_error")
@@ -215,10 +224,20 @@ def error_object(error: ServiceError, *, anthropic: bool = False) -> bytes:
     return orjson.dumps({"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}})
 
 
-def error_event(error: ServiceError, *, anthropic: bool = False) -> bytes:
+def error_event(error: ServiceError, dialect: "Dialect") -> bytes:
     """The last events of a stream that cannot go on: too late for a status."""
-    if anthropic:
+    if dialect == "messages":
         return b"event: error\ndata: " + error_object(error, anthropic=True) + b"\n\n"
+    if dialect == "responses":
+        event: dict[str, object] = {
+            "type": "error",
+            "code": error.code or _kind(error),
+            "message": error.message,
+            "param": error.param,
+        }
+        if error.number is not None:
+            event["sequence_number"] = error.number
+        return b"event: error\ndata: " + orjson.dumps(event) + b"\n\n"
     return b"data: " + error_object(error) + b"\n\ndata: [DONE]\n\n"
 
 

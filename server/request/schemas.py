@@ -19,6 +19,7 @@ CHAT = Route(
     chat=True,
     choices=True,
     resumes=True,
+    tells_ids=True,
 )
 COMPLETIONS = Route(
     "/v1/completions",
@@ -29,6 +30,7 @@ COMPLETIONS = Route(
     prompts=True,
     choices=True,
     resumes=True,
+    tells_ids=True,
 )
 RESPONSES = Route(
     "/v1/responses",
@@ -36,8 +38,9 @@ RESPONSES = Route(
     limit_fields=("max_output_tokens",),
     content_field="input",
     dialect="responses",
+    resumes=True,
 )
-MESSAGES = Route("/v1/messages", xargs=True, anthropic=True, dialect="messages")
+MESSAGES = Route("/v1/messages", xargs=True, anthropic=True, dialect="messages", resumes=True)
 EMBEDDINGS = Route("/v1/embeddings", makes_tokens=False, content_field="input", prompts=True)
 TOKENIZE = Route("/tokenize", generates=False, makes_tokens=False, content_field="prompt")
 DETOKENIZE = Route("/detokenize", generates=False, makes_tokens=False, content_field="tokens")

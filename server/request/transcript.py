@@ -15,8 +15,10 @@ MAX_KEPT_BYTES = 8 * 1024 * 1024  # packed, about a million tokens
 
 _DONE = b"data: [DONE]"
 # An event with nothing but text: what stands before the text, the text, what stands behind it.
-_TEXT_EVENT = re.compile(rb'(data: \{[^\n]*?"(?:content|text)":")(?:[^"\\\n]|\\.)*("[^\n]*)\n\n')
-_IDS = b'"token_ids":['
+_TEXT_EVENT = re.compile(
+    rb'((?:event: [^\n]*\n)?data: \{[^\n]*?"(?:content|text|delta)":")(?:[^"\\\n]|\\.)*("[^\n]*)\n\n'
+)
+_VARYING = (b'"token_ids":[', b'"sequence_number":')  # behind these, events differ again
 _HEAD, _TAIL = b"\0", b"\1"  # bytes that no JSON text has
 _NO_CONTENT = ("role", "content")
 
@@ -59,7 +61,7 @@ class Transcript:
         events = _TEXT_EVENT.findall(data)
         if events:
             self._head, tail = events[-1]
-            self._tail = tail[: tail.find(_IDS) + len(_IDS)] if _IDS in tail else tail
+            self._tail = next((tail[: tail.find(name) + len(name)] for name in _VARYING if name in tail), tail)
 
     def events(self) -> bytes:
         """All that was appended, as it was."""
