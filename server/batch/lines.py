@@ -1,6 +1,6 @@
 """How a batch's lines run: as requests of the gateway that have no socket, in the room that others leave."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from server.admission.dispatch import Lines
 from server.batch.content import Reply
@@ -20,6 +20,7 @@ class LineRequest:
         self.body = body
         self.tenant = tenant
         self.request_id = request_id
+        self.headers: Mapping[bytes, bytes] = {}
         self.extra_headers = b""
         self.begun = False
         self.status = 0
@@ -28,12 +29,6 @@ class LineRequest:
 
     def take_body(self) -> bytes:
         return self.body
-
-    def header(self, name: bytes) -> bytes | None:
-        return None
-
-    def name_it(self) -> str:
-        return self.request_id
 
     def begin(self, status: int, content_type: bytes, length: int | None) -> None:
         self.begun = True

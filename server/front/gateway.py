@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import msgspec
@@ -31,20 +31,20 @@ LEARN_SHARE = 0.1
 
 
 class Request(ClientAnswer, Protocol):
-    """A complete request at the edge, and the way back to its client."""
+    """A complete request at the edge, and the way back to its client. headers: by lower-case name."""
 
     route: Route
+    headers: Mapping[bytes, bytes]
+    request_id: str
     extra_headers: bytes
 
     @property
     def tenant(self) -> Tenant | None:
-        """Who asks; None if that is for the headers to say."""
+        """Who asks."""
 
     def take_body(self) -> bytes:
         """The body, which is from then on the caller's alone."""
 
-    def header(self, name: bytes) -> bytes | None: ...
-    def name_it(self) -> str: ...
     def fail(self, error: ServiceError) -> None: ...
 
 
@@ -62,7 +62,7 @@ class Gateway:
         observers: Observers,
         clock: Callable[[], float],
     ) -> None:
-        self.tenants = tenants
+        self.tenant_with = tenants.holder
         self.limits = limits
         self.lines = lines
         self.names = lines.names
@@ -93,17 +93,13 @@ class Gateway:
             log.exception("request %s failed inside the gateway", call.id)
             request.fail(ServiceError("The gateway failed on this request; its log has the reason."))
 
-    def tenant_with(self, credential: bytes) -> Tenant:
-        """Who asks, by the digest of the key. UnknownKey for nobody."""
-        return self.tenants.holder(credential)
-
     def read(self, request: Request) -> Call:
         """What is asked."""
-        call_id = request.name_it()
-        tenant = request.tenant or self.tenants.identify(request.header(b"authorization"), request.header(b"x-api-key"))
+        tenant = request.tenant
+        assert tenant is not None  # a request without one is refused with its head
         ratio = self.bytes_per_token.get(tenant.name, BYTES_PER_TOKEN)
-        call = permitted(call_from(request.route, request.take_body(), tenant, call_id, ratio))
-        deadline = request.header(b"x-deadline-s")
+        call = permitted(call_from(request.route, request.take_body(), tenant, request.request_id, ratio))
+        deadline = request.headers.get(b"x-deadline-s")
         if deadline is not None:
             call = msgspec.structs.replace(call, deadline_s=deadline_from(deadline))
         return self.names.resolved(call) if self.names.table.names else call
@@ -123,7 +119,7 @@ class Gateway:
     async def serve(self, call: Call, dispatcher: Dispatcher, out: Request) -> None:
         """One call from admission to its last token: limits, a place in policy order, a worker, the answer's flow."""
         ticket, outcome = self.ticket(call), "ok"
-        self.observers.began(ticket, out.header(b"traceparent"))
+        self.observers.began(ticket, out.headers.get(b"traceparent"))
         answer = RenamedAnswer(out, call.asked) if call.asked else out
         try:
             if call.tenant.limits is not None:

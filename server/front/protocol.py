@@ -12,6 +12,7 @@ import os
 import re
 import termios
 from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import count
@@ -51,7 +52,6 @@ _STATUS = {
 _UPLOADS = b"/v1/files"
 # Headers that make a head different every time, or say how its body comes: such a head is read anew.
 _ONE_OF_ITS_OWN = frozenset((b"x-request-id", b"traceparent", b"transfer-encoding", b"upgrade", b"expect"))
-_SECRETS = (b"authorization", b"x-api-key")
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _COMMENT = b":\n\n"
 _ANTHROPIC = b"/v1/messages"  # whose clients read the request's id from another header
@@ -84,7 +84,7 @@ class Head(NamedTuple):
     """What the parser said of a head that clients send again and again. The key is not kept, only its digest."""
 
     route: Route
-    headers: list[tuple[bytes, bytes]]
+    headers: Mapping[bytes, bytes]
     credential: bytes
 
 
@@ -99,24 +99,25 @@ class Serves(Protocol):
 class ClientExchange:
     """One relayed request on its connection: what came, and the way back. Stands where uvicorn keeps a cycle.
 
+    headers: by lower-case name, without those that hold a key; of a header that comes twice the first one counts.
+    credential: the digest of the key that it came with, empty without one.
     tenant: who asks, known when the head is complete. refusal: why it is not served; its body is passed over then.
     held_bytes: what it has booked of the budget for bodies, until its answer is complete.
     flowing: the head and a first chunk of the body have been written.
     """
 
     __slots__ = (
-        "edge", "route", "headers", "received", "complete", "task", "begun", "chunked", "events", "keep_alive",
-        "engine_side", "disconnected", "response_complete", "message_event", "request_id", "http10", "extra_headers",
-        "queued", "expects_continue", "transport", "flowing", "tenant", "refusal", "held_bytes",
+        "edge", "route", "headers", "credential", "received", "complete", "task", "begun", "chunked", "events",
+        "keep_alive", "engine_side", "disconnected", "response_complete", "message_event", "request_id", "http10",
+        "extra_headers", "queued", "expects_continue", "transport", "flowing", "tenant", "refusal", "held_bytes",
     )  # fmt: skip
 
     _unused_event = asyncio.Event()  # uvicorn sets its cycle's event when a connection is lost; nobody waits on ours
 
-    def __init__(self, edge: "GatewayProtocol", route: Route, *, keep_alive: bool, http10: bool) -> None:
+    def __init__(self, edge: "GatewayProtocol", head: Head, *, keep_alive: bool, http10: bool) -> None:
         self.edge = edge
         self.transport = edge.transport
-        self.route = route
-        self.headers = edge.headers
+        self.route, self.headers, self.credential = head
         self.received: bytes | bytearray = b""
         self.queued = False
         self.complete = False
@@ -132,24 +133,13 @@ class ClientExchange:
         self.disconnected = False
         self.response_complete = False
         self.message_event = self._unused_event
-        self.request_id = ""
+        self.request_id = request_id_in(self.headers)
         self.extra_headers = b""
         self.tenant: Tenant | None = None
         self.refusal: ServiceError | None = None
         self.held_bytes = 0
 
     # what came
-    def header(self, name: bytes) -> bytes | None:
-        """A header's value by its lower-case name, None if it is not there. The first one counts."""
-        for key, value in self.headers:
-            if key == name:
-                return value
-        return None
-
-    def credential(self) -> bytes:
-        """The digest of the key that it came with, empty without one."""
-        return credential(self.header(b"authorization"), self.header(b"x-api-key"))
-
     def receive(self, data: bytes) -> None:
         """A piece of the body. Many small pieces become one buffer: a list of them would weigh ten times the body."""
         if not self.received:
@@ -158,14 +148,6 @@ class ClientExchange:
             self.received += data
         else:
             self.received = bytearray(self.received) + data
-
-    def hold(self, size: int) -> bool:
-        """Books `size` more bytes of its body; False if there is no memory for them."""
-        assert self.tenant is not None  # a request without one is refused, and nothing of its body is kept
-        if not self.edge.bodies.take(self.tenant.name, size):
-            return False
-        self.held_bytes += size
-        return True
 
     def release(self) -> None:
         """Its body is not needed any more."""
@@ -178,12 +160,6 @@ class ClientExchange:
         """The body, which is from now on the caller's alone: a large one must not be there twice."""
         received, self.received = self.received, b""
         return bytes(received)
-
-    def name_it(self) -> str:
-        """The request id: the client's own if it is harmless, else a fresh one."""
-        if not self.request_id:
-            self.request_id = request_id_in(self.headers)
-        return self.request_id
 
     # the answer
     def begin(self, status: int, content_type: bytes, length: int | None) -> None:
@@ -336,7 +312,7 @@ class GatewayProtocol(HttpToolsProtocol):
         else:
             error = TooManyConnections("All connections of this gateway are in use.", retry_after_s=1.0)
             self.gateway.refused("", error)
-            self.transport.write(_refusal(error, [], anthropic=False))
+            self.transport.write(_refusal(error, request_id_in({}), anthropic=False))
             self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -393,7 +369,8 @@ class GatewayProtocol(HttpToolsProtocol):
             self._pass_over(len(data))
             return
         was_in_head = self.in_head
-        key, length, at = keyed(data) if self._expects_head() else (b"", 0, 0)
+        expects_head = not self.in_message and self._idle() and not self.transport.is_closing()
+        key, length, at = keyed(data) if expects_head else (b"", 0, 0)
         if key and len(data) == at + length <= self.bounds.body_bytes:
             digest = blake2b(key, digest_size=16, key=_DIGEST_KEY).digest()
             head = self.heads.get(digest)
@@ -414,26 +391,22 @@ class GatewayProtocol(HttpToolsProtocol):
     def _idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
 
-    def _expects_head(self) -> bool:
-        return not self.in_message and self._idle() and not self.transport.is_closing()
-
     def _start_known(self, head: Head, body: bytes) -> bool:
         """A whole request whose head has been read before. The parser stands between two messages, and stays there.
         False for one that is refused: the parser may have it."""
-        exchange = ClientExchange(self, head.route, keep_alive=True, http10=False)
         try:
-            exchange.tenant = self.gateway.tenant_with(head.credential)
+            tenant = self.gateway.tenant_with(head.credential)
         except ServiceError:  # the key is not valid any more
             return False
-        if not exchange.hold(len(body)):
+        if not self.bodies.take(tenant.name, len(body)):
             return False
         if self.deadline is not None:
             self._no_deadline()
-        self.headers = exchange.headers = head.headers
-        exchange.request_id = fresh_id()
+        self.cycle = exchange = ClientExchange(self, head, keep_alive=True, http10=False)
+        exchange.tenant = tenant
+        exchange.held_bytes = len(body)
         exchange.received = body
         exchange.complete = True
-        self.cycle = exchange
         self.open.busy(self)
         self._start(exchange)
         return True
@@ -447,13 +420,12 @@ class GatewayProtocol(HttpToolsProtocol):
             or exchange.refusal is not None
             or exchange.expects_continue
             or not self.declared_size == self.body_size == length
-            or not _ONE_OF_ITS_OWN.isdisjoint(name for name, _ in exchange.headers)
+            or not _ONE_OF_ITS_OWN.isdisjoint(exchange.headers)
         ):
             return
         if len(self.heads) >= MOST_HEADS:
             self.heads.clear()
-        headers = [header for header in exchange.headers if header[0] not in _SECRETS]
-        self.heads[digest] = Head(exchange.route, headers, exchange.credential())
+        self.heads[digest] = Head(exchange.route, exchange.headers, exchange.credential)
 
     def _feed(self, data: bytes) -> None:
         try:
@@ -515,10 +487,12 @@ class GatewayProtocol(HttpToolsProtocol):
         if self.transport.is_closing() or self.last_words:
             return
         self.gateway.refused("", error)
+        request_id = request_id_in(dict(reversed(self.headers or ())))
         if self.in_message and not self.in_head:
+            request_id = getattr(self.cycle, "request_id", request_id)  # whose headers are not kept here
             self._forget_newest()
         self.in_message = self.in_head = False
-        self.last_words = _refusal(error, self.headers or [], anthropic=self.url.startswith(_ANTHROPIC))
+        self.last_words = _refusal(error, request_id, anthropic=self.url.startswith(_ANTHROPIC))
         self._no_deadline()
         if self.current is None or self.current.response_complete:
             self._say_last()
@@ -609,7 +583,11 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def _expect_body(self, route: Route, *, http10: bool) -> None:
         """The head of a relayed request is complete: here it is decided whether its body is taken in at all."""
-        exchange = ClientExchange(self, route, keep_alive=not http10 and self.parser.should_keep_alive(), http10=http10)
+        headers = dict(reversed(self.headers))
+        key = credential(headers.pop(b"authorization", None), headers.pop(b"x-api-key", None))
+        self.headers = []  # there is a key among them
+        keep_alive = not http10 and self.parser.should_keep_alive()
+        exchange = ClientExchange(self, Head(route, headers, key), keep_alive=keep_alive, http10=http10)
         exchange.queued = not self._idle()
         self.cycle = exchange
         if exchange.queued:  # pipelined: its turn comes when the answer before it is complete
@@ -643,11 +621,11 @@ class GatewayProtocol(HttpToolsProtocol):
         the reader's own machine; for this one the browser asks first (the Fetch standard's CORS-safelisted types).
         """
         try:
-            exchange.tenant = self.gateway.tenant_with(exchange.credential())
+            exchange.tenant = self.gateway.tenant_with(exchange.credential)
         except ServiceError as error:
             return error
-        kind = exchange.header(b"content-type")
-        if kind == b"application/json" or (kind or b"").partition(b";")[0].strip().lower() == b"application/json":
+        kind = exchange.headers.get(b"content-type", b"")
+        if kind == b"application/json" or kind.partition(b";")[0].strip().lower() == b"application/json":
             return None
         return UnsupportedMediaType("Send JSON, with the header 'Content-Type: application/json'.")
 
@@ -669,7 +647,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self.url, self.expect_100_continue = url, expects
         self.headers.extend(headers)
         super().on_headers_complete()
-        request_id = request_id_in(headers).encode()
+        request_id = request_id_in(dict(reversed(headers))).encode()
         names = (b"x-request-id", b"request-id") if self.url.startswith(_ANTHROPIC) else (b"x-request-id",)
         self.cycle.default_headers = [*self.cycle.default_headers, *((name, request_id) for name in names)]
 
@@ -680,15 +658,16 @@ class GatewayProtocol(HttpToolsProtocol):
         if self.body_size > self.most_body:
             self._refuse(TooLarge(f"The body exceeds {self.most_body} bytes."))
         elif isinstance(self.cycle, ClientExchange):
-            self._body_of(self.cycle, body)
+            self._take_in(self.cycle, body)
         else:
             super().on_body(body)
 
-    def _body_of(self, exchange: ClientExchange, body: bytes) -> None:
-        if exchange.refusal is not None:
-            if self.body_size > _SMALL_BODY_BYTES:
+    def _take_in(self, exchange: ClientExchange, body: bytes) -> None:
+        if exchange.refusal is not None or exchange.tenant is None:
+            if self.body_size > _SMALL_BODY_BYTES and exchange.refusal is not None:
                 self._refuse(exchange.refusal)
-        elif exchange.hold(len(body)):
+        elif self.bodies.take(exchange.tenant.name, len(body)):
+            exchange.held_bytes += len(body)
             exchange.receive(body)
         else:
             self._refuse(Overloaded("There is no memory for this request's body at present.", retry_after_s=1.0))
@@ -709,7 +688,6 @@ class GatewayProtocol(HttpToolsProtocol):
     def _start(self, exchange: ClientExchange) -> None:
         self.current = exchange
         if exchange.refusal is not None:
-            exchange.name_it()
             self.gateway.refused(exchange.route.path, exchange.refusal)
             exchange.fail(exchange.refusal)
             return
@@ -743,9 +721,7 @@ class GatewayProtocol(HttpToolsProtocol):
         else:
             self.idle_since = self.loop.time()
             self.open.idle(self)
-            if isinstance(self.cycle, ClientExchange):
-                self.cycle.headers = self.headers = []  # there may be a key among them
-            else:
+            if not isinstance(self.cycle, ClientExchange):
                 self.cycle.body = bytearray()  # what the application has not read of it
             if self.timeout_keep_alive_task is None:
                 self._await_next(self.timeout_keep_alive)
@@ -803,12 +779,12 @@ class GatewayProtocol(HttpToolsProtocol):
         self.transport.abort()
 
 
-def _refusal(error: ServiceError, headers: list[tuple[bytes, bytes]], *, anthropic: bool) -> bytes:
+def _refusal(error: ServiceError, request_id: str, *, anthropic: bool) -> bytes:
     """A whole answer that says why, after which the connection closes."""
-    body, request_id = error_object(error, anthropic=anthropic), request_id_in(headers).encode()
-    lines = [_STATUS[status_of(error)], b"content-type: application/json\r\nx-request-id: ", request_id, b"\r\n"]
+    body, name = error_object(error, anthropic=anthropic), request_id.encode()
+    lines = [_STATUS[status_of(error)], b"content-type: application/json\r\nx-request-id: ", name, b"\r\n"]
     if anthropic:
-        lines += [b"request-id: ", request_id, b"\r\n"]
+        lines += [b"request-id: ", name, b"\r\n"]
     if error.retry_after is not None:
         lines.append(b"retry-after: %d\r\n" % error.retry_after)
     return b"".join([*lines, b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(body), body])
@@ -819,17 +795,12 @@ _PROCESS = os.urandom(10).hex()  # so that the ids of two gateways differ
 _serial = count()
 
 
-def fresh_id() -> str:
-    """A request id that no other request has."""
+def request_id_in(headers: Mapping[bytes, bytes]) -> str:
+    """The id that a request goes by: its own x-request-id if that is harmless, else one that no other request has."""
+    own = headers.get(b"x-request-id")
+    if own is not None and _SAFE_ID.fullmatch(own):
+        return own.decode()
     return f"{_PROCESS}{next(_serial):012x}"
-
-
-def request_id_in(headers: list[tuple[bytes, bytes]]) -> str:
-    """The id that a request goes by: its own x-request-id if that is harmless, else a fresh one."""
-    for name, value in headers:
-        if name == b"x-request-id":
-            return value.decode() if _SAFE_ID.fullmatch(value) else fresh_id()
-    return fresh_id()
 
 
 def protocol_for(

@@ -28,6 +28,7 @@ class Tenants:
     _index: dict[bytes, TenantRecord] = field(default_factory=dict)
     _records: dict[str, TenantRecord] = field(default_factory=dict)
     _met: dict[str, Tenant] = field(default_factory=dict)
+    _known: dict[bytes, tuple[Tenant, float | None]] = field(default_factory=dict)  # keys that came, by digest
 
     def identify(self, authorization: bytes | None, api_key: bytes | None) -> Tenant:
         """The tenant of a request's credentials. Raises UnknownKey; its message holds nothing of the key."""
@@ -37,6 +38,18 @@ class Tenants:
         """As `identify`, by what `credential` makes of a request's headers."""
         if self.open:
             return OPEN if self.learned else self._not_yet()
+        keys = self._known
+        known = keys.get(digest)
+        if known is None:
+            known = keys[digest] = self._key_of(digest)
+        tenant, expires_at = known
+        if expires_at is not None and expires_at <= self.wall():
+            raise UnknownKey("This API key has expired: use the tenant's newer one.")
+        return tenant
+
+    def _key_of(self, digest: bytes) -> tuple[Tenant, float | None]:
+        """The tenant of a key that comes for the first time, and when the key expires."""
+        met = self._met
         if not digest:
             raise UnknownKey("No API key: send it as 'Authorization: Bearer KEY'.")
         record = self._index.get(digest)
@@ -47,16 +60,7 @@ class Tenants:
             if not self.learned:
                 self._not_yet()
             raise UnknownKey("This API key is not known here.")
-        if found.expires_at is not None and found.expires_at <= self.wall():
-            raise UnknownKey("This API key has expired: use the tenant's newer one.")
-        return self._of(record)
-
-    def _of(self, record: TenantRecord) -> Tenant:
-        """The tenant of a record, built when it first comes."""
-        tenant = self._met.get(record.name)
-        if tenant is None:
-            tenant = self._met[record.name] = record.tenant()
-        return tenant
+        return _of(record, met), found.expires_at
 
     def _not_yet(self) -> Tenant:
         raise NoWorker("The tenants are not known yet: the shared store has not answered.", retry_after_s=5.0)
@@ -81,12 +85,15 @@ class Tenants:
         index = {key.digest: record for record in from_store for key in record.credentials}
         self._index = index | index_of(self.from_file)
         self._records = {record.name: record for record in (*self.from_file, *from_store)}
+        # Last, and read first by whoever writes into them: while a thread is here, nothing old can get into these.
         self._met = {}
+        self._known = {}
 
     def named(self, name: str) -> Tenant | None:
         """The tenant of this name that is in force."""
+        met = self._met
         record = self._records.get(name)
-        return None if record is None else self._of(record)
+        return None if record is None else _of(record, met)
 
     def record(self, name: str) -> TenantRecord | None:
         """The record of this name that is in force."""
@@ -101,15 +108,23 @@ class Tenants:
         return list(self._records.values())
 
 
+def _of(record: TenantRecord, met: dict[str, Tenant]) -> Tenant:
+    """The tenant of a record, built when it first comes."""
+    tenant = met.get(record.name)
+    if tenant is None:
+        tenant = met[record.name] = record.tenant()
+    return tenant
+
+
 def credential(authorization: bytes | None, api_key: bytes | None) -> bytes:
     """The digest of a request's key, empty if it has none."""
-    key = bearer(authorization) or api_key
+    key = api_key if authorization is None else bearer(authorization) or api_key
     return digest_of(key) if key else b""
 
 
-def bearer(authorization: bytes | None) -> bytes | None:
+def bearer(authorization: bytes) -> bytes | None:
     """The key of an Authorization header, None if it is not of the Bearer scheme."""
-    if authorization is None or authorization[:7].lower() != b"bearer ":
+    if authorization[:7].lower() != b"bearer ":
         return None
     return authorization[7:].strip()
 
