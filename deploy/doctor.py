@@ -42,7 +42,7 @@ from deploy.serve.preflight import (
     PreflightError,
     SharedMemoryError,
     TransferError,
-    check,
+    check_all,
     check_transfer,
     gpu_plan,
     worker_roles,
@@ -161,7 +161,7 @@ def check_gpu_plan(settings: ServeSettings, machine: Machine, cache: Path, ask: 
     if machine.engine is None or machine.engine.build == "cpu" or not machine.gpus:
         return
     try:
-        plan = gpu_plan(settings, machine, check(settings, machine, cache, ask))
+        plan = gpu_plan(settings, machine, check_all(settings, machine, cache, ask))
     except GpuPlanError as error:
         found, _, advice = str(error).partition(": ")
         yield Finding("bad", "GPU plan", found, advice)
@@ -203,7 +203,7 @@ def check_memory(settings: ServeSettings, machine: Machine, cache: Path, ask: As
     """Weights, KV cache and engine of every worker against what is free. Other findings tell why it cannot be known."""
     free = f"{machine.available_bytes / GIB:.1f} GiB free"
     try:
-        checked = check(settings, machine, cache, ask)
+        checked = check_all(settings, machine, cache, ask)
     except (TransferError, SharedMemoryError):
         return Finding("warn", "memory", f"{free}; how much is needed cannot be said", "mend the rest first")
     except PreflightError as error:
@@ -211,9 +211,10 @@ def check_memory(settings: ServeSettings, machine: Machine, cache: Path, ask: As
         return Finding("bad", "memory", found, advice)
     except (EngineArgsError, GpuPlanError, ModelError, ValueError):
         return Finding("warn", "memory", f"{free}; how much is needed cannot be said", "mend the rest first")
-    if checked.build == "cuda":
+    if checked[0].build == "cuda":
         return Finding("ok", "memory", f"{free}; weights and KV cache are in the GPUs' memory")
-    return Finding("ok", "memory", f"{free}, enough with {checked.kv_cache_gib} GiB KV cache for each worker")
+    kv_cache = " and ".join(dict.fromkeys(f"{one.kv_cache_gib}" for one in checked))
+    return Finding("ok", "memory", f"{free}, enough with {kv_cache} GiB KV cache for each worker")
 
 
 def check_model(name: str, cache: Path) -> Finding:
@@ -306,15 +307,17 @@ def examine(settings: ServeSettings) -> Iterator[Finding]:
     """Everything, the most basic first."""
     machine, cache = look(os.environ), cache_folder()
     yield check_engine(machine)
-    yield check_cpu(machine, cpu_flags(Path("/")), platform.machine(), stored_or_unknown(settings.model, cache))
+    yield check_cpu(machine, cpu_flags(Path("/")), platform.machine(), stored_or_unknown(settings.source, cache))
     yield from check_gpus(machine)
     yield from check_gpu_plan(settings, machine, cache)
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     yield from check_compiler(machine, shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc"), header)
-    yield check_model(settings.model, cache)
+    for one in settings.model:
+        yield check_model(one.name, cache)
     yield check_workers(settings, machine)
     yield check_memory(settings, machine, cache)
-    needed_bytes = 0 if settings.model not in MADE_HERE or is_complete(cache / BUNDLED) else BUNDLED_BYTES
+    made_here = any(one.name in MADE_HERE for one in settings.model)
+    needed_bytes = 0 if not made_here or is_complete(cache / BUNDLED) else BUNDLED_BYTES
     yield check_disk(shutil.disk_usage(existing(cache)).free, existing(cache), needed_bytes)
     if math.isfinite(machine.shared_bytes):
         yield check_shared_memory(settings, machine)

@@ -1,17 +1,68 @@
 """The settings of `evenhand serve`: the gateway's, and what its local engines need."""
 
+import json
+import re
 from pathlib import Path
+from typing import Annotated, Any, Self
 
-from pydantic import Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic_settings import NoDecode
 
 from deploy.engine.model import BUNDLED
 from server.settings import Positive, Settings
+
+_LABEL = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,40}$"
+_OF_ONE_MODEL = re.compile(r"([^-].*?):(-.*)")  # an engine argument with a model's name before it
+
+
+class ModelSettings(BaseModel):
+    """One model that is served, and what holds for its engines alone; None for what holds for all."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(min_length=1, description="a name of ours, a folder, or a hub id")
+    label: str | None = Field(None, pattern=_LABEL, description="what the names of its workers begin with")
+    workers: int | None = Field(None, ge=0, le=64)
+    prefill_workers: int | None = Field(None, ge=0, le=64)
+    decode_workers: int | None = Field(None, ge=0, le=64)
+    kv_cache_gib: int | None = Field(None, ge=1)
+    gpus: str | None = None
+    engine_args: list[str] = Field(default_factory=list, description="arguments behind those of all models")
+
+    @field_validator("gpus", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object) -> object:
+        """A number, or several with `+` between them where a comma has another meaning."""
+        return str(value).replace("+", ",") if isinstance(value, int | str) else value
+
+
+def _models(value: object) -> object:
+    """One model, or a list of them, in the environment as JSON; each a mapping, or a text `NAME[,workers=N]…`."""
+    if isinstance(value, str) and value.startswith("["):
+        value = json.loads(value)
+    given = value if isinstance(value, list) else [value]
+    return [_model(one) if isinstance(one, str) else one for one in given]
+
+
+def _model(text: str) -> dict[str, Any]:
+    name, *pairs = text.split(",")
+    told: dict[str, Any] = {"name": name}
+    for pair in pairs:
+        key, equals, what = pair.partition("=")
+        if not equals:
+            raise ValueError(f"model {text!r}: write it as NAME[,workers=N][,gpus=0+1]")
+        told[key] = what
+    return told
 
 
 class ServeSettings(Settings):
     """A gateway and engines on one machine."""
 
-    model: str = Field(BUNDLED, description="model to serve: a name of ours, a folder, or a hub id")
+    model: Annotated[list[ModelSettings], NoDecode, BeforeValidator(_models)] = Field(
+        default_factory=lambda: [ModelSettings(name=BUNDLED)],
+        min_length=1,
+        description=f"model to serve: a name of ours, a folder, or a hub id; default: {BUNDLED}",
+    )
     worker_count: int | None = Field(
         None, ge=0, le=64, description="engines that read and answer; default: 1, or none beside the two kinds below"
     )
@@ -20,7 +71,8 @@ class ServeSettings(Settings):
     kv_cache_gib: int | None = Field(None, ge=1, description="KV cache of each CPU engine, GiB; default: by memory")
     engine_args: list[str] = Field(
         default_factory=list,
-        description="an argument handed to vLLM as it is, e.g. --engine-arg=--max-num-seqs=8; overrides ours",
+        description="an argument handed to vLLM as it is, e.g. --engine-arg=--max-num-seqs=8; overrides ours. "
+        "--engine-arg=NAME:--max-num-seqs=8 is for the engines of one model",
     )
     gpus: str = Field(
         "", description="GPUs to use, as indices or UUIDs: 0,1; default: all that are visible and not in use"
@@ -36,3 +88,53 @@ class ServeSettings(Settings):
     state_folder: Path | None = Field(None, description="where the engines' logs go; default: the user's state folder")
     dry_run: bool = Field(False, description="print what would be started on which GPUs or cores, and start nothing")
     verbose: bool = Field(False, description="show the engines' whole logs")
+
+    @property
+    def source(self) -> str:
+        """The model, where there is one."""
+        return self.model[0].name
+
+    def each(self) -> list[Self]:
+        """These settings for each model by itself. ValueError for one that comes twice, or an argument of none."""
+        names = [one.name for one in self.model]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"the model {twice!r} is given twice: write --model {twice},workers=2 for more engines")
+        for arg in self.engine_args:
+            found = _OF_ONE_MODEL.fullmatch(arg)
+            if found is not None and found.group(1) not in names:
+                raise ValueError(f"--engine-arg={arg}: there is no --model {found.group(1)}")
+        labels = _labels(self.model)
+        return [self._only(one, label) for one, label in zip(self.model, labels, strict=True)]
+
+    def _only(self, one: ModelSettings, label: str) -> Self:
+        own = {
+            "worker_count": one.workers,
+            "prefill_workers": one.prefill_workers,
+            "decode_workers": one.decode_workers,
+            "kv_cache_gib": one.kv_cache_gib,
+            "gpus": one.gpus,
+        }
+        args = [arg for given in self.engine_args if (arg := _for_model(given, one.name))]
+        changes: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
+        changes["model"] = [one.model_copy(update={"label": label})]
+        return self.model_copy(update=changes | {"engine_args": [*args, *one.engine_args]})
+
+
+def _for_model(arg: str, name: str) -> str:
+    """An engine argument as this model's engines get it, "" for one that is another's."""
+    found = _OF_ONE_MODEL.fullmatch(arg)
+    if found is None:
+        return arg
+    return found.group(2) if found.group(1) == name else ""
+
+
+def _labels(models: list[ModelSettings]) -> list[str]:
+    """What each model's workers are called after: nothing where there is one model, else the end of its name."""
+    if len(models) == 1:
+        return [models[0].label or ""]
+    labels: list[str] = []
+    for one in models:
+        end = re.sub(r"[^A-Za-z0-9._-]+", "-", one.name.rstrip("/").rpartition("/")[2]).strip("-._")[:40].lower()
+        label = one.label or end or "model"
+        labels.append(label if label not in labels else f"{label}-{len(labels)}")
+    return labels

@@ -46,6 +46,8 @@ def written(default: Any) -> str:
     """A default as the tables have it."""
     if default is None:
         return "none"
+    if isinstance(default, list):
+        default = [one.model_dump(exclude_unset=True) if isinstance(one, BaseModel) else one for one in default]
     return f"`{default:g}`" if isinstance(default, float) else f"`{json.dumps(default)}`"
 
 

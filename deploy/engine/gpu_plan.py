@@ -61,8 +61,8 @@ class GpuPlan:
     remarks: tuple[str, ...] = ()
 
 
-def plan_gpus(gpus: Sequence[Gpu], engines: Sequence[str], need: Need) -> GpuPlan:
-    """GPUs for each of `engines` (names), all of which need the same.
+def plan_gpus(gpus: Sequence[Gpu], engines: Sequence[str], need: Need, *, tell_idle: bool = True) -> GpuPlan:
+    """GPUs for each of `engines` (names), all of which need the same. tell_idle: nobody else gets what is left.
 
     Neighbours in nvidia-smi's order are given to one engine, for they are the best connected. An engine of one GPU
     shares it with others where there are too few; one of several GPUs never does. GpuPlanError if it cannot be.
@@ -81,7 +81,7 @@ def plan_gpus(gpus: Sequence[Gpu], engines: Sequence[str], need: Need) -> GpuPla
         raise GpuPlanError(_too_few(len(usable), len(engines), each))
     _check_weights(shares, need)
     taken = {gpu.id for share in shares.values() for gpu in share.gpus}
-    idle = [gpu for gpu in usable if gpu.id not in taken]
+    idle = [gpu for gpu in usable if gpu.id not in taken] if tell_idle else []
     return GpuPlan(shares, (*remarks, *_sharing(shares), *_idle(idle, len(engines), each)))
 
 
@@ -99,6 +99,21 @@ def _shared(gpus: Sequence[Gpu], engines: Sequence[str], need: Need) -> dict[str
             )
         shares[name] = Share((gpu,), utilization, sharers)
     return shares
+
+
+def check_crowding(shares: Mapping[str, Share]) -> None:
+    """GpuPlanError if engines that were planned apart are to take more of a GPU than there is."""
+    parts: dict[str, dict[str, float]] = {}
+    for name, share in shares.items():
+        for gpu in share.gpus:
+            parts.setdefault(gpu.id, {})[name] = share.utilization or UTILIZATION
+    for share in shares.values():
+        for gpu in share.gpus:
+            if len(on_it := parts[gpu.id]) > 1 and sum(on_it.values()) > 1:
+                raise GpuPlanError(
+                    f"{' and '.join(on_it)} are all to be on {gpu}, and take {sum(on_it.values()):.0%} of its memory: "
+                    "let each model take a part with --engine-arg=NAME:--gpu-memory-utilization=0.45"
+                )
 
 
 def _with_memory(gpus: Sequence[Gpu], engines: Sequence[str], need: Need) -> tuple[list[Gpu], list[str]]:

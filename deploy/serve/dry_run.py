@@ -8,20 +8,22 @@ from rich.text import Text
 
 from deploy.engine.model import ENGINE_ARGS, MADE_HERE, ModelSource, cache_folder, is_complete, resolve
 from deploy.engine.worker import usable_ports
-from deploy.serve.preflight import check, gpu_plan, in_words, plan_workers
-from deploy.serve.serving import Surroundings
+from deploy.serve.preflight import check_all, gpu_plan, in_words, plan_workers
+from deploy.serve.serving import Surroundings, check_names, shown_source
 from deploy.settings import ServeSettings
 
 
 def dry_run(settings: ServeSettings, around: Surroundings, console: Console) -> int:
     """Prints the plan; returns the exit code. Raises what a start would raise before its first engine."""
     machine = around.machine()
-    checked = check(settings, machine, cache_folder(), around.ask)
-    source, remarks = _source(settings.model)
-    plans = plan_workers(settings, machine, checked, source)
+    checked = check_all(settings, machine, cache_folder(), around.ask)
+    found = [_source(one.name) for one in settings.model]
+    sources, remarks = [source for source, _ in found], [remark for _, remarks in found for remark in remarks]
+    check_names(settings, [source.served_name for source in sources])
+    plans = plan_workers(settings, machine, checked, sources)
     engine = machine.engine
     rows = {
-        "model": source.served_name + (f"  ({source.path})" if source.path != source.served_name else ""),
+        "model" if len(sources) == 1 else "models": ", ".join(map(shown_source, sources)),
         "engine": f"vLLM {engine.version} ({engine.build})" if engine else "",
         **{name: in_words(plan) for name, plan in plans.items()},
     }

@@ -102,6 +102,8 @@ def run(args: argparse.Namespace, surroundings: Surroundings | None = None) -> i
 
     def serve() -> int:
         settings = read_settings(given(args, JoinSettings, OPTIONS), args.config, JoinSettings)
+        if len(settings.model) > 1:
+            raise ValueError("a worker is one engine of one model: start one `evenhand worker` for each --model")
         if settings.redis_url is None:
             raise ValueError("a worker joins its gateways through Redis: give --redis-url URL, or EVENHAND_REDIS_URL")
         redis_url = settings.redis_url.get_secret_value()
@@ -141,7 +143,7 @@ def plan_of(settings: JoinSettings, around: Surroundings, locks: GpuLocks) -> En
 
     EngineArgsError, GpuPlanError, ModelError, PreflightError or ValueError says what is wrong.
     """
-    alone = settings.model_copy(
+    alone = settings.each()[0].model_copy(
         update={
             "worker_count": 1,
             "prefill_workers": 0,
@@ -154,8 +156,8 @@ def plan_of(settings: JoinSettings, around: Surroundings, locks: GpuLocks) -> En
     leans = role is Role.BOTH and settings.disaggregation.balance_roles
     check_transfer([Role.PREFILL if leans else role], machine)
     checked = check(alone, machine, cache_folder(), around.ask)
-    machine = claimed(alone, machine, checked, locks)
-    (plan,) = plan_workers(alone, machine, checked, resolve(settings.model, cache_folder())).values()
+    machine = claimed(alone, machine, [checked], locks)
+    (plan,) = plan_workers(alone, machine, [checked], [resolve(settings.source, cache_folder())]).values()
     plan = replace(plan, role=role, host=settings.address, hands_over=leans)
     if machine.own_cores or checked.build != "cpu":
         return plan

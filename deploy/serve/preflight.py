@@ -1,7 +1,7 @@
 """All that can be found wrong before anything is started, and the plan that follows when nothing is."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from deploy.engine.engine_args import (
@@ -19,8 +19,8 @@ from deploy.engine.engine_args import (
     spreads,
 )
 from deploy.engine.engine_needs import Asking, ask_vllm, needs_of
-from deploy.engine.gpu_plan import GpuPlan, Need, plan_gpus
-from deploy.engine.gpus import named
+from deploy.engine.gpu_plan import GpuPlan, GpuPlanError, Need, Share, check_crowding, plan_gpus
+from deploy.engine.gpus import Gpu, named
 from deploy.engine.machine import GIB, Build, Machine
 from deploy.engine.model import BUNDLED, BUNDLED_BYTES, TINY, ModelSource, resolve, stored_dtype
 from deploy.settings import ServeSettings
@@ -56,17 +56,24 @@ class SharedMemoryError(PreflightError):
 class Checked:
     """What was found: the build that will run, and the KV cache (GiB) and number format of each CPU engine.
 
-    need: what each GPU engine takes.
+    need: what each GPU engine takes. engine_bytes: what each CPU engine takes of the machine's memory.
     """
 
     build: Build
     kv_cache_gib: int
     dtype: str = ""
     need: Need = Need()
+    engine_bytes: int = field(default=0, compare=False)
 
 
 def worker_roles(settings: ServeSettings) -> dict[str, Role]:
-    """Each worker's name and role; ValueError when prefill and decode are not both there, or nobody is."""
+    """Each worker's name and role, of all models. ValueError when prefill and decode are not both there, or nobody
+    is."""
+    return {name: role for one in settings.each() for name, role in _roles_of(one).items()}
+
+
+def _roles_of(settings: ServeSettings) -> dict[str, Role]:
+    label = settings.model[0].label
     prefill, decode, both = settings.prefill_workers, settings.decode_workers, settings.worker_count
     if bool(prefill) != bool(decode):
         raise ValueError("prefill and decode workers need each other: give both --prefill-workers and --decode-workers")
@@ -75,7 +82,27 @@ def worker_roles(settings: ServeSettings) -> dict[str, Role]:
     if not (prefill or both):
         raise ValueError("with no worker nothing can be served: give --workers 1 or more")
     names = {"prefill": (Role.PREFILL, prefill), "decode": (Role.DECODE, decode), "worker": (Role.BOTH, both)}
-    return {f"{name}-{index}": role for name, (role, count) in names.items() for index in range(count)}
+    roles = {f"{name}-{index}": role for name, (role, count) in names.items() for index in range(count)}
+    return {f"{label}-{name}": role for name, role in roles.items()} if label else roles
+
+
+def check_all(settings: ServeSettings, machine: Machine, cache: Path, ask: Asking = ask_vllm) -> list[Checked]:
+    """`check` for each model, in memory and on GPUs that the models before it leave."""
+    found: list[Checked] = []
+    views, left = settings.each(), machine
+    roles = worker_roles(settings)
+    if settings.disaggregation.balance_roles and len(set(roles.values())) < len(Role):
+        raise ValueError(
+            "--balance-roles needs a worker of each kind: give --prefill-workers, --decode-workers and --workers"
+        )
+    for view in views:
+        checked = check(view, left, cache, ask)
+        found.append(checked)
+        taken = checked.engine_bytes * len(_roles_of(view)) if checked.build == "cpu" else 0
+        left = replace(left, available_bytes=left.available_bytes - taken)
+    if len(views) > 1:
+        gpu_plan(settings, machine, found)
+    return found
 
 
 def check(settings: ServeSettings, machine: Machine, cache: Path, ask: Asking = ask_vllm) -> Checked:
@@ -88,10 +115,6 @@ def check(settings: ServeSettings, machine: Machine, cache: Path, ask: Asking = 
     check_user_args(settings.engine_args)
     build = build_in_use(machine)
     workers = len(worker_roles(settings))
-    if settings.disaggregation.balance_roles and not (settings.prefill_workers and settings.worker_count):
-        raise ValueError(
-            "--balance-roles needs a worker of each kind: give --prefill-workers, --decode-workers and --workers"
-        )
     check_transfer(worker_roles(settings).values(), machine)
     check_shared_memory(settings, machine)
     if build == "cpu" and settings.compile and not machine.compiler:
@@ -99,16 +122,16 @@ def check(settings: ServeSettings, machine: Machine, cache: Path, ask: Asking = 
             "--compile needs a C++ compiler, and there is no g++ here: install it (on Debian: apt install g++), "
             "or leave --compile out"
         )
-    stored = stored_dtype(settings.model, cache)
+    stored = stored_dtype(settings.source, cache)
     dtype = cpu_dtype(machine, stored) if build == "cpu" else ""
-    weights = weights_bytes(settings.model, cache, dtype or stored)
+    weights = weights_bytes(settings.source, cache, dtype or stored)
     free = machine.available_bytes - workers * (ENGINE_BYTES + weights)
     kv_cache_gib = settings.kv_cache_gib or default_kv_cache_gib(free, workers)
     if build == "cpu":
-        _check_memory(settings.model, machine, workers, weights, kv_cache_gib)
-        return Checked(build, kv_cache_gib, dtype)
+        _check_memory(settings.source, machine, workers, weights, kv_cache_gib)
+        return Checked(build, kv_cache_gib, dtype, engine_bytes=ENGINE_BYTES + weights + kv_cache_gib * GIB)
     checked = Checked(build, kv_cache_gib, dtype, gpu_need(settings, weights, ask))
-    gpu_plan(settings, machine, checked)
+    gpu_plan(settings, machine, [checked])
     return checked
 
 
@@ -126,24 +149,46 @@ def gpu_need(settings: ServeSettings, weights: int, ask: Asking) -> Need:
     return Need(needs.gpus, needs.utilization, 0 if unlike_files else weights // needs.nodes)
 
 
-def gpu_plan(settings: ServeSettings, machine: Machine, checked: Checked) -> GpuPlan:
-    """The GPUs of each worker. GpuPlanError if they do not suffice; PreflightError if --gpus names none that is here.
+def gpu_plan(settings: ServeSettings, machine: Machine, checked: Sequence[Checked]) -> GpuPlan:
+    """The GPUs of each worker. checked: of each model. A model takes of what those before it leave, unless it names its
+    GPUs. GpuPlanError if they do not suffice; PreflightError if --gpus names none that is here.
 
     Nobody's on a CPU.
     """
-    if checked.build == "cpu":
+    if checked[0].build == "cpu":
         return GpuPlan({})
-    gpus = list(machine.gpus)
-    if settings.gpus:
-        gpus = []
-        for part in (part.strip() for part in settings.gpus.split(",")):
-            if not (chosen := [gpu for gpu in named(machine.gpus, part) if gpu not in gpus]):
-                there = ", ".join(f"{gpu.index}" for gpu in machine.gpus)
-                raise PreflightError(
-                    f"--gpus {settings.gpus}: {part!r} is no GPU here, or named twice; there are {there}"
-                )
-            gpus += chosen
-    return plan_gpus(gpus, list(worker_roles(settings)), checked.need)
+    free = _named_gpus(settings.gpus, machine)
+    views = settings.each()
+    shares: dict[str, Share] = {}
+    remarks: list[str] = []
+    for view, one in zip(views, checked, strict=True):
+        own = view.model[0].gpus
+        if not own and not free:
+            raise GpuPlanError(
+                f"the models before {view.source} take all GPUs: give each its own with --model {view.source},gpus=0, "
+                "or start fewer workers"
+            )
+        gpus = _named_gpus(own, machine) if own else free
+        plan = plan_gpus(gpus, list(worker_roles(view)), one.need, tell_idle=len(views) == 1)
+        shares |= plan.shares
+        remarks += plan.remarks
+        taken = {gpu.id for share in plan.shares.values() for gpu in share.gpus}
+        free = [gpu for gpu in free if gpu.id not in taken]
+    check_crowding(shares)
+    return GpuPlan(shares, tuple(remarks))
+
+
+def _named_gpus(names: str, machine: Machine) -> list[Gpu]:
+    """The GPUs of a `--gpus`, all where it is empty. PreflightError for one that is not here."""
+    if not names:
+        return list(machine.gpus)
+    gpus: list[Gpu] = []
+    for part in (part.strip() for part in names.split(",")):
+        if not (chosen := [gpu for gpu in named(machine.gpus, part) if gpu not in gpus]):
+            there = ", ".join(f"{gpu.index}" for gpu in machine.gpus)
+            raise PreflightError(f"--gpus {names}: {part!r} is no GPU here, or named twice; there are {there}")
+        gpus += chosen
+    return gpus
 
 
 def check_transfer(roles: Iterable[Role], machine: Machine) -> None:
@@ -194,35 +239,37 @@ def weights_bytes(model: str, cache: Path, dtype: str) -> int:
 
 
 def plan_workers(
-    settings: ServeSettings, machine: Machine, checked: Checked, source: ModelSource
+    settings: ServeSettings, machine: Machine, checked: Sequence[Checked], sources: Sequence[ModelSource]
 ) -> Mapping[str, EnginePlan]:
-    """The engine of each worker, by its name."""
-    roles = worker_roles(settings)
-    cores = divide_cores(machine.cores, len(roles))
-    allowed: list[tuple[int, ...]] = [()] * len(roles)
-    if checked.build == "cpu":
+    """The engine of each worker, by its name. checked, sources: of each model."""
+    views = settings.each()
+    cores = divide_cores(machine.cores, len(worker_roles(settings)))
+    allowed: list[tuple[int, ...]] = [()] * len(cores)
+    if checked[0].build == "cpu":
         allowed = allowed_threads(machine.physical, cores)
     shares = gpu_plan(settings, machine, checked).shares
+    places = iter(zip(cores, allowed, strict=True))
     return {
         name: EnginePlan(
             model=source.path,
             served_name=source.served_name,
             local=Path(source.path).is_dir(),
-            build=checked.build,
-            dtype=checked.dtype,
-            compiled=settings.compile,
+            build=one.build,
+            dtype=one.dtype,
+            compiled=view.compile,
             role=role,
-            policy=settings.policy,
-            policy_options=settings.policy_options,
-            cores=cores[index],
-            allowed=allowed[index],
-            kv_cache_gib=checked.kv_cache_gib,
+            policy=view.policy,
+            policy_options=view.policy_options,
+            cores=own_cores,
+            allowed=own_allowed,
+            kv_cache_gib=one.kv_cache_gib,
             share=shares.get(name),
-            hands_over=settings.disaggregation.balance_roles,
+            hands_over=view.disaggregation.balance_roles,
             model_args=source.engine_args,
-            user_args=tuple(settings.engine_args),
+            user_args=tuple(view.engine_args),
         )
-        for index, (name, role) in enumerate(roles.items())
+        for view, one, source in zip(views, checked, sources, strict=True)
+        for (name, role), (own_cores, own_allowed) in zip(worker_roles(view).items(), places, strict=False)
     }
 
 

@@ -17,7 +17,7 @@ from deploy.engine.model import cache_folder
 from deploy.serve.command import exit_code
 from deploy.serve.dry_run import dry_run
 from deploy.serve.gateway import GatewayRunner, front_for
-from deploy.serve.preflight import PreflightError, check, worker_roles
+from deploy.serve.preflight import PreflightError, check_all, worker_roles
 from deploy.serve.screen import Screen
 from deploy.serve.serving import Serving, Surroundings, with_batches
 from deploy.settings import ServeSettings
@@ -28,7 +28,7 @@ from server.options import CliOption, add_options, given
 from server.settings import read_settings
 
 OPTIONS = (
-    CliOption("model", "NAME|PATH|HF_ID"),
+    CliOption("model", "NAME|PATH|HF_ID[,workers=N][,…]"),
     CliOption("worker_count", "N", "--workers"),
     CliOption("prefill_workers", "N"),
     CliOption("decode_workers", "N"),
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace, surroundings: Surroundings | None = None) -> i
         screen = Screen(Console(highlight=False), list(worker_roles(settings)), settings.verbose, time.monotonic)
         front = front_for(settings, screen.gateway)
         with listen(front, settings) as sock:
-            checked = check(settings, around.machine(), cache_folder(), around.ask)
+            checked = check_all(settings, around.machine(), cache_folder(), around.ask)
             serving = Serving(settings, checked, front, screen, around)
             calm_collector()
             code: int = uvloop.run(serving.serve(sock))

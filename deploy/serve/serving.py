@@ -33,6 +33,7 @@ from deploy.serve.screen import Screen, ScreenLog
 from deploy.settings import ServeSettings
 from scheduler.workers import Role
 from server.processes.supervisor import STOPPING
+from server.request.names import read_name, table_of
 
 log = logging.getLogger("evenhand.serve")
 
@@ -82,7 +83,7 @@ class Serving:
     def __init__(
         self,
         settings: ServeSettings,
-        checked: Checked,
+        checked: Sequence[Checked],
         front: GatewayRunner,
         screen: Screen,
         surroundings: Surroundings,
@@ -121,28 +122,29 @@ class Serving:
 
     async def _engines(self) -> None:
         """Model, then engines, for as long as they live. WorkerError, ModelError or EngineArgsError at the start."""
-        source = await self._model()
+        sources = [await self._model(one.name) for one in self._settings.model]
+        check_names(self._settings, [source.served_name for source in sources])
         locks = self._around.locks()
         try:
             machine = claimed(self._settings, self._around.machine(), self._checked, locks)
-            self._plans = plan_workers(self._settings, machine, self._checked, source)
-            self._introduce(source, gpu_plan(self._settings, machine, self._checked).remarks)
-            await self._run_engines(source)
+            self._plans = plan_workers(self._settings, machine, self._checked, sources)
+            self._introduce(sources, gpu_plan(self._settings, machine, self._checked).remarks)
+            await self._run_engines(sources)
         finally:
             locks.close()
 
-    async def _run_engines(self, source: ModelSource) -> None:
+    async def _run_engines(self, sources: Sequence[ModelSource]) -> None:
         self._workers = {name: self._worker(name, plan) for name, plan in self._plans.items()}
         try:
             async with asyncio.TaskGroup() as group:
                 for worker in self._workers.values():
                     group.create_task(worker.run(), name=worker.name)
-                group.create_task(self._when_ready(source))
+                group.create_task(self._when_ready(sources))
         except* WorkerError as errors:
             raise errors.exceptions[0] from None
 
-    async def _model(self) -> ModelSource:
-        """The model, made ready by a program of its own where it is one of ours and not there yet."""
+    async def _model(self, name: str) -> ModelSource:
+        """A model, made ready by a program of its own where it is one of ours and not there yet."""
         cache = cache_folder()
         heard: list[str] = []
         began_s = time.monotonic()
@@ -152,9 +154,9 @@ class Serving:
             self._screen.starting("model", line.rstrip(), time.monotonic() - began_s)
 
         try:
-            return resolve(self._settings.model, cache)
+            return resolve(name, cache)
         except ModelError as error:
-            argv = (sys.executable, "-P", "-c", PREPARE, "prepare", self._settings.model, "--cache", str(cache))
+            argv = (sys.executable, "-P", "-c", PREPARE, "prepare", name, "--cache", str(cache))
             async with running(argv, os.environ, self._around.timing.grace_s, hear) as child:
                 try:
                     await child.or_end(asyncio.Event().wait())
@@ -162,7 +164,7 @@ class Serving:
                     if end.exit_code != 0:
                         raise ModelError(heard[-1].removeprefix("evenhand: ") if heard else str(error)) from None
             self._screen.started("model")
-            return resolve(self._settings.model, cache)
+            return resolve(name, cache)
 
     def _worker(self, name: str, plan: EnginePlan) -> WorkerProcess:
         return WorkerProcess(
@@ -193,7 +195,11 @@ class Serving:
     def _missing_role(self, plan: EnginePlan) -> str:
         """The role that an engine of `plan` needs beside its own and that no worker takes yet; "" if none."""
         other = {Role.PREFILL: Role.DECODE, Role.DECODE: Role.PREFILL}.get(plan.role)
-        there = {self._plans[name].role for name, worker in self._workers.items() if worker.state is EngineState.READY}
+        there = {
+            self._plans[name].role
+            for name, worker in self._workers.items()
+            if worker.state is EngineState.READY and self._plans[name].served_name == plan.served_name
+        }
         return other.value if other is not None and other not in there else ""
 
     async def _wind_down(self, stop: Stop, gateway: asyncio.Task[None], work: asyncio.Task[None]) -> None:
@@ -230,20 +236,20 @@ class Serving:
             await asyncio.sleep(BEAT_S)
             self._screen.beat()
 
-    async def _when_ready(self, source: ModelSource) -> None:
+    async def _when_ready(self, sources: Sequence[ModelSource]) -> None:
         await self._all_ready.wait()
         await self._front.takes_requests(len(self._workers))
         settings = self._settings
         host = "127.0.0.1" if settings.host in {"0.0.0.0", "::"} else settings.host
         url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
         asked = '"max_tokens": 64, "messages": [{"role": "user", "content": "Hello!"}]'
-        body = f'{{"model": "{source.served_name}", {asked}}}'
+        body = f'{{"model": "{sources[0].served_name}", {asked}}}'
         say = self._screen.say
         say()
         apart = f", prompts from {settings.disaggregation.min_prompt_tokens} tokens on are read apart"
         say(
-            f"Ready: {source.served_name} at {url}/v1, policy {settings.policy}"
-            + (apart if settings.prefill_workers else ""),
+            f"Ready: {', '.join(source.served_name for source in sources)} at {url}/v1, policy {settings.policy}"
+            + (apart if any(one.prefill_workers for one in settings.each()) else ""),
             "bold green",
         )
         say()
@@ -252,11 +258,11 @@ class Serving:
         say()
         say("Ctrl-C stops it.", "dim")
 
-    def _introduce(self, source: ModelSource, remarks: Sequence[str]) -> None:
+    def _introduce(self, sources: Sequence[ModelSource], remarks: Sequence[str]) -> None:
         engine = self._around.machine().engine
         self._screen.table(
             {
-                "model": source.served_name + (f"  ({source.path})" if source.path != source.served_name else ""),
+                "model" if len(sources) == 1 else "models": ", ".join(map(shown_source, sources)),
                 "policy": " ".join(
                     [self._settings.policy, *(f"{k}={v}" for k, v in self._settings.policy_options.items())]
                 ),
@@ -270,16 +276,31 @@ class Serving:
         self._screen.say()
 
 
-def claimed(settings: ServeSettings, machine: Machine, checked: Checked, locks: GpuLocks) -> Machine:
+def shown_source(source: ModelSource) -> str:
+    """A model for a person: its name, and where it is."""
+    return source.served_name + (f"  ({source.path})" if source.path != source.served_name else "")
+
+
+def check_names(settings: ServeSettings, served: Sequence[str]) -> None:
+    """ValueError if two models go by one name, or a model name points to what is not served."""
+    if twice := next((name for name in served if served.count(name) > 1), None):
+        raise ValueError(f"two models would be served as {twice!r}: rename one of the folders")
+    table = table_of({name: read_name(name, value) for name, value in settings.models.items()})
+    missing = (table.missing_behind(named, served) for named in table.names.values())
+    for sentence in filter(None, missing):
+        raise ValueError(f"{sentence}; there is {', '.join(served)}")
+
+
+def claimed(settings: ServeSettings, machine: Machine, checked: Sequence[Checked], locks: GpuLocks) -> Machine:
     """The machine with those GPUs that no other process of ours has; those that the plan needs are held from here.
 
     A user who says how much of a GPU's memory an engine may take means it to be shared. GpuPlanError if too few are
     left.
     """
-    if checked.build == "cpu":
+    if checked[0].build == "cpu":
         return machine
     with locks.planning():
-        free = locks.free(machine.gpus, shared=checked.need.utilization is not None)
+        free = locks.free(machine.gpus, shared=all(one.need.utilization is not None for one in checked))
         taken = [gpu for gpu in machine.gpus if gpu not in free]
         try:
             if not free:

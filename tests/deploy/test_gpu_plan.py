@@ -132,7 +132,7 @@ def test_the_plan_of_a_whole_machine(
     settings = ServeSettings(model=model(tmp_path), engine_args=["--some-arg"], **workers)  # type: ignore[arg-type]
     machine = cuda_machine(h100s(gpus))
     checked = check(settings, machine, tmp_path, answering(**needs))
-    assert [share.ids for share in gpu_plan(settings, machine, checked).shares.values()] == expected
+    assert [share.ids for share in gpu_plan(settings, machine, [checked]).shares.values()] == expected
 
 
 def test_what_cannot_be_planned_is_refused_before_anything_starts(tmp_path: Path) -> None:
@@ -187,11 +187,11 @@ def test_a_process_takes_gpus_that_others_have_left_and_no_more_than_it_needs(tm
     settings = ServeSettings(model="m")
     first, second, third = (GpuLocks(tmp_path) for _ in range(3))
     checked = Checked("cuda", 1)
-    assert [gpu.id for gpu in claimed(settings, machine, checked, first).gpus][0] == "GPU-h0"
-    assert [gpu.id for gpu in claimed(settings, machine, checked, second).gpus] == ["GPU-h1"]
+    assert [gpu.id for gpu in claimed(settings, machine, [checked], first).gpus][0] == "GPU-h0"
+    assert [gpu.id for gpu in claimed(settings, machine, [checked], second).gpus] == ["GPU-h1"]
     with pytest.raises(GpuPlanError, match=r"Another evenhand process has GPU 0 \(.*, GPU 1 \("):
-        claimed(settings, machine, checked, third)
+        claimed(settings, machine, [checked], third)
     first.close()
-    assert claimed(settings, machine, checked, third).gpus
+    assert claimed(settings, machine, [checked], third).gpus
     for locks in (first, second, third):
         locks.close()

@@ -7,7 +7,16 @@ from deploy.engine.engine_args import EngineArgsError
 from deploy.engine.gpus import Gpu
 from deploy.engine.machine import GIB, Engine, Machine
 from deploy.engine.model import ModelError, ModelSource
-from deploy.serve.preflight import Checked, PreflightError, check, in_words, plan_workers, weights_bytes, worker_roles
+from deploy.serve.preflight import (
+    Checked,
+    PreflightError,
+    check,
+    check_all,
+    in_words,
+    plan_workers,
+    weights_bytes,
+    worker_roles,
+)
 from deploy.settings import ServeSettings
 from scheduler.workers import Role
 from server.settings import DisaggregationSettings
@@ -107,7 +116,7 @@ def test_workers_are_named_after_what_they_do() -> None:
 
 def test_what_an_engine_is_for_is_said_with_how_it_computes(folder: Path) -> None:
     settings = ServeSettings(prefill_workers=1, decode_workers=1, worker_count=1)
-    plans = plan_workers(settings, machine(), Checked("cpu", 2, "float32"), ModelSource(str(folder), "toy"))
+    plans = plan_workers(settings, machine(), [Checked("cpu", 2, "float32")], [ModelSource(str(folder), "toy")])
     assert in_words(plans["prefill-0"]) == "reads prompts: CPU core 0, float32, eager, 2 GiB KV cache"
     assert in_words(plans["decode-0"]) == "answers: CPU core 1, float32, eager, 2 GiB KV cache"
     assert in_words(plans["worker-0"]) == "CPU core 2, float32, eager, 2 GiB KV cache"
@@ -117,12 +126,12 @@ def test_roles_are_balanced_where_there_is_one_of_each(folder: Path) -> None:
     leaning = DisaggregationSettings(balance_roles=True)
     for given in ({}, {"worker_count": 2}, {"prefill_workers": 1, "decode_workers": 1}):
         with pytest.raises(ValueError, match="--balance-roles needs a worker of each kind"):
-            check(ServeSettings(model=str(folder), disaggregation=leaning, **given), machine(64), folder)
+            check_all(ServeSettings(model=str(folder), disaggregation=leaning, **given), machine(64), folder)
     settings = ServeSettings(
         model=str(folder), disaggregation=leaning, prefill_workers=1, decode_workers=1, worker_count=1
     )
     checked = check(settings, machine(64), folder)
-    plans = plan_workers(settings, machine(), checked, ModelSource(str(folder), "toy"))
+    plans = plan_workers(settings, machine(), [checked], [ModelSource(str(folder), "toy")])
     assert plans["worker-0"].connected
 
 
@@ -140,7 +149,7 @@ def test_each_worker_gets_its_cores_and_what_the_user_and_the_model_ask_for(fold
         worker_count=2, policy="vtc", policy_options={"output_weight": "3"}, engine_args=["--seed=7"]
     )
     source = ModelSource(str(folder), "toy", ("--load-format", "dummy"))
-    plans = plan_workers(settings, machine(), Checked("cpu", 2, "float32"), source)
+    plans = plan_workers(settings, machine(), [Checked("cpu", 2, "float32")], [source])
     assert [plan.cores for plan in plans.values()] == [(1,), (2,)]
     one = plans["worker-0"]
     assert (one.policy, one.policy_options, one.kv_cache_gib) == ("vtc", {"output_weight": "3"}, 2)
@@ -152,5 +161,5 @@ def test_on_gpus_each_worker_has_its_own(folder: Path) -> None:
     cuda = machine(engine=Engine("vllm", "0.33.0", "cuda"), gpus=(L4, replace(L4, id="GPU-b", index=1)))
     settings = ServeSettings(model=str(folder), worker_count=2)
     checked = check(settings, cuda, folder)
-    plans = plan_workers(settings, cuda, checked, ModelSource(str(folder), "toy"))
+    plans = plan_workers(settings, cuda, [checked], [ModelSource(str(folder), "toy")])
     assert [in_words(plan) for plan in plans.values()] == ["GPU 0 (NVIDIA L4)", "GPU 1 (NVIDIA L4)"]
