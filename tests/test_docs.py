@@ -28,7 +28,7 @@ PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob
 
 WORD = re.compile(r"\bevenhand_[a-z0-9_]+")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-ROW = re.compile(r"^\| `([a-z_.]+)` \|(?:\\\||[^|])*\| (\S+) \| ", re.MULTILINE)  # name, option, default
+ROW = re.compile(r"^\| `([a-z_.]+)` \|(?:\\\||[^|])*\| (`[^`|]*`|none) \| ", re.MULTILINE)  # name, option, default
 IN_PLUGIN = re.compile(r'self\._(?:gauge|counter)\(\s*registry,\s*"(\w+)"')
 OF_HISTOGRAMS = ("_bucket", "_count", "_sum")
 
