@@ -185,6 +185,7 @@ class GatewayServer:
             head_s=edge.head_timeout_s,
             body_s=edge.body_timeout_s,
             stall_s=edge.stall_timeout_s,
+            local_names=not self.settings.allow_open,
         )
         bodies = BodyBudget(edge.max_held_bytes)
         self.edge = protocol_for(

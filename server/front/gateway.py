@@ -62,6 +62,7 @@ class Gateway:
         observers: Observers,
         clock: Callable[[], float],
     ) -> None:
+        self.tenants = tenants
         self.tenant_with = tenants.holder
         self.limits = limits
         self.lines = lines
@@ -74,6 +75,11 @@ class Gateway:
         self.bytes_per_token: dict[str, float] = {}
         self.observers = observers
         self._count = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether anybody may ask, without a key."""
+        return self.tenants.open
 
     async def answer(self, request: Request) -> None:
         """One request from its body to its last byte. Never raises, but for the cancellation of a client that left."""

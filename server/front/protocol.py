@@ -14,7 +14,9 @@ import termios
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
+from ipaddress import ip_address
 from itertools import count
 from typing import Any, NamedTuple, Protocol
 
@@ -28,6 +30,7 @@ from server.request.directory import credential
 from server.request.errors import (
     BadRequest,
     HeadTooLarge,
+    NotAllowed,
     Overloaded,
     ServiceError,
     Stopping,
@@ -70,6 +73,7 @@ class ProtocolBounds:
     head_bytes: of request line and headers together. body_bytes: of a body. upload_bytes: of a batch's input file.
     head_s: seconds for a connection's first byte and for a head to be complete. body_s: for a body.
     stall_s: seconds that a client may read nothing of its answer; after that its place goes to somebody else.
+    local_names: while no key is needed, a request must name this machine as no web site can; see `is_local_name`.
     """
 
     head_bytes: int = 32 * 1024
@@ -78,6 +82,7 @@ class ProtocolBounds:
     head_s: float = 15.0
     body_s: float = 60.0
     stall_s: float = 120.0
+    local_names: bool = False
 
 
 class Head(NamedTuple):
@@ -90,6 +95,10 @@ class Head(NamedTuple):
 
 class Serves(Protocol):
     """What the edge hands a complete request to."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether anybody may ask, without a key."""
 
     def tenant_with(self, credential: bytes) -> Tenant: ...
     async def answer(self, exchange: "ClientExchange") -> None: ...
@@ -295,6 +304,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self.most_body = 0
         self.declared_size = 0
         self.hosts = 0
+        self.host = b""
         self.chunked_body = False
         self.current: Any = None
         self.last_words = b""
@@ -534,6 +544,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self.headers = []
         self.expect_100_continue = False
         self.head_size = self.unread_size = self.body_size = self.declared_size = self.hosts = 0
+        self.host = b""
         self.chunked_body = False
         self.in_message = self.in_head = not (self.last_words or self.transport.is_closing())
 
@@ -549,6 +560,7 @@ class GatewayProtocol(HttpToolsProtocol):
                 self.declared_size = int(value)
             elif name == b"host":
                 self.hosts += 1
+                self.host = value
             elif name == b"transfer-encoding":
                 self.chunked_body = True
             elif name == b"expect":
@@ -606,6 +618,12 @@ class GatewayProtocol(HttpToolsProtocol):
         """What is wrong with a head that the parser lets pass (RFC 9112, 3.2 and 6.1), or with its place."""
         if self.hosts != 1 and not (http10 and self.hosts == 0):
             return BadRequest("The request must have exactly one Host header.")
+        if self.bounds.local_names and self.gateway.is_open and not is_local_name(self.host):
+            return NotAllowed(
+                "Without tenants this gateway serves its own machine only, under the name localhost or an IP address, "
+                "not under the name in the request's Host header. Use one of those, set up tenants, or start it with "
+                "--allow-open."
+            )
         if http10 and self.chunked_body:
             return BadRequest("HTTP/1.0 has no Transfer-Encoding.")
         if self.declared_size > self.most_body:
@@ -801,6 +819,24 @@ def request_id_in(headers: Mapping[bytes, bytes]) -> str:
     if own is not None and _SAFE_ID.fullmatch(own):
         return own.decode()
     return f"{_PROCESS}{next(_serial):012x}"
+
+
+@lru_cache(maxsize=256)
+def is_local_name(host: bytes) -> bool:
+    """Whether a Host header cannot be a web site's: an IP address, `localhost`, or another name without a dot.
+
+    A page can have its own domain resolve to 127.0.0.1 once it is loaded, and the browser then takes a gateway there
+    for a part of that site (DNS rebinding). The Host header still names the domain.
+    """
+    name = host.decode("latin-1").rpartition("@")[2].lower()
+    name = name[1 : name.find("]")] if name.startswith("[") else name.partition(":")[0]
+    if "." not in name or name.endswith(".localhost"):
+        return True
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def protocol_for(

@@ -141,6 +141,22 @@ async def test_a_tenant_lives_through_its_whole_life(caplog: pytest.LogCaptureFi
 
 
 @pytest.mark.parametrize(
+    "limits", [{}, {"requests_per_minute": 1000}, {"budget": {"tokens_per_month": 10**6}}], ids=str
+)
+async def test_used_is_what_the_engine_counted_whatever_a_tenant_s_limits(limits: dict[str, object]) -> None:
+    async with over_fake(admin_key=ADMIN_KEY) as (gateway, _):
+        assert (await admin(gateway, "PUT", "/tenants/acme", {"keys": [KEY]} | limits)).status == 200
+        counted = 0
+        for _ in range(2):
+            headers = {"authorization": f"Bearer {KEY}"}
+            reply = await gateway.ask("/v1/chat/completions", chat(max_tokens=7), headers=headers)
+            counted += reply.json()["usage"]["total_tokens"]
+            (listed,) = (await admin(gateway, "GET", "/tenants")).json()["tenants"]
+            told = (await admin(gateway, "GET", "/tenants/acme")).json()
+            assert listed["used"] == told["used"] and list(told["used"].values()) == [counted, counted]  # day and month
+
+
+@pytest.mark.parametrize(
     ("method", "path", "body", "status"),
     [
         ("PUT", "/tenants/acme", {"keys": ["short"]}, 400),

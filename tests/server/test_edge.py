@@ -5,6 +5,7 @@ import itertools
 import random
 import re
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +23,7 @@ from tests.server.conftest import (
     serving,
     streamed,
 )
+from tests.server.test_tenants import KEY
 
 CHAT = "/v1/chat/completions"
 HELLO = request(CHAT, chat())
@@ -566,6 +568,31 @@ async def test_what_a_web_page_may_send_unasked_reaches_no_engine(kind: str | No
         drain = request("/admin/workers/worker-0/drain", b"{}").replace(b"content-type: application/json\r\n", line)
         reply = await (await gateway.send(drain)).answer()
         assert reply.status == 401, "/admin needs a header that a page cannot send without asking first"
+
+
+NAMES = ["localhost", "LOCALHOST:8000", "127.0.0.1:8000", "[::1]:8000", "gateway", "evenhand.localhost", "10.0.0.7"]
+SITES = ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example:80", "evil.example."]
+
+
+@pytest.mark.parametrize("host", NAMES + SITES)
+async def test_an_open_gateway_takes_no_request_in_a_web_site_s_name(host: str) -> None:
+    """A page whose domain was made to resolve to this machine asks as if it were the gateway's own page."""
+    async with over_fake() as (gateway, engine):
+        for data in (HELLO, request("/v1/models", method="GET")):
+            wire = await gateway.send(data.replace(b"host: gateway", b"host: " + host.encode()))
+            reply = await wire.answer()
+            assert reply.status == (403 if host in SITES else 200)
+        assert bool(engine.seen) == (host in NAMES)
+
+
+async def test_a_gateway_with_tenants_or_opened_on_purpose_goes_by_any_name(tmp_path: Path) -> None:
+    tenants = tmp_path / "tenants.yaml"
+    tenants.write_text(f"tenants: [{{name: acme, keys: [{KEY}]}}]")
+    for settings in ({"tenants": tenants}, {"allow_open": True}):
+        async with over_fake(**settings) as (gateway, _):
+            data = request(CHAT, chat(), headers={"authorization": f"Bearer {KEY}"})
+            wire = await gateway.send(data.replace(b"host: gateway", b"host: ai.example.com"))
+            assert (await wire.answer()).status == 200
 
 
 async def test_a_head_of_many_small_headers_is_431() -> None:

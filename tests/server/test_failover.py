@@ -370,6 +370,40 @@ async def test_an_engine_that_aborts_what_it_runs_is_no_end_of_an_answer() -> No
         assert reply.text == cut.text and reply.events[-2]["choices"][0]["finish_reason"] == "length"
 
 
+SPELLED = {8: "Hello", 9: " E", 10: "N", 11: "D", 12: " and much more"}  # a model that ends with END, if it is stopped
+
+
+@pytest.mark.parametrize("had", [1, 2, 3])
+async def test_a_stream_cut_inside_its_stop_text_still_ends_with_it(had: int) -> None:
+    """With `include_stop_str_in_output` an engine streams the beginning of a stop text, and finds one only if it makes
+    the whole of it."""
+    listed = {"/v1/models": plain(b'{"object":"list","data":[{"id":"fake","object":"model","owned_by":"vllm"}]}')}
+    engine = ScriptedEngine([], gets=listed)
+
+    async def play(writer: asyncio.StreamWriter) -> None:
+        asked = json.loads(engine.asked[-1].body)
+        if engine.asked[-1].path == "/detokenize":
+            text = "".join(SPELLED[token] for token in asked["tokens"])
+            writer.write(plain(json.dumps({"prompt": text}).encode()))
+        elif asked["prompt"] == "Once":
+            await dying(*(piece(token, SPELLED[token]) for token in range(8, 8 + had)))(writer)
+        else:
+            made = asked["prompt"][3:]
+            rest = list(range(8 + len(made), 12))
+            stops = "".join(SPELLED[token] for token in rest).endswith("END")
+            rest += [] if stops else [12]
+            pieces = [piece(token, SPELLED[token], "stop" if token == rest[-1] else None) for token in rest]
+            writer.write(streamed(*pieces, *ENDED[1:]))
+
+    engine.scripts = [play]
+    body = completion(prompt="Once", max_tokens=50, stop=["END"], include_stop_str_in_output=True, **USAGE)
+    async with engine.run(), serving(engine.url, engine.url + "/", probe_s=60.0) as gateway:
+        await eventually(lambda: len(gateway.server.fleet.ready()) == 2)
+        reply = await gateway.ask(COMPLETIONS, body)
+    assert reply.text == "Hello END"
+    assert [token for event in reply.events[:-2] for token in event["choices"][0]["token_ids"]] == [8, 9, 10, 11]
+
+
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 async def test_a_whole_answer_that_an_engine_aborted_is_asked_for_again(path: str) -> None:
     """vLLM that is told to end says 200 and what it has made so far."""
