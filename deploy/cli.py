@@ -27,6 +27,7 @@ COMMANDS: Mapping[str, Command] = {
     "tenant": Command("deploy.tenant", "make or hash an API key for the tenant file"),
     "model": Command("deploy.engine.model", "make the bundled model ready"),
     "batch": Command("deploy.batch", "run a file of requests through a gateway's Batch API"),
+    "why": Command("deploy.why", "why a request waited and where it went, from the gateway's log"),
     "replay": Command("loadtest.client.replay", "send a trace or a workload, record how each request went"),
     "report": Command("loadtest.report.report_command", "latencies, goodput and fairness of recorded runs"),
     "compare": Command("deploy.compare", "the same calls under each policy, and the page that shows it"),

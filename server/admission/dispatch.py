@@ -28,6 +28,7 @@ LEARN_SHARE = 0.05
 _COMPLETE = (Outcome.DONE, Outcome.LENGTH)
 UNKNOWN_RETRY_S = 5.0  # before any place has come free
 PROMISED_SHARE = 0.8  # of the places that come free: the line must not grow when they come slower than lately
+MOST_TOLD = 16  # workers that a trace of one request tells of
 TIMES_LEFT = 4  # of the places that are left in line, one tenant may have so many times as many where tenants share
 
 
@@ -209,6 +210,9 @@ class Dispatcher:
         return member
 
     async def _wait(self, ticket: Ticket, now: float) -> Member:
+        ticket.ahead = len(self.lanes)
+        if ticket.decisions is not None:
+            ticket.decide("waits", ahead=ticket.ahead, workers=self._standings(ticket))
         self.lanes.push(ticket.job, now)
         return await self._wait_in_line(ticket)
 
@@ -276,6 +280,23 @@ class Dispatcher:
             self.lanes.pop(now)
             del self._waiters[job]
             future.set_result(self._occupy(room, ticket))
+
+    def _standings(self, ticket: Ticket) -> list[dict[str, object]]:
+        """The workers of this line as this request sees them, for an operator who asks."""
+        call = ticket.call
+        known = self.affinity.known(beginnings(call.body, call.route.content_field, call.prompt_tokens))
+        return [
+            {
+                "worker": member.worker.id,
+                "in_flight": member.in_flight,
+                "free": max(0, self._free(member)),
+                "pending_tokens": member.pending_tokens,
+                "others": member.others,
+                "kv_usage": round(member.kv_usage, 3),
+                "cached_tokens": known.get(member.worker.id, 0),
+            }
+            for member in self.fleet.ready(self.model)[:MOST_TOLD]
+        ]
 
     def _forget(self, job: Job, now: float) -> None:
         del self._waiters[job]
@@ -353,6 +374,12 @@ class Dispatcher:
             ticket.split = Split(room.prefill, member, ticket.call.prompt_tokens, self.advance)
         if room.placed:
             self.placed[room.placed] += 1
+            ticket.placed = room.placed
+        if ticket.decisions is not None:
+            reader = {} if room.prefill is None else {"prefill_worker": room.prefill.worker.id}
+            ticket.decide(
+                "placed", worker=member.worker.id, **reader, how=room.placed or None, workers=self._standings(ticket)
+            )
         member.in_flight += ticket.call.sequences
         read_elsewhere = 0 if ticket.split is None else ticket.split.prompt_tokens
         ticket.pending_tokens = self.sizes.expected_tokens(ticket.call) - read_elsewhere

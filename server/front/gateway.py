@@ -17,6 +17,7 @@ from server.relay.failover import Failover
 from server.relay.prefill_leg import PrefillLeg
 from server.relay.relay import ClientAnswer
 from server.relay.renamed import RenamedAnswer
+from server.relay.traced import TRACE, TracedAnswer, may_trace, tell_failure
 from server.request.call import Call, Phase, Route, Ticket
 from server.request.directory import Tenants
 from server.request.errors import NoWorker, ServiceError, UnknownModel, outcome_of
@@ -126,7 +127,8 @@ class Gateway:
         """One call from admission to its last token: limits, a place in policy order, a worker, the answer's flow."""
         ticket, outcome = self.ticket(call), "ok"
         self.observers.began(ticket, out.headers.get(b"traceparent"))
-        answer = RenamedAnswer(out, call.asked) if call.asked else out
+        traced = out.headers.get(TRACE) == b"1" and may_trace(call.tenant)
+        answer = self.dressed(ticket, out, traced=traced) if call.asked or traced else out
         try:
             if call.tenant.limits is not None:
                 self.limits.admit(ticket, out)
@@ -146,6 +148,8 @@ class Gateway:
             raise
         finally:
             self.end(ticket, outcome)
+            if ticket.decisions is not None and ticket.phase is Phase.FAILED:
+                tell_failure(ticket, out)
 
     def end(self, ticket: Ticket, outcome: str) -> None:
         """A call is over, however it ended: what it holds is given back, and it is counted."""
@@ -158,6 +162,14 @@ class Gateway:
             if ticket.exact:
                 self.learn(ticket)
             self.observers.ended(ticket, outcome)
+
+    def dressed(self, ticket: Ticket, out: Request, *, traced: bool) -> ClientAnswer:
+        """The way back to the client, with what an operator wants of it: another name, a trace of the decisions."""
+        answer: ClientAnswer = out
+        if traced:
+            ticket.decisions = []
+            answer = TracedAnswer(out, ticket)
+        return RenamedAnswer(answer, ticket.call.asked) if ticket.call.asked else answer
 
     async def at_worker(self, ticket: Ticket, dispatcher: Dispatcher, out: ClientAnswer) -> None:
         """The answer of one model: waits for a place, and returns when the client has it all."""
@@ -189,6 +201,7 @@ class Gateway:
                 call, dispatcher = self.line_for(self.next_model(ticket.call, error))
             except NoWorker:
                 break
+            ticket.decide("falls back", model=call.model, outcome=outcome_of(error))
             ticket.ask_another(call)
             try:
                 return await self.at_worker(ticket, dispatcher, out)

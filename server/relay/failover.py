@@ -38,7 +38,7 @@ from server.relay.typed_resume import (
     fit_to_continue,
 )
 from server.request.call import Ticket
-from server.request.errors import ServiceError, is_engine_failure, is_same_refusal, may_be_the_request
+from server.request.errors import ServiceError, is_engine_failure, is_same_refusal, may_be_the_request, outcome_of
 from server.request.schemas import COMPLETIONS
 from server.request.transcript import Chunk, TranscriptProgress, progress_of
 
@@ -81,6 +81,7 @@ class Failover:
         before: ServiceError | None = None  # what the latest worker to fail said
         while is_engine_failure(error) and ticket.member is not None:
             fleet.suspect(ticket.member, error)
+            ticket.failed_at(ticket.member.worker.id, outcome_of(error))
             tried.append(ticket.member)
             if before is not None and is_same_refusal(before, error) and await fleet.are_well(tried):
                 ticket.at_fault = len(tried)

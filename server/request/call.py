@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -133,6 +133,9 @@ class Ticket:
     at_fault: workers that failed because of it.
     told: the policy knows the prompt's length as the engine counts it.
     received: what its stream has said so far, None where that is not kept.
+    ahead: requests that waited when it came to wait. placed: how it was placed, its name in metrics.
+    failures: the workers that could not answer it, and how each attempt ended.
+    decisions: why it waited and where it went, step by step; None unless an operator asks.
     trace: header lines that make what workers do for it a part of its trace; nothing if it has none.
     """
 
@@ -158,6 +161,10 @@ class Ticket:
     at_fault: int = 0
     told: bool = False
     received: Transcript | None = None
+    ahead: int = 0
+    placed: str = ""
+    failures: tuple[tuple[str, str], ...] = ()
+    decisions: list[dict[str, Any]] | None = None
     trace: bytes = b""
 
     def __post_init__(self) -> None:
@@ -190,6 +197,17 @@ class Ticket:
             self.times[phase] = self.clock()
         if self.split is not None and phase is Phase.DECODING:
             self.split.arrived()
+
+    def failed_at(self, worker: str, outcome: str) -> None:
+        """A worker, or all of a model, could not answer."""
+        self.failures += ((worker, outcome),)
+        self.decide("failed", worker=worker, outcome=outcome)
+
+    def decide(self, step: str, **facts: Any) -> None:
+        """Notes a decision, where somebody asks for them."""
+        if self.decisions is not None:
+            after_s = round(self.clock() - self.job.arrived_at, 6)
+            self.decisions.append({"step": step, "after_s": after_s, **facts})
 
     def ask_another(self, call: Call) -> None:
         """Another model is asked, as if nobody had been asked before; its times go on."""
