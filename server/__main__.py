@@ -24,6 +24,8 @@ OPTIONS = (
     CliOption("models", "NAME=MODEL", "--model-alias"),
     CliOption("policy", "NAME"),
     CliOption("policy_options", "KEY=VALUE", "--policy-option"),
+    CliOption("slo.ttft_s", "SECONDS", "--slo-ttft"),
+    CliOption("slo.tpot_s", "SECONDS", "--slo-tpot"),
     CliOption("disaggregation.balance_roles", flag="--balance-roles"),
     CliOption("tenants", "FILE"),
     CliOption("allow_open"),

@@ -35,6 +35,7 @@ from server.front.routes import AdminPortFilter, identified, public_app
 from server.observe.fairness_metrics import FairnessMetrics
 from server.observe.observer import Observers
 from server.observe.recorder import Recorder, RecordingBounds
+from server.observe.slo import SloMetrics, SloTargets
 from server.observe.telemetry import Telemetry
 from server.operators.admin import Admin, admin_routes
 from server.operators.console import Console, console_routes
@@ -158,8 +159,10 @@ class GatewayServer:
 
     def _observers(self, sharing: FairnessMetrics) -> Observers:
         """Who hears of each call."""
+        judging = SloMetrics(SloTargets(self.settings.slo))
+        self.telemetry.registry.register(judging)
         request_log = RequestLog(self.pseudonyms) if self.settings.log_format == "json" else None
-        wanted = (self.telemetry, sharing, self.tracing, self.recorder, request_log)
+        wanted = (self.telemetry, sharing, judging, self.tracing, self.recorder, request_log)
         return Observers(*(observer for observer in wanted if observer is not None))
 
     def _for_operators(self, sharing: FairnessMetrics) -> None:

@@ -78,6 +78,33 @@ class DisaggregationSettings(BaseModel):
     prefill_timeout_s: Positive = Field(120.0, description="then the prompt is read where it is answered, seconds")
 
 
+class SloTarget(BaseModel):
+    """Objectives of one model's streams, in place of the general ones."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    ttft_s: Positive | None = Field(None, description="from arrival to the first token, seconds")
+    tpot_s: Positive | None = Field(None, description="mean time per later token, seconds")
+
+
+class SloSettings(BaseModel):
+    """What streams are promised: metrics and alerts judge by it, and placement keeps to it where it is set."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    ttft_s: Positive | None = Field(
+        None, description="objective for the first token, seconds; where it is not set, metrics and alerts take 2"
+    )
+    tpot_s: Positive | None = Field(
+        None,
+        description="objective for the mean time per later token, seconds; where it is not set, metrics and alerts "
+        "take 0.1",
+    )
+    models: dict[str, SloTarget] = Field(
+        default_factory=dict, description="objectives of single models by name, e.g. {large: {tpot_s: 0.05}}"
+    )
+
+
 class HealthSettings(BaseModel):
     """When a worker is out, when it is back, and what happens to answers that it does not finish."""
 
@@ -184,6 +211,7 @@ class Settings(BaseSettings):
     batch: BatchSettings = BatchSettings()
     tracing: TracingSettings = TracingSettings()
     disaggregation: DisaggregationSettings = DisaggregationSettings()
+    slo: SloSettings = SloSettings()
     health: HealthSettings = HealthSettings()
 
 

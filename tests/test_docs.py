@@ -15,10 +15,12 @@ from server.batch.runner import Runner
 from server.fleet.balancer import Balancer
 from server.fleet.fleet import Fleet
 from server.observe.fairness_metrics import FairnessMetrics
+from server.observe.slo import SloMetrics, SloTargets
 from server.observe.telemetry import Telemetry
 from server.relay.prefill_leg import PrefillLeg
 from server.request.fields import ALLOWED
 from server.request.tenants import read_file
+from server.settings import SloSettings
 from tests.compatibility.clients import CLIENTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,6 +59,7 @@ def metrics() -> set[str]:
         Telemetry(lambda: [], lambda: [], lambda: []),
         Balancer(Fleet(), 1, clock=lambda: 0.0),
         PrefillLeg(lambda ticket, worker: b"", Fleet(), timeout_s=1.0, clock=lambda: 0.0),
+        SloMetrics(SloTargets(SloSettings())),
         FairnessMetrics(Counter(), lambda: (True, 1), lambda: 0.0, labels=1),
         Runner(Any, Any, "", lambda: 0.0),  # type: ignore[arg-type]  # its metrics need neither batches nor engines
     )

@@ -37,6 +37,16 @@ class Limits:
     tokens_per_month: int | None = None
 
 
+Above0 = Annotated[float, Meta(gt=0)]
+
+
+class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+    """Objectives of a tenant's streams, in seconds; None: the model's. ttft_s: first token. tpot_s: each later one."""
+
+    ttft_s: Above0 | None = None
+    tpot_s: Above0 | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Tenant:
     """Who asks.
@@ -48,6 +58,7 @@ class Tenant:
     max_tokens: the longest output of one request, in tokens; None for no bound of ours.
     limits: None if it has none.
     secret: what nobody else can guess, the hash of its oldest key.
+    slo: its own objectives, None for the model's.
     """
 
     name: str
@@ -57,6 +68,7 @@ class Tenant:
     max_tokens: int | None = None
     limits: Limits | None = None
     secret: str = field(default="", repr=False)
+    slo: Slo | None = None
 
     @property
     def cache_salt(self) -> str:
@@ -95,7 +107,6 @@ def key_id(text: str) -> str:
     return text.removeprefix(HASHED)[:8]
 
 
-Above0 = Annotated[float, Meta(gt=0)]
 AtLeast1 = Annotated[int, Meta(ge=1)]
 AtLeast0 = Annotated[int, Meta(ge=0)]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -158,6 +169,7 @@ class TenantRecord(_Strict, frozen=True, gc=False):
     max_tokens: AtLeast1 | None = None
     budget: BudgetRecord = NO_BUDGET
     grants: frozenset[str] = frozenset()
+    slo: Slo | None = None
 
     def __post_init__(self) -> None:
         for name in ("weight", "requests_per_minute", "tokens_per_minute"):
@@ -197,6 +209,7 @@ class TenantRecord(_Strict, frozen=True, gc=False):
             self.max_tokens,
             None if limits == Limits() else limits,
             self.credentials[0].key if self.keys else "",
+            self.slo,
         )
 
 
