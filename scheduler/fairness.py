@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from heapq import nlargest
 
-from scheduler.jobs import Job
+from scheduler.jobs import Job, Tier
 
 # Weights of the VTC paper's experiments (Sheng et al., OSDI 2024): an output token costs twice a prompt token.
 PROMPT_WEIGHT = 1.0
@@ -17,7 +17,8 @@ class FairnessSample:
     """What was seen since the sample before.
 
     service: weighted tokens by label (a tenant's name, or `OTHER`).
-    gap: weighted tokens between the most and the least served of the tenants that wait, each divided by its weight.
+    gap: weighted tokens between the most and the least served of the tenants that wait, each divided by its weight, in
+        the default tier; what other tiers get is no part of it.
     longest_stall_s: the longest that a started job went without a slot, among those stalled now or resumed since.
     """
 
@@ -51,17 +52,17 @@ class FairnessTally:
 
     def queued(self, job: Job) -> None:
         """The job has arrived and is in line."""
-        self._waiting[job.tenant] += 1
+        self._into_line(job)
 
     def put_back(self, job: Job) -> None:
         """The job was taken in this scheduling pass and could not start: a stall goes on as if it had not been."""
-        self._waiting[job.tenant] += 1
+        self._into_line(job)
         if job in self._resumed:
             self._stalled[job] = self._resumed.pop(job)
 
     def started(self, job: Job, now: float) -> None:
         """The job left the line and holds a slot."""
-        self._out_of_line(job.tenant)
+        self._out_of_line(job)
         self._booked.setdefault(job, 0.0)
         if now != self._resumed_at:
             self._resumed.clear()
@@ -72,13 +73,14 @@ class FairnessTally:
 
     def preempted(self, job: Job, now: float) -> None:
         """The job lost its slot and is in line again."""
-        self._waiting[job.tenant] += 1
-        self._stalled[job] = now
+        self._into_line(job)
+        if job.tier is not Tier.FLEX:  # which is promised nothing
+            self._stalled[job] = now
 
     def left(self, job: Job, was_waiting: bool, now: float) -> None:
         """The job is gone, from the line or from its slot."""
         if was_waiting:
-            self._out_of_line(job.tenant)
+            self._out_of_line(job)
         self._end_stall(job, now)
         if job in self._booked:
             self._book(job)
@@ -104,7 +106,8 @@ class FairnessTally:
             self._booked[job] = service
             self._fresh[job.tenant] += made
             self._total[job.tenant] += made
-            self._level[job.tenant] = self._level.get(job.tenant, 0.0) + made / job.weight
+            if job.tier is Tier.DEFAULT:
+                self._level[job.tenant] = self._level.get(job.tenant, 0.0) + made / job.weight
 
     def _gap(self) -> float:
         stayed = self._waited_before & self._waiting.keys()
@@ -139,7 +142,13 @@ class FairnessTally:
         if since is not None:
             self._longest_ended_s = max(self._longest_ended_s, now - since)
 
-    def _out_of_line(self, tenant: str) -> None:
-        self._waiting[tenant] -= 1
-        if not self._waiting[tenant]:
-            del self._waiting[tenant]
+    def _into_line(self, job: Job) -> None:
+        if job.tier is Tier.DEFAULT:
+            self._waiting[job.tenant] += 1
+
+    def _out_of_line(self, job: Job) -> None:
+        if job.tier is not Tier.DEFAULT:
+            return
+        self._waiting[job.tenant] -= 1
+        if not self._waiting[job.tenant]:
+            del self._waiting[job.tenant]

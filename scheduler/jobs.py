@@ -1,7 +1,20 @@
 """A job: all that a policy may know of a request."""
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, IntEnum
+
+
+class Tier(IntEnum):
+    """What a request is promised beside others; the smaller goes first. `scheduler/tiers.py` says how."""
+
+    PRIORITY = 0
+    DEFAULT = 1
+    FLEX = 2
+
+    @property
+    def label(self) -> str:
+        """The tier as OpenAI's `service_tier` names it."""
+        return self.name.lower()
 
 
 class Outcome(Enum):
@@ -26,6 +39,7 @@ class Job:
     max_tokens: upper bound of the output in tokens, 0 if unknown.
     weight: the tenant's share; service counts divided by it.
     kind: what is alike in length, e.g. "tools" or "json" ("" if unknown); Gittins learns per kind.
+    tier: its service tier.
     remote_tokens: prompt tokens whose KV another engine computed, and charged; computed here only if it is lost.
     output_tokens: tokens made so far.
     cached_tokens: prompt tokens that needed no computing (prefix cache).
@@ -39,6 +53,7 @@ class Job:
     max_tokens: int = 0
     weight: float = 1.0
     kind: str = ""
+    tier: Tier = Tier.DEFAULT
     remote_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int = 0

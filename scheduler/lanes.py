@@ -38,17 +38,20 @@ class Lanes:
         self._places: dict[str, JobPlace] = {}
         self._seq = 0
         self._slots = 0
+        self._promises = True
         self._start(policy)
 
-    def feed(self, slots: int) -> None:
+    def feed(self, slots: int, *, promises: bool = True) -> None:
         """What is popped runs in an engine with so many slots, whose steps `stepped` tells of.
 
         Only then can a policy keep the promise that its `tail` makes, and weigh a prompt, which takes the engine as a
-        whole, against a decode step, which all slots share. RuntimeError if there are jobs already.
+        whole, against a decode step, which all slots share. promises: False for jobs that are promised nothing, since
+        others go first. RuntimeError if there are jobs already.
         """
         if self._places:
             raise RuntimeError("say what the queue feeds before its first job")
         self._slots = slots
+        self._promises = promises
         self._start(self.policy)
 
     def _start(self, policy: Policy) -> None:
@@ -76,7 +79,7 @@ class Lanes:
 
     def _shadow(self) -> Shadow | None:
         """Where tenants share, nobody is promised what first come, first served would have given."""
-        if not self._slots or self._shares is not None or not isfinite(self._order.tail):
+        if not (self._slots and self._promises) or self._shares is not None or not isfinite(self._order.tail):
             return None
         return Shadow(self._slots, self._order.tokens_per_step, self._order.rest_tokens)
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 from fastapi import FastAPI
 
-from scheduler.lanes import Lanes
 from scheduler.placement import Rules
+from scheduler.tiers import TieredLanes
 from scheduler.workers import Role, Worker
 from server.admission.dispatch import Dispatcher, Lines
 from server.admission.live_names import LiveNames
@@ -296,7 +296,7 @@ class GatewayServer:
         admission, apart = self.settings.admission, self.settings.disaggregation
         dispatcher = Dispatcher(
             model,
-            Lanes(self.policy.build()),
+            TieredLanes(self.policy.build()),
             self.fleet,
             window=self.policy.window,
             max_waiting=admission.max_waiting,

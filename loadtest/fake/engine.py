@@ -35,8 +35,8 @@ from loadtest.simulator.costmodel import PRESETS, CostModel
 from loadtest.simulator.kv_blocks import block_hashes
 from loadtest.traces import hash_model
 from scheduler.catalog import build, options_from
-from scheduler.jobs import Job, Outcome
-from scheduler.lanes import Lanes
+from scheduler.jobs import Job, Outcome, Tier
+from scheduler.tiers import BY_NAME, TieredLanes
 
 _JSON = "application/json"
 _SSE = "text/event-stream; charset=utf-8"
@@ -149,7 +149,7 @@ class FakeEngine:
         self.faults = faults
         self.seen: deque[SeenRequest] = deque(maxlen=_SEEN)
         self.port = port
-        self.batch = ContinuousBatch(self.setup.cost, Lanes(build(self.setup.policy, self.setup.policy_options)))
+        self.batch = ContinuousBatch(self.setup.cost, TieredLanes(build(self.setup.policy, self.setup.policy_options)))
         self.kept = KeptKv(self.batch.keep, self.setup.kv_lease_s)
         self.fetched = self.not_fetched = 0
         self._fetches: set[asyncio.Task[None]] = set()
@@ -315,7 +315,6 @@ class FakeEngine:
     def _admit(self, answer: FakeAnswer, *, transferred: bool = False) -> None:
         now = self._loop.time()
         ask = answer.ask
-        self._learn_service(ask, now)
         for at, prompt in enumerate(ask.prompts):
             blocks = block_hashes(prompt, self.setup.cost.prefix_block_tokens)
             for sample in range(ask.n):
@@ -339,7 +338,9 @@ class FakeEngine:
             arrived_at=now,
             max_tokens=max_tokens,
             weight=ask.number("evenhand_weight") or 1.0,
+            tier=BY_NAME.get(str(ask.extra.get("evenhand_tier")), Tier.DEFAULT),
         )
+        self._learn_service(ask, job, now)
         salt = sample + (0x5EED if self.faults.wrong_answers else 0)
         said = hash_model.continuation(prompt, mean_tokens=self.setup.mean_answer_tokens, salt=salt)
         choice = FakeChoice(answer, index, at, job, said, max_tokens)
@@ -347,10 +348,10 @@ class FakeEngine:
             choice.before, choice.after = answer.wire.plain(index)
         return choice
 
-    def _learn_service(self, ask: Ask, now: float) -> None:
+    def _learn_service(self, ask: Ask, job: Job, now: float) -> None:
         service = ask.number("evenhand_service")
         if service is not None:
-            self.batch.lanes.told(ask.tenant, service, ask.number("evenhand_weight") or 1.0, now)
+            self.batch.lanes.told(job, service, now)
 
     def _abort(self, answer: FakeAnswer) -> None:
         for choice in answer.choices:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from loadtest.simulator.costmodel import CostModel
 from loadtest.simulator.kv_blocks import KvBlocks
 from scheduler.batching import prompt_cap
-from scheduler.jobs import Job, Outcome
+from scheduler.jobs import Job, Outcome, Tier
 from scheduler.kept_blocks import Kept
-from scheduler.lanes import Lanes
+from scheduler.tiers import TieredLanes
 
 _MOST_BLOCKS = 1 << 20  # of one sequence: keeps the ids of different ones apart
 _OWN = 1 << 80  # above the ids of all prompts
@@ -107,6 +107,11 @@ class _Step:
         if computed == entry.tokens:
             self.producing.append(entry)
 
+    @property
+    def flex_tokens(self) -> int:
+        """Of the tokens that are computed, those of the flex tier."""
+        return sum(chunk for entry, chunk in self.chunks.items() if entry.job.tier is Tier.FLEX)
+
     def drop(self, entry: BatchEntry) -> None:
         """It is not computed after all, if it was going to be."""
         chunk = self.chunks.pop(entry, 0)
@@ -126,7 +131,7 @@ class _Step:
 class ContinuousBatch:
     """Everything one engine holds: what waits (in `lanes`) and what runs."""
 
-    def __init__(self, cost: CostModel, lanes: Lanes) -> None:
+    def __init__(self, cost: CostModel, lanes: TieredLanes) -> None:
         self.cost = cost
         self.lanes = lanes
         lanes.feed(cost.max_seqs)
@@ -196,7 +201,7 @@ class ContinuousBatch:
         if not step.chunks and not step.producing:
             # All that it did was to send somebody away: vLLM's next iteration follows at once.
             return self.schedule(now) if step.short or barred else None
-        self.lanes.stepped(now, self.cost.max_batched_tokens - step.left)
+        self.lanes.stepped(now, self.cost.max_batched_tokens - step.left - step.flex_tokens)
         duration_s = self.cost.duration_s(
             step.prefill_tokens, step.decoding, step.kv_tokens, step.transfer_tokens, step.started
         )

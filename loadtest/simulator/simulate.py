@@ -20,9 +20,9 @@ from loadtest.simulator.costmodel import CostModel
 from loadtest.traces.prompts import Prompts
 from scheduler.catalog import build
 from scheduler.jobs import Job, Outcome
-from scheduler.lanes import Lanes
 from scheduler.placement import Aggregated, Candidate, Disaggregated, Rules, place
 from scheduler.policy import window_for
+from scheduler.tiers import TieredLanes
 from scheduler.workers import Role, Worker
 
 SAMPLE_S = 1.0
@@ -164,7 +164,7 @@ class Simulation:
         self._longest_stretch = longest_stretch
         self._plan = plan
         policy = build(plan.policy, plan.policy_options)
-        self._line = Lanes(policy) if plan.gateway else None
+        self._line = TieredLanes(policy) if plan.gateway else None
         self._accounts = policy.shares is not None
         self._window = plan.cost.max_seqs + window_for(policy, plan.ahead)
         self._workers = self._pool(plan.workers, Role.DECODE if plan.prefill_workers else Role.BOTH)
@@ -187,7 +187,7 @@ class Simulation:
         return [
             _Worker(
                 Worker(f"{role.value}-{at}", "", role, plan.cost.max_seqs),
-                ContinuousBatch(plan.cost, Lanes(build(plan.policy, plan.policy_options))),
+                ContinuousBatch(plan.cost, TieredLanes(build(plan.policy, plan.policy_options))),
             )
             for at in range(number)
         ]
@@ -264,7 +264,7 @@ class Simulation:
             line.pop(now)
             self._occupy(room[0], self._flights[job.id], now, room[1])
 
-    def _charge_all(self, line: Lanes, now: float) -> None:
+    def _charge_all(self, line: TieredLanes, now: float) -> None:
         """Charges what has been made, where the order of those that wait depends on it."""
         if self._accounts:
             self._settle(now)

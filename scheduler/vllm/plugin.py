@@ -4,8 +4,10 @@ vLLM loads it with `--scheduler-cls scheduler.vllm_plugin.PolicyScheduler`; the 
 `--additional-config '{"evenhand": {"policy": "mlfq", "options": {"quantum_steps": "32"}}}'` (FCFS if absent).
 
 A request tells whose it is through `vllm_xargs`: `evenhand_tenant`, `evenhand_weight` (the tenant's share),
-`evenhand_service` (the tenant's service as the gateways saw it, in weighted tokens) and `evenhand_kind` (what is alike
-in length). A request that carries `evenhand_policy`, and perhaps `evenhand_policy_options` (["name=value", …]), is not
+`evenhand_service` (the tenant's service as the gateways saw it, in weighted tokens), `evenhand_kind` (what is alike in
+length) and `evenhand_tier` (`priority`, `default` or `flex`).
+
+A request that carries `evenhand_policy`, and perhaps `evenhand_policy_options` (["name=value", …]), is not
 work but an order: the policy changes at once, nothing that waits or runs is lost, and the answer's `kv_transfer_params`
 hold either {"evenhand": {"policy": name}} or {"evenhand": {"error": sentence}}. It travels in a request because that is
 the one channel that reaches the scheduler of a stock vLLM on any machine, and that answers its caller.
@@ -43,10 +45,10 @@ from vllm.version import __version_tuple__ as vllm_version
 from scheduler.batching import prompt_cap
 from scheduler.catalog import build, options_from
 from scheduler.fairness import FairnessTally
-from scheduler.jobs import Job, Outcome
+from scheduler.jobs import Job, Outcome, Tier
 from scheduler.kept_blocks import Kept
-from scheduler.lanes import Lanes
 from scheduler.policy import Policy
+from scheduler.tiers import BY_NAME, DEFAULT_RESERVE, TieredLanes
 
 logger = init_logger("vllm.evenhand")  # below "vllm", or the engine's log would not show it
 
@@ -105,7 +107,7 @@ ATTRIBUTES: Final[Mapping[type, tuple[str, ...]]] = {
         "RUNNING", "PREEMPTED", "FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED", "FINISHED_ABORTED",
     ),
     SchedulingPolicy: ("FCFS", "PRIORITY"),
-    SchedulerOutput: ("scheduled_new_reqs", "total_num_scheduled_tokens"),
+    SchedulerOutput: ("scheduled_new_reqs", "total_num_scheduled_tokens", "num_scheduled_tokens"),
     NewRequestData: ("req_id", "num_computed_tokens"),
     EngineCoreOutput: ("request_id", "new_token_ids", "finish_reason", "kv_transfer_params"),
     EngineCoreOutputs: ("outputs",),
@@ -179,6 +181,12 @@ def policy_from(config: object) -> Policy:
     return build(str(ours.get("policy", "fcfs")), {str(name): str(value) for name, value in options.items()})
 
 
+def reserve_from(config: object) -> float:
+    """The share of starts that is flex's under saturation, as vLLM's `additional_config` has it. ValueError if none."""
+    ours = config.get("evenhand", {}) if isinstance(config, Mapping) else {}
+    return float(ours.get("flex_reserve", DEFAULT_RESERVE))
+
+
 def xargs_of(request: Request) -> Mapping[str, Any]:
     """What the caller sent as `vllm_xargs`."""
     params = request.sampling_params
@@ -203,6 +211,7 @@ def job_from(request: Request, now: float, cached_tokens: int = 0) -> Job:
         max_tokens=request.max_tokens,
         weight=_positive(xargs.get("evenhand_weight"), default=1.0),
         kind=str(xargs.get("evenhand_kind", "json" if request.structured_output_request is not None else "")),
+        tier=BY_NAME.get(str(xargs.get("evenhand_tier")), Tier.DEFAULT),
         remote_tokens=request.num_prompt_tokens if is_remote else 0,
         cached_tokens=cached_tokens,
     )
@@ -225,7 +234,7 @@ class QueueEntry(NamedTuple):
 
 
 class PolicyQueue(RequestQueue):  # type: ignore[misc]  # vLLM is not type-checked here
-    """vLLM's waiting queue over `Lanes`. What is popped runs, as far as lanes are concerned, until it comes back.
+    """vLLM's waiting queue over `TieredLanes`. What is popped runs, as far as lanes are concerned, until it comes back.
 
     vLLM gives a request back in two ways: `prepend_request` is a preemption, `prepend_requests` returns what was popped
     and skipped (its grammar is not compiled, its adapter does not fit): for the policy that pop has not happened.
@@ -239,7 +248,7 @@ class PolicyQueue(RequestQueue):  # type: ignore[misc]  # vLLM is not type-check
 
     def __init__(
         self,
-        lanes: Lanes,
+        lanes: TieredLanes,
         tally: FairnessTally,
         clock: Callable[[], float],
         cached_tokens: Callable[[Request], int] = lambda request: 0,
@@ -259,7 +268,7 @@ class PolicyQueue(RequestQueue):  # type: ignore[misc]  # vLLM is not type-check
         job = job_from(request, now, self._cached_tokens(request))
         service = _positive(xargs_of(request).get("evenhand_service"), default=0.0)
         if service:
-            self.lanes.told(job.tenant, service, job.weight, now)
+            self.lanes.told(job, service, now)
         self.lanes.push(job, now)
         self.tally.queued(job)
         self.entries[job.id] = QueueEntry(request, job)
@@ -471,7 +480,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         self._vllm_policy = SchedulingPolicy.FCFS
         super().__init__(*args, **kwargs)
         policy = policy_from(self.vllm_config.additional_config)
-        self._lanes = Lanes(policy)
+        self._lanes = TieredLanes(policy, reserve_from(self.vllm_config.additional_config))
         self._tally = FairnessTally()
         self._queue = PolicyQueue(self._lanes, self._tally, self.clock, self._cached_tokens)
         self._install_queue()
@@ -552,7 +561,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         self._reason, self._yielded_memory = "memory", False
         output = self._schedule_capped(self._prompt_cap(now) if admits else None, *args, **kwargs)
         self._reason = "reset"
-        self._lanes.stepped(now, output.total_num_scheduled_tokens)
+        self._lanes.stepped(now, output.total_num_scheduled_tokens - self._flex_tokens(output))
         self._note_starts(output, now)
         self._kept.after(output.total_num_scheduled_tokens, self._lanes.__contains__)
         self._memory_bound = admits and self._stopped_at_memory(output)
@@ -640,6 +649,17 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
             return super().schedule(*args, **kwargs)
         finally:
             config.long_prefill_token_threshold = own
+
+    def _flex_tokens(self, output: SchedulerOutput) -> int:
+        """Of the tokens that a step computes, those of the flex tier."""
+        if not self._lanes.running(Tier.FLEX):
+            return 0
+        entries = self._queue.entries
+        return sum(
+            tokens
+            for name, tokens in output.num_scheduled_tokens.items()
+            if (entry := entries.get(name)) is not None and entry.job.tier is Tier.FLEX
+        )
 
     def _preempt_request(self, request: Request, timestamp: float, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         self._metrics.preemptions.labels(self._lanes.policy.name, self._reason).inc()

@@ -7,9 +7,9 @@ from math import exp2, log
 from typing import NamedTuple
 
 from scheduler.jobs import Job, Outcome
-from scheduler.lanes import Lanes
 from scheduler.placement import Aggregated, Candidate, Disaggregated, Rules, place
 from scheduler.routing import Affinity, RouteOption, beginnings, best, score
+from scheduler.tiers import TieredLanes
 from scheduler.workers import Role, Worker
 from server.admission.live_names import LiveNames
 from server.admission.reservations import Reservations
@@ -108,7 +108,7 @@ class Dispatcher:
     def __init__(
         self,
         model: str,
-        lanes: Lanes,
+        lanes: TieredLanes,
         fleet: Fleet,
         *,
         window: Callable[[Worker], int],

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 from scheduler.catalog import build
-from scheduler.lanes import Lanes
 from scheduler.policy import Policy, window_for
+from scheduler.tiers import TieredLanes
 from scheduler.workers import Worker
 
 log = logging.getLogger("evenhand.policy")
@@ -16,7 +16,7 @@ class ModelQueue(Protocol):
     """A waiting line whose policy may change."""
 
     @property
-    def lanes(self) -> Lanes: ...
+    def lanes(self) -> TieredLanes: ...
 
     def settle(self, now: float) -> None: ...
     def advance(self) -> None: ...

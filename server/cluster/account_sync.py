@@ -4,8 +4,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from scheduler.lanes import Lanes
 from scheduler.policy import Account
+from scheduler.tiers import TieredLanes
 
 REPEAT_S = 1.0
 
@@ -14,7 +14,7 @@ class Queue(Protocol):
     """A model's line."""
 
     @property
-    def lanes(self) -> Lanes: ...
+    def lanes(self) -> TieredLanes: ...
 
     def settle(self, now: float) -> None: ...
 
@@ -47,7 +47,7 @@ class _Reported:
 
 @dataclass(slots=True)
 class AccountSync:
-    """Shares the accounts of every model's lanes between replicas, under keys `tenant model`.
+    """Shares the accounts of every model's lanes between replicas, under keys `account model`.
 
     How far shares may be off: two replicas know of each other's charges one exchange late or two, so a tenant may be
     ahead by what was served in that time, once; the counters themselves meet exactly.
@@ -58,7 +58,7 @@ class AccountSync:
     prefix: str = "service:"
     _told: dict[str, _Sent] = field(default_factory=dict)
     _heard: dict[str, dict[str, _Reported]] = field(default_factory=dict)  # by key, then replica
-    _known: dict[str, Lanes] = field(default_factory=dict)
+    _known: dict[str, TieredLanes] = field(default_factory=dict)
 
     def changed(self, *, everything: bool) -> dict[str, str]:
         rows: dict[str, str] = {}
@@ -67,8 +67,8 @@ class AccountSync:
             queue.settle(now)
             if self._known.get(model) is not queue.lanes:
                 self._catch_up(model, queue.lanes)
-            for account, waits in queue.lanes.standings():
-                key = f"{account.tenant} {model}"
+            for name, account, waits in queue.lanes.standings():
+                key = f"{name} {model}"
                 if self._note(key, account, waits, now) or everything:
                     rows[key] = f"{self._told[key].charged!r} {account.counter!r} {int(waits)}"
         return rows
@@ -91,7 +91,7 @@ class AccountSync:
         told.counter, told.at = account.counter, now
         return True
 
-    def _catch_up(self, model: str, lanes: Lanes) -> None:
+    def _catch_up(self, model: str, lanes: TieredLanes) -> None:
         """A line that is new here begins where the tenants stand elsewhere."""
         self._known[model] = lanes
         queues = self.queues()
@@ -141,8 +141,8 @@ class AccountSync:
                 del self._heard[key]
 
     def _merge(self, queues: Mapping[str, Queue], key: str, more: float, floor: float) -> None:
-        tenant, _, model = key.partition(" ")
+        name, _, model = key.partition(" ")
         queue = queues.get(model)
         if queue is not None:
             elsewhere = any(word.waits for word in self._heard[key].values())
-            queue.lanes.merge(tenant, more, floor, elsewhere=elsewhere)
+            queue.lanes.merge(name, more, floor, elsewhere=elsewhere)

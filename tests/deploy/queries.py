@@ -14,7 +14,7 @@ from loadtest.fake.engine_metrics import exposition
 from loadtest.simulator.batch import ContinuousBatch
 from loadtest.simulator.costmodel import PRESETS
 from scheduler.catalog import build
-from scheduler.lanes import Lanes
+from scheduler.tiers import TieredLanes
 from server.app import GatewayServer
 from server.settings import Settings
 
@@ -58,7 +58,7 @@ def of_gateway() -> set[str]:
 
 def of_engine() -> set[str]:
     """Every sample name of vLLM's that the fake engine has, too."""
-    batch = ContinuousBatch(PRESETS["quick"], Lanes(build("fcfs", {})))
+    batch = ContinuousBatch(PRESETS["quick"], TieredLanes(build("fcfs", {})))
     return _names(exposition(batch, "fake", plugin=True))
 
 

@@ -13,7 +13,7 @@ from loadtest.simulator.batch import ContinuousBatch
 from loadtest.simulator.costmodel import CostModel
 from scheduler.catalog import build
 from scheduler.jobs import Job, Outcome
-from scheduler.lanes import Lanes
+from scheduler.tiers import TieredLanes
 
 pytestmark = pytest.mark.engine
 
@@ -45,7 +45,7 @@ class Simulated:
             kv_capacity_tokens=capacity_tokens,
             prefix_block_tokens=BLOCK_TOKENS,
         )
-        self.batch = ContinuousBatch(cost, Lanes(build(policy, OPTIONS.get(policy, {}))))
+        self.batch = ContinuousBatch(cost, TieredLanes(build(policy, OPTIONS.get(policy, {}))))
         self._lengths: dict[Job, int] = {}
 
     def add(self, name: str, prompt_tokens: int, output_tokens: int, now: float) -> None:

@@ -15,9 +15,9 @@ from loadtest.bench.driven import DrivenEngine, StepClock, build_scheduler, expe
 from scheduler.fairness import FairnessTally
 from scheduler.jobs import Job, Outcome
 from scheduler.kept_blocks import Kept
-from scheduler.lanes import Lanes
 from scheduler.policies.fcfs import Fcfs
 from scheduler.policy import Policy
+from scheduler.tiers import TieredLanes
 from scheduler.vllm.plugin import (
     METHODS,
     Filled,
@@ -334,7 +334,7 @@ def test_options_are_read_as_on_the_command_line() -> None:
 
 def queue_of(policy: str, options: dict[str, str] | None = None) -> PolicyQueue:
     built = policy_from({"evenhand": {"policy": policy, "options": options or {}}})
-    return PolicyQueue(Lanes(built), FairnessTally(), StepClock())
+    return PolicyQueue(TieredLanes(built), FairnessTally(), StepClock())
 
 
 def test_a_request_that_was_taken_and_skipped_has_paid_nothing_and_is_first_again() -> None:

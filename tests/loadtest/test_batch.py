@@ -4,13 +4,13 @@ from loadtest.simulator.batch import ContinuousBatch
 from loadtest.simulator.costmodel import CostModel
 from scheduler.catalog import build
 from scheduler.jobs import Job, Outcome
-from scheduler.lanes import Lanes
+from scheduler.tiers import TieredLanes
 
 COST = CostModel(iteration_s=1.0, prefill_s_per_token=0.1, decode_s_per_sequence=0.01, max_seqs=2, max_batched_tokens=8)
 
 
 def batch_of(cost: CostModel = COST, policy: str = "fcfs") -> ContinuousBatch:
-    return ContinuousBatch(cost, Lanes(build(policy, {})))
+    return ContinuousBatch(cost, TieredLanes(build(policy, {})))
 
 
 def job(name: str, prompt_tokens: int = 4, *, arrived_at: float = 0.0) -> Job:

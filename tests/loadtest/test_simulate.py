@@ -18,7 +18,7 @@ from loadtest.traces import arrivals
 from loadtest.traces.workload import Fit, Maker, parse_shares, shapes
 from scheduler.catalog import POLICIES, build
 from scheduler.jobs import Job, Outcome
-from scheduler.lanes import Lanes
+from scheduler.tiers import TieredLanes
 
 COST = CostModel(
     iteration_s=0.01, prefill_s_per_token=1e-4, decode_s_per_sequence=1e-3, max_seqs=4, prefix_block_tokens=0
@@ -88,7 +88,7 @@ def test_iterations_in_stretches_come_out_as_one_by_one(
 def test_one_worker_without_a_gateway_is_the_batch_that_the_fake_engine_runs() -> None:
     calls = [call(f"{at}", 0.0, prompt=50 + at, output=5 + at) for at in range(12)]
     seen = {record.id: record.e2e_s for record in simulated(Plan(COST, gateway=False), calls).records}
-    batch, now, ended = ContinuousBatch(COST, Lanes(build("fcfs", {}))), 0.0, dict[str, float]()
+    batch, now, ended = ContinuousBatch(COST, TieredLanes(build("fcfs", {}))), 0.0, dict[str, float]()
     jobs = {one.id: Job(one.id, "t", one.prompt_tokens, 0.0) for one in calls}
     want = {one.id: one.output_tokens for one in calls}
     first = calls[0].id

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from scheduler.catalog import build
-from scheduler.lanes import Lanes
+from scheduler.tiers import TieredLanes
 from scheduler.workers import Worker
 from server.admission.dispatch import LONGEST_RETRY_S, Dispatcher, Lines, Pace
 from server.engine.client import EngineClient
@@ -49,7 +49,7 @@ class Hall:
             self.join(f"w{number}", count)
         self.dispatcher = Dispatcher(
             "fake",
-            Lanes(build(policy, {})),
+            TieredLanes(build(policy, {})),
             self.fleet,
             window=lambda worker: worker.slots,
             max_waiting=max_waiting,
@@ -456,7 +456,7 @@ def test_a_call_whose_worker_failed_goes_before_those_that_wait_and_is_charged_o
         await asyncio.gather(failing, busy, waiting)
         assert order == ["busy", "moved", "waiting"]
         assert hall.is_empty()
-        account = next(account for account, _ in hall.dispatcher.lanes.standings())
+        account = next(account for _, account, _ in hall.dispatcher.lanes.standings())
         assert account.counter == 3 * hall.ticket("a").call.prompt_tokens
 
     in_virtual_time(run())

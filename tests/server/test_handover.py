@@ -367,7 +367,7 @@ async def test_one_account_pays_for_the_prompt_once_and_for_each_token() -> None
         prompt = [7] * 300
         await both.ask(TEXT, prompt=prompt, max_tokens=20, ignore_eos=True)
         line = both.gateway.server.lines.by_model["fake"]
-        (account,) = (account for account, _ in line.lanes.standings())
+        (account,) = (account for _, account, _ in line.lanes.standings())
         assert account.counter == 300 + 2 * 20
 
 

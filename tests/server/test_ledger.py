@@ -9,7 +9,7 @@ import pytest
 
 from scheduler.catalog import build
 from scheduler.jobs import Job, Outcome
-from scheduler.lanes import Lanes
+from scheduler.tiers import TieredLanes
 from server.cluster.account_sync import AccountSync
 from server.cluster.replicas import Replicas
 from tests.server.replicated import Store
@@ -31,7 +31,7 @@ class Gateway:
     running: list[Job] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.lanes = Lanes(build(self.policy, {}))
+        self.lanes = TieredLanes(build(self.policy, {}))
         self.replicas = Replicas(self.name, self.store, clock=self.clock, sync_s=SYNC_S)
         self.ledger = AccountSync(lambda: {MODEL: self}, self.clock)
         self.replicas.parts = [self.ledger]

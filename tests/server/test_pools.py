@@ -12,8 +12,8 @@ import pytest
 from msgspec.structs import replace
 
 from scheduler.catalog import build
-from scheduler.lanes import Lanes
 from scheduler.placement import Rules
+from scheduler.tiers import TieredLanes
 from scheduler.workers import Role, Worker
 from server.admission.dispatch import Dispatcher
 from server.engine.client import EngineClient
@@ -40,7 +40,7 @@ class Floor:
                 self.fleet.members[worker.id] = Member(worker, EngineClient(worker.url), WorkerState.READY, ("fake",))
         self.line = Dispatcher(
             "fake",
-            Lanes(build(policy, {})),
+            TieredLanes(build(policy, {})),
             self.fleet,
             window=lambda worker: worker.slots,
             max_waiting=10_000,
@@ -94,7 +94,7 @@ class Floor:
         self.over = self.over or (bool(self.leads) and not both_wait)
         if both_wait and not self.over:
             self.leads.append(self.service["reader"] - self.service["writer"])
-            counters = [account.counter for account, waits in self.line.lanes.standings() if waits]
+            counters = [account.counter for _, account, waits in self.line.lanes.standings() if waits]
             self.gaps.append(max(counters, default=0.0) - min(counters, default=0.0))
 
     async def run(self, each: int) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler.catalog import build
-from scheduler.lanes import Lanes
+from scheduler.tiers import TieredLanes
 from scheduler.workers import Worker
 from server.admission.dispatch import Lines
 from server.fleet.fleet import Fleet
@@ -203,7 +203,7 @@ def test_asking_for_usage_changes_nothing_else(others: dict[str, object], option
 
 def test_the_scheduler_s_words_cannot_be_overwritten_by_a_client() -> None:
     class OneLine:
-        lanes = Lanes(build("vtc", {}))
+        lanes = TieredLanes(build("vtc", {}))
 
     class TheLines:
         by_model = {"m": OneLine()}
@@ -223,7 +223,7 @@ def test_the_scheduler_s_words_cannot_be_overwritten_by_a_client() -> None:
 
 def test_an_engine_is_told_what_kind_of_answer_is_asked_for() -> None:
     class OneLine:
-        lanes = Lanes(build("gittins", {}))
+        lanes = TieredLanes(build("gittins", {}))
 
     class TheLines:
         by_model = {"m": OneLine()}
