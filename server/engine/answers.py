@@ -36,6 +36,7 @@ class Said(NamedTuple):
     prompts: (choice, tokens of its prompt) where prompt token ids came along; prompt_ids: those ids as JSON.
     failure: what the engine says went wrong. last: nothing comes after it. closing: it carries usage and no choice.
     finishes: it ends a choice. fingerprint: `system_fingerprint`.
+    cut: it says of an answer that reached its length that it is complete.
     """
 
     tokens: int = 0
@@ -49,6 +50,7 @@ class Said(NamedTuple):
     closing: bool = False
     finishes: bool = False
     fingerprint: str = ""
+    cut: bool = False
 
 
 NOTHING = Said()
@@ -160,6 +162,7 @@ _read_response_event = msgspec.json.Decoder(_ResponseEvent).decode
 _read_choices = msgspec.json.Decoder(_WholeChoices).decode
 _read_message = msgspec.json.Decoder(_WholeMessage).decode
 _read_response = msgspec.json.Decoder(_Response).decode
+_read_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _read_error = msgspec.json.Decoder(_ErrorCode).decode
 
 _UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
@@ -279,7 +282,8 @@ def _response_event(data: bytes) -> Said:
         return Said(failure=_error(data, data))
     response = event.response
     if response is not None and event.type in ("response.completed", "response.incomplete"):
-        return Said(usage=usage_of(response.usage), total=True, last=True)
+        cut = response.status == "incomplete" and event.type == "response.completed"
+        return Said(usage=usage_of(response.usage), total=True, last=True, cut=cut)
     if response is not None and event.type == "response.failed":
         error = bytes(response.error)
         return Said(failure=_error(b'{"error":%b}' % (error or b"null"), error))
@@ -350,6 +354,13 @@ def without_prompt_ids(event: bytes, said: Said) -> bytes:
     for ids in said.prompt_ids:
         event = event.replace(b'"prompt_token_ids":' + ids, b'"prompt_token_ids":null')
     return event
+
+
+def as_incomplete(event: bytes) -> bytes:
+    """The last event of a response that reached its length, by the name that OpenAI gives it; vLLM 0.32 calls each of
+    them `response.completed`."""
+    members = _read_members(data_of(event)) | {"type": msgspec.Raw(b'"response.incomplete"')}
+    return b"event: response.incomplete\ndata: " + msgspec.json.encode(members)
 
 
 def with_fingerprint(event: bytes, fingerprint: str) -> bytes:

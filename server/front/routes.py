@@ -46,6 +46,7 @@ def public_app(
     app = FastAPI(title="Evenhand", summary="OpenAI-compatible serving, fairly shared.", lifespan=lifespan)
     app.include_router(operations(fleet, metrics, notes))
     app.include_router(models(names, tenants))
+    app.include_router(stored_responses(tenants))
 
     @app.exception_handler(ServiceError)
     async def refused(request: Request, error: ServiceError) -> Response:
@@ -85,6 +86,35 @@ class AdminPortFilter:
                 await _error(hidden, scope["path"])(scope, receive, send)
                 return
         await self.app(scope, receive, send)
+
+
+class NotKept(ServiceError):
+    status = 404
+    kind = "invalid_request_error"
+    code = "response_not_found"
+
+
+def stored_responses(tenants: Tenants) -> APIRouter:
+    """What OpenAI has for responses that it keeps. Here none is kept: vLLM holds them in the memory of one engine, for
+    ever, and does so only if it is told to."""
+    router = APIRouter(prefix="/v1/responses/{response_id}", tags=["responses"])
+
+    async def refuse(response_id: str, request: Request) -> Response:
+        identified(tenants, request)
+        raise NotKept(
+            f"There is no response {response_id[:100]!r}: responses are not kept here. Read them where they are asked "
+            "for, and send what was said before in 'input'.",
+            param="response_id",
+        )
+
+    for method, path, what in (
+        ("GET", "", "A kept response: always 404, for none is kept"),
+        ("DELETE", "", "Delete a kept response: always 404"),
+        ("GET", "/input_items", "What a kept response was asked: always 404"),
+        ("POST", "/cancel", "End a response in the background: always 404, for there are none"),
+    ):
+        router.add_api_route(path, refuse, methods=[method], summary=what, name=f"{method} {path or 'response'}")
+    return router
 
 
 def operations(fleet: Fleet, metrics: Metrics, notes: Callable[[], dict[str, Any]]) -> APIRouter:

@@ -13,6 +13,7 @@ from server.engine.answers import (
     Said,
     Usage,
     UsageFinder,
+    as_incomplete,
     read_event,
     read_whole,
     with_fingerprint,
@@ -329,7 +330,7 @@ class Stream(Pipe):
         """What the client gets of an event."""
         call = self.ticket.call
         if not call.hide_usage:
-            return self._without_prompt(event, said) + b"\n\n"
+            return (as_incomplete(event) if said.cut else self._without_prompt(event, said)) + b"\n\n"
         before, self.finishing = self.finishing, b""
         if said.closing:
             if before and said.fingerprint:

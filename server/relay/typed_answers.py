@@ -179,7 +179,7 @@ class Response(TypedAnswer):
             "output": [self.item] if self.announced else [],
             "usage": _response_usage(end.usage),
         }
-        return last + self._numbered("response.completed", {"response": response})
+        return last + self._numbered(f"response.{response['status']}", {"response": response})
 
     def _close_item(self) -> bytes:
         text = self.text

@@ -43,7 +43,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     "/v1/responses": _OPENAI
     | _VLLM_SAMPLING
     | frozenset(
-        "input instructions max_output_tokens max_tool_calls reasoning text truncation include prompt conversation "
+        "input instructions max_output_tokens max_tool_calls reasoning text truncation include "
         "context_management".split()
     ),
     "/v1/messages": frozenset(

@@ -138,6 +138,8 @@ def call_from(route: Route, body: bytes, tenant: Tenant, call_id: str, bytes_per
     members, fields = _parsed(body)
     if not members.keys() <= ALLOWED[route.path]:
         _refuse_unlisted(members, route, tenant)
+    if route.dialect == "responses" and b"null" in body:
+        members, body = _without_nulls(members, body)
     if not fields.model:
         raise BadRequest("The field 'model' is empty: name one of the models that /v1/models lists.", param="model")
     stream, options = bool(fields.stream), fields.stream_options
@@ -160,6 +162,12 @@ def call_from(route: Route, body: bytes, tenant: Tenant, call_id: str, bytes_per
         wants_ids=bool(fields.return_token_ids),
         hides_tokens=fields.include_reasoning is False,
     )
+
+
+def _without_nulls(members: Members, body: bytes) -> tuple[Members, bytes]:
+    """The body without members that are null, which mean the same as none to OpenAI, and are an error to vLLM."""
+    told = {name: raw for name, raw in members.items() if bytes(raw) != b"null"}
+    return (told, _encode(told)) if len(told) < len(members) else (members, body)
 
 
 def _bound_members(route: Route, body: bytes) -> None:

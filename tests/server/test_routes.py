@@ -2,11 +2,13 @@
 
 import json
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 
 from loadtest.fake.engine import FakeEngine
 from tests.server.conftest import INSTANT, chat, over_fake, over_script, plain, request, says, serving
+from tests.server.test_tenants import KEY
 
 
 async def test_health_says_that_the_process_lives_and_ready_that_a_worker_does() -> None:
@@ -140,3 +142,47 @@ async def test_the_field_that_an_engine_refuses_is_named_as_openai_names_it() ->
     refused = b'{"error":{"message":"no","type":"BadRequestError","param":"body.input","code":400}}'
     async with over_script(says(plain(refused, status="400 Bad Request"))) as (gateway, _):
         assert (await gateway.ask("/v1/chat/completions", chat())).error["param"] == "input"
+
+
+async def test_what_keeps_responses_says_that_none_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "tenants.yaml").write_text(f"tenants: [{{name: acme, keys: [{KEY}]}}]")
+    routes = [("GET", ""), ("DELETE", ""), ("GET", "/input_items"), ("POST", "/cancel")]
+    async with over_fake(tenants=tmp_path / "tenants.yaml") as (gateway, _):
+        paths = (await gateway.ask("/openapi.json", method="GET")).json()["paths"]
+        for method, path in routes:
+            assert method.lower() in paths["/v1/responses/{response_id}" + path]
+            unknown = await gateway.ask("/v1/responses/resp_1" + path, method=method)
+            assert unknown.status == 401
+            headers = {"authorization": f"Bearer {KEY}"}
+            refused = await gateway.ask("/v1/responses/resp_1" + path, method=method, headers=headers)
+            assert (refused.status, refused.error["code"]) == (404, "response_not_found")
+
+
+RESPONSES = "/v1/responses"
+
+
+async def test_a_response_that_was_cut_at_its_length_is_incomplete() -> None:
+    async with over_fake() as (gateway, _):
+        body = {"model": "fake", "input": "Once", "stream": True, "max_output_tokens": 3}
+        for name in ("fake", "alias"):
+            gateway.server.lines.names.set_stored({"alias": '"fake"'})
+            cut = await gateway.ask(RESPONSES, body | {"model": name})
+            last = cut.body.rstrip().rpartition(b"\n\n")[2]
+            assert last.startswith(b"event: response.incomplete\ndata: ")
+            event = cut.events[-1]
+            assert (event["type"], event["response"]["status"]) == ("response.incomplete", "incomplete")
+            assert event["response"]["incomplete_details"] == {"reason": "max_output_tokens"}
+            assert event["response"]["model"] == name
+        whole = await gateway.ask(RESPONSES, body | {"max_output_tokens": 4000})
+        assert whole.events[-1]["type"] == "response.completed"
+
+
+async def test_on_responses_null_is_as_if_it_were_not_there_and_what_is_not_kept_is_refused() -> None:
+    async with over_fake() as (gateway, engine):
+        nothing = {"truncation": None, "background": None, "conversation": None, "metadata": None}
+        asked = {"model": "fake", "input": "null", "max_output_tokens": 3}
+        assert (await gateway.ask(RESPONSES, asked | nothing)).status == 200
+        assert engine.seen[-1].body == asked
+        for field in ("conversation", "prompt", "previous_response_id"):
+            refused = await gateway.ask(RESPONSES, asked | {field: "conv_1"})
+            assert (refused.status, refused.error["param"], refused.error["code"]) == (400, field, "field_not_allowed")
