@@ -229,7 +229,12 @@ def check_model(name: str, cache: Path) -> Finding:
         return Finding("bad", "model", found, advice)
     if Path(source.path).is_dir():
         return Finding("ok", "model", f"{source.served_name} in {source.path}")
-    return Finding("warn", "model", f"{name}: a hub's model", "the engine fetches it when it starts, unless it has it")
+    return Finding(
+        "warn",
+        "model",
+        f"{name}: a hub's model",
+        f"serve fetches it first; `evenhand model download {name}` does it now",
+    )
 
 
 def check_disk(free_bytes: int, place: Path, needed_bytes: int) -> Finding:

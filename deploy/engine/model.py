@@ -86,6 +86,11 @@ def resolve(name: str, cache: Path) -> ModelSource:
     return ModelSource(name, name)
 
 
+def is_at_hub(source: ModelSource) -> bool:
+    """Whether it is an id that a model hub knows, rather than a folder."""
+    return not Path(source.path).is_dir()
+
+
 def obtain(name: str, cache: Path, say: Say) -> ModelSource:
     """As `resolve`, but first makes a model of ours that is not there yet."""
     if name in MADE_HERE:
@@ -281,6 +286,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     making.add_argument(
         "name", nargs="?", default=BUNDLED, choices=sorted(MADE_HERE), help="which (default: %(default)s)"
     )
+    fetching = actions.add_parser(
+        "download", help="fetch a hub's model into the hub's own cache (HF_HOME), going on where an earlier try ended"
+    )
+    fetching.add_argument("name", help="the model's id at the hub: OWNER/NAME")
     making.add_argument("--cache", type=Path, default=cache_folder(), help="the cache folder (default: %(default)s)")
 
 
@@ -292,7 +301,12 @@ def run(arguments: argparse.Namespace) -> int:
         print(line, flush=True)  # noqa: T201
 
     try:
-        folder = MADE_HERE[arguments.name](arguments.cache, say)
+        if arguments.action == "download":
+            from deploy.engine.hub import fetch
+
+            folder = fetch(arguments.name, say)
+        else:
+            folder = MADE_HERE[arguments.name](arguments.cache, say)
     except ModelError as error:
         print(f"evenhand: {error}", file=sys.stderr)  # noqa: T201
         return 1

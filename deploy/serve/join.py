@@ -32,6 +32,7 @@ from deploy.engine.model import cache_folder, resolve
 from deploy.engine.worker import EngineState, Listeners, WorkerEvent, WorkerProcess, is_free
 from deploy.serve.command import exit_code
 from deploy.serve.preflight import PreflightError, check, check_transfer, in_words, plan_workers
+from deploy.serve.preparing import prepared
 from deploy.serve.screen import Screen
 from deploy.serve.serving import Stop, Surroundings, claimed, log_to_screen, state_folder
 from deploy.settings import ServeSettings
@@ -223,7 +224,7 @@ class Joining:
             log_to_screen(self._screen, "worker", verbose=self._settings.verbose)
             self._screen.table({"model": self._plan.served_name, self.name: in_words(self._plan)})
             self._screen.say()
-            engine = asyncio.create_task(self._worker.run(), name="engine")
+            engine = asyncio.create_task(self._run_engine(), name="engine")
             beats = asyncio.create_task(self._beat(), name="heartbeats")
             asked = asyncio.create_task(stop.asked.wait())
             try:
@@ -234,6 +235,17 @@ class Joining:
                 await self._end(engine, beats, asked, stop)
         self._screen.say("Stopped. Nothing is left running.", "dim")
         return 0 if stop.number == signal.SIGTERM and self._was_ready else 128 + stop.number
+
+    async def _run_engine(self) -> None:
+        began_s = time.monotonic()
+
+        def hear(line: str) -> None:
+            self._screen.starting("model", line, time.monotonic() - began_s)
+
+        settings = self._settings
+        await prepared(settings.source, settings.engine_args, self._around.timing.grace_s, hear)
+        self._screen.started("model")
+        await self._worker.run()
 
     async def _end(
         self, engine: asyncio.Task[None], beats: asyncio.Task[None], asked: asyncio.Task[bool], stop: Stop

@@ -18,17 +18,17 @@ from functools import partial
 from pathlib import Path
 
 from deploy.engine.canary import Canary
-from deploy.engine.child import ChildEnded, running
 from deploy.engine.engine_args import EngineCommand, EnginePlan, Ports, engine_command, worker_of
 from deploy.engine.engine_log import LogFile
 from deploy.engine.engine_needs import Asking, ask_vllm
 from deploy.engine.gpu_lock import GpuLocks
 from deploy.engine.gpu_plan import GpuPlanError
 from deploy.engine.machine import Machine, look
-from deploy.engine.model import ModelError, ModelSource, cache_folder, resolve
+from deploy.engine.model import ModelSource
 from deploy.engine.worker import EngineState, Listeners, Timing, WorkerError, WorkerEvent, WorkerProcess
 from deploy.serve.gateway import GatewayRunner
 from deploy.serve.preflight import Checked, PreflightError, gpu_plan, in_words, plan_workers
+from deploy.serve.preparing import prepared
 from deploy.serve.screen import Screen, ScreenLog
 from deploy.settings import ServeSettings
 from scheduler.workers import Role
@@ -37,11 +37,6 @@ from server.request.names import read_name, table_of
 
 log = logging.getLogger("evenhand.serve")
 
-# A program of its own, so that nothing that it imports stays with the gateway, and a stop ends it.
-PREPARE = (
-    "import argparse, sys; from deploy.engine import model; parser = argparse.ArgumentParser(); "
-    "model.add_arguments(parser); sys.exit(model.run(parser.parse_args()))"
-)
 BEAT_S = 1.0
 
 Command = Callable[[EnginePlan, Ports, str], EngineCommand]
@@ -144,27 +139,14 @@ class Serving:
             raise errors.exceptions[0] from None
 
     async def _model(self, name: str) -> ModelSource:
-        """A model, made ready by a program of its own where it is one of ours and not there yet."""
-        cache = cache_folder()
-        heard: list[str] = []
         began_s = time.monotonic()
 
         def hear(line: str) -> None:
-            heard.append(line)
-            self._screen.starting("model", line.rstrip(), time.monotonic() - began_s)
+            self._screen.starting("model", line, time.monotonic() - began_s)
 
-        try:
-            return resolve(name, cache)
-        except ModelError as error:
-            argv = (sys.executable, "-P", "-c", PREPARE, "prepare", name, "--cache", str(cache))
-            async with running(argv, os.environ, self._around.timing.grace_s, hear) as child:
-                try:
-                    await child.or_end(asyncio.Event().wait())
-                except ChildEnded as end:
-                    if end.exit_code != 0:
-                        raise ModelError(heard[-1].removeprefix("evenhand: ") if heard else str(error)) from None
-            self._screen.started("model")
-            return resolve(name, cache)
+        source = await prepared(name, self._settings.engine_args, self._around.timing.grace_s, hear)
+        self._screen.started("model")
+        return source
 
     def _worker(self, name: str, plan: EnginePlan) -> WorkerProcess:
         return WorkerProcess(

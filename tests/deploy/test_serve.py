@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.deploy import serve_program
+from tests.deploy.fake_hub import NAME, NEEDED, running, there
 from tests.deploy.processes import MARK, eventually, marked, new_mark
 
 LIMIT_S = 120.0  # for a busy machine, or one that stands still
@@ -352,3 +353,21 @@ def test_an_engine_that_dies_at_start_is_one_sentence_with_its_cause(program: Pr
 @pytest.mark.slow
 def test_of_two_engines_one_that_cannot_start_stops_both(program: Program) -> None:
     assert "did not start" in program.refused("--workers", "2", "--engine-arg=--nonsense")
+
+
+def test_serve_fetches_the_model_first_and_says_so(program: Program, tmp_path: Path) -> None:
+    with running() as hub:
+        process = program.ready("--model", NAME, **hub.environ(tmp_path / "home"))
+    assert there(tmp_path / "home") == NEEDED
+    process.terminate()
+    out, _ = process.communicate(timeout=120)
+    assert f"downloading {NAME}: 0.4 MB" in out
+
+
+def test_serve_says_why_it_cannot_fetch_the_model(program: Program, tmp_path: Path) -> None:
+    with running() as hub:
+        hub.refused = "RepoNotFound"
+        process = program.start("--model", NAME, **hub.environ(tmp_path / "home"))
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "has no model owner/model" in err
