@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator
 from pydantic_settings import NoDecode
 
 from deploy.engine.model import BUNDLED
@@ -73,6 +73,11 @@ class ServeSettings(Settings):
         default_factory=list,
         description="an argument handed to vLLM as it is, e.g. --engine-arg=--max-num-seqs=8; overrides ours. "
         "--engine-arg=NAME:--max-num-seqs=8 is for the engines of one model",
+    )
+    engine_key: SecretStr | None = Field(
+        None,
+        min_length=16,
+        description="key that the engines ask for, so that nobody passes the gateway by; default: a random one each",
     )
     gpus: str = Field(
         "", description="GPUs to use, as indices or UUIDs: 0,1; default: all that are visible and not in use"

@@ -20,7 +20,10 @@ from server.settings import Settings, read_settings, whence
 OPTIONS = (
     CliOption("host", "HOST"),
     CliOption("port", "PORT"),
-    CliOption("workers", "URL[,role=…][,slots=N][,kv=yes]", "--worker"),
+    CliOption("workers", "URL[,role=…][,slots=N][,kv=yes][,key=ENV_NAME][,ca=FILE][,cert=FILE]", "--worker"),
+    CliOption("worker_ca", "FILE"),
+    CliOption("worker_cert", "FILE"),
+    CliOption("worker_cert_key", "FILE"),
     CliOption("models", "NAME=MODEL", "--model-alias"),
     CliOption("policy", "NAME"),
     CliOption("policy_options", "KEY=VALUE", "--policy-option"),

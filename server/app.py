@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import os
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -15,7 +16,6 @@ from fastapi import FastAPI
 
 from scheduler.placement import Rules
 from scheduler.tiers import TieredLanes
-from scheduler.workers import Role, Worker
 from server.admission.dispatch import Dispatcher, Lines
 from server.admission.live_names import LiveNames
 from server.admission.live_policy import LivePolicy
@@ -28,6 +28,7 @@ from server.cluster.local_sync import LocalSync, Process
 from server.cluster.state import ClusterState
 from server.fleet.balancer import Balancer
 from server.fleet.fleet import Fleet
+from server.fleet.named import fleet_tls, named_worker
 from server.front.gateway import Gateway
 from server.front.intake import BodyBudget, Connections, connections_allowed
 from server.front.protocol import ProtocolBounds, protocol_for
@@ -65,26 +66,6 @@ def calm_collector() -> None:
     gc.set_threshold(YOUNG_OBJECTS, 20, 20)
 
 
-def parse_worker(text: str, number: int) -> Worker:
-    """`URL[,role=prefill|decode|both][,slots=N][,id=NAME][,kv=yes]` → Worker. ValueError with what is wrong."""
-    url, *pairs = text.split(",")
-    if not url.startswith("http://"):
-        raise ValueError(f"worker {text!r}: write it as http://HOST:PORT[,role=both][,slots=256]")
-    options = dict(pair.partition("=")[::2] for pair in pairs)
-    if unknown := set(options) - {"role", "slots", "id", "kv"}:
-        raise ValueError(f"worker {text!r}: unknown option {sorted(unknown)[0]!r}; there are role, slots, id and kv")
-    roles = {role.value: role for role in Role}
-    role, slots = options.get("role", "both"), options.get("slots", "256")
-    if role not in roles:
-        raise ValueError(f"worker {text!r}: role is prefill, decode or both, not {role!r}")
-    if not slots.isdigit() or int(slots) < 1:
-        raise ValueError(f"worker {text!r}: slots is how many sequences its batch holds, not {slots!r}")
-    if options.get("kv", "no") not in ("yes", "no"):
-        raise ValueError(f"worker {text!r}: kv is yes if its engine can hand over KV, else no")
-    worker_id, kv = options.get("id", f"worker-{number}"), options.get("kv") == "yes"
-    return Worker(worker_id, url.rstrip("/"), roles[role], int(slots), hands_over=kv)
-
-
 class _Server(uvicorn.Server):
     """uvicorn's server, which waits to be stopped instead of looking ten times a second whether it is."""
 
@@ -108,10 +89,12 @@ class GatewayServer:
         """Raises ValueError with a clear sentence for a policy, an option or a worker that cannot be."""
         self.settings = settings
         self.stopping = False
-        self.workers = [parse_worker(text, number) for number, text in enumerate(settings.workers)]
+        self.workers = [named_worker(text, number, os.environ) for number, text in enumerate(settings.workers)]
         self.policy = LivePolicy(settings.policy, settings.policy_options, settings.admission.ahead, monotonic)
         self.background = Background(monotonic)
-        self.fleet = Fleet(probe_s=settings.probe_s, health=settings.health, background=self.background)
+        self.fleet = Fleet(
+            probe_s=settings.probe_s, health=settings.health, background=self.background, tls=fleet_tls(settings)
+        )
         self.fleet.policy, self.fleet.replicas = self.policy.order, self._replicas
         self.lines = Lines(self._dispatcher, self.fleet, LiveNames(settings.models, self.fleet))
         self.process = process
@@ -309,8 +292,8 @@ class GatewayServer:
 
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        for worker in self.workers:
-            self.fleet.add(worker)
+        for worker, access in self.workers:
+            self.fleet.add(worker, access)
         if self.recorder is not None:
             self.recorder.start()
         if self.tracing is not None and self.settings.tracing.endpoint is not None:

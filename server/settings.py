@@ -166,13 +166,21 @@ class Settings(BaseSettings):
     policy: str = Field("fcfs", description="order of the queue: fcfs, mlfq, vtc, gittins or srpt")
     policy_options: dict[str, str] = Field(default_factory=dict, description="an option of the policy")
     workers: list[str] = Field(
-        default_factory=list, description="an OpenAI-compatible engine, e.g. http://127.0.0.1:8101,slots=256"
+        default_factory=list,
+        description="an OpenAI-compatible engine, e.g. http://127.0.0.1:8101,slots=256, or https://host,key=ENV_NAME,ca=FILE",
     )
     models: dict[str, Any] = Field(
         default_factory=dict,
         description="a name that clients may ask for and the model that answers, e.g. gpt-4o-mini=smollm2; "
         "`*` stands for every name that nobody serves",
     )
+    worker_ca: Path | None = Field(
+        None, description="PEM file of who signs the certificates of workers that name no `ca` of their own"
+    )
+    worker_cert: Path | None = Field(
+        None, description="PEM file of the gateway's own certificate, for workers that ask for one"
+    )
+    worker_cert_key: Path | None = Field(None, description="PEM file of its key, if that is not in the same file")
     gateway_processes: int = Field(1, ge=1, le=64, description="processes that are this gateway, behind one port")
     probe_s: Positive = Field(1.0, description="between two probes of a worker, seconds")
     lame_duck_s: float = Field(
@@ -286,6 +294,6 @@ def _check_file(config: Path) -> None:
 
 def _sentence(problem: dict[str, Any]) -> str:
     name = ".".join(str(part) for part in problem["loc"])
-    if name in ("admin_key", "redis_url"):
+    if name in ("admin_key", "redis_url", "engine_key"):
         return f"setting {name!r}: {problem['msg']}"
     return f"setting {name!r}: {problem['msg']} (got {problem.get('input')!r})"

@@ -13,6 +13,8 @@ MODULE = "vllm.entrypoints.openai.api_server"  # the console command `vllm` refu
 SCHEDULER = "scheduler.vllm.plugin.PolicyScheduler"
 CONNECTOR = "scheduler.vllm.nixl"  # vLLM's own, on a CPU
 EXECUTOR = "scheduler.vllm.executor.PinnedExecutor"
+KEY_CHECK = "scheduler.vllm.key_check.KeyCheck"
+KEY_NAME = "VLLM_API_KEY"  # by the environment, for everybody on the machine can read a command line
 OLDEST, NEWEST_BELOW = (0, 26), (0, 34)
 
 # vLLM's block is 128 tokens on a CPU: most short sequences then have no full block that the prefix cache could keep, so
@@ -40,7 +42,7 @@ RESERVED = {
     "--uds": "the gateway asks the engine over TCP",
     "--config": "it would lose against our own options: give each of its options as an --engine-arg",
     "--device-ids": "use --gpus, which other workers on this machine respect",
-    "--api-key": "the engine listens on 127.0.0.1 only, and keys are the gateway's: see --tenants",
+    "--api-key": "each engine gets a key of its own; EVENHAND_ENGINE_KEY sets it",
 }
 
 
@@ -69,6 +71,7 @@ class EnginePlan:
     model_args: what this model needs; user_args: what the user gave, which wins over everything of ours.
     hands_over: one of role `both` has a KV connector too, so that it may lean to either side.
     host: the address on which it listens, for gateways and for engines that fetch its KV.
+    key: what it wants to be asked with; empty for no key.
     """
 
     model: str
@@ -89,6 +92,7 @@ class EnginePlan:
     user_args: tuple[str, ...] = ()
     host: str = "127.0.0.1"
     hands_over: bool = False
+    key: str = field(default="", repr=False)
 
     @property
     def connected(self) -> bool:
@@ -130,9 +134,12 @@ def engine_command(plan: EnginePlan, ports: Ports, python: str) -> EngineCommand
         options.pop(name, None)
     ours = [part for name, value in options.items() for part in ((name,) if value is None else (name, value))]
     # -P: a folder called `scheduler` or `vllm` where the user stands must not be imported in place of the real one.
-    argv = (python, "-P", "-m", MODULE, *ours, *extra)
+    # vLLM's own key check leaves out what is not below /v1; a middleware of the user's comes in addition to ours.
+    guard = ("--middleware", KEY_CHECK) if plan.key else ()
+    argv = (python, "-P", "-m", MODULE, *ours, *guard, *extra)
     host = f"[{plan.host}]" if ":" in plan.host else plan.host
-    url = f"http://{host}:{ports.http}"
+    scheme = "https" if "--ssl-certfile" in option_names(extra) else "http"
+    url = f"{scheme}://{host}:{ports.http}"
     return EngineCommand(argv, _environment(plan, ports), url, plan.cores, plan.allowed)
 
 
@@ -239,6 +246,8 @@ def _environment(plan: EnginePlan, ports: Ports) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if plan.key:
+        env[KEY_NAME] = plan.key
     if plan.local:
         env["HF_HUB_OFFLINE"] = "1"
     if plan.build == "cpu":

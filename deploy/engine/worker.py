@@ -17,7 +17,7 @@ import httpx2
 from deploy.engine.canary import CanaryError
 from deploy.engine.child import ChildEnded, ChildProcess, running
 from deploy.engine.cores import stray_threads
-from deploy.engine.engine_args import EngineCommand, Ports
+from deploy.engine.engine_args import KEY_NAME, EngineCommand, Ports
 from deploy.engine.engine_log import STAGES, LogFile, LogLine, cause, parse, stage
 from deploy.engine.pulse import Pulse
 
@@ -26,7 +26,7 @@ STRAYED = (
     "threads of this engine may run on another engine's cores, so the two slow each other down: {}. "
     "Please report this with the versions of vLLM and NIXL"
 )
-NOT_INHERITED = ("VLLM_API_KEY", "VLLM_PORT")  # would give the engine a key or ports that the gateway does not know
+NOT_INHERITED = (KEY_NAME, "VLLM_PORT")  # would give the engine a key or ports that the gateway does not know
 
 
 class EngineState(Enum):
@@ -154,7 +154,7 @@ class WorkerProcess:
         self._ports = ports
         self._turn = turn or asyncio.Lock()
         self._child: ChildProcess | None = None
-        self._url = ""
+        self._url = self._key = ""
         self._cores: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
         self._started_at_s = 0.0
         self._stage = 0
@@ -195,7 +195,7 @@ class WorkerProcess:
         """`starting` is closed once the engine is ready."""
         self._started_at_s = _now_s()
         try:
-            async with self._process() as child, httpx2.AsyncClient(trust_env=False) as client:
+            async with self._process() as child, self._questions() as client:
                 await self._become_ready(child, client)
                 await starting.aclose()
                 ready_at_s = _now_s()
@@ -203,6 +203,11 @@ class WorkerProcess:
         except WorkerError as error:
             return Life(str(error), None)
         return Life(end, _now_s() - ready_at_s)
+
+    def _questions(self) -> httpx2.AsyncClient:
+        """The client for this engine. Whose certificate its server has is the gateways' business: this is our child."""
+        headers = {"authorization": f"Bearer {self._key}"} if self._key else {}
+        return httpx2.AsyncClient(trust_env=False, verify=False, headers=headers)
 
     async def _become_ready(self, child: ChildProcess, client: httpx2.AsyncClient) -> None:
         try:
@@ -309,7 +314,7 @@ class WorkerProcess:
         try:
             self._ports = usable_ports(self._ports)
             command = self._build(self._ports)
-            self._url = command.url
+            self._url, self._key = command.url, command.env.get(KEY_NAME, "")
             env = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
             env |= {**command.env, "PROMETHEUS_MULTIPROC_DIR": metrics_folder}
             self._log.write(f"$ {' '.join(command.argv)}")

@@ -6,6 +6,7 @@ import sys
 from rich.console import Console
 from rich.text import Text
 
+from deploy.engine.engine_args import KEY_NAME
 from deploy.engine.model import ENGINE_ARGS, MADE_HERE, ModelSource, cache_folder, is_complete, resolve
 from deploy.engine.worker import usable_ports
 from deploy.serve.preflight import check_all, gpu_plan, in_words, plan_workers
@@ -34,7 +35,8 @@ def dry_run(settings: ServeSettings, around: Surroundings, console: Console) -> 
         console.print(Text.assemble((f"  {'note':<{width}}", "dim"), (remark, "yellow")), soft_wrap=True)
     for name, plan in plans.items():
         command = around.command(plan, usable_ports(None), sys.executable)
-        env = " ".join(f"{key}={shlex.quote(value)}" for key, value in sorted(command.env.items()))
+        shown = dict(command.env) | ({KEY_NAME: "(a key)"} if KEY_NAME in command.env else {})
+        env = " ".join(f"{key}={shlex.quote(value)}" for key, value in sorted(shown.items()))
         console.print(
             Text(f"\n# {name}, at {command.url} (ports are chosen anew at each start)", "dim"), soft_wrap=True
         )

@@ -18,6 +18,8 @@ from deploy.engine.worker import WorkerError
 from scheduler.workers import Worker
 from server.app import GatewayServer
 from server.cluster.local_sync import READY, STARTING, WORKER
+from server.engine.access import Access
+from server.fleet.named import key_names
 from server.fleet.registry import registration_of
 from server.processes.prefork import reserved
 from server.processes.supervisor import KILL_S
@@ -43,8 +45,8 @@ class GatewayRunner(Protocol):
     def starting(self, worker_id: str, stage: str) -> None:
         """A worker is not there yet."""
 
-    def join(self, worker: Worker) -> None:
-        """A worker is there."""
+    def join(self, worker: Worker, access: Access) -> None:
+        """A worker is there; `access` is what it is asked with."""
 
     def leave(self, worker_id: str) -> None:
         """A worker is gone. Harmless if it never was there."""
@@ -99,9 +101,9 @@ class InProcessGateway:
     def starting(self, worker_id: str, stage: str) -> None:
         self._server.fleet.starting[worker_id] = stage
 
-    def join(self, worker: Worker) -> None:
+    def join(self, worker: Worker, access: Access) -> None:
         self._server.fleet.starting.pop(worker.id, None)
-        self._server.fleet.add(worker)
+        self._server.fleet.add(worker, access)
 
     def leave(self, worker_id: str) -> None:
         self._server.fleet.starting.pop(worker_id, None)
@@ -142,7 +144,10 @@ class GatewayProcesses:
             path, config = Path(folder) / "stores", Path(folder) / "gateway.yaml"
             config.write_text(yaml.safe_dump(plain(self._settings)))  # in a folder that is this user's alone
             options = ["--config", str(config), "--store-socket", str(path)]
-            env = {name: value for name, value in os.environ.items() if not name.startswith("EVENHAND_")}
+            keys = key_names(self._settings.workers)
+            env = {
+                name: value for name, value in os.environ.items() if not name.startswith("EVENHAND_") or name in keys
+            }
             argv = (sys.executable, "-P", "-m", "server", *options)
             async with (
                 serving_stores(listen_at(path), stores),
@@ -172,8 +177,8 @@ class GatewayProcesses:
     def starting(self, worker_id: str, stage: str) -> None:
         self._tasks.start(self._local.put(STARTING, worker_id, stage))
 
-    def join(self, worker: Worker) -> None:
-        self._tasks.start(self._put(worker.id, registration_of(worker)))
+    def join(self, worker: Worker, access: Access) -> None:
+        self._tasks.start(self._put(worker.id, registration_of(worker, access)))
 
     def leave(self, worker_id: str) -> None:
         self._tasks.start(self._put(worker_id, ""))

@@ -38,6 +38,7 @@ from deploy.serve.serving import Stop, Surroundings, claimed, log_to_screen, sta
 from deploy.settings import ServeSettings
 from scheduler.workers import Role
 from server.cluster.state import REGISTRY_S
+from server.engine.access import Access
 from server.engine.client import EngineClient
 from server.fleet.fleet import is_idle
 from server.fleet.registry import HEARTBEAT_S, WORKER_TTL_S, registration_of
@@ -61,8 +62,8 @@ class JoinSettings(ServeSettings):
     role: Literal["prefill", "decode", "both"] = Field("both", description="which half of a request it takes")
     address: str = Field(
         "127.0.0.1",
-        description="where gateways reach it, or `auto` for this machine's address towards Redis; whoever else reaches "
-        "it can use it without a key, so keep it private",
+        description="where gateways reach it, or `auto` for this machine's address towards Redis; KV is handed over "
+        "without a key, so keep it private",
     )
     name: str = Field("", max_length=64, description="its name in the fleet; default: the host's, with the role")
     engine_port: int | None = Field(
@@ -302,8 +303,8 @@ class Joining:
         if not self._url:
             await self._store.leave(self.name)
             return
-        worker = worker_of(self._plan, self.name, self._url)
-        await self._store.register(self.name, registration_of(worker, draining=self._draining), WORKER_TTL_S)
+        worker, access = worker_of(self._plan, self.name, self._url), Access(self._plan.key)
+        await self._store.register(self.name, registration_of(worker, access, draining=self._draining), WORKER_TTL_S)
 
     async def _drain(self, stop: Stop) -> None:
         """Nothing new, and until what is there is finished; at most `shutdown_s`."""
@@ -322,7 +323,7 @@ class Joining:
     async def _idle(self) -> None:
         """Returns when the engine has nothing more to do."""
         await asyncio.sleep(HEARD_S)
-        engine = EngineClient(self._url)
+        engine = EngineClient(self._url, Access(self._plan.key))
         try:
             while True:
                 if is_idle((await engine.get("/metrics")).text):

@@ -1,5 +1,6 @@
 """All that can be found wrong before anything is started, and the plan that follows when nothing is."""
 
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -267,6 +268,7 @@ def plan_workers(
             hands_over=view.disaggregation.balance_roles,
             model_args=source.engine_args,
             user_args=tuple(view.engine_args),
+            key=view.engine_key.get_secret_value() if view.engine_key else secrets.token_urlsafe(32),
         )
         for view, one, source in zip(views, checked, sources, strict=True)
         for (name, role), (own_cores, own_allowed) in zip(worker_roles(view).items(), places, strict=False)

@@ -32,6 +32,7 @@ from deploy.serve.preparing import prepared
 from deploy.serve.screen import Screen, ScreenLog
 from deploy.settings import ServeSettings
 from scheduler.workers import Role
+from server.engine.access import Access
 from server.processes.supervisor import STOPPING
 from server.request.names import read_name, table_of
 
@@ -164,7 +165,7 @@ class Serving:
         self._screen.worker(event)
         front, plan = self._front, self._plans[event.worker]
         if event.state is EngineState.READY:
-            front.join(worker_of(plan, event.worker, event.url))
+            front.join(worker_of(plan, event.worker, event.url), Access(plan.key))
             if missing := self._missing_role(plan):
                 self._screen.line(event.worker, f"takes whole requests until a {missing} worker is ready", "yellow")
         else:

@@ -8,8 +8,10 @@ Answers are greedy, deterministic and can be continued anywhere (`hash_model`); 
 
 import argparse
 import asyncio
+import hmac
 import logging
 import os
+import ssl
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -58,6 +60,7 @@ class EngineSetup:
     max_model_tokens: context length. mean_answer_tokens: mean length of an answer that ends by itself.
     plugin: it shows and obeys what our plug-in inside vLLM does (the policy's metric, orders to change it).
     kv_lease_s: it keeps a prompt's KV so long for another engine to fetch.
+    key: asked for below /v1, as vLLM does with `--api-key`; empty for no key.
     """
 
     model: str = "fake"
@@ -68,6 +71,7 @@ class EngineSetup:
     mean_answer_tokens: int = 64
     plugin: bool = False
     kv_lease_s: float = 30.0
+    key: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +148,10 @@ class FakeEngine:
         faults: Faults = HEALTHY,
         die: Callable[[], None] | None = None,
         wall_clock: Callable[[], float] = _wall_clock,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
+        """tls: it speaks HTTPS, as vLLM does with `--ssl-certfile`."""
+        self._tls = tls
         self.setup = setup or EngineSetup()
         self.faults = faults
         self.seen: deque[SeenRequest] = deque(maxlen=_SEEN)
@@ -182,7 +189,7 @@ class FakeEngine:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'http' if self._tls is None else 'https'}://127.0.0.1:{self.port}"
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -200,7 +207,7 @@ class FakeEngine:
 
     async def listen(self) -> None:
         """Accept connections, on the port of before if it had one: also how a dead engine comes back."""
-        self._server = await self._loop.create_server(self._accept, "127.0.0.1", self.port)
+        self._server = await self._loop.create_server(self._accept, "127.0.0.1", self.port, ssl=self._tls)
         self.port = self._server.sockets[0].getsockname()[1]
         self.stalled = False
         self._wake()
@@ -247,6 +254,9 @@ class FakeEngine:
     def _serve(self, exchange: ServedExchange) -> None:
         table = self._posts if exchange.method == "POST" else self._gets
         route = table.get(exchange.path)
+        if self.setup.key and exchange.path.startswith("/v1") and not self._is_authorised(exchange):
+            exchange.respond(HTTPStatus.UNAUTHORIZED, b'{"error":"Unauthorized"}', _JSON)
+            return
         try:
             if route is None:
                 known = exchange.path in self._posts or exchange.path in self._gets
@@ -256,6 +266,11 @@ class FakeEngine:
         except WireRefusal as refused:
             anthropic = exchange.path == "/v1/messages"
             exchange.respond(refused.status, anthropic_error(refused.body) if anthropic else refused.body, _JSON)
+
+    def _is_authorised(self, exchange: ServedExchange) -> bool:
+        return hmac.compare_digest(
+            exchange.headers.get("authorization", "").encode(), f"Bearer {self.setup.key}".encode()
+        )
 
     def _generate(self, exchange: ServedExchange) -> None:
         api = _APIS[exchange.path]
@@ -627,7 +642,15 @@ def _setup(args: argparse.Namespace) -> EngineSetup:
         kv_capacity_tokens=args.kv_tokens or cost.kv_capacity_tokens,
     )
     options = _pairs(args.policy_option)
-    return EngineSetup(args.model, cost, args.policy, options, args.max_model_len, args.mean_answer_tokens)
+    return EngineSetup(
+        args.model,
+        cost,
+        args.policy,
+        options,
+        args.max_model_len,
+        args.mean_answer_tokens,
+        key=os.environ.get("VLLM_API_KEY", ""),
+    )
 
 
 def run(args: argparse.Namespace) -> int:

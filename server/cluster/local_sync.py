@@ -16,8 +16,10 @@ from prometheus_client.registry import CollectorRegistry
 from scheduler.workers import Worker
 from server.background import Background
 from server.cluster.merged_metrics import Family, exposition, joined, lasting, read, taken, written
-from server.fleet.fleet import Fleet
-from server.fleet.registry import registration_from, registration_of, worker_from
+from server.engine.access import Access
+from server.engine.client import EngineClient
+from server.fleet.fleet import Fleet, Member
+from server.fleet.registry import Registration, registration_from, registration_of
 from server.store.store import Store, StoreAway
 
 log = logging.getLogger("evenhand.siblings")
@@ -77,15 +79,16 @@ class LocalSync:
             await asyncio.sleep(pause_s)
 
     # workers
-    async def add(self, worker: Worker) -> None:
+    async def add(self, worker: Worker, access: Access = Access()) -> None:  # noqa: B008 - frozen
         """A worker for all processes. StoreAway, and no change; ValueError if its id is taken."""
         if worker.id in self._fleet.members:
             raise ValueError(f"a worker named {worker.id!r} is already in the fleet")
-        text = registration_of(worker)
+        text = registration_of(worker, access)
         registration_from(worker.id, text)
+        EngineClient(worker.url, access)  # tries its certificates
         await self._store.put(WORKER, worker.id, text)
         self._applied[worker.id] = text
-        self._fleet.add(worker)
+        self._fleet.add(worker, access)
 
     async def remove(self, worker_id: str) -> None:
         """No process has this worker any more. StoreAway, and no change; KeyError if it is unknown here."""
@@ -114,16 +117,15 @@ class LocalSync:
     async def _apply(self, worker_id: str, text: str) -> None:
         member = self._fleet.members.get(worker_id)
         try:
-            worker = worker_from(worker_id, text) if text else None
-        except ValueError as error:  # of another version, or written by hand
+            said = registration_from(worker_id, text) if text else None
+            if member is not None and said is not None and same_place(member, said):
+                return
+            if member is not None:
+                await self._fleet.remove(worker_id)
+            if said is not None:
+                self._fleet.add(said.worker(worker_id), said.access)
+        except ValueError as error:  # of another version, written by hand, or with certificates that are not here
             log.error("%s: it is not used", error)
-            return
-        if member is not None and worker is not None and same_place(member.worker, worker):
-            return
-        if member is not None:
-            await self._fleet.remove(worker_id)
-        if worker is not None:
-            self._fleet.add(worker)
 
     async def _tell_ready(self) -> None:
         ready = str(len(self._fleet.ready()))
@@ -173,6 +175,8 @@ class LocalSync:
         return exposition(joined([own, *others]) if others else own)
 
 
-def same_place(one: Worker, other: Worker) -> bool:
+def same_place(member: Member, said: Registration) -> bool:
     """Whether two are the same, but for what was learned of them."""
-    return (one.url, one.role, one.slots) == (other.url, other.role, other.slots)
+    worker, other = member.worker, said.worker(member.worker.id)
+    same = (worker.url, worker.role, worker.slots) == (other.url, other.role, other.slots)
+    return same and member.access == said.access

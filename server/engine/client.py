@@ -8,6 +8,7 @@ import asyncio
 import errno
 import logging
 import re
+import ssl
 from collections import deque
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
@@ -16,11 +17,14 @@ from urllib.parse import urlsplit
 import httptools
 import httpx2
 
-from server.request.errors import EngineGone, EngineHungUp, EngineUnreachable, OutOfFiles
+from server.engine.access import Access, ClientTls, untrusted
+from server.request.errors import EngineGone, EngineHungUp, EngineUnreachable, EngineUntrusted, OutOfFiles
 
 log = logging.getLogger("evenhand.engine")
 
 CONNECT_TIMEOUT_S = 5.0
+# Servers on Python's TLS do not say why they end a connection; with TLS 1.3 that is after the handshake.
+NO_WORD = "The worker ends TLS connections without an answer: if it asks for a client certificate, give cert=FILE."
 MAX_ERROR_BODY_BYTES = 64 * 1024
 _OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
 
@@ -215,6 +219,8 @@ class EngineConnection(asyncio.Protocol):
         if error is None and self.headed and self.length is None and not self.chunked:
             self.sink = None
             sink.end()  # neither length nor chunks: closing the connection is how such an answer ends
+        elif not self.headed and (wrong := untrusted(error)) is not None:
+            self._drop(wrong)  # TLS 1.3 refuses a client's certificate only after the client has sent its request
         else:
             self._drop(EngineHungUp("The engine closed the connection before its answer was complete."))
 
@@ -260,15 +266,23 @@ def _out_of_files() -> OutOfFiles:
 class EngineClient:
     """A worker's HTTP server: a pool of connections for relayed answers, and small questions of our own."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, access: Access = Access()) -> None:  # noqa: B008 - frozen
+        """ValueError with a sentence for an address or a certificate that cannot be used."""
         parts = urlsplit(url)
-        if parts.scheme != "http" or not parts.hostname:
-            raise ValueError(f"{url!r} is not a worker's address: write it as http://HOST:PORT")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"{url!r} is not a worker's address: write it as http://HOST:PORT or https://HOST:PORT")
         self.url = url.rstrip("/")
         self.host = parts.hostname
-        self.port = parts.port or 80
+        self.tls = ClientTls(access) if parts.scheme == "https" else None
+        self.port = parts.port or (80 if self.tls is None else 443)
         self.prefix = parts.path.rstrip("/").encode()
-        self._host_header = parts.netloc.rpartition("@")[2].encode()
+        authorization = f"Bearer {access.key}" if access.key else ""
+        # One piece of every head: a worker without a key costs no request anything.
+        self._host_header = parts.netloc.rpartition("@")[2].encode() + (
+            b"\r\nauthorization: %b" % authorization.encode() if authorization else b""
+        )
+        self._headers = {"authorization": authorization} if authorization else {}
+        self._client_tls: ssl.SSLContext | bool = False
         self.idle: deque[EngineConnection] = deque()
         self.heads: dict[bytes, Head] = {}
         self._client: httpx2.AsyncClient | None = None
@@ -293,9 +307,12 @@ class EngineClient:
 
     async def _connect(self) -> EngineConnection:
         loop = asyncio.get_running_loop()
+        tls = None if self.tls is None else self.tls.context()
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                _, connection = await loop.create_connection(lambda: EngineConnection(self), self.host, self.port)
+                _, connection = await loop.create_connection(
+                    lambda: EngineConnection(self), self.host, self.port, ssl=tls
+                )
         except TimeoutError:
             log.warning("the engine at %s took no connection within %g s", self.url, CONNECT_TIMEOUT_S)
             raise EngineUnreachable("The engine did not take a connection in time.") from None
@@ -303,6 +320,8 @@ class EngineClient:
             if error.errno in _OUT_OF_FILES:
                 raise _out_of_files() from None
             log.warning("the engine at %s cannot be reached: %s", self.url, error)
+            if (wrong := untrusted(error)) is not None:
+                raise wrong from None
             raise EngineUnreachable("The engine cannot be reached.") from None
         return connection
 
@@ -324,17 +343,31 @@ class EngineClient:
     async def _send(
         self, method: str, path: str, body: Any, timeout_s: float, headers: Mapping[str, str] | None = None
     ) -> httpx2.Response:
-        if self._client is None:
-            # Workers speak plain HTTP: without this, 50 ms go into certificates that nobody will ask for.
-            self._client = httpx2.AsyncClient(base_url=self.url, trust_env=False, verify=False)
+        client = await self._questions()
         try:
-            return await self._client.request(method, path, json=body, timeout=timeout_s, headers=headers)
-        except httpx2.HTTPError as error:
+            return await client.request(method, path, json=body, timeout=timeout_s, headers=headers)
+        except (httpx2.HTTPError, ssl.SSLError) as error:
             if is_out_of_files(error):
                 raise _out_of_files() from None
+            if (wrong := untrusted(error)) is not None:
+                raise wrong from None
+            if isinstance(error, httpx2.ReadError) and self.tls is not None:
+                raise EngineUntrusted(NO_WORD) from None
             raise EngineGone(
                 f"The engine at {self.url} does not answer {path}: {str(error) or type(error).__name__}."
             ) from None
+
+    async def _questions(self) -> httpx2.AsyncClient:
+        """The client for questions of our own, with the certificates of this moment."""
+        # Without `verify=False` for plain HTTP, 50 ms go into certificates that nobody will ask for.
+        verify = False if self.tls is None else self.tls.context()
+        if self._client is not None and self._client_tls is not verify:
+            client, self._client = self._client, None
+            await client.aclose()
+        if self._client is None:
+            self._client_tls = verify
+            self._client = httpx2.AsyncClient(base_url=self.url, trust_env=False, verify=verify, headers=self._headers)
+        return self._client
 
     async def close(self) -> None:
         """Closes every idle connection."""

@@ -12,9 +12,17 @@ from typing import Protocol
 
 from scheduler.workers import UNKNOWN_SLOTS, Role, Worker
 from server.background import Background
+from server.engine.access import Access
 from server.engine.client import EngineClient
 from server.fleet.health import NUMBER, Breaker, Output, trial_answer
-from server.request.errors import EngineGone, EngineLost, EngineUnreachable, OutOfFiles
+from server.request.errors import (
+    EngineGone,
+    EngineLost,
+    EngineRefusesKey,
+    EngineUnreachable,
+    EngineUntrusted,
+    OutOfFiles,
+)
 from server.settings import HealthSettings
 
 log = logging.getLogger("evenhand.fleet")
@@ -29,6 +37,8 @@ _KV_RECEIVED = re.compile(r"^vllm:nixl_bytes_transferred_sum" + NUMBER, re.MULTI
 WELL = (200, 404)  # of /health; where nothing tells its health, the list of models does
 TENANT_MEMORY_S = 60.0  # a tenant that got an answer within this time is being served
 MOST_TENANTS = 10_000
+LOCKED_OUT = (401, 403)
+REFUSED_PAUSE_S = 5.0  # between two probes of a worker that refuses the gateway's key
 _MOST_SEQUENCES = 1e6  # a larger number is none
 
 
@@ -37,6 +47,10 @@ class WorkerState(Enum):
     READY = "ready"
     DOWN = "down"  # was ready, does not answer
     DRAINING = "draining"  # finishes what it has, gets nothing new
+    UNAUTHORISED = "unauthorised"  # refuses the gateway's key
+
+
+_OUT = (WorkerState.STARTING, WorkerState.DOWN, WorkerState.UNAUTHORISED)
 
 
 class RunningAnswer(Protocol):
@@ -60,6 +74,7 @@ class Member:
     kv_usage: share of its KV cache in use, of the fullest rank.
     policy: name and options that its plug-ins were last told, None if they were told nothing yet.
     suspected: a relayed answer failed there since it was last seen healthy.
+    problem: why it is not ready, where somebody has to do something about it; shown to everybody, so without addresses.
     arriving_tokens: prompts of requests that it is to answer and whose KV is another worker's yet.
     kv_received_bytes: KV that it has fetched from other workers, as it counts itself.
     leans: the side to which one of role `both` leans, since `leaned_at`; BOTH if to none.
@@ -84,6 +99,8 @@ class Member:
     output: Output = field(default_factory=Output)
     drained_at: float = 0.0
     note: str = ""
+    access: Access = Access()  # frozen
+    problem: str = ""
     policy: tuple[str, tuple[str, ...]] | None = None
     models_json: list[dict[str, object]] = field(default_factory=list)
     legs: set["RunningAnswer"] = field(default_factory=set)
@@ -106,7 +123,10 @@ class Fleet:
         health: HealthSettings | None = None,
         clock: Callable[[], float] = monotonic,
         background: Background | None = None,
+        tls: Access = Access(),  # noqa: B008 - frozen
     ) -> None:
+        """tls: certificates for workers that name none of their own."""
+        self._tls = tls
         self._background = background or Background(clock)
         self.members: dict[str, Member] = {}
         self.served: dict[str, float] = {}  # tenants, and when one of their requests last went through
@@ -122,11 +142,16 @@ class Fleet:
         self.policy: Callable[[], tuple[str, tuple[str, ...]]] | None = None  # what plug-ins inside engines must follow
         self._probes: dict[str, asyncio.Task[None]] = {}
 
-    def add(self, worker: Worker, *, note: str = "") -> Member:
-        """A worker joins; it gets requests once a probe has found it healthy. ValueError if its id is taken."""
+    def add(self, worker: Worker, access: Access = Access(), *, note: str = "") -> Member:  # noqa: B008 - frozen
+        """A worker joins; it gets requests once a probe has found it healthy. ValueError if its id is taken, or for
+        certificates that cannot be read."""
         if worker.id in self.members:
             raise ValueError(f"a worker named {worker.id!r} is already in the fleet")
-        member = Member(worker, EngineClient(worker.url), note=note, output=Output(moved_at=self.clock()))
+        try:
+            engine = EngineClient(worker.url, access.or_tls_of(self._tls))
+        except ValueError as error:
+            raise ValueError(f"worker {worker.id!r}: {error}") from None
+        member = Member(worker, engine, note=note, access=access, output=Output(moved_at=self.clock()))
         self.members[worker.id] = member
         self._probes[worker.id] = self._background.start(f"probe {worker.id}", lambda: self._watch(member))
         return member
@@ -196,7 +221,9 @@ class Fleet:
             return
         member.suspected = True
         member.look_now.set()
-        if member.state is WorkerState.READY and isinstance(error, EngineUnreachable | EngineLost):
+        if isinstance(error, EngineRefusesKey):
+            self._locked_out(member, error)
+        elif member.state is WorkerState.READY and isinstance(error, EngineUnreachable | EngineLost):
             self._take_out(member, error)
 
     def failed(self, members: Iterable[Member], call: str, tenant: str, *, proven: bool) -> None:
@@ -235,6 +262,19 @@ class Fleet:
         """Whether these workers say at this moment that they are healthy, all of them."""
         return all(await asyncio.gather(*map(self.is_well, members)))
 
+    def _locked_out(self, member: Member, error: EngineRefusesKey) -> None:
+        """A worker refuses the gateway's key. Its models are asked for again, which shows when it takes the key."""
+        if member.state not in (WorkerState.DRAINING, WorkerState.UNAUTHORISED):
+            member.state = WorkerState.UNAUTHORISED
+        member.models, member.policy = (), None
+        self._say(member, error)
+
+    def _say(self, member: Member, error: EngineGone) -> None:
+        """Shows what somebody has to see to, and logs it once."""
+        if member.problem != error.message:
+            member.problem = error.message
+            log.error("worker %s: %s", member.worker.id, error.message)
+
     async def is_well(self, member: Member) -> bool:
         """Whether a worker says at this moment that it is healthy."""
         try:
@@ -247,6 +287,8 @@ class Fleet:
             member.look_now.clear()
             await self._look(member)
             pause_s = self.probe_s if member.state is not WorkerState.STARTING else min(self.probe_s, 0.25)
+            if member.problem:
+                pause_s = max(pause_s, min(REFUSED_PAUSE_S, 20 * self.probe_s))
             try:
                 async with asyncio.timeout(pause_s):
                     await member.look_now.wait()
@@ -257,7 +299,13 @@ class Fleet:
         """One probe and what follows from it."""
         try:
             await self._probe(member)
+        except EngineRefusesKey as error:
+            self._locked_out(member, error)
         except EngineGone as error:
+            if isinstance(error, EngineUntrusted):
+                self._say(member, error)
+            else:
+                member.problem = ""  # what there was to be seen to is another thing now
             self._missed(member, error)
         except OutOfFiles:  # of this worker nothing is known then
             log.warning("worker %s could not be probed: no file descriptor is left", member.worker.id)
@@ -283,6 +331,8 @@ class Fleet:
     async def _probe(self, member: Member) -> None:
         timeout_s = self.health.probe_timeout_s
         health = (await member.engine.get("/health", timeout_s)).status_code
+        if health in LOCKED_OUT:
+            raise refuses_key(member.access)
         if health not in WELL:
             raise EngineGone(f"its /health answers {health}")
         if not member.models or health == 404:
@@ -293,12 +343,13 @@ class Fleet:
             member.output.read(metrics.text, self.clock())
         if member.worker.plugin and self.policy is not None and member.policy != self.policy():
             await self._order(member, *self.policy())
-        if member.state in (WorkerState.STARTING, WorkerState.DOWN) and await self._may_join(member):
+        if member.state in _OUT and await self._may_join(member):
             member.state = WorkerState.READY
             log.info("worker %s is ready: %s", member.worker.id, ", ".join(member.models))
             self._tell()
         member.misses = 0
         member.suspected = False
+        member.problem = ""
 
     async def _may_join(self, member: Member) -> bool:
         """Whether a healthy worker gets requests (again): not within its pause, not while it is stuck, and not without
@@ -360,6 +411,8 @@ class Fleet:
 
     async def _learn(self, member: Member) -> None:
         answer = await member.engine.get("/v1/models")
+        if answer.status_code in LOCKED_OUT:
+            raise refuses_key(member.access)
         try:
             listed = [_public(entry) for entry in answer.json()["data"]]
             names = tuple(str(entry["id"]) for entry in listed)
@@ -391,6 +444,13 @@ class Fleet:
             await self.remove(worker_id)
 
 
+def refuses_key(access: Access) -> EngineRefusesKey:
+    """What is wrong with the key, or with there being none."""
+    if access.key:
+        return EngineRefusesKey("The worker refuses the gateway's key: give the gateway the key that the worker has.")
+    return EngineRefusesKey("The worker asks for a key: name the variable that holds it with key=ENV_NAME.")
+
+
 def is_idle(metrics: str) -> bool:
     """Whether an engine has nothing to do by its own metrics, nor holds KV that another is to fetch."""
     return sum(map(float, [*_SEQUENCES.findall(metrics), *_KV_USAGE.findall(metrics)])) == 0
@@ -414,6 +474,7 @@ def described(members: Iterable[Member]) -> list[dict[str, object]]:
             **({"dtype": member.worker.dtype} if member.worker.dtype else {}),
             **({"leans": member.leans.value} if member.leans is not Role.BOTH else {}),
             **({"note": member.note} if member.note else {}),
+            **({"problem": member.problem} if member.problem else {}),
         }
         for member in members
     ]

@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from scheduler.workers import Role, Worker
+from server.engine.access import Access
 from server.fleet.fleet import Fleet
 from server.store.store import Store, StoreAway
 
@@ -17,7 +18,11 @@ WORKER_TTL_S = 10.0
 
 
 class Registration(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
-    """A worker's word on itself, as JSON in the store. draining: it finishes what it has, and wants nothing new."""
+    """A worker's word on itself, as JSON in the store. draining: it finishes what it has, and wants nothing new.
+
+    key: what it wants to be asked with. Whoever reads the store has it, so no log, answer or metric may hold this text.
+    ca, cert, cert_key: files of the gateway, for a worker that an operator names.
+    """
 
     url: str
     role: Role = Role.BOTH
@@ -26,6 +31,15 @@ class Registration(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
     draining: bool = False
     hands_over: bool = False
     dtype: str = ""
+    key: str = ""
+    ca: str = ""
+    cert: str = ""
+    cert_key: str = ""
+
+    @property
+    def access(self) -> Access:
+        """ValueError for a key or certificates that cannot be."""
+        return Access(self.key, self.ca, self.cert, self.cert_key)
 
     def worker(self, worker_id: str) -> Worker:
         url = self.url.rstrip("/")
@@ -38,8 +52,9 @@ def registration_from(worker_id: str, text: str) -> Registration:
         said = msgspec.json.decode(text, type=Registration)
     except (msgspec.ValidationError, msgspec.DecodeError) as error:
         raise ValueError(f"worker {worker_id!r}: {error}") from None
-    if not said.url.startswith("http://") or said.slots < 1:
-        raise ValueError(f"worker {worker_id!r} needs a URL that begins with http:// and one slot or more")
+    if not said.url.startswith(("http://", "https://")) or said.slots < 1:
+        raise ValueError(f"worker {worker_id!r} needs a URL that begins with http:// or https:// and one slot or more")
+    check_access(worker_id, said.url, said)
     try:
         port = urlsplit(said.url).port
         if port == 0 or not urlsplit(said.url).hostname:
@@ -49,14 +64,30 @@ def registration_from(worker_id: str, text: str) -> Registration:
     return said
 
 
-def worker_from(worker_id: str, text: str) -> Worker:
-    """The worker of a registration. ValueError if it is none."""
-    return registration_from(worker_id, text).worker(worker_id)
+def check_access(worker_id: str, url: str, said: Registration) -> None:
+    """ValueError for a key or certificates that cannot be, or that the URL has no use for."""
+    try:
+        if said.access.for_tls and url.startswith("http://"):
+            raise ValueError("certificates are for a URL that begins with https://")
+    except ValueError as error:
+        raise ValueError(f"worker {worker_id!r}: {error}") from None
 
 
-def registration_of(worker: Worker, *, draining: bool = False) -> str:
+def registration_of(worker: Worker, access: Access = Access(), *, draining: bool = False) -> str:  # noqa: B008 - frozen
     """What a worker writes into the store."""
-    said = Registration(worker.url, worker.role, worker.slots, worker.plugin, draining, worker.hands_over, worker.dtype)
+    said = Registration(
+        worker.url,
+        worker.role,
+        worker.slots,
+        worker.plugin,
+        draining,
+        worker.hands_over,
+        worker.dtype,
+        access.key,
+        access.ca,
+        access.cert,
+        access.cert_key,
+    )
     return msgspec.json.encode(said).decode()
 
 
@@ -71,7 +102,7 @@ class Registry:
         self._store = store
         self._fleet = fleet
         self._clock = clock
-        self._joined: dict[str, Worker] = {}
+        self._joined: dict[str, tuple[Worker, Access]] = {}
         self._missing_since: dict[str, float] = {}
         self._refused: dict[str, str] = {}
         self._leaving: set[str] = set()
@@ -97,18 +128,18 @@ class Registry:
             return
         try:
             said = registration_from(worker_id, text)
-            worker = said.worker(worker_id)
-            if self._joined.get(worker_id) not in (None, worker):
+            worker, access = said.worker(worker_id), said.access
+            if self._joined.get(worker_id) not in (None, (worker, access)):
                 await self._remove(worker_id, "it is back as another")
             if worker_id not in self._joined:
-                self._fleet.add(worker)
+                self._fleet.add(worker, access)
         except ValueError as error:
             self._refused[worker_id] = text
             log.error("%s: it is not used", error)
             return
         if worker_id not in self._joined:
             log.info("worker %s joins: %s", worker_id, worker.url)
-        self._joined[worker_id] = worker
+        self._joined[worker_id] = worker, access
         self._let_leave(worker_id, said.draining)
 
     def _let_leave(self, worker_id: str, draining: bool) -> None:

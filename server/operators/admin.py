@@ -22,14 +22,14 @@ from server.admission.live_policy import LivePolicy
 from server.cluster.local_sync import LocalSync
 from server.cluster.records import DRAINED, LIVE, MODEL, POLICY, TENANT, PolicyRecord, Records
 from server.fleet.fleet import Fleet, described
-from server.fleet.registry import worker_from
+from server.fleet.registry import registration_from
 from server.request.directory import Tenants, bearer
 from server.request.errors import BadRequest, NotAllowed, ServiceError, UnknownKey
 from server.request.names import NameRecord, read_name
 from server.request.tenants import KeyRecord, TenantRecord, digest_of, hashed, index_of, key_id, new_key, read_record
 from server.store.store import StoreAway
 
-WORKER_FIELDS = frozenset(("url", "role", "slots"))
+WORKER_FIELDS = ("url", "role", "slots", "key", "ca", "cert", "cert_key")
 
 
 class Conflict(ServiceError):
@@ -146,10 +146,12 @@ class Admin:
 
     async def put_worker(self, worker_id: str, body: dict[str, Any]) -> None:
         """A worker of this gateway alone; others join by themselves, through the store."""
-        if unknown := sorted(body.keys() - WORKER_FIELDS):
-            raise BadRequest(f"A worker has no field '{unknown[0]}'; there are url, role and slots.", param=unknown[0])
+        if unknown := sorted(body.keys() - set(WORKER_FIELDS)):
+            there_are = f"{', '.join(WORKER_FIELDS[:-1])} and {WORKER_FIELDS[-1]}"
+            raise BadRequest(f"A worker has no field '{unknown[0]}'; there are {there_are}.", param=unknown[0])
         try:
-            await self.siblings.add(worker_from(worker_id, orjson.dumps(body).decode()))
+            said = registration_from(worker_id, orjson.dumps(body).decode())
+            await self.siblings.add(said.worker(worker_id), said.access)
         except ValueError as error:
             raise BadRequest(f"{error}.") from None
         except StoreAway as error:
@@ -220,6 +222,8 @@ def target(worker: Worker) -> dict[str, Any]:
     """A worker as `http_sd_config` takes it."""
     address = urlsplit(worker.url)
     labels = {"worker": worker.id, "role": worker.role.value}
+    if address.scheme != "http":
+        labels["__scheme__"] = address.scheme
     if address.path:
         labels["__metrics_path__"] = f"{address.path}/metrics"
     return {"targets": [address.netloc], "labels": labels}
@@ -238,7 +242,7 @@ def _workers(admin: Admin) -> APIRouter:
         names, rest = page.of(fleet.members)
         return JSONResponse({"workers": described(fleet.members[name] for name in names)} | rest)
 
-    @router.put("/{worker_id}", summary="Add a worker to this gateway: url, role, slots")
+    @router.put("/{worker_id}", summary="Add a worker to this gateway: url, role, slots, key, ca, cert, cert_key")
     async def add(worker_id: str, body: Body) -> Response:
         await admin.put_worker(worker_id, body)
         return JSONResponse(described([fleet.members[worker_id]])[0], 201)

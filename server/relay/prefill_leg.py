@@ -19,7 +19,7 @@ from server.fleet.split import Split
 from server.observe.telemetry import Distribution
 from server.relay.exchange import EngineExchange, answered
 from server.request.call import Ticket
-from server.request.errors import EngineGone, refusal
+from server.request.errors import EngineGone, answer_refused
 from server.request.schemas import splice
 
 log = logging.getLogger("evenhand.handover")
@@ -119,14 +119,17 @@ class PrefillLeg(Collector):
         try:
             async with asyncio.timeout(self.timeout_s):
                 status, data = await self._ask(ticket, member)
+            refused = None if status == 200 else answer_refused(status, data)
+            if isinstance(refused, EngineGone):
+                raise refused
         except EngineGone as error:
             self.fleet.suspect(member, error)
             self.fleet.failed([member], ticket.call.id, ticket.call.tenant.name, proven=False)
             raise NotRead("gone", error.message) from None
         except TimeoutError:
             raise NotRead("slow", f"it took longer than {self.timeout_s:g} s") from None
-        if status != 200:
-            raise NotRead("refused", refusal(status, data).message)
+        if refused is not None:
+            raise NotRead("refused", refused.message)
         return self._kv_in(ticket, data)
 
     async def _ask(self, ticket: Ticket, member: Member) -> tuple[int, bytes]:

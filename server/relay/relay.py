@@ -24,7 +24,7 @@ from server.fleet.fleet import Member
 from server.observe.telemetry import Distribution
 from server.relay.exchange import EngineExchange, answered
 from server.request.call import Phase, Ticket
-from server.request.errors import EngineGone, EngineHungUp, ServiceError, refusal
+from server.request.errors import EngineGone, EngineHungUp, ServiceError, answer_refused
 from server.request.transcript import PACK_CHUNKS, Transcript
 
 MAX_EVENT_BYTES = 64 * 1024 * 1024
@@ -103,7 +103,7 @@ class Refusal:
             self.said += data
 
     def end(self) -> None:
-        self.pipe.fail(refusal(self.status, self.said))
+        self.pipe.fail(answer_refused(self.status, self.said))
 
 
 class Whole(Pipe):

@@ -120,6 +120,14 @@ class EngineUnreachable(EngineGone):
     """Not even a connection: nothing of the request has left."""
 
 
+class EngineUntrusted(EngineUnreachable):
+    """Certificates stand between gateway and worker; the message says what is wrong with them, and no address."""
+
+
+class EngineRefusesKey(EngineGone):
+    """The worker does not know the gateway's key; the message names no address."""
+
+
 class EngineHungUp(EngineGone):
     """The engine closed the connection before its answer was complete: it may have died, or only this answer."""
 
@@ -268,3 +276,10 @@ def refusal(status: int, body: bytes) -> Refused:
     if not message:
         message = f"The engine answered with status {status}."
     return Refused(status, message, kind=kind, param=param, code=code)
+
+
+def answer_refused(status: int, body: bytes) -> ServiceError:
+    """An engine's whole answer that is an error. What it says of the gateway's own key is not the client's business."""
+    if status == UnknownKey.status:
+        return EngineRefusesKey("The worker refuses the gateway's key.")
+    return refusal(status, body)

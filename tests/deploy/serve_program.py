@@ -24,11 +24,11 @@ FAKE_ENGINE = "{python} -m loadtest.fake.engine --port {port} --model {model} --
 
 
 def engine(plan: "EnginePlan", ports: "Ports", python: str) -> "EngineCommand":
-    from deploy.engine.engine_args import EngineCommand
+    from deploy.engine.engine_args import KEY_NAME, EngineCommand
 
     template = os.environ.get("TEST_ENGINE", FAKE_ENGINE)
     argv = [part.format(python=python, port=ports.http, model=plan.served_name) for part in shlex.split(template)]
-    return EngineCommand((*argv, *plan.user_args), {}, f"http://127.0.0.1:{ports.http}")
+    return EngineCommand((*argv, *plan.user_args), {KEY_NAME: plan.key}, f"http://127.0.0.1:{ports.http}")
 
 
 def machine() -> "Machine":

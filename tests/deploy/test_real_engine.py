@@ -20,6 +20,9 @@ from deploy.engine.engine_log import LogFile
 from deploy.engine.machine import look
 from deploy.engine.model import BUNDLED, STORED_DTYPE, cache_folder, obtain
 from deploy.engine.worker import EngineState, Listeners, Timing, WorkerEvent, WorkerProcess
+from scheduler.workers import Worker
+from server.engine.access import Access
+from server.fleet.fleet import Fleet, WorkerState
 from tests.deploy.processes import MARK, in_session, marked, new_mark
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -96,7 +99,52 @@ async def test_a_real_engine_whose_core_is_stopped_under_a_live_server_is_replac
     assert marked(mark) == {}
 
 
-def command_for(mark: str) -> Callable[[Ports], EngineCommand]:
+OPEN, GUARDED = ("/health", "/metrics"), ("/v1/models", "/tokenize", "/invocations", "/version", "/load", "/docs")
+
+
+async def test_a_real_engine_asks_for_its_key_wherever_it_computes_and_a_gateway_has_it(tmp_path: Path) -> None:
+    mark, key, events = new_mark(), "a-key-of-this-engine-only", list[WorkerEvent]()
+    ready = asyncio.Event()
+    listeners = Listeners(lambda event: _note(event, events, ready), lambda name, line: None)
+    log = LogFile(tmp_path / "worker-0.log")
+    worker = WorkerProcess("worker-0", command_for(mark, key), Canary(BUNDLED), listeners, log, Timing(start_s=240))
+    running = asyncio.create_task(worker.run())
+    fleet = Fleet(probe_s=0.1)
+    try:
+        async with asyncio.timeout(240):
+            await ready.wait()
+        url = events[-1].url
+        async with httpx2.AsyncClient(trust_env=False, timeout=60) as client:
+            for path in GUARDED:
+                for headers in ({}, {"authorization": "Bearer another"}):
+                    assert (await client.get(url + path, headers=headers)).status_code == 401, path
+                    assert (await client.post(url + path, json={}, headers=headers)).status_code == 401, path
+                assert (await client.get(url + path, headers={"authorization": f"Bearer {key}"})).status_code != 401
+            for path in OPEN:
+                assert (await client.get(url + path)).status_code == 200
+        member, locked_out = fleet.add(Worker("has-it", url), Access(key)), fleet.add(Worker("has-not", url))
+        async with asyncio.timeout(60):
+            while True:
+                if member.state is WorkerState.READY and locked_out.problem:
+                    break
+                await asyncio.sleep(0.05)
+        assert locked_out.state is WorkerState.UNAUTHORISED
+        assert marked(mark) and not any(key in command for command in marked(mark).values())
+    finally:
+        await fleet.close()
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+    assert key not in (tmp_path / "worker-0.log").read_text()
+
+
+def _note(event: WorkerEvent, events: list[WorkerEvent], ready: asyncio.Event) -> None:
+    events.append(event)
+    if event.state is EngineState.READY:
+        ready.set()
+
+
+def command_for(mark: str, key: str = "") -> Callable[[Ports], EngineCommand]:
     source, machine = obtain(BUNDLED, cache_folder(), lambda line: None), look(os.environ)
     plan = EnginePlan(
         model=source.path,
@@ -107,6 +155,7 @@ def command_for(mark: str) -> Callable[[Ports], EngineCommand]:
         policy="mlfq",
         cores=divide_cores(machine.cores, 1)[0],
         model_args=source.engine_args,
+        key=key,
     )
 
     def build(ports: Ports) -> EngineCommand:
