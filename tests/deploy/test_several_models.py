@@ -14,7 +14,7 @@ from deploy.serve.join import JoinSettings
 from deploy.serve.preflight import PreflightError, check_all, plan_workers, worker_roles
 from deploy.settings import ServeSettings
 from scheduler.workers import Role
-from server.app import parse_worker
+from server.fleet.named import named_worker
 from server.request.names import read_name, table_of
 from server.settings import Settings, read_settings
 from tests.deploy.fake_gpus import answering, cuda_machine, h100s
@@ -156,7 +156,7 @@ def test_every_example_file_is_one_that_the_command_takes() -> None:
         settings = read_settings({}, folder / f"{name}.yaml", kind)
         table_of({name: read_name(name, value) for name, value in settings.models.items()})
         for number, worker in enumerate(settings.workers):
-            parse_worker(worker, number)
+            named_worker(worker, number, {})
         if isinstance(settings, ServeSettings):
             assert worker_roles(settings)
 
