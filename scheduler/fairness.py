@@ -1,6 +1,7 @@
 """What each tenant got and how long started jobs stood still: kept by what happens once a job, not once a token."""
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from heapq import nlargest
 
@@ -85,6 +86,19 @@ class FairnessTally:
         if job in self._booked:
             self._book(job)
             del self._booked[job]
+
+    def finished(self, job: Job) -> None:
+        """The job, which was running, is gone. For a queue without preemption, which tells no more than this and
+        `present`."""
+        self._booked.setdefault(job, 0.0)
+        self._book(job)
+        del self._booked[job]
+
+    def present(self, running: Iterable[Job], waiting: Mapping[str, int]) -> None:
+        """All that run, and how many wait by tenant: what a queue that tells no single start says before a sample."""
+        for job in running:
+            self._booked.setdefault(job, 0.0)
+        self._waiting = Counter(waiting)
 
     def sample(self, now: float) -> FairnessSample:
         """Book what running jobs made, and start a new period."""

@@ -391,6 +391,10 @@ class Lanes:
         """All that wait, in order of arrival."""
         return (place.job for place in self._places.values() if place.state is JobState.WAITING)
 
+    def running_jobs(self) -> Iterator[Job]:
+        """All that run."""
+        return (place.job for place in self._places.values() if place.state is JobState.RUNNING)
+
     def __len__(self) -> int:
         return self._waiting
 

@@ -115,7 +115,9 @@ class GatewayServer:
         handover = PrefillLeg(
             steering.to_prefill, self.fleet, timeout_s=settings.disaggregation.prefill_timeout_s, clock=monotonic
         )
-        sharing = FairnessMetrics(gate.refusals, self.shared.store_state, monotonic, settings.tenant_labels)
+        sharing = FairnessMetrics(
+            self.lines.present, gate.refusals, self.shared.store_state, monotonic, settings.tenant_labels
+        )
         self.balancer = Balancer(self.fleet, settings.disaggregation.busy_tokens, clock=monotonic)
         for collector in (sharing, handover, self.balancer):
             self.telemetry.registry.register(collector)

@@ -60,7 +60,7 @@ def metrics() -> set[str]:
         Balancer(Fleet(), 1, clock=lambda: 0.0),
         PrefillLeg(lambda ticket, worker: b"", Fleet(), timeout_s=1.0, clock=lambda: 0.0),
         SloMetrics(SloTargets(SloSettings())),
-        FairnessMetrics(Counter(), lambda: (True, 1), lambda: 0.0, labels=1),
+        FairnessMetrics(lambda: ((), {}), Counter(), lambda: (True, 1), lambda: 0.0, labels=1),
         Runner(Any, Any, "", lambda: 0.0),  # type: ignore[arg-type]  # its metrics need neither batches nor engines
     )
     names = {

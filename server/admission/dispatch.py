@@ -498,6 +498,15 @@ class Lines:
         for dispatcher in self.by_model.values():
             dispatcher.advance()
 
+    def present(self) -> tuple[list[Job], Counter[str]]:
+        """Requests that run, and how many wait by tenant, of all models."""
+        running: list[Job] = []
+        waiting: Counter[str] = Counter()
+        for dispatcher in self.by_model.values():
+            running += dispatcher.lanes.running_jobs()
+            waiting.update(dispatcher.waiting_by_tenant())
+        return running, waiting
+
     def depth(self) -> list[tuple[str, int]]:
         """(model, waiting) for metrics."""
         return [(model, len(dispatcher.lanes)) for model, dispatcher in self.by_model.items()]

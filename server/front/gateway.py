@@ -126,7 +126,8 @@ class Gateway:
     async def serve(self, call: Call, dispatcher: Dispatcher, out: Request) -> None:
         """One call from admission to its last token: limits, a place in policy order, a worker, the answer's flow."""
         ticket, outcome = self.ticket(call), "ok"
-        self.observers.began(ticket, out.headers.get(b"traceparent"))
+        for began in self.observers.began:
+            began(ticket, out.headers.get(b"traceparent"))
         traced = out.headers.get(TRACE) == b"1" and may_trace(call.tenant)
         answer = self.dressed(ticket, out, traced=traced) if call.asked or traced else out
         try:
@@ -161,7 +162,8 @@ class Gateway:
                 self.limits.settle(ticket)
             if ticket.exact:
                 self.learn(ticket)
-            self.observers.ended(ticket, outcome)
+            for ended in self.observers.ended:
+                ended(ticket, outcome)
 
     def dressed(self, ticket: Ticket, out: Request, *, traced: bool) -> ClientAnswer:
         """The way back to the client, with what an operator wants of it: another name, a trace of the decisions."""
@@ -174,8 +176,6 @@ class Gateway:
     async def at_worker(self, ticket: Ticket, dispatcher: Dispatcher, out: ClientAnswer) -> None:
         """The answer of one model: waits for a place, and returns when the client has it all."""
         member = await dispatcher.take(ticket)
-        if ticket.times[Phase.PREFILLING] is None:
-            self.observers.started(ticket)
         ticket.move(Phase.PREFILLING)
         if ticket.split is not None:
             await self.handover.prefill(ticket)

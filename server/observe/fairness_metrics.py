@@ -1,13 +1,14 @@
 """Metrics of what tenants share: service by tenant, the widest gap between them, refusals, and the store itself."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from scheduler.fairness import FairnessTally
+from scheduler.jobs import Job
 from server.observe.observer import Observer
 from server.request.call import Phase, Ticket
 
@@ -23,30 +24,32 @@ class TenantService:
 class FairnessMetrics(Observer, Collector):
     """Counts service (weighted tokens) by tenant; only the largest are named, the rest is `other`.
 
-    refusals: by reason. store: whether it answers, and how many replicas there are.
+    present: the jobs that run, and how many wait by tenant. refusals: by reason. store: whether it answers, and how
+    many replicas there are.
     """
 
     def __init__(
-        self, refusals: Counter[str], store: Callable[[], tuple[bool, int]], clock: Callable[[], float], labels: int
+        self,
+        present: Callable[[], tuple[Iterable[Job], Mapping[str, int]]],
+        refusals: Counter[str],
+        store: Callable[[], tuple[bool, int]],
+        clock: Callable[[], float],
+        labels: int,
     ) -> None:
         self.tally = FairnessTally(labels=labels)
         self.clock = clock
+        self._present = present
         self._refusals = refusals
         self._store = store
         self._service: Counter[str] = Counter()
 
-    def began(self, ticket: Ticket, traceparent: bytes | None) -> None:
-        self.tally.queued(ticket.job)
-
-    def started(self, ticket: Ticket) -> None:
-        self.tally.started(ticket.job, self.clock())
-
     def ended(self, ticket: Ticket, outcome: str) -> None:
-        waited = ticket.times[Phase.PREFILLING] is None
-        self.tally.left(ticket.job, waited, self.clock())
+        if ticket.times[Phase.PREFILLING] is not None:
+            self.tally.finished(ticket.job)
 
     def standing(self) -> TenantService:
         """What everybody got so far."""
+        self.tally.present(*self._present())
         sample = self.tally.sample(self.clock())
         for label, amount in sample.service.items():
             self._service[label] += amount  # type: ignore[assignment]  # Counter's stubs know whole numbers only

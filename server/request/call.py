@@ -104,7 +104,7 @@ class Phase(IntEnum):
     CANCELLED = 5  # the client left, or we are told to stop
 
 
-_PHASES = len(Phase)
+_NOT_REACHED = (None,) * (len(Phase) - 1)
 _ENDS = (Phase.FAILED, Phase.CANCELLED)
 NEXT: tuple[tuple[Phase, ...], ...] = (
     (Phase.PREFILLING, *_ENDS),
@@ -143,7 +143,7 @@ class Ticket:
     job: Job
     clock: Callable[[], float]
     phase: Phase = Phase.WAITING
-    times: list[float | None] = field(default_factory=lambda: [None] * _PHASES)
+    times: list[float | None] = field(init=False)
     prompt_tokens: int = 0
     cached_tokens: int = 0
     tokens: int = 0
@@ -168,7 +168,7 @@ class Ticket:
     trace: bytes = b""
 
     def __post_init__(self) -> None:
-        self.times[Phase.WAITING] = self.job.arrived_at
+        self.times = [self.job.arrived_at, *_NOT_REACHED]
         self.prompt_tokens = self.call.prompt_tokens
 
     def learn(self, prompt_tokens: int | None, cached_tokens: int | None) -> None:

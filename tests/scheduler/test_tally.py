@@ -121,3 +121,19 @@ def test_a_stall_goes_on_when_a_job_is_taken_and_cannot_start() -> None:
     tally.started(one, 41.0)
     assert tally.sample(42.0).longest_stall_s == 31.0
     assert tally.sample(43.0).longest_stall_s == 43.0 - 12.0
+
+
+def test_a_queue_may_tell_only_what_is_there_and_what_has_ended() -> None:
+    told, seen = FairnessTally(), FairnessTally()
+    runs, ends = job("a", prompt=100), job("b", prompt=30)
+    for one in (runs, ends):
+        told.queued(one)
+        told.started(one, 0.0)
+        one.output_tokens = 7
+    told.queued(job("c"))
+    told.left(ends, was_waiting=False, now=1.0)
+    seen.finished(ends)
+    for _ in range(2):
+        seen.present([runs], {"c": 1})
+        assert seen.sample(2.0) == told.sample(2.0)
+        runs.output_tokens += 5
