@@ -30,11 +30,14 @@ class Lanes:
     The caller takes jobs with `peek`, and `pop` if the job fits. At the first head that does not fit it must stop, and
     not try the next one: passing over a head would void the bounds of VTC and starve large jobs under any policy.
 
+    waiting: how many wait; as `len`, for those who look at every request.
+
     Times are seconds on one clock of the caller's that never goes back. With n jobs waiting, `push`, `pop`, `put_back`,
     `preempt` and `finish` are O(log n); `serve` is O(1) except where a job changes its lane.
     """
 
     def __init__(self, policy: Policy) -> None:
+        self.waiting = 0
         self._places: dict[str, JobPlace] = {}
         self._seq = 0
         self._slots = 0
@@ -59,7 +62,7 @@ class Lanes:
         self._order = policy.order
         self._order.fit(self._slots)
         self._shares = policy.shares
-        self._waiting = 0
+        self.waiting = 0
         self._depths: dict[Lane, int] = {}
         self._lines: dict[str, Line] = {}
         self._ranking: Ranking[Line] = Ranking()
@@ -92,7 +95,7 @@ class Lanes:
 
         ValueError as `push`, and if somebody waits.
         """
-        if self._waiting:
+        if self.waiting:
             raise ValueError(f"job {job.id!r} cannot pass those that wait")
         place = self._enter(job, now)
         if self._shares is not None:
@@ -107,7 +110,7 @@ class Lanes:
             raise ValueError(f"job {job.id!r} is already in: give every job an id of its own")
         if job.weight <= 0:
             raise ValueError(f"job {job.id!r} has weight {job.weight}: a weight must be above zero")
-        line = self._line(job.tenant)
+        line = self._lines.get("" if self._shares is None else job.tenant) or self._line(job.tenant)
         line.account.weight = job.weight
         self._seq += 1
         place = self._places[job.id] = JobPlace(job, line, self._seq, now)
@@ -385,7 +388,7 @@ class Lanes:
 
     def running(self) -> int:
         """How many run."""
-        return len(self._places) - self._waiting
+        return len(self._places) - self.waiting
 
     def waiting_jobs(self) -> Iterator[Job]:
         """All that wait, in order of arrival."""
@@ -396,7 +399,7 @@ class Lanes:
         return (place.job for place in self._places.values() if place.state is JobState.RUNNING)
 
     def __len__(self) -> int:
-        return self._waiting
+        return self.waiting
 
     def __contains__(self, job: Job) -> bool:
         place = self._places.get(job.id)
@@ -472,7 +475,7 @@ class Lanes:
 
     def _wait(self, place: JobPlace, *, front: bool) -> None:
         place.line.wait(place, front=front)
-        self._waiting += 1
+        self.waiting += 1
         self._price(place)
         self._note_wait(place)
         self._rank(place.line)
@@ -481,7 +484,7 @@ class Lanes:
         """The job waits no longer."""
         line = place.line
         line.leave(place)
-        self._waiting -= 1
+        self.waiting -= 1
         self._next = None
         if self._shares is not None and not line.waiting:
             self._ranking.drop(line)
@@ -499,7 +502,8 @@ class Lanes:
         """The job runs."""
         place.line.run(place)
         self._busy[place.line] = None
-        self._price(place)
+        if place.bill is not None:
+            self._price(place)
 
     def _running_place(self, job: Job) -> JobPlace:
         place = self._places[job.id]
@@ -547,10 +551,10 @@ class Lanes:
 
     def _note_wait(self, place: JobPlace) -> None:
         if isfinite(self._order.patience_s):
-            self._unserved.note(place, place.since, self._waiting)
+            self._unserved.note(place, place.since, self.waiting)
         if self.shadow is not None:
             overdue = self._stalled if place.job.output_tokens else self._fresh
-            overdue.note(place, place.since - place.waited_s, self._waiting)
+            overdue.note(place, place.since - place.waited_s, self.waiting)
 
     def _settle_all(self, places: list[JobPlace]) -> None:
         """Ends the accounts of all that were taken, for the policy that kept them goes."""
@@ -571,6 +575,7 @@ class Lanes:
         if self.shadow is not None:
             self.shadow.arrived(job, job.arrived_at)
         place.bill = self._shares.adopt(job) if self._shares is not None and taken else None
+        place.price = 0.0
         if running:
             self._go(place)
         else:

@@ -78,7 +78,7 @@ class Line:
 
     def wait(self, place: JobPlace, *, front: bool) -> None:
         """The job waits, first or last in its lane."""
-        self._settle(place, running=False)
+        place.lane, place.until = self._order.spot(place.job, running=False, boosted_at=place.boosted_at)
         lane = self._waiting.get(place.lane)
         if lane is None:
             lane = self._waiting[place.lane] = OrderedDict()
@@ -93,7 +93,7 @@ class Line:
 
     def run(self, place: JobPlace) -> None:
         """The job runs, as the latest of its lane."""
-        self._settle(place, running=True)
+        place.lane, place.until = self._order.spot(place.job, running=True, boosted_at=place.boosted_at)
         lane = self._running.get(place.lane)
         if lane is None:
             lane = self._running[place.lane] = OrderedDict()
@@ -160,9 +160,6 @@ class Line:
         lanes = sorted(self._running, key=self._order.rank, reverse=True)
         places = (place for lane in lanes for place in reversed(self._running[lane].values()))
         return next((place for place in places if can_yield(place.job)), None)
-
-    def _settle(self, place: JobPlace, *, running: bool) -> None:
-        place.lane, place.until = self._order.spot(place.job, running=running, boosted_at=place.boosted_at)
 
     def _refresh(self) -> None:
         if self._epoch == self._order.epoch:

@@ -67,12 +67,14 @@ class TieredLanes:
 
     def ahead(self, tier: Tier) -> int:
         """How many wait that go before the next newcomer of this tier."""
-        waiting = sum(len(lanes) for lanes in self._tiers[: tier + 1])
+        waiting = 0
+        for lanes in self._tiers[: tier + 1]:
+            waiting += lanes.waiting
         return waiting + (tier is not Tier.FLEX and self._is_due())
 
     def admit(self, job: Job, now: float) -> None:
         """`push` and the `pop` that takes this very job, in one. ValueError as `push`, and if somebody is ahead."""
-        if self.ahead(job.tier):
+        if len(self) and self.ahead(job.tier):
             raise ValueError(f"job {job.id!r} cannot pass those that wait")
         self._tiers[job.tier].admit(job, now)
         self._count(job)
@@ -107,14 +109,14 @@ class TieredLanes:
         if self._is_due():
             return self._flex
         for lanes in self._tiers:
-            if len(lanes):
+            if lanes.waiting:
                 return lanes
         return None
 
     def _is_due(self) -> bool:
         """Whether a flex job goes before all others: so many of them have started while none of flex ran in what
         others leave."""
-        return self._owed >= 1.0 and len(self._flex) > 0 and self._flex.running() == len(self._reserved)
+        return self._owed >= 1.0 and self._flex.waiting > 0 and self._flex.running() == len(self._reserved)
 
     def is_due(self, job: Job) -> bool:
         """Whether the job is of flex, and goes first for once."""
@@ -124,7 +126,7 @@ class TieredLanes:
         """The job starts."""
         if job.tier is Tier.FLEX:
             self._owed = max(0.0, self._owed - 1.0)
-        elif len(self._flex):
+        elif self._flex.waiting:
             if self._flex.running() == len(self._reserved):
                 self._owed = min(self._owed + self._per_start, 1.0 + self._per_start)
         else:
@@ -238,7 +240,7 @@ class TieredLanes:
 
     def by_tier(self) -> dict[Tier, int]:
         """How many wait."""
-        return {tier: len(self._tiers[tier]) for tier in Tier}
+        return {tier: self._tiers[tier].waiting for tier in Tier}
 
     def running(self, tier: Tier | None = None) -> int:
         """How many run, of a tier or of all."""
@@ -248,9 +250,13 @@ class TieredLanes:
         """All that wait, tier by tier, each in order of arrival."""
         return chain.from_iterable(lanes.waiting_jobs() for lanes in self._tiers)
 
+    def running_jobs(self) -> Iterator[Job]:
+        """All that run."""
+        return chain.from_iterable(lanes.running_jobs() for lanes in self._tiers)
+
     def __len__(self) -> int:
         priority, default, flex = self._tiers
-        return len(priority) + len(default) + len(flex)
+        return priority.waiting + default.waiting + flex.waiting
 
     def __contains__(self, job: Job) -> bool:
         return job in self._tiers[job.tier]

@@ -148,7 +148,8 @@ class Dispatcher:
         if not ticket.call.route.generates:
             return self._aside(ticket, ready)
         if not len(self.lanes) and (room := self._room(ticket, ready)) is not None:
-            self.settle(now)
+            if self.charge:
+                self.settle(now)
             self.lanes.admit(ticket.job, now)
             return self._occupy(room, ticket)
         tenant = ticket.call.tenant.name
