@@ -1,12 +1,18 @@
 """How vLLM behaves where the plug-in relies on it: names alone do not show it. Each test drives the real scheduler."""
 
+import ast
+import inspect
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
+from vllm.lora.request import LoRARequest
+from vllm.v1.core.sched import scheduler as scheduler_source
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import Request, RequestStatus
 
@@ -71,16 +77,115 @@ def test_while_prefills_are_throttled_the_batch_is_left_alone(hollow_model: Path
     assert (displaced(engine, policy), len(engine.scheduler.running)) == (0, 8)
 
 
+# What makes vLLM's loop over waiting requests stop there (`break`) or pass one over (`continue`): the conditions of its
+# own source, from the innermost `if`, with the case of this file that shows it or the reason why there is none. A new
+# vLLM that has another one fails here, and is looked at before the plug-in trusts it.
+STOPS = {
+    "not request_queue or input_budget <= draft_slots": "nothing waits; draft_slots",
+    "num_running >= self.max_num_active_reqs": "slots: the policy displaces",
+    "not ready_to_schedule": "test_a_tenant_whose_newest_job_is_still_loading…",
+    "request.num_stale_output_tokens and (not request.drop_stale_output)": "stale_output",
+    "self.lora_config and request.lora_request and (len(scheduled_loras) == self.lora_config.max_loras and "
+    "request.lora_request.lora_int_id not in scheduled_loras)": "adapter",
+    "ext_tokens is None": "connector",
+    "self._ec_transfer_pending(request, num_computed_tokens)": "encoder_transfer",
+    "defer_prefills and num_computed_tokens < request.num_tokens - 1": "test_while_prefills_are_throttled…",
+    "padded_num_tokens > request_token_budget": "only without tokens left",
+    "not self.scheduler_config.enable_chunked_prefill and num_new_tokens > request_token_budget and "
+    "(not self.is_mm_encoder_only)": "unchunked",
+    "num_new_tokens == 0": "encoder, state_alignment and lookahead",
+    "new_blocks is None": "memory: the policy displaces",
+    "load_kv_async": "test_a_tenant_whose_newest_job_is_still_loading…",
+}
+
+
+def test_every_reason_for_which_vllm_stops_or_passes_over_is_known() -> None:
+    source = ast.parse(inspect.getsource(scheduler_source))
+    method = next(node for node in ast.walk(source) if isinstance(node, ast.FunctionDef) and node.name == "schedule")
+    (loop,) = (
+        node for node in ast.walk(method) if isinstance(node, ast.While) and "kv_holding_waiting" in ast.unparse(node)
+    )
+    found = {
+        ast.unparse(node.test)
+        for node in ast.walk(loop)
+        if isinstance(node, ast.If) and isinstance(node.body[-1], ast.Break | ast.Continue)
+    }
+    assert found == STOPS.keys()
+
+
+def stop_at_encoder(scheduler: Any, head: Request) -> None:
+    head.mm_features = [SimpleNamespace(mm_position=SimpleNamespace(offset=0, length=1))]
+    scheduler._try_schedule_encoder_inputs = lambda one, computed, new, budget, **_: (None, 0, budget, [], [])
+    scheduler.encoder_cache_manager.free = lambda one: None
+
+
+def stop_at_state_alignment(scheduler: Any, head: Request) -> None:
+    """A Mamba model whose next block would not be full."""
+    scheduler.need_mamba_block_aligned_split = True
+    scheduler._mamba_block_aligned_split = lambda one, new, *cached: 0 if one is head else new
+
+
+def stop_at_lookahead(scheduler: Any, head: Request) -> None:
+    reserve = scheduler._reserve_prefill_lookahead
+    scheduler._reserve_prefill_lookahead = lambda one, computed, new: 0 if one is head else reserve(one, computed, new)
+
+
+def stop_at_unchunked(scheduler: Any, head: Request) -> None:
+    scheduler.scheduler_config.enable_chunked_prefill = False
+    head.prompt_token_ids = head.prompt_token_ids * 100
+    head._all_token_ids = list(head.prompt_token_ids)
+    head.num_prompt_tokens = len(head.prompt_token_ids)
+
+
+def stop_at_draft_slots(scheduler: Any, head: Request) -> None:
+    """A draft model needs so many input slots beside those that run that none are left: 8 times 1 + 63 are all 512."""
+    scheduler.vllm_config.speculative_config = SimpleNamespace(max_num_new_slots_for_drafting=63)
+
+
+def pass_over_adapter(scheduler: Any, head: Request) -> None:
+    """The one adapter that fits is that of those that run."""
+    scheduler.lora_config = SimpleNamespace(max_loras=1)
+    for number, one in enumerate([*scheduler.running, head]):
+        one.lora_request = LoRARequest(f"adapter{number == 8}", 1 + (number == 8), "/none")
+
+
+def pass_over_connector(scheduler: Any, head: Request) -> None:
+    """Where the KV of its prompt is has not been found out yet."""
+    scheduler.connector = ArrivingBlocks({})
+    scheduler.connector.get_num_new_matched_tokens = lambda one, computed: (None if one is head else 0, False)
+
+
+def pass_over_encoder_transfer(scheduler: Any, head: Request) -> None:
+    scheduler._ec_transfer_pending = lambda one, computed: one is head
+
+
+def pass_over_stale_output(scheduler: Any, head: Request) -> None:
+    head.num_stale_output_tokens = 1
+
+
+WAYS = (
+    stop_at_encoder,
+    stop_at_state_alignment,
+    stop_at_lookahead,
+    stop_at_unchunked,
+    stop_at_draft_slots,
+    pass_over_adapter,
+    pass_over_connector,
+    pass_over_encoder_transfer,
+    pass_over_stale_output,
+)
+
+
+@pytest.mark.parametrize("stop", WAYS, ids=lambda stop: stop.__name__)
 @pytest.mark.parametrize("policy", PREEMPTING)
-def test_a_head_that_vllm_stops_at_with_memory_to_spare_displaces_nobody(
-    hollow_model: Path, policy: str, monkeypatch: pytest.MonkeyPatch
+def test_a_head_that_vllm_does_not_start_with_memory_to_spare_displaces_nobody(
+    hollow_model: Path, policy: str, stop: Callable[[Any, Request], None]
 ) -> None:
     engine = eight_running(hollow_model, policy, slots=64)
     scheduler = engine.scheduler
-    monkeypatch.setattr(Request, "has_encoder_inputs", property(lambda one: one.request_id == "head"))
-    scheduler._try_schedule_encoder_inputs = lambda one, computed, new, budget, **_: (None, 0, budget, [], [])
-    scheduler.encoder_cache_manager.free = lambda one: None
-    engine.add(request("head", 30, 5))
+    head = request("head", 30, 5)
+    stop(scheduler, head)
+    engine.add(head)
     for _ in range(20):
         engine.step()
     assert (displaced(engine, policy), len(scheduler.running)) == (0, 8)
