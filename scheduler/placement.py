@@ -1,16 +1,17 @@
 """Where a request goes: whole to one worker, or its prompt to one and its answer to another (DistServe, Splitwise).
 
-Pure: the decision is a function of a snapshot. That prompts are read apart only where it pays is Dynamo's conditional
-disaggregation; that the least pending tokens choose within a pool, and both workers at once, is Splitwise's; the bound
-on KV that waits to be fetched is DistServe's back-pressure.
+Pure: the decision is a function of what is known at one moment. That prompts are read apart only where it pays is
+Dynamo's conditional disaggregation; that the least pending tokens choose within a pool, and both workers at once, is
+Splitwise's; the bound on KV that waits to be fetched is DistServe's back-pressure.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from operator import attrgetter
+from typing import Protocol
 
-from scheduler.workers import Role, Worker
+from scheduler.pools import WorkerLoad
+from scheduler.workers import Role
 
 
 class Why(Enum):
@@ -25,27 +26,19 @@ class Why(Enum):
     BACK_PRESSURE = "back_pressure"  # as much KV as allowed is on its way to the decode workers already
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A worker that is up, as one request sees it.
+class Places(Protocol):
+    """The workers that are up, as one request sees them.
 
-    role: what it does at present; one that does both may lean to a side.
-    has_room: it may be given this request now.
-    cost: what it has to compute before this request's first token, in tokens or whatever `Place`s are compared by.
-    pending_tokens: still to be computed there for others.
-    arriving_tokens: prompts of requests that it is to answer and whose KV has not reached it.
-    cached_tokens: of this prompt, what its prefix cache is believed to hold.
-    kv_usage: share of its KV cache in use, 0 to 1.
+    known: of its prompt, the tokens that a worker's prefix cache is believed to hold, by the worker's id.
     """
 
-    worker: Worker
-    role: Role
-    has_room: bool
-    cost: float
-    pending_tokens: int = 0
-    arriving_tokens: int = 0
-    cached_tokens: int = 0
-    kv_usage: float = 0.0
+    @property
+    def known(self) -> Mapping[str, int]: ...
+    def has(self, role: Role) -> bool:
+        """Whether a worker of this role is up, whether it has room or not."""
+
+    def cheapest(self, roles: Collection[Role], fits: Callable[[WorkerLoad], bool] | None = None) -> WorkerLoad | None:
+        """The best of these roles that has room and fits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,66 +61,60 @@ class Rules:
 class Disaggregated:
     """One worker reads the prompt, another writes the answer."""
 
-    prefill: Worker
-    decode: Worker
+    prefill: WorkerLoad
+    decode: WorkerLoad
 
 
 @dataclass(frozen=True, slots=True)
 class Aggregated:
     """One worker does both."""
 
-    worker: Worker
+    worker: WorkerLoad
     why: Why
 
 
-_cost = attrgetter("cost")
+_READERS, _ANSWERERS, _ALL_ROUND = {Role.PREFILL}, {Role.DECODE}, {Role.BOTH}
+_WHOLE = {Role.DECODE, Role.BOTH}
 
 
-def place(
-    prompt_tokens: int, places: Sequence[Candidate], rules: Rules, *, splittable: bool
-) -> Disaggregated | Aggregated | None:
+def place(prompt_tokens: int, places: Places, rules: Rules, *, splittable: bool) -> Disaggregated | Aggregated | None:
     """Decides for one request; None if it has to wait until a worker has room.
 
     prompt_tokens: of the whole prompt. splittable: it is one answer to one prompt on an endpoint with a hand-over.
     """
-    prefills = [each for each in places if each.role is Role.PREFILL]
-    decodes = [each for each in places if each.role is Role.DECODE]
-    # A prefill worker can answer as well; it has to where nobody else is left.
-    whole = [each for each in places if each.role is not Role.PREFILL] or prefills
     if not splittable:
-        return _together(whole, Why.UNFIT)
-    if not (prefills and decodes):
-        return _together(whole, Why.NO_POOL)
-    decode = _cheapest(decodes)
+        return _together(places, Why.UNFIT)
+    if not (places.has(Role.PREFILL) and places.has(Role.DECODE)):
+        return _together(places, Why.NO_POOL)
+    decode = places.cheapest(_ANSWERERS)
     if decode is None:
-        return _together(whole, Why.DECODE_BUSY)
+        return _together(places, Why.DECODE_BUSY)
     if prompt_tokens < rules.min_prompt_tokens:
-        return _together(whole, Why.SHORT_PROMPT)
-    if prompt_tokens - decode.cached_tokens < rules.min_prompt_tokens:
-        return Aggregated(decode.worker, Why.CACHED_PREFIX)
-    prefill = _cheapest(each for each in prefills if not _is_busy(each, rules))
+        return _together(places, Why.SHORT_PROMPT)
+    if prompt_tokens - places.known.get(decode.worker.id, 0) < rules.min_prompt_tokens:
+        return Aggregated(decode, Why.CACHED_PREFIX)
+    prefill = places.cheapest(_READERS, lambda load: not _is_busy(load, rules))
     if prefill is None:
-        return _together(whole, Why.PREFILL_BUSY)
-    decode = _cheapest(each for each in decodes if _can_fetch(each, prompt_tokens, rules))
+        return _together(places, Why.PREFILL_BUSY)
+    decode = places.cheapest(_ANSWERERS, lambda load: _can_fetch(load, prompt_tokens, rules))
     if decode is None:
         # A decode worker that cannot take more KV cannot take the prompt either: only one that does both may.
-        return _together([each for each in whole if each.role is Role.BOTH], Why.BACK_PRESSURE)
-    return Disaggregated(prefill.worker, decode.worker)
+        both = places.cheapest(_ALL_ROUND)
+        return None if both is None else Aggregated(both, Why.BACK_PRESSURE)
+    return Disaggregated(prefill, decode)
 
 
-def _is_busy(prefill: Candidate, rules: Rules) -> bool:
+def _is_busy(prefill: WorkerLoad, rules: Rules) -> bool:
     return prefill.pending_tokens > rules.busy_tokens or prefill.kv_usage > rules.full_kv
 
 
-def _can_fetch(decode: Candidate, prompt_tokens: int, rules: Rules) -> bool:
+def _can_fetch(decode: WorkerLoad, prompt_tokens: int, rules: Rules) -> bool:
     arriving = decode.arriving_tokens
     return arriving == 0 or arriving + prompt_tokens <= rules.max_arriving_tokens
 
 
-def _cheapest(places: Iterable[Candidate]) -> Candidate | None:
-    return min((each for each in places if each.has_room), key=_cost, default=None)
-
-
-def _together(places: Iterable[Candidate], why: Why) -> Aggregated | None:
-    best = _cheapest(places)
-    return None if best is None else Aggregated(best.worker, why)
+def _together(places: Places, why: Why) -> Aggregated | None:
+    # A prefill worker can answer as well; it has to where nobody else is left.
+    whole = _WHOLE if any(map(places.has, _WHOLE)) else _READERS
+    best = places.cheapest(whole)
+    return None if best is None else Aggregated(best, why)

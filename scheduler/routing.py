@@ -5,51 +5,118 @@ a conversation's next turn costs least where its last one was. Nothing of a prom
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import islice
+from types import MappingProxyType
+
+from scheduler.pools import TYPICAL_TOKENS, Pool, WorkerLoad
+from scheduler.workers import Role
 
 AFFINITY = 0.5  # of a batch: a worker that is fuller than another by more gets no request for what it remembers
 SHORTEST_BYTES = 64  # vLLM caches whole blocks, of 16 tokens by default
 LONGEST_BYTES = 1 << 20
 WORKERS_EACH = 4
 MOST_BEGINNINGS = 50_000
+LEARN_SHARE = 0.05
+LOOKS = 32  # workers of a pool that one request looks at, at most
 
 Beginning = tuple[int, int]  # hash of the prompt's first bytes, and how many tokens they are
 
 
-@dataclass(frozen=True, slots=True)
-class RouteOption:
-    """A worker that has room, as one request sees it.
-
-    slots: sequences that its batch holds.
-    pending_tokens: tokens that it has yet to compute for this gateway.
-    others: sequences that it has from elsewhere.
-    kv_usage: share of its KV cache in use, 0 to 1.
-    known_tokens: how much of the prompt it has probably read before.
-    """
-
-    slots: int
-    pending_tokens: int = 0
-    others: int = 0
-    kv_usage: float = 0.0
-    known_tokens: int = 0
+ANY_ROLE = frozenset(Role)
 
 
-def score(option: RouteOption, typical_tokens: float) -> float:
-    """How well a worker would do; the lowest score is the best. typical_tokens: of one request, prompt and answer.
+def score(load: WorkerLoad, typical_tokens: float, known_tokens: int) -> float:
+    """How well a worker would do; the lowest score is the best.
+
+    typical_tokens: of one request, prompt and answer. known_tokens: of this prompt, what the worker has probably read.
 
     The load is the share of its batch that its work would fill with typical requests, or of its memory if that is
     more. What it remembers counts against that, up to `AFFINITY`: half of it for a typical request's worth of tokens,
     so that a short system prompt, which everybody has, does not bring everybody to one worker.
     """
-    work_tokens = option.pending_tokens + option.others * typical_tokens
-    load = max(work_tokens / (option.slots * typical_tokens), option.kv_usage)
-    return load - AFFINITY * option.known_tokens / (option.known_tokens + typical_tokens)
+    work_tokens = load.pending_tokens + load.others * typical_tokens
+    busy = max(work_tokens / (load.worker.slots * typical_tokens), load.kv_usage)
+    return busy - AFFINITY * known_tokens / (known_tokens + typical_tokens)
 
 
-def best(options: Sequence[RouteOption], typical_tokens: float) -> int:
-    """Index of the option with the lowest score; the first of equals. ValueError if there is none."""
-    return min(range(len(options)), key=lambda index: score(options[index], typical_tokens))
+class Choice:
+    """The workers as one request sees them: those that remember its prompt, and the least loaded of each pool.
+
+    sequences: answers that it asks for. A worker with room for all of them goes before one that has less.
+    known: of its prompt, the tokens that a worker has probably read before, by the worker's id.
+    avoid: a worker that it is not given as long as there is another.
+    """
+
+    __slots__ = ("_avoided", "_owners", "_pools", "_sequences", "_typical_tokens", "known")
+
+    def __init__(
+        self,
+        pools: Sequence[Pool],
+        typical_tokens: float,
+        *,
+        sequences: int = 1,
+        known: Mapping[str, int] = MappingProxyType({}),
+        avoid: str = "",
+    ) -> None:
+        self._pools = pools
+        self._typical_tokens = typical_tokens
+        self._sequences = sequences
+        self.known = known
+        self._avoided = avoid
+        if avoid and not any(self._count(pool) for pool in pools):
+            self._avoided = ""
+        self._owners: list[WorkerLoad] = []
+        for pool in pools:
+            pool.typical_tokens = typical_tokens
+            if known:
+                self._owners += [pool.workers[owner] for owner in known if owner in pool.workers]
+
+    def has(self, role: Role) -> bool:
+        """Whether a worker of this role is up, whether it has room or not."""
+        return any(pool.role is role and self._count(pool) for pool in self._pools)
+
+    def _count(self, pool: Pool) -> int:
+        return len(pool.workers) - (self._avoided in pool.workers)
+
+    def cost(self, load: WorkerLoad) -> float:
+        """What workers are compared by; the lowest is the best."""
+        return score(load, self._typical_tokens, self.known.get(load.worker.id, 0))
+
+    def cheapest(
+        self, roles: Collection[Role] = ANY_ROLE, fits: Callable[[WorkerLoad], bool] | None = None
+    ) -> WorkerLoad | None:
+        """The best worker of these roles that has room and fits; None if there is none among those looked at.
+
+        Those are the owners of the prompt's beginnings and, of each pool, the least loaded `LOOKS` workers up to the
+        first that fits: whoever comes behind it has more to do, and remembers nothing of this prompt.
+        """
+        if self._sequences == 1 and fits is None and not self._avoided:
+            found = [load for load in self._owners if load.free > 0 and load.role in roles]
+            for pool in self._pools:
+                if pool.role in roles and (first := pool.first()) is not None:
+                    found.append(first)
+        else:
+            found = list(self._looked_at(roles, fits))
+        if len(found) > 1:
+            return min(found, key=lambda load: (self.cost(load), load.number))
+        return found[0] if found else None
+
+    def _looked_at(self, roles: Collection[Role], fits: Callable[[WorkerLoad], bool] | None) -> list[WorkerLoad]:
+        """Those with room for all sequences; if there are none, those with the most room."""
+        suits = [load for load in self._owners if self._suits(load, fits) and load.role in roles]
+        for pool in self._pools:
+            if pool.role in roles:
+                for load in islice(pool.in_order(), LOOKS):
+                    if self._suits(load, fits):
+                        suits.append(load)
+                        if load.free >= self._sequences:
+                            break
+        needed = min(self._sequences, max((load.free for load in suits), default=1))
+        return [load for load in suits if load.free >= needed]
+
+    def _suits(self, load: WorkerLoad, fits: Callable[[WorkerLoad], bool] | None) -> bool:
+        return load.free > 0 and load.worker.id != self._avoided and (fits is None or fits(load))
 
 
 def beginnings(body: bytes, content_field: str, prompt_tokens: int) -> list[Beginning]:
@@ -66,6 +133,31 @@ def beginnings(body: bytes, content_field: str, prompt_tokens: int) -> list[Begi
         found.append((hash(body[start : start + length]), prompt_tokens * length // size))
         length *= 2
     return found
+
+
+def block_beginnings(blocks: Sequence[int], block_tokens: int) -> list[Beginning]:
+    """`beginnings` of a prompt of which only the ids of its blocks are known, equal where two prompts begin alike."""
+    lengths = (1 << power for power in range(len(blocks).bit_length()))
+    return [(hash(tuple(blocks[:length])), length * block_tokens) for length in lengths]
+
+
+class TypicalRequest:
+    """How large requests are, averaged over the last ones."""
+
+    __slots__ = ("output_tokens", "prompt_tokens")
+
+    def __init__(self) -> None:
+        self.prompt_tokens = self.output_tokens = TYPICAL_TOKENS / 2
+
+    def learn(self, prompt_tokens: int, output_tokens: float) -> None:
+        """A request is complete. output_tokens: of one of its answers."""
+        self.prompt_tokens += LEARN_SHARE * (prompt_tokens - self.prompt_tokens)
+        self.output_tokens += LEARN_SHARE * (output_tokens - self.output_tokens)
+
+    @property
+    def tokens(self) -> float:
+        """Prompt and answer."""
+        return self.prompt_tokens + self.output_tokens
 
 
 class Affinity:

@@ -92,10 +92,7 @@ class GatewayServer:
         self.workers = [named_worker(text, number, os.environ) for number, text in enumerate(settings.workers)]
         self.policy = LivePolicy(settings.policy, settings.policy_options, settings.admission.ahead, monotonic)
         self.background = Background(monotonic)
-        self.fleet = Fleet(
-            probe_s=settings.probe_s, health=settings.health, background=self.background, tls=fleet_tls(settings)
-        )
-        self.fleet.policy, self.fleet.replicas = self.policy.order, self._replicas
+        self.fleet = self._fleet()
         self.lines = Lines(self._dispatcher, self.fleet, LiveNames(settings.models, self.fleet))
         self.process = process
         self.shared = ClusterState(
@@ -141,6 +138,19 @@ class GatewayServer:
         self.app = public_app(self.fleet, self.lines.names, self.siblings.metrics, tenants, self._notes, self._lifespan)
         self._for_operators(sharing)
         self.uvicorn = self._listener()
+
+    def _fleet(self) -> Fleet:
+        settings = self.settings
+        fleet = Fleet(
+            probe_s=settings.probe_s,
+            health=settings.health,
+            background=self.background,
+            tls=fleet_tls(settings),
+            window=self.policy.window,
+        )
+        fleet.policy, fleet.replicas = self.policy.order, self._replicas
+        self.policy.on_switch.append(fleet.pools.refresh)
+        return fleet
 
     def _observers(self, sharing: FairnessMetrics) -> Observers:
         """Who hears of each call."""
@@ -283,7 +293,6 @@ class GatewayServer:
             model,
             TieredLanes(self.policy.build()),
             self.fleet,
-            window=self.policy.window,
             max_waiting=admission.max_waiting,
             queue_timeout_s=admission.queue_timeout_s,
             clock=monotonic,

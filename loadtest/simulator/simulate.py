@@ -1,8 +1,8 @@
 """A gateway's line and its workers in virtual time: the real policies, lanes and placement, the batch and cost model of
 the fake engine, no clock, no network, no model. A discrete-event simulation, as Vidur's and SplitwiseSim's.
 
-What it does not have: the gateway's and the network's own time, and a worker's prefix cache decides nothing about
-where a request goes (that is the worker with the fewest pending tokens that has room).
+What it does not have: the gateway's and the network's own time. It knows how long an answer will be where the gateway
+expects a typical one, and how full a worker's KV memory is counts only where prompts are read apart.
 """
 
 from bisect import bisect_right
@@ -20,13 +20,16 @@ from loadtest.simulator.costmodel import CostModel
 from loadtest.traces.prompts import Prompts
 from scheduler.catalog import build
 from scheduler.jobs import Job, Outcome
-from scheduler.placement import Aggregated, Candidate, Disaggregated, Rules, place
+from scheduler.placement import Aggregated, Disaggregated, Rules, place
 from scheduler.policy import window_for
+from scheduler.pools import Pools, WorkerLoad
+from scheduler.routing import Affinity, Choice, TypicalRequest, block_beginnings
 from scheduler.tiers import TieredLanes
 from scheduler.workers import Role, Worker
 
 SAMPLE_S = 1.0
 LONGEST_STRETCH = 64  # iterations in one event
+_MODEL = ""
 _MOST_PARTS = 1 << 10
 _MOST_BLOCKS = 1 << 20  # of one prompt: keeps the ids of different calls apart
 
@@ -110,26 +113,11 @@ class _Stretch:
 class _Worker:
     """due: the number of the event that ends its iteration or its stretch; its events with other numbers are void."""
 
-    is_: Worker
+    load: WorkerLoad
     batch: ContinuousBatch
-    in_flight: int = 0
-    pending_tokens: int = 0
-    arriving_tokens: int = 0
     busy: bool = False
     due: int = 0
     stretch: _Stretch | None = None
-
-    def place(self, window: int) -> Candidate:
-        """Itself as placement sees it; compared by what is pending."""
-        return Candidate(
-            self.is_,
-            self.is_.role,
-            self.in_flight < window,
-            self.pending_tokens,
-            self.pending_tokens,
-            self.arriving_tokens,
-            kv_usage=self.batch.kv_usage(),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,17 +147,25 @@ class Simulation:
         note: Callable[[Record], None] | None = None,
         *,
         longest_stretch: int = LONGEST_STRETCH,
+        choice: type[Choice] = Choice,
     ) -> None:
-        """note: called with each record as it ends. ValueError for a policy or option that there is not."""
+        """note: called with each record as it ends. choice: how a worker is chosen, for comparison. ValueError for a
+        policy or option that there is not."""
         self._longest_stretch = longest_stretch
         self._plan = plan
+        self._choice = choice
         policy = build(plan.policy, plan.policy_options)
         self._line = TieredLanes(policy) if plan.gateway else None
         self._accounts = policy.shares is not None
         self._window = plan.cost.max_seqs + window_for(policy, plan.ahead)
-        self._workers = self._pool(plan.workers, Role.DECODE if plan.prefill_workers else Role.BOTH)
-        self._readers = self._pool(plan.prefill_workers, Role.PREFILL)
-        self._by_id = {one.is_.id: one for one in (*self._workers, *self._readers)}
+        self._workers = self._made_workers(plan.workers, Role.DECODE if plan.prefill_workers else Role.BOTH)
+        self._readers = self._made_workers(plan.prefill_workers, Role.PREFILL)
+        self._by_id = {one.load.worker.id: one for one in (*self._workers, *self._readers)}
+        self._pools = Pools(lambda worker: self._window)
+        for one in self._by_id.values():
+            self._pools.add(one.load, (_MODEL,))
+        self._affinity = Affinity()
+        self._typical = TypicalRequest()
         self._flights: dict[str, _Flight] = {}
         self._charge: list[_Flight] = []
         self._events: list[tuple[float, int, _Worker | TraceCall, Iteration | None]] = []
@@ -182,11 +178,11 @@ class Simulation:
         self._kept = Kept()
         self._samples: list[Sample] = []
 
-    def _pool(self, number: int, role: Role) -> list[_Worker]:
+    def _made_workers(self, number: int, role: Role) -> list[_Worker]:
         plan = self._plan
         return [
             _Worker(
-                Worker(f"{role.value}-{at}", "", role, plan.cost.max_seqs),
+                WorkerLoad(Worker(f"{role.value}-{at}", "", role, plan.cost.max_seqs)),
                 ContinuousBatch(plan.cost, TieredLanes(build(plan.policy, plan.policy_options))),
             )
             for at in range(number)
@@ -276,42 +272,57 @@ class Simulation:
 
     def _room(self, job: Job) -> tuple[_Worker, _Worker | None] | None:
         """Who answers, and who reads the prompt if that is another."""
-        if not self._readers:
-            free = [worker for worker in self._workers if worker.in_flight < self._window]
-            return (min(free, key=lambda worker: worker.pending_tokens), None) if free else None
-        places = [worker.place(self._window) for worker in self._by_id.values()]
-        match place(job.prompt_tokens, places, self._plan.rules, splittable=True):
+        pools = self._pools.of(_MODEL)
+        if all(pool.first() is None for pool in pools):
+            return None
+        if len(self._by_id) == 1:  # nothing to choose
+            return self._workers[0], None
+        prompt = block_beginnings(self._blocks(self._flights[job.id].call), self._plan.cost.prefix_block_tokens)
+        choice = self._choice(pools, self._typical.tokens, known=self._affinity.known(prompt))
+        room = self._split(job, choice) if self._readers else self._whole(choice)
+        for worker in room or ():
+            if worker is not None:
+                self._affinity.note(prompt, worker.load.worker.id)
+        return room
+
+    def _whole(self, choice: Choice) -> tuple[_Worker, None] | None:
+        load = choice.cheapest()
+        return None if load is None else (self._by_id[load.worker.id], None)
+
+    def _split(self, job: Job, choice: Choice) -> tuple[_Worker, _Worker | None] | None:
+        match place(job.prompt_tokens, choice, self._plan.rules, splittable=True):
             case Disaggregated(prefill, decode):
-                return self._by_id[decode.id], self._by_id[prefill.id]
-            case Aggregated(worker, _):
-                return self._by_id[worker.id], None
+                return self._by_id[decode.worker.id], self._by_id[prefill.worker.id]
+            case Aggregated(load, _):
+                return self._by_id[load.worker.id], None
         return None
+
+    def _blocks(self, call: TraceCall) -> list[int]:
+        """Ids of its prompt's full blocks, none where there is no prefix cache."""
+        return call.prompt if isinstance(call.prompt, list) and self._plan.cost.prefix_block_tokens else []
 
     def _occupy(self, worker: _Worker, flight: _Flight, now: float, reader: _Worker | None = None) -> None:
         call = flight.call
         self._interrupt(worker, now)
         flight.worker = worker
-        worker.in_flight += 1
         flight.pending_tokens = call.output_tokens + (call.prompt_tokens if reader is None else 0)
-        worker.pending_tokens += flight.pending_tokens
-        blocks = call.prompt if isinstance(call.prompt, list) and self._plan.cost.prefix_block_tokens else ()
+        worker.load.reserve(1, flight.pending_tokens)
+        blocks = self._blocks(call)
         if reader is None:
             worker.batch.add(flight.runs, now, blocks=blocks)
             self._step(worker, now)
             return
         flight.reads = _job(call, flight.runs.id, now)
         flight.arriving_tokens = call.prompt_tokens
-        worker.arriving_tokens += call.prompt_tokens
-        reader.in_flight += 1
-        reader.pending_tokens += call.prompt_tokens
+        worker.load.expect(call.prompt_tokens)
+        reader.load.reserve(1, call.prompt_tokens)
         reader.batch.add(flight.reads, now, blocks=blocks)
         self._step(reader, now)
 
     def _hand_over(self, reader: _Worker, flight: _Flight, job: Job, now: float) -> None:
         """The prompt is read; who answers fetches its KV in an iteration of its own."""
         reader.batch.finish(job, Outcome.LENGTH, now)
-        reader.in_flight -= 1
-        reader.pending_tokens -= flight.call.prompt_tokens
+        reader.load.release(1, flight.call.prompt_tokens)
         flight.reads = None
         if flight.worker is not None:
             flight.worker.batch.add(flight.runs, now, transferred=True)
@@ -403,18 +414,20 @@ class Simulation:
                 self._hand_over(worker, flight, job, now)
                 continue
             if flight.arriving_tokens:
-                worker.arriving_tokens -= flight.arriving_tokens
+                worker.load.expect(-flight.arriving_tokens)
                 flight.arriving_tokens = 0
             self._made(flight, (now,))
             if job.output_tokens >= flight.call.output_tokens:
                 self._end(worker, flight, now)
                 ended += 1
+        if self._readers:
+            worker.load.observe(kv_usage=worker.batch.kv_usage())
         return ended
 
     def _end(self, worker: _Worker, flight: _Flight, now: float) -> None:
         worker.batch.finish(flight.runs, Outcome.DONE, now)
-        worker.in_flight -= 1
-        worker.pending_tokens -= flight.pending_tokens
+        worker.load.release(1, flight.pending_tokens)
+        self._typical.learn(flight.call.prompt_tokens, flight.call.output_tokens)
         if self._line is not None and flight.waits is not None:
             if flight.uncharged:
                 self._line.serve(flight.waits, flight.uncharged, now)

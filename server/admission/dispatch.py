@@ -2,15 +2,17 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from itertools import islice
 from math import exp2, log
 from typing import NamedTuple
 
 from scheduler.jobs import Job, Outcome
-from scheduler.placement import Aggregated, Candidate, Disaggregated, Rules, place
-from scheduler.routing import Affinity, RouteOption, beginnings, best, score
+from scheduler.placement import Aggregated, Disaggregated, Rules, place
+from scheduler.pools import Pool
+from scheduler.routing import LEARN_SHARE, Affinity, Choice, TypicalRequest, beginnings
 from scheduler.tiers import TieredLanes
-from scheduler.workers import Role, Worker
+from scheduler.workers import Role
 from server.admission.live_names import LiveNames
 from server.admission.reservations import Reservations
 from server.fleet.fleet import Fleet, Member
@@ -23,8 +25,6 @@ RATE_MEMORY_S = 20.0
 FORGET_EVERY_S = 0.05  # nothing fades in so short a time
 LONGEST_RETRY_S = 600.0
 TYPICAL_TOKENS_PER_S = 10.0  # of one sequence, before any request was seen
-TYPICAL_PROMPT_TOKENS = TYPICAL_OUTPUT_TOKENS = 256.0  # before any request was seen
-LEARN_SHARE = 0.05
 _COMPLETE = (Outcome.DONE, Outcome.LENGTH)
 UNKNOWN_RETRY_S = 5.0  # before any place has come free
 PROMISED_SHARE = 0.8  # of the places that come free: the line must not grow when they come slower than lately
@@ -58,14 +58,13 @@ class Pace:
 
 
 class Sizes:
-    """How large requests are, averaged over the last ones."""
+    """How large requests are and how fast answers come, averaged over the last ones."""
 
-    __slots__ = ("prompt_tokens", "output_tokens", "tokens_per_s")
+    __slots__ = ("tokens_per_s", "typical")
 
     def __init__(self) -> None:
         self.tokens_per_s = TYPICAL_TOKENS_PER_S
-        self.prompt_tokens = TYPICAL_PROMPT_TOKENS
-        self.output_tokens = TYPICAL_OUTPUT_TOKENS
+        self.typical = TypicalRequest()
 
     def learn(self, ticket: Ticket, now: float) -> None:
         """A call is complete."""
@@ -73,8 +72,7 @@ class Sizes:
         began = ticket.times[Phase.PREFILLING]
         if output_tokens and began is not None and now > began:
             self.tokens_per_s += LEARN_SHARE * (output_tokens / (now - began) - self.tokens_per_s)
-        self.prompt_tokens += LEARN_SHARE * (ticket.prompt_tokens - self.prompt_tokens)
-        self.output_tokens += LEARN_SHARE * (output_tokens - self.output_tokens)
+        self.typical.learn(ticket.prompt_tokens, output_tokens)
 
     def made_unseen(self, ticket: Ticket, now: float) -> int:
         """Output tokens that an engine has made for a client that left before it was sent them: of an answer in one
@@ -85,22 +83,17 @@ class Sizes:
         made = (now - began) * self.tokens_per_s
         return max(0, round(min(made, call.max_tokens or made) * call.sequences) - ticket.tokens)
 
-    @property
-    def typical_tokens(self) -> float:
-        """Of one request, prompt and answer."""
-        return self.prompt_tokens + self.output_tokens
-
     def expected_tokens(self, call: Call) -> int:
         """What a call will have a worker compute: few answers are as long as they may be."""
-        output_tokens = min(call.max_tokens or self.output_tokens, self.output_tokens)
+        output_tokens = min(call.max_tokens or self.typical.output_tokens, self.typical.output_tokens)
         return call.prompt_tokens + round(output_tokens * call.sequences)
 
 
 class Dispatcher:
     """One model's line and the workers that serve it.
 
-    lanes: the policy's line. window: how many sequences a worker is given at a time. max_waiting: requests beyond which
-    newcomers are refused. queue_timeout_s: how long anybody waits, None for ever. rules: when prompts are read apart.
+    lanes: the policy's line. max_waiting: requests beyond which newcomers are refused. queue_timeout_s: how long
+    anybody waits, None for ever. rules: when prompts are read apart.
     max_sequences: answers that one request may ask for.
     placed: requests by how they were placed ("apart", or why not), where there are prefill or decode workers.
     """
@@ -111,7 +104,6 @@ class Dispatcher:
         lanes: TieredLanes,
         fleet: Fleet,
         *,
-        window: Callable[[Worker], int],
         max_waiting: int,
         queue_timeout_s: float | None,
         clock: Callable[[], float],
@@ -120,7 +112,6 @@ class Dispatcher:
         self.model = model
         self.lanes = lanes
         self.fleet = fleet
-        self.window = window
         self.max_waiting = max_waiting
         self.queue_timeout_s = queue_timeout_s
         self.clock = clock
@@ -140,14 +131,14 @@ class Dispatcher:
         long, NoWorker if nobody serves."""
         now = self.clock()
         self._bound_width(ticket.call)
-        ready = self.fleet.ready(self.model)
-        if not ready:
+        pools = self.fleet.pools.of(self.model)
+        if not pools:
             raise NoWorker(
                 f"No worker serves '{ticket.call.asked or self.model}' right now.", retry_after_s=self.fleet.probe_s * 5
             )
         if not ticket.call.route.generates:
-            return self._aside(ticket, ready)
-        if not len(self.lanes) and (room := self._room(ticket, ready)) is not None:
+            return self._aside(ticket, pools)
+        if not len(self.lanes) and (room := self._room(ticket, pools)) is not None:
             if self.charge:
                 self.settle(now)
             self.lanes.admit(ticket.job, now)
@@ -188,27 +179,30 @@ class Dispatcher:
         failed, ticket.member = ticket.member, None
         assert failed is not None  # whoever has no place cannot change it
         now = self.clock()
-        ready = [member for member in self.fleet.ready(self.model) if member is not failed]
+        pools = self.fleet.pools.of(self.model)
+        alone = sum(len(pool.workers) for pool in pools) == (failed.load.pool in pools)
+        ticket.avoid = failed.worker.id
         if not ticket.call.route.generates:
-            if not ready:
+            if alone:
                 raise error
-            return self._aside(ticket, ready)
+            return self._aside(ticket, pools)
         self._vacate(failed, ticket)
         ticket.split = None
         self.settle(now)
-        if not ready:
+        if alone:
             self.lanes.finish(ticket.job, Outcome.FAILED, now)
             self.advance()
             raise error
-        ticket.avoid = failed.worker.id
         self.lanes.preempt(ticket.job, now)
         return await self._wait_in_line(ticket)
 
-    def _aside(self, ticket: Ticket, ready: list[Member]) -> Member:
+    def _aside(self, ticket: Ticket, pools: Sequence[Pool]) -> Member:
         """A request that needs no place in a batch: nobody waits for it, and it waits for nobody."""
-        member = min(ready, key=lambda member: member.in_flight)
-        ticket.member, ticket.worker = member, member.worker.id
-        return member
+        load = Choice(pools, self.sizes.typical.tokens, avoid=ticket.avoid).cheapest()
+        if load is None:  # all are full, which does not keep it
+            load = next(load for pool in pools for load in pool.workers.values() if load.worker.id != ticket.avoid)
+        ticket.member, ticket.worker = self.fleet.members[load.worker.id], load.worker.id
+        return ticket.member
 
     async def _wait(self, ticket: Ticket, now: float) -> Member:
         ticket.ahead = len(self.lanes)
@@ -257,10 +251,8 @@ class Dispatcher:
             error: ServiceError = Overloaded(
                 f"No place came free within {waited:.0f} s.", retry_after_s=self.retry_after_s(ticket.call.tenant.name)
             )
-            if not self.fleet.ready(self.model):
-                error = NoWorker(
-                    f"No worker served '{ticket.call.asked or self.model}' within {waited:.0f} s.", retry_after_s=5.0
-                )
+            if not self.fleet.pools.of(self.model):
+                error = NoWorker(f"No worker served '{self.model}' within {waited:.0f} s.", retry_after_s=5.0)
             future.set_exception(error)
 
     def advance(self) -> None:
@@ -275,7 +267,7 @@ class Dispatcher:
             if future.done():  # it has just left or expired; its own `finally` will come, but its turn is now
                 self._forget(job, now)
                 continue
-            room = self._room(ticket, self.fleet.ready(self.model))
+            room = self._room(ticket, self.fleet.pools.of(self.model))
             if room is None:
                 return
             self.lanes.pop(now)
@@ -286,86 +278,60 @@ class Dispatcher:
         """The workers of this line as this request sees them, for an operator who asks."""
         call = ticket.call
         known = self.affinity.known(beginnings(call.body, call.route.content_field, call.prompt_tokens))
+        loads = (load for pool in self.fleet.pools.of(self.model) for load in pool.workers.values())
         return [
             {
-                "worker": member.worker.id,
-                "in_flight": member.in_flight,
-                "free": max(0, self._free(member)),
-                "pending_tokens": member.pending_tokens,
-                "others": member.others,
-                "kv_usage": round(member.kv_usage, 3),
-                "cached_tokens": known.get(member.worker.id, 0),
+                "worker": load.worker.id,
+                "in_flight": load.in_flight,
+                "free": max(0, load.free),
+                "pending_tokens": load.pending_tokens,
+                "others": load.others,
+                "kv_usage": round(load.kv_usage, 3),
+                "cached_tokens": known.get(load.worker.id, 0),
             }
-            for member in self.fleet.ready(self.model)[:MOST_TOLD]
+            for load in islice(loads, MOST_TOLD)
         ]
 
     def _forget(self, job: Job, now: float) -> None:
         del self._waiters[job]
         self.lanes.finish(job, Outcome.ABORTED, now)
 
-    def _room(self, ticket: Ticket, ready: list[Member]) -> "Room | None":
+    def _room(self, ticket: Ticket, pools: Sequence[Pool]) -> "Room | None":
         """Where a request fits: one worker that has room, or two where prompts are read apart."""
-        if ticket.avoid:
-            ready = [member for member in ready if member.worker.id != ticket.avoid] or ready
-        if len(ready) == 1 and ready[0].role is Role.BOTH:  # nothing to choose
-            return Room(ready[0]) if self._free(ready[0]) > 0 else None
-        call = ticket.call
-        free = [self._free(member) for member in ready]
-        most = max(free)
-        if most <= 0:
+        whole = all(pool.role is Role.BOTH for pool in pools)
+        idlest = [first for pool in pools if (first := pool.first()) is not None]
+        if not idlest:
             return None
-        needed = min(call.sequences, most)
-        roomy = [member for member, places in zip(ready, free, strict=True) if places >= needed]
+        members = self.fleet.members
+        if whole and len(pools) == len(pools[0].workers) == 1:  # nothing to choose
+            return Room(members[idlest[0].worker.id])
+        call = ticket.call
         prompt = beginnings(call.body, call.route.content_field, call.prompt_tokens)
-        known = self.affinity.known(prompt)
-        if any(member.role is not Role.BOTH for member in ready):
-            room = self._room_in_pools(ticket, ready, roomy, known)
-        else:
-            options = [_option(member, known) for member in roomy]
-            room = Room(roomy[best(options, self.sizes.typical_tokens)])
+        choice = Choice(
+            pools,
+            self.sizes.typical.tokens,
+            sequences=call.sequences,
+            known=self.affinity.known(prompt),
+            avoid=ticket.avoid,
+        )
+        room = self._room_whole(choice) if whole else self._room_in_pools(ticket, choice)
         if room is not None:
             for member in room.readers:
                 self.affinity.note(prompt, member.worker.id)
         return room
 
-    def _free(self, member: Member) -> int:
-        """How many more sequences a worker is given. A request of several needs one free place: where it waited for as
-        many as it has, places would stand empty meanwhile, and all behind it would wait as well. The engine begins what
-        exceeds its batch when it can, and until that is over nobody else is let in.
+    def _room_whole(self, choice: Choice) -> "Room | None":
+        load = choice.cheapest()
+        return None if load is None else Room(self.fleet.members[load.worker.id])
 
-        What other gateways have at the worker takes room from this one, but for its own share of the window. Without
-        that each would fill the engine by itself, and a tenant would be served by how many gateways know it.
-        """
-        window = self.window(member.worker)
-        free = window - member.in_flight
-        if member.others and (replicas := self.fleet.replicas()) > 1:
-            free -= min(member.others, window * (replicas - 1) // replicas)
-        return free
-
-    def _room_in_pools(
-        self, ticket: Ticket, ready: list[Member], roomy: list[Member], known: Mapping[str, int]
-    ) -> "Room | None":
-        call, typical_tokens = ticket.call, self.sizes.typical_tokens
-        places = [
-            Candidate(
-                member.worker,
-                member.role,
-                member in roomy,
-                score(_option(member, known), typical_tokens),
-                member.pending_tokens,
-                member.arriving_tokens,
-                known.get(member.worker.id, 0),
-                member.kv_usage,
-            )
-            for member in ready
-        ]
+    def _room_in_pools(self, ticket: Ticket, choice: Choice) -> "Room | None":
+        call, members = ticket.call, self.fleet.members
         splittable = call.route.handover and call.sequences == 1 and not call.steers_kv and not ticket.avoid
-        members = {member.worker.id: member for member in ready}
-        match place(call.prompt_tokens, places, self.rules, splittable=splittable):
+        match place(call.prompt_tokens, choice, self.rules, splittable=splittable):
             case Disaggregated(prefill, decode):
-                return Room(members[decode.id], members[prefill.id], "apart")
-            case Aggregated(worker, why):
-                return Room(members[worker.id], placed=why.value)
+                return Room(members[decode.worker.id], members[prefill.worker.id], "apart")
+            case Aggregated(load, why):
+                return Room(members[load.worker.id], placed=why.value)
         return None
 
     def _occupy(self, room: "Room", ticket: Ticket) -> Member:
@@ -381,10 +347,9 @@ class Dispatcher:
             ticket.decide(
                 "placed", worker=member.worker.id, **reader, how=room.placed or None, workers=self._standings(ticket)
             )
-        member.in_flight += ticket.call.sequences
         read_elsewhere = 0 if ticket.split is None else ticket.split.prompt_tokens
         ticket.pending_tokens = self.sizes.expected_tokens(ticket.call) - read_elsewhere
-        member.pending_tokens += ticket.pending_tokens
+        member.load.reserve(ticket.call.sequences, ticket.pending_tokens)
         ticket.member, ticket.worker = member, member.worker.id
         return member
 
@@ -392,8 +357,7 @@ class Dispatcher:
     def _vacate(member: Member, ticket: Ticket) -> None:
         if ticket.split is not None:
             ticket.split.over()
-        member.in_flight -= ticket.call.sequences
-        member.pending_tokens -= ticket.pending_tokens
+        member.load.release(ticket.call.sequences, ticket.pending_tokens)
         ticket.pending_tokens = 0
 
     def give_back(self, ticket: Ticket, outcome: Outcome) -> None:
@@ -463,11 +427,6 @@ class Room(NamedTuple):
     def readers(self) -> tuple[Member, ...]:
         """Who will have the prompt's KV."""
         return (self.member,) if self.prefill is None else (self.member, self.prefill)
-
-
-def _option(member: Member, known: Mapping[str, int]) -> RouteOption:
-    worker = member.worker
-    return RouteOption(worker.slots, member.pending_tokens, member.others, member.kv_usage, known.get(worker.id, 0))
 
 
 class Lines:

@@ -85,7 +85,7 @@ class LiveNames:
         table, tenant = self.table, call.tenant
         named = table.names.get(call.model)
         if named is None:
-            if not self.fleet.ready() or self.fleet.ready(call.model):
+            if not self.fleet.serves() or self.fleet.serves(call.model):
                 return call  # who has no entry is found, or missed, by the model's own line
             named = table.names.get(ANY)
         if named is None or not named.visible_to(tenant.name):
@@ -98,11 +98,13 @@ class LiveNames:
     def answers_to(self, name: str, tenant: Tenant) -> bool:
         """Whether a name is one that this tenant may ask for, and that a worker here answers to."""
         named = self.table.names.get(name)
-        if named is None and self.fleet.ready(name):
+        if named is None and self.fleet.serves(name):
             return True
         named = named or self.table.names.get(ANY)
         return (
-            named is not None and named.visible_to(tenant.name) and any(map(self.fleet.ready, self.table.behind(named)))
+            named is not None
+            and named.visible_to(tenant.name)
+            and any(map(self.fleet.serves, self.table.behind(named)))
         )
 
     def next(self, call: Call) -> Call:

@@ -30,6 +30,7 @@ class LivePolicy:
         self._configured = (name, dict(options))
         self._ahead = ahead
         self._clock = clock
+        self.on_switch: list[Callable[[], None]] = []
         self._set(name, options)
 
     def _set(self, name: str, options: Mapping[str, str]) -> None:
@@ -54,6 +55,8 @@ class LivePolicy:
         if (name, dict(options)) == (self.name, self.options):
             return
         self._set(name, options)
+        for callback in self.on_switch:
+            callback()
         now = self._clock()
         for line in lines:
             line.settle(now)

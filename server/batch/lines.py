@@ -82,21 +82,22 @@ class GatewayEngines:
         who = self._tenant(tenant)
         if who is None or (who.models is not None and model not in who.models):
             return False
-        if not self.lines.fleet.ready():
+        if not self.lines.fleet.serves():
             return True  # lines wait for a worker
         return self.lines.names.answers_to(model, who)
 
     def room(self, model: str, running: int) -> int:
         behind = self.lines.names.table.models_of(model)
-        members = [member for name in behind for member in self.lines.fleet.ready(name)]
-        slots = sum(member.worker.slots for member in members)
+        pools = self.lines.fleet.pools
+        loads = [load for name in behind for pool in pools.of(name) for load in pool.workers.values()]
+        slots = sum(load.worker.slots for load in loads)
         if not slots:
             return 0
         least = max(1, round(self.reserve * slots)) - running
         dispatchers = [self.lines.by_model[name] for name in behind if name in self.lines.by_model]
         if any(len(dispatcher.lanes) for dispatcher in dispatchers):
             return least
-        free = sum(max(0, member.worker.slots - member.in_flight - member.others) for member in members)
+        free = sum(max(0, load.worker.slots - load.in_flight - load.others) for load in loads)
         return max(least, min(free - round((1.0 - self.share) * slots), round(self.share * slots) - running))
 
     async def ask(self, tenant: str, endpoint: str, body: bytes, request_id: str) -> Reply:

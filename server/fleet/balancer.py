@@ -24,8 +24,8 @@ def loads(ready: Sequence[Member], busy_tokens: int) -> tuple[float, float]:
     """(prefill, decode): the share of what a prefill worker may have pending, and of the decode workers' slots."""
     readers = [member for member in ready if member.role is Role.PREFILL]
     writers = [member for member in ready if member.role is Role.DECODE]
-    pending_tokens = sum(member.pending_tokens for member in readers)
-    in_flight = sum(member.in_flight for member in writers)
+    pending_tokens = sum(member.load.pending_tokens for member in readers)
+    in_flight = sum(member.load.in_flight for member in writers)
     return (
         pending_tokens / (busy_tokens * len(readers)) if readers else 0.0,
         in_flight / sum(member.worker.slots for member in writers) if writers else 0.0,
@@ -63,13 +63,12 @@ class Balancer(Collector):
             worker = member.worker
             if worker.role is not Role.BOTH or not worker.hands_over or now - member.leaned_at < self._swing.hold_s:
                 continue
-            side = lean(member.leans, prefill_load, decode_load, self._swing)
-            if side is not member.leans:
+            side = lean(member.load.leans, prefill_load, decode_load, self._swing)
+            if side is not member.load.leans:
                 log.info("worker %s: %s (load %.2f, %.2f)", worker.id, side.value, prefill_load, decode_load)
-                member.leans, member.leaned_at = side, now
+                member.leaned_at = now
                 self.changes[side] += 1
-                for callback in self._fleet.changed:
-                    callback()
+                self._fleet.lean(member, side)
                 return
 
     def collect(self) -> Iterator[Metric]:

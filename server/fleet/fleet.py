@@ -10,6 +10,7 @@ from math import inf
 from time import monotonic
 from typing import Protocol
 
+from scheduler.pools import Pools, WorkerLoad
 from scheduler.workers import UNKNOWN_SLOTS, Role, Worker
 from server.background import Background
 from server.engine.access import Access
@@ -69,29 +70,21 @@ class RunningAnswer(Protocol):
 class Member:
     """A worker as the gateway sees it. Written by the fleet (state), the dispatcher (load) and the relay (legs) only.
 
-    others: sequences that it had from elsewhere when it was last probed.
+    load: what it has to do.
     ranks: its data-parallel ranks. Each has a scheduler of its own, and all share the worker's address.
-    kv_usage: share of its KV cache in use, of the fullest rank.
     policy: name and options that its plug-ins were last told, None if they were told nothing yet.
     suspected: a relayed answer failed there since it was last seen healthy.
     problem: why it is not ready, where somebody has to do something about it; shown to everybody, so without addresses.
-    arriving_tokens: prompts of requests that it is to answer and whose KV is another worker's yet.
     kv_received_bytes: KV that it has fetched from other workers, as it counts itself.
-    leans: the side to which one of role `both` leans, since `leaned_at`; BOTH if to none.
+    leaned_at: when it last changed the side to which it leans.
     """
 
     worker: Worker
     engine: EngineClient
     state: WorkerState = WorkerState.STARTING
     models: tuple[str, ...] = ()
-    in_flight: int = 0
-    pending_tokens: int = 0
-    others: int = 0
-    kv_usage: float = 0.0
     ranks: tuple[int, ...] = (0,)
-    arriving_tokens: int = 0
     kv_received_bytes: float = 0.0
-    leans: Role = Role.BOTH
     leaned_at: float = -inf
     misses: int = 0
     suspected: bool = False
@@ -105,11 +98,15 @@ class Member:
     models_json: list[dict[str, object]] = field(default_factory=list)
     legs: set["RunningAnswer"] = field(default_factory=set)
     look_now: asyncio.Event = field(default_factory=asyncio.Event)
+    load: WorkerLoad = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.load = WorkerLoad(self.worker)
 
     @property
     def role(self) -> Role:
         """What it does at present."""
-        return self.leans if self.worker.role is Role.BOTH else self.worker.role
+        return self.load.role
 
 
 class Fleet:
@@ -124,10 +121,13 @@ class Fleet:
         clock: Callable[[], float] = monotonic,
         background: Background | None = None,
         tls: Access = Access(),  # noqa: B008 - frozen
+        window: Callable[[Worker], int] = lambda worker: worker.slots,
     ) -> None:
-        """tls: certificates for workers that name none of their own."""
+        """tls: certificates for workers that name none of their own. window: how many sequences a worker is given at a
+        time; call `pools.refresh` when it has changed."""
         self._tls = tls
         self._background = background or Background(clock)
+        self.pools = Pools(window, lambda: self.replicas())
         self.members: dict[str, Member] = {}
         self.served: dict[str, float] = {}  # tenants, and when one of their requests last went through
         self.starting: dict[str, str] = {}  # workers that are not there yet, and how far each is
@@ -152,14 +152,34 @@ class Fleet:
         except ValueError as error:
             raise ValueError(f"worker {worker.id!r}: {error}") from None
         member = Member(worker, engine, note=note, access=access, output=Output(moved_at=self.clock()))
-        self.members[worker.id] = member
+        self.enroll(member)
         self._probes[worker.id] = self._background.start(f"probe {worker.id}", lambda: self._watch(member))
         return member
+
+    def enroll(self, member: Member) -> None:
+        """A worker is one of the fleet, in the state that it has."""
+        self.members[member.worker.id] = member
+        self.pools.number(member.load)
+        self.put(member, member.state)
+
+    def put(self, member: Member, state: WorkerState) -> None:
+        """A worker is in this state from here on: it is in a pool if it may be given requests, and else in none."""
+        member.state = state
+        if state is not WorkerState.READY:
+            self.pools.remove(member.load)
+        elif member.load.pool is None:
+            self.pools.add(member.load, member.models)
+
+    def lean(self, member: Member, side: Role) -> None:
+        """A worker that does both leans to this side from here on; BOTH: to none."""
+        member.load.leans = side
+        self.pools.moved(member.load, member.models)
+        self._tell()
 
     async def remove(self, worker_id: str) -> None:
         """A worker leaves at once; what it still relays ends as its connections end. KeyError if unknown."""
         member = self.members.pop(worker_id)
-        member.state = WorkerState.DOWN
+        self.put(member, WorkerState.DOWN)
         await Background.stop(self._probes.pop(worker_id))
         await member.engine.close()
         self._tell()
@@ -168,14 +188,14 @@ class Fleet:
         """A worker gets nothing new; what it has it finishes, or after `drain_s` another does. KeyError if unknown."""
         member = self.members[worker_id]
         if member.state is not WorkerState.DRAINING:
-            member.state = WorkerState.DRAINING
+            self.put(member, WorkerState.DRAINING)
             member.drained_at = self.clock()
 
     def resume(self, worker_id: str) -> None:
         """A drained worker is given requests again once a probe finds it healthy. KeyError if unknown."""
         member = self.members[worker_id]
         if member.state is WorkerState.DRAINING:
-            member.state = WorkerState.STARTING
+            self.put(member, WorkerState.STARTING)
 
     def ready(self, model: str | None = None) -> list[Member]:
         """Workers that may be given a request (for `model`)."""
@@ -194,9 +214,13 @@ class Fleet:
         members = self.members.values()
         return bool(self.starting) or not members or any(member.state is WorkerState.STARTING for member in members)
 
+    def serves(self, model: str | None = None) -> bool:
+        """Whether a worker may be given a request (for `model`)."""
+        return bool(self.pools.workers if model is None else self.pools.of(model))
+
     def missing_roles(self) -> list[str]:
         """The halves of a split deployment that nobody takes at present, so that requests are not split."""
-        there = {member.role for member in self.ready()}
+        there = {pool.role for pool in self.pools.all()}
         halves = {Role.PREFILL, Role.DECODE}
         return sorted(role.value for role in halves - there) if there & halves else []
 
@@ -212,7 +236,7 @@ class Fleet:
         """(id, role, ready, sequences in flight, tokens pending) per worker, for metrics."""
         for member in self.members.values():
             ready = member.state is WorkerState.READY
-            yield member.worker.id, member.role, ready, member.in_flight, member.pending_tokens
+            yield member.worker.id, member.role, ready, member.load.in_flight, member.load.pending_tokens
 
     def suspect(self, member: Member, error: BaseException) -> None:
         """A relayed request failed at this worker, for whatever reason: it is looked at now. It is out at once if it
@@ -252,10 +276,10 @@ class Fleet:
             member.breaker = Breaker()
 
     def _is_last(self, member: Member) -> bool:
-        return any(all(other is member for other in self.ready(model)) for model in member.models)
+        return any(sum(len(pool.workers) for pool in self.pools.of(model)) == 1 for model in member.models)
 
     def _take_out(self, member: Member, why: object) -> None:
-        member.state = WorkerState.DOWN
+        self.put(member, WorkerState.DOWN)
         log.warning("worker %s is out until it answers again: %s", member.worker.id, why)
 
     async def are_well(self, members: Iterable[Member]) -> bool:
@@ -265,7 +289,7 @@ class Fleet:
     def _locked_out(self, member: Member, error: EngineRefusesKey) -> None:
         """A worker refuses the gateway's key. Its models are asked for again, which shows when it takes the key."""
         if member.state not in (WorkerState.DRAINING, WorkerState.UNAUTHORISED):
-            member.state = WorkerState.UNAUTHORISED
+            self.put(member, WorkerState.UNAUTHORISED)
         member.models, member.policy = (), None
         self._say(member, error)
 
@@ -313,7 +337,8 @@ class Fleet:
 
     def _rescue(self, member: Member) -> None:
         """Takes answers away from a worker that will not finish them; whoever relays them asks another one."""
-        if not member.legs or not any(other is not member for other in self.ready()):
+        others_ready = len(self.pools.workers) - (member.load.pool is not None)
+        if not member.legs or not others_ready:
             return
         now, patience_s = self.clock(), self.health.stall_s
         dead = member.misses >= self.misses
@@ -344,7 +369,7 @@ class Fleet:
         if member.worker.plugin and self.policy is not None and member.policy != self.policy():
             await self._order(member, *self.policy())
         if member.state in _OUT and await self._may_join(member):
-            member.state = WorkerState.READY
+            self.put(member, WorkerState.READY)
             log.info("worker %s is ready: %s", member.worker.id, ", ".join(member.models))
             self._tell()
         member.misses = 0
@@ -357,7 +382,7 @@ class Fleet:
         now, health = self.clock(), self.health
         if now < member.breaker.retry_at or member.output.stuck_s(now) > health.stall_s:
             return False
-        if health.canary == "off" or member.others:
+        if health.canary == "off" or member.load.others:
             return True
         model = member.models[0]
         said = await trial_answer(member.engine, model)
@@ -367,16 +392,17 @@ class Fleet:
         return member.state is not WorkerState.DRAINING  # it may have been told so while it answered
 
     def _read(self, member: Member, metrics: str) -> None:
-        member.kv_usage = max(map(float, _KV_USAGE.findall(metrics)), default=member.kv_usage)
+        load = member.load
         member.ranks = tuple(sorted({int(rank) for rank in _RANKS.findall(metrics)})) or (0,)
         sequences = min(_MOST_SEQUENCES, sum(map(float, _SEQUENCES.findall(metrics))))
-        before, member.others = member.others, max(0, round(sequences) - member.in_flight)
-        if member.others < before and member.state is WorkerState.READY:
+        others, before = max(0, round(sequences) - load.in_flight), load.others
+        load.observe(others=others, kv_usage=max(map(float, _KV_USAGE.findall(metrics)), default=None))
+        if others < before and member.state is WorkerState.READY:
             self._tell()  # there may be room for who waits here
         if (received := _KV_RECEIVED.search(metrics)) is not None:
             member.kv_received_bytes = float(received.group(1))
         if not member.worker.plugin and _PLUGIN in metrics:
-            member.worker = replace(member.worker, plugin=True)
+            self._learned(member, replace(member.worker, plugin=True))
         if (slots := _SLOTS.search(metrics)) is not None and 1 <= float(slots.group(1)) < _MOST_SEQUENCES:
             self._learn_slots(member, int(float(slots.group(1))))
 
@@ -388,9 +414,15 @@ class Fleet:
         # What was not told is assumed, and needs no alarm.
         level = logging.INFO if said == UNKNOWN_SLOTS else logging.ERROR
         log.log(level, "worker %s runs %d sequences at once, not %d", member.worker.id, slots, said)
-        member.worker = replace(member.worker, slots=slots)
+        self._learned(member, replace(member.worker, slots=slots))
         if slots > said and member.state is WorkerState.READY:
             self._tell()
+
+    @staticmethod
+    def _learned(member: Member, worker: Worker) -> None:
+        """More is known of a worker."""
+        member.worker = member.load.worker = worker
+        member.load.observe()
 
     async def _order(self, member: Member, policy: str, options: tuple[str, ...]) -> None:
         """Tells the plug-ins inside an engine which policy holds; one that refuses keeps its own, and is asked once."""
@@ -421,15 +453,16 @@ class Fleet:
         if not names:
             raise EngineGone("it lists no model")
         member.models_json, member.models = listed, names
+        self.pools.moved(member.load, names)
         tells_ids = any(entry.get("owned_by") == "vllm" for entry in listed)
         if tells_ids != member.worker.token_ids:
-            member.worker = replace(member.worker, token_ids=tells_ids)
+            self._learned(member, replace(member.worker, token_ids=tells_ids))
 
     def _missed(self, member: Member, error: EngineGone) -> None:
         member.misses += 1
         member.breaker = Breaker()  # it was away, and may be another process when it comes back
         if member.state is WorkerState.READY and (member.misses >= self.misses or member.suspected):
-            member.state = WorkerState.DOWN
+            self.put(member, WorkerState.DOWN)
             member.models = ()  # it may come back with another model, and a plug-in that knows nothing yet
             member.policy = None
             log.warning("worker %s is out: %s", member.worker.id, error.message)
@@ -469,10 +502,10 @@ def described(members: Iterable[Member]) -> list[dict[str, object]]:
             "role": member.worker.role.value,
             "state": member.state.value,
             "models": list(member.models),
-            "in_flight": member.in_flight,
+            "in_flight": member.load.in_flight,
             "slots": member.worker.slots,
             **({"dtype": member.worker.dtype} if member.worker.dtype else {}),
-            **({"leans": member.leans.value} if member.leans is not Role.BOTH else {}),
+            **({"leans": member.load.leans.value} if member.load.leans is not Role.BOTH else {}),
             **({"note": member.note} if member.note else {}),
             **({"problem": member.problem} if member.problem else {}),
         }

@@ -26,23 +26,21 @@ class Split:
     arriving: bool = True
 
     def __post_init__(self) -> None:
-        self.prefill.in_flight += 1
-        self.prefill.pending_tokens += self.prompt_tokens
-        self.decode.arriving_tokens += self.prompt_tokens
+        self.prefill.load.reserve(1, self.prompt_tokens)
+        self.decode.load.expect(self.prompt_tokens)
 
     def read(self) -> None:
         """The prefill worker has nothing more to do for it."""
         if self.reading:
             self.reading = False
-            self.prefill.in_flight -= 1
-            self.prefill.pending_tokens -= self.prompt_tokens
+            self.prefill.load.release(1, self.prompt_tokens)
             self.wake()
 
     def arrived(self) -> None:
         """The decode worker has its KV, or will do without."""
         if self.arriving:
             self.arriving = False
-            self.decode.arriving_tokens -= self.prompt_tokens
+            self.decode.load.expect(-self.prompt_tokens)
             self.wake()
 
     def over(self) -> None:

@@ -151,7 +151,7 @@ def added(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, flo
 
 def seen(member: Member) -> View:
     """A worker as operators see it: as /ready tells, and how full it is."""
-    return {**described([member])[0], "kv_usage": member.kv_usage, "plugin": member.worker.plugin}
+    return {**described([member])[0], "kv_usage": member.load.kv_usage, "plugin": member.worker.plugin}
 
 
 def line(dispatcher: Dispatcher) -> View:

@@ -1,34 +1,80 @@
 """The decision as a table: one row, one situation."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 
-from scheduler.placement import Aggregated, Candidate, Disaggregated, Rules, Why, place
+from scheduler.placement import Aggregated, Disaggregated, Rules, Why, place
+from scheduler.pools import Pools, WorkerLoad
 from scheduler.workers import Role, Worker
+from tests.scheduler.full_scan import FullScan
 
 RULES = Rules(min_prompt_tokens=100, busy_tokens=1000, max_arriving_tokens=2000)
 
 
-def worker(name: str) -> Worker:
-    roles = {"p": Role.PREFILL, "d": Role.DECODE, "b": Role.BOTH}
-    return Worker(name, f"http://{name}", roles[name[0]])
+@dataclass(frozen=True)
+class Stand:
+    """One worker of a situation, named after its role: p0 reads, d0 answers, b0 does both."""
+
+    name: str
+    cost: float = 0.0
+    room: bool = True
+    cached_tokens: int = 0
+    pending_tokens: int = 0
+    arriving_tokens: int = 0
+    kv_usage: float = 0.0
+    leans: Role = Role.BOTH
+
+    def load(self) -> WorkerLoad:
+        role = {"p": Role.PREFILL, "d": Role.DECODE, "b": Role.BOTH}[self.name[0]]
+        return WorkerLoad(
+            Worker(self.name, f"http://{self.name}", role),
+            in_flight=0 if self.room else 256,
+            pending_tokens=self.pending_tokens,
+            arriving_tokens=self.arriving_tokens,
+            kv_usage=self.kv_usage,
+            leans=self.leans,
+        )
 
 
-def at(name: str, cost: float = 0.0, *, room: bool = True, **how: float) -> Candidate:
-    return Candidate(worker(name), worker(name).role, room, cost, **how)  # type: ignore[arg-type]
+at = Stand
 
 
-def apart(prefill: str, decode: str) -> Disaggregated:
-    return Disaggregated(worker(prefill), worker(decode))
+class Situation(FullScan):
+    """Workers whose costs are given."""
+
+    def __init__(self, stands: list[Stand]) -> None:
+        pools = Pools()
+        for stand in stands:
+            pools.add(stand.load(), ("m",))
+        known = {stand.name: stand.cached_tokens for stand in stands if stand.cached_tokens}
+        super().__init__(pools.of("m"), 500.0, known=known)
+        self.costs = {stand.name: stand.cost for stand in stands}
+
+    def cost(self, load: WorkerLoad) -> float:
+        return self.costs[load.worker.id]
 
 
-def together(name: str, why: Why) -> Aggregated:
-    return Aggregated(worker(name), why)
+def placed(prompt_tokens: int, stands: list[Stand], *, splittable: bool = True) -> tuple[str, str] | None:
+    """(reader, answerer), or (worker, why it does both), or None."""
+    match place(prompt_tokens, Situation(stands), RULES, splittable=splittable):
+        case Disaggregated(prefill, decode):
+            return prefill.worker.id, decode.worker.id
+        case Aggregated(load, why):
+            return load.worker.id, why.value
+    return None
+
+
+def apart(prefill: str, decode: str) -> tuple[str, str]:
+    return prefill, decode
+
+
+def together(name: str, why: Why) -> tuple[str, str]:
+    return name, why.value
 
 
 P, D = at("p0"), at("d0")
-TABLE: dict[str, tuple[int, list[Candidate], Disaggregated | Aggregated | None]] = {
+TABLE: dict[str, tuple[int, list[Stand], tuple[str, str] | None]] = {
     "a long prompt is read by one and answered by another": (500, [P, D], apart("p0", "d0")),
     "just long enough": (100, [P, D], apart("p0", "d0")),
     "short": (99, [P, D], together("d0", Why.SHORT_PROMPT)),
@@ -100,29 +146,24 @@ TABLE: dict[str, tuple[int, list[Candidate], Disaggregated | Aggregated | None]]
 
 @pytest.mark.parametrize("row", TABLE, ids=str)
 def test_placement(row: str) -> None:
-    prompt_tokens, places, expected = TABLE[row]
-    assert place(prompt_tokens, places, RULES, splittable=True) == expected
+    prompt_tokens, stands, expected = TABLE[row]
+    assert placed(prompt_tokens, stands) == expected
 
 
 def test_what_cannot_be_split_is_never_split() -> None:
-    assert place(500, [P, D], RULES, splittable=False) == together("d0", Why.UNFIT)
-    assert place(500, [P, replace(D, has_room=False)], RULES, splittable=False) is None
-    assert place(500, [P], RULES, splittable=False) == together("p0", Why.UNFIT)
+    assert placed(500, [P, D], splittable=False) == together("d0", Why.UNFIT)
+    assert placed(500, [P, replace(D, room=False)], splittable=False) is None
+    assert placed(500, [P], splittable=False) == together("p0", Why.UNFIT)
 
 
 def test_a_worker_that_leans_is_one_of_its_side() -> None:
-    reads, answers = replace(at("b0", 1), role=Role.PREFILL), replace(at("b1", 1), role=Role.DECODE)
-    assert place(500, [at("p0", 2), at("d0", 2), reads, answers], RULES, splittable=True) == apart("b0", "b1")
-    assert place(9, [P, at("d0", 2), reads], RULES, splittable=True) == together("d0", Why.SHORT_PROMPT)
+    reads, answers = at("b0", 1, leans=Role.PREFILL), at("b1", 1, leans=Role.DECODE)
+    assert placed(500, [at("p0", 2), at("d0", 2), reads, answers]) == apart("b0", "b1")
+    assert placed(9, [P, at("d0", 2), reads]) == together("d0", Why.SHORT_PROMPT)
 
 
 def test_whoever_is_chosen_has_room() -> None:
-    for prompt_tokens, places, _ in TABLE.values():
-        free = {each.worker for each in places if each.has_room}
-        match place(prompt_tokens, places, RULES, splittable=True):
-            case Disaggregated(prefill, decode):
-                assert {prefill, decode} <= free
-            case Aggregated(chosen, _):
-                assert chosen in free
-            case None:
-                pass
+    for prompt_tokens, stands, _ in TABLE.values():
+        free = {stand.name for stand in stands if stand.room}
+        chosen = placed(prompt_tokens, stands)
+        assert chosen is None or set(chosen) - {why.value for why in Why} <= free

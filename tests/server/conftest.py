@@ -295,7 +295,7 @@ class Running:
 
     @property
     def in_flight(self) -> int:
-        return sum(member.in_flight for member in self.server.fleet.members.values())
+        return sum(member.load.in_flight for member in self.server.fleet.members.values())
 
     @property
     def waiting(self) -> int:
@@ -310,7 +310,7 @@ class Running:
             and not self.waiting
             and not any(line._waiters or line._waiting_of or line.charge for line in lines)
             and not any(line.lanes.running() for line in lines)
-            and not any(member.pending_tokens or member.arriving_tokens for member in members)
+            and not any(member.load.pending_tokens or member.load.arriving_tokens for member in members)
             and not self.server.uvicorn.server_state.tasks
         )
 

@@ -211,7 +211,7 @@ async def test_a_drained_worker_gets_nothing_new_and_finishes_what_it_has() -> N
         assert added.status == 201
         await eventually(lambda: len(gateway.server.fleet.ready()) == 1)
         assert (await gateway.ask("/v1/chat/completions", chat())).status == 200
-        assert gateway.server.fleet.members["worker-0"].in_flight == 1
+        assert gateway.server.fleet.members["worker-0"].load.in_flight == 1
         while await running.chunk():
             pass
         assert (await admin(gateway, "DELETE", "/workers/spare")).status == 204

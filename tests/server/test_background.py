@@ -62,7 +62,7 @@ async def test_a_probe_that_meets_a_bug_goes_on_and_ready_says_so() -> None:
         fleet = gateway.server.fleet
         member = fleet.members["worker-0"]
         sound, member.breaker = member.breaker, None  # type: ignore[assignment]  # a bug
-        member.state = type(member.state).DOWN
+        gateway.server.fleet.put(member, type(member.state).DOWN)
         await eventually(gateway.server.background.problems, "the probe has failed")
         told = (await gateway.ask("/ready", method="GET")).json()
         assert "AttributeError" in told["failing"]["probe worker-0"]

@@ -24,17 +24,17 @@ def fleet_of(**roles: str) -> Fleet:
     fleet = Fleet()
     for name, role in roles.items():
         worker = Worker(name, "http://127.0.0.1:9", Role(role), slots=10, hands_over=role == "both")
-        fleet.members[name] = Member(worker, EngineClient(worker.url), WorkerState.READY, ("fake",))
+        fleet.enroll(Member(worker, EngineClient(worker.url), WorkerState.READY, ("fake",)))
     return fleet
 
 
 def test_loads_are_shares_of_what_a_side_can_take() -> None:
     fleet = fleet_of(p="prefill", d="decode", e="decode", b="both")
-    fleet.members["p"].pending_tokens = 500
-    fleet.members["d"].in_flight, fleet.members["e"].in_flight = 10, 5
-    fleet.members["b"].in_flight = 9
+    fleet.members["p"].load.pending_tokens = 500
+    fleet.members["d"].load.in_flight, fleet.members["e"].load.in_flight = 10, 5
+    fleet.members["b"].load.in_flight = 9
     assert loads(fleet.ready(), 1000) == (0.5, 0.75)
-    fleet.members["b"].leans = Role.DECODE
+    fleet.lean(fleet.members["b"], Role.DECODE)
     assert loads(fleet.ready(), 1000) == (0.5, 0.8)
     assert loads([], 1000) == (0.0, 0.0)
 
@@ -45,12 +45,12 @@ def test_one_worker_at_a_time_leans_and_not_twice_within_a_while() -> None:
     fleet.changed.append(lambda: told.append(None))
     balancer = Balancer(fleet, 1000, clock=clock, swing=Swing(hold_s=10.0))
     p, a, b = (fleet.members[name] for name in "pab")
-    p.pending_tokens = 2000
+    p.load.pending_tokens = 2000
     balancer.look()
     assert (a.role, b.role, len(told)) == (Role.PREFILL, Role.BOTH, 1)
     balancer.look()
     assert (a.role, b.role) == (Role.PREFILL, Role.PREFILL), "two share what is still too much for them"
-    p.pending_tokens = 0
+    p.load.pending_tokens = 0
     clock.now += 9.9
     balancer.look()
     assert (a.role, b.role) == (Role.PREFILL, Role.PREFILL)
@@ -64,8 +64,8 @@ def test_one_worker_at_a_time_leans_and_not_twice_within_a_while() -> None:
 def test_a_worker_without_a_connector_and_one_with_a_role_stay_what_they_are() -> None:
     fleet = fleet_of(p="prefill", d="decode")
     plain = Worker("plain", "http://127.0.0.1:9", Role.BOTH)
-    fleet.members["plain"] = Member(plain, EngineClient(plain.url), WorkerState.READY, ("fake",))
-    fleet.members["p"].pending_tokens = 10**6
+    fleet.enroll(Member(plain, EngineClient(plain.url), WorkerState.READY, ("fake",)))
+    fleet.members["p"].load.pending_tokens = 10**6
     Balancer(fleet, 1000, clock=Clock()).look()
     assert [member.role for member in fleet.members.values()] == [Role.PREFILL, Role.DECODE, Role.BOTH]
 
@@ -82,22 +82,22 @@ async def three() -> AsyncIterator[tuple[Running, dict[str, FakeEngine]]]:
 
 async def test_requests_follow_a_worker_to_its_side_and_back() -> None:
     async with three() as (gateway, engines):
-        members = gateway.server.fleet.members
+        fleet, members = gateway.server.fleet, gateway.server.fleet.members
 
         async def ask(number: int) -> None:
             reply = await gateway.ask("/v1/completions", completion(prompt=[number] * 100, max_tokens=3))
             assert reply.status == 200
 
-        members["b"].leans = Role.PREFILL
-        members["p"].state = WorkerState.DRAINING
+        fleet.lean(members["b"], Role.PREFILL)
+        fleet.put(members["p"], WorkerState.DRAINING)
         await ask(10)
         assert len(engines["b"].seen) == 1 and engines["b"].seen[-1].body["max_tokens"] == 1
         assert engines["d"].fetched == 1
-        members["b"].leans = Role.DECODE
-        members["p"].state = WorkerState.READY
-        members["d"].state = WorkerState.DRAINING
+        fleet.lean(members["b"], Role.DECODE)
+        fleet.put(members["p"], WorkerState.READY)
+        fleet.put(members["d"], WorkerState.DRAINING)
         await ask(11)
         assert engines["b"].fetched == 1 and len(engines["p"].seen) == 1
-        members["b"].leans = Role.BOTH
+        fleet.lean(members["b"], Role.BOTH)
         await ask(12)
         assert len(engines["p"].seen) == 1, "a worker that leans nowhere takes requests whole"

@@ -51,7 +51,6 @@ class Hall:
             "fake",
             TieredLanes(build(policy, {})),
             self.fleet,
-            window=lambda worker: worker.slots,
             max_waiting=max_waiting,
             queue_timeout_s=timeout_s,
             clock=self.clock,
@@ -66,7 +65,7 @@ class Hall:
     def join(self, name: str, slots: int) -> Member:
         url = "http://127.0.0.1:9"
         member = Member(Worker(name, url, slots=slots), EngineClient(url), WorkerState.READY, ("fake",))
-        self.fleet.members[name] = member
+        self.fleet.enroll(member)
         return member
 
     def ticket(self, tenant: str = "anybody", sequences: int = 1) -> Ticket:
@@ -100,7 +99,7 @@ class Hall:
             or line._waiters
             or line._waiting_of
             or line.charge
-            or any(member.in_flight or member.pending_tokens for member in self.fleet.members.values())
+            or any(member.load.in_flight or member.load.pending_tokens for member in self.fleet.members.values())
         )
 
 
@@ -188,7 +187,7 @@ def test_a_wide_request_goes_where_there_is_most_room() -> None:
     async def run() -> None:
         hall = Hall(slots=(4, 6))
         for _ in range(3):
-            hall.fleet.members["w1"].pending_tokens += 1000  # it has more to do
+            hall.fleet.members["w1"].load.reserve(0, 1000)  # it has more to do
         wide = hall.send(hall.ticket(sequences=9))
         await settle()
         assert hall.most == {"w1": 9}
@@ -262,7 +261,7 @@ def test_a_conversation_stays_with_its_worker_until_that_is_overloaded() -> None
         await asyncio.gather(hall.visit(again), hall.visit(more), *busy)
         assert (again.worker, more.worker) == ("w1", "w0")
 
-        hall.fleet.members["w0"].others = 8
+        hall.fleet.members["w0"].load.observe(others=8)
         elsewhere = asking(hall, 6, story, "go on", "and on")
         await hall.visit(elsewhere)
         assert elsewhere.worker == "w1"
@@ -405,7 +404,7 @@ def test_no_worker_is_said_at_once_and_after_a_wait() -> None:
         await settle()
         waiting = hall.send(hall.ticket())
         await settle()
-        member.state = WorkerState.DOWN
+        hall.fleet.put(member, WorkerState.DOWN)
         with pytest.raises(NoWorker):
             await hall.visit(hall.ticket())
         with pytest.raises(NoWorker):
@@ -564,7 +563,7 @@ def test_a_model_that_nobody_serves_is_unknown_only_while_others_are_served() ->
         with pytest.raises(UnknownModel):
             lines.of("other")
         assert lines.of("fake") is hall.dispatcher
-        member.state = WorkerState.DOWN
+        hall.fleet.put(member, WorkerState.DOWN)
         assert lines.of("fake") is hall.dispatcher
 
     in_virtual_time(run())
@@ -637,6 +636,6 @@ async def test_a_window_is_shared_with_other_gateways_but_each_has_its_part(
     replicas: int, others: int, most: int
 ) -> None:
     hall = Hall(slots=(8,), replicas=replicas)
-    hall.fleet.members["w0"].others = others
+    hall.fleet.members["w0"].load.observe(others=others)
     await asyncio.gather(*(hall.visit(hall.ticket(), stay_s=0.01) for _ in range(24)))
     assert hall.most["w0"] == most

@@ -50,10 +50,10 @@ async def test_kv_usage_is_read_and_a_strange_number_is_not() -> None:
         engine.gets = {"/metrics": plain(b'vllm:kv_cache_usage_perc{engine="0"} 0.25\n')}
         fleet = Fleet(probe_s=0.01, health=QUIET)
         member = fleet.add(Worker("w", engine.url))
-        await eventually(lambda: member.kv_usage == 0.25)
+        await eventually(lambda: member.load.kv_usage == 0.25)
         engine.gets = {"/metrics": plain(b"vllm:kv_cache_usage_perc many\n")}
         await eventually(lambda: member.state is WorkerState.READY)
-        assert member.kv_usage == 0.25 and member.misses == 0
+        assert member.load.kv_usage == 0.25 and member.misses == 0
         await fleet.close()
 
 
@@ -63,13 +63,13 @@ async def test_sequences_from_elsewhere_are_those_that_a_worker_has_beyond_ours(
         engine.gets = {"/metrics": plain(lines)}
         fleet = Fleet(probe_s=0.01, health=QUIET)
         member = fleet.add(Worker("w", engine.url))
-        await eventually(lambda: member.others == 7)
-        member.in_flight = 6
-        await eventually(lambda: member.others == 1)
-        member.in_flight = 8  # what we have just sent is not there yet
-        await eventually(lambda: member.others == 0)
+        await eventually(lambda: member.load.others == 7)
+        member.load.in_flight = 6
+        await eventually(lambda: member.load.others == 1)
+        member.load.in_flight = 8  # what we have just sent is not there yet
+        await eventually(lambda: member.load.others == 0)
         engine.gets = {"/metrics": plain(b"vllm:num_requests_running 1e999\nvllm:num_requests_waiting e\n")}
-        await eventually(lambda: member.others > 1000)
+        await eventually(lambda: member.load.others > 1000)
         assert member.state is WorkerState.READY
         await fleet.close()
 
@@ -149,7 +149,7 @@ async def test_each_data_parallel_rank_is_told_the_policy() -> None:
         member = fleet.add(Worker("w", engine.url))
         await eventually(lambda: member.state is WorkerState.READY)
         assert [asked.headers["x-data-parallel-rank"] for asked in engine.asked] == ["0", "1", "2"]
-        assert (member.worker.slots, member.kv_usage) == (3072, 0.2)
+        assert (member.worker.slots, member.load.kv_usage) == (3072, 0.2)
         await fleet.close()
 
 

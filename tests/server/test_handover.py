@@ -342,8 +342,8 @@ async def test_the_prefill_worker_is_free_for_others_as_soon_as_it_has_read() ->
         wire = await both.gateway.send(request(CHAT, body(stream=True, max_tokens=4000, ignore_eos=True)))
         await wire.head()
         members = both.gateway.server.fleet.members
-        assert members["p0"].in_flight == members["p0"].pending_tokens == 0
-        assert members["d0"].in_flight == 1 and members["d0"].arriving_tokens == 0
+        assert members["p0"].load.in_flight == members["p0"].load.pending_tokens == 0
+        assert members["d0"].load.in_flight == 1 and members["d0"].load.arriving_tokens == 0
         wire.reset()
 
 

@@ -37,12 +37,11 @@ class Floor:
         for role, count in workers.items():
             for number in range(count):
                 worker = Worker(f"{role.value}-{number}", "http://127.0.0.1:9", role, SLOTS[role])
-                self.fleet.members[worker.id] = Member(worker, EngineClient(worker.url), WorkerState.READY, ("fake",))
+                self.fleet.enroll(Member(worker, EngineClient(worker.url), WorkerState.READY, ("fake",)))
         self.line = Dispatcher(
             "fake",
             TieredLanes(build(policy, {})),
             self.fleet,
-            window=lambda worker: worker.slots,
             max_waiting=10_000,
             queue_timeout_s=None,
             clock=self.clock,
@@ -117,7 +116,9 @@ def test_vtc_bounds_hold_over_both_pools_together(workers: dict[Role, int]) -> N
         assert floor.line.placed["apart"] > 100 and floor.line.placed["prefill_busy"] > 0
         assert max(floor.gaps) <= floor.bound  # Lemma 4.3
         assert max(floor.leads) - min(floor.leads) <= 2 * floor.bound  # Theorem 4.4
-        assert all(not member.in_flight and not member.pending_tokens for member in floor.fleet.members.values())
+        assert all(
+            not member.load.in_flight and not member.load.pending_tokens for member in floor.fleet.members.values()
+        )
 
     in_virtual_time(run())
 

@@ -124,11 +124,11 @@ async def test_what_only_counts_tokens_is_relayed_and_does_not_wait(path: str) -
         gateway,
         engine,
     ):
-        next(iter(gateway.server.fleet.members.values())).in_flight += 1  # it is full
+        next(iter(gateway.server.fleet.members.values())).load.reserve(1, 0)  # it is full
         reply = await gateway.ask(path, asked)
         assert reply.status == 200 and reply.json() == {"input_tokens": 3}
         assert engine.asked[-1].path == path and json.loads(engine.asked[-1].body) == asked
-        next(iter(gateway.server.fleet.members.values())).in_flight -= 1
+        next(iter(gateway.server.fleet.members.values())).load.release(1, 0)
 
 
 async def test_a_byte_order_mark_before_a_body_is_passed_over() -> None:

@@ -1,14 +1,52 @@
 """Where a request goes: by load, by what a worker remembers, and by nothing that is kept of a prompt's text."""
 
 import json
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.routing import AFFINITY, LONGEST_BYTES, WORKERS_EACH, Affinity, RouteOption, beginnings, best, score
+from scheduler.pools import Pools, WorkerLoad
+from scheduler.routing import AFFINITY, LONGEST_BYTES, WORKERS_EACH, Affinity, Choice, beginnings, score
+from scheduler.workers import Worker
+from tests.scheduler.full_scan import FullScan
 
 TYPICAL = 500.0
+
+
+def load_of(slots: int, pending_tokens: int = 0, others: int = 0, kv_usage: float = 0.0) -> WorkerLoad:
+    worker = Worker("w", "http://127.0.0.1:9", slots=slots)
+    return WorkerLoad(worker, pending_tokens=pending_tokens, others=others, kv_usage=kv_usage)
+
+
+@dataclass(frozen=True)
+class RouteOption:
+    """A worker, and how much of the prompt it remembers."""
+
+    slots: int
+    pending_tokens: int = 0
+    others: int = 0
+    kv_usage: float = 0.0
+    known_tokens: int = 0
+
+
+def best(options: list[RouteOption], typical_tokens: float, choice: type[Choice] = Choice) -> int:
+    """Index of the one that is taken."""
+    pools, known = Pools(lambda worker: 10**6), {}
+    for number, option in enumerate(options):
+        load = load_of(option.slots, option.pending_tokens, option.others, option.kv_usage)
+        load.worker = replace(load.worker, id=f"{number}")
+        pools.add(load, ("m",))
+        if option.known_tokens:
+            known[f"{number}"] = option.known_tokens
+    pools.of("m")[0].typical_tokens = typical_tokens
+    pools.refresh()
+    taken = choice(pools.of("m"), typical_tokens, known=known).cheapest()
+    assert taken is not None
+    return int(taken.worker.id)
+
+
 IDLE = RouteOption(8)
 
 # (what it shows, options, the one that is taken)
@@ -35,7 +73,7 @@ TABLE: list[tuple[str, list[RouteOption], int]] = [
 
 @pytest.mark.parametrize("options, taken", [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
 def test_the_best_option(options: list[RouteOption], taken: int) -> None:
-    assert best(options, TYPICAL) == taken
+    assert best(options, TYPICAL) == best(options, TYPICAL, FullScan) == taken
 
 
 OPTIONS = st.builds(
@@ -50,8 +88,9 @@ OPTIONS = st.builds(
 
 @given(option=OPTIONS, typical=st.floats(1, 1e5))
 def test_what_is_remembered_is_worth_half_a_batch_at_most(option: RouteOption, typical: float) -> None:
-    forgetful = RouteOption(option.slots, option.pending_tokens, option.others, option.kv_usage)
-    assert -1e-6 <= score(forgetful, typical) - score(option, typical) <= AFFINITY + 1e-6  # as floats go
+    load = load_of(option.slots, option.pending_tokens, option.others, option.kv_usage)
+    worth = score(load, typical, 0) - score(load, typical, option.known_tokens)
+    assert -1e-6 <= worth <= AFFINITY + 1e-6  # as floats go
 
 
 def turns(*said: str) -> bytes:
