@@ -4,7 +4,7 @@ vLLM's dummy weights are so small that an answer is a cycle of two tokens, which
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +16,22 @@ from deploy.engine.model import cache_folder, prepare_tiny
 Weights = npt.NDArray[np.float32]
 
 
-def write(folder: Path, shape: Mapping[str, int], seed: int = 7) -> Path:
-    """Fills the folder: the bundled model's tokenizer, its config with this shape, seeded weights; returns it."""
+def write(folder: Path, shape: Mapping[str, int], seed: int = 7, says: Collection[int] = ()) -> Path:
+    """Fills the folder: the bundled model's tokenizer, its config with this shape, seeded weights; returns it.
+
+    says: token ids, the only ones that it ever chooses if it is greedy; any if there are none.
+    """
     tiny = prepare_tiny(cache_folder(), lambda _: None)
     for file in tiny.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     config = json.loads((tiny / "config.json").read_text()) | shape | {"tie_word_embeddings": False}
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(dict(_weights(config, np.random.default_rng(seed))), folder / "model.safetensors", {"format": "pt"})
+    weights = dict(_weights(config, np.random.default_rng(seed)))
+    if says:
+        others = np.ones(config["vocab_size"], bool)
+        others[list(says)] = False
+        weights["lm_head.weight"][others] = 0.0  # some token that it may say is always likelier than these
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

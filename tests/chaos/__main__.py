@@ -103,7 +103,7 @@ RUNS: Mapping[str, Run] = {
         (
             SEED,
             ("workers", 2, "engines"),
-            ("blows", 12, "how often one is killed, stopped or told to end; 0: what differs when all is well"),
+            ("blows", 40, "how often one is killed, stopped or told to end; 0: what differs when all is well"),
             ("clients", 4, "who never pause"),
             ("streams", 0, "it goes on until so many have ended"),
         ),

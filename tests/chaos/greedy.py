@@ -16,6 +16,7 @@ from tests.chaos.site import ask
 
 # Natural logarithms. Rounding moves float32 sums by about 1e-5 here; the second best is 0.4 below the best in the mean.
 TIE = 1e-3
+_AT_LENGTH = ("length", "max_tokens", "incomplete")  # how the APIs say that an answer ended at its limit
 _HALF = "\N{REPLACEMENT CHARACTER}"  # how many stand for half a character depends on where a text is cut
 
 
@@ -29,26 +30,25 @@ class Verdict:
 
 
 class Judge:
-    """Judges answers of a fixed length by an engine that nobody else asks anything."""
+    """Judges answers of a fixed length by an engine that nobody else asks anything.
+
+    An answer of /v1/responses or /v1/messages tells no token ids: those of its text are taken, so the model must say
+    nothing but tokens whose text has no other ids.
+    """
 
     def __init__(self, model: Path) -> None:
         self.tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
 
-    @staticmethod
-    def reads(question: Question) -> bool:
-        """Whether its answer tells token ids, without which nobody can say how likely its tokens are."""
-        return question.path in (CHAT, COMPLETIONS)
-
     async def verdict(self, port: int, question: Question, said: Told) -> Verdict:
-        if not self.reads(question):
-            return Verdict(0.0, "it tells no token ids, and is not the undisturbed one")
         (text, ids, finish), usage = said
+        if question.path not in (CHAT, COMPLETIONS):
+            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         prompt = await prompt_ids(port, question)
         below = await gaps(port, prompt, ids)
         gap = max(below, default=0.0)
-        length = question.body["max_tokens"]
+        length = next(question.body[name] for name in ("max_tokens", "max_output_tokens") if name in question.body)
         counted = (usage["prompt_tokens"], usage["completion_tokens"])
-        if (len(ids), finish) != (length, "length") or counted != (len(prompt), length):
+        if len(ids) != length or finish not in _AT_LENGTH or counted != (len(prompt), length):
             return Verdict(gap, f"{len(ids)} tokens of {length}, ends with {finish}, counted {counted}")
         if self.plain(ids) != text.replace(_HALF, ""):
             return Verdict(gap, f"its text is not that of its tokens: {text!r}")
@@ -62,6 +62,10 @@ class Judge:
 
 async def prompt_ids(port: int, question: Question) -> list[int]:
     """What the engine makes of a question."""
+    if question.path not in (CHAT, COMPLETIONS):
+        reply = await ask(port, f"{question.path}/render", question.body)
+        assert reply.status == 200, reply.body[:300]
+        return list(reply.json()["token_ids"])
     asked = {name: question.body[name] for name in ("model", "messages", "prompt") if name in question.body}
     reply = await ask(port, "/tokenize", asked)
     assert reply.status == 200, reply.body[:300]

@@ -21,7 +21,9 @@ class Part(Enum):
     ALL = "all of it"
     SERVER = "API server"
     CORE = "EngineCore"
-    WORKER = "Worker"  # the process that computes: what a GPU's fault or the out-of-memory killer ends
+    COMPUTES = (
+        "computes"  # what a GPU's fault or the out-of-memory killer ends: vLLM's Worker, or EngineCore without one
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,14 @@ undisturbed one, token for token, as one well-formed stream; and at the end noth
 """
 
 import asyncio
+import contextlib
+import logging
 import os
 import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from typing import Any
 from loadtest.simulator.costmodel import PRESETS
 from server.fleet.fleet import RunningAnswer
 from server.observe.observer import Observer
-from server.relay.relay import Stream
+from server.relay.relay import Pipe, Stream
 from server.request.call import Ticket
 from tests.chaos.figures import Figure, none, quantile_ms
 from tests.chaos.greedy import TIE, Judge
@@ -26,6 +28,8 @@ from tests.chaos.load import Client, Pause, Question, Seen, Tell, questions, tol
 from tests.chaos.plan import FOUR, Blow, Event, Part, plan
 from tests.chaos.site import HEALTH, START_S, Program, engine, running
 from tests.server.conftest import eventually, serving
+
+log = logging.getLogger("tests.chaos.workers")
 
 WORKERS = 3
 SIGNALS = {Blow.KILL: signal.SIGKILL, Blow.STOP: signal.SIGSTOP, Blow.TERM: signal.SIGTERM}
@@ -43,7 +47,8 @@ class Setting:
 
     judge: of well-formed answers that are not the undisturbed ones, where such may be right. It asks the first worker.
     rests: clients rest while a worker starts, where that takes a minute of all the cores there are.
-    parts: processes that are struck, in turn. process_of: which process of a worker is this part.
+    parts: processes that are struck, in turn. process_of: which process of a worker is this part. close: ends what
+    started the workers.
     """
 
     workers: Callable[[Path], list[Program]]
@@ -57,6 +62,7 @@ class Setting:
     rests: bool = False
     parts: Sequence[Part] = (Part.ALL,)
     process_of: Callable[[Program, Part], int] = lambda program, part: program.pid
+    close: Callable[[], Awaitable[None]] | None = None
 
 
 def without_a_model(seed: int) -> Setting:
@@ -82,7 +88,8 @@ class Struck:
 
 @dataclass
 class Report:
-    """What the clients saw. moved: requests that another worker went on with, and whose they were before.
+    """What the clients saw. moved: requests that another worker went on with, and whose they were before. met: requests
+    that ran at a worker when it was struck, by route and kind.
 
     gaps: of each answer that is right without being the undisturbed one, how far below the best its tokens are.
     """
@@ -91,6 +98,7 @@ class Report:
     seen: Seen = field(default_factory=Seen)
     blows: list[Struck] = field(default_factory=list)
     moved: dict[str, str] = field(default_factory=dict)
+    met: Counter[str] = field(default_factory=Counter)
     failovers: Counter[str] = field(default_factory=Counter)
     gaps: dict[str, float] | None = None
 
@@ -118,6 +126,9 @@ class Report:
         answers, kinds = self.seen.answers, ", ".join(f"{name}: {count}" for name, count in sorted(self.parts.items()))
         figures = [
             Figure("blows", kinds),
+            Figure(
+                "requests that a blow met", ", ".join(f"{name}: {count}" for name, count in sorted(self.met.items()))
+            ),
             Figure("answers, of which streams", f"{answers.total()}, {len(self.seen.streams)}"),
             none("of them failed or different", self.seen.wrong),
             Figure(
@@ -191,7 +202,10 @@ class Chaos:
         with tempfile.TemporaryDirectory(prefix="evenhand-chaos-") as folder:
             self.workers = setting.workers(Path(folder))
             self.events = plan(self.seed, len(self.workers), self.blows, setting.kinds, setting.parts)
-            async with running(*self.workers):
+            async with contextlib.AsyncExitStack() as stack:
+                if setting.close is not None:
+                    stack.push_async_callback(setting.close)
+                await stack.enter_async_context(running(*self.workers))
                 urls = [worker.url for worker in self.workers]
                 async with serving(*urls, probe_s=setting.probe_s, health=setting.health) as self.gateway:
                     await self._all_ready()
@@ -226,8 +240,6 @@ class Chaos:
         """What the other answers are, by an engine that nobody asks anything else now."""
         port, seen = self.workers[0].port, self.report.seen
         for question, said in zip(self.setting.questions, self.clients[0].expected, strict=True):
-            if not judge.reads(question):
-                continue
             learned = await judge.verdict(port, question, said)
             assert not learned.problem, f"an undisturbed answer: {learned.problem}"
         self.report.gaps = {}
@@ -245,8 +257,20 @@ class Chaos:
         worker, name = self.workers[event.worker], f"worker-{event.worker}"
         member = self.gateway.server.fleet.members[name]
         await eventually(lambda: any(map(_has_far_to_go, member.legs)), f"{name} is in the middle of a stream", START_S)
+        for leg in member.legs:
+            if isinstance(leg, Pipe):
+                call = leg.ticket.call
+                self.report.met[f"{call.route.path}, {'streamed' if call.stream else 'whole'}"] += 1
         began = time.monotonic()
         await self._hit(worker, event)
+        log.info(
+            "blow %d of %d: %s %s of %s",
+            len(self.report.blows) + 1,
+            len(self.events),
+            event.blow.value,
+            event.part.value,
+            name,
+        )
         await eventually(self._one_is_out, f"the {event.blow.value} of {event.part.value} is noticed", NOTICE_S)
         self.report.blows.append(Struck(name, event.blow, began, time.monotonic(), event.part))
         await asyncio.sleep(event.away_s)

@@ -546,7 +546,9 @@ async def test_a_request_needs_exactly_one_host() -> None:
 
 
 async def test_http_1_0_cannot_be_chunked() -> None:
-    data = request(CHAT, headers={"transfer-encoding": "chunked"}, version="1.0") + b"0\r\n\r\n"
+    body = HELLO.partition(b"\r\n\r\n")[2]
+    head = request(CHAT, headers={"transfer-encoding": "chunked"}, version="1.0")
+    data = head + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
     async with over_fake() as (gateway, engine):
         wire = await gateway.send(data + HELLO)
         assert (await wire.answer()).status == 400

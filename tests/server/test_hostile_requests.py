@@ -192,21 +192,22 @@ async def test_a_stream_that_engines_cut_takes_out_nobody(tmp_path: Path) -> Non
 IN_BAND = {
     CHAT: (
         b'data: {"id":"c","object":"chat.completion.chunk","created":1,"model":"fake","choices":[{"index":0,"delta":'
-        b'{"role":"assistant","content":""},"finish_reason":null}],"prompt_token_ids":[5,6,7]}\n\n',
-        b'data: {"error": {"message": "EngineCore encountered an issue.", "type": "InternalServerError", "code": 500}}'
-        b"\n\n",
+        b'{"role":"assistant","content":""},"finish_reason":null}],"prompt_token_ids":[5,6,7]}\n\n'
     ),
     COMPLETIONS: (
         b'data: {"id":"c","object":"text_completion","created":1,"model":"fake","choices":[{"index":0,"text":"",'
-        b'"finish_reason":null,"prompt_token_ids":[5],"token_ids":[]}]}\n\n',
-        b'data: {"error": {"message": "EngineCore encountered an issue.", "code": 500}}\n\n',
+        b'"finish_reason":null,"prompt_token_ids":[5],"token_ids":[]}]}\n\n'
     ),
 }
 
 
+@pytest.mark.parametrize("error", [b'"code": 500', b'"code": null', b'"type": "InternalServerError"', b'"param": null'])
 @pytest.mark.parametrize("path", IN_BAND)
-async def test_an_engine_that_dies_and_says_so_in_band_costs_nobody_an_answer(tmp_path: Path, path: str) -> None:
-    dying = streamed(*IN_BAND[path], b"data: [DONE]\n\n")
+async def test_an_engine_that_dies_and_says_so_in_band_costs_nobody_an_answer(
+    tmp_path: Path, path: str, error: bytes
+) -> None:
+    said = b'data: {"error": {"message": "EngineCore encountered an issue.", %b}}\n\n' % error
+    dying = streamed(IN_BAND[path], said, b"data: [DONE]\n\n")
     first: list[object] = []
 
     def answers(body: dict[str, object]) -> bytes:
@@ -245,7 +246,7 @@ async def test_an_error_that_is_the_request_s_own_ends_the_stream_in_the_gateway
         MESSAGES: b'event: error\ndata: {"type":"error","error":{"type":"invalid_request_error","message":"no"}}\n\n',
     }
     begin = {
-        CHAT: IN_BAND[CHAT][0],
+        CHAT: IN_BAND[CHAT],
         RESPONSES: b'event: response.created\ndata: {"type":"response.created","response":{}}\n\n',
         MESSAGES: b'event: message_start\ndata: {"type":"message_start","message":{}}\n\n',
     }
@@ -436,7 +437,7 @@ async def test_names_in_a_request_forge_no_lines_of_the_log(tmp_path: Path, capl
         TENANTS.replace("- name: hostile", "- name: hostile\n  grants: [" + json.dumps(forged) + "]")
     )
     caplog.set_level(logging.INFO)
-    cut = streamed(*IN_BAND[CHAT][:1], ENDS[CHAT][1].replace(b'"stop"', b"null")).removesuffix(b"0\r\n\r\n") + CUT
+    cut = streamed(IN_BAND[CHAT], ENDS[CHAT][1].replace(b'"stop"', b"null")).removesuffix(b"0\r\n\r\n") + CUT
     async with contextlib.AsyncExitStack() as stack:
         engine = Reacting(lambda _: cut)
         await stack.enter_async_context(engine.run())
@@ -455,3 +456,34 @@ async def test_a_large_event_in_pieces_is_put_together_once(tmp_path: Path) -> N
     async with hall(tmp_path, lambda _: pieces, count=1) as there:
         reply = await there.ask(COMPLETIONS, completion(stream=True))
         assert reply.body == event + b"data: [DONE]\n\n"
+
+
+async def test_a_request_wider_than_the_engine_waits_for_no_idle_worker_and_holds_up_nobody_behind_it() -> None:
+    never = asyncio.Event()
+    async with contextlib.AsyncExitStack() as stack:
+        engine = Reacting(lambda _: FINE)
+        await stack.enter_async_context(engine.run())
+        gateway = await stack.enter_async_context(serving(engine.url, slots=2))
+
+        async def long(writer: asyncio.StreamWriter) -> None:
+            await never.wait()
+            writer.write(FINE)
+
+        engine.scripts = [long, engine._play]
+        first = asyncio.create_task(gateway.ask(COMPLETIONS, completion()))
+        await eventually(lambda: engine.asked, "a long request runs")
+        wide = completion(prompt=[f"prompt {number}" for number in range(21)])
+        replies = await asyncio.gather(gateway.ask(COMPLETIONS, wide), gateway.ask(COMPLETIONS, completion()))
+        assert [reply.status for reply in replies] == [200, 200] and not first.done()
+        never.set()
+        assert (await first).status == 200
+
+
+@pytest.mark.parametrize("spaces", [0, 1, 64, 4096])
+async def test_prompts_are_bounded_however_they_are_written(tmp_path: Path, spaces: int) -> None:
+    prompts = ",".join('"x"' for _ in range(2049))
+    body = f'{{"model":"fake","prompt":[{" " * spaces}{prompts}]}}'.encode()
+    async with hall(tmp_path, lambda _: FINE, count=1) as there:
+        reply = await there.ask(COMPLETIONS, body)  # type: ignore[arg-type]
+        assert reply.status == 400 and reply.error["code"] == "too_many_sequences"
+        assert not there.engines[0].asked
