@@ -15,7 +15,7 @@ import uvloop
 from loadtest.bench.table import machine
 from tests.chaos.batch import BatchChaos
 from tests.chaos.figures import Figure, table
-from tests.chaos.hostile import Hostile, Valid
+from tests.chaos.hostile import Hostile, Valid, longest_holds
 from tests.chaos.memory import Memory
 from tests.chaos.overload import Overload
 from tests.chaos.redis import RedisChaos
@@ -71,7 +71,7 @@ async def overload(args: argparse.Namespace) -> Figures:
 
 async def hostile(args: argparse.Namespace) -> Figures:
     figures = (await Hostile(args.seed, args.requests).run()).figures() if args.requests else []
-    return [*figures, *(await Valid(args.seed, args.seconds).run()).figures()]
+    return [*figures, *(await Valid(args.seed, args.seconds).run()).figures(), *await longest_holds()]
 
 
 async def batch(args: argparse.Namespace) -> Figures:

@@ -8,6 +8,7 @@ notice.
 import asyncio
 import random
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from tests.chaos.site import (
     tenant_file,
     until,
 )
-from tests.server.conftest import Wire, chat, completion, request
+from tests.server.conftest import Wire, chat, completion, request, serving
 from tests.server.test_fuzz import STATUS, Sent, built, mutated, tell
 
 AT_ONCE = 10
@@ -158,8 +159,10 @@ STOPS = {
 LONG = {"tools": [{"type": "function", "function": {"name": "f", "description": "A" * 600_000}}]}
 Body = dict[str, object]
 
-# What a hostile tenant sends: a name, a route, a body, and whether it leaves after the first bytes of the answer.
-VALID: list[tuple[str, str, Callable[[], Body], bool]] = [
+# A name, a route, a body, and whether the client leaves after the first bytes of the answer.
+Kind = tuple[str, str, Callable[[], Body], bool]
+# What a hostile tenant sends.
+VALID: list[Kind] = [
     ("metadata that looks like a failure", RESPONSES, lambda: _response(metadata={"finish_reason": "abort"}), False),
     ("usage as a name", RESPONSES, lambda: _response(user="usage"), False),
     ("an engine's error", CHAT, lambda: chat(**STOPS), False),
@@ -260,14 +263,59 @@ class Valid:
 
     async def _attack(self, port: int, over: asyncio.Event) -> None:
         while not over.is_set():
-            name, path, body, leaves = self.dice.choice(VALID)
-            self.seen.sent[name] += 1
-            wire = Wire(*await asyncio.open_connection("127.0.0.1", port))
-            await wire.send(request(path, body(), headers={"authorization": f"Bearer {HOSTILE}"}))
-            await (wire.head() if leaves else wire.answer())
-            wire.reset()
+            kind = self.dice.choice(VALID)
+            self.seen.sent[kind[0]] += 1
+            await _send(port, kind)
 
     async def _look(self, port: int, over: asyncio.Event) -> None:
         while not over.is_set():
             self.seen.workers.append(summed(await metrics(port), "evenhand_worker_up"))
             await asyncio.sleep(0.1)  # between two looks
+
+
+TIMES = 5  # that each kind of request is sent
+HELD_GOAL_S = 0.005
+
+
+async def longest_holds() -> list[Figure]:
+    """The longest that a valid hostile request holds the gateway's event loop, and with it everybody else's answers.
+
+    CPU time of one pass of the loop, in this process, so that other work on the machine does not count.
+    """
+    held: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(prefix="evenhand-hostile-") as name:
+        folder = Path(name)
+        tenants = tenant_file(folder, [{"name": "hostile", "keys": [HOSTILE]}])
+        worker = engine(folder, 0, "--cost", "instant")
+        async with running(worker), serving(worker.url, tenants=tenants) as front:
+            for kind in VALID:
+                passes = [await _longest_pass(front.port, kind) for _ in range(TIMES)]
+                held[kind[0]] = sorted(passes)[TIMES // 2]
+    worst = max(held, key=held.__getitem__)
+    return [
+        Figure(
+            f"longest that one of them holds the event loop, CPU, median of {TIMES}: {worst}",
+            f"{1000 * held[worst]:.1f} ms",
+            f"≤ {1000 * HELD_GOAL_S:.0f} ms",
+            held[worst] <= HELD_GOAL_S,
+        )
+    ]
+
+
+async def _longest_pass(port: int, kind: Kind) -> float:
+    sender = threading.Thread(target=lambda: asyncio.run(_send(port, kind)))
+    sender.start()
+    longest, before = 0.0, time.thread_time()
+    while sender.is_alive():
+        await asyncio.sleep(0)
+        now = time.thread_time()
+        longest, before = max(longest, now - before), now
+    return longest
+
+
+async def _send(port: int, kind: Kind) -> None:
+    _, path, body, leaves = kind
+    wire = Wire(*await asyncio.open_connection("127.0.0.1", port))
+    await wire.send(request(path, body(), headers={"authorization": f"Bearer {HOSTILE}"}))
+    await (wire.head() if leaves else wire.answer())
+    wire.reset()
