@@ -41,13 +41,16 @@ class EngineBody:
     def dressed(self, ticket: Ticket, worker: Worker, body: bytes, more: bytes = b"") -> bytes:
         """`body` with the scheduler's words for a plug-in, a stream's wish to be told its token ids, and `more`."""
         call = ticket.call
+        ours: list[bytes] = []
         if worker.plugin and call.route.xargs:
-            more = _joined(b'"vllm_xargs":' + self._words(ticket), more)
+            ours.append(b'"vllm_xargs":' + self._words(ticket))
         if worker.token_ids and call.stream and call.route.tells_ids and not call.wants_ids:
-            more = _joined(b'"return_token_ids":true', more)
+            ours.append(b'"return_token_ids":true')
         if self.salt_cache and call.route.generates and "cache_salt" not in call.tenant.grants:
-            more = _joined(b'"cache_salt":' + orjson.dumps(call.tenant.cache_salt), more)
-        return splice(body, more) if more else body
+            ours.append(b'"cache_salt":' + orjson.dumps(call.tenant.cache_salt))
+        if more:  # last: a member that comes twice counts as its last
+            ours.append(more)
+        return splice(body, b",".join(ours)) if ours else body
 
     def _words(self, ticket: Ticket) -> bytes:
         call = ticket.call
@@ -64,10 +67,6 @@ class EngineBody:
         if "vllm_xargs" in tenant.grants and b"vllm_xargs" in call.body:
             words = {**_granted(call.body), **words}
         return orjson.dumps(words)
-
-
-def _joined(members: bytes, more: bytes) -> bytes:
-    return members + b"," + more if more else members
 
 
 def _granted(body: bytes) -> dict[str, Any]:

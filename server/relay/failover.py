@@ -7,14 +7,12 @@ has. Never two at a time: a leg's connection is closed before the next one begin
 import contextlib
 import logging
 from collections import Counter
-from functools import partial
 
 from server.admission.dispatch import Dispatcher
 from server.engine.answers import Usage
 from server.fleet.fleet import Member, RunningAnswer
 from server.relay.engine_body import EngineBody
-from server.relay.exchange import answered
-from server.relay.relay import ClientAnswer, Pipe, Relay
+from server.relay.relay import ClientAnswer, Pipe, Relay, answered
 from server.relay.resume import (
     CannotResume,
     Continuation,
@@ -134,7 +132,8 @@ class Failover:
         assert ticket.received is not None  # else there is no progress
         ticket.received.begin_leg(plan.kept)
         body = self.steering.dressed(ticket, member.worker, plan.body)
-        await answered(lambda: Resumed(ticket, out, self.relay.itl, line.charge, plan), ticket, member, plan.path, body)
+        rest = Resumed(ticket, out, self.relay.itl, line.charge, plan)
+        await answered(rest, ticket, member, plan.path, body)
 
     async def _continue(self, ticket: Ticket, line: Dispatcher, out: ClientAnswer, error: ServiceError) -> None:
         """The rest of a stream of /v1/responses or /v1/messages, by its text."""
@@ -147,7 +146,7 @@ class Failover:
         member = await line.take_another(ticket, error)
         if not answer.announced:
             body = self.steering.dressed(ticket, member.worker, call.body)
-            anew = partial(BegunAnew, ticket, out, itl, line.charge, answer)
+            anew = BegunAnew(ticket, out, itl, line.charge, answer)
             await answered(anew, ticket, member, call.route.path.encode(), body)
             return
         plan = await continuation_at(member, call, answer)
@@ -155,7 +154,7 @@ class Failover:
             _end(out, closing_of(call, answer, plan))
             return
         body = self.steering.dressed(ticket, member.worker, plan.body)
-        rest = partial(Continued, ticket, out, itl, line.charge, answer, plan)
+        rest = Continued(ticket, out, itl, line.charge, answer, plan)
         await answered(rest, ticket, member, COMPLETIONS.path.encode(), body)
 
 

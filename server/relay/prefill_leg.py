@@ -17,7 +17,7 @@ from server.engine.client import MAX_ERROR_BODY_BYTES
 from server.fleet.fleet import Fleet, Member
 from server.fleet.split import Split
 from server.observe.telemetry import Distribution
-from server.relay.exchange import EngineExchange, answered
+from server.relay.relay import EngineExchange, answered
 from server.request.call import Ticket
 from server.request.errors import EngineGone, answer_refused
 from server.request.schemas import splice
@@ -135,7 +135,8 @@ class PrefillLeg(Collector):
     async def _ask(self, ticket: Ticket, member: Member) -> tuple[int, bytes]:
         body = self.body_for(ticket, member.worker)
         path = ticket.call.route.path.encode()
-        answer = await answered(lambda: _Whole(self.clock()), ticket, member, path, body)
+        answer = _Whole(self.clock())
+        await answered(answer, ticket, member, path, body)
         return answer.status, bytes(answer.data)
 
     def _kv_in(self, ticket: Ticket, data: bytes) -> bytes:

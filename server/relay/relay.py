@@ -3,8 +3,10 @@
 What happens here for every chunk of a stream is a handful of C calls: see `Stream.chunk`.
 """
 
-from collections.abc import Callable
-from typing import Protocol
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
+from typing import ClassVar, Protocol
 
 from scheduler.workers import Worker
 from server.engine.answers import (
@@ -22,7 +24,6 @@ from server.engine.answers import (
 from server.engine.client import MAX_ERROR_BODY_BYTES, EngineConnection
 from server.fleet.fleet import Member
 from server.observe.telemetry import Distribution
-from server.relay.exchange import EngineExchange, answered
 from server.request.call import Phase, Ticket
 from server.request.errors import EngineGone, EngineHungUp, ServiceError, answer_refused
 from server.request.transcript import PACK_CHUNKS, Transcript
@@ -45,6 +46,92 @@ class ClientAnswer(Protocol):
     def forward(self, chunk: bytes, at: int) -> None: ...
     def end(self) -> None: ...
     def flows_from(self, connection: EngineConnection | None) -> None: ...
+
+
+class EngineExchange(ABC):
+    """Receives one answer; `done` ends it, with an error if the answer could not be had.
+
+    asked_at: seconds on the gateway's clock.
+    """
+
+    __slots__ = ("asked_at", "done")
+
+    def __init__(self, asked_at: float) -> None:
+        self.asked_at = asked_at
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def speaks(self) -> bool:
+        """Whether its answer has begun to stream."""
+        return False
+
+    def silent_s(self, now: float) -> float:
+        """Seconds since something of the answer came."""
+        return now - self.asked_at
+
+    def flows_from(self, connection: EngineConnection | None) -> None:
+        """Which connection the answer comes through; None when no more is wanted from it."""
+        return
+
+    @abstractmethod
+    def head(self, status: int, content_type: bytes, length: int | None) -> None: ...
+
+    @abstractmethod
+    def body(self, data: bytes) -> None: ...
+
+    @abstractmethod
+    def end(self) -> None: ...
+
+    def chunk(self, data: bytes, at: int) -> None:
+        self.body(data[at:-2])
+
+    def fail(self, error: ServiceError) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
+
+    def finish(self) -> None:
+        if not self.done.done():
+            self.done.set_result(None)
+
+    def lost(self, error: EngineGone) -> None:
+        self.fail(error)
+
+    def ask_again(self, asked_at: float) -> None:
+        """Nothing came, and it is asked once more."""
+        self.asked_at = asked_at
+        self.done = asyncio.get_running_loop().create_future()
+
+    def leave(self) -> None:
+        """Nobody waits for `done` any more: an error in it is no news."""
+        if not self.done.cancel() and not self.done.cancelled():
+            self.done.exception()
+
+
+async def answered(receiver: EngineExchange, ticket: Ticket, member: Member, path: bytes, body: bytes) -> None:
+    """Asks a worker; returns when the receiver has the whole answer. Raises a ServiceError when it cannot be had.
+
+    A kept-alive connection that the engine closed just as we wrote is replaced once: the engine never saw the request.
+    Not where an answer was taken away from an engine, however old its connection.
+    """
+    fresh = False
+    while True:
+        connection = await member.engine.ask(path, body, ticket.call.id, receiver, trace=ticket.trace, fresh=fresh)
+        may_be_stale = connection.reused
+        receiver.flows_from(connection)
+        member.legs.add(receiver)
+        try:
+            await receiver.done
+            return
+        except EngineHungUp:
+            if not may_be_stale or connection.begun:
+                raise
+        finally:
+            member.legs.discard(receiver)
+            receiver.leave()
+            receiver.flows_from(None)
+            connection.abandon(receiver)
+        receiver.ask_again(ticket.clock())
+        fresh = True
 
 
 class Pipe(EngineExchange):
@@ -172,6 +259,7 @@ class Stream(Pipe):
     """An answer token by token. Only whole events are forwarded, so that a stream can always be ended in good form.
 
     pieces: of an event that is not complete; seam: their last bytes. ended: its last event has come.
+    keeps_events: what passes is what the client has, so that another worker can go on with it.
     mark, suffix, longest: how an ordinary event looks, learned from one that was read; see `_learn_shape`.
     finishing: the event that ends the choice, held until the usage event that the client did not ask for has shown
     whether the engine would have put its fingerprint there.
@@ -181,6 +269,7 @@ class Stream(Pipe):
         "pieces", "pieces_bytes", "seam", "ended", "mark", "suffix", "longest", "chunks", "clock", "itl", "charge",
         "received", "finishing", "prompts",
     )  # fmt: skip
+    keeps_events: ClassVar[bool] = True
 
     def __init__(self, ticket: Ticket, out: ClientAnswer, itl: Distribution, charge: list[Ticket]) -> None:
         super().__init__(ticket, out)
@@ -196,9 +285,6 @@ class Stream(Pipe):
         self.prompts: dict[int, int] = {}
         self.received: Transcript | None = None
         self.chunks: list[bytes] = []
-        if ticket.call.route.resumes:
-            self.received = ticket.received = ticket.received or Transcript()
-            self.chunks = self.received.chunks
 
     def head(self, status: int, content_type: bytes, length: int | None) -> None:
         super().head(status, content_type, length)
@@ -206,6 +292,9 @@ class Stream(Pipe):
             whole = self.instead = Whole(self.ticket, self.out)  # an engine that does not stream here
             whole.done = self.done
             whole.head(status, content_type, length)
+        elif self.instead is None and self.keeps_events and self.ticket.call.route.resumes:
+            self.received = self.ticket.received = self.ticket.received or Transcript()
+            self.chunks = self.received.chunks
 
     def chunk(self, data: bytes, at: int) -> None:
         made = 0
@@ -432,14 +521,11 @@ class Relay:
         self.itl = itl
         self.body_for = body_for
 
-    async def pump(self, ticket: Ticket, member: Member, charge: list[Ticket], out: ClientAnswer) -> None:
+    def pump(self, ticket: Ticket, member: Member, charge: list[Ticket], out: ClientAnswer) -> Awaitable[None]:
         """One leg: returns when the client has the whole answer. Raises a ServiceError when it cannot be had.
 
         charge: where a ticket is noted that has streamed tokens its policy has not been told about.
         """
         body = self.body_for(ticket, member.worker)
-
-        def pipe() -> Pipe:
-            return Stream(ticket, out, self.itl, charge) if ticket.call.stream else Whole(ticket, out)
-
-        await answered(pipe, ticket, member, ticket.call.route.path.encode(), body)
+        receiver = Stream(ticket, out, self.itl, charge) if ticket.call.stream else Whole(ticket, out)
+        return answered(receiver, ticket, member, ticket.call.route.path.encode(), body)

@@ -169,8 +169,12 @@ def closing(call: Call, progress: TranscriptProgress) -> bytes:
 
 
 class Resumed(Stream):
-    """The rest of an answer, said by another worker: each event becomes one of the first worker's stream."""
+    """The rest of an answer, said by another worker: each event becomes one of the first worker's stream.
 
+    raw: where this worker's own events are kept, not what they become.
+    """
+
+    keeps_events = False
     __slots__ = ("plan", "raw", "skip", "skip_ids", "chat", "made_before", "prompt_tokens")
 
     def __init__(
@@ -178,8 +182,7 @@ class Resumed(Stream):
     ) -> None:
         super().__init__(ticket, out, itl, charge)
         self.plan = plan
-        self.raw = self.received
-        self.received = None  # what is kept are this worker's own events, not what they become
+        self.raw = ticket.received
         self.skip = plan.skip
         self.skip_ids = plan.skip_ids
         self.chat = ticket.call.route.chat

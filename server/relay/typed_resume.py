@@ -144,6 +144,7 @@ async def _asked(member: Member, path: str, body: object) -> Json:
 class _Rest(Stream):
     """The rest of an answer, told by another worker. What is kept is what the client gets."""
 
+    keeps_events = False
     __slots__ = ("answer", "transcript")
 
     def __init__(
@@ -151,8 +152,7 @@ class _Rest(Stream):
     ) -> None:
         super().__init__(ticket, out, itl, charge)
         self.answer = answer
-        self.transcript = self.received
-        self.received = None
+        self.transcript = ticket.received
 
     def head(self, status: int, content_type: bytes, length: int | None) -> None:
         super().head(status, content_type, length)
