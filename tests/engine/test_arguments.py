@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,9 +10,11 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what vLLM imports uses deprecated parts of Python and torch
+    from vllm.engine import arg_utils
     from vllm.entrypoints.launchers import cli_args  # noqa: F401
+    from vllm.usage.usage_lib import UsageContext
 
-from deploy.engine.engine_args import EngineArgsError, EnginePlan, Ports, engine_command
+from deploy.engine.engine_args import GPU_SLOTS, EngineArgsError, EnginePlan, Ports, engine_command
 from deploy.engine.engine_needs import EngineNeeds, needs_of
 from deploy.engine.gpu_plan import UTILIZATION, Share
 from scheduler.vllm.arguments import needs, parsed
@@ -66,3 +69,29 @@ def test_the_program_is_asked_in_a_process_of_its_own() -> None:
     assert needs_of(["-tp", "2"]) == EngineNeeds(gpus=2)
     with pytest.raises(EngineArgsError, match="unrecognized arguments: --tensor-paralel-size=2"):
         needs_of(["--tensor-paralel-size=2"])
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "slots"),
+    [
+        ("NVIDIA H100 80GB HBM3", 80, 1024),
+        ("NVIDIA H200", 141, 1024),
+        ("NVIDIA B200", 180, 1024),
+        ("NVIDIA A100-SXM4-80GB", 80, 256),
+        ("NVIDIA L4", 22, 256),
+    ],
+)
+def test_an_engine_has_at_least_the_slots_that_are_assumed_before_it_says(
+    monkeypatch: pytest.MonkeyPatch, name: str, gib: int, slots: int
+) -> None:
+    """And those that docs/gpus.md names. From then on the gateway goes by the running engine."""
+    device = SimpleNamespace(
+        get_device_total_memory=lambda: gib * 2**30,
+        get_device_name=lambda: name,
+        is_tpu=lambda: False,
+        is_cpu=lambda: False,
+        is_xpu=lambda: False,
+    )
+    monkeypatch.setattr(arg_utils, "current_platform", device)
+    _, most = arg_utils.EngineArgs.get_batch_defaults(1)
+    assert most[UsageContext.OPENAI_API_SERVER] == slots >= GPU_SLOTS

@@ -6,17 +6,22 @@ model is a rule, so that a token that is lost, doubled or put in the wrong place
 
 import random
 from collections import Counter, deque
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import RequestStatus
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output.request import StructuredOutputRequest
 
 from loadtest.bench.driven import StepClock, build_scheduler, expected, request, token
 
@@ -31,7 +36,8 @@ SWITCHES = ("fcfs", "vtc", "mlfq")
 class Setup:
     """drafts: tokens guessed ahead. late: blocks are freed when their last step is over, as with a KV connector.
 
-    depth: steps in flight. aborts: clients leave. switches: the policy changes in mid-flight.
+    depth: steps in flight. aborts: clients leave. switches: the policy changes in mid-flight. mixed: some answers
+    follow a grammar, which is compiled while they wait, and some need an adapter, of which two run at once.
     """
 
     policy: str
@@ -41,6 +47,20 @@ class Setup:
     blocks: int = SCARCE
     aborts: bool = False
     switches: bool = False
+    mixed: bool = False
+
+
+class AnyText:
+    """A grammar that allows everything."""
+
+    def accept_tokens(self, name: str, tokens: list[int]) -> bool:
+        return True
+
+    def validate_tokens(self, tokens: list[int]) -> list[int]:
+        return tokens
+
+    def is_terminated(self) -> bool:
+        return False
 
 
 class Runner:
@@ -99,6 +119,9 @@ class Run:
         self.wanted: dict[str, list[int]] = {}
         self.aborted: set[str] = set()
         self.flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
+        self.compiling: list[Future[Any]] = []
+        if setup.mixed:
+            self.scheduler.lora_config = SimpleNamespace(max_loras=2)
 
     def _like_cuda(self) -> None:
         scheduler, setup = self.scheduler, self.setup
@@ -112,7 +135,20 @@ class Run:
     def arrive(self, number: int) -> None:
         name, (prompt, most) = f"r{number}", self.rng.choice(SIZES)
         self.wanted[name] = expected(name, prompt, most)
-        self.scheduler.add_request(request(name, prompt, most, tenant=self.rng.choice("abc")))
+        one = request(name, prompt, most, tenant=self.rng.choice("abc"))
+        if self.setup.mixed:
+            self.mix(one)
+        self.scheduler.add_request(one)
+
+    def mix(self, one: Request) -> None:
+        if self.rng.random() < 0.3:
+            compiled: Future[Any] = Future()
+            self.compiling.append(compiled)
+            params = StructuredOutputsParams(json="{}")
+            one.structured_output_request = StructuredOutputRequest(params, compiled)
+            one.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+        if adapter := self.rng.choice([0, 0, 1, 2, 3, 4]):
+            one.lora_request = LoRARequest(f"adapter{adapter}", adapter, "/none")
 
     def meddle(self, step: int) -> None:
         live = [name for name in self.scheduler.requests if name in self.wanted]
@@ -120,6 +156,8 @@ class Run:
             name = self.rng.choice(live)
             self.scheduler.finish_requests((name,), RequestStatus.FINISHED_ABORTED)
             self.aborted.add(name)
+        if self.compiling and self.rng.random() < 0.2:
+            self.compiling.pop(self.rng.randrange(len(self.compiling))).set_result(AnyText())
         if self.setup.switches and step % 25 == 24:
             policy = self.rng.choice(SWITCHES)
             self.scheduler.add_request(request(f"order{step}", 1, 1, policy=policy))
@@ -174,6 +212,8 @@ SETUPS = [
     Setup("fcfs", drafts=3, depth=3, switches=True),
     Setup("mlfq", drafts=3, late=True, depth=3, aborts=True, switches=True),
     Setup("gittins", drafts=3, blocks=PLENTY),
+    Setup("mlfq", drafts=3, late=True, depth=3, aborts=True, mixed=True),
+    Setup("srpt", late=True, switches=True, mixed=True),
 ]
 
 
@@ -201,7 +241,7 @@ def test_many_more_of_them(hollow_model: Path, seed: int) -> None:
     rng = random.Random(seed)
     for _ in range(8):
         policy = rng.choice(["fcfs", "vtc", "mlfq", "srpt", "gittins"])
-        flags = [rng.random() < 0.5 for _ in range(3)]
+        flags = [rng.random() < 0.5 for _ in range(4)]
         setup = Setup(
             policy, rng.choice([0, 3]), flags[0], rng.choice([2, 3]), rng.choice([SCARCE, PLENTY]), *flags[1:]
         )
