@@ -15,11 +15,15 @@ from server.app import GatewayServer, calm_collector
 from server.operators.logs import write_to_standard_error
 from server.options import CliOption, add_options, given
 from server.processes.prefork import all_reserved, serve_processes
-from server.settings import Settings, read_settings, whence
+from server.settings import Settings, read_settings, scheme_of, whence
 
 OPTIONS = (
     CliOption("host", "HOST"),
     CliOption("port", "PORT"),
+    CliOption("tls_cert", "FILE"),
+    CliOption("tls_key", "FILE"),
+    CliOption("cors_origins", "ORIGIN", "--cors-origin"),
+    CliOption("trusted_proxies", "CIDR", "--trusted-proxy"),
     CliOption("workers", "URL[,role=…][,slots=N][,kv=yes][,key=ENV_NAME][,ca=FILE][,cert=FILE]", "--worker"),
     CliOption("worker_ca", "FILE"),
     CliOption("worker_cert", "FILE"),
@@ -90,7 +94,8 @@ async def _serve(server: GatewayServer, sock: socket.socket) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, stop)
     host, port = sock.getsockname()[:2]
-    logging.getLogger("evenhand").info("listening on http://%s:%d, policy %s", host, port, server.settings.policy)
+    scheme, policy = scheme_of(server.settings), server.settings.policy
+    logging.getLogger("evenhand").info("listening on %s://%s:%d, policy %s", scheme, host, port, policy)
     calm_collector()
     await server.serve(sock)
 

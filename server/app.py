@@ -5,13 +5,12 @@ import gc
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from time import CLOCK_REALTIME, clock_gettime, monotonic
 from typing import TYPE_CHECKING, Any
 
-import uvicorn
 from fastapi import FastAPI
 
 from scheduler.placement import Rules
@@ -30,8 +29,7 @@ from server.fleet.balancer import Balancer
 from server.fleet.fleet import Fleet
 from server.fleet.named import fleet_tls, named_worker
 from server.front.gateway import Gateway
-from server.front.intake import BodyBudget, Connections, connections_allowed
-from server.front.protocol import ProtocolBounds, protocol_for
+from server.front.listener import Listener, certificate_of, dress, edge_of, listener
 from server.front.routes import AdminPortFilter, identified, public_app
 from server.observe.fairness_metrics import FairnessMetrics
 from server.observe.observer import Observers
@@ -45,7 +43,7 @@ from server.relay.engine_body import EngineBody
 from server.relay.failover import Failover
 from server.relay.prefill_leg import PrefillLeg
 from server.relay.relay import Relay
-from server.settings import Settings, admin_address
+from server.settings import Settings, admin_address, scheme_of
 
 if TYPE_CHECKING:
     from server.observe.tracing import Tracing
@@ -64,19 +62,6 @@ def calm_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(YOUNG_OBJECTS, 20, 20)
-
-
-class _Server(uvicorn.Server):
-    """uvicorn's server, which waits to be stopped instead of looking ten times a second whether it is."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.stopping = asyncio.Event()
-        self.on_start: Callable[[], None] = lambda: None
-
-    async def main_loop(self) -> None:
-        self.on_start()
-        await self.stopping.wait()
 
 
 class GatewayServer:
@@ -174,39 +159,13 @@ class GatewayServer:
         if self.batches is not None:
             self.app.include_router(operator_routes(self.batches.batches, admin.authorize))
 
-    def _listener(self) -> _Server:
+    def _listener(self) -> Listener:
         """Where clients come in: our own protocol, and the application behind it."""
-        settings, edge = self.settings, self.settings.edge
-        bounds = ProtocolBounds(
-            head_bytes=edge.max_head_bytes,
-            body_bytes=edge.max_body_bytes,
-            head_s=edge.head_timeout_s,
-            body_s=edge.body_timeout_s,
-            stall_s=edge.stall_timeout_s,
-            local_names=not self.settings.allow_open,
-        )
-        bodies = BodyBudget(edge.max_held_bytes)
-        self.edge = protocol_for(
-            self.gateway, bounds, bodies, Connections(connections_allowed(edge.max_connections), monotonic)
-        )
-        return _Server(
-            uvicorn.Config(
-                self.apart,
-                host=settings.host,
-                port=settings.port,
-                http=self.edge,
-                loop="uvloop",
-                ws="none",
-                lifespan="on",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                date_header=False,
-                backlog=4096,
-                timeout_keep_alive=int(edge.keep_alive_s),
-                timeout_graceful_shutdown=int(settings.shutdown_s),
-            )
-        )
+        settings = self.settings
+        self.certificate = certificate_of(settings)
+        self.edge = edge_of(settings, self.gateway, monotonic)
+        dress(self.app, settings)
+        return listener(self.apart, settings, self.edge, self.certificate)
 
     def _admin(self) -> Admin:
         key, shared = self.settings.admin_key, self.shared
@@ -301,6 +260,15 @@ class GatewayServer:
         dispatcher.max_sequences = admission.max_sequences
         return dispatcher
 
+    def _tasks(self) -> list[asyncio.Task[None]]:
+        """What goes on as long as it serves, where a setting asks for it."""
+        wanted = (
+            ("balance roles", self.balancer.run if self.settings.disaggregation.balance_roles else None),
+            ("run batches", self.batches.run if self.batches is not None else None),
+            ("watch certificate", self.certificate.watch if self.certificate is not None else None),
+        )
+        return [self.background.start(name, run) for name, run in wanted if run is not None]
+
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         for worker, access in self.workers:
@@ -309,10 +277,7 @@ class GatewayServer:
             self.recorder.start()
         if self.tracing is not None and self.settings.tracing.endpoint is not None:
             self.tracing.start(self.settings.tracing.endpoint, monotonic, wall_clock)
-        balancing = self.settings.disaggregation.balance_roles
-        tasks = [self.background.start("balance roles", self.balancer.run)] if balancing else []
-        if self.batches is not None:
-            tasks.append(self.background.start("run batches", self.batches.run))
+        tasks = self._tasks()
         try:
             async with self.shared.running(), self.siblings.running(alone=self.process is None):
                 yield
@@ -360,7 +325,8 @@ class GatewayServer:
         sockets = [sock or self.listen()]
         if self._admin_sock is not None:
             sockets.append(self._admin_sock)
-            log.info("/admin and /console are on http://%s:%d", self.settings.admin_host, self.apart.port)
+            scheme = scheme_of(self.settings)
+            log.info("/admin and /console are on %s://%s:%d", scheme, self.settings.admin_host, self.apart.port)
         await self.uvicorn._serve(sockets)
         if self.uvicorn.force_exit:  # uvicorn then leaves the lifespan to be cancelled, with a stack in the log
             await self.uvicorn.lifespan.shutdown()

@@ -41,6 +41,12 @@ class EdgeSettings(BaseModel):
     )
     stall_timeout_s: Positive = Field(120.0, description="a client may read nothing of its answer, seconds")
     keep_alive_s: Positive = Field(75.0, description="an idle connection is kept open, seconds")
+    gzip_from_bytes: int | None = Field(
+        None, ge=64, description="whole JSON answers from this length on are compressed for clients that accept gzip"
+    )
+    address_rpm: int | None = Field(
+        None, ge=1, description="requests a minute from one address, those with a wrong key too; beyond it 429"
+    )
 
     @model_validator(mode="after")
     def _one_body_fits(self) -> Self:
@@ -163,6 +169,17 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on")
+    tls_cert: Path | None = Field(
+        None, description="PEM file of the certificate that clients see; read again when it is renewed"
+    )
+    tls_key: Path | None = Field(None, description="PEM file of its key, if that is not in the same file")
+    cors_origins: list[str] = Field(
+        default_factory=list, description="a web site whose pages may ask this gateway, e.g. https://chat.example, or *"
+    )
+    trusted_proxies: list[str] = Field(
+        default_factory=list,
+        description="address or network of a proxy whose Forwarded and X-Forwarded-For headers count, e.g. 10.0.0.0/8",
+    )
     policy: str = Field("fcfs", description="order of the queue: fcfs, mlfq, vtc, gittins or srpt")
     policy_options: dict[str, str] = Field(default_factory=dict, description="an option of the policy")
     workers: list[str] = Field(
@@ -221,6 +238,11 @@ class Settings(BaseSettings):
     disaggregation: DisaggregationSettings = DisaggregationSettings()
     slo: SloSettings = SloSettings()
     health: HealthSettings = HealthSettings()
+
+
+def scheme_of(settings: Settings) -> str:
+    """What clients write before the gateway's address."""
+    return "http" if settings.tls_cert is None else "https"
 
 
 ADMIN_ABOVE = 1000  # so much above the public port, unless that is too high

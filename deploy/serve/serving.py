@@ -35,6 +35,7 @@ from scheduler.workers import Role
 from server.engine.access import Access
 from server.processes.supervisor import STOPPING
 from server.request.names import read_name, table_of
+from server.settings import scheme_of
 
 log = logging.getLogger("evenhand.serve")
 
@@ -224,7 +225,7 @@ class Serving:
         await self._front.takes_requests(len(self._workers))
         settings = self._settings
         host = "127.0.0.1" if settings.host in {"0.0.0.0", "::"} else settings.host
-        url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
+        url = f"{scheme_of(settings)}://{f'[{host}]' if ':' in host else host}:{settings.port}"
         asked = '"max_tokens": 64, "messages": [{"role": "user", "content": "Hello!"}]'
         body = f'{{"model": "{sources[0].served_name}", {asked}}}'
         say = self._screen.say

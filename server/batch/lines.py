@@ -22,6 +22,7 @@ class LineRequest:
         self.request_id = request_id
         self.headers: Mapping[bytes, bytes] = {}
         self.extra_headers = b""
+        self.client = ""
         self.begun = False
         self.status = 0
         self.data = bytearray()

@@ -43,6 +43,10 @@ class Request(ClientAnswer, Protocol):
     def tenant(self) -> Tenant | None:
         """Who asks."""
 
+    @property
+    def client(self) -> str:
+        """The address it came from."""
+
     def take_body(self) -> bytes:
         """The body, which is from then on the caller's alone."""
 
@@ -127,7 +131,7 @@ class Gateway:
         """One call from admission to its last token: limits, a place in policy order, a worker, the answer's flow."""
         ticket, outcome = self.ticket(call), "ok"
         for began in self.observers.began:
-            began(ticket, out.headers.get(b"traceparent"))
+            began(ticket, out)
         traced = out.headers.get(TRACE) == b"1" and may_trace(call.tenant)
         answer = self.dressed(ticket, out, traced=traced) if call.asked or traced else out
         try:

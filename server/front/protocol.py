@@ -12,7 +12,7 @@ import os
 import re
 import termios
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -24,6 +24,8 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.engine.client import MOST_HEADS, EngineConnection, keyed
+from server.front.coding import DECODERS, BadCoding, BodyDecoder
+from server.front.forwarded import Network, client_of
 from server.front.intake import BodyBudget, Connections
 from server.request.call import Route
 from server.request.directory import credential
@@ -54,7 +56,10 @@ _STATUS = {
 }
 _UPLOADS = b"/v1/files"
 # Headers that make a head different every time, or say how its body comes: such a head is read anew.
-_ONE_OF_ITS_OWN = frozenset((b"x-request-id", b"traceparent", b"transfer-encoding", b"upgrade", b"expect"))
+_ONE_OF_ITS_OWN = frozenset(
+    (b"x-request-id", b"traceparent", b"transfer-encoding", b"upgrade", b"expect", b"content-encoding")
+)
+_LISTS = (b"forwarded", b"x-forwarded-for")  # of these every line counts: some proxies add one of their own
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _COMMENT = b":\n\n"
 _ANTHROPIC = b"/v1/messages"  # whose clients read the request's id from another header
@@ -63,6 +68,7 @@ _LINGER_S = 2.0  # a refused client may go on sending for so long: closing at on
 # it the refusal that it has not read yet (RFC 9112, 9.6)
 _MOST_HEADERS = 128  # as objects, headers of a few bytes each take much more memory than as bytes
 _MOST_QUEUED = 16
+_NO_MEMORY = "There is no memory for this request's body at present."
 _SMALL_BODY_BYTES = 64 * 1024  # a refused request's body up to here is passed over, and its connection is kept
 
 
@@ -147,6 +153,12 @@ class ClientExchange:
         self.tenant: Tenant | None = None
         self.refusal: ServiceError | None = None
         self.held_bytes = 0
+
+    @property
+    def client(self) -> str:
+        """The client's address, as far as proxies that are trusted tell it."""
+        peer = self.edge.client
+        return client_of(peer[0] if peer else "", self.headers, self.edge.trusted)
 
     # what came
     def receive(self, data: bytes) -> None:
@@ -280,6 +292,8 @@ class GatewayProtocol(HttpToolsProtocol):
     current: what is being answered; uvicorn's `cycle` is the newest, which may still be arriving or wait behind it.
     last_words: the refusal of bytes that made no request, while answers before it are on their way.
     bodies, open, heads: what all connections share; heads by their digest.
+    exchange_type: what answers requests here. trusted: proxies whose word on addresses counts.
+    decoder: of the body that arrives, None for one that comes as it is.
     parting: for all connections, too: each closes with its next answer, for the gateway is about to stop.
     unread: bytes of its answer that a client that does not keep up had not read when it was last looked at.
     idle_since: when the last answer was complete, on the loop's clock.
@@ -291,6 +305,8 @@ class GatewayProtocol(HttpToolsProtocol):
     open: Connections
     heads: dict[bytes, Head]
     parting = False
+    exchange_type: type[ClientExchange] = ClientExchange
+    trusted: Sequence[Network] = ()
     cycle: Any  # uvicorn's RequestResponseCycle, or an Exchange in its place
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # uvicorn's own arguments, handed through
@@ -306,6 +322,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self.hosts = 0
         self.host = b""
         self.chunked_body = False
+        self.decoder: BodyDecoder | None = None
         self.current: Any = None
         self.last_words = b""
         self.deadline: asyncio.TimerHandle | None = None
@@ -355,8 +372,8 @@ class GatewayProtocol(HttpToolsProtocol):
         """The client sends no more. Some shut down their side and still want their answer, most are gone: only what is
         written to them tells one from the other (RFC 9110, 15.2: any answer may have interim ones before it)."""
         cycle = self.cycle
-        if self.in_message or self._idle() or getattr(cycle, "http10", False):
-            return None
+        if self.in_message or self._idle() or getattr(cycle, "http10", False) or self.scheme == "https":
+            return None  # TLS has no half of a connection
         cycle.keep_alive = False
         self._knock(0)
         return True
@@ -412,7 +429,7 @@ class GatewayProtocol(HttpToolsProtocol):
             return False
         if self.deadline is not None:
             self._no_deadline()
-        self.cycle = exchange = ClientExchange(self, head, keep_alive=True, http10=False)
+        self.cycle = exchange = self.exchange_type(self, head, keep_alive=True, http10=False)
         exchange.tenant = tenant
         exchange.held_bytes = len(body)
         exchange.received = body
@@ -531,12 +548,10 @@ class GatewayProtocol(HttpToolsProtocol):
         self.unread_size = 0
         self.transport.write(self.last_words)
         if self.transport.can_write_eof():
-            self.transport.write_eof()
-            self.flow.resume_reading()
-            self.open.idle(self)
-            self.deadline = self.loop.call_later(_LINGER_S, self.transport.close)
-        else:
-            self.transport.close()
+            self.transport.write_eof()  # over TLS it cannot be said that no more comes
+        self.flow.resume_reading()
+        self.open.idle(self)
+        self.deadline = self.loop.call_later(_LINGER_S, self.transport.close)
 
     # httptools callbacks
     def on_message_begin(self) -> None:
@@ -582,11 +597,11 @@ class GatewayProtocol(HttpToolsProtocol):
         http10 = self.parser.get_http_version() == "1.0"
         upload = self.url == _UPLOADS and self.parser.get_method() == b"POST"
         self.most_body = self.bounds.upload_bytes if upload else self.bounds.body_bytes
-        if error := self._wrong_head(http10=http10):
+        route = self._route()
+        if error := self._wrong_head(http10=http10) or self._wrong_coding(route):
             self._refuse(error)
             return
         self.in_head = False
-        route = self._route()
         if route is None:
             self.open.busy(self)
             self._hand_on()
@@ -596,10 +611,12 @@ class GatewayProtocol(HttpToolsProtocol):
     def _expect_body(self, route: Route, *, http10: bool) -> None:
         """The head of a relayed request is complete: here it is decided whether its body is taken in at all."""
         headers = dict(reversed(self.headers))
+        if self.trusted:
+            headers |= self._joined(_LISTS)
         key = credential(headers.pop(b"authorization", None), headers.pop(b"x-api-key", None))
         self.headers = []  # there is a key among them
         keep_alive = not http10 and self.parser.should_keep_alive()
-        exchange = ClientExchange(self, Head(route, headers, key), keep_alive=keep_alive, http10=http10)
+        exchange = self.exchange_type(self, Head(route, headers, key), keep_alive=keep_alive, http10=http10)
         exchange.queued = not self._idle()
         self.cycle = exchange
         if exchange.queued:  # pipelined: its turn comes when the answer before it is complete
@@ -632,6 +649,19 @@ class GatewayProtocol(HttpToolsProtocol):
             return Overloaded(f"More than {_MOST_QUEUED} requests wait on this connection.")
         return None
 
+    def _wrong_coding(self, route: Route | None) -> ServiceError | None:
+        """A body that is not relayed must come as it is."""
+        if route is not None or all(
+            name != b"content-encoding" or value == b"identity" for name, value in self.headers
+        ):
+            return None
+        return UnsupportedMediaType("Send this body as it is: only requests to a model may be compressed.")
+
+    def _joined(self, names: Sequence[bytes]) -> dict[bytes, bytes]:
+        """All lines of these headers, each header's in one."""
+        lines = {name: [value for key, value in self.headers if key == name] for name in names}
+        return {name: b", ".join(values) for name, values in lines.items() if values}
+
     def _objection(self, exchange: ClientExchange) -> ServiceError | None:
         """Why a request is not served, as far as its head says: an unknown key, or a body that is no JSON.
 
@@ -642,6 +672,12 @@ class GatewayProtocol(HttpToolsProtocol):
             exchange.tenant = self.gateway.tenant_with(exchange.credential)
         except ServiceError as error:
             return error
+        coding = exchange.headers.get(b"content-encoding", b"identity").lower()
+        self.decoder = None
+        if coding != b"identity":
+            if coding not in DECODERS:
+                return UnsupportedMediaType("Send the body as it is, or with 'Content-Encoding: gzip' or 'zstd'.")
+            self.decoder = DECODERS[coding]()
         kind = exchange.headers.get(b"content-type", b"")
         if kind == b"application/json" or kind.partition(b";")[0].strip().lower() == b"application/json":
             return None
@@ -684,15 +720,38 @@ class GatewayProtocol(HttpToolsProtocol):
         if exchange.refusal is not None or exchange.tenant is None:
             if self.body_size > _SMALL_BODY_BYTES and exchange.refusal is not None:
                 self._refuse(exchange.refusal)
-        elif self.bodies.take(exchange.tenant.name, len(body)):
-            exchange.held_bytes += len(body)
-            exchange.receive(body)
-        else:
-            self._refuse(Overloaded("There is no memory for this request's body at present.", retry_after_s=1.0))
+        elif self.decoder is not None:
+            self._expand(self.decoder, exchange, exchange.tenant.name, body)
+        elif not self._hold(exchange, exchange.tenant.name, body):
+            self._refuse(Overloaded(_NO_MEMORY, retry_after_s=1.0))
+
+    def _hold(self, exchange: ClientExchange, tenant: str, piece: bytes) -> bool:
+        if not self.bodies.take(tenant, len(piece)):
+            return False
+        exchange.held_bytes += len(piece)
+        exchange.receive(piece)
+        return True
+
+    def _expand(self, decoder: BodyDecoder, exchange: ClientExchange, tenant: str, body: bytes) -> None:
+        """A part of a compressed body. What it expands to is bounded and booked piece by piece."""
+        try:
+            for piece in decoder.pieces(body):
+                if exchange.held_bytes + len(piece) > self.bounds.body_bytes:
+                    self._refuse(TooLarge(f"The body exceeds {self.bounds.body_bytes} bytes when it is expanded."))
+                    return
+                if not self._hold(exchange, tenant, piece):
+                    self._refuse(Overloaded(_NO_MEMORY, retry_after_s=1.0))
+                    return
+        except BadCoding as error:
+            self._refuse(BadRequest(str(error)))
 
     def on_message_complete(self) -> None:
         if not self.in_message or self.in_head:
             return
+        if self.decoder is not None and not self.decoder.whole and self.cycle.refusal is None:
+            self._refuse(BadRequest("The compressed body ends before its data does."))
+            return
+        self.decoder = None
         self.in_message = False
         exchange = self.cycle
         if not isinstance(exchange, ClientExchange):
@@ -840,11 +899,14 @@ def is_local_name(host: bytes) -> bool:
 
 
 def protocol_for(
-    gateway: Serves, bounds: ProtocolBounds, bodies: BodyBudget, connections: Connections
+    gateway: Serves,
+    bounds: ProtocolBounds,
+    bodies: BodyBudget,
+    connections: Connections,
+    kind: type[GatewayProtocol] = GatewayProtocol,
+    **more: object,
 ) -> type[GatewayProtocol]:
-    """The protocol class for uvicorn, with the gateway it serves and what its connections share."""
-    return type(
-        "GatewayProtocol",
-        (GatewayProtocol,),
-        {"gateway": gateway, "bounds": bounds, "bodies": bodies, "open": connections, "heads": {}},
-    )
+    """The protocol class for uvicorn, with the gateway it serves and what its connections share; `more` as named in the
+    class."""
+    shared = {"gateway": gateway, "bounds": bounds, "bodies": bodies, "open": connections, "heads": {}}
+    return type("GatewayProtocol", (kind,), shared | more)

@@ -1,8 +1,18 @@
 """Who hears of each call: metrics, fairness, traces, recordings and the request log share one interface."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 from server.request.call import Ticket
+
+
+class Asked(Protocol):
+    """A request as it came. headers: by lower-case name. client: whose address it came from."""
+
+    headers: Mapping[bytes, bytes]
+
+    @property
+    def client(self) -> str: ...
 
 
 class Observer:
@@ -11,8 +21,8 @@ class Observer:
     Methods run on the event loop for every request: they take microseconds, raise nothing and do not block.
     """
 
-    def began(self, ticket: Ticket, traceparent: bytes | None) -> None:
-        """A call was read and waits from now on. traceparent: the client's own header, if it sent one."""
+    def began(self, ticket: Ticket, asked: Asked) -> None:
+        """A call was read and waits from now on."""
 
     def ended(self, ticket: Ticket, outcome: str) -> None:
         """The call is over, whether or not it started. outcome: "ok", "cancelled" or the code of its error."""
@@ -22,7 +32,7 @@ class Observers:
     """Those who hear of each event: the methods that observers override."""
 
     def __init__(self, *observers: Observer) -> None:
-        self.began: list[Callable[[Ticket, bytes | None], None]] = []
+        self.began: list[Callable[[Ticket, Asked], None]] = []
         self.ended: list[Callable[[Ticket, str], None]] = []
         for observer in observers:
             self.add(observer)

@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from server.observe.observer import Observer
+from server.observe.observer import Asked, Observer
 from server.request.call import Phase, Ticket
 
 OPERATIONS = {
@@ -63,8 +63,9 @@ class Tracing(Observer):
         """Sends what is left, and blocks for that."""
         self._provider.shutdown()
 
-    def began(self, ticket: Ticket, traceparent: bytes | None) -> None:
+    def began(self, ticket: Ticket, asked: Asked) -> None:
         """The request's root span, within the client's trace if it names one."""
+        traceparent = asked.headers.get(b"traceparent")
         told = {} if traceparent is None else {"traceparent": traceparent.decode("latin-1")}
         operation = OPERATIONS.get(ticket.call.route.path, "tokenize")
         span = self._tracer.start_span(

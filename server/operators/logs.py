@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 from fastapi import APIRouter, Depends, Request, Response
 
-from server.observe.observer import Observer
+from server.observe.observer import Asked, Observer
 from server.operators.admin import json_object
 from server.request.call import Phase, Ticket
 from server.request.errors import BadRequest
@@ -82,6 +82,10 @@ class RequestLog(Observer):
 
     def __init__(self, pseudonyms: Pseudonyms) -> None:
         self._pseudonyms = pseudonyms
+        self._clients: dict[Ticket, str] = {}
+
+    def began(self, ticket: Ticket, asked: Asked) -> None:
+        self._clients[ticket] = asked.client
 
     def ended(self, ticket: Ticket, outcome: str) -> None:
         """Times are seconds; None where a phase was not reached."""
@@ -90,6 +94,7 @@ class RequestLog(Observer):
         fields = {
             "request_id": call.id,
             "tenant": self._pseudonyms.of(call.tenant.name),
+            "client": self._clients.pop(ticket, "") or None,
             "route": call.route.path,
             "model": call.asked or call.model,
             "served_model": call.model,

@@ -23,7 +23,7 @@ from server.app import GatewayServer, calm_collector
 from server.cluster.local_sync import Process
 from server.operators.logs import JsonLines
 from server.processes.supervisor import ChildCommand, Post, Program, Supervisor
-from server.settings import Settings, admin_address
+from server.settings import Settings, admin_address, scheme_of
 from server.store.socket_store import LOCAL, SHARED, listen_at, serving_stores
 from server.store.store import MemoryStore, Store
 
@@ -49,7 +49,8 @@ def serve_processes(settings: Settings, held: Sequence[socket.socket], stores: P
 
         def all_ready() -> None:
             log.info(
-                "listening on http://%s:%d with %d processes, policy %s",
+                "listening on %s://%s:%d with %d processes, policy %s",
+                scheme_of(settings),
                 settings.host,
                 settings.port,
                 settings.gateway_processes,

@@ -35,6 +35,7 @@ EVERYTHING = KEY | {
     "gateway": {
         "autoscaling": {"enabled": True, "waitingPerReplica": 500},
         "policyOptions": {"within": "gittins", "min_samples": 100},
+        "tls": {"existingSecret": "certificate"},
         "settings": {"shutdown_s": 120, "admission": {"max_waiting": 500}},
         "nodeSelector": {"disk": "fast"},
         "tolerations": [{"operator": "Exists"}],
@@ -160,6 +161,19 @@ def test_the_gateway_is_probed_where_it_answers_and_has_time_to_finish() -> None
     grace = deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     assert grace > int(pause) + EVERYTHING["gateway"]["settings"]["shutdown_s"]  # type: ignore[index]
     assert deployment["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
+
+
+def test_a_gateway_with_a_certificate_is_asked_over_https_by_probes_and_prometheus() -> None:
+    gateway = container(of("everything", "Deployment"))
+    (place,) = (mount["mountPath"] for mount in gateway["volumeMounts"] if mount["name"] == "tls")
+    env = environment(of("everything", "Deployment"))
+    assert (env["EVENHAND_TLS_CERT"], env["EVENHAND_TLS_KEY"]) == (f"{place}/tls.crt", f"{place}/tls.key")
+    probes = ("startupProbe", "livenessProbe", "readinessProbe")
+    assert {gateway[probe]["httpGet"]["scheme"] for probe in probes} == {"HTTPS"}
+    assert of("everything", "ServiceMonitor")["spec"]["endpoints"][0]["scheme"] == "https"
+    plain = container(of("least", "Deployment"))
+    assert all("scheme" not in plain[probe]["httpGet"] for probe in probes)
+    assert "EVENHAND_TLS_CERT" not in environment(of("least", "Deployment"))
 
 
 def test_gateways_scale_by_cpu_and_where_it_is_asked_for_by_the_line() -> None:
