@@ -173,7 +173,6 @@ class FakeEngine:
             "/v1/embeddings": self._embed,
             "/tokenize": self._tokenize,
             "/detokenize": self._detokenize,
-            **{f"{path}/render": self._render for path in ("/v1/responses", "/v1/messages")},
             "/fake/faults": self._set_faults,
             FETCH_PATH: self._give_kv,
         }
@@ -586,12 +585,6 @@ class FakeEngine:
         strings = [hash_model.decode([token]) for token in ids] if body.get("return_token_strs") else None
         answer = {"count": len(ids), "max_model_len": self._context_tokens(), "tokens": ids, "token_strs": strings}
         exchange.respond(200, orjson.dumps(answer), _JSON)
-
-    def _render(self, exchange: ServedExchange) -> None:
-        body = vllm_wire.parse_body(exchange.body)
-        self._check_model(body)
-        ask = _APIS[exchange.path.removesuffix("/render")].ask(body, self._context_tokens())
-        exchange.respond(200, orjson.dumps({"token_ids": ask.prompts[0], "features": None}), _JSON)
 
     def _detokenize(self, exchange: ServedExchange) -> None:
         ids = vllm_wire.parse_body(exchange.body).get("tokens") or []

@@ -182,6 +182,15 @@ def usage_of(told: _Usage | None) -> Usage | None:
     return None if prompt is None and output is None else Usage(prompt, output, cached)
 
 
+def tokens_of_prompt(usage: object) -> int | None:
+    """The tokens of a prompt by a usage object that is decoded already."""
+    try:
+        told = usage_of(msgspec.convert(usage, _Usage))
+    except msgspec.ValidationError:
+        return None
+    return None if told is None else told.prompt_tokens
+
+
 def tokens_in(text_bytes: int) -> int:
     """Output tokens that a text of so many bytes is taken for where the engine does not tell its token ids."""
     return 1 if text_bytes <= _ONE_TOKEN_BYTES else round(text_bytes / BYTES_PER_TOKEN)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from server.engine.answers import Usage, data_of
+from server.engine.answers import Usage, data_of, tokens_of_prompt
 from server.request.call import Dialect
 from server.request.transcript import Transcript
 
@@ -29,10 +29,11 @@ class TypedAnswer(ABC):
     opening: the message or response that the first event carries, as yet empty. announced: a part of the answer has
     begun. only_text: there is nothing in it but one text. text_ended: the client was told that the text is complete.
     finish_told: why it ended, too. ended: the client has the last event. next_number: of the next event, where events
-    are numbered.
+    are numbered. prompt_tokens: as the first worker counts them, None if it has not said.
     """
 
     next_number: int | None = None
+    prompt_tokens: int | None = None
 
     def __init__(self) -> None:
         self.opening: Json | None = None
@@ -73,6 +74,7 @@ class Message(TypedAnswer):
         match event["type"]:
             case "message_start":
                 self.opening = event["message"]
+                self.prompt_tokens = tokens_of_prompt(event["message"].get("usage"))
             case "content_block_start":
                 self.only_text &= not event["index"] and event["content_block"]["type"] == "text"
                 self.announced = True

@@ -1,7 +1,7 @@
 """Continuing a stream of /v1/responses or /v1/messages at another worker.
 
-Their events carry no token ids, so the text that the client has is what both workers know. The other worker renders the
-prompt, tokenizes that text, and completes both; its completion becomes the rest of the first worker's stream. This is
+Their events carry no token ids, so the text that the client has is what both workers know. The other worker tokenizes
+the prompt and that text, and completes the two; its completion becomes the rest of the first worker's stream. This is
 exact wherever a text has the token ids that were sampled for it, which is the rule for trained models; where not, it is
 an answer that the model may give after the same text.
 """
@@ -11,12 +11,13 @@ from typing import Any
 
 import orjson
 
-from server.engine.answers import NOTHING, Said, Usage, data_of, read_event
+from server.engine.answers import NOTHING, Said, Usage, as_incomplete, data_of, read_event
 from server.fleet.fleet import Member
 from server.observe.telemetry import Distribution
 from server.relay.relay import ClientAnswer, Stream
 from server.relay.resume import GO_ALONG, NEUTRAL, SPENT, CannotResume, ends_within, stop_texts
 from server.relay.typed_answers import AnswerEnd, Json, TypedAnswer, typed_answer
+from server.relay.typed_prompt import chat_of
 from server.request.call import Call, Ticket
 from server.request.errors import EngineGone
 from server.request.schemas import COMPLETIONS, raw_members
@@ -24,8 +25,7 @@ from server.request.transcript import PACK_CHUNKS
 
 # What only these two APIs have, and what has done its work once the prompt is rendered.
 _SPENT = SPENT | frozenset(
-    "input instructions system max_output_tokens max_tool_calls reasoning truncation stop_sequences "
-    "cache_control".split()
+    "input instructions system max_output_tokens max_tool_calls truncation stop_sequences cache_control".split()
 )
 _NEUTRAL_HERE: dict[str, tuple[Json, ...]] = {
     "text": ({"format": {"type": "text"}},),
@@ -80,11 +80,10 @@ def fit_to_continue(call: Call, answer: TypedAnswer) -> None:
 async def continuation_at(member: Member, call: Call, answer: TypedAnswer) -> TypedContinuation:
     """What `member` is asked for the rest. CannotResume, EngineGone."""
     if not member.worker.token_ids:
-        raise CannotResume("the other worker's engine renders no prompts")
-    rendered = await _asked(member, f"{call.route.path}/render", orjson.loads(call.body))
-    prompt = rendered.get("token_ids")
-    if not isinstance(prompt, list) or not prompt or rendered.get("features"):
-        raise CannotResume("its prompt is not text alone")
+        raise CannotResume("the other worker's engine is not one that tells token ids")
+    prompt = (await _asked(member, "/tokenize", chat_of(call))).get("tokens")
+    if not isinstance(prompt, list) or answer.prompt_tokens not in (None, len(prompt)):
+        raise CannotResume("the other worker reads the prompt in another way")
     made = await _ids_of(member, call, answer.text)
     limit = call.max_tokens or None
     if answer.text_ended or (limit is not None and len(made) >= limit):
@@ -185,7 +184,7 @@ class BegunAnew(_Rest):
     __slots__ = ()
 
     def _told(self, event: bytes, said: Said) -> bytes:
-        data = data_of(event)
+        data = data_of(as_incomplete(event) if said.cut else event)
         return self.answer.retold(orjson.loads(data)) if data else b""
 
 

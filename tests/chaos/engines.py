@@ -154,7 +154,7 @@ def _response(reply: Reply) -> Json:
         "created", "in_progress", "output_item.added", "content_part.added",
     ]  # fmt: skip
     assert [one["type"].removeprefix("response.") for one in (text_done, part_done, item_done, last)] == [
-        "output_text.done", "content_part.done", "output_item.done", "completed",
+        "output_text.done", "content_part.done", "output_item.done", "incomplete",
     ]  # fmt: skip
     assert {one["type"] for one in deltas} == {"response.output_text.delta"}
     assert len({one["response"]["id"] for one in (created, going, last)}) == 1

@@ -63,9 +63,8 @@ class Judge:
 async def prompt_ids(port: int, question: Question) -> list[int]:
     """What the engine makes of a question."""
     if question.path not in (CHAT, COMPLETIONS):
-        reply = await ask(port, f"{question.path}/render", question.body)
-        assert reply.status == 200, reply.body[:300]
-        return list(reply.json()["token_ids"])
+        turns = question.body.get("messages") or [{"role": "user", "content": question.body["input"]}]
+        question = Question(CHAT, {"model": question.body["model"], "messages": turns})
     asked = {name: question.body[name] for name in ("model", "messages", "prompt") if name in question.body}
     reply = await ask(port, "/tokenize", asked)
     assert reply.status == 200, reply.body[:300]

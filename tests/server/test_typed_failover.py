@@ -10,6 +10,10 @@ import pytest
 
 from loadtest.fake.engine import FakeEngine
 from loadtest.fake.faults import Faults
+from server.relay.resume import CannotResume
+from server.relay.typed_prompt import chat_of
+from server.request import schemas
+from tests.server.calls import call_of
 from tests.server.conftest import INSTANT, Reply, ScriptedEngine, eventually, plain, serving, streamed
 from tests.server.crowd import over_crowd
 from tests.server.test_failover import dying, over_script_and_fake
@@ -34,7 +38,11 @@ async def undisturbed(path: str, body: dict[str, object]) -> list[bytes]:
 
 
 def data(event: bytes) -> Any:
-    return json.loads(event.partition(b"data: ")[2])
+    """An event as the gateway shows it: vLLM calls a response `completed` that was cut at its length, too."""
+    told = json.loads(event.partition(b"data: ")[2])
+    if told["type"] == "response.completed":
+        told["type"] = f"response.{told['response']['status']}"
+    return told
 
 
 def without_ids(events: list[Any]) -> str:
@@ -77,7 +85,7 @@ async def test_the_whole_events_line_is_that_of_the_api(path: str) -> None:
     reply, _ = await cut_after(5, path, body, events)
     for event in reply.body.split(b"\n\n")[:-1]:
         name, _, rest = event.partition(b"\n")
-        assert name == f"event: {data(rest)['type']}".encode()
+        assert name == f"event: {json.loads(rest.removeprefix(b'data: '))['type']}".encode()
 
 
 @pytest.mark.parametrize("path", [RESPONSES, MESSAGES])
@@ -111,7 +119,7 @@ async def test_openai_s_own_client_gets_one_response() -> None:
         answers = []
         for strikes in ((), (Faults(die_after_tokens=3),)):
             crowd.strike(*strikes)
-            async with client.responses.stream(model="fake", input=TEXT, max_output_tokens=TOKENS) as stream:
+            async with client.responses.stream(model="fake", input=TEXT, max_output_tokens=4000) as stream:
                 numbers = [event.sequence_number async for event in stream]
                 answer = await stream.get_final_response()
             assert numbers == list(range(len(numbers)))
@@ -128,6 +136,7 @@ async def test_openai_s_own_client_gets_one_response() -> None:
         (RESPONSES, {"text": {"format": {"type": "json_object"}}}),
         (RESPONSES, {"presence_penalty": 0.5}),
         (RESPONSES, {"include_reasoning": False}),
+        (RESPONSES, {"reasoning": {"effort": "high"}}),
         (MESSAGES, {"tools": [{"name": "f", "input_schema": {}}]}),
         (MESSAGES, {"thinking": {"type": "enabled", "budget_tokens": 2000}}),
     ],
@@ -152,6 +161,9 @@ async def test_what_cannot_be_continued_ends_with_an_error_of_the_api(path: str,
     [
         (RESPONSES, {"instructions": "Be brief.", "reasoning": None, "text": {"format": {"type": "text"}}}),
         (RESPONSES, {"prompt_cache_key": "k", "metadata": {"a": "b"}, "store": False}),
+        (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_text", "text": "Hello"}]}]}),
+        (MESSAGES, {"system": [{"type": "text", "text": "Be brief."}], "metadata": {"user_id": "u"}}),
+        (MESSAGES, {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]}),
         (MESSAGES, {"system": "Be brief.", "thinking": {"type": "disabled"}, "stop_sequences": ["@@@"]}),
     ],
     ids=str,
@@ -200,8 +212,6 @@ async def test_a_stop_sequence_ends_the_rest_as_it_would_have_ended_the_whole() 
         ),
     )
     by_path = {
-        f"{MESSAGES}/render": plain(b'{"token_ids":[1,2,3],"features":null}'),
-        "/tokenize": plain(b'{"tokens":[9]}'),
         "/detokenize": plain(b'{"prompt":"The"}'),
         "/v1/completions": streamed(*rest),
     }
@@ -214,7 +224,10 @@ async def test_a_stop_sequence_ends_the_rest_as_it_would_have_ended_the_whole() 
             await dying(STARTED, *text)(writer)
             return
         asked.append(json.loads(seen.body))
-        writer.write(by_path[seen.path])
+        if seen.path == "/tokenize":
+            writer.write(plain(b'{"tokens":[1,2,3]}' if "messages" in asked[-1] else b'{"tokens":[9]}'))
+        else:
+            writer.write(by_path[seen.path])
 
     engine.scripts = [play]
     async with engine.run(), serving(engine.url, engine.url + "/", probe_s=60.0) as gateway:
@@ -225,3 +238,41 @@ async def test_a_stop_sequence_ends_the_rest_as_it_would_have_ended_the_whole() 
     assert delta["usage"] == {"input_tokens": 3, "output_tokens": 3}
     assert asked[-1]["prompt"] == [1, 2, 3, 9] and asked[-1]["stop"] == ["@@@"] and asked[-1]["max_tokens"] == 19
     assert reply.events[-1] == {"type": "message_stop"}
+
+
+PICTURE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
+CALL = {"type": "tool_use", "id": "t", "name": "f", "input": {}}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (MESSAGES, {"messages": [{"role": "user", "content": [PICTURE, {"type": "text", "text": "What is it?"}]}]}),
+        (MESSAGES, {"messages": [{"role": "assistant", "content": [CALL]}, {"role": "user", "content": "go on"}]}),
+        (MESSAGES, {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "The"}]}),
+        (MESSAGES, {"messages": [{"role": "system", "content": "Hi"}, {"role": "user", "content": "Hi"}]}),
+        (RESPONSES, {"input": [{"type": "reasoning", "summary": []}, {"role": "user", "content": "Hi"}]}),
+        (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "data:,x"}]}]}),
+        (RESPONSES, {"input": []}),
+    ],
+    ids=str,
+)
+def test_only_a_prompt_of_plain_messages_is_read_again(path: str, fields: dict[str, object]) -> None:
+    route = {RESPONSES: schemas.RESPONSES, MESSAGES: schemas.MESSAGES}[path]
+    with pytest.raises(CannotResume):
+        chat_of(call_of(json.dumps(body_for(path) | fields).encode(), route))
+
+
+def test_a_prompt_becomes_the_messages_that_vllm_makes_of_it() -> None:
+    blocks = [{"type": "text", "text": text} for text in ("x-anthropic-billing-header: 1", "Be", " brief.")]
+    turns = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    call = call_of(json.dumps(body_for(MESSAGES, system=blocks, messages=turns)).encode(), schemas.MESSAGES)
+    assert chat_of(call)["messages"] == [{"role": "system", "content": "Be brief."}, *turns]
+
+
+async def test_a_worker_that_reads_the_prompt_in_another_way_does_not_go_on() -> None:
+    """Another chat template, for one: the first worker has told how long the prompt is."""
+    events = await undisturbed(MESSAGES, body_for(MESSAGES))
+    events[0] = events[0].replace(b'"input_tokens":', b'"input_tokens":1')
+    reply, asked = await cut_after(4, MESSAGES, body_for(MESSAGES), events)
+    assert reply.events[-1]["type"] == "error" and not asked
