@@ -11,6 +11,7 @@ BENCHMARKS: Mapping[str, tuple[str, str]] = {
     "ttft": ("loadtest.bench.ttft", "what the gateway adds to the time to the first token of a real engine"),
     "laptop": ("loadtest.bench.laptop", "the bundled model on one core, beside stock vLLM and llama.cpp"),
     "gateway": ("loadtest.bench.gateway", "what the gateway costs on one core, beside nginx and any other gateway"),
+    "scale": ("loadtest.bench.scale", "how a request's cost grows with workers, tenants, those waiting, and gateways"),
     "replicas": ("loadtest.bench.replicas", "whether several gateways share an engine among tenants as one does"),
     "disaggregation": (
         "loadtest.bench.disaggregation",

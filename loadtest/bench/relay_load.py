@@ -38,7 +38,8 @@ class LoadPhase:
 
     connections: kept open, each asking anew when it has its answer; with `rate` (requests/s) at most so many at once.
     seconds: measured, after `warm_up_s`. chunks: of each streamed answer, 0 for answers in one piece; `interval_us`
-    between two of them. weighs: the gateway's memory is read near the end.
+    between two of them. weighs: the gateway's memory is read near the end. keys: a file of API keys, which requests
+    take in turn. own_prompts: every request has a prompt of its own behind a common beginning.
     """
 
     connections: int
@@ -48,13 +49,16 @@ class LoadPhase:
     interval_us: int = 0
     rate: float = 0.0
     weighs: bool = False
+    keys: Path | None = None
+    own_prompts: bool = False
 
     def arguments(self) -> list[str]:
         options = {"-c": self.connections, "-d": self.seconds, "-w": self.warm_up_s}
         options |= {"-s": self.chunks} if self.chunks else {}
         options |= {"-i": self.interval_us} if self.interval_us else {}
         options |= {"-r": self.rate} if self.rate else {}
-        return [str(part) for option in options.items() for part in option]
+        switches = (["-k", str(self.keys)] if self.keys else []) + (["-n"] if self.own_prompts else [])
+        return [str(part) for option in options.items() for part in option] + switches
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,9 +191,9 @@ class RelayBench:
         self.url = f"http://127.0.0.1:{self.port}"
 
     @contextmanager
-    def engine(self) -> Iterator[None]:
-        """The mock engine is there while the block runs."""
-        argv = [str(self.backend), str(self.port)]
+    def engine(self, *, fleet: bool = False) -> Iterator[None]:
+        """The mock engine is there while the block runs; as a fleet, at every loopback address."""
+        argv = [str(self.backend), str(self.port), *(["fleet"] if fleet else [])]
         with running(argv, self.core, self.folder / "backend.log", dict(os.environ)) as process:
             self._engine = process
             self.wait_for(self.port, process, self.folder / "backend.log")
@@ -223,9 +227,14 @@ class RelayBench:
         said = log.read_text(errors="replace")[-1500:]
         raise BenchmarkError(f"{log.stem} does not relay ({problem}). It said:\n{said}")
 
+    def load_command(self, phase: LoadPhase, port: int) -> list[str]:
+        """The load generator's command line."""
+        who = [] if phase.keys else ["-H", f"authorization: Bearer {self.key}"]
+        return [str(self.loadgen), "-p", str(port), *who, *phase.arguments()]
+
     def observe(self, phase: LoadPhase, port: int, gateway_pid: int | None) -> Observed:
         """Runs a phase against a port. gateway_pid: what is measured, None where the engine is asked directly."""
-        command = [str(self.loadgen), "-p", str(port), "-H", f"authorization: Bearer {self.key}", *phase.arguments()]
+        command = self.load_command(phase, port)
         mine = [pid for pid in (self._engine.pid, gateway_pid) if pid is not None]
         began, busy, used = time.monotonic(), busy_s(), {pid: cpu_s(pid) for pid in mine}
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -1,6 +1,9 @@
 // An engine that costs nothing: a mock OpenAI server for measuring what stands before it.
 //
-//   backend PORT
+//   backend PORT [fleet]
+//
+// fleet: it is there at every loopback address (127.0.0.1, 127.0.0.2, …), each of which stands for a worker of its own,
+// and its /metrics is as long as vLLM's.
 //
 // One thread, epoll, HTTP/1.1 with keep-alive. A chat request's own fields say how it is answered: "stream",
 // "max_tokens" (content chunks; some gateways pass it on as "max_completion_tokens"), "seed" (microseconds between two
@@ -41,6 +44,8 @@ typedef struct {
 } Timer;
 
 static Conn *conns[MAX_FD];
+static char metrics[1 << 16];
+static int metrics_bytes;
 static Conn *eager[MAX_FD]; // streams without an interval, served round robin
 static int eager_count;
 static Timer timers[4 * MAX_FD]; // a heap; a stream has one at a time, those of streams that are gone are passed over
@@ -131,7 +136,7 @@ static int put(Conn *c, const char *data, size_t n) {
 }
 
 static int reply(Conn *c, const char *status, const char *type, const char *body, size_t n) {
-    char whole[8192];
+    static char whole[sizeof metrics + 512];
     int head = snprintf(whole, 512, "HTTP/1.1 %s\r\nserver: mock\r\ncontent-type: %s\r\ncontent-length: %zu\r\n\r\n",
                         status, type, n);
     memcpy(whole + head, body, n);
@@ -236,7 +241,7 @@ static int answer(Conn *c, const char *path, const char *body) {
     if (!strncmp(path, "/health", 7) || !strncmp(path, "/ping", 5))
         return reply(c, "200 OK", "application/json", "", 0);
     if (!strncmp(path, "/metrics", 8))
-        return reply(c, "200 OK", "text/plain", "", 0);
+        return reply(c, "200 OK", "text/plain", metrics, metrics_bytes);
     if (!strncmp(path, "/version", 8))
         return reply(c, "200 OK", "application/json", "{\"version\":\"0\"}", 15);
     return reply(c, "404 Not Found", "application/json", "{}", 2);
@@ -338,8 +343,10 @@ static int receive(Conn *c) {
 
 static void accept_all(int listener, int epoll) {
     int fd, one = 1;
-    while ((fd = accept4(listener, NULL, NULL, SOCK_NONBLOCK)) >= 0) {
-        if (fd >= MAX_FD) {
+    struct sockaddr_in peer;
+    socklen_t size = sizeof peer;
+    while ((fd = accept4(listener, (void *)&peer, &size, SOCK_NONBLOCK)) >= 0) {
+        if (fd >= MAX_FD || ntohl(peer.sin_addr.s_addr) >> 24 != 127) { // nobody from elsewhere
             close(fd);
             continue;
         }
@@ -419,18 +426,38 @@ static const struct timespec *patience(struct timespec *t) {
     return t;
 }
 
+// An idle vLLM's metrics: a few gauges, and some forty histograms.
+static void write_metrics(void) {
+    const char *gauges[] = {"num_requests_running", "num_requests_waiting", "kv_cache_usage_perc",
+                            "generation_tokens_total"};
+    for (int i = 0; i < 4; i++)
+        metrics_bytes += sprintf(metrics + metrics_bytes,
+                                 "# HELP vllm:%s As it says.\n# TYPE vllm:%s gauge\n"
+                                 "vllm:%s{engine=\"0\",model_name=\"mock\"} 0.0\n",
+                                 gauges[i], gauges[i], gauges[i]);
+    for (int i = 0; i < 40; i++)
+        for (int j = 0; j < 14; j++)
+            metrics_bytes += sprintf(metrics + metrics_bytes,
+                                     "vllm:histogram_%d_seconds_bucket{engine=\"0\",le=\"%d.0\",model_name="
+                                     "\"mock\"} 0.0\n",
+                                     i, j);
+}
+
 int main(int argc, char **argv) {
-    if (argc != 2) {
-        fprintf(stderr, "usage: backend PORT\n");
+    int fleet = argc == 3 && !strcmp(argv[2], "fleet"); // at every loopback address, each of which is a worker
+    if (argc != 2 && !fleet) {
+        fprintf(stderr, "usage: backend PORT [fleet]\n");
         return 2;
     }
     signal(SIGPIPE, SIG_IGN);
+    if (fleet)
+        write_metrics();
     for (size_t i = 0; i + 1 < sizeof filler; i++)
         filler[i] = i % 6 == 5 ? ' ' : 'a' + i % 23;
     int listener = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0), one = 1;
     setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
     struct sockaddr_in address = {
-        .sin_family = AF_INET, .sin_port = htons(atoi(argv[1])), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+        .sin_family = AF_INET, .sin_port = htons(atoi(argv[1])), .sin_addr.s_addr = htonl(fleet ? INADDR_ANY : INADDR_LOOPBACK)};
     if (bind(listener, (void *)&address, sizeof address) || listen(listener, 4096)) {
         perror("backend");
         return 1;

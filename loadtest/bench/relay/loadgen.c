@@ -1,7 +1,10 @@
 // A client that costs little: asks chat completions over many connections and notes when their bytes come.
 //
-//   loadgen -p PORT -c CONNECTIONS -d SECONDS [-w WARM_UP_S] [-s CHUNKS [-i INTERVAL_US]] [-r REQUESTS_PER_S] [-H
-//   HEADER]
+//   loadgen -p PORT -c CONNECTIONS -d SECONDS [-w WARM_UP_S] [-s CHUNKS [-i INTERVAL_US]] [-r REQUESTS_PER_S]
+//           [-H HEADER | -k FILE] [-n]
+//
+// -k: API keys, one a line and all of one length; requests take them in turn. -n: every request has a prompt of its own
+// behind a common beginning.
 //
 // One thread, epoll. Closed loop, or with -r an open one with at most CONNECTIONS in flight. Without -s answers come in
 // one piece. Prints one JSON object. A stream counts only with exactly CHUNKS chunks (the marks that backend.c puts in)
@@ -49,6 +52,9 @@ static int port, connections = 64, chunks;
 static long interval_us;
 static double duration_s = 5, warm_up_s = 1, rate;
 static const char *extra_header;
+static int own_prompts;
+static char *keys, *key_at, *prompt_at; // all keys, and where in the request one goes, and a prompt's number
+static size_t key_bytes, key_count;
 
 static Conn *conns, **idle;
 static int idle_count, epoll;
@@ -112,7 +118,22 @@ static void dial(Conn *c) {
     epoll_ctl(epoll, EPOLL_CTL_ADD, c->fd, &event);
 }
 
+// Gives the next request its key and its prompt.
+static void vary_request(void) {
+    static uint64_t number;
+    number++;
+    if (key_at)
+        memcpy(key_at, keys + number % key_count * (key_bytes + 1), key_bytes);
+    if (prompt_at) {
+        char digits[21];
+        snprintf(digits, sizeof digits, "%020llu", (unsigned long long)(number * 2654435761u));
+        memcpy(prompt_at, digits, 20);
+    }
+}
+
 static void push_request(Conn *c) {
+    if (!c->sent)
+        vary_request();
     ssize_t n = send(c->fd, request + c->sent, request_bytes - c->sent, MSG_NOSIGNAL);
     if (n > 0)
         c->sent += n;
@@ -339,6 +360,7 @@ static void write_request(void) {
     char body[4096];
     int n = sprintf(body, "{\"model\":\"mock\",\"messages\":[{\"role\":\"system\",\"content\":\"You are a helpful "
                           "assistant.\"},{\"role\":\"user\",\"content\":\"");
+    int prompt = n;
     for (; n < REQUEST_BYTES - 70; n++)
         body[n] = n % 7 == 6 ? ' ' : 'a' + n % 25;
     n += sprintf(body + n, "\"}],\"temperature\":0.7,\"max_tokens\":%d", chunks ? chunks : 150);
@@ -351,10 +373,29 @@ static void write_request(void) {
                             "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nAccept: */*\r\n"
                             "Content-Type: application/json\r\n%s%sContent-Length: %d\r\n\r\n%s",
                             port, extra_header ? extra_header : "", extra_header ? "\r\n" : "", n, body);
+    if (own_prompts)
+        prompt_at = request + request_bytes - n + prompt;
+    if (keys)
+        key_at = strstr(request, "Bearer ") + 7;
+}
+
+static void read_keys(const char *file) {
+    static char header[1024];
+    FILE *in = fopen(file, "r");
+    size_t bytes = 0, capacity = 1 << 24;
+    keys = malloc(capacity);
+    if (!in || !(bytes = fread(keys, 1, capacity, in)) || !memchr(keys, '\n', bytes)) {
+        fprintf(stderr, "loadgen: there is no key in %s\n", file);
+        exit(2);
+    }
+    key_bytes = (char *)memchr(keys, '\n', bytes) - keys;
+    key_count = bytes / (key_bytes + 1);
+    snprintf(header, sizeof header, "authorization: Bearer %.*s", (int)key_bytes, keys);
+    extra_header = header;
 }
 
 static void read_options(int argc, char **argv) {
-    for (int option; (option = getopt(argc, argv, "p:c:d:w:s:i:r:H:")) != -1;)
+    for (int option; (option = getopt(argc, argv, "p:c:d:w:s:i:r:H:k:n")) != -1;)
         switch (option) {
         case 'p': port = atoi(optarg); break;
         case 'c': connections = atoi(optarg); break;
@@ -364,6 +405,8 @@ static void read_options(int argc, char **argv) {
         case 'i': interval_us = atol(optarg); break;
         case 'r': rate = atof(optarg); break;
         case 'H': extra_header = optarg; break;
+        case 'k': read_keys(optarg); break;
+        case 'n': own_prompts = 1; break;
         default: exit(2);
         }
     if (extra_header && strlen(extra_header) > 1024) {
