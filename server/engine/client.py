@@ -18,6 +18,7 @@ import httptools
 import httpx2
 
 from server.engine.access import Access, ClientTls, untrusted
+from server.engine.question import Answer, Question
 from server.request.errors import EngineGone, EngineHungUp, EngineUnreachable, EngineUntrusted, OutOfFiles
 
 log = logging.getLogger("evenhand.engine")
@@ -33,6 +34,7 @@ _REQUEST = (
     b"content-length: %d\r\n\r\n%b"
 )
 
+_QUESTION = b"GET %b%b HTTP/1.1\r\nhost: %b\r\naccept: */*\r\n\r\n"
 
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,12})\r\n", re.IGNORECASE)
 _LONGEST_HEAD_BYTES = 2048
@@ -296,6 +298,13 @@ class EngineClient:
         OutOfFiles if that is this process' own fault.
         """
         request = _REQUEST % (self.prefix, path, self._host_header, request_id.encode(), trace, len(body), body)
+        try:
+            return await self._send_on(request, sink, fresh=fresh)
+        except EngineUnreachable as error:  # clients are told nothing of addresses behind the gateway
+            log.warning("the engine at %s cannot be asked: %s", self.url, error.message)
+            raise
+
+    async def _send_on(self, request: bytes, sink: Sink, *, fresh: bool) -> EngineConnection:
         while self.idle and not fresh:
             connection = self.idle.pop()  # the one used last: its path is warm, and the oldest may time out in peace
             if not connection.transport.is_closing():
@@ -314,12 +323,10 @@ class EngineClient:
                     lambda: EngineConnection(self), self.host, self.port, ssl=tls
                 )
         except TimeoutError:
-            log.warning("the engine at %s took no connection within %g s", self.url, CONNECT_TIMEOUT_S)
             raise EngineUnreachable("The engine did not take a connection in time.") from None
-        except OSError as error:  # clients are told nothing of addresses behind the gateway
+        except OSError as error:
             if error.errno in _OUT_OF_FILES:
                 raise _out_of_files() from None
-            log.warning("the engine at %s cannot be reached: %s", self.url, error)
             if (wrong := untrusted(error)) is not None:
                 raise wrong from None
             raise EngineUnreachable("The engine cannot be reached.") from None
@@ -330,9 +337,30 @@ class EngineClient:
         if connection in self.idle:
             self.idle.remove(connection)
 
-    async def get(self, path: str, timeout_s: float = 5.0) -> httpx2.Response:
+    async def get(self, path: str, timeout_s: float = 5.0) -> Answer:
         """A small question of our own (health, metrics, models). EngineGone if there is no answer, OutOfFiles."""
-        return await self._send("GET", path, None, timeout_s)
+        if self.tls is not None:  # asked with the certificates of this moment, where a kept connection has older ones
+            said = await self._send("GET", path, None, timeout_s)
+            return Answer(said.status_code, said.content)
+        try:
+            async with asyncio.timeout(timeout_s):
+                try:
+                    return await self._got(path, fresh=False)
+                except EngineHungUp:  # it may have closed a kept connection just now
+                    return await self._got(path, fresh=True)
+        except TimeoutError:
+            raise EngineGone(f"The engine at {self.url} does not answer {path} within {timeout_s:g} s.") from None
+        except EngineHungUp:
+            raise EngineGone(f"The engine at {self.url} hangs up when it is asked for {path}.") from None
+
+    async def _got(self, path: str, *, fresh: bool) -> Answer:
+        question = Question()
+        request = _QUESTION % (self.prefix, path.encode(), self._host_header)
+        connection = await self._send_on(request, question, fresh=fresh)
+        try:
+            return await question.answer
+        finally:
+            connection.abandon(question)
 
     async def post(
         self, path: str, body: Any, timeout_s: float = 30.0, headers: Mapping[str, str] | None = None

@@ -15,7 +15,8 @@ from scheduler.workers import UNKNOWN_SLOTS, Role, Worker
 from server.background import Background
 from server.engine.access import Access
 from server.engine.client import EngineClient
-from server.fleet.health import NUMBER, Breaker, Output, trial_answer
+from server.fleet.health import NUMBER, Breaker, Output, told_in, trial_answer
+from server.fleet.rounds import Rounds
 from server.request.errors import (
     EngineGone,
     EngineLost,
@@ -38,6 +39,7 @@ _KV_RECEIVED = re.compile(r"^vllm:nixl_bytes_transferred_sum" + NUMBER, re.MULTI
 WELL = (200, 404)  # of /health; where nothing tells its health, the list of models does
 TENANT_MEMORY_S = 60.0  # a tenant that got an answer within this time is being served
 MOST_TENANTS = 10_000
+PROBES_PER_S, IDLE_PROBES_PER_S = 250, 100  # of a fleet at work, and of one that has nothing to do
 LOCKED_OUT = (401, 403)
 REFUSED_PAUSE_S = 5.0  # between two probes of a worker that refuses the gateway's key
 _MOST_SEQUENCES = 1e6  # a larger number is none
@@ -75,6 +77,7 @@ class Member:
     policy: name and options that its plug-ins were last told, None if they were told nothing yet.
     suspected: a relayed answer failed there since it was last seen healthy.
     problem: why it is not ready, where somebody has to do something about it; shown to everybody, so without addresses.
+    heard_at: when an answer of it last went through here.
     kv_received_bytes: KV that it has fetched from other workers, as it counts itself.
     leaned_at: when it last changed the side to which it leans.
     """
@@ -97,7 +100,7 @@ class Member:
     policy: tuple[str, tuple[str, ...]] | None = None
     models_json: list[dict[str, object]] = field(default_factory=list)
     legs: set["RunningAnswer"] = field(default_factory=set)
-    look_now: asyncio.Event = field(default_factory=asyncio.Event)
+    heard_at: float = -inf
     load: WorkerLoad = field(init=False)
 
     def __post_init__(self) -> None:
@@ -140,7 +143,7 @@ class Fleet:
         self.changed: list[Callable[[], None]] = []
         self.replicas: Callable[[], int] = lambda: 1  # gateways that feed these workers, this one included
         self.policy: Callable[[], tuple[str, tuple[str, ...]]] | None = None  # what plug-ins inside engines must follow
-        self._probes: dict[str, asyncio.Task[None]] = {}
+        self._rounds = Rounds(self._look, self._pause_s, clock=clock, background=self._background)
 
     def add(self, worker: Worker, access: Access = Access(), *, note: str = "") -> Member:  # noqa: B008 - frozen
         """A worker joins; it gets requests once a probe has found it healthy. ValueError if its id is taken, or for
@@ -153,7 +156,7 @@ class Fleet:
             raise ValueError(f"worker {worker.id!r}: {error}") from None
         member = Member(worker, engine, note=note, access=access, output=Output(moved_at=self.clock()))
         self.enroll(member)
-        self._probes[worker.id] = self._background.start(f"probe {worker.id}", lambda: self._watch(member))
+        self._rounds.add(worker.id)
         return member
 
     def enroll(self, member: Member) -> None:
@@ -180,7 +183,7 @@ class Fleet:
         """A worker leaves at once; what it still relays ends as its connections end. KeyError if unknown."""
         member = self.members.pop(worker_id)
         self.put(member, WorkerState.DOWN)
-        await Background.stop(self._probes.pop(worker_id))
+        await self._rounds.remove(worker_id)
         await member.engine.close()
         self._tell()
 
@@ -244,7 +247,7 @@ class Fleet:
         if member.state is WorkerState.DRAINING:
             return
         member.suspected = True
-        member.look_now.set()
+        self.look_now(member)
         if isinstance(error, EngineRefusesKey):
             self._locked_out(member, error)
         elif member.state is WorkerState.READY and isinstance(error, EngineUnreachable | EngineLost):
@@ -271,7 +274,7 @@ class Fleet:
         """A tenant's request went through."""
         if len(self.served) > MOST_TENANTS and tenant not in self.served:
             self.served.clear()
-        self.served[tenant] = self.clock()
+        self.served[tenant] = member.heard_at = self.clock()
         if member.breaker.calls:
             member.breaker = Breaker()
 
@@ -306,21 +309,26 @@ class Fleet:
         except EngineGone:
             return False
 
-    async def _watch(self, member: Member) -> None:
-        while True:
-            member.look_now.clear()
-            await self._look(member)
-            pause_s = self.probe_s if member.state is not WorkerState.STARTING else min(self.probe_s, 0.25)
-            if member.problem:
-                pause_s = max(pause_s, min(REFUSED_PAUSE_S, 20 * self.probe_s))
-            try:
-                async with asyncio.timeout(pause_s):
-                    await member.look_now.wait()
-            except TimeoutError:
-                continue
+    def look_now(self, member: Member) -> None:
+        """A worker is probed as soon as can be."""
+        self._rounds.soon(member.worker.id)
 
-    async def _look(self, member: Member) -> None:
+    def _pause_s(self, worker_id: str) -> float:
+        """From one probe of a worker to the next. Where there are so many that probes would take a noticeable part of
+        a core, those come less often, first of workers that have nothing to do."""
+        member = self.members.get(worker_id)
+        if member is None or member.state is WorkerState.STARTING:
+            return min(self.probe_s, 0.25)
+        if member.problem:
+            return max(self.probe_s, min(REFUSED_PAUSE_S, 20 * self.probe_s))
+        if member.suspected or 0 < member.misses < self.misses:
+            return self.probe_s
+        idle = not (member.load.in_flight or member.load.others or member.legs)
+        return max(self.probe_s, len(self.members) / (IDLE_PROBES_PER_S if idle else PROBES_PER_S))
+
+    async def _look(self, worker_id: str) -> None:
         """One probe and what follows from it."""
+        member = self.members[worker_id]
         try:
             await self._probe(member)
         except EngineRefusesKey as error:
@@ -355,17 +363,13 @@ class Fleet:
 
     async def _probe(self, member: Member) -> None:
         timeout_s = self.health.probe_timeout_s
-        health = (await member.engine.get("/health", timeout_s)).status_code
-        if health in LOCKED_OUT:
-            raise refuses_key(member.access)
-        if health not in WELL:
-            raise EngineGone(f"its /health answers {health}")
-        if not member.models or health == 404:
-            await self._learn(member)
+        if not self._has_just_answered(member):
+            await self._ask_health(member)
         metrics = await member.engine.get("/metrics", timeout_s)
         if metrics.status_code == 200:
-            self._read(member, metrics.text)
-            member.output.read(metrics.text, self.clock())
+            told = told_in(metrics.content)
+            self._read(member, told)
+            member.output.read(told, self.clock())
         if member.worker.plugin and self.policy is not None and member.policy != self.policy():
             await self._order(member, *self.policy())
         if member.state in _OUT and await self._may_join(member):
@@ -375,6 +379,21 @@ class Fleet:
         member.misses = 0
         member.suspected = False
         member.problem = ""
+
+    def _has_just_answered(self, member: Member) -> bool:
+        """Whether a request that went through shows that a worker is well, so that it need not be asked."""
+        sound = member.state is WorkerState.READY and not (member.suspected or member.misses)
+        return sound and self.clock() - member.heard_at < self.probe_s
+
+    async def _ask_health(self, member: Member) -> None:
+        """EngineGone if a worker is not well. One that has not told its models is asked for them."""
+        health = (await member.engine.get("/health", self.health.probe_timeout_s)).status_code
+        if health in LOCKED_OUT:
+            raise refuses_key(member.access)
+        if health not in WELL:
+            raise EngineGone(f"its /health answers {health}")
+        if not member.models or health == 404:
+            await self._learn(member)
 
     async def _may_join(self, member: Member) -> bool:
         """Whether a healthy worker gets requests (again): not within its pause, not while it is stuck, and not without
@@ -475,6 +494,7 @@ class Fleet:
         """Stops probing and closes every connection."""
         for worker_id in list(self.members):
             await self.remove(worker_id)
+        await self._rounds.close()
 
 
 def refuses_key(access: Access) -> EngineRefusesKey:

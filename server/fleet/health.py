@@ -17,6 +17,28 @@ NUMBER = r"(?:\{[^}]*\})?\s+(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)$"
 _RUNNING = re.compile(r"^vllm:num_requests_running" + NUMBER, re.MULTILINE)
 _GENERATED = re.compile(r"^vllm:generation_tokens_total" + NUMBER, re.MULTILINE)
 
+# What is read of an engine's metrics.
+_TOLD = (
+    b"\nvllm:num_requests_",
+    b"\nvllm:kv_cache_usage_perc",
+    b"\nvllm:generation_tokens_total",
+    b"\nvllm:nixl_bytes_transferred_sum",
+    b"\nevenhand_engine_",
+)
+
+
+def told_in(page: bytes) -> str:
+    """Of an engine's metrics the lines that are read here, a hundredth of them all."""
+    lines: list[bytes] = []
+    page = b"\n" + page
+    for name in _TOLD:
+        at = page.find(name)
+        while at >= 0:
+            end = page.find(b"\n", at + 1)
+            lines.append(page[at + 1 : end if end >= 0 else len(page)])
+            at = page.find(name, at + 1)
+    return b"\n".join(lines).decode("utf-8", "replace")
+
 
 @dataclass(slots=True)
 class Breaker:

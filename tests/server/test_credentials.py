@@ -100,9 +100,9 @@ async def test_a_worker_that_refuses_the_key_is_unauthorised_and_nothing_loops(
         assert refused.status in (404, 503)
         accepted = engine.accepted
         for _ in range(3):
-            gateway.server.fleet.members["worker-0"].look_now.set()
-            await asyncio.sleep(0)
-        await eventually(lambda: gateway.server.fleet.members["worker-0"].look_now.is_set() is False)
+            gateway.server.fleet.look_now(gateway.server.fleet.members["worker-0"])
+            await asyncio.sleep(0.05)
+        await eventually(lambda: not gateway.server.fleet._rounds._looking)
         assert engine.accepted == accepted  # the same connection asked again
         told = [record for record in caplog.records if says_what in record.getMessage()]
         assert len(told) == 1 and told[0].levelno == logging.ERROR
