@@ -1,6 +1,7 @@
 """Clients that know what the undisturbed answer is, and compare every answer with it."""
 
 import asyncio
+import logging
 import random
 import time
 from collections import Counter
@@ -10,6 +11,8 @@ from functools import partial
 from typing import Any
 
 from tests.server.conftest import Reply, Wire, chat, completion, request
+
+log = logging.getLogger("tests.chaos.load")
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 BROKEN = (AssertionError, OSError, EOFError, ValueError, KeyError, TimeoutError)  # what a wrong answer raises
@@ -210,6 +213,8 @@ class Client:
             outcome, problem = "wrong", repr(error)
         self.seen.answers[outcome] += 1
         self.seen.longest_s = max(self.seen.longest_s, time.monotonic() - began)
+        if problem:
+            log.info("%s: %s: %s", outcome, asked, problem[:1000])
         if outcome == "wrong":
             self.seen.wrong.append(f"{asked}: {problem}"[:1000])
         return reply
