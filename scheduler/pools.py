@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, heapreplace
 from math import inf
 
+from scheduler.forecast import EngineForecast
 from scheduler.workers import Role, Worker
 
 TYPICAL_TOKENS = 512.0  # of one request, before any was seen
@@ -24,6 +25,7 @@ class WorkerLoad:
     arriving_tokens: prompts of requests that it is to answer and whose KV another worker has yet.
     others: sequences that it has from elsewhere. kv_usage: share of its KV cache in use, 0 to 1.
     leans: the side to which a worker of role `both` leans; BOTH if to none.
+    kv_tokens: that its KV cache holds. forecast: set where placement is by prediction.
     free: sequences that it may be given beside these. tokens_per_slot: what its pool orders it by.
     """
 
@@ -36,6 +38,8 @@ class WorkerLoad:
     leans: Role = Role.BOTH
     free: int = 0
     tokens_per_slot: float = 0.0
+    kv_tokens: float = inf
+    forecast: EngineForecast | None = None
     pool: "Pool | None" = None
     number: int = 0  # its place among equals
     posted: float = inf  # its lowest entry in its pool's heap

@@ -12,6 +12,7 @@ class Role(Enum):
     DECODE = "decode"
 
 
+UNKNOWN_STEP_TOKENS = 2048  # assumed likewise of its step; vLLM's own default on most machines
 UNKNOWN_SLOTS = 256  # assumed of an engine that does not say how many sequences it runs at once
 
 
@@ -23,8 +24,10 @@ class Worker:
     url: where its HTTP server listens, e.g. "http://127.0.0.1:8101" (no trailing slash).
     slots: sequences that its batch holds (vLLM's max_num_seqs).
     plugin: whether our scheduler plug-in runs inside, so that tenant and service may travel with a request.
-    hands_over: whether one of role `both` has a KV connector, so that it can take one half of a request too.
+    hands_over: whether it has a KV connector that works both ways, so that it can take either half of a request; its
+    role is a preference then.
     dtype: the number format in which it computes, e.g. "bfloat16"; empty where that is not known.
+    step_tokens: tokens that one of its steps computes at most (vLLM's max_num_batched_tokens).
     token_ids: whether it tells the token ids of a stream (vLLM's `return_token_ids`), so that another can continue it.
     """
 
@@ -36,3 +39,4 @@ class Worker:
     token_ids: bool = False
     hands_over: bool = False
     dtype: str = ""
+    step_tokens: int = UNKNOWN_STEP_TOKENS

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 
+from scheduler.objectives import Objectives
 from scheduler.placement import Rules
 from scheduler.tiers import TieredLanes
 from server.admission.dispatch import Dispatcher, Lines
 from server.admission.live_names import LiveNames
 from server.admission.live_policy import LivePolicy
+from server.admission.predictor import Predictor
 from server.background import Background
 from server.batch.batches import Batches
 from server.batch.lines import GatewayEngines
@@ -258,6 +260,11 @@ class GatewayServer:
             rules=Rules(apart.min_prompt_tokens, apart.busy_tokens, apart.max_arriving_tokens),
         )
         dispatcher.max_sequences = admission.max_sequences
+        if self.settings.slo.named:
+            targets = SloTargets(self.settings.slo, unset=Objectives())
+            dispatcher.predictor = Predictor(
+                targets, apart.min_prompt_tokens, monotonic, self.telemetry.predicted.observe
+            )
         return dispatcher
 
     def _tasks(self) -> list[asyncio.Task[None]]:

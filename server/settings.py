@@ -110,6 +110,11 @@ class SloSettings(BaseModel):
         default_factory=dict, description="objectives of single models by name, e.g. {large: {tpot_s: 0.05}}"
     )
 
+    @property
+    def named(self) -> bool:
+        """Whether an objective is set for anything."""
+        return bool(self.ttft_s or self.tpot_s or any(one.ttft_s or one.tpot_s for one in self.models.values()))
+
 
 class HealthSettings(BaseModel):
     """When a worker is out, when it is back, and what happens to answers that it does not finish."""

@@ -69,7 +69,7 @@ class EnginePlan:
     each core; the system then places them. kv_cache_gib: its KV cache, for a CPU engine.
     share: its GPUs, None on a CPU.
     model_args: what this model needs; user_args: what the user gave, which wins over everything of ours.
-    hands_over: one of role `both` has a KV connector too, so that it may lean to either side.
+    hands_over: one of role `both` has a KV connector too, so that it may take either half of a request.
     host: the address on which it listens, for gateways and for engines that fetch its KV.
     key: what it wants to be asked with; empty for no key.
     """
@@ -169,7 +169,7 @@ def _options(plan: EnginePlan, ports: Ports) -> Options:
     else:
         options |= _gpu_options(plan)
     if plan.connected:
-        options["--kv-transfer-config"] = json.dumps(kv_transfer(plan.role, plan.build), separators=(",", ":"))
+        options["--kv-transfer-config"] = json.dumps(kv_transfer(plan.build), separators=(",", ":"))
     return options
 
 
@@ -223,15 +223,14 @@ def compiles(plan: EnginePlan) -> bool:
     return given[-1] == "--no-enforce-eager" if given else plan.compiled
 
 
-def kv_transfer(role: Role, build: Build) -> dict[str, object]:
-    """vLLM's `--kv-transfer-config`: prefill workers produce KV, decode workers consume it, over NIXL.
+def kv_transfer(build: Build) -> dict[str, object]:
+    """vLLM's `--kv-transfer-config`: every engine hands KV over and takes it, over NIXL; its role is a preference.
 
     KV that did not arrive is computed again: the client gets its answer late in place of an error.
     """
-    kv_role = {Role.PREFILL: "kv_producer", Role.DECODE: "kv_consumer", Role.BOTH: "kv_both"}[role]
     config: dict[str, object] = {
         "kv_connector": "NixlConnector",
-        "kv_role": kv_role,
+        "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"kv_lease_duration": KV_LEASE_S},
     }
@@ -280,7 +279,7 @@ def worker_of(plan: EnginePlan, name: str, url: str) -> Worker:
         plan.role,
         slots(plan),
         has_plugin(plan),
-        hands_over=plan.hands_over,
+        hands_over=plan.connected,
         dtype=computes_in(plan),
     )
 

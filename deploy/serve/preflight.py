@@ -201,6 +201,14 @@ def check_transfer(roles: Iterable[Role], machine: Machine) -> None:
         )
 
 
+def hands_over(settings: ServeSettings, machine: Machine) -> bool:
+    """Whether engines of role `both` get a KV connector: where roles follow load, or objectives are named and there is
+    another engine to hand over to."""
+    if settings.disaggregation.balance_roles:
+        return True
+    return settings.slo.named and machine.nixl and len(_roles_of(settings)) > 1
+
+
 def check_shared_memory(settings: ServeSettings, machine: Machine) -> None:
     """SharedMemoryError where an engine that is split over several processes would not start."""
     if machine.shared_bytes >= SHARED_BYTES or not spreads(settings.engine_args):
@@ -265,7 +273,7 @@ def plan_workers(
             allowed=own_allowed,
             kv_cache_gib=one.kv_cache_gib,
             share=shares.get(name),
-            hands_over=view.disaggregation.balance_roles,
+            hands_over=hands_over(view, machine),
             model_args=source.engine_args,
             user_args=tuple(view.engine_args),
             key=view.engine_key.get_secret_value() if view.engine_key else secrets.token_urlsafe(32),

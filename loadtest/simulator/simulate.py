@@ -8,7 +8,7 @@ expects a typical one, and how full a worker's KV memory is counts only where pr
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from itertools import accumulate
 from typing import cast
@@ -19,10 +19,13 @@ from loadtest.simulator.batch import ContinuousBatch, Iteration
 from loadtest.simulator.costmodel import CostModel
 from loadtest.traces.prompts import Prompts
 from scheduler.catalog import build
+from scheduler.hybrid import Planner, Visit
 from scheduler.jobs import Job, Outcome
+from scheduler.objectives import Objectives
 from scheduler.placement import Aggregated, Disaggregated, Rules, place
 from scheduler.policy import window_for
 from scheduler.pools import Pools, WorkerLoad
+from scheduler.prediction import Asked
 from scheduler.routing import Affinity, Choice, TypicalRequest, block_beginnings
 from scheduler.tiers import TieredLanes
 from scheduler.workers import Role, Worker
@@ -42,6 +45,8 @@ class Plan:
     gateway: a line before the workers, under the same policy; without one the first worker gets all.
     ahead: calls that the gateway gives a worker beyond its batch; None: as many as the policy wants.
     concurrency: a closed loop of so many calls, whose `at_s` is then not looked at.
+    objectives: every worker may read and answer, by prediction; prefill_workers only prefer to read. None: `rules`.
+    answer_chunk_tokens: of a step of those that prefer to answer then; None: as the cost model says.
     think: how long a conversation's turn waits after the answer before it, as `evenhand replay --think` says.
     """
 
@@ -51,6 +56,8 @@ class Plan:
     workers: int = 1
     prefill_workers: int = 0
     rules: Rules = Rules()
+    objectives: Objectives | None = None
+    answer_chunk_tokens: int | None = None
     gateway: bool = True
     ahead: int | None = None
     concurrency: int | None = None
@@ -69,6 +76,7 @@ class _Flight:
     waits: Job | None
     reads: Job | None = None
     worker: "_Worker | None" = None
+    visit: Visit | None = None
     arrivals_s: list[float] = field(default_factory=list)
     uncharged: int = 0
     pending_tokens: int = 0
@@ -166,6 +174,8 @@ class Simulation:
             self._pools.add(one.load, (_MODEL,))
         self._affinity = Affinity()
         self._typical = TypicalRequest()
+        self.ttft_errors: list[float] = []  # predicted ÷ actual, of each request, where placement is by prediction
+        self._planner = None if plan.objectives is None else Planner(self.ttft_errors.append)
         self._flights: dict[str, _Flight] = {}
         self._charge: list[_Flight] = []
         self._events: list[tuple[float, int, _Worker | TraceCall, Iteration | None]] = []
@@ -179,11 +189,24 @@ class Simulation:
         self._samples: list[Sample] = []
 
     def _made_workers(self, number: int, role: Role) -> list[_Worker]:
-        plan = self._plan
+        plan, cost = self._plan, self._plan.cost
+        if plan.answer_chunk_tokens is not None and role is not Role.PREFILL:
+            cost = replace(cost, max_batched_tokens=plan.answer_chunk_tokens)
+        either = plan.objectives is not None
         return [
             _Worker(
-                WorkerLoad(Worker(f"{role.value}-{at}", "", role, plan.cost.max_seqs)),
-                ContinuousBatch(plan.cost, TieredLanes(build(plan.policy, plan.policy_options))),
+                WorkerLoad(
+                    Worker(
+                        f"{role.value}-{at}",
+                        "",
+                        role,
+                        cost.max_seqs,
+                        hands_over=either,
+                        step_tokens=cost.max_batched_tokens,
+                    ),
+                    kv_tokens=float(cost.kv_capacity_tokens),
+                ),
+                ContinuousBatch(cost, TieredLanes(build(plan.policy, plan.policy_options))),
             )
             for at in range(number)
         ]
@@ -254,7 +277,7 @@ class Simulation:
             return
         self._charge_all(line, now)
         while (job := line.peek(now)) is not None:
-            room = self._room(job)
+            room = self._room(job, now)
             if room is None:
                 return
             line.pop(now)
@@ -270,7 +293,7 @@ class Simulation:
                 flight.uncharged = 0
         self._charge.clear()
 
-    def _room(self, job: Job) -> tuple[_Worker, _Worker | None] | None:
+    def _room(self, job: Job, now: float) -> tuple[_Worker, _Worker | None] | None:
         """Who answers, and who reads the prompt if that is another."""
         pools = self._pools.of(_MODEL)
         if all(pool.first() is None for pool in pools):
@@ -278,12 +301,35 @@ class Simulation:
         if len(self._by_id) == 1:  # nothing to choose
             return self._workers[0], None
         prompt = block_beginnings(self._blocks(self._flights[job.id].call), self._plan.cost.prefix_block_tokens)
-        choice = self._choice(pools, self._typical.tokens, known=self._affinity.known(prompt))
-        room = self._split(job, choice) if self._readers else self._whole(choice)
+        known = self._affinity.known(prompt)
+        if self._planner is not None:
+            room = self._predicted(job, known, now)
+        else:
+            choice = self._choice(pools, self._typical.tokens, known=known)
+            room = self._split(job, choice) if self._readers else self._whole(choice)
         for worker in room or ():
             if worker is not None:
                 self._affinity.note(prompt, worker.load.worker.id)
         return room
+
+    def _predicted(self, job: Job, known: Mapping[str, int], now: float) -> tuple[_Worker, _Worker | None] | None:
+        """Where placement by prediction sends it."""
+        plan, typical = self._plan, self._typical
+        assert self._planner is not None and plan.objectives is not None
+        asked = Asked(
+            job.prompt_tokens,
+            typical.output_tokens,
+            plan.objectives,
+            typical.prompt_tokens,
+            splittable=job.prompt_tokens >= plan.rules.min_prompt_tokens,
+            waited_s=now - job.arrived_at,
+        )
+        visit = self._planner.place(asked, self._pools.of(_MODEL), known, now)
+        if visit is None:
+            return None
+        self._flights[job.id].visit = visit
+        writer = self._by_id[visit.writer.worker.id]
+        return writer, self._by_id[visit.reader.worker.id] if visit.split else None
 
     def _whole(self, choice: Choice) -> tuple[_Worker, None] | None:
         load = choice.cheapest()
@@ -324,7 +370,10 @@ class Simulation:
         reader.batch.finish(job, Outcome.LENGTH, now)
         reader.load.release(1, flight.call.prompt_tokens)
         flight.reads = None
+        if flight.visit is not None:
+            flight.visit.read(now)
         if flight.worker is not None:
+            self._interrupt(flight.worker, now)
             flight.worker.batch.add(flight.runs, now, transferred=True)
             self._step(flight.worker, now)
 
@@ -351,7 +400,9 @@ class Simulation:
 
     def _repeats(self, worker: _Worker, iteration: Iteration) -> int:
         """How many more iterations like this one follow for sure, unless one arrives: none of them ends an answer."""
-        if not iteration.steady or self._readers:  # placement on separate pools looks at how full each memory is
+        if not iteration.steady or (
+            self._readers and self._planner is None
+        ):  # placement on separate pools looks at how full each memory is
             return 0
         flights = self._flights
         left = min(flights[entry.job.id].left for entry in iteration.producing)
@@ -416,6 +467,8 @@ class Simulation:
             if flight.arriving_tokens:
                 worker.load.expect(-flight.arriving_tokens)
                 flight.arriving_tokens = 0
+            if flight.visit is not None and not flight.arrivals_s:
+                flight.visit.begins(now)
             self._made(flight, (now,))
             if job.output_tokens >= flight.call.output_tokens:
                 self._end(worker, flight, now)
@@ -426,6 +479,8 @@ class Simulation:
 
     def _end(self, worker: _Worker, flight: _Flight, now: float) -> None:
         worker.batch.finish(flight.runs, Outcome.DONE, now)
+        if flight.visit is not None:
+            flight.visit.over(now, now, len(flight.arrivals_s))
         worker.load.release(1, flight.pending_tokens)
         self._typical.learn(flight.call.prompt_tokens, flight.call.output_tokens)
         if self._line is not None and flight.waits is not None:

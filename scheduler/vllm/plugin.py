@@ -449,6 +449,7 @@ class EngineMetrics:
         self.stall_s = self._gauge(
             registry, "longest_stall_seconds", "Longest that a started request went without its slot", (), "livemax"
         )
+        self.step_tokens = self._gauge(registry, "step_tokens", "Tokens that a step computes at most", (), "livemax")
         self.slots = self._gauge(registry, "slots", "Requests that run at once, all ranks together", (), "livesum")
         self.info = self._gauge(registry, "info", "1, with the number format of the weights", ("dtype",), "livemax")
         self.steps = self._counter(registry, "steps_total", "Scheduling passes, counted once a second", ())
@@ -508,6 +509,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         """What does not change while the engine runs, and the policy of its start: in metrics and in the log."""
         self._metrics.policy.labels(policy.name).set(1)
         self._metrics.slots.set(self._slots)
+        self._metrics.step_tokens.set(self.max_num_scheduled_tokens)
         self._metrics.info.labels(str(self.vllm_config.model_config.dtype).removeprefix("torch.")).set(1)
         logger.info("evenhand: policy %s, %d slots", policy.name, self._slots)
         if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:

@@ -2,11 +2,12 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from math import exp2, log
 from typing import NamedTuple
 
+from scheduler.hybrid import Visit
 from scheduler.jobs import Job, Outcome
 from scheduler.placement import Aggregated, Disaggregated, Rules, place
 from scheduler.pools import Pool
@@ -14,6 +15,7 @@ from scheduler.routing import LEARN_SHARE, Affinity, Choice, TypicalRequest, beg
 from scheduler.tiers import TieredLanes
 from scheduler.workers import Role
 from server.admission.live_names import LiveNames
+from server.admission.predictor import Predictor
 from server.admission.reservations import Reservations
 from server.fleet.fleet import Fleet, Member
 from server.fleet.split import Split
@@ -95,6 +97,7 @@ class Dispatcher:
     lanes: the policy's line. max_waiting: requests beyond which newcomers are refused. queue_timeout_s: how long
     anybody waits, None for ever. rules: when prompts are read apart.
     max_sequences: answers that one request may ask for.
+    predictor: places by prediction where workers hand prompts over; None: as `rules` say.
     placed: requests by how they were placed ("apart", or why not), where there are prefill or decode workers.
     """
 
@@ -118,6 +121,7 @@ class Dispatcher:
         self.rules = rules
         self.max_sequences = MAX_SEQUENCES
         self.placed: Counter[str] = Counter()
+        self.predictor: Predictor | None = None
         self.pace = Pace(clock())
         self.promises = Reservations(max_waiting)
         self.charge: list[Ticket] = []
@@ -307,18 +311,26 @@ class Dispatcher:
             return Room(members[idlest[0].worker.id])
         call = ticket.call
         prompt = beginnings(call.body, call.route.content_field, call.prompt_tokens)
-        choice = Choice(
-            pools,
-            self.sizes.typical.tokens,
-            sequences=call.sequences,
-            known=self.affinity.known(prompt),
-            avoid=ticket.avoid,
-        )
-        room = self._room_whole(choice) if whole else self._room_in_pools(ticket, choice)
+        known = self.affinity.known(prompt)
+        if self.predictor is not None and (not whole or idlest[0].worker.hands_over):
+            room = self._room_predicted(self.predictor, ticket, pools, known)
+        else:
+            choice = Choice(pools, self.sizes.typical.tokens, sequences=call.sequences, known=known, avoid=ticket.avoid)
+            room = self._room_whole(choice) if whole else self._room_in_pools(ticket, choice)
         if room is not None:
             for member in room.readers:
                 self.affinity.note(prompt, member.worker.id)
         return room
+
+    def _room_predicted(
+        self, predictor: Predictor, ticket: Ticket, pools: Sequence[Pool], known: Mapping[str, int]
+    ) -> "Room | None":
+        visit = predictor.place(ticket, pools, known, self.sizes.typical)
+        if visit is None:
+            return None
+        members = self.fleet.members
+        reader = members[visit.reader.worker.id] if visit.split else None
+        return Room(members[visit.writer.worker.id], reader, "apart" if visit.split else "together", visit)
 
     def _room_whole(self, choice: Choice) -> "Room | None":
         load = choice.cheapest()
@@ -337,6 +349,7 @@ class Dispatcher:
     def _occupy(self, room: "Room", ticket: Ticket) -> Member:
         """The request holds its place; returns the worker that answers it."""
         member = room.member
+        ticket.visit = room.visit
         if room.prefill is not None:
             ticket.split = Split(room.prefill, member, ticket.call.prompt_tokens, self.advance)
         if room.placed:
@@ -353,10 +366,12 @@ class Dispatcher:
         ticket.member, ticket.worker = member, member.worker.id
         return member
 
-    @staticmethod
-    def _vacate(member: Member, ticket: Ticket) -> None:
+    def _vacate(self, member: Member, ticket: Ticket) -> None:
         if ticket.split is not None:
             ticket.split.over()
+        if ticket.visit is not None:
+            ticket.visit.over(self.clock(), ticket.last_at, ticket.tokens)
+            ticket.visit = None
         member.load.release(ticket.call.sequences, ticket.pending_tokens)
         ticket.pending_tokens = 0
 
@@ -417,11 +432,13 @@ class Dispatcher:
 
 
 class Room(NamedTuple):
-    """Where a request fits. prefill: who reads its prompt if not `member`. placed: its name in metrics, if any."""
+    """Where a request fits. prefill: who reads its prompt if not `member`. placed: its name in metrics, if any. visit:
+    what the forecasts know of it."""
 
     member: Member
     prefill: Member | None = None
     placed: str = ""
+    visit: Visit | None = None
 
     @property
     def readers(self) -> tuple[Member, ...]:

@@ -35,6 +35,10 @@ _SEQUENCES = re.compile(r"^vllm:num_requests_(?:running|waiting)" + NUMBER, re.M
 _KV_USAGE = re.compile(r"^vllm:kv_cache_usage_perc" + NUMBER, re.MULTILINE)
 _RANKS = re.compile(r'^vllm:num_requests_running\{[^}]*\bengine="(\d{1,4})"', re.MULTILINE)
 _SLOTS = re.compile(r"^evenhand_engine_slots" + NUMBER, re.MULTILINE)
+_STEP_TOKENS = re.compile(r"^evenhand_engine_step_tokens" + NUMBER, re.MULTILINE)
+_BLOCKS = re.compile(
+    r'^vllm:cache_config_info\{(?=.*\bblock_size="(\d{1,6})")(?=.*\bnum_gpu_blocks="(\d{1,9})")', re.MULTILINE
+)
 _KV_RECEIVED = re.compile(r"^vllm:nixl_bytes_transferred_sum" + NUMBER, re.MULTILINE)
 WELL = (200, 404)  # of /health; where nothing tells its health, the list of models does
 TENANT_MEMORY_S = 60.0  # a tenant that got an answer within this time is being served
@@ -424,6 +428,11 @@ class Fleet:
             self._learned(member, replace(member.worker, plugin=True))
         if (slots := _SLOTS.search(metrics)) is not None and 1 <= float(slots.group(1)) < _MOST_SEQUENCES:
             self._learn_slots(member, int(float(slots.group(1))))
+        if load.kv_tokens == inf and (blocks := _BLOCKS.search(metrics)) is not None:
+            load.kv_tokens = float(int(blocks.group(1)) * int(blocks.group(2))) or inf
+        if (step := _STEP_TOKENS.search(metrics)) is not None and 1 <= float(step.group(1)) < _MOST_SEQUENCES:
+            if (tokens := int(float(step.group(1)))) != member.worker.step_tokens:
+                self._learned(member, replace(member.worker, step_tokens=tokens))
 
     def _learn_slots(self, member: Member, slots: int) -> None:
         """The engine itself says how many sequences it runs at once; that counts, whatever was said of it before."""

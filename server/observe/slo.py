@@ -21,8 +21,9 @@ OUTCOMES = ("met", "ttft", "tpot", "both")
 class SloTargets:
     """The objectives in force, by model and tenant."""
 
-    def __init__(self, settings: SloSettings) -> None:
-        self._general = _over(DEFAULT, settings)
+    def __init__(self, settings: SloSettings, unset: Objectives = DEFAULT) -> None:
+        """unset: what holds where nothing is set."""
+        self._general = _over(unset, settings)
         self._models: Mapping[str, Objectives] = {
             name: _over(self._general, target) for name, target in settings.models.items()
         }

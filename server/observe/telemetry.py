@@ -24,6 +24,9 @@ SECONDS = (
 )  # fmt: skip
 
 
+RATIOS = (0.1, 0.25, 0.4, 0.6, 0.75, 0.85, 0.95, 1.05, 1.15, 1.25, 1.4, 1.6, 2.5, 4.0, 10.0)
+
+
 class Distribution:
     """A histogram that costs next to nothing to feed."""
 
@@ -69,6 +72,11 @@ class Telemetry(Observer, Collector):
         self.kv_transfer = Distribution(
             "evenhand_kv_transfer_seconds",
             "From a prompt read apart to its answer's first bytes.",
+        )
+        self.predicted = Distribution(
+            "evenhand_predicted_ttft_ratio",
+            "Predicted over actual seconds from placement to first token, where placement is by prediction.",
+            RATIOS,
         )
         self.queue = Distribution("evenhand_request_queue_seconds", "Wait in line until a worker had room.")
         self.outcomes: Counter[tuple[str, str]] = Counter()
@@ -118,7 +126,16 @@ class Telemetry(Observer, Collector):
             self.kv_transfer.observe(first - ticket.split.read_at)
 
     def collect(self) -> Iterator[Metric]:
-        latencies = (self.ttft, self.second, self.itl, self.tpot, self.e2e, self.queue, self.kv_transfer)
+        latencies = (
+            self.ttft,
+            self.second,
+            self.itl,
+            self.tpot,
+            self.e2e,
+            self.queue,
+            self.kv_transfer,
+            self.predicted,
+        )
         for distribution in latencies:
             yield distribution.family()
         requests = CounterMetricFamily("evenhand_requests", "Requests by how they ended.", labels=("route", "outcome"))

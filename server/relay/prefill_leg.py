@@ -106,10 +106,14 @@ class PrefillLeg(Collector):
         try:
             split.kv = await self._read(ticket, split)
             split.read_at = self.clock()
+            if ticket.visit is not None:
+                ticket.visit.read(split.read_at)
             self.seconds.observe(split.read_at - began)
             self.outcomes["read"] += 1
         except NotRead as reason:
             self.outcomes[reason.outcome] += 1
+            if ticket.visit is not None:
+                ticket.visit.gave_up(self.clock())
             log.warning("worker %s did not read a prompt: %s", split.prefill.worker.id, reason)
         finally:
             split.read()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from scheduler.hybrid import Visit
 from scheduler.jobs import Job
 from server.request.tenants import Tenant
 from server.request.transcript import Transcript
@@ -129,6 +130,7 @@ class Ticket:
     advance.
     pending_tokens: what the worker is taken to be busy with for it.
     split: set if prompt and answer are two workers' business; `worker` is then the one that answers.
+    visit: what its engines' forecasts know of it, where placement is by prediction.
     avoid: the worker that failed it last, which it should not be given again.
     at_fault: workers that failed because of it.
     told: the policy knows the prompt's length as the engine counts it.
@@ -156,6 +158,7 @@ class Ticket:
     booked_tokens: int = 0
     pending_tokens: int = 0
     split: "Split | None" = None
+    visit: Visit | None = None
     uncharged: int = 0
     avoid: str = ""
     at_fault: int = 0
@@ -195,8 +198,11 @@ class Ticket:
         self.phase = phase
         if self.times[phase] is None:
             self.times[phase] = self.clock()
-        if self.split is not None and phase is Phase.DECODING:
-            self.split.arrived()
+        if phase is Phase.DECODING:
+            if self.split is not None:
+                self.split.arrived()
+            if self.visit is not None:
+                self.visit.begins(self.clock())
 
     def failed_at(self, worker: str, outcome: str) -> None:
         """A worker, or all of a model, could not answer."""

@@ -141,16 +141,16 @@ def test_threads_of_an_engine_that_shares_its_cores_are_as_many_and_go_where_the
     assert (env["VLLM_CPU_OMP_THREADS_BIND"], env["OMP_NUM_THREADS"]) == ("0,1,2,3", "2")
 
 
-def test_engines_apart_hand_over_kv_and_compute_again_what_does_not_arrive() -> None:
+def test_engines_of_either_preference_hand_over_kv_both_ways_and_compute_again_what_does_not_arrive() -> None:
     prefill = engine_command(plan(role=Role.PREFILL), PORTS, "python")
     transfer = json.loads(value_of(prefill.argv, "--kv-transfer-config"))
-    assert transfer["kv_role"] == "kv_producer"
+    assert transfer["kv_role"] == "kv_both"
     assert transfer["kv_buffer_device"] == "cpu" and transfer["kv_connector_module_path"] == "scheduler.vllm.nixl"
     assert transfer["kv_load_failure_policy"] == "recompute"
     assert prefill.env["VLLM_NIXL_SIDE_CHANNEL_PORT"] == "9002"
     decode = engine_command(plan("cuda", role=Role.DECODE, share=Share((L4,))), PORTS, "python")
     transfer = json.loads(value_of(decode.argv, "--kv-transfer-config"))
-    assert transfer["kv_role"] == "kv_consumer"
+    assert transfer["kv_role"] == "kv_both"
     assert not {"kv_buffer_device", "kv_connector_module_path"} & transfer.keys()
     assert "--kv-transfer-config" not in engine_command(plan(), PORTS, "python").argv
     leaning = engine_command(plan(hands_over=True), PORTS, "python")

@@ -1,0 +1,253 @@
+"""One engine's work as whoever sends it requests knows it, and what a request would meet there.
+
+The owner reports events in its own seconds: a prompt was sent, its first token came, an answer ended. From them follow
+the time to the first token of one more prompt, the time per token of what runs, and what the engine's steps cost.
+"""
+
+from dataclasses import astuple, dataclass
+from math import exp, inf
+from typing import Final
+
+from scheduler.step_cost import LinearFit, StepCost
+
+MEMORY_S: Final = 30.0  # how far back an engine's habit, to read prompts or not, is looked at
+_MOST_SHARE: Final = 0.9  # of its time, that an engine is ever taken to spend on prompts
+_FULL: Final = 0.9  # of the KV cache
+_LONG_STEPS: Final = 64  # an answer of as many tokens or more says how long a step takes; a shorter one says it roughly
+_LEAST_STEP_S: Final = 1e-5
+_SHORTEST_S: Final = 1e-3  # first tokens that come closer together were made by one step
+
+
+@dataclass(slots=True, eq=False)
+class Stay:
+    """What a forecast notes of one request's answers, from `expects` to `ended`.
+
+    context_tokens: of its prompt and half of its answer, once for each of `answers`. began_at: None before its first
+    token.
+    prompts, sequences, contexts, fetched: the engine's sums when it began.
+    """
+
+    context_tokens: float
+    answers: int = 1
+    began_at: float | None = None
+    prompts: float = 0.0
+    sequences: float = 0.0
+    contexts: float = 0.0
+    fetched: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Seconds per token of an answer: what is expected, and by how much it may deviate (one standard deviation)."""
+
+    tpot_s: float
+    deviation_s: float
+
+
+class EngineForecast:
+    """One engine.
+
+    chunk_tokens: most tokens of one step (vLLM's max_num_batched_tokens). kv_tokens: that its KV cache holds.
+    running, coming: answers that are being written, and those whose prompts are still to be read or fetched.
+    others: answers that run here for others than the owner.
+    """
+
+    def __init__(self, *, chunk_tokens: int = 2048, kv_tokens: float = inf, assumed: StepCost = StepCost()) -> None:  # noqa: B008
+        self.chunk_tokens = chunk_tokens
+        self.kv_tokens = kv_tokens
+        self.cost = assumed
+        self._fit = LinearFit(astuple(assumed))
+        self.others = 0
+        self.running = 0
+        self.coming = 0
+        self._running_context = 0.0
+        self._coming_context = 0.0
+        self._unread: dict[object, int] = {}
+        self._silent: set[object] = set()  # of these, prompts whose first token nobody will see
+        self._unread_tokens = 0
+        self._reading_since = 0.0
+        self._read_at_once = 0
+        self._stall_s = self._stall_at = 0.0
+        self._share = self._share_at = 0.0
+        self._read_tokens = self._fetched_tokens = 0.0  # of all prompts that were ever read or fetched here
+        self._sequence_s = self._context_s = self._summed_at = 0.0  # integrals over time of what runs
+
+    # What happens
+
+    def sends_prompt(self, key: object, tokens: int, now: float, life_s: float, *, silent: bool = False) -> None:
+        """A prompt is sent here of which so many tokens are to be computed. life_s: of a typical answer.
+
+        silent: nobody will say when it has been read: it is taken to be once the one behind it is, or the time is up.
+        """
+        if not self._unread:
+            self._reading_since = now
+        self._unread[key] = tokens
+        if silent:
+            self._silent.add(key)
+        self._unread_tokens += tokens
+        seconds = self.cost.prompt_token_s * tokens
+        self._stall_s = self._recent_stall_s(now, life_s) + seconds
+        self._stall_at = now
+        self._share = self.read_share(now) + seconds / MEMORY_S
+        self._share_at = now
+
+    def has_read(self, key: object, now: float, *, learn: bool = True) -> None:
+        """Its first token came; or, without `learn`, it will not be read any more. Nothing if it was read before."""
+        if key not in self._unread:
+            return
+        tokens = self._drop(key)
+        if not learn:
+            return
+        while self._silent and (first := next(iter(self._unread), None)) in self._silent:
+            tokens += self._drop(first)
+        self._read_tokens += tokens
+        self._read_at_once += tokens
+        elapsed_s = now - self._reading_since
+        if elapsed_s < _SHORTEST_S:
+            return
+        if self._running_context + self._coming_context > _FULL * self.kv_tokens:  # it may have waited for memory
+            self._reading_since, self._read_at_once = now, 0
+            return
+        steps = self._read_at_once / max(1.0, self.chunk_tokens - self.running)
+        steps = max(1.0, steps) if self.running else max(1.0, -(-self._read_at_once // self.chunk_tokens))
+        self._learn(elapsed_s, (steps, self._read_at_once, steps * self.running, steps * self._running_context, 0.0))
+        self._reading_since = now
+        self._read_at_once = 0
+
+    def _drop(self, key: object) -> int:
+        tokens = self._unread.pop(key)
+        self._unread_tokens -= tokens
+        self._silent.discard(key)
+        return tokens
+
+    def expects(self, context_tokens: float, answers: int = 1) -> Stay:
+        """A request's answers will be written here. context_tokens: of all of them."""
+        self.coming += answers
+        self._coming_context += context_tokens
+        return Stay(context_tokens, answers)
+
+    def begins(self, stay: Stay, now: float, *, fetched_tokens: int = 0) -> None:
+        """Its first token came. Nothing if it has begun before. fetched_tokens: of its prompt, from another engine."""
+        if stay.began_at is not None:
+            return
+        self._sum(now)
+        self._fetched_tokens += fetched_tokens
+        self.coming -= stay.answers
+        self._coming_context -= stay.context_tokens
+        self.running += stay.answers
+        self._running_context += stay.context_tokens
+        stay.began_at, stay.prompts, stay.fetched = now, self._computed(now), self._fetched_tokens
+        stay.sequences, stay.contexts = self._sequence_s, self._context_s
+
+    def ended(self, stay: Stay, now: float, last_at: float = 0.0, tokens: int = 0) -> None:
+        """It is over. last_at, tokens: when its last token came and how many there were, where that is known."""
+        if stay.began_at is None:
+            self.coming -= stay.answers
+            self._coming_context -= stay.context_tokens
+            return
+        self._sum(now)
+        self.running -= stay.answers
+        self._running_context -= stay.context_tokens
+        seconds, stayed_s = last_at - stay.began_at, now - stay.began_at
+        if tokens > 4 and seconds > 0.0:
+            steps = tokens - 1
+            per_s = steps / stayed_s
+            self._learn(
+                seconds,
+                (
+                    steps,
+                    self._computed(now) - stay.prompts,
+                    (self._sequence_s - stay.sequences) * per_s,
+                    (self._context_s - stay.contexts) * per_s,
+                    self._fetched_tokens - stay.fetched,
+                ),
+                min(1.0, steps / _LONG_STEPS),
+            )
+
+    def _learn(self, seconds: float, row: tuple[float, float, float, float, float], weight: float = 1.0) -> None:
+        if self._fit.learn(seconds, row, weight):
+            fixed_s, *rest = self._fit.coefficients
+            self.cost = StepCost(max(_LEAST_STEP_S, fixed_s), *rest)
+
+    def _sum(self, now: float) -> None:
+        elapsed_s = now - self._summed_at
+        self._sequence_s += self.running * elapsed_s
+        self._context_s += self._running_context * elapsed_s
+        self._summed_at = now
+
+    # What would be
+
+    @property
+    def answers(self) -> int:
+        """That run here or will."""
+        return self.running + self.coming
+
+    def unread_tokens(self, now: float) -> float:
+        """Of the prompts here, tokens still to compute; what has been done of the first is estimated from the time."""
+        return self._unread_tokens - self._begun_tokens(now)
+
+    def _begun_tokens(self, now: float) -> float:
+        """Of the prompt that is being read, what is computed by now."""
+        if not self._unread:
+            return 0.0
+        most = 0
+        for key, tokens in self._unread.items():
+            most += tokens
+            if key not in self._silent:
+                break
+        return min(float(most), (now - self._reading_since) / self._read_s(1.0))
+
+    def _computed(self, now: float) -> float:
+        """Prompt tokens that were ever computed here."""
+        return self._read_tokens + self._begun_tokens(now)
+
+    def _read_s(self, tokens: float) -> float:
+        """To compute so many tokens of prompts beside the answers that run."""
+        cost = self.cost
+        room = max(1.0, self.chunk_tokens - self.running)
+        return tokens * cost.prompt_token_s + tokens / room * cost.decode_s(
+            self.running + self.others, self._running_context
+        )
+
+    def first_token_s(self, tokens: float, now: float) -> float:
+        """Until a prompt that is sent now, and of which so many tokens are to be computed, has been read."""
+        cost = self.cost
+        ahead = self.unread_tokens(now)
+        step_s = cost.decode_s(self.running + self.others, self._running_context)
+        # Of the step that runs, half is left; the last chunk is not full, but its step costs as much beside it.
+        rest_s = 0.5 * step_s if self.running else 0.0
+        return rest_s + self._read_s(ahead) + max(self._read_s(tokens), step_s + tokens * cost.prompt_token_s)
+
+    def memory_wait_s(self, tokens: float, life_s: float) -> float:
+        """Until so many tokens of KV are free: as much comes free in an answer's life as all of them hold."""
+        held = self._running_context + self._coming_context
+        missing = held + tokens - self.kv_tokens
+        if missing <= 0.0 or not held:
+            return 0.0
+        return missing / held * life_s
+
+    def read_share(self, now: float) -> float:
+        """Of the last half minute or so, the share in which prompts were read here."""
+        return self._share * exp((self._share_at - now) / MEMORY_S) if self._share else 0.0
+
+    def _recent_stall_s(self, now: float, life_s: float) -> float:
+        return self._stall_s * exp((self._stall_at - now) / life_s) if self._stall_s else 0.0
+
+    def pace(
+        self, output_tokens: float, prompt_s: float, now: float, *, more: int = 0, context_tokens: float = 0.0,
+        prompt_tokens: float = 0.0,
+    ) -> Pace:  # fmt: skip
+        """Per token of an answer of `output_tokens` that runs here, if so much comes on top.
+
+        Prompts hold answers up: those read within an answer's life, or as many as the engine's habit says, whichever
+        is more. They come at random, so the deviation is that of a Poisson process whose events take `prompt_s` each.
+        more, context_tokens: answers that join, and their context. prompt_tokens: to be read here.
+        """
+        cost = self.cost
+        held = self._running_context + self._coming_context + context_tokens
+        step_s = cost.decode_s(self.answers + self.others + more, held)
+        life_s = step_s * output_tokens
+        share = min(_MOST_SHARE, self.read_share(now))
+        usual_s = life_s * share / (1.0 - share)
+        stall_s = max(self._recent_stall_s(now, life_s), usual_s) + cost.prompt_token_s * prompt_tokens
+        return Pace(step_s + stall_s / output_tokens, (usual_s * prompt_s) ** 0.5 / output_tokens)

@@ -1,0 +1,152 @@
+"""Prompts and answers over engines that all do both: placement by prediction, and what it learns from how it went.
+
+One implementation for the gateway and the simulator. Whoever owns the engines asks `Planner.place` where a request
+goes, and tells the `Visit` that results what happens to it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Final
+
+from scheduler.forecast import EngineForecast, Stay
+from scheduler.pools import Pool, WorkerLoad
+from scheduler.prediction import Asked, Prospect, choose
+from scheduler.step_cost import LinearFit
+from scheduler.workers import Role
+
+LOOKS: Final = 4  # workers of each pool that are considered, least loaded first
+_ASSUMED_HANDOVER: Final = (0.01, 1e-6)  # seconds, and per prompt token
+_RANKS: Final = {Role.DECODE: 0.0, Role.BOTH: 1.0, Role.PREFILL: 2.0}
+
+
+@dataclass(slots=True, eq=False)
+class Visit:
+    """One request at the engines that read its prompt and write its answer; the same one where it is not split.
+
+    Tell it what happens, in this order or less: `read`, `begins`, `over`. Anything told twice counts once.
+    silent: its first token will not be seen, for it is answered in one piece or goes on with a stream.
+    """
+
+    reader: WorkerLoad
+    writer: WorkerLoad
+    planner: "Planner"
+    prompt_tokens: int
+    ttft_s: float
+    sent_at: float
+    stay: Stay
+    silent: bool = False
+    read_at: float | None = None
+
+    @property
+    def split(self) -> bool:
+        return self.reader is not self.writer
+
+    def read(self, now: float) -> None:
+        """The reader has read the prompt."""
+        if self.read_at is None:
+            self.read_at = now
+            self._at(self.reader).has_read(self, now)
+
+    def gave_up(self, now: float) -> None:
+        """The reader will not read the prompt: the writer does."""
+        if self.split and self.read_at is None:
+            self._at(self.reader).has_read(self, now, learn=False)
+            self._at(self.writer).sends_prompt(self, self.prompt_tokens, now, self.planner.life_s, silent=self.silent)
+            self.reader = self.writer
+
+    def begins(self, now: float) -> None:
+        """The answer's first token came."""
+        if self.silent or self.stay.began_at is not None:
+            return
+        if self.split and self.read_at is not None:
+            self.planner.handover.learn(now - self.read_at, (1.0, float(self.prompt_tokens)))
+        self.read(now)
+        self._at(self.writer).begins(self.stay, now, fetched_tokens=self.prompt_tokens if self.split else 0)
+        self.planner.note_error(self.ttft_s / max(1e-6, now - self.sent_at))
+
+    def over(self, now: float, last_at: float = 0.0, tokens: int = 0) -> None:
+        """The request is over. last_at, tokens: of a stream, when its last token came and how many there were."""
+        if self.read_at is None:
+            self._at(self.reader).has_read(self, now, learn=False)
+        self._at(self.writer).ended(self.stay, now, last_at, 0 if self.silent else tokens)
+
+    @staticmethod
+    def _at(load: WorkerLoad) -> EngineForecast:
+        assert load.forecast is not None  # it was placed there by its forecast
+        return load.forecast
+
+
+@dataclass(slots=True)
+class Planner:
+    """Places one model's requests.
+
+    note_error: is told predicted ÷ actual time to first token of each request. life_s: of a typical answer.
+    handover: seconds from a prompt read at one engine to the first token at another, and more per prompt token.
+    """
+
+    note_error: Callable[[float], None]
+    life_s: float = 5.0
+    handover: LinearFit = field(default_factory=lambda: LinearFit(_ASSUMED_HANDOVER))
+
+    def place(
+        self, asked: Asked, pools: Sequence[Pool], known: Mapping[str, int], now: float, avoid: str = ""
+    ) -> Visit | None:
+        """Where a request goes, reserved in the forecasts; None if no worker has room.
+
+        known: of its prompt, the tokens that a worker probably has cached, by the worker's id. avoid: a worker's id.
+        """
+        loads = list(self._considered(pools, known, avoid))
+        prospects = [
+            self._prospect(load, rank / len(loads), known) for rank, load in enumerate(sorted(loads, key=_rank))
+        ]
+        loads.sort(key=_rank)
+        choice = choose(asked, prospects, self.handover.coefficients, now)
+        if choice is None:
+            return None
+        reader, writer = loads[choice.reader], loads[choice.writer]
+        self.life_s = max(0.1, choice.tpot_s * asked.output_tokens)
+        writes, reads = prospects[choice.writer].forecast, prospects[choice.reader]
+        stay = writes.expects(asked.context_tokens * asked.answers, asked.answers)
+        if asked.silent:
+            writes.begins(stay, now)
+        visit = Visit(reader, writer, self, asked.prompt_tokens, choice.ttft_s, now, stay, asked.silent)
+        silent = asked.silent and not visit.split
+        tokens = max(1, asked.prompt_tokens - reads.cached_tokens)
+        reads.forecast.sends_prompt(visit, tokens, now, self.life_s, silent=silent)
+        return visit
+
+    @staticmethod
+    def _considered(pools: Sequence[Pool], known: Mapping[str, int], avoid: str) -> Iterator[WorkerLoad]:
+        """The owners of the prompt's beginnings, and the least loaded of each pool."""
+        seen: set[str] = {avoid}
+        for pool in pools:
+            owners = [pool.workers[owner] for owner in known if owner in pool.workers]
+            for load in (*owners, *islice(pool.in_order(), LOOKS)):
+                if load.free > 0 and load.worker.id not in seen:
+                    seen.add(load.worker.id)
+                    yield load
+
+    @staticmethod
+    def _prospect(load: WorkerLoad, rank: float, known: Mapping[str, int]) -> Prospect:
+        worker, role = load.worker, load.worker.role
+        if load.forecast is None:
+            load.forecast = EngineForecast()
+        forecast = load.forecast
+        forecast.chunk_tokens = worker.step_tokens
+        forecast.kv_tokens = load.kv_tokens
+        forecast.others = load.others
+        either = worker.hands_over
+        return Prospect(
+            forecast,
+            rank,
+            known.get(worker.id, 0),
+            reads=either or role is Role.PREFILL,
+            fetches=either or role is Role.DECODE,
+            whole=either or role is not Role.PREFILL,
+        )
+
+
+def _rank(load: WorkerLoad) -> tuple[float, int]:
+    """Where answers are packed first: at workers that prefer them, then in the order of joining."""
+    return _RANKS[load.worker.role], load.number

@@ -1,0 +1,178 @@
+"""Placement by prediction: which engine reads a prompt and which one writes its answer, so that the fewest streams miss
+their objectives.
+
+Every engine may do both. Together on one engine is always among the choices, so a bad prediction costs what its error
+is. TaiChi (arXiv 2508.01989) mixes both ways by preference; here each request is weighed by itself.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import erf, hypot, inf, sqrt
+from typing import Final
+
+from scheduler.forecast import EngineForecast, Pace
+from scheduler.objectives import Objectives
+
+TTFT_ERROR: Final = 0.15  # of a predicted time to first token, one standard deviation
+TPOT_ERROR: Final = 0.05  # likewise
+# What decides among choices that endanger nobody: short times first, then answers close together and prompts where few
+# answers are, so that whole engines stay free of one or the other.
+_SLOWNESS: Final = 1e-2
+_CROWD: Final = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One request. prompt_tokens: of the whole prompt. output_tokens: expected of its answer.
+
+    typical_prompt_tokens: of the requests lately. splittable: it may be read by one engine and answered by another.
+    waited_s: since its arrival. answers: sequences that it asks for. silent: nobody will see its first token.
+    """
+
+    prompt_tokens: int
+    output_tokens: float
+    objectives: Objectives
+    typical_prompt_tokens: float
+    splittable: bool = True
+    waited_s: float = 0.0
+    answers: int = 1
+    silent: bool = False
+
+    @property
+    def context_tokens(self) -> float:
+        return self.prompt_tokens + self.output_tokens / 2
+
+
+@dataclass(frozen=True, slots=True)
+class Prospect:
+    """An engine that has room, as one request sees it.
+
+    rank: answers are packed where it is lowest; 0 to 1. cached_tokens: of this prompt.
+    reads: it may read a prompt for another engine. fetches: it may answer what another has read. whole: it may do both.
+    """
+
+    forecast: EngineForecast
+    rank: float = 0.0
+    cached_tokens: int = 0
+    reads: bool = True
+    fetches: bool = True
+    whole: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """reader, writer: indices of the prospects, equal where one does both. ttft_s, tpot_s: what the request will see.
+
+    risk: streams that are expected to miss their objectives because of it, itself included.
+    """
+
+    reader: int
+    writer: int
+    ttft_s: float
+    tpot_s: float
+    risk: float
+
+
+def choose(asked: Asked, prospects: Sequence[Prospect], handover: Sequence[float], now: float) -> Choice | None:
+    """The choice with the least risk; None if no prospect can do anything. O(n²) in the prospects: give it a few.
+
+    handover: seconds from a prompt read at one engine to the first token at another, and more per prompt token.
+    """
+    handover_s = handover[0] + handover[1] * asked.prompt_tokens
+    seen = [_Seen.of(asked, prospect, now) for prospect in prospects]
+    best: Choice | None = None
+    best_score = inf
+    for r, reader in enumerate(seen):
+        for w, writer in enumerate(seen):
+            if not _possible(asked, prospects[r], prospects[w], same=r == w):
+                continue
+            choice = _together(asked, reader, r) if r == w else _apart(asked, reader, writer, (r, w), handover_s)
+            slowness = choice.ttft_s / asked.objectives.ttft_s + choice.tpot_s / asked.objectives.tpot_s
+            crowd = prospects[w].rank + reader.answers * min(1.0, reader.tokens / asked.typical_prompt_tokens)
+            if asked.objectives.tpot_s == inf:  # nobody's tokens can be late, so no engine need be kept free for them
+                crowd = float(r != w)
+            score = choice.risk + _SLOWNESS * slowness + _CROWD * crowd
+            if score < best_score:
+                best, best_score = choice, score
+    return best
+
+
+def _possible(asked: Asked, reader: Prospect, writer: Prospect, *, same: bool) -> bool:
+    return reader.whole if same else asked.splittable and reader.reads and writer.fetches
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What one engine offers.
+
+    tokens: of the prompt, to be computed there. read_s: to the prompt's end. own_s: of that, for this prompt alone.
+    wait_s: for memory. write_risk: that the answer misses its TPOT there. hurt_…: how many more of the answers there do
+    if the engine reads the prompt, writes the answer, or does both.
+    """
+
+    answers: int
+    tokens: float
+    read_s: float
+    own_s: float
+    wait_s: float
+    pace: Pace
+    write_risk: float
+    hurt_reading: float
+    hurt_writing: float
+    hurt_both: float
+
+    @classmethod
+    def of(cls, asked: Asked, prospect: Prospect, now: float) -> "_Seen":
+        forecast, tpot_s = prospect.forecast, asked.objectives.tpot_s
+        tokens = max(1.0, asked.prompt_tokens - prospect.cached_tokens)
+        prompt_s = forecast.cost.prompt_token_s * asked.typical_prompt_tokens
+        output, context = max(2.0, asked.output_tokens), asked.context_tokens
+
+        def pace(more: int, reads: float) -> Pace:
+            return forecast.pace(output, prompt_s, now, more=more, context_tokens=context * more, prompt_tokens=reads)
+
+        writing = pace(1, 0.0)
+        write_risk = _late(writing, tpot_s)
+        answers = forecast.answers
+        before = _late(pace(0, 0.0), tpot_s)
+        hurt = [answers * (_late(one, tpot_s) - before) for one in (pace(0, tokens), writing, pace(1, tokens))]
+        read_s = forecast.first_token_s(tokens, now)
+        return cls(
+            answers,
+            tokens,
+            read_s,
+            forecast.first_token_s(tokens, now) - forecast.first_token_s(0.0, now),
+            forecast.memory_wait_s(context, writing.tpot_s * output),
+            writing,
+            write_risk,
+            *hurt,
+        )
+
+
+def _together(asked: Asked, seen: _Seen, at: int) -> Choice:
+    ttft_s = max(seen.read_s, seen.wait_s + seen.own_s)
+    return Choice(at, at, ttft_s, seen.pace.tpot_s, _own(asked, ttft_s, seen.write_risk) + seen.hurt_both)
+
+
+def _apart(asked: Asked, reader: _Seen, writer: _Seen, at: tuple[int, int], handover_s: float) -> Choice:
+    ttft_s = max(reader.read_s, writer.wait_s) + handover_s
+    risk = _own(asked, ttft_s, writer.write_risk) + reader.hurt_reading + writer.hurt_writing
+    return Choice(*at, ttft_s, writer.pace.tpot_s, risk)
+
+
+def _own(asked: Asked, ttft_s: float, write_risk: float) -> float:
+    """That the request itself misses an objective."""
+    late = _above(((asked.waited_s + ttft_s) / asked.objectives.ttft_s - 1.0) / TTFT_ERROR)
+    return 1.0 - (1.0 - late) * (1.0 - write_risk)
+
+
+def _late(pace: Pace, limit_s: float) -> float:
+    """That an answer takes more per token than its limit."""
+    if limit_s == inf:
+        return 0.0
+    return _above((pace.tpot_s - limit_s) / hypot(pace.deviation_s, TPOT_ERROR * limit_s))
+
+
+def _above(deviations: float) -> float:
+    """That a normal variable is below `deviations`."""
+    return 0.5 * (1.0 + erf(deviations / sqrt(2.0)))

@@ -1,0 +1,98 @@
+"""How long an engine's step takes: linear in what it computes (Splitwise, Vidur), learned from what streams show."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+_FORGET: Final = 0.998  # of what was seen, kept at each observation: the last 500 or so count
+_PRIOR: Final = 1e-4  # what the assumption counts, in observations
+_SURPRISE: Final = 1.5  # times what the model says: above it an observation counts less
+_LEAST_WEIGHT: Final = 0.02
+_SOLVE_EVERY: Final = 8  # observations, once there are some
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """Seconds of one step, and for each prompt token that it reads, each sequence that decodes in it, each token of
+    context that these attend to, and each prompt token whose KV it takes over from another engine.
+
+    The defaults are a 7B model's on one GPU: what is assumed of an engine of which nothing was seen.
+    """
+
+    fixed_s: float = 0.01
+    prompt_token_s: float = 60e-6
+    sequence_s: float = 40e-6
+    context_token_s: float = 25e-9
+    fetched_token_s: float = 1e-6
+
+    def decode_s(self, sequences: float, context_tokens: float) -> float:
+        """Of a step that reads no prompt."""
+        return self.fixed_s + self.sequence_s * sequences + self.context_token_s * context_tokens
+
+
+class LinearFit:
+    """Least squares of relative errors with no coefficient below zero; recent observations count most.
+
+    assumed: the coefficients before anything was seen, above zero. Constant work per observation; the equations are
+    solved now and then.
+    """
+
+    def __init__(self, assumed: Sequence[float]) -> None:
+        self.coefficients = tuple(assumed)
+        self.seen = 0
+        self._assumed = tuple(assumed)
+        self._products = [[0.0] * len(assumed) for _ in assumed]
+        self._sums = [0.0] * len(assumed)
+
+    def learn(self, result: float, row: Sequence[float], weight: float = 1.0) -> bool:
+        """`result` was seen where the linear model has `row`. Whether the coefficients have changed.
+
+        weight: of this observation, 0 to 1. One that is far above what the model says counts less: it may have waited
+        for something that the model does not have. It still counts, for the engine may have become slower.
+        """
+        if result <= 0.0:
+            return False
+        if self.seen >= _SOLVE_EVERY:
+            told = sum(cost * value for cost, value in zip(self.coefficients, row, strict=True))
+            weight *= min(1.0, _SURPRISE * told / result)
+        weight = max(_LEAST_WEIGHT, weight) ** 0.5
+        scaled = [weight * value / result for value in row]
+        for mine, value in zip(self._products, scaled, strict=True):
+            mine[:] = [was * _FORGET + value * other for was, other in zip(mine, scaled, strict=True)]
+        self._sums = [was * _FORGET + weight * value for was, value in zip(self._sums, scaled, strict=True)]
+        self.seen += 1
+        if self.seen > _SOLVE_EVERY and self.seen % _SOLVE_EVERY:
+            return False
+        self.coefficients = self._solved()
+        return True
+
+    def _solved(self) -> tuple[float, ...]:
+        """In multiples of those assumed, so that the equations are well scaled; the most negative one leaves until none
+        is."""
+        scale = self._assumed
+        inside = list(range(len(scale)))
+        while True:
+            matrix = [[self._products[i][j] * scale[i] * scale[j] + _PRIOR * (i == j) for j in inside] for i in inside]
+            found = _solve(matrix, [self._sums[i] * scale[i] + _PRIOR for i in inside])
+            worst = min(range(len(found)), key=found.__getitem__)
+            if found[worst] >= 0.0 or len(inside) == 1:
+                break
+            del inside[worst]
+        kept = dict(zip(inside, found, strict=True))
+        return tuple(max(0.0, kept.get(at, 0.0)) * of for at, of in enumerate(scale))
+
+
+def _solve(matrix: Sequence[Sequence[float]], right: Sequence[float]) -> list[float]:
+    """Gaussian elimination of a small positive definite system, which needs no pivots."""
+    rows = [[*row, value] for row, value in zip(matrix, right, strict=True)]
+    size = len(rows)
+    for at in range(size):
+        for below in range(at + 1, size):
+            factor = rows[below][at] / rows[at][at]
+            for column in range(at, size + 1):
+                rows[below][column] -= factor * rows[at][column]
+    found = [0.0] * size
+    for at in reversed(range(size)):
+        rest = sum(rows[at][column] * found[column] for column in range(at + 1, size))
+        found[at] = (rows[at][size] - rest) / rows[at][at]
+    return found

@@ -1,0 +1,112 @@
+"""Placement by prediction: pure choices from what is known of a few engines."""
+
+from math import inf
+
+import pytest
+
+from scheduler.forecast import EngineForecast
+from scheduler.objectives import Objectives
+from scheduler.prediction import Asked, Prospect, choose
+from scheduler.step_cost import StepCost
+
+COST = StepCost(0.01, 60e-6, 40e-6, 25e-9, 0.0)
+TIGHT, LOOSE = Objectives(2.0, 0.0135), Objectives(2.0, 0.1)
+
+
+def engine(**how: float) -> EngineForecast:
+    return EngineForecast(assumed=COST, **how)  # type: ignore[arg-type]
+
+
+def answering(
+    forecast: EngineForecast, answers: int, context_tokens: float = 1000.0, now: float = 0.0
+) -> EngineForecast:
+    for _ in range(answers):
+        forecast.begins(forecast.expects(context_tokens), now)
+    return forecast
+
+
+def asked(prompt_tokens: int, objectives: Objectives, *, splittable: bool = True) -> Asked:
+    return Asked(prompt_tokens, 200.0, objectives, 6000.0, splittable)
+
+
+def test_idle_engines_take_a_request_whole() -> None:
+    choice = choose(asked(6000, TIGHT), [Prospect(engine()), Prospect(engine(), rank=1)], (0.01, 1e-6), 0.0)
+    assert choice is not None and choice.reader == choice.writer == 0
+    assert choice.ttft_s == pytest.approx(6000 * 60e-6 + 3 * 0.01, rel=0.1) and choice.risk < 0.01
+
+
+def test_a_long_prompt_is_read_where_it_holds_up_nobody_when_the_time_per_token_is_tight() -> None:
+    busy = answering(engine(), 20)
+    busy.sends_prompt("before", 12_000, 0.0, life_s=2.0)
+    busy.has_read("before", 0.7)
+    for objectives, apart in ((TIGHT, True), (LOOSE, False)):
+        choice = choose(asked(12_000, objectives), [Prospect(busy), Prospect(engine(), rank=1)], (0.01, 1e-6), 0.8)
+        assert choice is not None and choice.reader == 1
+        assert choice.risk < 0.2
+        if not apart:
+            assert choice.ttft_s < 2.0
+
+
+def test_a_prompt_goes_past_a_reader_whose_queue_would_make_it_late() -> None:
+    reader = engine()
+    for number in range(6):
+        reader.sends_prompt(number, 8000, 0.0, life_s=2.0)
+    choice = choose(asked(8000, LOOSE), [Prospect(answering(engine(), 5)), Prospect(reader, rank=1)], (0.01, 1e-6), 0.0)
+    assert choice is not None and choice.reader == 0
+
+
+def test_what_is_cached_is_not_read_elsewhere() -> None:
+    prospects = [Prospect(answering(engine(), 5), cached_tokens=11_900), Prospect(engine(), rank=1)]
+    choice = choose(asked(12_000, TIGHT), prospects, (0.01, 1e-6), 0.0)
+    assert choice is not None and (choice.reader, choice.writer) == (0, 0)
+
+
+def test_fixed_roles_and_unfit_requests_are_kept_to() -> None:
+    reads = Prospect(engine(), whole=False, fetches=False)
+    writes = Prospect(engine(), rank=1, reads=False)
+    choice = choose(asked(6000, TIGHT), [reads, writes], (0.01, 1e-6), 0.0)
+    assert choice is not None and choice.writer == 1
+    choice = choose(asked(6000, TIGHT, splittable=False), [reads, writes], (0.01, 1e-6), 0.0)
+    assert choice is not None and (choice.reader, choice.writer) == (1, 1)
+    assert choose(asked(6000, TIGHT, splittable=False), [reads], (0.01, 1e-6), 0.0) is None
+
+
+def test_without_objectives_nothing_is_at_risk_and_short_times_decide() -> None:
+    late = engine()
+    late.sends_prompt("long", 50_000, 0.0, life_s=2.0)
+    choice = choose(asked(1000, Objectives(30.0, inf)), [Prospect(late), Prospect(engine(), rank=1)], (0.01, 1e-6), 0.0)
+    assert choice is not None and (choice.reader, choice.writer) == (1, 1)
+
+
+def test_full_memory_counts_as_waiting() -> None:
+    full = answering(engine(kv_tokens=20_000), 4, context_tokens=4900.0)
+    choice = choose(asked(6000, LOOSE), [Prospect(full), Prospect(engine(kv_tokens=20_000), rank=1)], (0.01, 1e-6), 0.0)
+    assert choice is not None and choice.writer == 1
+
+
+def test_a_forecast_learns_how_fast_its_engine_reads_and_writes() -> None:
+    true = StepCost(0.05, 4e-3, 9e-3, 0.0, 0.0)  # a small model on a CPU, assumed to be a GPU
+    forecast, now = EngineForecast(chunk_tokens=256), 0.0
+    for number in range(60):
+        tokens = 200 + 37 * (number % 11)
+        forecast.sends_prompt(number, tokens, now, life_s=5.0)
+        steps = max(1.0, -(-tokens // 256))
+        now += tokens * true.prompt_token_s + steps * true.fixed_s
+        forecast.has_read(number, now)
+        stay = forecast.expects(tokens + 10)
+        forecast.begins(stay, now)
+        last = now + 20 * true.decode_s(1, 0.0)
+        forecast.ended(stay, last, last, 21)
+        now = last + 0.5
+    assert forecast.first_token_s(512, now) == pytest.approx(512 * 4e-3 + 2 * 0.05, rel=0.05)
+    now += 1000.0  # the habit of reading prompts is forgotten
+    assert forecast.pace(100.0, 0.0, now, more=1).tpot_s == pytest.approx(true.decode_s(1, 0.0), rel=0.1)
+
+
+def test_a_prompt_that_will_not_be_read_leaves_no_trace_in_the_queue() -> None:
+    forecast = engine()
+    forecast.sends_prompt("a", 5000, 0.0, life_s=1.0)
+    forecast.has_read("a", 0.1, learn=False)
+    stay = forecast.expects(100.0)
+    forecast.ended(stay, 0.2)
+    assert forecast.unread_tokens(0.2) == 0.0 and forecast.answers == 0
