@@ -53,11 +53,13 @@ class FairnessTally:
 
     def queued(self, job: Job) -> None:
         """The job has arrived and is in line."""
-        self._into_line(job)
+        if job.tier is Tier.DEFAULT:
+            self._waiting[job.tenant] += 1
 
     def put_back(self, job: Job) -> None:
         """The job was taken in this scheduling pass and could not start: a stall goes on as if it had not been."""
-        self._into_line(job)
+        if job.tier is Tier.DEFAULT:
+            self._waiting[job.tenant] += 1
         if job in self._resumed:
             self._stalled[job] = self._resumed.pop(job)
 
@@ -74,7 +76,8 @@ class FairnessTally:
 
     def preempted(self, job: Job, now: float) -> None:
         """The job lost its slot and is in line again."""
-        self._into_line(job)
+        if job.tier is Tier.DEFAULT:
+            self._waiting[job.tenant] += 1
         if job.tier is not Tier.FLEX:  # which is promised nothing
             self._stalled[job] = now
 
@@ -155,10 +158,6 @@ class FairnessTally:
         since = self._stalled.pop(job, None)
         if since is not None:
             self._longest_ended_s = max(self._longest_ended_s, now - since)
-
-    def _into_line(self, job: Job) -> None:
-        if job.tier is Tier.DEFAULT:
-            self._waiting[job.tenant] += 1
 
     def _out_of_line(self, job: Job) -> None:
         if job.tier is not Tier.DEFAULT:

@@ -21,16 +21,19 @@ _SLACK = 64  # outdated entries of a heap that are not worth a clean-up
 class WorkerLoad:
     """What a worker has to do. Change it through its methods only: its pool's order follows them.
 
+    flex: of the sequences in flight, those of the flex tier.
     in_flight, pending_tokens: sequences that it has from its owner, and tokens that it has yet to compute for them.
     arriving_tokens: prompts of requests that it is to answer and whose KV another worker has yet.
     others: sequences that it has from elsewhere. kv_usage: share of its KV cache in use, 0 to 1.
     leans: the side to which a worker of role `both` leans; BOTH if to none.
     kv_tokens: that its KV cache holds. forecast: set where placement is by prediction.
-    free: sequences that it may be given beside these. tokens_per_slot: what its pool orders it by.
+    free: sequences that it may be given beside these, of another tier than flex.
+    tokens_per_slot: what its pool orders it by.
     """
 
     worker: Worker
     in_flight: int = 0
+    flex: int = 0
     pending_tokens: int = 0
     arriving_tokens: int = 0
     others: int = 0
@@ -49,16 +52,18 @@ class WorkerLoad:
         """What the worker does at present."""
         return self.leans if self.worker.role is Role.BOTH else self.worker.role
 
-    def reserve(self, sequences: int, tokens: int) -> None:
+    def reserve(self, sequences: int, tokens: int, *, flex: bool = False) -> None:
         """The worker is given a request of so many sequences, with so many tokens to compute."""
         self.in_flight += sequences
+        if flex:
+            self.flex += sequences
         self.pending_tokens += tokens
         if self.pool is not None:
             self.pool.file(self)
 
-    def release(self, sequences: int, tokens: int) -> None:
+    def release(self, sequences: int, tokens: int, *, flex: bool = False) -> None:
         """What was reserved is given back."""
-        self.reserve(-sequences, -tokens)
+        self.reserve(-sequences, -tokens, flex=flex)
 
     def expect(self, tokens: int) -> None:
         """KV of so many tokens will come from another worker; below zero: has come, or will not."""
@@ -255,10 +260,13 @@ class Pools:
         what exceeds its batch when it can, and until that is over nobody else is let in.
 
         What other gateways have at the worker takes room from this one, but for its own share of the window. Without
-        that each would fill the engine by itself, and a tenant would be served by how many gateways know it.
+        that each would fill the engine by itself, and a tenant would be served by how many gateways know it. Where our
+        scheduler is inside, it displaces what is of tier flex, which so takes nobody's place.
         """
         window = self.window(load.worker)
         free = window - load.in_flight
+        if load.flex and load.worker.plugin:
+            free += load.flex
         if load.others and (sharers := self.sharers()) > 1:
             free -= min(load.others, window * (sharers - 1) // sharers)
         return free

@@ -45,10 +45,11 @@ class Choice:
 
     sequences: answers that it asks for. A worker with room for all of them goes before one that has less.
     known: of its prompt, the tokens that a worker has probably read before, by the worker's id.
-    avoid: a worker that it is not given as long as there is another.
+    avoid: a worker that it is not given as long as there is another. admits: which of those with room it may be given,
+    None for all.
     """
 
-    __slots__ = ("_avoided", "_owners", "_pools", "_sequences", "_typical_tokens", "known")
+    __slots__ = ("_admits", "_avoided", "_owners", "_pools", "_sequences", "_typical_tokens", "known")
 
     def __init__(
         self,
@@ -58,7 +59,9 @@ class Choice:
         sequences: int = 1,
         known: Mapping[str, int] = MappingProxyType({}),
         avoid: str = "",
+        admits: Callable[[WorkerLoad], bool] | None = None,
     ) -> None:
+        self._admits = admits
         self._pools = pools
         self._typical_tokens = typical_tokens
         self._sequences = sequences
@@ -91,7 +94,7 @@ class Choice:
         Those are the owners of the prompt's beginnings and, of each pool, the least loaded `LOOKS` workers up to the
         first that fits: whoever comes behind it has more to do, and remembers nothing of this prompt.
         """
-        if self._sequences == 1 and fits is None and not self._avoided:
+        if self._sequences == 1 and fits is self._admits is None and not self._avoided:
             found = [load for load in self._owners if load.free > 0 and load.role in roles]
             for pool in self._pools:
                 if pool.role in roles and (first := pool.first()) is not None:
@@ -116,7 +119,9 @@ class Choice:
         return [load for load in suits if load.free >= needed]
 
     def _suits(self, load: WorkerLoad, fits: Callable[[WorkerLoad], bool] | None) -> bool:
-        return load.free > 0 and load.worker.id != self._avoided and (fits is None or fits(load))
+        if load.free <= 0 or load.worker.id == self._avoided or (self._admits is not None and not self._admits(load)):
+            return False
+        return fits is None or fits(load)
 
 
 def beginnings(body: bytes, content_field: str, prompt_tokens: int) -> list[Beginning]:

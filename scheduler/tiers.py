@@ -67,17 +67,20 @@ class TieredLanes:
 
     def ahead(self, tier: Tier) -> int:
         """How many wait that go before the next newcomer of this tier."""
-        waiting = 0
-        for lanes in self._tiers[: tier + 1]:
-            waiting += lanes.waiting
-        return waiting + (tier is not Tier.FLEX and self._is_due())
+        priority, default, flex = self._tiers  # asked for every request: their counts are read without a call
+        waiting = priority.waiting
+        if tier is not Tier.PRIORITY:
+            waiting += default.waiting
+        if tier is Tier.FLEX:
+            return waiting + flex.waiting
+        return waiting + 1 if self._owed >= 1.0 and self._is_due() else waiting
 
     def admit(self, job: Job, now: float) -> None:
-        """`push` and the `pop` that takes this very job, in one. ValueError as `push`, and if somebody is ahead."""
-        if len(self) and self.ahead(job.tier):
-            raise ValueError(f"job {job.id!r} cannot pass those that wait")
+        """`push` and the `pop` that takes this very job, in one: for a job that has nobody `ahead`. ValueError as
+        `push`, and if somebody of its tier waits."""
         self._tiers[job.tier].admit(job, now)
-        self._count(job)
+        if job.tier is Tier.FLEX or self._flex.waiting:
+            self._count(job)
 
     def peek(self, now: float) -> Job | None:
         """As `Lanes.peek`."""

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from scheduler.objectives import Objectives
 from scheduler.placement import Rules
 from scheduler.tiers import TieredLanes
-from server.admission.dispatch import Dispatcher, Lines
+from server.admission.dispatch import Dispatcher, FlexRules, Lines
 from server.admission.live_names import LiveNames
 from server.admission.live_policy import LivePolicy
 from server.admission.predictor import Predictor
@@ -93,9 +93,9 @@ class GatewayServer:
             background=self.background,
         )
         gate, tenants = self.shared.gate, self.shared.tenants
-        self.telemetry = Telemetry(self.lines.depth, self.lines.placed, self.fleet.rows)
+        self.telemetry = Telemetry(self.lines.depth, self.lines.placed, self.fleet.rows, self.lines.by_tier)
         steering = EngineBody(self.lines, salt_cache=settings.salt_cache)
-        relay = Relay(self.telemetry.itl, steering.body_for)
+        relay = Relay(self.telemetry.itl, self.telemetry.flex_itl, steering.body_for)
         handover = PrefillLeg(
             steering.to_prefill, self.fleet, timeout_s=settings.disaggregation.prefill_timeout_s, clock=monotonic
         )
@@ -230,7 +230,7 @@ class GatewayServer:
             raise ValueError(f"the batch folder {batch.folder} cannot be used: {error.strerror}") from None
         tenants = self.shared.tenants
         self.app.include_router(batch_routes(batches, partial(identified, tenants)))
-        engines = GatewayEngines(self.gateway.answer, tenants, self.lines, reserve=batch.reserve, share=batch.share)
+        engines = GatewayEngines(self.gateway.answer, tenants, self.lines, self._flex_rules())
         runner = Runner(batches, engines, self.shared.replicas.name, monotonic)
         self.telemetry.registry.register(runner)
         return runner
@@ -248,11 +248,15 @@ class GatewayServer:
         """Gateways that share the workers, this one included."""
         return self.shared.store_state()[1]
 
+    def _flex_rules(self) -> FlexRules:
+        tiers = self.settings.tiers
+        return FlexRules(tiers.flex_timeout_s, tiers.flex_share)
+
     def _dispatcher(self, model: str) -> Dispatcher:
-        admission, apart = self.settings.admission, self.settings.disaggregation
+        admission, apart, tiers = self.settings.admission, self.settings.disaggregation, self.settings.tiers
         dispatcher = Dispatcher(
             model,
-            TieredLanes(self.policy.build()),
+            TieredLanes(self.policy.build(), tiers.flex_reserve),
             self.fleet,
             max_waiting=admission.max_waiting,
             queue_timeout_s=admission.queue_timeout_s,
@@ -260,6 +264,7 @@ class GatewayServer:
             rules=Rules(apart.min_prompt_tokens, apart.busy_tokens, apart.max_arriving_tokens),
         )
         dispatcher.max_sequences = admission.max_sequences
+        dispatcher.flex = self._flex_rules()
         if self.settings.slo.named:
             targets = SloTargets(self.settings.slo, unset=Objectives())
             dispatcher.predictor = Predictor(

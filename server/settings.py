@@ -141,8 +141,24 @@ class RecordSettings(BaseModel):
     file_bytes: int = Field(64 * 1024**2, ge=1024, description="of one file")
 
 
+class TierSettings(BaseModel):
+    """Service tiers: requests that go first, and requests that run in what others leave."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    flex_cost: float = Field(0.5, ge=0, description="what a token of tier flex counts for in limits and budgets")
+    priority_cost: float = Field(2.0, ge=0, description="what a token of tier priority counts for")
+    flex_timeout_s: Positive = Field(600.0, description="longest wait of a flex request for its start, seconds")
+    flex_reserve: float = Field(
+        0.05, ge=0, lt=1, description="of the starts while flex requests wait, their share when others want all"
+    )
+    flex_share: float = Field(
+        0.25, gt=0, le=1, description="of the slots of a worker without our scheduler, most for flex requests"
+    )
+
+
 class BatchSettings(BaseModel):
-    """OpenAI's Batch API: files of requests that run in what interactive traffic leaves of the engines."""
+    """OpenAI's Batch API: files of requests that run as tier flex."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -150,8 +166,6 @@ class BatchSettings(BaseModel):
     max_requests: int = Field(50_000, ge=1, description="requests of one batch")
     tenant_bytes: int = Field(10 * 1024**3, ge=1, description="of all files of one tenant, bytes")
     keep_days: Positive = Field(30.0, description="then a file is removed, days")
-    share: float = Field(0.25, gt=0, le=1, description="of a model's slots, at most, for batches")
-    reserve: float = Field(0.05, ge=0, le=1, description="of a model's slots for batches even while others wait")
 
 
 class TracingSettings(BaseModel):
@@ -238,6 +252,7 @@ class Settings(BaseSettings):
     edge: EdgeSettings = EdgeSettings()
     admission: AdmissionSettings = AdmissionSettings()
     record: RecordSettings = RecordSettings()
+    tiers: TierSettings = TierSettings()
     batch: BatchSettings = BatchSettings()
     tracing: TracingSettings = TracingSettings()
     disaggregation: DisaggregationSettings = DisaggregationSettings()

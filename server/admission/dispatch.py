@@ -3,17 +3,18 @@
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from math import exp2, log
 from typing import NamedTuple
 
 from scheduler.hybrid import Visit
-from scheduler.jobs import Job, Outcome
+from scheduler.jobs import Job, Outcome, Tier
 from scheduler.placement import Aggregated, Disaggregated, Rules, place
-from scheduler.pools import Pool
+from scheduler.pools import Pool, WorkerLoad
 from scheduler.routing import LEARN_SHARE, Affinity, Choice, TypicalRequest, beginnings
 from scheduler.tiers import TieredLanes
-from scheduler.workers import Role
+from scheduler.workers import Role, Worker
 from server.admission.live_names import LiveNames
 from server.admission.predictor import Predictor
 from server.admission.reservations import Reservations
@@ -91,12 +92,33 @@ class Sizes:
         return call.prompt_tokens + round(output_tokens * call.sequences)
 
 
+@dataclass(frozen=True, slots=True)
+class FlexRules:
+    """How flex requests are let in.
+
+    timeout_s: how long one waits for a start. share: of the slots of a worker without our scheduler, which cannot
+    displace a request that runs there.
+    """
+
+    timeout_s: float = 600.0
+    share: float = 0.25
+
+    def capacity(self, worker: Worker) -> int:
+        """The most flex sequences that a worker is given."""
+        return worker.slots if worker.plugin else max(1, round(self.share * worker.slots))
+
+    def admits(self, load: WorkerLoad) -> bool:
+        """Whether a worker is given one more: only into a free slot, for a flex request waits cheapest in line."""
+        free = load.worker.slots - load.in_flight - load.others
+        return free > 0 and load.flex < self.capacity(load.worker)
+
+
 class Dispatcher:
     """One model's line and the workers that serve it.
 
     lanes: the policy's line. max_waiting: requests beyond which newcomers are refused. queue_timeout_s: how long
     anybody waits, None for ever. rules: when prompts are read apart.
-    max_sequences: answers that one request may ask for.
+    max_sequences: answers that one request may ask for. flex: how requests of that tier are let in.
     predictor: places by prediction where workers hand prompts over; None: as `rules` say.
     placed: requests by how they were placed ("apart", or why not), where there are prefill or decode workers.
     """
@@ -122,7 +144,9 @@ class Dispatcher:
         self.max_sequences = MAX_SEQUENCES
         self.placed: Counter[str] = Counter()
         self.predictor: Predictor | None = None
+        self.flex = FlexRules()
         self.pace = Pace(clock())
+        self.flex_pace = Pace(clock())  # at which flex requests start
         self.promises = Reservations(max_waiting)
         self.charge: list[Ticket] = []
         self.affinity = Affinity()
@@ -142,16 +166,17 @@ class Dispatcher:
             )
         if not ticket.call.route.generates:
             return self._aside(ticket, pools)
-        if not len(self.lanes) and (room := self._room(ticket, pools)) is not None:
+        if not self.lanes.ahead(ticket.call.tier) and (room := self._room(ticket, pools)) is not None:
             if self.charge:
                 self.settle(now)
             self.lanes.admit(ticket.job, now)
             return self._occupy(room, ticket)
         tenant = ticket.call.tenant.name
-        if not self.promises.redeem(tenant, now) and self._is_full_for(tenant, now):
-            pace = self.pace.per_s(now)
+        if not self.promises.redeem(tenant, now) and self._is_full_for(ticket.call, now):
+            pace = self._pace(ticket.call.tier).per_s(now)
             retry_s = self.promises.make(tenant, PROMISED_SHARE * pace, now) if pace > 0 else UNKNOWN_RETRY_S
-            waiting = f"{len(self.lanes)} requests already wait for '{ticket.call.asked or self.model}'"
+            ahead, asked = self.lanes.ahead(ticket.call.tier), ticket.call.asked or self.model
+            waiting = f"{ahead} requests already wait for '{asked}'"
             raise Overloaded(f"{waiting}.", retry_after_s=min(LONGEST_RETRY_S, max(1.0, retry_s)))
         return await self._wait(ticket, now)
 
@@ -166,16 +191,17 @@ class Dispatcher:
                 code="too_many_sequences",
             )
 
-    def _is_full_for(self, tenant: str, now: float) -> bool:
-        """Whether the line has no room for one more request of this tenant.
+    def _is_full_for(self, call: Call, now: float) -> bool:
+        """Whether the line has no room for one more such request.
 
-        Places that are kept for others count. Where tenants share, one that fills the line leaves room for the rest: it
-        may have so many times what is left, and no more (Choudhury and Hahne's dynamic threshold).
+        Those of lower tiers do not count, for they wait for as long as it takes; places that are kept for others do.
+        Where tenants share, one that fills the line leaves room for the rest: it may have so many times what is left,
+        and no more (Choudhury and Hahne's dynamic threshold).
         """
-        left = self.max_waiting - len(self.lanes) - self.promises.due(now)
+        left = self.max_waiting - self.lanes.ahead(call.tier) - self.promises.due(now)
         if left <= 0:
             return True
-        return self.lanes.policy.shares is not None and self._waiting_of[tenant] >= TIMES_LEFT * left
+        return self.lanes.policy.shares is not None and self._waiting_of[call.tenant.name] >= TIMES_LEFT * left
 
     async def take_another(self, ticket: Ticket, error: ServiceError) -> Member:
         """A place at another worker than the one that failed, whose own is given back. The job goes first in its lane
@@ -209,7 +235,7 @@ class Dispatcher:
         return ticket.member
 
     async def _wait(self, ticket: Ticket, now: float) -> Member:
-        ticket.ahead = len(self.lanes)
+        ticket.ahead = self.lanes.ahead(ticket.call.tier)
         if ticket.decisions is not None:
             ticket.decide("waits", ahead=ticket.ahead, workers=self._standings(ticket))
         self.lanes.push(ticket.job, now)
@@ -243,7 +269,8 @@ class Dispatcher:
     def _patience_s(self, ticket: Ticket) -> float | None:
         """How much longer a call waits, None for ever. Its client's deadline counts from its arrival, and no more once
         its answer has begun."""
-        limits = [] if self.queue_timeout_s is None else [self.queue_timeout_s]
+        longest = self.flex.timeout_s if ticket.call.tier is Tier.FLEX else self.queue_timeout_s
+        limits = [] if longest is None else [longest]
         if ticket.call.deadline_s is not None and ticket.times[Phase.DECODING] is None:
             limits.append(max(0.0, ticket.job.arrived_at + ticket.call.deadline_s - self.clock()))
         return min(limits, default=None)
@@ -253,7 +280,9 @@ class Dispatcher:
         if future is not None and not future.done():  # else it was let in within this very turn of the loop
             waited = self.clock() - ticket.job.arrived_at
             error: ServiceError = Overloaded(
-                f"No place came free within {waited:.0f} s.", retry_after_s=self.retry_after_s(ticket.call.tenant.name)
+                f"No place came free within {waited:.0f} s.",
+                code="resource_unavailable" if ticket.call.tier is Tier.FLEX else None,
+                retry_after_s=self.retry_after_s(ticket.call.tenant.name, ticket.call.tier),
             )
             if not self.fleet.pools.of(self.model):
                 error = NoWorker(f"No worker served '{self.model}' within {waited:.0f} s.", retry_after_s=5.0)
@@ -307,15 +336,26 @@ class Dispatcher:
         if not idlest:
             return None
         members = self.fleet.members
+        admits = None
+        if ticket.job.tier is Tier.FLEX and not self.lanes.is_due(ticket.job):
+            admits = self.flex.admits
         if whole and len(pools) == len(pools[0].workers) == 1:  # nothing to choose
-            return Room(members[idlest[0].worker.id])
+            only = idlest[0]
+            return Room(members[only.worker.id]) if admits is None or admits(only) else None
         call = ticket.call
         prompt = beginnings(call.body, call.route.content_field, call.prompt_tokens)
         known = self.affinity.known(prompt)
-        if self.predictor is not None and (not whole or idlest[0].worker.hands_over):
+        if self.predictor is not None and admits is None and (not whole or idlest[0].worker.hands_over):
             room = self._room_predicted(self.predictor, ticket, pools, known)
         else:
-            choice = Choice(pools, self.sizes.typical.tokens, sequences=call.sequences, known=known, avoid=ticket.avoid)
+            choice = Choice(
+                pools,
+                self.sizes.typical.tokens,
+                sequences=call.sequences,
+                known=known,
+                avoid=ticket.avoid,
+                admits=admits,
+            )
             room = self._room_whole(choice) if whole else self._room_in_pools(ticket, choice)
         if room is not None:
             for member in room.readers:
@@ -362,7 +402,10 @@ class Dispatcher:
             )
         read_elsewhere = 0 if ticket.split is None else ticket.split.prompt_tokens
         ticket.pending_tokens = self.sizes.expected_tokens(ticket.call) - read_elsewhere
-        member.load.reserve(ticket.call.sequences, ticket.pending_tokens)
+        flex = ticket.job.tier is Tier.FLEX
+        if flex:
+            self.flex_pace.freed(self.clock())
+        member.load.reserve(ticket.call.sequences, ticket.pending_tokens, flex=flex)
         ticket.member, ticket.worker = member, member.worker.id
         return member
 
@@ -372,7 +415,7 @@ class Dispatcher:
         if ticket.visit is not None:
             ticket.visit.over(self.clock(), ticket.last_at, ticket.tokens)
             ticket.visit = None
-        member.load.release(ticket.call.sequences, ticket.pending_tokens)
+        member.load.release(ticket.call.sequences, ticket.pending_tokens, flex=ticket.job.tier is Tier.FLEX)
         ticket.pending_tokens = 0
 
     def give_back(self, ticket: Ticket, outcome: Outcome) -> None:
@@ -418,16 +461,20 @@ class Dispatcher:
         """How many requests of each tenant wait."""
         return dict(self._waiting_of)
 
-    def retry_after_s(self, tenant: str) -> float:
-        """Seconds until one more request of this tenant would find a place: those ahead of it over the line's pace.
+    def _pace(self, tier: Tier) -> Pace:
+        """How fast places come free for a tier."""
+        return self.flex_pace if tier is Tier.FLEX else self.pace
 
-        Ahead are all that wait, or, where tenants share, only as many rounds as it has waiting.
+    def retry_after_s(self, tenant: str, tier: Tier = Tier.DEFAULT) -> float:
+        """Seconds until one more request of this tenant and tier would find a place: those ahead of it over the pace.
+
+        Ahead are all that wait in its tier and above, or, where tenants share, only as many rounds as it has waiting.
         """
-        ahead = float(len(self.lanes)) + 1.0
-        if self.lanes.policy.shares is not None:
+        ahead = float(self.lanes.ahead(tier)) + 1.0
+        if self.lanes.policy.shares is not None and tier is not Tier.FLEX:
             rounds = self._waiting_of[tenant] + 1
             ahead = min(ahead, float(rounds * max(1, len(self._waiting_of))))
-        pace = self.pace.per_s(self.clock())
+        pace = self._pace(tier).per_s(self.clock())
         return min(LONGEST_RETRY_S, max(1.0, ahead / pace)) if pace > 0 else UNKNOWN_RETRY_S
 
 
@@ -487,6 +534,14 @@ class Lines:
     def depth(self) -> list[tuple[str, int]]:
         """(model, waiting) for metrics."""
         return [(model, len(dispatcher.lanes)) for model, dispatcher in self.by_model.items()]
+
+    def by_tier(self) -> dict[Tier, int]:
+        """How many wait, for metrics."""
+        waiting = dict.fromkeys(Tier, 0)
+        for dispatcher in self.by_model.values():
+            for tier, count in dispatcher.lanes.by_tier().items():
+                waiting[tier] += count
+        return waiting
 
     def placed(self) -> list[tuple[str, int]]:
         """(how, count) for metrics."""

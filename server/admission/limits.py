@@ -21,6 +21,7 @@ from server.request.call import Call, Ticket
 from server.request.errors import BadRequest, RateLimited, UnknownModel
 from server.request.schemas import raw_members, splice
 from server.request.tenants import Limits, Tenant
+from server.request.tiers import TierCosts
 from server.store.store import Kept
 
 
@@ -230,7 +231,7 @@ class Gate:
     """Admits calls. One owner, one thread.
 
     clock: monotonic seconds. wall: seconds since 1970. named: tenants by name. replica: this gateway's own name.
-    refusals: how many, by reason.
+    refusals: how many, by reason. costs: what a token counts for, by tier.
     """
 
     prefix = "limit:"
@@ -243,9 +244,11 @@ class Gate:
         clock: Callable[[], float],
         wall: Callable[[], float],
         ring: Ring = ALONE,
+        costs: TierCosts = TierCosts(),  # noqa: B008 - frozen
     ) -> None:
         self.refusals: Counter[str] = Counter()
         self.ring = ring
+        self.costs = costs
         self._replica = replica
         self._named = named
         self._clock = clock
@@ -262,14 +265,14 @@ class Gate:
     # calls
     def admit(self, ticket: Ticket, out: Headed) -> None:
         """Books a call of a tenant that has limits. AtLimit, and nothing booked, if the tenant is at one of them."""
-        booked = estimate(ticket.call)
+        booked = self.costs.of(estimate(ticket.call), ticket.call.tier)
         ticket.standing = self.enter(ticket.call.tenant, booked, out)
         ticket.booked_tokens = booked
 
     def settle(self, ticket: Ticket) -> None:
         """A call is over: what was booked for it becomes what it used. A tenant's use is counted with limits and
         without."""
-        used = ticket.used_tokens()
+        used = self.costs.of(ticket.used_tokens(), ticket.call.tier)
         if ticket.standing is None:
             self.count(ticket.call.tenant.name, used)
         else:

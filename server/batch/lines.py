@@ -2,14 +2,17 @@
 
 from collections.abc import Awaitable, Callable, Mapping
 
-from server.admission.dispatch import Lines
+from server.admission.dispatch import FlexRules, Lines
 from server.batch.content import Reply
 from server.engine.client import EngineConnection
 from server.request.call import Route
 from server.request.directory import Tenants
 from server.request.errors import NoWorker, ServiceError, UnknownKey, error_object, status_of
-from server.request.schemas import ROUTES
+from server.request.schemas import ROUTES, splice
 from server.request.tenants import OPEN, Tenant
+
+LINES_AHEAD = 32  # of a batch, that wait for a place in the gateway
+FLEX = b'"service_tier":"flex"'  # whatever the line itself asks for
 
 
 class LineRequest:
@@ -55,26 +58,15 @@ class LineRequest:
 
 
 class GatewayEngines:
-    """`runner.Engines` over this gateway.
-
-    reserve: the share of a model's slots that batches may have even while others wait, so that none starves; share:
-    the share of the slots that they may have in all, so that an arrival finds room at once.
-    """
+    """`runner.Engines` over this gateway. flex: how it lets flex requests in, for lines are such requests."""
 
     def __init__(
-        self,
-        answer: Callable[[LineRequest], Awaitable[None]],
-        tenants: Tenants,
-        lines: Lines,
-        *,
-        reserve: float,
-        share: float,
+        self, answer: Callable[[LineRequest], Awaitable[None]], tenants: Tenants, lines: Lines, flex: FlexRules
     ) -> None:
         self.answer = answer
         self.tenants = tenants
         self.lines = lines
-        self.reserve = reserve
-        self.share = share
+        self.flex = flex
 
     def _tenant(self, name: str) -> Tenant | None:
         return OPEN if self.tenants.open and name == OPEN.name else self.tenants.named(name)
@@ -88,25 +80,19 @@ class GatewayEngines:
         return self.lines.names.answers_to(model, who)
 
     def room(self, model: str, running: int) -> int:
+        """As many as workers may be given, and some that wait in line, where policy and reserve see them."""
         behind = self.lines.names.table.models_of(model)
-        pools = self.lines.fleet.pools
-        loads = [load for name in behind for pool in pools.of(name) for load in pool.workers.values()]
-        slots = sum(load.worker.slots for load in loads)
-        if not slots:
+        loads = [load for name in behind for pool in self.lines.fleet.pools.of(name) for load in pool.workers.values()]
+        if not loads:
             return 0
-        least = max(1, round(self.reserve * slots)) - running
-        dispatchers = [self.lines.by_model[name] for name in behind if name in self.lines.by_model]
-        if any(len(dispatcher.lanes) for dispatcher in dispatchers):
-            return least
-        free = sum(max(0, load.worker.slots - load.in_flight - load.others) for load in loads)
-        return max(least, min(free - round((1.0 - self.share) * slots), round(self.share * slots) - running))
+        return sum(self.flex.capacity(load.worker) for load in loads) + LINES_AHEAD - running
 
     async def ask(self, tenant: str, endpoint: str, body: bytes, request_id: str) -> Reply:
         who = self._tenant(tenant)
         if who is None:
             unknown = UnknownKey("The tenant of this batch is not known here any more.")
             return Reply(status_of(unknown), error_object(unknown), request_id)
-        request = LineRequest(ROUTES[endpoint.encode()], body, who, request_id)
+        request = LineRequest(ROUTES[endpoint.encode()], splice(body, FLEX), who, request_id)
         await self.answer(request)
         if not request.status:
             request.fail(NoWorker("The gateway is stopping.", retry_after_s=1.0))

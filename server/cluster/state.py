@@ -20,6 +20,7 @@ from server.cluster.replicas import Replicas
 from server.fleet.fleet import Fleet
 from server.fleet.registry import Registry
 from server.request.directory import TenantFile, Tenants
+from server.request.tiers import TierCosts
 from server.settings import Settings, admin_address
 from server.store.redis_store import RedisStore
 from server.store.socket_store import LOCAL, SHARED, SocketStore
@@ -79,7 +80,8 @@ class ClusterState:
         name = f"{settings.replica or socket.gethostname()}-{token_hex(4)}"
         self.replicas = Replicas(name, self.store, clock=clock, sync_s=settings.sync_s)
         ring = self.replicas if self._ring else ALONE
-        self.gate = Gate(name, self.tenants.named, clock=clock, wall=wall, ring=ring)
+        costs = TierCosts(settings.tiers.flex_cost, settings.tiers.priority_cost)
+        self.gate = Gate(name, self.tenants.named, clock=clock, wall=wall, ring=ring, costs=costs)
         ledger = AccountSync(lambda: lines.by_model, clock)
         self.replicas.parts = [self.gate, ledger]
         self.replicas.on_silence.append(ledger.silence)

@@ -17,6 +17,7 @@ from server.relay.failover import Failover
 from server.relay.prefill_leg import PrefillLeg
 from server.relay.relay import ClientAnswer
 from server.relay.renamed import RenamedAnswer
+from server.relay.tiered import TieredAnswer
 from server.relay.traced import TRACE, TracedAnswer, may_trace, tell_failure
 from server.request.call import Call, Phase, Route, Ticket
 from server.request.directory import Tenants
@@ -133,7 +134,7 @@ class Gateway:
         for began in self.observers.began:
             began(ticket, out)
         traced = out.headers.get(TRACE) == b"1" and may_trace(call.tenant)
-        answer = self.dressed(ticket, out, traced=traced) if call.asked or traced else out
+        answer = self.dressed(ticket, out, traced=traced) if call.asked or call.tells_tier or traced else out
         try:
             if call.tenant.limits is not None:
                 self.limits.admit(ticket, out)
@@ -175,6 +176,8 @@ class Gateway:
         if traced:
             ticket.decisions = []
             answer = TracedAnswer(out, ticket)
+        if ticket.call.tells_tier:
+            return TieredAnswer(answer, ticket.call)
         return RenamedAnswer(answer, ticket.call.asked) if ticket.call.asked else answer
 
     async def at_worker(self, ticket: Ticket, dispatcher: Dispatcher, out: ClientAnswer) -> None:
@@ -239,6 +242,7 @@ class Gateway:
             max_tokens=call.max_tokens,
             weight=call.tenant.weight,
             kind=call.kind,
+            tier=call.tier,
         )
         return Ticket(call, job, self.clock)
 

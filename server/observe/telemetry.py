@@ -6,13 +6,14 @@ prometheus_client's, and one is observed for every token that passes.
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
 
 from prometheus_client import ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from scheduler.jobs import Tier
 from scheduler.workers import Role
 from server.observe.observer import Observer
 from server.request.call import Call, Phase, Ticket
@@ -58,10 +59,13 @@ class Telemetry(Observer, Collector):
         depth: Callable[[], Iterable[tuple[str, int]]],
         placed: Callable[[], Iterable[tuple[str, int]]],
         workers: Callable[[], Iterable[tuple[str, Role, bool, int, int]]],
+        by_tier: Callable[[], Mapping[Tier, int]] = dict,
     ) -> None:
         self.depth = depth
         self.placed = placed
         self.workers = workers
+        self.by_tier = by_tier
+        # Of flex, which may wait for minutes, there are histograms apart: the others say what people notice.
         self.ttft = Distribution("evenhand_request_ttft_seconds", "Arrival to the first bytes of the answer.")
         self.second = Distribution(
             "evenhand_request_second_token_seconds", "From the first token of a streamed answer to its second."
@@ -79,7 +83,11 @@ class Telemetry(Observer, Collector):
             RATIOS,
         )
         self.queue = Distribution("evenhand_request_queue_seconds", "Wait in line until a worker had room.")
+        self.flex_queue = Distribution("evenhand_flex_queue_seconds", "Wait of flex requests until they started.")
+        self.flex_itl = Distribution("evenhand_flex_itl_seconds", "Gap between two streamed chunks of a flex answer.")
         self.outcomes: Counter[tuple[str, str]] = Counter()
+        self.tiers: Counter[tuple[str, str]] = Counter()
+        self.tier_tokens: Counter[tuple[str, str]] = Counter()
         self.tokens: Counter[str] = Counter()
         self.failovers: Counter[str] = Counter()
         self.models: Counter[tuple[str, str, str]] = Counter()
@@ -103,14 +111,20 @@ class Telemetry(Observer, Collector):
         self.models[call.name or call.model, call.model, outcome] += 1
         arrived, sent, first, done = ticket.times[: Phase.DONE + 1]
         assert arrived is not None  # a ticket begins with it
+        flex, tier = call.tier is Tier.FLEX, call.tier.label
+        self.tiers[tier, outcome] += 1
         if sent is not None:
-            self.queue.observe(sent - arrived)
+            (self.flex_queue if flex else self.queue).observe(sent - arrived)
         if not ticket.call.route.generates:
             return
+        self.tier_tokens[tier, "completion"] += ticket.tokens
         self.tokens["completion"] += ticket.tokens
         if ticket.exact:
+            self.tier_tokens[tier, "prompt"] += ticket.prompt_tokens
             self.tokens["prompt"] += ticket.prompt_tokens
             self.tokens["cached"] += ticket.cached_tokens
+        if flex:
+            return
         if first is not None and ticket.call.stream:
             self._streamed(ticket, first, done)
         if done is not None:
@@ -136,13 +150,14 @@ class Telemetry(Observer, Collector):
             self.kv_transfer,
             self.predicted,
         )
-        for distribution in latencies:
+        for distribution in (*latencies, self.flex_queue, self.flex_itl):
             yield distribution.family()
         requests = CounterMetricFamily("evenhand_requests", "Requests by how they ended.", labels=("route", "outcome"))
         for (path, outcome), count in self.outcomes.items():
             requests.add_metric((path, outcome), count)
         yield requests
         yield from self._of_models()
+        yield from self._of_tiers()
         tokens = CounterMetricFamily(
             "evenhand_tokens", "Tokens of finished requests; cached ones are part of the prompt.", labels=("kind",)
         )
@@ -168,6 +183,26 @@ class Telemetry(Observer, Collector):
         for placement, count in self.placed():
             placed.add_metric((placement,), count)
         yield placed
+
+    def _of_tiers(self) -> Iterator[Metric]:
+        requests = CounterMetricFamily(
+            "evenhand_tier_requests", "Requests by service tier and how they ended.", labels=("tier", "outcome")
+        )
+        for labels, count in self.tiers.items():
+            requests.add_metric(labels, count)
+        yield requests
+        tokens = CounterMetricFamily(
+            "evenhand_tier_tokens", "Tokens of finished requests by service tier.", labels=("tier", "kind")
+        )
+        for labels, count in self.tier_tokens.items():
+            tokens.add_metric(labels, count)
+        yield tokens
+        waiting = GaugeMetricFamily(
+            "evenhand_tier_waiting", "Requests of a service tier that wait for a worker.", labels=("tier",)
+        )
+        for tier, count in self.by_tier().items():
+            waiting.add_metric((tier.label,), count)
+        yield waiting
 
     def _of_models(self) -> Iterator[Metric]:
         requests = CounterMetricFamily(

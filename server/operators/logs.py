@@ -99,6 +99,7 @@ class RequestLog(Observer):
             "model": call.asked or call.model,
             "served_model": call.model,
             "stream": call.stream,
+            "tier": call.tier.label,
             "outcome": outcome,
             "worker": ticket.worker or None,
             "prefill_worker": None if ticket.split is None else ticket.split.prefill.worker.id,

@@ -4,6 +4,7 @@ from typing import Any
 
 import orjson
 
+from scheduler.jobs import Tier
 from scheduler.workers import Worker
 from server.admission.dispatch import Lines
 from server.request.call import Ticket
@@ -62,6 +63,8 @@ class EngineBody:
             "evenhand_weight": tenant.weight,
             "evenhand_service": lanes.service_without(ticket.job),
         }
+        if call.tier is not Tier.DEFAULT:
+            words["evenhand_tier"] = call.tier.label
         if call.kind:
             words["evenhand_kind"] = call.kind
         if "vllm_xargs" in tenant.grants and b"vllm_xargs" in call.body:

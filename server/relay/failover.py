@@ -132,12 +132,12 @@ class Failover:
         assert ticket.received is not None  # else there is no progress
         ticket.received.begin_leg(plan.kept)
         body = self.steering.dressed(ticket, member.worker, plan.body)
-        rest = Resumed(ticket, out, self.relay.itl, line.charge, plan)
+        rest = Resumed(ticket, out, self.relay.itl_of(ticket), line.charge, plan)
         await answered(rest, ticket, member, plan.path, body)
 
     async def _continue(self, ticket: Ticket, line: Dispatcher, out: ClientAnswer, error: ServiceError) -> None:
         """The rest of a stream of /v1/responses or /v1/messages, by its text."""
-        call, itl = ticket.call, self.relay.itl
+        call, itl = ticket.call, self.relay.itl_of(ticket)
         answer = answer_so_far(ticket)
         if answer.finish_told:
             _end(out, b"" if answer.ended else answer.closing(AnswerEnd(False, None, Usage(None, None, None))))

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from typing import ClassVar, Protocol
 
+from scheduler.jobs import Tier
 from scheduler.workers import Worker
 from server.engine.answers import (
     BYTES_PER_TOKEN,
@@ -517,9 +518,14 @@ class Stream(Pipe):
 class Relay:
     """Asks workers and lets their answers flow."""
 
-    def __init__(self, itl: Distribution, body_for: Callable[[Ticket, Worker], bytes]) -> None:
+    def __init__(self, itl: Distribution, flex_itl: Distribution, body_for: Callable[[Ticket, Worker], bytes]) -> None:
         self.itl = itl
+        self.flex_itl = flex_itl
         self.body_for = body_for
+
+    def itl_of(self, ticket: Ticket) -> Distribution:
+        """Where the gaps of a stream are counted."""
+        return self.flex_itl if ticket.job.tier is Tier.FLEX else self.itl
 
     def pump(self, ticket: Ticket, member: Member, charge: list[Ticket], out: ClientAnswer) -> Awaitable[None]:
         """One leg: returns when the client has the whole answer. Raises a ServiceError when it cannot be had.
@@ -527,5 +533,6 @@ class Relay:
         charge: where a ticket is noted that has streamed tokens its policy has not been told about.
         """
         body = self.body_for(ticket, member.worker)
-        receiver = Stream(ticket, out, self.itl, charge) if ticket.call.stream else Whole(ticket, out)
+        itl = self.flex_itl if ticket.job.tier is Tier.FLEX else self.itl
+        receiver = Stream(ticket, out, itl, charge) if ticket.call.stream else Whole(ticket, out)
         return answered(receiver, ticket, member, ticket.call.route.path.encode(), body)

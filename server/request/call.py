@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from scheduler.hybrid import Visit
-from scheduler.jobs import Job
+from scheduler.jobs import Job, Tier
 from server.request.tenants import Tenant
 from server.request.transcript import Transcript
 
@@ -71,6 +71,7 @@ class Call(msgspec.Struct, frozen=True):
     asked: the name that the client used, where `model` is what an operator's table made of it; else empty.
     name: the table's entry for it, `*` for the one that takes every name.
     fallbacks: models to ask if this one cannot answer, in order.
+    tier: its service tier; tells_tier: its client sent `service_tier`, so the answer tells it too.
     """
 
     id: str
@@ -92,6 +93,8 @@ class Call(msgspec.Struct, frozen=True):
     asked: str = ""
     name: str = ""
     fallbacks: tuple[str, ...] = ()
+    tier: Tier = Tier.DEFAULT
+    tells_tier: bool = False
 
 
 class Phase(IntEnum):

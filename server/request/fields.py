@@ -39,7 +39,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     ),
     "/v1/completions": _SAMPLING
     | _VLLM
-    | frozenset("prompt suffix max_tokens n best_of logprobs stream_options response_format".split()),
+    | frozenset("prompt suffix max_tokens n best_of logprobs stream_options response_format service_tier".split()),
     "/v1/responses": _OPENAI
     | _VLLM_SAMPLING
     | frozenset(
@@ -53,7 +53,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     ),
     "/v1/embeddings": frozenset(
         "model stream input messages user dimensions encoding_format truncate_prompt_tokens truncation_side padding "
-        "add_special_tokens use_activation normalize embed_dtype endianness".split()
+        "service_tier add_special_tokens use_activation normalize embed_dtype endianness".split()
     ),
     "/v1/messages/count_tokens": frozenset(
         "model messages system thinking tool_choice tools output_config output_format context_management cache_control "

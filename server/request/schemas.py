@@ -9,6 +9,7 @@ from server.request.errors import BadRequest
 from server.request.fields import ALLOWED, PROMPT
 from server.request.media import LARGEST_MEDIA_BYTES, media_bytes_beyond
 from server.request.tenants import Tenant
+from server.request.tiers import tier_for
 
 CHAT = Route(
     "/v1/chat/completions",
@@ -82,6 +83,7 @@ class Fields(msgspec.Struct):
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
     include_reasoning: bool | None = None
+    service_tier: str | None = None
 
 
 Members = dict[str, msgspec.Raw]
@@ -161,6 +163,8 @@ def call_from(route: Route, body: bytes, tenant: Tenant, call_id: str, bytes_per
         prompts=prompts,
         wants_ids=bool(fields.return_token_ids),
         hides_tokens=fields.include_reasoning is False,
+        tier=tenant.usual_tier if fields.service_tier is None else tier_for(fields.service_tier, route, tenant),
+        tells_tier=fields.service_tier is not None,
     )
 
 

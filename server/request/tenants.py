@@ -11,14 +11,22 @@ from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
 from secrets import token_urlsafe
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import yaml
 from msgspec import Meta
 
+from scheduler.jobs import Tier
+from scheduler.tiers import BY_NAME
+
 MIN_KEY_CHARACTERS = 16
 HASHED = "sha256:"
+
+
+USUAL_TIERS = frozenset((Tier.DEFAULT, Tier.FLEX))
+TierName = Literal["default", "flex", "priority"]
+_USUAL_NAMES: frozenset[TierName] = frozenset(("default", "flex"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +67,7 @@ class Tenant:
     limits: None if it has none.
     secret: what nobody else can guess, the hash of its oldest key.
     slo: its own objectives, None for the model's.
+    tiers: the service tiers that it may ask for. usual_tier: of its requests that ask for none.
     """
 
     name: str
@@ -69,6 +78,8 @@ class Tenant:
     limits: Limits | None = None
     secret: str = field(default="", repr=False)
     slo: Slo | None = None
+    tiers: frozenset[Tier] = USUAL_TIERS
+    usual_tier: Tier = Tier.DEFAULT
 
     @property
     def cache_salt(self) -> str:
@@ -76,7 +87,7 @@ class Tenant:
         return hmac.digest(self.secret.encode(), b"cache salt " + self.name.encode(), "sha256").hex()[:32]
 
 
-OPEN = Tenant(name="open")
+OPEN = Tenant(name="open", tiers=frozenset(Tier))
 
 
 def digest_of(key: bytes) -> bytes:
@@ -169,6 +180,7 @@ class TenantRecord(_Strict, frozen=True, gc=False):
     max_tokens: AtLeast1 | None = None
     budget: BudgetRecord = NO_BUDGET
     grants: frozenset[str] = frozenset()
+    tiers: frozenset[TierName] = _USUAL_NAMES
     slo: Slo | None = None
 
     def __post_init__(self) -> None:
@@ -176,6 +188,8 @@ class TenantRecord(_Strict, frozen=True, gc=False):
             value = getattr(self, name)
             if value is not None and not isfinite(value):
                 raise ValueError(f"{name} must be a finite number")
+        if not self.tiers:
+            raise ValueError("tiers must name one tier or more")
         keys = tuple(KeyRecord(key) if isinstance(key, str) else key for key in self.keys)
         msgspec.structs.force_setattr(self, "keys", keys)
         if self.budget == NO_BUDGET:
@@ -190,7 +204,7 @@ class TenantRecord(_Strict, frozen=True, gc=False):
         """The record without its keys, as JSON has it."""
         told: dict[str, Any] = msgspec.to_builtins(self)
         del told["keys"]
-        return told | {name: sorted(told[name]) for name in ("models", "grants") if told[name] is not None}
+        return told | {name: sorted(told[name]) for name in ("models", "grants", "tiers") if told[name] is not None}
 
     def tenant(self) -> Tenant:
         """The record as the gateway uses it."""
@@ -201,6 +215,7 @@ class TenantRecord(_Strict, frozen=True, gc=False):
             self.budget.tokens_per_day,
             self.budget.tokens_per_month,
         )
+        tiers = USUAL_TIERS if self.tiers == _USUAL_NAMES else frozenset(BY_NAME[name] for name in self.tiers)
         return Tenant(
             self.name,
             self.weight,
@@ -210,6 +225,8 @@ class TenantRecord(_Strict, frozen=True, gc=False):
             None if limits == Limits() else limits,
             self.credentials[0].key if self.keys else "",
             self.slo,
+            tiers,
+            Tier.DEFAULT if Tier.DEFAULT in tiers else max(tiers),
         )
 
 

@@ -150,15 +150,17 @@ async def test_a_window_that_ends_leaves_partial_results(tmp_path: Path) -> None
         assert len(done) + len(missed) == 200
 
 
-async def test_lines_leave_room_and_wait_while_others_wait(tmp_path: Path) -> None:
-    batch_settings = {"folder": tmp_path, "share": 0.5}
-    async with over_fake(SLOW, slots=8, batch=batch_settings) as (gateway, engine), client_of(gateway) as client:
+async def test_lines_are_flex_and_leave_room_on_a_stock_engine(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"batch": {"folder": tmp_path}, "tiers": {"flex_share": 0.5}}
+    async with over_fake(SLOW, slots=8, **given) as (gateway, engine), client_of(gateway) as client:
         batch = await submit(client, jsonl(60, max_tokens=8))
         most = 0
         while (await client.batches.retrieve(batch.id)).status not in OVER:
             most = max(most, gateway.in_flight)
             await asyncio.sleep(0.005)  # between two looks
         assert 1 < most <= 4
+        answers = (await client.files.content((await client.batches.retrieve(batch.id)).output_file_id)).text
+        assert {json.loads(line)["response"]["body"]["service_tier"] for line in answers.splitlines()} == {"flex"}
 
 
 async def test_files_and_batches_are_their_tenants_own(tmp_path: Path) -> None:
