@@ -28,6 +28,7 @@ class Worker:
     role is a preference then.
     dtype: the number format in which it computes, e.g. "bfloat16"; empty where that is not known.
     step_tokens: tokens that one of its steps computes at most (vLLM's max_num_batched_tokens).
+    gpus: how many it computes on, for what its time costs; 1 on a CPU too.
     token_ids: whether it tells the token ids of a stream (vLLM's `return_token_ids`), so that another can continue it.
     """
 
@@ -40,3 +41,4 @@ class Worker:
     hands_over: bool = False
     dtype: str = ""
     step_tokens: int = UNKNOWN_STEP_TOKENS
+    gpus: int = 1

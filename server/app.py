@@ -6,13 +6,14 @@ import logging
 import os
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from time import CLOCK_REALTIME, clock_gettime, monotonic
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 
+from scheduler.jobs import Tier
 from scheduler.objectives import Objectives
 from scheduler.placement import Rules
 from scheduler.tiers import TieredLanes
@@ -27,12 +28,14 @@ from server.batch.routes import batch_routes, operator_routes
 from server.batch.runner import Runner
 from server.cluster.local_sync import LocalSync, Process
 from server.cluster.state import ClusterState
+from server.cluster.usage import UsageBook
 from server.fleet.balancer import Balancer
 from server.fleet.fleet import Fleet
 from server.fleet.named import fleet_tls, named_worker
 from server.front.gateway import Gateway
 from server.front.listener import Listener, certificate_of, dress, edge_of, listener
 from server.front.routes import AdminPortFilter, identified, public_app
+from server.observe.cost import CostMeter
 from server.observe.fairness_metrics import FairnessMetrics
 from server.observe.observer import Observers
 from server.observe.recorder import Recorder, RecordingBounds
@@ -41,6 +44,7 @@ from server.observe.telemetry import Telemetry
 from server.operators.admin import Admin, admin_routes
 from server.operators.console import Console, console_routes
 from server.operators.logs import Pseudonyms, RequestLog, log_routes
+from server.operators.usage import usage_routes
 from server.relay.engine_body import EngineBody
 from server.relay.failover import Failover
 from server.relay.prefill_leg import PrefillLeg
@@ -143,9 +147,21 @@ class GatewayServer:
         """Who hears of each call."""
         judging = SloMetrics(SloTargets(self.settings.slo))
         self.telemetry.registry.register(judging)
+        self.usage = self._usage()
         request_log = RequestLog(self.pseudonyms) if self.settings.log_format == "json" else None
-        wanted = (self.telemetry, sharing, judging, self.tracing, self.recorder, request_log)
+        meter = None if self.usage is None else self.usage.meter
+        wanted = (self.telemetry, sharing, judging, meter, self.tracing, self.recorder, request_log)
         return Observers(*(observer for observer in wanted if observer is not None))
+
+    def _usage(self) -> UsageBook | None:
+        """What requests cost, if that is to be counted."""
+        settings = self.settings
+        if not settings.cost.meter:
+            return None
+        factors = {Tier.FLEX.label: settings.tiers.flex_cost, Tier.PRIORITY.label: settings.tiers.priority_cost}
+        meter = CostMeter(settings.cost, monotonic, wall_clock, factors=factors, labels=settings.tenant_labels)
+        self.telemetry.registry.register(meter)
+        return UsageBook(meter, self.shared.store, self.shared.replicas.name, wall_clock)
 
     def _for_operators(self, sharing: FairnessMetrics) -> None:
         """Their routes, their address, and the log's line for each request."""
@@ -156,7 +172,12 @@ class GatewayServer:
         seen = self._console(sharing)
         self.siblings.view = seen.published
         console = console_routes(seen, admin.authorize)
-        for routes in (admin_routes(admin), console, log_routes(admin.authorize)):
+        for routes in (
+            admin_routes(admin),
+            console,
+            log_routes(admin.authorize),
+            usage_routes(self.usage, admin.authorize),
+        ):
             self.app.include_router(routes)
         if self.batches is not None:
             self.app.include_router(operator_routes(self.batches.batches, admin.authorize))
@@ -290,8 +311,9 @@ class GatewayServer:
         if self.tracing is not None and self.settings.tracing.endpoint is not None:
             self.tracing.start(self.settings.tracing.endpoint, monotonic, wall_clock)
         tasks = self._tasks()
+        metered = nullcontext() if self.usage is None else self.usage.running(self.background)
         try:
-            async with self.shared.running(), self.siblings.running(alone=self.process is None):
+            async with self.shared.running(), self.siblings.running(alone=self.process is None), metered:
                 yield
         finally:
             await Background.stop(*tasks)

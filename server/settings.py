@@ -116,6 +116,32 @@ class SloSettings(BaseModel):
         return bool(self.ttft_s or self.tpot_s or any(one.ttft_s or one.tpot_s for one in self.models.values()))
 
 
+Money = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class ModelPrice(BaseModel):
+    """Prices of a million tokens. cached: of prompt tokens that were in the prefix cache; default: as `input`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    input: Money = 0.0
+    cached: Money | None = None
+    output: Money = 0.0
+
+
+class CostSettings(BaseModel):
+    """What requests cost, in GPU time and in money."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    meter: bool = Field(False, description="count GPU-seconds and money by tenant, model and tier, for /admin/usage")
+    currency: str = Field("", max_length=16, description="a word beside every amount, e.g. EUR")
+    gpu_hour: Money = Field(0.0, description="price of an hour of one GPU, for models without prices of their tokens")
+    models: dict[str, ModelPrice] = Field(
+        default_factory=dict, description="prices of a million tokens by the name that is asked; `*` is for all others"
+    )
+
+
 class HealthSettings(BaseModel):
     """When a worker is out, when it is back, and what happens to answers that it does not finish."""
 
@@ -146,7 +172,9 @@ class TierSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    flex_cost: float = Field(0.5, ge=0, description="what a token of tier flex counts for in limits and budgets")
+    flex_cost: float = Field(
+        0.5, ge=0, description="what a token of tier flex counts for in limits and budgets, and its price"
+    )
     priority_cost: float = Field(2.0, ge=0, description="what a token of tier priority counts for")
     flex_timeout_s: Positive = Field(600.0, description="longest wait of a flex request for its start, seconds")
     flex_reserve: float = Field(
@@ -258,6 +286,7 @@ class Settings(BaseSettings):
     disaggregation: DisaggregationSettings = DisaggregationSettings()
     slo: SloSettings = SloSettings()
     health: HealthSettings = HealthSettings()
+    cost: CostSettings = CostSettings()
 
 
 def scheme_of(settings: Settings) -> str:

@@ -14,13 +14,14 @@ from deploy.settings import ServeSettings
 from server.batch.runner import Runner
 from server.fleet.balancer import Balancer
 from server.fleet.fleet import Fleet
+from server.observe.cost import CostMeter
 from server.observe.fairness_metrics import FairnessMetrics
 from server.observe.slo import SloMetrics, SloTargets
 from server.observe.telemetry import Telemetry
 from server.relay.prefill_leg import PrefillLeg
 from server.request.fields import ALLOWED
 from server.request.tenants import read_file
-from server.settings import SloSettings
+from server.settings import CostSettings, SloSettings
 from tests.compatibility.clients import CLIENTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,6 +60,7 @@ def metrics() -> set[str]:
         Telemetry(lambda: [], lambda: [], lambda: []),
         Balancer(Fleet(), 1, clock=lambda: 0.0),
         PrefillLeg(lambda ticket, worker: b"", Fleet(), timeout_s=1.0, clock=lambda: 0.0),
+        CostMeter(CostSettings(), lambda: 0.0, lambda: 0.0, factors={}, labels=1),
         SloMetrics(SloTargets(SloSettings())),
         FairnessMetrics(lambda: ((), {}), Counter(), lambda: (True, 1), lambda: 0.0, labels=1),
         Runner(Any, Any, "", lambda: 0.0),  # type: ignore[arg-type]  # its metrics need neither batches nor engines

@@ -281,6 +281,7 @@ def worker_of(plan: EnginePlan, name: str, url: str) -> Worker:
         has_plugin(plan),
         hands_over=plan.connected,
         dtype=computes_in(plan),
+        gpus=1 if plan.share is None else len(plan.share.gpus),
     )
 
 

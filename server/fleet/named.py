@@ -8,7 +8,7 @@ from server.engine.access import Access, ClientTls
 from server.settings import Settings
 
 _KEY = re.compile(r",key=[^,]*")
-OPTIONS = ("role", "slots", "id", "kv", "key", "ca", "cert", "cert_key")
+OPTIONS = ("role", "slots", "gpus", "id", "kv", "key", "ca", "cert", "cert_key")
 
 
 def named_worker(text: str, number: int, environ: Mapping[str, str]) -> tuple[Worker, Access]:
@@ -27,6 +27,8 @@ def named_worker(text: str, number: int, environ: Mapping[str, str]) -> tuple[Wo
         raise ValueError(f"worker {shown!r}: role is prefill, decode or both, not {role!r}")
     if not slots.isdigit() or int(slots) < 1:
         raise ValueError(f"worker {shown!r}: slots is how many sequences its batch holds, not {slots!r}")
+    if not (gpus := options.get("gpus", "1")).isdigit() or int(gpus) < 1:
+        raise ValueError(f"worker {shown!r}: gpus is how many it computes on, not {gpus!r}")
     if options.get("kv", "no") not in ("yes", "no"):
         raise ValueError(f"worker {shown!r}: kv is yes if its engine can hand over KV, else no")
     worker_id, kv = options.get("id", f"worker-{number}"), options.get("kv") == "yes"
@@ -34,7 +36,7 @@ def named_worker(text: str, number: int, environ: Mapping[str, str]) -> tuple[Wo
         access = _access(url, options, environ)
     except ValueError as error:
         raise ValueError(f"worker {shown!r}: {error}") from None
-    return Worker(worker_id, url.rstrip("/"), roles[role], int(slots), hands_over=kv), access
+    return Worker(worker_id, url.rstrip("/"), roles[role], int(slots), hands_over=kv, gpus=int(gpus)), access
 
 
 def _access(url: str, options: Mapping[str, str], environ: Mapping[str, str]) -> Access:

@@ -35,6 +35,7 @@ class Registration(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
     ca: str = ""
     cert: str = ""
     cert_key: str = ""
+    gpus: int = 1
 
     @property
     def access(self) -> Access:
@@ -43,7 +44,16 @@ class Registration(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
 
     def worker(self, worker_id: str) -> Worker:
         url = self.url.rstrip("/")
-        return Worker(worker_id, url, self.role, self.slots, self.plugin, hands_over=self.hands_over, dtype=self.dtype)
+        return Worker(
+            worker_id,
+            url,
+            self.role,
+            self.slots,
+            self.plugin,
+            hands_over=self.hands_over,
+            dtype=self.dtype,
+            gpus=max(1, self.gpus),
+        )
 
 
 def registration_from(worker_id: str, text: str) -> Registration:
@@ -87,6 +97,7 @@ def registration_of(worker: Worker, access: Access = Access(), *, draining: bool
         access.ca,
         access.cert,
         access.cert_key,
+        worker.gpus,
     )
     return msgspec.json.encode(said).decode()
 

@@ -183,6 +183,8 @@ class Gateway:
     async def at_worker(self, ticket: Ticket, dispatcher: Dispatcher, out: ClientAnswer) -> None:
         """The answer of one model: waits for a place, and returns when the client has it all."""
         member = await dispatcher.take(ticket)
+        for got_place in self.observers.got_place:
+            got_place(ticket)
         ticket.move(Phase.PREFILLING)
         if ticket.split is not None:
             await self.handover.prefill(ticket)

@@ -193,6 +193,16 @@ class RedisStore:
     async def records(self, kind: str) -> dict[str, str]:
         return await self._asked(cast(Awaitable[dict[str, str]], self._redis.hgetall(*self._keys(f"records:{kind}"))))
 
+    async def shelve(self, shelf: str, name: str, value: str, ttl_s: float) -> None:
+        (key,) = self._keys(f"shelf:{shelf}")
+        pipeline = self._redis.pipeline(transaction=True)
+        pipeline.hset(key, name, value)
+        pipeline.pexpire(key, round(ttl_s * 1000))
+        await self._asked(pipeline.execute())
+
+    async def shelved(self, shelf: str) -> dict[str, str]:
+        return await self._asked(cast(Awaitable[dict[str, str]], self._redis.hgetall(*self._keys(f"shelf:{shelf}"))))
+
     async def register(self, worker_id: str, value: str, ttl_s: float) -> None:
         await self._ask_workers([worker_id, value, round(ttl_s * 1000)])
 

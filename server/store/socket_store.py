@@ -29,6 +29,8 @@ METHODS: Mapping[str, tuple[Any, Any]] = {
     "put": (tuple[str, str, str], None),
     "drop": (tuple[str, str], bool),
     "records": (tuple[str], dict[str, str]),
+    "shelve": (tuple[str, str, str, float], None),
+    "shelved": (tuple[str], dict[str, str]),
     "register": (tuple[str, str, float], None),
     "leave": (tuple[str], None),
     "workers": (tuple[()], dict[str, str]),
@@ -118,6 +120,13 @@ class SocketStore:
 
     async def records(self, kind: str) -> dict[str, str]:
         found: dict[str, str] = await self._ask("records", kind)
+        return found
+
+    async def shelve(self, shelf: str, name: str, value: str, ttl_s: float) -> None:
+        await self._ask("shelve", shelf, name, value, ttl_s)
+
+    async def shelved(self, shelf: str) -> dict[str, str]:
+        found: dict[str, str] = await self._ask("shelved", shelf)
         return found
 
     async def register(self, worker_id: str, value: str, ttl_s: float) -> None:

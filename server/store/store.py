@@ -74,6 +74,12 @@ class Store(Protocol):
     async def records(self, kind: str) -> dict[str, str]:
         """All records of a kind by name."""
 
+    async def shelve(self, shelf: str, name: str, value: str, ttl_s: float) -> None:
+        """Writes a value that nobody is told of; the shelf goes when nothing was written to it for so long."""
+
+    async def shelved(self, shelf: str) -> dict[str, str]:
+        """All values of a shelf by name."""
+
     async def register(self, worker_id: str, value: str, ttl_s: float) -> None:
         """A worker is there, for so long unless it says so again."""
 
@@ -104,6 +110,7 @@ class MemoryStore:
         self._kept: dict[Kept, tuple[int, int]] = {}
         self._records: dict[str, dict[str, str]] = {}
         self._workers: dict[str, tuple[float, str]] = {}
+        self._shelves: dict[str, tuple[float, dict[str, str]]] = {}
 
     async def exchange(self, offer: Offer) -> News:
         now = self._clock()
@@ -150,6 +157,16 @@ class MemoryStore:
 
     async def records(self, kind: str) -> dict[str, str]:
         return dict(self._records.get(kind, {}))
+
+    async def shelve(self, shelf: str, name: str, value: str, ttl_s: float) -> None:
+        now = self._clock()
+        self._shelves = {name: held for name, held in self._shelves.items() if held[0] > now}
+        _, values = self._shelves.get(shelf, (0.0, {}))
+        self._shelves[shelf] = now + ttl_s, values | {name: value}
+
+    async def shelved(self, shelf: str) -> dict[str, str]:
+        until, values = self._shelves.get(shelf, (0.0, {}))
+        return dict(values) if until > self._clock() else {}
 
     async def register(self, worker_id: str, value: str, ttl_s: float) -> None:
         self._workers[worker_id] = (self._clock() + ttl_s, value)

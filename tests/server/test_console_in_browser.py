@@ -87,8 +87,11 @@ async def busy(tmp_path: Path) -> AsyncIterator[Running]:
     """A gateway of two tenants with one running request and three that wait."""
     (tmp_path / "tenants.yaml").write_text(TENANTS)
     options = {"tenants": tmp_path / "tenants.yaml", "admin_key": ADMIN_KEY, "policy": "vtc", "slots": 2}
+    options["cost"] = {"meter": True, "currency": "EUR", "models": {"*": {"input": 100, "output": 400}}}
     async with over_fake(SLOW, admission={"ahead": 0}, **options) as (gateway, _):
         wires: list[Wire] = []
+        for key in (KEY, OTHER):
+            await gateway.ask("/v1/chat/completions", chat(), headers={"authorization": f"Bearer {key}"})
         for key in (KEY, KEY, KEY, OTHER):
             body = chat(stream=True, max_tokens=8000, ignore_eos=True)  # longer than any of this takes
             wires.append(
@@ -141,6 +144,12 @@ async def test_an_operator_sees_who_waits_changes_the_policy_and_leaves_nothing_
         await console.picture("console-names")
         await page.click("[data-drop]")
         await console.says("#names", "Every model goes by its own name")
+
+        await console.says("#costs", "zenith")
+        await console.says("#cost-sum", "EUR")
+        await page.select_option("#cost-by", "model")
+        await console.says("#costs", "fake")
+        await console.picture("console-costs")
 
         await page.click("#fleet button")
         await console.says("#fleet", "draining")

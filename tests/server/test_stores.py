@@ -396,3 +396,16 @@ async def test_commands_of_an_exchange_do_not_grow_with_its_rows(redis_url: str)
     few, many = await taken(10), await taken(900)
     await store.close()
     assert many <= few + 2 <= 40
+
+
+async def test_shelves_hold_values_that_nobody_is_told_of_until_they_are_over(store: Store) -> None:
+    version = (await store.exchange(Offer("one", 10.0))).version
+    await store.shelve("day", "a", "1", LIMIT_S)
+    await store.shelve("day", "b", "2", LIMIT_S)
+    await store.shelve("day", "a", "3", LIMIT_S)
+    await store.shelve("other", "a", "4", SHORT_S)
+    assert await store.shelved("day") == {"a": "3", "b": "2"}
+    assert (await store.exchange(Offer("one", 10.0))).version == version
+    await asyncio.sleep(2 * SHORT_S)
+    assert await store.shelved("other") == {} == await store.shelved("none")
+    assert await store.shelved("day") == {"a": "3", "b": "2"}
