@@ -9,12 +9,13 @@ from scheduler.line import JobPlace, JobState, Line
 from scheduler.overdue import Overdue
 from scheduler.policy import FOR_GOOD, Account, Lane, Policy
 from scheduler.ranking import Ranking
-from scheduler.shadow import Shadow
+from scheduler.shadow import Recent, Shadow
 
 _BOOSTS_AT_ONCE = 64  # bounds the pause when thousands lose patience in the same moment
 _TENANTS_KEPT = 4096  # below this many, idle tenants are not looked at
 _PROMISED = 0.99  # of the jobs of first come, first served are no worse off than what is promised
-_STALLED_PART = 0.25
+_OPEN = 0.95  # of the promised wait: from here on fewer and fewer may overtake
+_RANKS = 500  # of the latest arrivals, to know which rank so many of them are below
 _COMPARE_S = 1.0
 _COMPARED = 50  # jobs that have ended in both worlds
 _BEHIND = 1.02
@@ -70,8 +71,10 @@ class Lanes:
         self._sweep_at = _TENANTS_KEPT
         self._unserved = Overdue()  # by their latest stall
         self._fresh = Overdue()  # before their first token, by all that they have waited
-        self._stalled = Overdue()  # likewise, from their first token on
-        self._fresh_s = self._stalled_s = inf
+        self._stalled = Overdue()  # from their first token on, by when they would have to start for the same end
+        self._fresh_s = self._end_s = inf
+        self._gate = inf  # rank from which on a job may not overtake
+        self._ranks = Recent(_RANKS)
         self._behind = False
         self._compare_at = 0.0
         self.shadow = self._shadow()
@@ -88,7 +91,10 @@ class Lanes:
 
     def push(self, job: Job, now: float) -> None:
         """The job arrives and waits. ValueError if its id is known, or its weight is not positive."""
-        self._arrive(self._enter(job, now), front=False)
+        place = self._enter(job, now)
+        self._arrive(place, front=False)
+        if self.shadow is not None:
+            self._ranks.add(self._order.rank(place.lane))
 
     def admit(self, job: Job, now: float) -> None:
         """`push`, and the `pop` that would take this very job, in one: for a job that finds nobody waiting.
@@ -219,7 +225,10 @@ class Lanes:
 
     def _victim_of_its_own(self, head: JobPlace, can_yield: Callable[[Job], bool]) -> JobPlace | None:
         victim = head.line.worst(can_yield)
-        if victim is None or not self._order.displaces(head.job, victim.job, head.lane, victim.lane):
+        lane = head.lane
+        if head.is_due:  # a promise is a place in the line, and nobody's slot
+            lane = self._order.spot(head.job, running=False, boosted_at=None).lane
+        if victim is None or not self._order.displaces(head.job, victim.job, lane, victim.lane):
             return None
         return victim
 
@@ -286,9 +295,10 @@ class Lanes:
         """A step of the engine that computes so many tokens begins now. Renews what is promised, if anything is.
 
         Who has waited, before its first token, for as long as 99 of 100 would have under first come, first served
-        (times `tail`) is served next. Who was displaced for so long in all, or for a quarter of what 99 of 100 would
-        have needed to their end, is served to its own end. While jobs end later, in the mean, than they would have,
-        nobody else is displaced for a newcomer.
+        (times `tail`) is served next, and as that time draws near, fewer and fewer may overtake whoever has waited
+        longest: only those of the best ranks. Who was displaced is served to its own end when it would else end later
+        than 99 of 100 would have (times `tail`, if that is above 1). While jobs end later, in the mean, than they
+        would have, nobody is displaced for a newcomer.
         """
         shadow = self.shadow
         if shadow is None:
@@ -296,11 +306,24 @@ class Lanes:
         shadow.stepped(now, tokens)
         waited_s = max(shadow.waits.quantile(_PROMISED), shadow.first_wait_s(now))
         self._fresh_s = self._order.tail * waited_s
-        self._stalled_s = max(self._fresh_s, _STALLED_PART * shadow.ends.quantile(_PROMISED))
+        self._end_s = max(1.0, self._order.tail) * shadow.ends.quantile(_PROMISED)
+        self._set_gate(now)
         if now >= self._compare_at:
             self._compare_at = now + _COMPARE_S
             known = len(shadow.completions) >= _COMPARED
             self._behind = known and shadow.real_completions.mean > _BEHIND * shadow.completions.mean
+
+    def _set_gate(self, now: float) -> None:
+        """Opens the gate for as many of the arrivals as the longest wait leaves of the promise."""
+        oldest = self._fresh.first()
+        gate = inf
+        if oldest is not None and self._fresh_s > 0.0:
+            left = 1.0 - (now - oldest.since + oldest.waited_s) / self._fresh_s
+            if left < 1.0 - _OPEN:
+                gate = self._ranks.quantile(max(0.0, left / (1.0 - _OPEN)))
+        if gate != self._gate:
+            self._gate = gate
+            self._next = None
 
     @property
     def keeps_order(self) -> bool:
@@ -409,8 +432,14 @@ class Lanes:
         self._boost(now)
         if self._next is None:
             line = self._front()
-            self._next = None if line is None else line.first()
+            self._next = None if line is None else self._let_through(line.first())
         return self._next
+
+    def _let_through(self, first: JobPlace | None) -> JobPlace | None:
+        """The first in line, or whoever has waited longest if the first may not overtake that one."""
+        if first is None or first.boosted_at is not None or self._order.rank(first.lane) < self._gate:
+            return first
+        return self._fresh.first() or first
 
     def _front(self) -> Line | None:
         """The line that goes next. Counters rise without a word to the ranking, so its first entry may be outdated."""
@@ -533,18 +562,19 @@ class Lanes:
 
     def _boost(self, now: float) -> None:
         """Moves forward those that have been unserved for too long, a bounded number of them at a time."""
-        left = self._boost_from(self._unserved, now - self._order.patience_s, _BOOSTS_AT_ONCE, for_good=False)
+        left = self._boost_from(self._unserved, now - self._order.patience_s, _BOOSTS_AT_ONCE)
         if self._fresh_s > 0.0:  # else first come, first served would let nobody wait, and neither does this
-            left = self._boost_from(self._fresh, now - self._fresh_s, left, for_good=False)
-            self._boost_from(self._stalled, now - self._stalled_s, left, for_good=True)
+            left = self._boost_from(self._fresh, now - self._fresh_s, left)
+            self._boost_from(self._stalled, now - self._end_s, left)
 
-    def _boost_from(self, overdue: Overdue, before: float, most: int, *, for_good: bool) -> int:
+    def _boost_from(self, overdue: Overdue, before: float, most: int) -> int:
         """Returns how many more may be."""
         while most and (place := overdue.pop(before)) is not None:
             most -= 1
             self._next = None
             if place.boosted_at != FOR_GOOD:
-                place.boosted_at = FOR_GOOD if for_good else place.job.output_tokens
+                place.boosted_at = FOR_GOOD if overdue is self._stalled else place.job.output_tokens
+                place.is_due = overdue is not self._unserved
                 place.line.move(place)
                 self._price(place)
         return most
@@ -553,8 +583,10 @@ class Lanes:
         if isfinite(self._order.patience_s):
             self._unserved.note(place, place.since, self.waiting)
         if self.shadow is not None:
-            overdue = self._stalled if place.job.output_tokens else self._fresh
-            overdue.note(place, place.since - place.waited_s, self.waiting)
+            if place.job.output_tokens:
+                self._stalled.note(place, place.job.arrived_at - self.shadow.rest_s(place.job), self.waiting)
+            else:
+                self._fresh.note(place, place.since - place.waited_s, self.waiting)
 
     def _settle_all(self, places: list[JobPlace]) -> None:
         """Ends the accounts of all that were taken, for the policy that kept them goes."""
@@ -571,7 +603,7 @@ class Lanes:
         place.line = self._line(job.tenant)
         place.account = place.line.account
         place.account.weight = job.weight
-        place.boosted_at = None
+        place.boosted_at, place.is_due = None, False
         if self.shadow is not None:
             self.shadow.arrived(job, job.arrived_at)
         place.bill = self._shares.adopt(job) if self._shares is not None and taken else None

@@ -22,13 +22,21 @@ class Overdue:
             self._heap = list({entry[3]: entry for entry in self._heap if self._holds(entry)}.values())
             heapify(self._heap)
 
+    def first(self) -> JobPlace | None:
+        """The oldest; None if there is none."""
+        while self._heap:
+            if self._holds(self._heap[0]):
+                return self._heap[0][3]
+            heappop(self._heap)
+        return None
+
     def pop(self, before: float) -> JobPlace | None:
         """The oldest of those that wait since before then, which is forgotten; None if there is none."""
-        while self._heap and self._heap[0][0] <= before:
-            entry = heappop(self._heap)
-            if self._holds(entry):
-                return entry[3]
-        return None
+        place = self.first()
+        if place is None or self._heap[0][0] > before:
+            return None
+        heappop(self._heap)
+        return place
 
     @staticmethod
     def _holds(entry: tuple[float, int, float, JobPlace]) -> bool:

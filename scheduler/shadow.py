@@ -133,6 +133,12 @@ class Shadow:
         self._at = now
         self._steps = 1.0 + tokens / self._tokens_per_step if tokens else 0.0
 
+    def rest_s(self, job: Job) -> float:
+        """How long the job is expected to take to its end from here if it starts now."""
+        rest_tokens = self._rest_tokens(job) or self._usual_tokens
+        steps = rest_tokens * (1.0 + self._slots / self._tokens_per_step) + job.restart_tokens / self._tokens_per_step
+        return self._step_s * steps
+
     def first_wait_s(self, now: float) -> float:
         """How long the first in the shadow's line has waited."""
         return max(0.0, now - self._queue[0].arrived_at) if self._queue else 0.0

@@ -112,7 +112,9 @@ MEASURES: Mapping[str, Callable[[report.Summary], float]] = {
 
 def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     """What is asked of every target, and how often."""
-    parser.add_argument("--workloads", default="S,C,R", help="of S, C, R, M, A, or trace files (default: S,C,R)")
+    parser.add_argument(
+        "--workloads", default="S,C,R", help=f"of {', '.join(WORKLOADS)}, {ARENA}, or trace files (default: S,C,R)"
+    )
     parser.add_argument(
         "--loads", default="0.7,1.0,1.2", metavar="LOAD[:JOBS],…",
         help="offered rate by saturation, 3:200 for a burst of 200 at three times it (default: %(default)s)",

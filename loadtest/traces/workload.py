@@ -4,6 +4,9 @@ Named workloads, from the traces if they are there, else drawn from quantiles of
 S, ShareGPT's first turns (answers alike in length, where preempting cannot win); C, 60 % of Azure's code and 40 % of
 its chat requests (CV of answers 1.4); R, C with 5 % long answers of a reasoning model (CV above 3); and M, whole
 conversations of ShareGPT, in which a question waits for the answer before it and all said before is its prompt.
+
+And answers by a law, after prompts of 20 to 400 tokens that tell nothing of them: constant, uniform and exponential,
+for which no order beats first come, first served by much, and pareto, whose tail is heavy.
 """
 
 import zlib
@@ -57,6 +60,17 @@ MIXES: Mapping[str, Mapping[str, float]] = {
     "S": {"sharegpt": 1.0},
     "C": {"code": 0.6, "chat": 0.4},
     "R": {"code": 0.57, "chat": 0.38, "reasoning": 0.05},
+    "constant": {"constant": 1.0},
+    "uniform": {"uniform": 1.0},
+    "exponential": {"exponential": 1.0},
+    "pareto": {"pareto": 1.0},
+}
+# Answers of 60 tokens in the mean, the law of Pareto cut at 4,000.
+_LAWS: Mapping[str, Callable[[Random], float]] = {
+    "constant": lambda rng: 60,
+    "uniform": lambda rng: rng.randint(1, 120),
+    "exponential": lambda rng: rng.expovariate(1 / 60),
+    "pareto": lambda rng: min(4000, 12 * (1 - rng.random()) ** (-1 / 1.2)),
 }
 
 
@@ -128,6 +142,9 @@ def _draw(kind: str, traces: Path | None) -> Draw:
     if kind == "reasoning":
         chat = _draw("chat", traces)
         return lambda rng: replace(chat(rng), output_tokens=_reasoning_tokens(rng), kind="reasoning")
+    if kind in _LAWS:
+        law = _LAWS[kind]
+        return lambda rng: Shape(rng.randint(20, 400), max(1, round(law(rng))), kind)
     file = traces / _FILES[kind] if traces is not None else None
     if file is not None and file.is_file():
         seen = [

@@ -13,16 +13,18 @@ head asks, for that is what the swap costs.
 import math
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Sequence
 
 from scheduler.jobs import Job, Outcome
 from scheduler.policies.lengths import Lengths
 from scheduler.policy import Lane, Spot
 
 _AGES = [0, 1, 2, 3, 4, 5, 6, 8] + [round(8 * 2 ** (step / 3)) for step in range(1, 46)]
-_TIE = 1.25  # indices within this ratio are one rank: a smaller difference is noise
+_TIE = 1.6  # indices within this ratio are one rank: a smaller difference is noise
 _BOOST_STEPS = 64  # what a job whose patience ended may run before it is ranked by its index again
 _BOOSTED: Lane = (-1, 0, 0)
 _MOST_CLASSES = 1024
+_BY_PROMPT = 3  # so many of a job's classes, the first ones, look at its prompt's length
 
 _ClassKey = tuple[str | float, ...]
 
@@ -74,6 +76,7 @@ class Gittins:
         self._all = Lengths(window, min_samples)
         self._classes: OrderedDict[_ClassKey, int] = OrderedDict()
         self._lengths: dict[int, Lengths] = {0: self._all}
+        self._unlike: set[int] = set()  # classes that differ from their parents
         self._indices: dict[Lane, float] = {}
 
     def fit(self, slots: int) -> None:
@@ -127,31 +130,40 @@ class Gittins:
         ended = outcome in (Outcome.DONE, Outcome.LENGTH)
         if not job.output_tokens:
             return
-        for key in self._chain(job):
-            self._learn(self._table(key), job.output_tokens, ended=ended)
-        self._learn(self._all, job.output_tokens, ended=ended)
+        numbers = [*map(self._number, self._chain(job)), 0]
+        for at, number in enumerate(numbers):
+            if self._lengths[number].add(job.output_tokens, ended=ended):
+                self.epoch += 1
+                self._indices.clear()
+                parents = numbers[at + 1 : _BY_PROMPT] + numbers[-2:] if at < _BY_PROMPT else numbers[at + 1 :]
+                self._compare(number, parents)
 
-    def _learn(self, lengths: Lengths, tokens: int, *, ended: bool) -> None:
-        if lengths.add(tokens, ended=ended):
-            self.epoch += 1
-            self._indices.clear()
+    def _compare(self, number: int, parents: Sequence[int]) -> None:
+        """Sets whether the class is unlike the nearest of its parents that has samples enough."""
+        parent = next((parent for parent in parents if self._lengths[parent].ready), None)
+        if parent is not None and self._lengths[number].differs(self._lengths[parent]):
+            self._unlike.add(number)
+        else:
+            self._unlike.discard(number)
 
-    def _table(self, key: _ClassKey) -> Lengths:
+    def _number(self, key: _ClassKey) -> int:
         number = self._classes.get(key)
         if number is not None:
             self._classes.move_to_end(key)
-            return self._lengths[number]
+            return number
         if len(self._classes) >= _MOST_CLASSES:
-            del self._lengths[self._classes.popitem(last=False)[1]]
+            forgotten = self._classes.popitem(last=False)[1]
+            del self._lengths[forgotten]
+            self._unlike.discard(forgotten)
         number = self._classes[key] = self._numbers
         self._numbers += 1
-        lengths = self._lengths[number] = Lengths(self._window, self._min_samples)
-        return lengths
+        self._lengths[number] = Lengths(self._window, self._min_samples)
+        return number
 
     def _class_of(self, job: Job) -> int:
         for key in self._chain(job):
             number = self._classes.get(key)
-            if number is not None and self._lengths[number].ready:
+            if number is not None and number in self._unlike:
                 return number
         return 0
 

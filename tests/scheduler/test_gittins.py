@@ -201,6 +201,31 @@ def test_class_with_few_samples_goes_by_its_parent() -> None:
     assert order.rank(new_json) < order.rank(new_text)
 
 
+def test_class_that_chance_could_have_made_goes_by_its_parent() -> None:
+    """The lengths are all of one law, so no tenant and no prompt's length says anything of them."""
+    rng, order = random.Random(1), Gittins(max_tokens="ignore")
+    for _ in range(4000):
+        job = Job("", f"tenant{rng.randint(1, 4)}", rng.randint(20, 400), 0.0)
+        job.output_tokens = round(rng.expovariate(1 / 60)) + 1
+        order.learn(job, Outcome.DONE)
+    news = [Job("", f"tenant{tenant}", 1 << octave, 0.0) for tenant in (1, 2, 3, 4) for octave in (5, 6, 7, 8)]
+    classes = [order.spot(job, running=False, boosted_at=None).lane[0] for job in news]
+    assert classes.count(0) >= 14
+
+
+def test_tenant_and_prompt_that_tell_make_classes_of_their_own() -> None:
+    order = Gittins(max_tokens="ignore")
+    for number in range(800):
+        tenant = f"tenant{number % 2}"
+        prompt, output = ((30, 10), (3000, 400))[number % 4 // 2] if number % 2 else (300, 100)
+        order.learn(Job("", tenant, prompt, 0.0, output_tokens=output), Outcome.DONE)
+    ranks = [
+        order.rank(order.spot(Job("", tenant, prompt, 0.0), running=False, boosted_at=None).lane)
+        for tenant, prompt in (("tenant1", 30), ("tenant0", 300), ("tenant1", 3000))
+    ]
+    assert ranks == sorted(set(ranks))
+
+
 def test_number_of_classes_is_bounded() -> None:
     order = Gittins(min_samples=1)
     for number in range(3000):

@@ -89,3 +89,18 @@ def test_jobs_that_were_cut_count_as_at_least_so_long_and_not_as_short() -> None
 def test_old_lengths_are_forgotten() -> None:
     lengths = lengths_of([1000] * 500 + [10] * 400, window=400)
     assert lengths.index(0, 0.0) == pytest.approx(1 / 10, rel=0.1)
+
+
+def test_samples_of_one_kind_hardly_ever_differ() -> None:
+    def drawn(seed: int, count: int) -> Lengths:
+        rng = random.Random(seed)
+        return lengths_of([int(rng.expovariate(1 / 60)) + 1 for _ in range(count)])
+
+    whole = drawn(0, 2000)
+    assert sum(drawn(seed, 80).differs(whole) for seed in range(1, 101)) <= 4
+
+
+@pytest.mark.parametrize("other", [[30] * 80, [90] * 80, [10, 110] * 40, [60] * 40 + [2000] * 40])
+def test_other_lengths_or_another_spread_differ(other: list[int]) -> None:
+    assert lengths_of(other).differs(lengths_of([50, 60, 70] * 300))
+    assert lengths_of([50, 60, 70] * 300).differs(lengths_of(other))
