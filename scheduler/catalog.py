@@ -128,7 +128,7 @@ POLICIES: Mapping[str, CatalogEntry] = {
         (
             _PREFILL,
             PolicyOption(
-                "hysteresis", _number(1.25), "1.3", "ratio", "by how much an index must be higher to displace"
+                "hysteresis", _number(1.25), "1.6", "ratio", "by how much an index must be higher to displace"
             ),
             PolicyOption("patience_s", _number(0.0), "60", "s", "a job unserved for so long goes first; inf for never"),
             _CAP,
@@ -137,7 +137,7 @@ POLICIES: Mapping[str, CatalogEntry] = {
             PolicyOption(
                 "max_tokens", _one_of("use", "ignore"), "use", "", "ignore: it says nothing of a job's length"
             ),
-            replace(_TAIL, default="0.8"),
+            replace(_TAIL, default="0.85"),
         ),
         Gittins,
     ),

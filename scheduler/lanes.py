@@ -14,6 +14,7 @@ from scheduler.shadow import Recent, Shadow
 _BOOSTS_AT_ONCE = 64  # bounds the pause when thousands lose patience in the same moment
 _TENANTS_KEPT = 4096  # below this many, idle tenants are not looked at
 _PROMISED = 0.99  # of the jobs of first come, first served are no worse off than what is promised
+_GROWING = 1.25  # a line that is longer than it ever was grows on while a job waits in it
 _OPEN = 0.95  # of the promised wait: from here on fewer and fewer may overtake
 _RANKS = 500  # of the latest arrivals, to know which rank so many of them are below
 _COMPARE_S = 1.0
@@ -304,7 +305,7 @@ class Lanes:
         if shadow is None:
             return
         shadow.stepped(now, tokens)
-        waited_s = max(shadow.waits.quantile(_PROMISED), shadow.first_wait_s(now))
+        waited_s = max(shadow.waits.quantile(_PROMISED), _GROWING * shadow.first_wait_s(now))
         self._fresh_s = self._order.tail * waited_s
         self._end_s = max(1.0, self._order.tail) * shadow.ends.quantile(_PROMISED)
         self._set_gate(now)

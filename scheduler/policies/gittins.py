@@ -24,6 +24,7 @@ _TIE = 1.6  # indices within this ratio are one rank: a smaller difference is no
 _BOOST_STEPS = 64  # what a job whose patience ended may run before it is ranked by its index again
 _BOOSTED: Lane = (-1, 0, 0)
 _MOST_CLASSES = 1024
+_FRESH = 0.02  # of what is known of prompts after one more
 _BY_PROMPT = 3  # so many of a job's classes, the first ones, look at its prompt's length
 
 _ClassKey = tuple[str | float, ...]
@@ -38,7 +39,7 @@ class Gittins:
     end early (aborted, failed) count as "at least so long" only.
 
     prefill_tokens_per_step: prompt tokens whose prefill takes as long as one decode step.
-    hysteresis: the head displaces a running job only if its index is this many times higher, at least 1.25.
+    hysteresis: the head displaces a running job only if its index is this many times higher.
     patience_s: a job unserved for so long goes first, for 64 decode steps, and displaces one that came after it; under
         overload they take turns.
     preemptions_per_s: cap on displacements.
@@ -54,13 +55,13 @@ class Gittins:
     def __init__(
         self,
         prefill_tokens_per_step: int = 256,
-        hysteresis: float = 1.3,
+        hysteresis: float = 1.6,
         patience_s: float = 60.0,
         preemptions_per_s: int = 100,
         min_samples: int = 50,
         window: int = 2000,
         max_tokens: str = "use",
-        tail: float = 0.8,
+        tail: float = 0.85,
     ) -> None:
         self.patience_s = patience_s
         self.tail = tail
@@ -68,7 +69,7 @@ class Gittins:
         self.preemptions_per_s = preemptions_per_s
         self.epoch = 0
         self._prompt_tokens = self.tokens_per_step
-        self._hysteresis = max(hysteresis, _TIE)
+        self._hysteresis = hysteresis
         self._min_samples = min_samples
         self._window = window
         self._by_max_tokens = max_tokens == "use"
@@ -78,6 +79,8 @@ class Gittins:
         self._lengths: dict[int, Lengths] = {0: self._all}
         self._unlike: set[int] = set()  # classes that differ from their parents
         self._indices: dict[Lane, float] = {}
+        self._usual_steps = 0.0  # of a prompt
+        self._usual: Lane = (0, 0, 0)
 
     def fit(self, slots: int) -> None:
         """A prompt holds up every slot, so to one of them it counts as many times as there are."""
@@ -98,12 +101,12 @@ class Gittins:
         return Spot((self._class_of(job), prefill, age - 1), _AGES[age])
 
     def rank(self, lane: Lane) -> float:
-        """The index in steps of a quarter, relative to that of a new job, so that what is alike ties."""
+        """How many times `_TIE` the index is below that of the usual new job, so that what is alike ties."""
         if lane == _BOOSTED:
             return -math.inf
         if not self._all.ready:
             return 0.0
-        return -round(math.log(self._index(lane) / self._index((0, 0, 0)), _TIE))
+        return -round(math.log(self._index(lane) / self._index(self._usual), _TIE))
 
     def label(self, lane: Lane) -> str:
         """How many tokens the job has made, by powers of eight."""
@@ -130,11 +133,13 @@ class Gittins:
         ended = outcome in (Outcome.DONE, Outcome.LENGTH)
         if not job.output_tokens:
             return
+        self._usual_steps += _FRESH * (self._steps(job.prompt_tokens) - self._usual_steps)
         numbers = [*map(self._number, self._chain(job)), 0]
         for at, number in enumerate(numbers):
             if self._lengths[number].add(job.output_tokens, ended=ended):
                 self.epoch += 1
                 self._indices.clear()
+                self._usual = (0, _bucket(self._usual_steps), 0)
                 parents = numbers[at + 1 : _BY_PROMPT] + numbers[-2:] if at < _BY_PROMPT else numbers[at + 1 :]
                 self._compare(number, parents)
 

@@ -7,6 +7,7 @@ from collections import deque
 _POINTS = 60  # quantile points at which the index looks for the best quantum
 _LEAST_SHARE = 0.1  # of the jobs alive, how many must end in a quantum for its rate to count
 _LEAST_JOBS = 24  # and how many samples that must be: a rate from fewer is noise, the largest of many such even more
+_DOUBT = 2.0  # standard errors by which a shorter quantum's rate must be the higher
 _SURE = 1.63  # Kolmogorov and Smirnov's bound that samples alike exceed once in a hundred times
 
 
@@ -46,12 +47,15 @@ class Lengths:
         before = self._lengths[at - 1] if at else 0
         mean = self._means[at] + alive * (age - before)
         least = max(_LEAST_SHARE * alive, _LEAST_JOBS / len(self._samples))
-        best = 0.0
+        best = surest = 0.0
         for point in reversed(self._points):
             gain = self._shares[point] - share
             if best and gain < least:
                 break
-            best = max(best, gain / (alive * prefill_steps + self._means[point] - mean))
+            rate = gain / (alive * prefill_steps + self._means[point] - mean)
+            sure = rate * max(0.0, 1.0 - _DOUBT / math.sqrt(gain * len(self._samples)))
+            if sure > surest or not best:
+                best, surest = rate, sure
         return best
 
     def rest(self, age: int) -> float:
