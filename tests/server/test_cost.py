@@ -18,7 +18,7 @@ from server.request.call import Phase, Ticket
 from server.settings import CostSettings, Settings, read_settings
 from server.store.store import MemoryStore
 from tests.server.calls import ticket_of
-from tests.server.conftest import SLOW, Reply, Running, chat, eventually, over_fake, request
+from tests.server.conftest import SLOW, Reply, Running, chat, eventually, over_fake, request, serving
 from tests.server.test_admin import ADMIN_KEY, admin
 from tests.server.test_shared import OwnRedis, own_redis, two_gateways  # noqa: F401 - a fixture
 from tests.server.test_tenants import KEY, OTHER
@@ -243,5 +243,5 @@ async def test_rows_of_all_gateways_are_in_the_store_and_outlive_them(own_redis:
         assert other.server.usage is not None
         await other.server.usage.write()
         assert (await usage(one)).json()["total"]["requests"] == 2
-    async with two_gateways(own_redis.url, cost=PRICES) as (one, _):
+    async with serving(redis_url=own_redis.url, admin_key=ADMIN_KEY, cost=PRICES) as one:
         assert (await usage(one)).json()["total"]["requests"] == 2, "the last rows were written at the end"
