@@ -218,7 +218,7 @@ class GatewayServer:
         if record.folder is None:
             return None
         if self.settings.gateway_processes > 1:
-            raise ValueError("a recording is made by one process: leave out --record or --gateway-processes")
+            raise ValueError("--record works with one process only: remove it or --gateway-processes")
         return Recorder(
             record.folder,
             RecordingBounds(record.max_bytes, record.file_bytes),

@@ -186,7 +186,7 @@ async def _joined(settings: JoinSettings, plan: EnginePlan, redis_url: str, arou
     try:
         store = RedisStore(redis_url)
     except ValueError:
-        raise ValueError("the Redis address is none: write it as redis://HOST:PORT/0, or rediss:// for TLS") from None
+        raise ValueError("invalid Redis address: write it as redis://HOST:PORT/0, or rediss:// for TLS") from None
     try:
         return await Joining(settings, plan, store, around).run()
     finally:

@@ -185,8 +185,8 @@ class Dispatcher:
         tokens are made each is one step of the engine, and there may be as many as a body can list."""
         if call.sequences > self.max_sequences and call.route.makes_tokens:
             raise BadRequest(
-                f"This request asks for {call.sequences} answers (prompts times 'n'), and {self.max_sequences} are "
-                "allowed: send it in parts.",
+                f"This request asks for {call.sequences} answers (prompts times 'n'); at most {self.max_sequences} are "
+                "allowed: split the request.",
                 param=call.route.content_field if call.route.prompts else "n",
                 code="too_many_sequences",
             )
@@ -280,7 +280,7 @@ class Dispatcher:
         if future is not None and not future.done():  # else it was let in within this very turn of the loop
             waited = self.clock() - ticket.job.arrived_at
             error: ServiceError = Overloaded(
-                f"No place came free within {waited:.0f} s.",
+                f"No worker became free within {waited:.0f} s.",
                 code="resource_unavailable" if ticket.call.tier is Tier.FLEX else None,
                 retry_after_s=self.retry_after_s(ticket.call.tenant.name, ticket.call.tier),
             )
@@ -512,7 +512,7 @@ class Lines:
                 raise NoWorker("No worker is ready yet.", retry_after_s=5.0)
             if model not in served:
                 raise UnknownModel(
-                    f"The model '{model[:100]}' is not served here; there is {', '.join(served)}.", param="model"
+                    f"The model '{model[:100]}' is not served here; available: {', '.join(served)}.", param="model"
                 )
             dispatcher = self.by_model[model] = self._build(model)
         return dispatcher

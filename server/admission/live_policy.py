@@ -62,7 +62,7 @@ class LivePolicy:
             line.settle(now)
             line.lanes.switch(self.build(), now)
             line.advance()
-        log.warning("policy is %s from here on%s", name, f", with {dict(options)}" if options else "")
+        log.warning("the policy is now %s%s", name, f", with {dict(options)}" if options else "")
 
     def as_configured(self, lines: Iterable[ModelQueue]) -> None:
         """The policy that the gateway was started with."""

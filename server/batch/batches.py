@@ -46,7 +46,7 @@ def window_s(text: str) -> int:
         )
     seconds = int(number) * UNITS_S[unit]
     if not 60 <= seconds <= LONGEST_WINDOW_S:
-        raise BadRequest("completion_window must lie between 1m and 14d.", param="completion_window")
+        raise BadRequest("completion_window must be between 1m and 14d.", param="completion_window")
     return seconds
 
 

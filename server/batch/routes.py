@@ -63,7 +63,7 @@ def batch_routes(batches: Batches, identify: Callable[[Request], Tenant]) -> API
         try:
             asked = _read(await request.body())
         except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise BadRequest(f"The request body does not fit: {error}.") from None
+            raise BadRequest(f"The request body is invalid: {error}.") from None
         return _json((await batches.create(tenant.name, asked)).public())
 
     @router.get("/v1/batches", summary="A tenant's batches, the newest first")

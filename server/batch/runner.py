@@ -136,7 +136,7 @@ class Runner(Collector):
                 log.error("batch %s pauses: %s", batch_id, error)
                 await asyncio.sleep(IDLE_S)
             except LeaseLost:
-                log.warning("batch %s is run by another gateway from here on", batch_id)
+                log.warning("another gateway runs batch %s now", batch_id)
                 return
 
     async def _renewed(self, batch_id: str) -> Batch | None:
@@ -338,5 +338,5 @@ def _finished(work: _Work, task: asyncio.Task[None]) -> None:
     ready = work.running.pop(task)
     if not task.cancelled() and (error := task.exception()) is not None:
         log.error("a line of batch %s failed inside the gateway", work.batch.id, exc_info=error)
-        said = not_run(ready.line, "internal_error", "The gateway failed on this request; its log has the reason.")
+        said = not_run(ready.line, "internal_error", "The gateway failed on this request; see its log for the reason.")
         work.results.append(Result(ready.line.number, False, said))

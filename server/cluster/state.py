@@ -69,8 +69,8 @@ class ClusterState:
         if not (settings.redis_url or settings.tenants or settings.allow_open or is_private(settings)):
             reached = settings.admin_host if is_loopback(settings.host) else settings.host
             raise ValueError(
-                f"without tenants anybody who reaches {reached} could use this gateway: give --tenants FILE, "
-                "listen on 127.0.0.1, or say --allow-open if that is what you want"
+                f"without tenants anybody who reaches {reached} could use this gateway: use --tenants FILE, "
+                "listen on 127.0.0.1, or pass --allow-open if you want that"
             )
         self._may_be_open = settings.allow_open or is_private(settings)
         self.tenants = Tenants(wall, open=self._may_be_open, learned=not self._ring)
@@ -101,7 +101,9 @@ class ClusterState:
             await self.replicas.exchange()
         await self.records.follow()
         if self._speaks and self.tenants.open and self.tenants.learned:
-            log.warning("no tenant is configured: this gateway is OPEN, whoever reaches it may use it without a key")
+            log.warning(
+                "no tenant is configured: this gateway is OPEN, anybody who reaches it may use it without a key"
+            )
         tasks = [self._background.start("follow shared state", self._follow)]
         if self._ring:
             tasks.append(self._background.start("exchange with replicas", self.replicas.run))
@@ -152,4 +154,4 @@ def _store(settings: Settings, clock: Callable[[], float], process: Process | No
     try:
         return RedisStore(settings.redis_url.get_secret_value())
     except ValueError:
-        raise ValueError("the Redis address is none: write it as redis://HOST:PORT/0, or rediss:// for TLS") from None
+        raise ValueError("invalid Redis address: write it as redis://HOST:PORT/0, or rediss:// for TLS") from None

@@ -81,7 +81,7 @@ class ClientTls:
                 context.load_cert_chain(access.cert, access.cert_key or None)
             except (OSError, ValueError) as error:
                 files = " and ".join(filter(None, (access.cert, access.cert_key)))
-                raise ValueError(f"{files} is no certificate with its key in PEM format: {_short(error)}") from None
+                raise ValueError(f"{files} is not a certificate with its key in PEM format: {_short(error)}") from None
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_alpn_protocols(["http/1.1"])
         return context

@@ -359,9 +359,9 @@ class Fleet:
         for leg in list(member.legs):
             silent_s = leg.silent_s(now)
             if dead and silent_s > self.health.probe_timeout_s:
-                leg.lost(EngineLost("The engine does not answer any more."))
+                leg.lost(EngineLost("The engine no longer answers."))
             elif stuck and leg.speaks and silent_s > patience_s:
-                leg.lost(EngineLost(f"The engine has made no token for {silent_s:.0f} s."))
+                leg.lost(EngineLost(f"The engine has generated no token for {silent_s:.0f} s."))
             elif drained and self.movable(leg):
                 leg.lost(EngineLost("The engine is being drained."))
 

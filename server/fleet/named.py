@@ -24,13 +24,13 @@ def named_worker(text: str, number: int, environ: Mapping[str, str]) -> tuple[Wo
     roles = {role.value: role for role in Role}
     role, slots = options.get("role", "both"), options.get("slots", "256")
     if role not in roles:
-        raise ValueError(f"worker {shown!r}: role is prefill, decode or both, not {role!r}")
+        raise ValueError(f"worker {shown!r}: role must be prefill, decode or both, not {role!r}")
     if not slots.isdigit() or int(slots) < 1:
-        raise ValueError(f"worker {shown!r}: slots is how many sequences its batch holds, not {slots!r}")
+        raise ValueError(f"worker {shown!r}: slots must be the number of sequences in its batch, not {slots!r}")
     if not (gpus := options.get("gpus", "1")).isdigit() or int(gpus) < 1:
-        raise ValueError(f"worker {shown!r}: gpus is how many it computes on, not {gpus!r}")
+        raise ValueError(f"worker {shown!r}: gpus must be the number it computes on, not {gpus!r}")
     if options.get("kv", "no") not in ("yes", "no"):
-        raise ValueError(f"worker {shown!r}: kv is yes if its engine can hand over KV, else no")
+        raise ValueError(f"worker {shown!r}: kv must be yes (its engine can transfer KV caches) or no")
     worker_id, kv = options.get("id", f"worker-{number}"), options.get("kv") == "yes"
     try:
         access = _access(url, options, environ)

@@ -98,7 +98,7 @@ class Rounds:
         try:
             await self._look(name)
         except Exception as error:  # whatever it is, the next look must come
-            log.exception("the look at %r failed", name)
+            log.exception("the check of %r failed", name)
             self._background.failed(f"probe {name}", f"{type(error).__name__}: {error}")
         pause_s = self._pause_s(name) * (1 + SPREAD * (self._random.random() - 0.5))
         if name in self._again:

@@ -48,5 +48,5 @@ class LimitedProtocol(GatewayProtocol):
     def _start(self, exchange: ClientExchange) -> None:
         wait_s = self.addresses.wait_s(exchange.client)
         if wait_s:
-            exchange.refusal = RateLimited("Too many requests come from this address.", retry_after_s=wait_s)
+            exchange.refusal = RateLimited("Too many requests from this address.", retry_after_s=wait_s)
         super()._start(exchange)

@@ -103,7 +103,7 @@ class Gateway:
             raise
         except Exception:  # the outermost border: whatever this is, the client gets an answer and the log the reason
             log.exception("request %s failed inside the gateway", call.id)
-            request.fail(ServiceError("The gateway failed on this request; its log has the reason."))
+            request.fail(ServiceError("The gateway failed on this request; see its log for the reason."))
 
     def read(self, request: Request) -> Call:
         """What is asked."""

@@ -68,7 +68,7 @@ _LINGER_S = 2.0  # a refused client may go on sending for so long: closing at on
 # it the refusal that it has not read yet (RFC 9112, 9.6)
 _MOST_HEADERS = 128  # as objects, headers of a few bytes each take much more memory than as bytes
 _MOST_QUEUED = 16
-_NO_MEMORY = "There is no memory for this request's body at present."
+_NO_MEMORY = "The gateway has no memory left for this request's body."
 _SMALL_BODY_BYTES = 64 * 1024  # a refused request's body up to here is passed over, and its connection is kept
 
 
@@ -274,9 +274,9 @@ class ClientExchange:
         if self.disconnected or self.response_complete or self.edge.transport.is_closing():
             return
         if error is None:
-            self.fail(Stopping("The gateway is stopping: ask again.", retry_after_s=5.0))
+            self.fail(Stopping("The gateway is shutting down: retry the request.", retry_after_s=5.0))
         else:
-            self.fail(ServiceError("The gateway failed on this request; its log has the reason."))
+            self.fail(ServiceError("The gateway failed on this request; see its log for the reason."))
 
     def flows_from(self, connection: EngineConnection | None) -> None:
         """Which engine connection feeds the answer: it is paused while the client does not keep up."""

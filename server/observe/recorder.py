@@ -138,14 +138,14 @@ class Recorder(Observer):
             self._files.close()
         except OSError as error:
             self._on = False
-            log.error("recording has stopped, serving goes on: %s", error.strerror)
+            log.error("recording stopped, serving continues: %s", error.strerror)
             self._failed(f"recording has stopped: {error.strerror}")
             self._files.abandon()
             while not self._queue.empty():
                 self._queue.get()
         if self.left_out:
             log.warning(
-                "%d requests are missing in the trace: they came faster than it could be written", self.left_out
+                "%d requests are missing from the trace: they arrived faster than it could be written", self.left_out
             )
 
     def _write(self, row: RecordedRow, tenant: str, body: bytes, field: str) -> None:

@@ -116,7 +116,7 @@ class Admin:
             await change
             await self.records.read()
         except StoreAway as error:
-            raise StoreUnreachable(f"{error}. Nothing is known to be changed.", retry_after_s=5.0) from None
+            raise StoreUnreachable(f"{error}. The change may not have been made.", retry_after_s=5.0) from None
 
     # model names
     def described_name(self, name: str) -> dict[str, Any]:
@@ -394,7 +394,9 @@ def _policy(admin: Admin) -> APIRouter:
 
 def _retired(keys: tuple[KeyRecord, ...], after_s: Any, wall: float) -> tuple[KeyRecord, ...]:
     if isinstance(after_s, bool) or not isinstance(after_s, int | float) or not 0 <= after_s <= 366 * 86400:
-        raise BadRequest("'retire_others_in_s' is a number of seconds, up to a year.", param="retire_others_in_s")
+        raise BadRequest(
+            "'retire_others_in_s' must be a number of seconds, at most one year.", param="retire_others_in_s"
+        )
     end = datetime.fromtimestamp(wall, UTC) + timedelta(seconds=after_s)
     return tuple(
         key if key.expires is not None and key.expires.astimezone(UTC) < end else replace(key, expires=end)

@@ -208,7 +208,7 @@ class Supervisor:
         child.failures = 0 if now - child.started_at > STEADY_S else child.failures + 1
         pause_s = min(LONGEST_PAUSE_S, 0.1 * 2**child.failures) if child.failures else 0.0
         child.due_at = now + pause_s
-        log.error("process %s ended with %s; it is started again in %.1f s", name, _in_words(code), pause_s)
+        log.error("process %s ended with %s; restarting it in %.1f s", name, _in_words(code), pause_s)
 
     def _start_due(self) -> None:
         for child in self._children:

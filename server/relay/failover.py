@@ -114,7 +114,7 @@ class Failover:
         try:
             await go_on(ticket, line, out, error)
         except CannotResume as why:
-            log.info("request %s cannot go on at another worker: %s", ticket.call.id, why)
+            log.info("request %s cannot continue at another worker: %s", ticket.call.id, why)
             raise Unresumable(error.message) from None
         self.outcomes["resumed"] += 1
 
@@ -205,7 +205,7 @@ async def _plan(ticket: Ticket, progress: TranscriptProgress, member: Member) ->
         text = await _text_of(member, ticket.call.model, ids[:end])
         if progress.told.startswith(text) and not ends_within(text, stops):
             return continuation(ticket.call, progress, ids[:end], text)
-    raise CannotResume("its text is not that of its token ids")
+    raise CannotResume("its text does not match its token ids")
 
 
 def _ids(chunks: list[Chunk]) -> list[int]:

@@ -68,15 +68,15 @@ class Continuation:
 def fit_to_resume(call: Call, progress: TranscriptProgress) -> None:
     """Raises CannotResume where an engine could not continue exactly."""
     if not progress.only_text or call.sequences > 1:
-        raise CannotResume("it says more than one plain text")
+        raise CannotResume("it contains more than one plain text")
     if progress.prompt_ids is None or progress.ids is None:
-        raise CannotResume("its engine does not tell token ids")
+        raise CannotResume("its engine returns no token ids")
     for name, raw in raw_members(call.body).items():
         if name in GO_ALONG or name in SPENT:
             continue
         value = orjson.loads(bytes(raw))
         if value not in NEUTRAL and not (name == "response_format" and value == {"type": "text"}):
-            raise CannotResume(f"{name[:64]!r} concerns the answer as a whole")
+            raise CannotResume(f"{name[:64]!r} depends on the whole answer")
     if not _text_only(call):
         raise CannotResume("its prompt is not text alone")
 
@@ -220,7 +220,7 @@ class Resumed(Stream):
         try:
             event = self._rewritten(event, said)
         except (ValueError, TypeError, AttributeError, KeyError, LookupError):
-            self.fail(EngineGone("The engine sent an event that is not one of OpenAI's."))
+            self.fail(EngineGone("The engine sent an event that is not part of OpenAI's API."))
             return b""
         return b"" if not event or self.done.done() else super()._shown(event, said)
 
@@ -269,7 +269,7 @@ class Resumed(Stream):
         """`ids` without those that the client has already: their text had not come."""
         again = min(len(ids), len(self.skip_ids))
         if ids[:again] != list(self.skip_ids[:again]) and self.ticket.call.wants_ids:
-            self.fail(Diverged("The engine broke off, and no other said again the token ids that the client has."))
+            self.fail(Diverged("The engine broke off, and no other engine repeated the token ids that the client has."))
         self.skip_ids = self.skip_ids[again:]
         return ids[again:]
 

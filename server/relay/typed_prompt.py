@@ -50,7 +50,7 @@ def _system_of(system: object) -> object:
 def _message(turn: object, *, inline_system: bool) -> Json:
     roles = _ROLES if inline_system else _ROLES[2:]
     if not isinstance(turn, dict) or turn.get("role") not in roles or turn.get("type", "message") != "message":
-        raise CannotResume("its prompt has more than messages of text")
+        raise CannotResume("its prompt contains more than text messages")
     content = turn.get("content")
     if isinstance(content, list):
         parts = [{"type": "text", "text": _text_of(part)} for part in content]

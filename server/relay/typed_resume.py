@@ -63,27 +63,27 @@ def fit_to_continue(call: Call, answer: TypedAnswer) -> None:
     if not answer.announced:
         return  # it begins anew
     if not answer.only_text or call.hides_tokens:
-        raise CannotResume("it says more than one plain text")
+        raise CannotResume("it contains more than one plain text")
     for name, raw in raw_members(call.body).items():
         if name in GO_ALONG or name in _SPENT:
             continue
         value = orjson.loads(bytes(raw))
         if value not in NEUTRAL and value not in _NEUTRAL_HERE.get(name, ()):
-            raise CannotResume(f"{name[:64]!r} concerns the answer as a whole")
+            raise CannotResume(f"{name[:64]!r} depends on the whole answer")
     stops = _stops(call)
     if answer.text_ended and stops and not answer.finish_told:
-        raise CannotResume("which stop text ended it is not known")
+        raise CannotResume("the stop sequence that ended it is unknown")
     if ends_within(answer.text, stops) and orjson.loads(_member(call, "include_stop_str_in_output", b"false")):
-        raise CannotResume("it ends within a stop text")
+        raise CannotResume("it ends inside a stop sequence")
 
 
 async def continuation_at(member: Member, call: Call, answer: TypedAnswer) -> TypedContinuation:
     """What `member` is asked for the rest. CannotResume, EngineGone."""
     if not member.worker.token_ids:
-        raise CannotResume("the other worker's engine is not one that tells token ids")
+        raise CannotResume("the other worker's engine returns no token ids")
     prompt = (await _asked(member, "/tokenize", chat_of(call))).get("tokens")
     if not isinstance(prompt, list) or answer.prompt_tokens not in (None, len(prompt)):
-        raise CannotResume("the other worker reads the prompt in another way")
+        raise CannotResume("the other worker tokenizes the prompt differently")
     made = await _ids_of(member, call, answer.text)
     limit = call.max_tokens or None
     if answer.text_ended or (limit is not None and len(made) >= limit):
@@ -125,7 +125,7 @@ async def _ids_of(member: Member, call: Call, text: str) -> list[int]:
     ids = (await _asked(member, "/tokenize", asked)).get("tokens")
     told = await _asked(member, "/detokenize", {"model": call.model, "tokens": ids})
     if not isinstance(ids, list) or told.get("prompt") != text:
-        raise CannotResume("its text is not that of its token ids")
+        raise CannotResume("its text does not match its token ids")
     return ids
 
 
@@ -166,7 +166,7 @@ class _Rest(Stream):
         try:
             shown = self._told(event, said)
         except (ValueError, TypeError, AttributeError, LookupError):
-            self.fail(EngineGone("The engine sent an event that is not one of its API's."))
+            self.fail(EngineGone("The engine sent an event that is not part of its API."))
             return b""
         if shown and self.transcript is not None:
             self.transcript.chunks.append(shown)

@@ -127,7 +127,7 @@ def deadline_from(header: bytes) -> float:
         deadline_s = 0.0
     if not 0.0 < deadline_s < LONGEST_DEADLINE_S:
         raise BadRequest(
-            "'x-deadline-s' is how many seconds your answer may take to begin, above 0.", param="x-deadline-s"
+            "'x-deadline-s' must be the seconds within which the answer must start, above 0.", param="x-deadline-s"
         )
     return deadline_s
 
@@ -180,7 +180,7 @@ def _bound_members(route: Route, body: bytes) -> None:
         _read_listed[route.path](body)
     except msgspec.ValidationError as error:
         raise BadRequest(
-            f"The request body does not fit: {str(error)[:200]}. A body of this size may have listed fields only.",
+            f"The request body is invalid: {str(error)[:200]}. A body of this size may contain only the listed fields.",
             code="field_not_allowed",
         ) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -195,7 +195,7 @@ def _parsed(body: bytes) -> tuple[Members, Fields]:
     except msgspec.ValidationError as error:
         said = str(error)
         where = said.rpartition("`$.")[2].rstrip("`") if "`$." in said else None
-        raise BadRequest(f"The request body does not fit: {said}.", param=where) from None
+        raise BadRequest(f"The request body is invalid: {said}.", param=where) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadRequest(f"The request body is not valid JSON: {error}.", code="invalid_json") from None
     except RecursionError:
@@ -221,8 +221,8 @@ def _refuse_unlisted(members: Members, route: Route, tenant: Tenant) -> None:
     for name in members.keys() - ALLOWED[route.path] - tenant.grants:
         if bytes(members[name]) not in _NEUTRAL:
             raise BadRequest(
-                f"The field {name[:64]!r} is not open to clients on {route.path}: remove it, or ask the operator to "
-                "grant it to your tenant. The fields that are open are listed in docs/api.md.",
+                f"The field {name[:64]!r} is not allowed on {route.path}: remove it, or ask the operator to "
+                "grant it to your tenant. docs/api.md lists the allowed fields.",
                 param=name[:64],
                 code="field_not_allowed",
             )
@@ -230,7 +230,7 @@ def _refuse_unlisted(members: Members, route: Route, tenant: Tenant) -> None:
 
 def _within(value: int, least: int, most: int, name: str) -> int:
     if not least <= value <= most:
-        raise BadRequest(f"'{name}' must lie between {least} and {most}, not {value}.", param=name)
+        raise BadRequest(f"'{name}' must be between {least} and {most}, not {value}.", param=name)
     return value
 
 
@@ -277,7 +277,7 @@ def _prompts(content: bytes, name: str) -> int:
         read = _read_prompts(content)
     except msgspec.ValidationError:
         raise BadRequest(
-            f"'{name}' has more than {MAX_PROMPTS} prompts: send them in parts.", param=name, code="too_many_sequences"
+            f"'{name}' has more than {MAX_PROMPTS} prompts: split the request.", param=name, code="too_many_sequences"
         ) from None
     return sum(1 for prompt in msgspec.structs.astuple(read) if prompt is not _ABSENT)
 

@@ -444,7 +444,7 @@ async def test_names_in_a_request_forge_no_lines_of_the_log(tmp_path: Path, capl
         gateway = await stack.enter_async_context(serving(engine.url, tenants=tmp_path / "tenants.yaml"))
         body = chat(stream=True) | {forged: 1}
         await gateway.ask(CHAT, body, headers={"authorization": f"Bearer {OTHER}"})
-    assert "concerns the answer as a whole" in caplog.text
+    assert "depends on the whole answer" in caplog.text
     assert not any("\n" in record.getMessage() for record in caplog.records)
 
 

@@ -123,7 +123,7 @@ async def test_v1_models_shows_names_and_hides_what_is_behind_them() -> None:
         assert (await gateway.ask("/v1/models/gpt-4o-mini", method="GET")).json()["id"] == "gpt-4o-mini"
         hidden = await gateway.ask(CHAT, chat(model="old"))
         assert (hidden.status, hidden.error["code"]) == (404, "model_not_found")
-        assert "'old' is not served here; there is gpt-4o-mini, new" in hidden.error["message"]
+        assert "'old' is not served here; available: gpt-4o-mini, new" in hidden.error["message"]
 
 
 async def test_a_name_is_for_the_tenants_that_may_use_it(tmp_path: Path) -> None:
@@ -245,8 +245,11 @@ async def test_a_request_that_is_wrong_is_not_asked_again_elsewhere() -> None:
 # ── what cannot be ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 WRONG = [
-    ({"a": "b", "b": "a"}, "model names in a circle: a → b → a"),
-    ({"a": "b", "b": {"targets": {"c": 1, "x": 1}}, "c": "b"}, "model names in a circle: a → b → c → b"),
+    ({"a": "b", "b": "a"}, "model names refer to one another in a circle: a → b → a"),
+    (
+        {"a": "b", "b": {"targets": {"c": 1, "x": 1}}, "c": "b"},
+        "model names refer to one another in a circle: a → b → c → b",
+    ),
     ({"a": {"targets": "x", "fallbacks": ["a"]}}, "model name 'a': its fallback is itself"),
     ({"a": {"targets": "x", "fallbacks": ["*"]}}, "model name 'a': its fallback is '*'"),
     ({"*": {"fallbacks": ["x"]}}, "model name '*': it needs a target"),
@@ -348,7 +351,7 @@ async def test_an_operator_sets_changes_and_removes_names() -> None:
 
 
 REFUSED = [
-    ({"targets": "fixed"}, "model names in a circle: fixed → a → fixed"),
+    ({"targets": "fixed"}, "model names refer to one another in a circle: fixed → a → fixed"),
     ({"targets": "gone"}, "model name 'a': no worker serves 'gone'; there is new, old."),
     ({"targets": "old", "fallbacks": ["lost"]}, "model name 'a': no worker serves 'lost'; there is new, old."),
     ({"targets": "old", "fallbacks": "new"}, "model name 'a': fallbacks: expected `array`, got `str`."),

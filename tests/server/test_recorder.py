@@ -130,9 +130,7 @@ def test_a_full_disk_ends_the_recording_and_is_told_once(tmp_path: Path, caplog:
             recorder.ended(ticket(Clock()), "ok")
         recorder.stop()
         recorder.ended(ticket(Clock()), "ok")
-    assert [one.message for one in caplog.records] == [
-        "recording has stopped, serving goes on: No space left on device"
-    ]
+    assert [one.message for one in caplog.records] == ["recording stopped, serving continues: No space left on device"]
 
 
 def test_what_comes_faster_than_it_can_be_written_is_counted(tmp_path: Path) -> None:
