@@ -43,7 +43,10 @@ async def engines(args: argparse.Namespace) -> Figures:
     from tests.chaos.engines import real_engines  # loads torch
 
     setting = real_engines(args.seed, args.workers)
-    chaos = Chaos(args.seed, args.blows, clients=args.clients, streams=args.streams, setting=setting)
+    longest_s = 60.0 * args.minutes
+    chaos = Chaos(
+        args.seed, args.blows, clients=args.clients, streams=args.streams, setting=setting, longest_s=longest_s
+    )
     return (await chaos.run()).figures()
 
 
@@ -105,6 +108,7 @@ RUNS: Mapping[str, Run] = {
             ("workers", 2, "engines"),
             ("blows", 40, "how often one is killed, stopped or told to end; 0: what differs when all is well"),
             ("clients", 4, "who never pause"),
+            ("minutes", 60.0, "no blow begins later"),
             ("streams", 0, "it goes on until so many have ended"),
         ),
         engines,

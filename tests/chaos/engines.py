@@ -35,7 +35,7 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else all of them share one core
 }
 # A busy machine may take seconds to answer a probe of an engine that is well.
-PATIENT = HEALTH | {"probe_timeout_s": 3.0, "stall_s": 20.0}
+PATIENT = HEALTH | {"probe_timeout_s": 3.0, "stall_s": 10.0}
 
 
 def vllm(folder: Path, number: int, model: Path, nursery: Nursery) -> Program:

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -185,10 +186,18 @@ class Chaos:
     """One run: blows by a plan that follows from the seed, and so many clients until at least `streams` have ended."""
 
     def __init__(
-        self, seed: int, blows: int, *, clients: int = 8, streams: int = 0, setting: Setting | None = None
+        self,
+        seed: int,
+        blows: int,
+        *,
+        clients: int = 8,
+        streams: int = 0,
+        setting: Setting | None = None,
+        longest_s: float = inf,
     ) -> None:
+        """longest_s: no blow begins later than that after the first."""
         self.setting = setting = setting or without_a_model(seed)
-        self.seed, self.blows = seed, blows
+        self.seed, self.blows, self.longest_s = seed, blows, longest_s
         self.report = Report(setting.prefill_s)
         self.streams = streams
         self.going = asyncio.Event()
@@ -224,7 +233,10 @@ class Chaos:
             asyncio.create_task(client.keep_asking(self.gateway.port, over, self.going)) for client in self.clients
         ]
         try:
+            end = time.monotonic() + self.longest_s
             for event in self.events:
+                if time.monotonic() > end:
+                    break
                 await asyncio.sleep(event.pause_s)  # the plan's own time
                 await self._strike(event)
             await eventually(self._enough, f"{self.streams} streams", STREAMS_S)
