@@ -488,6 +488,6 @@ async def test_too_many_prompts_or_answers_are_refused_with_what_to_do() -> None
         for fields in ({"prompt": ["a"] * 5}, {"prompt": ["a"] * 3, "n": 2}, {"n": 5}, {"prompt": ["a"] * 3000}):
             reply = await gateway.ask("/v1/completions", completion(**fields))
             assert reply.status == 400 and reply.error["code"] == "too_many_sequences"
-            assert "at most" in reply.error["message"]
+            assert "split the request" in reply.error["message"]
         assert (await gateway.ask("/v1/completions", completion(prompt=["a"] * 4))).status == 200
         assert len(engine.seen) == 1
