@@ -56,7 +56,7 @@ class LiveNames:
         table = table_of(self.records | {name: record})
         served = self.fleet.models_known()
         if (missing := table.missing_behind(table.names[name], served)) is not None:
-            raise ValueError(f"{missing}; there is {', '.join(sorted(served)) or 'none'}")
+            raise ValueError(f"{missing}; available: {', '.join(sorted(served)) or 'none'}")
 
     def problems(self) -> list[str]:
         """What an operator should know of the names: those that point to nothing."""
@@ -113,7 +113,7 @@ class LiveNames:
 
     def _unknown(self, model: str, tenant: Tenant) -> UnknownModel:
         names = sorted(str(entry["id"]) for entry in self.listed(tenant))
-        there = f"; there is {', '.join(names)}" if names else ""
+        there = f"; available: {', '.join(names)}" if names else ""
         return UnknownModel(f"The model '{model[:100]}' is not served here{there}.", param="model")
 
     def listed(self, tenant: Tenant) -> list[dict[str, object]]:
