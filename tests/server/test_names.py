@@ -352,8 +352,8 @@ async def test_an_operator_sets_changes_and_removes_names() -> None:
 
 REFUSED = [
     ({"targets": "fixed"}, "model names refer to one another in a circle: fixed → a → fixed"),
-    ({"targets": "gone"}, "model name 'a': no worker serves 'gone'; there is new, old."),
-    ({"targets": "old", "fallbacks": ["lost"]}, "model name 'a': no worker serves 'lost'; there is new, old."),
+    ({"targets": "gone"}, "model name 'a': no worker serves 'gone'; available: new, old."),
+    ({"targets": "old", "fallbacks": ["lost"]}, "model name 'a': no worker serves 'lost'; available: new, old."),
     ({"targets": "old", "fallbacks": "new"}, "model name 'a': fallbacks: expected `array`, got `str`."),
 ]
 
