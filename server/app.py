@@ -159,7 +159,14 @@ class GatewayServer:
         if not settings.cost.meter:
             return None
         factors = {Tier.FLEX.label: settings.tiers.flex_cost, Tier.PRIORITY.label: settings.tiers.priority_cost}
-        meter = CostMeter(settings.cost, monotonic, wall_clock, factors=factors, labels=settings.tenant_labels)
+        meter = CostMeter(
+            settings.cost,
+            monotonic,
+            wall_clock,
+            factors=factors,
+            labels=settings.tenant_labels,
+            spend=self.shared.gate.spend,
+        )
         self.telemetry.registry.register(meter)
         return UsageBook(meter, self.shared.store, self.shared.replicas.name, wall_clock)
 
@@ -203,6 +210,7 @@ class GatewayServer:
             self.siblings,
             wall_clock,
             self.pseudonyms.of,
+            self.settings.cost.meter,
         )
 
     def _tracing(self) -> "Tracing | None":

@@ -65,6 +65,9 @@ class Ring(Protocol):
     round: int
 
 
+MONEY_UNITS = 1_000_000  # what is shared between gateways is whole numbers
+
+
 class Alone:
     """There is one gateway."""
 
@@ -260,7 +263,7 @@ class Gate:
         self._kept_changed: set[Kept] = set()
         self._over: set[str] = set()
         self._day_ends_at = 0.0
-        self._day = self._month = ""
+        self._day = self._month = self._cost_day = self._cost_month = ""
 
     # calls
     def admit(self, ticket: Ticket, out: Headed) -> None:
@@ -301,11 +304,19 @@ class Gate:
 
     def count(self, name: str, used: int) -> None:
         """A tenant used so many tokens, today and in this month."""
-        if not used:
-            return
-        self._turn_page()
+        if used:
+            self._turn_page()
+            self._count(name, used, (self._day, self._month))
+
+    def spend(self, name: str, cost: float) -> None:
+        """A tenant's request cost so much money."""
+        if amount := round(cost * MONEY_UNITS):
+            self._turn_page()
+            self._count(name, amount, (self._cost_day, self._cost_month))
+
+    def _count(self, name: str, used: int, periods: tuple[str, str]) -> None:
         standing = self._standings.get(name)
-        for period in (self._day, self._month):
+        for period in periods:
             row = (period, name, self._replica)
             self._kept[row] = self._kept.get(row, 0) + used
             self._kept_changed.add(row)
@@ -344,17 +355,23 @@ class Gate:
 
     def _over_budget(self, standing: LimitStanding) -> AtLimit | None:
         limits = standing.limits
-        if limits.tokens_per_day is None and limits.tokens_per_month is None:
+        if not limits.has_budget:
             return None
         self._turn_page()
-        for period, most in ((self._day, limits.tokens_per_day), (self._month, limits.tokens_per_month)):
-            if most is not None and standing.used.get(period, 0) >= most:
-                until = self._day_ends_at if period == self._day else _month_end(self._wall())
-                return QuotaExceeded(
-                    f"You exceeded your budget of {most} tokens a {period.partition(':')[0]}.",
-                    retry_after_s=until - self._wall(),
-                )
+        for period, most, unit in (
+            (self._day, limits.tokens_per_day, 1),
+            (self._month, limits.tokens_per_month, 1),
+            (self._cost_day, limits.cost_per_day, MONEY_UNITS),
+            (self._cost_month, limits.cost_per_month, MONEY_UNITS),
+        ):
+            if most is not None and standing.used.get(period, 0) >= most * unit:
+                return self._spent(period, f"{most:.12g}" if unit == MONEY_UNITS else f"{most} tokens")
         return None
+
+    def _spent(self, period: str, most: str) -> QuotaExceeded:
+        name = period.partition(":")[0].removeprefix("cost_")
+        until = self._day_ends_at if name == "day" else _month_end(self._wall())
+        return QuotaExceeded(f"You exceeded your budget of {most} a {name}.", retry_after_s=until - self._wall())
 
     def _crowded(self, standing: LimitStanding) -> AtLimit | None:
         most = standing.limits.concurrency
@@ -403,13 +420,17 @@ class Gate:
         day = datetime.fromtimestamp(wall, UTC).replace(hour=0, minute=0, second=0, microsecond=0)
         self._day_ends_at = (day + timedelta(days=1)).timestamp()
         self._day, self._month = f"day:{day:%Y-%m-%d}", f"month:{day:%Y-%m}"
-        present = {self._day, self._month}
+        self._cost_day, self._cost_month = f"cost_{self._day}", f"cost_{self._month}"
+        present = self._present()
         # A replica whose clock is behind may still write into the day that has just ended: it is kept a little longer.
         self._over |= {period for period, _, _ in self._kept if period not in present}
         self._kept = {row: used for row, used in self._kept.items() if row[0] in present}
         self._kept_changed = {row for row in self._kept_changed if row[0] in present}
         for standing in self._standings.values():
             standing.used = {period: used for period, used in standing.used.items() if period in present}
+
+    def _present(self) -> set[str]:
+        return {self._day, self._month, self._cost_day, self._cost_month}
 
     # replicas
     def changed(self, *, everything: bool) -> dict[str, str]:
@@ -458,9 +479,10 @@ class Gate:
 
     def kept_heard(self, rows: dict[Kept, int]) -> None:
         self._turn_page()
+        present = self._present()
         for row, used in rows.items():
             period, name, _ = row
-            if period not in (self._day, self._month):
+            if period not in present:
                 self._note_over(period)
                 continue
             more = used - self._kept.get(row, 0)
@@ -471,8 +493,8 @@ class Gate:
                     standing.used[period] = standing.used.get(period, 0) + more
 
     def _note_over(self, period: str) -> None:
-        current = self._day if period.startswith("day:") else self._month
-        if period < current:
+        current = {name.partition(":")[0]: name for name in self._present()}
+        if period < current.get(period.partition(":")[0], ""):
             self._over.add(period)
 
     def kept_over(self) -> Iterable[str]:
@@ -482,13 +504,15 @@ class Gate:
         over, self._over = self._over, set()
         return over
 
-    def usage(self, name: str) -> dict[str, int]:
-        """Tokens used in the present day and month, for `/admin`."""
+    def usage(self, name: str) -> dict[str, float]:
+        """Tokens used in the present day and month, and what that cost where it is counted, for `/admin`."""
         self._turn_page()
-        used = {self._day: 0, self._month: 0}
+        used: dict[str, float] = {self._day: 0, self._month: 0}
         for (period, tenant, _), amount in self._kept.items():
             if tenant == name:
-                used[period] += amount
+                used[period] = used.get(period, 0) + amount
+        for period in used.keys() & {self._cost_day, self._cost_month}:
+            used[period] /= MONEY_UNITS
         return used
 
 

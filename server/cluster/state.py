@@ -74,7 +74,7 @@ class ClusterState:
             )
         self._may_be_open = settings.allow_open or is_private(settings)
         self.tenants = Tenants(wall, open=self._may_be_open, learned=not self._ring)
-        self.file = TenantFile(settings.tenants, self.tenants) if settings.tenants is not None else None
+        self.file = self._tenant_file(settings)
         self.store: Store = _store(settings, clock, process)
         self.local: Store = MemoryStore(clock) if process is None else SocketStore(process.socket, LOCAL)
         name = f"{settings.replica or socket.gethostname()}-{token_hex(4)}"
@@ -93,6 +93,11 @@ class ClusterState:
             self.records.confirm = self.replicas.confirm
         self._names = lines.names
         self._registry = Registry(self.store, fleet, clock)
+
+    def _tenant_file(self, settings: Settings) -> TenantFile | None:
+        if settings.tenants is None:
+            return None
+        return TenantFile(settings.tenants, self.tenants, metered=settings.cost.meter)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

@@ -91,7 +91,10 @@ class WorkerPot:
 
 
 class CostMeter(Observer, Collector):
-    """Counts what every request used. factors: of prices, by service tier. labels: tenants named in metrics."""
+    """Counts what every request used.
+
+    factors: of prices, by service tier. labels: tenants named in metrics. spend: told what each request cost.
+    """
 
     def __init__(
         self,
@@ -101,9 +104,11 @@ class CostMeter(Observer, Collector):
         *,
         factors: Mapping[str, float],
         labels: int,
+        spend: Callable[[str, float], None] = lambda tenant, cost: None,
     ) -> None:
         self.prices = prices
         self.factors = factors
+        self._spend = spend
         self.rows: dict[UsageKey, Used] = {}
         self._clock = clock
         self._wall = wall
@@ -150,6 +155,7 @@ class CostMeter(Observer, Collector):
         used.cost = self.factors.get(tier, 1.0) * money(self.prices, used, (model, call.model, ANY))
         key = UsageKey(int(self._wall() // HOUR_S), call.tenant.name, model, tier)
         self.rows.setdefault(key, Used()).add(used)
+        self._spend(call.tenant.name, used.cost)
         label = call.tenant.name
         if label not in self._gpu_s and len(self._gpu_s) >= self._labels:
             label = OTHER

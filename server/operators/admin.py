@@ -23,7 +23,7 @@ from server.cluster.local_sync import LocalSync
 from server.cluster.records import DRAINED, LIVE, MODEL, POLICY, TENANT, PolicyRecord, Records
 from server.fleet.fleet import Fleet, described
 from server.fleet.registry import registration_from
-from server.request.directory import Tenants, bearer
+from server.request.directory import UNMETERED, Tenants, bearer
 from server.request.errors import BadRequest, NotAllowed, ServiceError, UnknownKey
 from server.request.names import NameRecord, read_name
 from server.request.tenants import KeyRecord, TenantRecord, digest_of, hashed, index_of, key_id, new_key, read_record
@@ -53,7 +53,7 @@ class StoreUnreachable(ServiceError):
 class Admin:
     """What the routes act on. key: the operators' own; None refuses everybody. wall: seconds since 1970.
 
-    pseudonym: what the log calls a tenant.
+    pseudonym: what the log calls a tenant. metered: costs are counted here.
     """
 
     key: str | None
@@ -66,6 +66,7 @@ class Admin:
     siblings: LocalSync
     wall: Callable[[], float]
     pseudonym: Callable[[str], str]
+    metered: bool
 
     def authorize(self, request: Request) -> None:
         """Raises NotAllowed where no admin key is set, UnknownKey for another one."""
@@ -97,6 +98,8 @@ class Admin:
         """Writes a tenant; the other gateways have it an exchange later."""
         if record.name in self.tenants.names_in_file():
             raise Conflict(f"Tenant {record.name!r} comes from the tenant file: change it there.")
+        if record.budget.in_money and not self.metered:
+            raise BadRequest(f"Tenant {record.name!r} {UNMETERED}.", param="budget")
         others = [other for other in self.tenants.all() if other.name != record.name]
         try:
             index_of([*others, record])

@@ -11,6 +11,8 @@ from server.request.tenants import OPEN, Tenant, TenantRecord, digest_of, index_
 
 log = logging.getLogger("evenhand.tenants")
 
+UNMETERED = "has a budget in money, and costs are not counted here: set `cost: {meter: true}`"
+
 
 @dataclass(slots=True)
 class Tenants:
@@ -132,13 +134,23 @@ def bearer(authorization: bytes) -> bytes | None:
 class TenantFile:
     """The file, read anew when it changed. What cannot be read changes nothing: the tenants before stay in force."""
 
-    def __init__(self, path: Path, tenants: Tenants) -> None:
-        """Reads it. ValueError if that cannot be: a gateway does not start with tenants that nobody meant."""
+    def __init__(self, path: Path, tenants: Tenants, *, metered: bool = True) -> None:
+        """Reads it. ValueError if that cannot be: a gateway does not start with tenants that nobody meant.
+
+        metered: costs are counted here, so that a budget in money can be kept.
+        """
         self.path = path
         self.tenants = tenants
         self.problem = ""
+        self._metered = metered
         self._seen = self._mark()
-        tenants.set_file(read_file(path))
+        tenants.set_file(self._read())
+
+    def _read(self) -> tuple[TenantRecord, ...]:
+        records = read_file(self.path)
+        if not self._metered and (found := next((record for record in records if record.budget.in_money), None)):
+            raise ValueError(f"tenant file {self.path}: tenant {found.name!r} {UNMETERED}")
+        return records
 
     def _mark(self) -> tuple[int, int, int] | None:
         try:
@@ -157,7 +169,7 @@ class TenantFile:
             return
         self._seen = self._mark()
         try:
-            self.tenants.set_file(read_file(self.path))
+            self.tenants.set_file(self._read())
         except ValueError as error:
             self.problem = f"{error}. The tenants before stay in force."
             log.error("%s", self.problem)

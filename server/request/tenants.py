@@ -35,7 +35,7 @@ class Limits:
 
     requests_per_minute, tokens_per_minute: token buckets that hold one minute's worth.
     concurrency: requests waiting or running at a time.
-    tokens_per_day, tokens_per_month: budgets, by UTC calendar.
+    tokens_per_day, tokens_per_month: budgets, by UTC calendar. cost_per_day, cost_per_month: likewise, in money.
     """
 
     requests_per_minute: float | None = None
@@ -43,6 +43,12 @@ class Limits:
     concurrency: int | None = None
     tokens_per_day: int | None = None
     tokens_per_month: int | None = None
+    cost_per_day: float | None = None
+    cost_per_month: float | None = None
+
+    @property
+    def has_budget(self) -> bool:
+        return not (self.tokens_per_day is self.tokens_per_month is self.cost_per_day is self.cost_per_month is None)
 
 
 Above0 = Annotated[float, Meta(gt=0)]
@@ -120,6 +126,7 @@ def key_id(text: str) -> str:
 
 AtLeast1 = Annotated[int, Meta(ge=1)]
 AtLeast0 = Annotated[int, Meta(ge=0)]
+Money = Annotated[float, Meta(ge=0)]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
@@ -158,10 +165,17 @@ class KeyRecord(_Strict, frozen=True, gc=False):
 
 
 class BudgetRecord(_Strict, frozen=True, gc=False):
-    """Token budgets by UTC calendar."""
+    """Budgets by UTC calendar: in tokens, and in the currency of the prices."""
 
     tokens_per_day: AtLeast0 | None = None
     tokens_per_month: AtLeast0 | None = None
+    cost_per_day: Money | None = None
+    cost_per_month: Money | None = None
+
+    @property
+    def in_money(self) -> bool:
+        """Whether it can only be kept where costs are counted."""
+        return self.cost_per_day is not None or self.cost_per_month is not None
 
 
 NO_BUDGET = BudgetRecord()
@@ -214,6 +228,8 @@ class TenantRecord(_Strict, frozen=True, gc=False):
             self.concurrency,
             self.budget.tokens_per_day,
             self.budget.tokens_per_month,
+            self.budget.cost_per_day,
+            self.budget.cost_per_month,
         )
         tiers = USUAL_TIERS if self.tiers == _USUAL_NAMES else frozenset(BY_NAME[name] for name in self.tiers)
         return Tenant(

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.workers import Worker
+from server.app import GatewayServer
 from server.cluster.usage import UsageBook, as_csv, hours, shelf_of
 from server.engine.client import EngineClient
 from server.fleet.fleet import Member
@@ -20,7 +21,7 @@ from server.store.store import MemoryStore
 from tests.server.calls import ticket_of
 from tests.server.conftest import SLOW, Reply, Running, chat, eventually, over_fake, request, serving
 from tests.server.test_admin import ADMIN_KEY, admin
-from tests.server.test_shared import OwnRedis, own_redis, two_gateways  # noqa: F401 - a fixture
+from tests.server.test_shared import OwnRedis, exchanged, own_redis, two_gateways  # noqa: F401 - a fixture
 from tests.server.test_tenants import KEY, OTHER
 
 CHAT = "/v1/chat/completions"
@@ -245,3 +246,35 @@ async def test_rows_of_all_gateways_are_in_the_store_and_outlive_them(own_redis:
         assert (await usage(one)).json()["total"]["requests"] == 2
     async with serving(redis_url=own_redis.url, admin_key=ADMIN_KEY, cost=PRICES) as one:
         assert (await usage(one)).json()["total"]["requests"] == 2, "the last rows were written at the end"
+
+
+# ── budgets ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_budget_in_money_ends_when_it_is_spent_and_is_shared(own_redis: OwnRedis) -> None:  # noqa: F811 - the fixture
+    headers = {"authorization": f"Bearer {KEY}"}
+    async with two_gateways(own_redis.url, cost=PRICES) as (one, other):
+        record = {"keys": [KEY], "budget": {"cost_per_day": 50e-6}}  # one answer of 8 tokens costs 32e-6 and its prompt
+        assert (await admin(one, "PUT", "/tenants/acme", record)).status == 200
+        await eventually(lambda: other.server.shared.tenants.named("acme"), "the tenant is known at the other")
+        body = chat(ignore_eos=True)
+        assert [(await one.ask(CHAT, body, headers=headers)).status for _ in range(3)] == [200, 200, 429]
+        await exchanged(one, other)
+        refused = await other.ask(CHAT, body, headers=headers)
+        assert (refused.status, refused.error["code"]) == (429, "insufficient_quota")
+        assert refused.error["message"] == "You exceeded your budget of 5e-05 a day."
+        assert int(refused.headers["retry-after"]) <= 86400
+        used = (await admin(other, "GET", "/tenants/acme")).json()["used"]
+        spent = [amount for period, amount in used.items() if period.startswith("cost_")]
+        assert len(spent) == 2 and spent[0] == spent[1] == pytest.approx(2 * 47e-6, abs=20e-6)
+
+
+async def test_a_budget_in_money_is_refused_where_nothing_is_counted(tmp_path: Path) -> None:
+    file = tmp_path / "tenants.yaml"
+    file.write_text(f"tenants: [{{name: acme, keys: [{KEY}], budget: {{cost_per_month: 5}}}}]")
+    with pytest.raises(ValueError, match="tenant 'acme' has a budget in money, and costs are not counted here"):
+        GatewayServer(Settings(tenants=file))
+    GatewayServer(Settings(tenants=file, cost=CostSettings(meter=True)))
+    async with over_fake(admin_key=ADMIN_KEY) as (gateway, _):
+        refused = await admin(gateway, "PUT", "/tenants/acme", {"budget": {"cost_per_day": 1}})
+        assert (refused.status, refused.error["param"]) == (400, "budget")
