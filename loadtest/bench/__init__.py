@@ -12,6 +12,7 @@ BENCHMARKS: Mapping[str, tuple[str, str]] = {
     "laptop": ("loadtest.bench.laptop", "the bundled model on one core, beside stock vLLM and llama.cpp"),
     "gateway": ("loadtest.bench.gateway", "what the gateway costs on one core, beside nginx and any other gateway"),
     "scale": ("loadtest.bench.scale", "how a request's cost grows with workers, tenants, those waiting, and gateways"),
+    "placement": ("loadtest.bench.placement", "whether looking at a few workers places requests as well as at all"),
     "replicas": ("loadtest.bench.replicas", "whether several gateways share an engine among tenants as one does"),
     "disaggregation": (
         "loadtest.bench.disaggregation",

@@ -35,6 +35,7 @@ SLOTS = 64  # of a worker
 ACTIVE = 1_000  # tenants whose requests come, at most
 ADDRESSES = 250  # in each 127.0.n.0/24
 RATE = 1_000.0  # requests/s at all gateways together
+DIAL_S = 0.0004  # the load generator opens a connection in half of it
 READY_S = 120.0
 
 Row = Mapping[str, float]
@@ -123,21 +124,26 @@ class Site:
     def phase(self, connections: int, tenants: int = 1, rate: float = 0.0) -> LoadPhase:
         """Whole answers to prompts of their own."""
         spans = self.spans
-        return LoadPhase(
-            connections, spans.load_s, spans.warm_up_s, rate=rate, keys=self.keys(tenants), own_prompts=True
-        )
+        warm_up_s = spans.warm_up_s + connections * DIAL_S
+        return LoadPhase(connections, spans.load_s, warm_up_s, rate=rate, keys=self.keys(tenants), own_prompts=True)
 
     def observe(self, phase: LoadPhase, port: int, pid: int) -> Row:
-        """CPU per request in µs, and requests per second."""
-        seen = self.bench.observe(phase, port, pid)
-        self.judge(seen.load)
-        measured = phase.seconds / (phase.seconds + phase.warm_up_s)
-        requests = int(seen.load["requests"])
-        return {
-            "cpu_us": 1e6 * seen.gateway_cpu_s * measured / max(1, requests),
-            "per_s": requests / phase.seconds,
-            "p99_ms": float(seen.load["first_byte_us"]["p99"]) / 1e3,
-        }
+        """CPU per request in µs, and requests per second, from when all connections are at work."""
+        load = self.load(phase, port)
+        time.sleep(phase.warm_up_s)
+        used = cpu_s(pid)
+        time.sleep(phase.seconds)
+        used = cpu_s(pid) - used
+        seen = orjson.loads(load.communicate()[0])
+        self.judge(seen)
+        requests = int(seen["requests"])
+        return {"cpu_us": 1e6 * used / max(1, requests), "per_s": requests / phase.seconds}
+
+    def load(self, phase: LoadPhase, port: int) -> "subprocess.Popen[bytes]":
+        """The load generator, at work."""
+        process = subprocess.Popen(self.bench.load_command(phase, port), stdout=subprocess.PIPE)
+        os.sched_setaffinity(process.pid, {self.bench.core})
+        return process
 
     def judge(self, load: Mapping[str, object]) -> None:
         if load["errors"]:
@@ -192,9 +198,7 @@ def with_gateways(site: Site, gateways: int) -> Row:
             )
         phase = site.phase(64, ACTIVE, rate=RATE / gateways)
         before, used, began = redis_counts(url), sum(cpu_s(pid) for _, pid in running), time.monotonic()
-        loads = [subprocess.Popen(site.bench.load_command(phase, port), stdout=subprocess.PIPE) for port, _ in running]
-        for load in loads:
-            os.sched_setaffinity(load.pid, {site.bench.core})
+        loads = [site.load(phase, port) for port, _ in running]
         seen = [orjson.loads(load.communicate()[0]) for load in loads]
         took_s, after = time.monotonic() - began, redis_counts(url)
         cores = (sum(cpu_s(pid) for _, pid in running) - used) / took_s

@@ -130,11 +130,15 @@ class _Worker:
 
 @dataclass(frozen=True, slots=True)
 class Simulated:
-    """What came of it: records as the client would have written them, samples of queue and memory, virtual seconds."""
+    """What came of it: records as the client would have written them, samples of queue and memory, virtual seconds.
+
+    prefix_hits: the share of all prompt tokens that were found in a worker's prefix cache.
+    """
 
     kept: Kept
     samples: list[Sample]
     iterations: int
+    prefix_hits: float = 0.0
 
     @property
     def records(self) -> list[Record]:
@@ -225,7 +229,9 @@ class Simulation:
             self._until(float("inf"), None)
         if self._flights:
             raise RuntimeError(f"{len(self._flights)} requests cannot run: the cost model's KV holds none of them.")
-        return Simulated(self._kept, self._samples, self._iterations)
+        counts = [worker.batch.counts for worker in self._by_id.values()]
+        hits = sum(count.prefix_hits for count in counts) / max(1, sum(count.prefix_queries for count in counts))
+        return Simulated(self._kept, self._samples, self._iterations, hits)
 
     def _until(self, end_s: float, pending: Iterator[TraceCall] | None) -> None:
         events = self._events

@@ -4,10 +4,10 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from loadtest.bench.full_scan import FullScan
 from scheduler.placement import Aggregated, Disaggregated, Rules, Why, place
 from scheduler.pools import Pools, WorkerLoad
 from scheduler.workers import Role, Worker
-from tests.scheduler.full_scan import FullScan
 
 RULES = Rules(min_prompt_tokens=100, busy_tokens=1000, max_arriving_tokens=2000)
 

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loadtest.bench.full_scan import FullScan
 from scheduler.placement import Aggregated, Disaggregated, Rules, place
 from scheduler.pools import Pools, WorkerLoad
 from scheduler.routing import ANY_ROLE, LOOKS, Choice
 from scheduler.workers import Role, Worker
-from tests.scheduler.full_scan import FullScan
 
 MODELS = [("base",), ("base", "adapter"), ("other",)]
 TYPICAL = 500.0

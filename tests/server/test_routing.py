@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loadtest.bench.full_scan import FullScan
 from scheduler.pools import Pools, WorkerLoad
 from scheduler.routing import AFFINITY, LONGEST_BYTES, WORKERS_EACH, Affinity, Choice, beginnings, score
 from scheduler.workers import Worker
-from tests.scheduler.full_scan import FullScan
 
 TYPICAL = 500.0
 
