@@ -110,7 +110,10 @@ class Lanes:
             self._last_left = place.account
             place.bill = self._shares.take(place.account, job)
         self._next = None
-        self._go(place)
+        place.line.run(place)
+        self._busy[place.line] = None
+        if place.bill is not None:
+            self._price(place)
 
     def _enter(self, job: Job, now: float) -> JobPlace:
         if job.id in self._places:

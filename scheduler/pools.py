@@ -27,7 +27,8 @@ class WorkerLoad:
     others: sequences that it has from elsewhere. kv_usage: share of its KV cache in use, 0 to 1.
     leans: the side to which a worker of role `both` leans; BOTH if to none.
     kv_tokens: that its KV cache holds. forecast: set where placement is by prediction.
-    free: sequences that it may be given beside these, of another tier than flex.
+    window: sequences that it is given at a time. free: those that it may be given beside these, of another tier than
+    flex.
     tokens_per_slot: what its pool orders it by.
     """
 
@@ -39,6 +40,7 @@ class WorkerLoad:
     others: int = 0
     kv_usage: float = 0.0
     leans: Role = Role.BOTH
+    window: int = 0
     free: int = 0
     tokens_per_slot: float = 0.0
     kv_tokens: float = inf
@@ -70,13 +72,13 @@ class WorkerLoad:
         self.arriving_tokens += tokens
 
     def observe(self, *, others: int | None = None, kv_usage: float | None = None) -> None:
-        """What the worker says of itself."""
+        """What the worker says of itself, which may be in `worker` already."""
         if others is not None:
             self.others = others
         if kv_usage is not None:
             self.kv_usage = min(1.0, kv_usage)
         if self.pool is not None:
-            self.pool.file(self)
+            self.pool.learn(self)
 
 
 class Pool:
@@ -103,7 +105,7 @@ class Pool:
         """A worker joins."""
         load.pool, load.posted = self, inf
         self.workers[load.worker.id] = load
-        self.file(load)
+        self.learn(load)
 
     def remove(self, load: WorkerLoad) -> None:
         """A worker leaves."""
@@ -111,7 +113,12 @@ class Pool:
         load.pool, load.posted = None, inf
 
     def file(self, load: WorkerLoad) -> None:
-        """A worker's load has changed."""
+        """A worker's load has changed.
+
+        A request of several sequences needs one free place: where it waited for as many as it has, places would stand
+        empty meanwhile, and all behind it would wait as well. The engine begins what exceeds its batch when it can, and
+        until that is over nobody else is let in.
+        """
         others = load.others
         pending = load.pending_tokens + others * self.typical_tokens if others else load.pending_tokens
         slots = load.worker.slots
@@ -119,7 +126,7 @@ class Pool:
         if load.kv_usage and (held := load.kv_usage * self.typical_tokens) > tokens_per_slot:
             tokens_per_slot = held
         load.tokens_per_slot = tokens_per_slot
-        load.free = free = self._pools.free(load)
+        load.free = free = self._pools.free(load) if others or load.flex else load.window - load.in_flight
         if free > 0 and tokens_per_slot < load.posted:
             load.posted = tokens_per_slot
             heappush(self._heap, (tokens_per_slot, load.number, load))
@@ -129,7 +136,12 @@ class Pool:
     def refresh(self) -> None:
         """Whatever all loads depend on has changed."""
         for load in self.workers.values():
-            self.file(load)
+            self.learn(load)
+
+    def learn(self, load: WorkerLoad) -> None:
+        """What is known of a worker, or how many sequences it is given, may have changed."""
+        load.window = self._pools.window(load.worker)
+        self.file(load)
 
     def first(self) -> WorkerLoad | None:
         """The least loaded worker that has room, or None."""
@@ -175,6 +187,7 @@ class Pools:
 
     window: how many sequences a worker is given at a time; call `refresh` when it has changed.
     sharers: gateways that feed these workers, this one included.
+    of_model: the pools that serve each model; none is empty, and there is no model without one.
     """
 
     def __init__(
@@ -184,7 +197,7 @@ class Pools:
         self.sharers = sharers
         self.workers: dict[str, WorkerLoad] = {}
         self._pools: dict[tuple[tuple[str, ...], Role], Pool] = {}
-        self._of_model: dict[str, tuple[Pool, ...]] = {}
+        self.of_model: dict[str, tuple[Pool, ...]] = {}
         self._joined = 0
 
     def add(self, load: WorkerLoad, models: tuple[str, ...]) -> None:
@@ -207,7 +220,7 @@ class Pools:
         if pool is None:
             pool = self._pools[kind] = Pool(self, *kind)
             for model in models:
-                self._of_model[model] = (*self.of(model), pool)
+                self.of_model[model] = (*self.of_model.get(model, ()), pool)
         pool.add(load)
 
     def remove(self, load: WorkerLoad) -> None:
@@ -224,11 +237,11 @@ class Pools:
             return
         del self._pools[pool.models, pool.role]
         for model in pool.models:
-            left = tuple(other for other in self.of(model) if other is not pool)
+            left = tuple(other for other in self.of_model[model] if other is not pool)
             if left:
-                self._of_model[model] = left
+                self.of_model[model] = left
             else:
-                del self._of_model[model]
+                del self.of_model[model]
 
     def moved(self, load: WorkerLoad, models: tuple[str, ...]) -> None:
         """A worker's role or models may have changed. Nothing happens if it is in no pool."""
@@ -243,8 +256,8 @@ class Pools:
             pool.refresh()
 
     def of(self, model: str) -> Sequence[Pool]:
-        """The pools that serve a model; none is empty."""
-        return self._of_model.get(model, ())
+        """The pools that serve a model."""
+        return self.of_model.get(model, ())
 
     def all(self) -> Sequence[Pool]:
         """Every pool; none is empty."""
@@ -252,21 +265,18 @@ class Pools:
 
     def models(self) -> Sequence[str]:
         """Every model that is served."""
-        return list(self._of_model)
+        return list(self.of_model)
 
     def free(self, load: WorkerLoad) -> int:
-        """How many more sequences a worker may be given. A request of several needs one free place: where it waited for
-        as many as it has, places would stand empty meanwhile, and all behind it would wait as well. The engine begins
-        what exceeds its batch when it can, and until that is over nobody else is let in.
+        """How many more sequences a worker may be given that has some of flex, or some from elsewhere.
 
         What other gateways have at the worker takes room from this one, but for its own share of the window. Without
         that each would fill the engine by itself, and a tenant would be served by how many gateways know it. Where our
         scheduler is inside, it displaces what is of tier flex, which so takes nobody's place.
         """
-        window = self.window(load.worker)
-        free = window - load.in_flight
+        free = load.window - load.in_flight
         if load.flex and load.worker.plugin:
             free += load.flex
         if load.others and (sharers := self.sharers()) > 1:
-            free -= min(load.others, window * (sharers - 1) // sharers)
+            free -= min(load.others, load.window * (sharers - 1) // sharers)
         return free

@@ -81,6 +81,8 @@ class TieredLanes:
         self._tiers[job.tier].admit(job, now)
         if job.tier is Tier.FLEX or self._flex.waiting:
             self._count(job)
+        else:
+            self._owed = 0.0
 
     def peek(self, now: float) -> Job | None:
         """As `Lanes.peek`."""

@@ -158,9 +158,10 @@ class Dispatcher:
         """Waits for a place, which the ticket holds until `give_back`. Overloaded if the line is full or the wait too
         long, NoWorker if nobody serves."""
         now = self.clock()
-        self._bound_width(ticket.call)
-        pools = self.fleet.pools.of(self.model)
-        if not pools:
+        if ticket.call.sequences > self.max_sequences:
+            self._bound_width(ticket.call)
+        pools = self.fleet.pools.of_model.get(self.model)
+        if pools is None:
             raise NoWorker(
                 f"No worker serves '{ticket.call.asked or self.model}' right now.", retry_after_s=self.fleet.probe_s * 5
             )
@@ -183,7 +184,7 @@ class Dispatcher:
     def _bound_width(self, call: Call) -> None:
         """BadRequest for more sequences than one request may have: those behind it wait until it is over. Where no
         tokens are made each is one step of the engine, and there may be as many as a body can list."""
-        if call.sequences > self.max_sequences and call.route.makes_tokens:
+        if call.route.makes_tokens:
             raise BadRequest(
                 f"This request asks for {call.sequences} answers (prompts times 'n'); at most {self.max_sequences} are "
                 "allowed: split the request.",
@@ -331,17 +332,18 @@ class Dispatcher:
 
     def _room(self, ticket: Ticket, pools: Sequence[Pool]) -> "Room | None":
         """Where a request fits: one worker that has room, or two where prompts are read apart."""
+        admits = None
+        if ticket.job.tier is Tier.FLEX and not self.lanes.is_due(ticket.job):
+            admits = self.flex.admits
+        if len(pools) == len(pools[0].workers) == 1 and pools[0].role is Role.BOTH:  # nothing to choose
+            only = pools[0].first()
+            if only is None or (admits is not None and not admits(only)):
+                return None
+            return Room(self.fleet.members[only.worker.id])
         whole = all(pool.role is Role.BOTH for pool in pools)
         idlest = [first for pool in pools if (first := pool.first()) is not None]
         if not idlest:
             return None
-        members = self.fleet.members
-        admits = None
-        if ticket.job.tier is Tier.FLEX and not self.lanes.is_due(ticket.job):
-            admits = self.flex.admits
-        if whole and len(pools) == len(pools[0].workers) == 1:  # nothing to choose
-            only = idlest[0]
-            return Room(members[only.worker.id]) if admits is None or admits(only) else None
         call = ticket.call
         prompt = beginnings(call.body, call.route.content_field, call.prompt_tokens)
         known = self.affinity.known(prompt)
@@ -431,7 +433,8 @@ class Dispatcher:
         self.settle(now)
         if outcome is Outcome.ABORTED:
             ticket.tokens += self.sizes.made_unseen(ticket, now)
-        self._tell_prompt(ticket, now)
+        if ticket.exact:
+            self._tell_prompt(ticket, now)
         missing = ticket.tokens - ticket.job.output_tokens
         if missing:  # tokens that were not seen one by one; less than none where an estimate was too high
             self.lanes.serve(ticket.job, missing, now)
@@ -439,7 +442,8 @@ class Dispatcher:
         if outcome in _COMPLETE:
             self.sizes.learn(ticket, now)
         self.pace.freed(now)
-        self.advance()
+        if len(self.lanes):
+            self.advance()
 
     def settle(self, now: float) -> None:
         """Charges what streamed since the last decision. Exact whenever somebody must choose, and free between."""
@@ -453,9 +457,8 @@ class Dispatcher:
     def _tell_prompt(self, ticket: Ticket, now: float) -> None:
         """Corrects what the policy charged for the prompt, once the engine has told how long it is and what of it was
         in its cache."""
-        if ticket.exact:
-            ticket.told = True
-            self.lanes.computed(ticket.job, ticket.cached_tokens, now, prompt_tokens=ticket.prompt_tokens)
+        ticket.told = True
+        self.lanes.computed(ticket.job, ticket.cached_tokens, now, prompt_tokens=ticket.prompt_tokens)
 
     def waiting_by_tenant(self) -> dict[str, int]:
         """How many requests of each tenant wait."""

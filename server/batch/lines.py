@@ -20,7 +20,7 @@ class LineRequest:
 
     def __init__(self, route: Route, body: bytes, tenant: Tenant, request_id: str) -> None:
         self.route = route
-        self.body = body
+        self.received: bytes | bytearray = body
         self.tenant = tenant
         self.request_id = request_id
         self.headers: Mapping[bytes, bytes] = {}
@@ -30,9 +30,6 @@ class LineRequest:
         self.status = 0
         self.data = bytearray()
         self.retry_after_s: float | None = None
-
-    def take_body(self) -> bytes:
-        return self.body
 
     def begin(self, status: int, content_type: bytes, length: int | None) -> None:
         self.begun = True

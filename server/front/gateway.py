@@ -33,12 +33,19 @@ LEARN_SHARE = 0.1
 
 
 class Request(ClientAnswer, Protocol):
-    """A complete request at the edge, and the way back to its client. headers: by lower-case name."""
+    """A complete request at the edge, and the way back to its client.
+
+    headers: by lower-case name. received: its body, until it is read: a large one must not be there twice.
+    """
 
     route: Route
-    headers: Mapping[bytes, bytes]
+    received: bytes | bytearray
     request_id: str
     extra_headers: bytes
+
+    @property
+    def headers(self) -> Mapping[bytes, bytes]:
+        """Without those that hold a key."""
 
     @property
     def tenant(self) -> Tenant | None:
@@ -47,9 +54,6 @@ class Request(ClientAnswer, Protocol):
     @property
     def client(self) -> str:
         """The address it came from."""
-
-    def take_body(self) -> bytes:
-        """The body, which is from then on the caller's alone."""
 
     def fail(self, error: ServiceError) -> None: ...
 
@@ -90,7 +94,10 @@ class Gateway:
     async def answer(self, request: Request) -> None:
         """One request from its body to its last byte. Never raises, but for the cancellation of a client that left."""
         try:
-            call, dispatcher = self.line_for(self.read(request))
+            call = self.read(request)
+            dispatcher = self.lines.by_model.get(call.model)
+            if dispatcher is None:
+                call, dispatcher = self.line_for(call)
         except ServiceError as error:
             self.refused(request.route.path, error)
             request.fail(error)
@@ -110,7 +117,10 @@ class Gateway:
         tenant = request.tenant
         assert tenant is not None  # a request without one is refused with its head
         ratio = self.bytes_per_token.get(tenant.name, BYTES_PER_TOKEN)
-        call = permitted(call_from(request.route, request.take_body(), tenant, request.request_id, ratio))
+        body, request.received = bytes(request.received), b""
+        call = call_from(request.route, body, tenant, request.request_id, ratio)
+        if tenant.models is not None or tenant.max_tokens is not None:
+            call = permitted(call)
         deadline = request.headers.get(b"x-deadline-s")
         if deadline is not None:
             call = msgspec.structs.replace(call, deadline_s=deadline_from(deadline))

@@ -95,7 +95,7 @@ class Head(NamedTuple):
     """What the parser said of a head that clients send again and again. The key is not kept, only its digest."""
 
     route: Route
-    headers: Mapping[bytes, bytes]
+    headers: dict[bytes, bytes]
     credential: bytes
 
 
@@ -115,6 +115,7 @@ class ClientExchange:
     """One relayed request on its connection: what came, and the way back. Stands where uvicorn keeps a cycle.
 
     headers: by lower-case name, without those that hold a key; of a header that comes twice the first one counts.
+    received: the body, until the gateway takes it.
     credential: the digest of the key that it came with, empty without one.
     tenant: who asks, known when the head is complete. refusal: why it is not served; its body is passed over then.
     held_bytes: what it has booked of the budget for bodies, until its answer is complete.
@@ -161,11 +162,9 @@ class ClientExchange:
         return client_of(peer[0] if peer else "", self.headers, self.edge.trusted)
 
     # what came
-    def receive(self, data: bytes) -> None:
-        """A piece of the body. Many small pieces become one buffer: a list of them would weigh ten times the body."""
-        if not self.received:
-            self.received = data
-        elif isinstance(self.received, bytearray):
+    def add(self, data: bytes) -> None:
+        """A further piece of the body. Pieces become one buffer: a list of them could weigh ten times the body."""
+        if isinstance(self.received, bytearray):
             self.received += data
         else:
             self.received = bytearray(self.received) + data
@@ -176,11 +175,6 @@ class ClientExchange:
         if self.held_bytes and self.tenant is not None:
             self.edge.bodies.give_back(self.tenant.name, self.held_bytes)
             self.held_bytes = 0
-
-    def take_body(self) -> bytes:
-        """The body, which is from now on the caller's alone: a large one must not be there twice."""
-        received, self.received = self.received, b""
-        return bytes(received)
 
     # the answer
     def begin(self, status: int, content_type: bytes, length: int | None) -> None:
@@ -396,8 +390,8 @@ class GatewayProtocol(HttpToolsProtocol):
             self._pass_over(len(data))
             return
         was_in_head = self.in_head
-        expects_head = not self.in_message and self._idle() and not self.transport.is_closing()
-        key, length, at = keyed(data) if expects_head else (b"", 0, 0)
+        expects_head = not self.in_message and (self.cycle is None or self.cycle.response_complete)
+        key, length, at = keyed(data) if expects_head and not self.transport.is_closing() else (b"", 0, 0)
         if key and len(data) == at + length <= self.bounds.body_bytes:
             digest = blake2b(key, digest_size=16, key=_DIGEST_KEY).digest()
             head = self.heads.get(digest)
@@ -565,7 +559,8 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def on_url(self, url: bytes) -> None:
         self.url += url
-        self._bound_head(len(self.url))
+        if len(self.url) > self.bounds.head_bytes:
+            self._bound_head(len(self.url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self.head_size += len(name) + len(value) + 4
@@ -613,11 +608,10 @@ class GatewayProtocol(HttpToolsProtocol):
         headers = dict(reversed(self.headers))
         if self.trusted:
             headers |= self._joined(_LISTS)
-        key = credential(headers.pop(b"authorization", None), headers.pop(b"x-api-key", None))
-        self.headers = []  # there is a key among them
+        self.headers = []  # there may be a key among them
         keep_alive = not http10 and self.parser.should_keep_alive()
-        exchange = self.exchange_type(self, Head(route, headers, key), keep_alive=keep_alive, http10=http10)
-        exchange.queued = not self._idle()
+        exchange = self.exchange_type(self, Head(route, headers, b""), keep_alive=keep_alive, http10=http10)
+        exchange.queued = self.cycle is not None and not self.cycle.response_complete
         self.cycle = exchange
         if exchange.queued:  # pipelined: its turn comes when the answer before it is complete
             self.flow.pause_reading()
@@ -635,7 +629,7 @@ class GatewayProtocol(HttpToolsProtocol):
         """What is wrong with a head that the parser lets pass (RFC 9112, 3.2 and 6.1), or with its place."""
         if self.hosts != 1 and not (http10 and self.hosts == 0):
             return BadRequest("The request must have exactly one Host header.")
-        if self.bounds.local_names and self.gateway.is_open and not is_local_name(self.host):
+        if self.bounds.local_names and not is_local_name(self.host) and self.gateway.is_open:
             return NotAllowed(
                 "Without tenants this gateway serves its own machine only, under the name localhost or an IP address, "
                 "not under the name in the request's Host header. Use one of those, set up tenants, or start it with "
@@ -668,17 +662,19 @@ class GatewayProtocol(HttpToolsProtocol):
         A web page can make a browser send any other type to a gateway without a key, which reaches no farther than
         the reader's own machine; for this one the browser asks first (the Fetch standard's CORS-safelisted types).
         """
+        headers = exchange.headers
+        exchange.credential = credential(headers.pop(b"authorization", None), headers.pop(b"x-api-key", None))
         try:
             exchange.tenant = self.gateway.tenant_with(exchange.credential)
         except ServiceError as error:
             return error
-        coding = exchange.headers.get(b"content-encoding", b"identity").lower()
+        coding = headers.get(b"content-encoding", b"identity").lower()
         self.decoder = None
         if coding != b"identity":
             if coding not in DECODERS:
                 return UnsupportedMediaType("Send the body as it is, or with 'Content-Encoding: gzip' or 'zstd'.")
             self.decoder = DECODERS[coding]()
-        kind = exchange.headers.get(b"content-type", b"")
+        kind = headers.get(b"content-type", b"")
         if kind == b"application/json" or kind.partition(b";")[0].strip().lower() == b"application/json":
             return None
         return UnsupportedMediaType("Send JSON, with the header 'Content-Type: application/json'.")
@@ -729,7 +725,10 @@ class GatewayProtocol(HttpToolsProtocol):
         if not self.bodies.take(tenant, len(piece)):
             return False
         exchange.held_bytes += len(piece)
-        exchange.receive(piece)
+        if exchange.received:
+            exchange.add(piece)
+        else:
+            exchange.received = piece
         return True
 
     def _expand(self, decoder: BodyDecoder, exchange: ClientExchange, tenant: str, body: bytes) -> None:

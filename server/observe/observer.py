@@ -9,7 +9,8 @@ from server.request.call import Ticket
 class Asked(Protocol):
     """A request as it came. headers: by lower-case name. client: whose address it came from."""
 
-    headers: Mapping[bytes, bytes]
+    @property
+    def headers(self) -> Mapping[bytes, bytes]: ...
 
     @property
     def client(self) -> str: ...

@@ -1,6 +1,8 @@
 """From a request body to a `Call`: only fields that we act on are read; all others that are allowed pass through."""
 
 import re
+from collections.abc import Callable
+from typing import cast
 
 import msgspec
 
@@ -71,7 +73,7 @@ class StreamOptions(msgspec.Struct):
 
 
 class Fields(msgspec.Struct):
-    """The members that we act on, prompt and tools apart."""
+    """The members that we act on, the prompt apart."""
 
     model: str
     stream: bool | None = None
@@ -84,9 +86,28 @@ class Fields(msgspec.Struct):
     return_token_ids: bool | None = None
     include_reasoning: bool | None = None
     service_tier: str | None = None
+    tools: msgspec.Raw = _ABSENT
+    response_format: msgspec.Raw = _ABSENT
 
 
 Members = dict[str, msgspec.Raw]
+_NOTHING: Members = {}
+
+
+def _reader(path: str) -> Callable[[bytes], Fields]:
+    """Reads a body that has no field but those that are listed for a route: those of `Fields` as values, the others as
+    they are written. ValidationError for any other field."""
+    listed, ours = ALLOWED[path], {field.name: field for field in msgspec.structs.fields(Fields)}
+    as_written = [(name, msgspec.Raw, _ABSENT) for name in sorted(listed - ours.keys())]
+    as_values = [
+        (name, field.type) if field.required else (name, field.type, field.default)
+        for name, field in ours.items()
+        if name in listed
+    ]
+    absent = {name: field.default for name, field in ours.items() if name not in listed}
+    kind = msgspec.defstruct("Listed", [*as_values, *as_written], namespace=absent, forbid_unknown_fields=True)
+    return cast(Callable[[bytes], Fields], msgspec.json.Decoder(kind).decode)
+
 
 # Every member or prompt becomes an object, and a body of 32 MiB can have millions: they would block the event loop for
 # seconds. Where there may be too many, by this count of separators, they are counted by a decoder that stops in time.
@@ -94,17 +115,13 @@ _SAFE_MEMBERS = 20_000
 
 # A member that comes twice counts as its last: here and in engines.
 _read_members = msgspec.json.Decoder(Members).decode
+_read_listed = {path: _reader(path) for path in ALLOWED}
 _read_fields = msgspec.json.Decoder(Fields).decode
+_PROMPT_FIELDS = {path: tuple(sorted(listed & PROMPT)) for path, listed in ALLOWED.items()}
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_UNLISTED = "Object contains unknown field"  # what msgspec says of it
 _encode = msgspec.json.Encoder().encode
 _list = msgspec.json.Decoder(list[msgspec.Raw]).decode
-_read_listed = {
-    path: msgspec.json.Decoder(
-        msgspec.defstruct(
-            "Listed", [(name, msgspec.Raw, _ABSENT) for name in sorted(names)], forbid_unknown_fields=True
-        )
-    ).decode
-    for path, names in ALLOWED.items()
-}
 _read_prompts = msgspec.json.Decoder(
     msgspec.defstruct(
         "Prompts",
@@ -113,7 +130,6 @@ _read_prompts = msgspec.json.Decoder(
         forbid_unknown_fields=True,
     )
 ).decode
-_FIELDS = frozenset(Fields.__struct_fields__)
 _SEVERAL = re.compile(rb'\[\s*["\[]')
 _MAYBE_IDS = re.compile(rb"\[\s*[\d\[]")
 _NO_TOKEN_IDS = b"0123456789,[] \t\r\n"
@@ -135,31 +151,30 @@ def deadline_from(header: bytes) -> float:
 def call_from(route: Route, body: bytes, tenant: Tenant, call_id: str, bytes_per_token: float) -> Call:
     """Reads a body. Raises BadRequest with a sentence that names the field."""
     body = body.removeprefix(_BYTE_ORDER_MARK)
-    if body.count(b":") > _SAFE_MEMBERS and not tenant.grants:
-        _bound_members(route, body)
-    members, fields = _parsed(body)
-    if not members.keys() <= ALLOWED[route.path]:
-        _refuse_unlisted(members, route, tenant)
-    if route.dialect == "responses" and b"null" in body:
-        members, body = _without_nulls(members, body)
+    try:
+        fields, unlisted = _read_listed[route.path](body), _NOTHING
+    except _UNREADABLE:
+        fields, unlisted = _with_unlisted(route, body, tenant)
     if not fields.model:
         raise BadRequest("The field 'model' is empty: name one of the models that /v1/models lists.", param="model")
+    if route.dialect == "responses" and b"null" in body:
+        body = _without_nulls(body)
     stream, options = bool(fields.stream), fields.stream_options
     hide_usage = route.usage_on_request and stream and not (options is not None and options.include_usage)
-    prompts = _prompts(bytes(members.get(route.content_field, _ABSENT)), route.content_field) if route.prompts else 1
+    prompts = _prompts(bytes(getattr(fields, route.content_field)), route.content_field) if route.prompts else 1
     return Call(
         id=call_id,
         route=route,
         tenant=tenant,
         model=fields.model,
         stream=stream,
-        body=with_usage(body, members) if hide_usage else body,
+        body=with_usage(body, options) if hide_usage else body,
         hide_usage=hide_usage,
-        prompt_tokens=prompt_estimate(members, bytes_per_token),
+        prompt_tokens=prompt_estimate(route, fields, unlisted, bytes_per_token),
         max_tokens=_output_limit(route, fields),
         sequences=prompts if fields.n is None is fields.best_of else prompts * _choices(route, fields),
-        kind=_kind(members) if "tools" in members or "response_format" in members else "",
-        steers_kv="kv_transfer_params" in members and bytes(members["kv_transfer_params"]) != b"null",
+        kind="" if fields.tools is fields.response_format is _ABSENT else _kind(fields),
+        steers_kv=bytes(unlisted.get("kv_transfer_params", _ABSENT)) != b"null",
         prompts=prompts,
         wants_ids=bool(fields.return_token_ids),
         hides_tokens=fields.include_reasoning is False,
@@ -168,38 +183,53 @@ def call_from(route: Route, body: bytes, tenant: Tenant, call_id: str, bytes_per
     )
 
 
-def _without_nulls(members: Members, body: bytes) -> tuple[Members, bytes]:
-    """The body without members that are null, which mean the same as none to OpenAI, and are an error to vLLM."""
-    told = {name: raw for name, raw in members.items() if bytes(raw) != b"null"}
-    return (told, _encode(told)) if len(told) < len(members) else (members, body)
-
-
-def _bound_members(route: Route, body: bytes) -> None:
-    """BadRequest for a body with a member that is not listed. What else is wrong with it shows when it is read."""
+def _with_unlisted(route: Route, body: bytes, tenant: Tenant) -> tuple[Fields, Members]:
+    """A body's listed fields, and those beyond that its tenant may send. BadRequest that says what is wrong."""
+    listed = ALLOWED[route.path]
     try:
-        _read_listed[route.path](body)
-    except msgspec.ValidationError as error:
-        raise BadRequest(
-            f"The request body is invalid: {str(error)[:200]}. A body of this size may contain only the listed fields.",
-            code="field_not_allowed",
-        ) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return
-
-
-def _parsed(body: bytes) -> tuple[Members, Fields]:
-    """Every member as its own bytes, and those that we act on as values."""
-    try:
+        if body.count(b":") > _SAFE_MEMBERS and not tenant.grants:
+            _read_listed[route.path](body)
         members = _read_members(body)
-        return members, _read_fields(_encode({name: raw for name, raw in members.items() if name in _FIELDS}))
-    except msgspec.ValidationError as error:
-        said = str(error)
-        where = said.rpartition("`$.")[2].rstrip("`") if "`$." in said else None
-        raise BadRequest(f"The request body is invalid: {said}.", param=where) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BadRequest(f"The request body is not valid JSON: {error}.", code="invalid_json") from None
-    except RecursionError:
-        raise BadRequest("The request body is nested too deeply.", code="invalid_json") from None
+        _read_fields(_encode({name: raw for name, raw in members.items() if name in Fields.__struct_fields__}))
+        for name in members.keys() - listed - tenant.grants:
+            _refuse_unlisted(route, name, members[name])
+        fields = _read_listed[route.path](_encode({name: raw for name, raw in members.items() if name in listed}))
+    except _UNREADABLE as error:
+        raise _misfit(error) from None
+    return fields, {name: raw for name, raw in members.items() if name not in listed}
+
+
+def _misfit(error: BaseException) -> BadRequest:
+    """What the client is told of a body that cannot be read."""
+    if isinstance(error, RecursionError):
+        return BadRequest("The request body is nested too deeply.", code="invalid_json")
+    said = str(error)[:300]
+    if not isinstance(error, msgspec.ValidationError):
+        return BadRequest(f"The request body is not valid JSON: {said}.", code="invalid_json")
+    if said.startswith(_UNLISTED):
+        return BadRequest(
+            f"The request body is invalid: {said}. A body of this size may contain only the listed fields.",
+            code="field_not_allowed",
+        )
+    where = said.rpartition("`$.")[2].rstrip("`") if "`$." in said else None
+    return BadRequest(f"The request body is invalid: {said}.", param=where)
+
+
+def _refuse_unlisted(route: Route, name: str, value: msgspec.Raw) -> None:
+    if bytes(value) not in _NEUTRAL:
+        raise BadRequest(
+            f"The field {name[:64]!r} is not open to clients on {route.path}: remove it, or ask the operator to "
+            "grant it to your tenant. The fields that are open are listed in docs/api.md.",
+            param=name[:64],
+            code="field_not_allowed",
+        )
+
+
+def _without_nulls(body: bytes) -> bytes:
+    """The body without members that are null, which mean the same as none to OpenAI, and are an error to vLLM."""
+    members = raw_members(body)
+    told = {name: raw for name, raw in members.items() if bytes(raw) != b"null"}
+    return _encode(told) if len(told) < len(members) else body
 
 
 def _choices(route: Route, fields: Fields) -> int:
@@ -217,38 +247,27 @@ def _output_limit(route: Route, fields: Fields) -> int:
     return 0
 
 
-def _refuse_unlisted(members: Members, route: Route, tenant: Tenant) -> None:
-    for name in members.keys() - ALLOWED[route.path] - tenant.grants:
-        if bytes(members[name]) not in _NEUTRAL:
-            raise BadRequest(
-                f"The field {name[:64]!r} is not allowed on {route.path}: remove it, or ask the operator to "
-                "grant it to your tenant. docs/api.md lists the allowed fields.",
-                param=name[:64],
-                code="field_not_allowed",
-            )
-
-
 def _within(value: int, least: int, most: int, name: str) -> int:
     if not least <= value <= most:
         raise BadRequest(f"'{name}' must be between {least} and {most}, not {value}.", param=name)
     return value
 
 
-def _kind(members: Members) -> str:
-    if "tools" in members and bytes(members["tools"]) not in _NO_TOOLS:
+def _kind(fields: Fields) -> str:
+    if bytes(fields.tools) not in _NO_TOOLS:
         return "tools"
-    return "json" if "response_format" in members and b"json" in bytes(members["response_format"]) else ""
+    return "json" if b"json" in bytes(fields.response_format) else ""
 
 
-def with_usage(body: bytes, members: Members) -> bytes:
+def with_usage(body: bytes, options: StreamOptions | None) -> bytes:
     """The body with `stream_options.include_usage` asked for, so that the answer ends with the exact count, and with no
     usage in every chunk, which the client would not get without it. Every other member keeps its bytes."""
-    options = members.get("stream_options")
     if options is None:
         return body[: body.rindex(b"}")] + b',"stream_options":{"include_usage":true}}'
-    if len(bytes(options)) > LONGEST_OPTIONS_BYTES:
+    members = raw_members(body)
+    if len(bytes(members["stream_options"])) > LONGEST_OPTIONS_BYTES:
         raise BadRequest("'stream_options' is too long.", param="stream_options")
-    told = raw_members(options) if bytes(options)[:1] == b"{" else {}
+    told = raw_members(members["stream_options"])
     told.pop("continuous_usage_stats", None)
     told["include_usage"] = msgspec.Raw(b"true")
     return _encode(members | {"stream_options": msgspec.Raw(_encode(told))})
@@ -282,11 +301,15 @@ def _prompts(content: bytes, name: str) -> int:
     return sum(1 for prompt in msgspec.structs.astuple(read) if prompt is not _ABSENT)
 
 
-def prompt_estimate(members: Members, bytes_per_token: float) -> int:
+def prompt_estimate(route: Route, fields: Fields, unlisted: Members, bytes_per_token: float) -> int:
     """Prompt tokens before any tokenizer saw them: of every field whose text becomes part of the prompt, and of every
     field that is not on the list of those that are open to all."""
     total = 0
-    for name, raw in members.items():
+    for name in _PROMPT_FIELDS[route.path]:
+        raw = getattr(fields, name)
+        if raw is not _ABSENT:
+            total += estimate_tokens(bytes(raw), bytes_per_token)
+    for name, raw in unlisted.items():
         if name in PROMPT:
             total += estimate_tokens(bytes(raw), bytes_per_token)
         elif name not in _KNOWN:
