@@ -5,7 +5,7 @@ import gc
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from time import CLOCK_REALTIME, clock_gettime, monotonic
@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from scheduler.jobs import Tier
 from scheduler.objectives import Objectives
 from scheduler.placement import Rules
+from scheduler.pools import Pools
 from scheduler.tiers import TieredLanes
 from server.admission.dispatch import Dispatcher, FlexRules, Lines
 from server.admission.live_names import LiveNames
@@ -73,10 +74,12 @@ def calm_collector() -> None:
 class GatewayServer:
     """A gateway that can be served. `fleet` may be filled while it runs.
 
-    process: which one this is, where a gateway is several.
+    process: which one this is, where a gateway is several. on_start: called once clients are served.
     """
 
-    def __init__(self, settings: Settings, process: Process | None = None) -> None:
+    def __init__(
+        self, settings: Settings, process: Process | None = None, on_start: Callable[[], None] = lambda: None
+    ) -> None:
         """Raises ValueError with a clear sentence for a policy, an option or a worker that cannot be."""
         self.settings = settings
         self.stopping = False
@@ -107,11 +110,9 @@ class GatewayServer:
             self.lines.present, gate.refusals, self.shared.store_state, monotonic, settings.tenant_labels
         )
         self.balancer = Balancer(self.fleet, settings.disaggregation.busy_tokens, clock=monotonic)
-        for collector in (sharing, handover, self.balancer):
+        self.failover = Failover(relay, steering, settings.health.attempts)
+        for collector in (sharing, handover, self.balancer, self.failover):
             self.telemetry.registry.register(collector)
-        failover = Failover(relay, steering, settings.health.attempts)
-        self.telemetry.failovers = failover.outcomes
-        self.fleet.movable = failover.can_move
         self.pseudonyms = Pseudonyms(settings.admin_key.get_secret_value() if settings.admin_key is not None else None)
         self.recorder, self.tracing = self._recorder(), self._tracing()
         self.gateway = Gateway(
@@ -119,27 +120,36 @@ class GatewayServer:
             gate,
             self.lines,
             handover,
-            failover,
+            self.failover,
             self.telemetry,
             self._observers(sharing),
             monotonic,
         )
         number = process.number if process is not None else 0
-        self.siblings = LocalSync(self.shared.local, number, self.fleet, self.telemetry.registry, self.background)
+        self.siblings = LocalSync(
+            self.shared.local,
+            number,
+            self.fleet,
+            self.telemetry.registry,
+            self.background,
+            lambda: self.console.published(),
+        )
         self.app = public_app(self.fleet, self.lines.names, self.siblings.metrics, tenants, self._notes, self._lifespan)
         self._for_operators(sharing)
-        self.uvicorn = self._listener()
+        self.uvicorn = self._listener(on_start)
 
     def _fleet(self) -> Fleet:
         settings = self.settings
+        # How many replicas there are and what can be moved is asked while requests run: who knows is built later.
         fleet = Fleet(
             probe_s=settings.probe_s,
             health=settings.health,
             background=self.background,
             tls=fleet_tls(settings),
-            window=self.policy.window,
+            pools=Pools(self.policy.window, self._replicas),
+            order=self.policy.order,
+            movable=lambda leg: self.failover.can_move(leg),
         )
-        fleet.policy, fleet.replicas = self.policy.order, self._replicas
         self.policy.on_switch.append(fleet.pools.refresh)
         return fleet
 
@@ -176,9 +186,8 @@ class GatewayServer:
         self.apart = AdminPortFilter(self.app)
         self._admin_sock: socket.socket | None = None
         admin = self._admin()
-        seen = self._console(sharing)
-        self.siblings.view = seen.published
-        console = console_routes(seen, admin.authorize)
+        self.console = self._console(sharing)
+        console = console_routes(self.console, admin.authorize)
         for routes in (
             admin_routes(admin),
             console,
@@ -189,13 +198,13 @@ class GatewayServer:
         if self.batches is not None:
             self.app.include_router(operator_routes(self.batches.batches, admin.authorize))
 
-    def _listener(self) -> Listener:
+    def _listener(self, on_start: Callable[[], None]) -> Listener:
         """Where clients come in: our own protocol, and the application behind it."""
         settings = self.settings
         self.certificate = certificate_of(settings)
         self.edge = edge_of(settings, self.gateway, monotonic)
         dress(self.app, settings)
-        return listener(self.apart, settings, self.edge, self.certificate)
+        return listener(self.apart, settings, self.edge, self.certificate, on_start)
 
     def _admin(self) -> Admin:
         key, shared = self.settings.admin_key, self.shared

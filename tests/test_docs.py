@@ -18,6 +18,7 @@ from server.observe.cost import CostMeter
 from server.observe.fairness_metrics import FairnessMetrics
 from server.observe.slo import SloMetrics, SloTargets
 from server.observe.telemetry import Telemetry
+from server.relay.failover import Failover
 from server.relay.prefill_leg import PrefillLeg
 from server.request.fields import ALLOWED
 from server.request.tenants import read_file
@@ -59,6 +60,7 @@ def metrics() -> set[str]:
     collectors = (
         Telemetry(lambda: [], lambda: [], lambda: []),
         Balancer(Fleet(), 1, clock=lambda: 0.0),
+        Failover(Any, Any, 1),  # type: ignore[arg-type]  # nothing is asked
         PrefillLeg(lambda ticket, worker: b"", Fleet(), timeout_s=1.0, clock=lambda: 0.0),
         CostMeter(CostSettings(), lambda: 0.0, lambda: 0.0, factors={}, labels=1),
         SloMetrics(SloTargets(SloSettings())),

@@ -39,10 +39,16 @@ class Process:
 
 
 class LocalSync:
-    """One process among them."""
+    """One process among them. view: what operators see of it, published beside its metrics."""
 
     def __init__(
-        self, store: Store, number: int, fleet: Fleet, registry: CollectorRegistry, background: Background
+        self,
+        store: Store,
+        number: int,
+        fleet: Fleet,
+        registry: CollectorRegistry,
+        background: Background,
+        view: Callable[[], str],
     ) -> None:
         self._store = store
         self._background = background
@@ -52,7 +58,7 @@ class LocalSync:
         self._applied: dict[str, str] = {}
         self._inherited: list[Family] = []
         self._said_ready = ""
-        self.view: Callable[[], str] | None = None  # what operators see of this process, published beside its metrics
+        self._view = view
 
     @asynccontextmanager
     async def running(self, *, alone: bool) -> AsyncIterator[None]:
@@ -151,8 +157,7 @@ class LocalSync:
         """Says what was counted here."""
         try:
             await self._store.put(METRICS, self._number, written(self._own()))
-            if self.view is not None:
-                await self._store.put(VIEW, self._number, self.view())
+            await self._store.put(VIEW, self._number, self._view())
         except StoreAway as error:
             log.warning("%s", error)
 

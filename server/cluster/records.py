@@ -40,6 +40,7 @@ class Records:
         names: LiveNames,
         fleet: Fleet,
         lines: Callable[[], Iterable[ModelQueue]],
+        confirm: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.stale = True
         self.store = store
@@ -52,7 +53,7 @@ class Records:
         self._policy_text: str | None = None
         self._known: dict[str, dict[str, str]] = {}
         self._lost = False
-        self.confirm: Callable[[], Awaitable[None]] | None = None
+        self._confirm = confirm
 
     def are_stale(self) -> None:
         """They have changed."""
@@ -76,8 +77,8 @@ class Records:
     async def read(self) -> None:
         """Reads them and puts them in force. StoreAway."""
         found = await self._all()
-        if self.confirm is not None:
-            await self.confirm()  # a store that has come back empty is noticed before its emptiness is put in force
+        if self._confirm is not None:
+            await self._confirm()  # a store that has come back empty is noticed before its emptiness is put in force
         if self._lost:
             await self._restore()
             found = await self._all()

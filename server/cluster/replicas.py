@@ -6,7 +6,8 @@ was last known, and when it is back everybody tells everything again.
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from server.store.store import Kept, News, Offer, Store, StoreAway
@@ -55,24 +56,41 @@ class KeptPart(Protocol):
         """Periods whose rows nobody needs any more, each named once."""
 
 
-class Replicas:
-    """The replicas as this one sees them.
+@dataclass(slots=True)
+class KnownRing:
+    """What this replica knows of all of them; `Replicas` keeps it.
 
     count: how many there are, this one too; as last known when the store is away.
     round: grows when every replica that is there has told what it did in the round before; it stands still while one
     of them, or the store, is not heard.
     """
 
-    def __init__(self, name: str, store: Store, *, clock: Callable[[], float], sync_s: float = SYNC_S) -> None:
+    count: int = 1
+    round: int = 0
+
+
+class Replicas:
+    """The replicas as this one sees them. parts, kept: what they tell one another."""
+
+    def __init__(
+        self,
+        name: str,
+        store: Store,
+        ring: KnownRing,
+        parts: Sequence[Part],
+        kept: Sequence[KeptPart] = (),
+        *,
+        clock: Callable[[], float],
+        sync_s: float = SYNC_S,
+    ) -> None:
         self.name = name
         self.store = store
-        self.parts: list[Part] = []
-        self.kept: list[KeptPart] = []
+        self.ring = ring
+        self._parts = parts
+        self._kept = kept
         self.on_records: list[Callable[[], None]] = []
         self.on_loss: list[Callable[[], None]] = []
         self.on_silence: list[Callable[[], None]] = []
-        self.count = 1
-        self.round = 0
         self.up = False
         self.problem = "the store was not asked yet"
         self.exchanges = 0
@@ -90,6 +108,11 @@ class Replicas:
         self._heard_at = clock()
         self._born = 0
         self._one_at_a_time = asyncio.Lock()
+
+    @property
+    def count(self) -> int:
+        """How many there are, this one too."""
+        return self.ring.count
 
     async def run(self) -> None:
         """Exchanges until it is cancelled."""
@@ -132,12 +155,12 @@ class Replicas:
         await self._forget()
 
     def _offer(self) -> Offer:
-        live = {_ROUND: f"{self.round} {self._born}"}
-        for part in self.parts:
+        live = {_ROUND: f"{self.ring.round} {self._born}"}
+        for part in self._parts:
             for key, value in part.changed(everything=self._everything).items():
                 live[part.prefix + key] = value
         kept: dict[Kept, int] = {}
-        for keeper in self.kept:
+        for keeper in self._kept:
             kept |= keeper.kept_changed(everything=self._restore or self._everything)
         news = self._news
         return Offer(
@@ -151,10 +174,10 @@ class Replicas:
         self._everything = self._restore = not news.known or lost
         if before is None or lost:
             self._born = news.cursor
-        self.count = max(1, len(news.alive | {self.name}))
+        self.ring.count = max(1, len(news.alive | {self.name}))
         self._part_from(news.alive)
         self._hear_rows(news)
-        for keeper in self.kept:
+        for keeper in self._kept:
             keeper.kept_heard(dict(news.kept))
         self._next_round(news.alive - {self.name})
         changed = news.version != self._version or lost
@@ -167,14 +190,14 @@ class Replicas:
         for replica in [replica for replica in self._rounds if replica not in alive]:
             del self._rounds[replica]
             self._gone[replica] = now
-            for part in self.parts:
+            for part in self._parts:
                 part.gone(replica)
         for replica in [replica for replica, since in self._gone.items() if replica in alive or now - since > FORGET_S]:
             del self._gone[replica]
             if replica not in alive:
                 self._met.discard(replica)
                 self._forgotten.add(replica)
-                for part in self.parts:
+                for part in self._parts:
                     part.forget(replica)
 
     def _hear_rows(self, news: News) -> None:
@@ -188,7 +211,7 @@ class Replicas:
                     from_zero.add(replica)
         self._met |= live.keys()
         self._forgotten -= live.keys()
-        for part in self.parts:
+        for part in self._parts:
             size = len(part.prefix)
             own = {
                 replica: {key[size:]: value for key, value in rows.items() if key.startswith(part.prefix)}
@@ -198,11 +221,11 @@ class Replicas:
 
     def _next_round(self, others: frozenset[str]) -> None:
         rounds = [self._rounds.get(replica, -1) for replica in others]
-        if all(number >= self.round for number in rounds):
-            self.round = max([self.round + 1, *rounds])
+        if all(number >= self.ring.round for number in rounds):
+            self.ring.round = max([self.ring.round + 1, *rounds])
 
     async def _forget(self) -> None:
-        for keeper in self.kept:
+        for keeper in self._kept:
             for period in keeper.kept_over():
                 try:
                     await self.store.forget(period)

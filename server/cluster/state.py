@@ -10,13 +10,13 @@ from secrets import token_hex
 from typing import Any
 
 from server.admission.dispatch import Lines
-from server.admission.limits import ALONE, Gate
+from server.admission.limits import Gate
 from server.admission.live_policy import LivePolicy
 from server.background import Background
 from server.cluster.account_sync import AccountSync
 from server.cluster.local_sync import Process
 from server.cluster.records import Records
-from server.cluster.replicas import Replicas
+from server.cluster.replicas import KnownRing, Replicas
 from server.fleet.fleet import Fleet
 from server.fleet.registry import Registry
 from server.request.directory import TenantFile, Tenants
@@ -78,19 +78,25 @@ class ClusterState:
         self.store: Store = _store(settings, clock, process)
         self.local: Store = MemoryStore(clock) if process is None else SocketStore(process.socket, LOCAL)
         name = f"{settings.replica or socket.gethostname()}-{token_hex(4)}"
-        self.replicas = Replicas(name, self.store, clock=clock, sync_s=settings.sync_s)
-        ring = self.replicas if self._ring else ALONE
+        ring = KnownRing()
         costs = TierCosts(settings.tiers.flex_cost, settings.tiers.priority_cost)
         self.gate = Gate(name, self.tenants.named, clock=clock, wall=wall, ring=ring, costs=costs)
         ledger = AccountSync(lambda: lines.by_model, clock)
-        self.replicas.parts = [self.gate, ledger]
+        self.replicas = Replicas(
+            name, self.store, ring, (self.gate, ledger), (self.gate,), clock=clock, sync_s=settings.sync_s
+        )
         self.replicas.on_silence.append(ledger.silence)
-        self.replicas.kept = [self.gate]
-        self.records = Records(self.store, self.tenants, policy, lines.names, fleet, lambda: lines.by_model.values())
+        self.records = Records(
+            self.store,
+            self.tenants,
+            policy,
+            lines.names,
+            fleet,
+            lambda: lines.by_model.values(),
+            self.replicas.confirm if self._ring else None,
+        )
         self.replicas.on_records.append(self.records.are_stale)
         self.replicas.on_loss.append(self.records.are_lost)
-        if self._ring:
-            self.records.confirm = self.replicas.confirm
         self._names = lines.names
         self._registry = Registry(self.store, fleet, clock)
 

@@ -40,6 +40,7 @@ _BLOCKS = re.compile(
     r'^vllm:cache_config_info\{(?=.*\bblock_size="(\d{1,6})")(?=.*\bnum_gpu_blocks="(\d{1,9})")', re.MULTILINE
 )
 _KV_RECEIVED = re.compile(r"^vllm:nixl_bytes_transferred_sum" + NUMBER, re.MULTILINE)
+MISSES = 3  # probes in a row without an answer that take a worker out
 WELL = (200, 404)  # of /health; where nothing tells its health, the list of models does
 TENANT_MEMORY_S = 60.0  # a tenant that got an answer within this time is being served
 MOST_TENANTS = 10_000
@@ -123,30 +124,30 @@ class Fleet:
         self,
         *,
         probe_s: float = 1.0,
-        misses: int = 3,
         health: HealthSettings | None = None,
         clock: Callable[[], float] = monotonic,
         background: Background | None = None,
         tls: Access = Access(),  # noqa: B008 - frozen
-        window: Callable[[Worker], int] = lambda worker: worker.slots,
+        pools: Pools | None = None,
+        order: Callable[[], tuple[str, tuple[str, ...]]] | None = None,
+        movable: Callable[[RunningAnswer], bool] = lambda leg: False,
     ) -> None:
-        """tls: certificates for workers that name none of their own. window: how many sequences a worker is given at a
-        time; call `pools.refresh` when it has changed."""
+        """tls: certificates for workers that name none of their own. pools: of the workers that may be given requests.
+        order: name and options of the policy that plug-ins inside engines must follow. movable: whether another worker
+        could go on with an answer."""
         self._tls = tls
         self._background = background or Background(clock)
-        self.pools = Pools(window, lambda: self.replicas())
+        self.pools = pools or Pools()
         self.members: dict[str, Member] = {}
         self.served: dict[str, float] = {}  # tenants, and when one of their requests last went through
         self.starting: dict[str, str] = {}  # workers that are not there yet, and how far each is
         self.probe_s = probe_s
-        self.misses = misses
         self.health = health or HealthSettings()
         self.clock = clock
-        self.movable: Callable[[RunningAnswer], bool] = lambda leg: False  # whether another worker could go on with it
         self.trial_answers: dict[str, str] = {}
         self.changed: list[Callable[[], None]] = []
-        self.replicas: Callable[[], int] = lambda: 1  # gateways that feed these workers, this one included
-        self.policy: Callable[[], tuple[str, tuple[str, ...]]] | None = None  # what plug-ins inside engines must follow
+        self._order_of_queues = order
+        self._movable = movable
         self._rounds = Rounds(self._look, self._pause_s, clock=clock, background=self._background)
 
     def add(self, worker: Worker, access: Access = Access(), *, note: str = "") -> Member:  # noqa: B008 - frozen
@@ -325,7 +326,7 @@ class Fleet:
             return min(self.probe_s, 0.25)
         if member.problem:
             return max(self.probe_s, min(REFUSED_PAUSE_S, 20 * self.probe_s))
-        if member.suspected or 0 < member.misses < self.misses:
+        if member.suspected or 0 < member.misses < MISSES:
             return self.probe_s
         idle = not (member.load.in_flight or member.load.others or member.legs)
         return max(self.probe_s, len(self.members) / (IDLE_PROBES_PER_S if idle else PROBES_PER_S))
@@ -353,7 +354,7 @@ class Fleet:
         if not member.legs or not others_ready:
             return
         now, patience_s = self.clock(), self.health.stall_s
-        dead = member.misses >= self.misses
+        dead = member.misses >= MISSES
         stuck = member.output.stuck_s(now) > patience_s
         drained = member.state is WorkerState.DRAINING and now - member.drained_at > self.health.drain_s
         for leg in list(member.legs):
@@ -362,7 +363,7 @@ class Fleet:
                 leg.lost(EngineLost("The engine no longer answers."))
             elif stuck and leg.speaks and silent_s > patience_s:
                 leg.lost(EngineLost(f"The engine has generated no token for {silent_s:.0f} s."))
-            elif drained and self.movable(leg):
+            elif drained and self._movable(leg):
                 leg.lost(EngineLost("The engine is being drained."))
 
     async def _probe(self, member: Member) -> None:
@@ -374,8 +375,10 @@ class Fleet:
             told = told_in(metrics.content)
             self._read(member, told)
             member.output.read(told, self.clock())
-        if member.worker.plugin and self.policy is not None and member.policy != self.policy():
-            await self._order(member, *self.policy())
+        if member.worker.plugin and self._order_of_queues is not None:
+            order = self._order_of_queues()
+            if member.policy != order:
+                await self._order(member, *order)
         if member.state in _OUT and await self._may_join(member):
             self.put(member, WorkerState.READY)
             log.info("worker %s is ready: %s", member.worker.id, ", ".join(member.models))
@@ -489,7 +492,7 @@ class Fleet:
     def _missed(self, member: Member, error: EngineGone) -> None:
         member.misses += 1
         member.breaker = Breaker()  # it was away, and may be another process when it comes back
-        if member.state is WorkerState.READY and (member.misses >= self.misses or member.suspected):
+        if member.state is WorkerState.READY and (member.misses >= MISSES or member.suspected):
             self.put(member, WorkerState.DOWN)
             member.models = ()  # it may come back with another model, and a plug-in that knows nothing yet
             member.policy = None

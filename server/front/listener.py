@@ -29,14 +29,15 @@ _ORIGIN = re.compile(r"https?://[^/?#\s@]+|\*")
 class Listener(uvicorn.Server):
     """uvicorn's server, which waits to be stopped instead of looking ten times a second whether it is.
 
-    handshake_s: after so long without a complete TLS handshake a connection is closed.
+    handshake_s: after so long without a complete TLS handshake a connection is closed. on_start: called once clients
+    are served.
     """
 
-    def __init__(self, config: uvicorn.Config, handshake_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, handshake_s: float, on_start: Callable[[], None]) -> None:
         super().__init__(config)
         self.handshake_s = handshake_s
         self.stopping = asyncio.Event()
-        self.on_start: Callable[[], None] = lambda: None
+        self._on_start = on_start
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's own, which cannot say how long a TLS handshake may take."""
@@ -59,7 +60,7 @@ class Listener(uvicorn.Server):
         )
 
     async def main_loop(self) -> None:
-        self.on_start()
+        self._on_start()
         await self.stopping.wait()
 
 
@@ -117,7 +118,11 @@ def certificate_of(settings: Settings) -> ServerCertificate | None:
 
 
 def listener(
-    app: ASGIApp, settings: Settings, edge: type[GatewayProtocol], certificate: ServerCertificate | None
+    app: ASGIApp,
+    settings: Settings,
+    edge: type[GatewayProtocol],
+    certificate: ServerCertificate | None,
+    on_start: Callable[[], None],
 ) -> Listener:
     """The server, not yet listening."""
     config = uvicorn.Config(
@@ -137,4 +142,4 @@ def listener(
         timeout_graceful_shutdown=int(settings.shutdown_s),
         ssl_context_factory=None if certificate is None else lambda config, default: certificate.context,
     )
-    return Listener(config, settings.edge.head_timeout_s)
+    return Listener(config, settings.edge.head_timeout_s, on_start)

@@ -593,7 +593,7 @@ class GatewayProtocol(HttpToolsProtocol):
         upload = self.url == _UPLOADS and self.parser.get_method() == b"POST"
         self.most_body = self.bounds.upload_bytes if upload else self.bounds.body_bytes
         route = self._route()
-        if error := self._wrong_head(http10=http10) or self._wrong_coding(route):
+        if error := self._wrong_head(http10=http10) or (self._wrong_coding() if route is None else None):
             self._refuse(error)
             return
         self.in_head = False
@@ -643,11 +643,9 @@ class GatewayProtocol(HttpToolsProtocol):
             return Overloaded(f"More than {_MOST_QUEUED} requests wait on this connection.")
         return None
 
-    def _wrong_coding(self, route: Route | None) -> ServiceError | None:
+    def _wrong_coding(self) -> ServiceError | None:
         """A body that is not relayed must come as it is."""
-        if route is not None or all(
-            name != b"content-encoding" or value == b"identity" for name, value in self.headers
-        ):
+        if all(name != b"content-encoding" or value == b"identity" for name, value in self.headers):
             return None
         return UnsupportedMediaType("Send this body as it is: only requests to a model may be compressed.")
 

@@ -89,7 +89,6 @@ class Telemetry(Observer, Collector):
         self.tiers: Counter[tuple[str, str]] = Counter()
         self.tier_tokens: Counter[tuple[str, str]] = Counter()
         self.tokens: Counter[str] = Counter()
-        self.failovers: Counter[str] = Counter()
         self.models: Counter[tuple[str, str, str]] = Counter()
         self.fallbacks: Counter[tuple[str, str, str, str]] = Counter()
         self.registry = CollectorRegistry(auto_describe=False)
@@ -164,12 +163,6 @@ class Telemetry(Observer, Collector):
         for kind in ("prompt", "completion", "cached"):
             tokens.add_metric((kind,), self.tokens[kind])
         yield tokens
-        failovers = CounterMetricFamily(
-            "evenhand_failovers", "Answers that another worker had to bring to an end.", labels=("outcome",)
-        )
-        for outcome in ("retried", "resumed", "failed", "blamed"):
-            failovers.add_metric((outcome,), self.failovers[outcome])
-        yield failovers
         depth = GaugeMetricFamily("evenhand_queue_depth", "Requests that wait for a worker.", labels=("model",))
         for model, waiting in self.depth():
             depth.add_metric((model,), waiting)

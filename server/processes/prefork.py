@@ -99,13 +99,12 @@ def reserved(host: str, port: int) -> socket.socket:
 def _gateway(settings: Settings, process: Process, post: Post) -> int:
     """One of the gateway's processes."""
     _speak(process.number, starting=True)
-    server = GatewayServer(settings, process)
 
     def started() -> None:
         _speak(process.number, starting=False)
         post.ready()
 
-    server.uvicorn.on_start = started
+    server = GatewayServer(settings, process, started)
     calm_collector()
     uvloop.run(_obeying(server.serve(server.listen()), post, server.stop))
     return 0

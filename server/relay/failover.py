@@ -7,6 +7,10 @@ has. Never two at a time: a leg's connection is closed before the next one begin
 import contextlib
 import logging
 from collections import Counter
+from collections.abc import Iterator
+
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from server.admission.dispatch import Dispatcher
 from server.engine.answers import Usage
@@ -45,7 +49,7 @@ log = logging.getLogger("evenhand.failover")
 MOST_LOOKS = 32  # at how many lengths the text of token ids is compared with what the client has
 
 
-class Failover:
+class Failover(Collector):
     """Brings an answer to its end at other workers. attempts: workers asked for one request, the first one too."""
 
     def __init__(self, relay: Relay, steering: EngineBody, attempts: int) -> None:
@@ -53,6 +57,14 @@ class Failover:
         self.steering = steering
         self.attempts = attempts
         self.outcomes: Counter[str] = Counter()
+
+    def collect(self) -> Iterator[Metric]:
+        failovers = CounterMetricFamily(
+            "evenhand_failovers", "Answers that another worker had to bring to an end.", labels=("outcome",)
+        )
+        for outcome in ("retried", "resumed", "failed", "blamed"):
+            failovers.add_metric((outcome,), self.outcomes[outcome])
+        yield failovers
 
     def can_move(self, leg: RunningAnswer) -> bool:
         """Whether another worker could go on with an answer."""

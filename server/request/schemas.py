@@ -218,8 +218,8 @@ def _misfit(error: BaseException) -> BadRequest:
 def _refuse_unlisted(route: Route, name: str, value: msgspec.Raw) -> None:
     if bytes(value) not in _NEUTRAL:
         raise BadRequest(
-            f"The field {name[:64]!r} is not open to clients on {route.path}: remove it, or ask the operator to "
-            "grant it to your tenant. The fields that are open are listed in docs/api.md.",
+            f"The field {name[:64]!r} is not allowed on {route.path}: remove it, or ask the operator to "
+            "grant it to your tenant. docs/api.md lists the allowed fields.",
             param=name[:64],
             code="field_not_allowed",
         )
@@ -262,12 +262,13 @@ def _kind(fields: Fields) -> str:
 def with_usage(body: bytes, options: StreamOptions | None) -> bytes:
     """The body with `stream_options.include_usage` asked for, so that the answer ends with the exact count, and with no
     usage in every chunk, which the client would not get without it. Every other member keeps its bytes."""
-    if options is None:
+    if options is None and b"stream_options" not in body:  # else it is null, or the name is somewhere in a text
         return body[: body.rindex(b"}")] + b',"stream_options":{"include_usage":true}}'
     members = raw_members(body)
-    if len(bytes(members["stream_options"])) > LONGEST_OPTIONS_BYTES:
+    asked = bytes(members.get("stream_options", _ABSENT))
+    if len(asked) > LONGEST_OPTIONS_BYTES:
         raise BadRequest("'stream_options' is too long.", param="stream_options")
-    told = raw_members(members["stream_options"])
+    told = {} if options is None else raw_members(asked)
     told.pop("continuous_usage_stats", None)
     told["include_usage"] = msgspec.Raw(b"true")
     return _encode(members | {"stream_options": msgspec.Raw(_encode(told))})

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from server.admission.limits import AtLimit, Gate, LimitStanding
-from server.cluster.replicas import Part, Replicas
+from server.cluster.replicas import KnownRing, Part, Replicas
 from server.request.tenants import Limits, Tenant
 from server.store.store import MemoryStore, News, Offer, StoreAway
 
@@ -77,10 +77,9 @@ class Member:
 
     def __init__(self, world: World, name: str, parts: tuple[Part, ...]) -> None:
         self.name = name
-        self.replicas = Replicas(name, world.store, clock=world.clock)
-        self.gate = Gate(name, world.tenants.get, clock=world.clock, wall=world.wall, ring=self.replicas)
-        self.replicas.parts = [self.gate, *parts]
-        self.replicas.kept = [self.gate]
+        ring = KnownRing()
+        self.gate = Gate(name, world.tenants.get, clock=world.clock, wall=world.wall, ring=ring)
+        self.replicas = Replicas(name, world.store, ring, [self.gate, *parts], [self.gate], clock=world.clock)
 
     async def sync(self) -> None:
         await self.replicas.exchange()

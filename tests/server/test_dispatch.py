@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from scheduler.catalog import build
+from scheduler.pools import Pools
 from scheduler.tiers import TieredLanes
 from scheduler.workers import Worker
 from server.admission.dispatch import LONGEST_RETRY_S, Dispatcher, Lines, Pace
@@ -44,7 +45,7 @@ class Hall:
         replicas: int = 1,
     ) -> None:
         self.clock = asyncio.get_running_loop().time
-        self.fleet = Fleet()
+        self.fleet = Fleet(pools=Pools(sharers=lambda: replicas))
         for number, count in enumerate(slots):
             self.join(f"w{number}", count)
         self.dispatcher = Dispatcher(
@@ -55,7 +56,6 @@ class Hall:
             queue_timeout_s=timeout_s,
             clock=self.clock,
         )
-        self.fleet.replicas = lambda: replicas
         self.fleet.changed.append(self.dispatcher.advance)
         self.order: list[int] = []
         self.running: Counter[str] = Counter()

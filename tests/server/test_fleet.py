@@ -107,8 +107,7 @@ async def test_two_workers_cannot_have_one_name() -> None:
 async def test_an_engine_with_the_plug_in_is_recognised_and_follows_the_policy() -> None:
     async with FakeEngine(EngineSetup(plugin=True)) as engine:
         wanted = ("vtc", ("output_weight=3",))
-        fleet = Fleet(probe_s=0.01, health=QUIET)
-        fleet.policy = lambda: wanted
+        fleet = Fleet(probe_s=0.01, health=QUIET, order=lambda: wanted)
         member = fleet.add(Worker("w", engine.url))
         await eventually(lambda: member.state is WorkerState.READY)
         assert member.worker.plugin
@@ -144,8 +143,7 @@ async def test_each_data_parallel_rank_is_told_the_policy() -> None:
         engine.gets = {
             "/metrics": page('evenhand_engine_policy_info{policy="fcfs"} 1.0', "evenhand_engine_slots 3072.0")
         }
-        fleet = Fleet(probe_s=0.01, health=QUIET)
-        fleet.policy = lambda: ("vtc", ())
+        fleet = Fleet(probe_s=0.01, health=QUIET, order=lambda: ("vtc", ()))
         member = fleet.add(Worker("w", engine.url))
         await eventually(lambda: member.state is WorkerState.READY)
         assert [asked.headers["x-data-parallel-rank"] for asked in engine.asked] == ["0", "1", "2"]
@@ -155,8 +153,7 @@ async def test_each_data_parallel_rank_is_told_the_policy() -> None:
 
 async def test_an_engine_that_refuses_a_policy_keeps_its_own_and_serves_on() -> None:
     async with FakeEngine(EngineSetup(plugin=True)) as engine:
-        fleet = Fleet(probe_s=0.01, health=QUIET)
-        fleet.policy = lambda: ("lottery", ())
+        fleet = Fleet(probe_s=0.01, health=QUIET, order=lambda: ("lottery", ()))
         member = fleet.add(Worker("w", engine.url))
         await eventually(lambda: member.state is WorkerState.READY)
         assert "lottery" in member.note
@@ -169,8 +166,7 @@ async def test_an_engine_that_refuses_a_policy_keeps_its_own_and_serves_on() -> 
 
 async def test_an_engine_without_the_plug_in_is_told_nothing() -> None:
     async with FakeEngine(EngineSetup()) as engine:
-        fleet = Fleet(probe_s=0.01, health=QUIET)
-        fleet.policy = lambda: ("vtc", ())
+        fleet = Fleet(probe_s=0.01, health=QUIET, order=lambda: ("vtc", ()))
         member = fleet.add(Worker("w", engine.url))
         await eventually(lambda: member.state is WorkerState.READY)
         assert not member.worker.plugin

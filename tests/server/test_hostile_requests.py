@@ -386,11 +386,11 @@ async def test_a_probe_outlives_whatever_a_stream_s_request_looks_like() -> None
             raise AssertionError("nothing is taken away")
 
     async with FakeEngine(INSTANT) as one, FakeEngine(INSTANT) as other:
-        fleet = Fleet(probe_s=0.01)
+        fleet = Fleet(probe_s=0.01, movable=cannot_read)
         members = [fleet.add(Worker(f"w{at}", engine.url)) for at, engine in enumerate((one, other))]
         await eventually(lambda: len(fleet.ready()) == 2)
         now = fleet.clock()
-        fleet.movable, fleet.clock = cannot_read, lambda: now + 1e6
+        fleet.clock = lambda: now + 1e6
         members[0].legs.add(Silent())
         fleet.drain("w0")
         await asyncio.sleep(0.05)  # several looks

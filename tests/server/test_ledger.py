@@ -11,7 +11,7 @@ from scheduler.catalog import build
 from scheduler.jobs import Job, Outcome
 from scheduler.tiers import TieredLanes
 from server.cluster.account_sync import AccountSync
-from server.cluster.replicas import Replicas
+from server.cluster.replicas import KnownRing, Replicas
 from tests.server.replicated import Store
 
 STEP_S = 0.02
@@ -32,9 +32,8 @@ class Gateway:
 
     def __post_init__(self) -> None:
         self.lanes = TieredLanes(build(self.policy, {}))
-        self.replicas = Replicas(self.name, self.store, clock=self.clock, sync_s=SYNC_S)
         self.ledger = AccountSync(lambda: {MODEL: self}, self.clock)
-        self.replicas.parts = [self.ledger]
+        self.replicas = Replicas(self.name, self.store, KnownRing(), [self.ledger], clock=self.clock, sync_s=SYNC_S)
         self.replicas.on_silence.append(self.ledger.silence)
 
     def settle(self, now: float) -> None:

@@ -37,7 +37,9 @@ class One:
     def __init__(self, store: MemoryStore, number: int) -> None:
         self.fleet = Fleet(probe_s=60)
         self.telemetry = Telemetry(lambda: [("m", number + 1)], lambda: [], self.fleet.rows)
-        self.siblings = LocalSync(store, number, self.fleet, self.telemetry.registry, Background())
+        self.siblings = LocalSync(
+            store, number, self.fleet, self.telemetry.registry, Background(), lambda: f"of {number}"
+        )
 
     @property
     def workers(self) -> set[str]:
@@ -152,10 +154,9 @@ async def test_metrics_are_those_of_all_processes(store: Away) -> None:
 
 async def test_each_sees_what_the_others_show_operators_and_not_its_own(store: Away) -> None:
     one, other = One(store, 0), One(store, 1)
-    one.siblings.view, other.siblings.view = (lambda: "of one"), (lambda: "of the other")
     await one.siblings.publish()
     await other.siblings.publish()
-    assert await one.siblings.views() == ["of the other"] and await other.siblings.views() == ["of one"]
+    assert await one.siblings.views() == ["of 1"] and await other.siblings.views() == ["of 0"]
     store.away = True
     assert await one.siblings.views() == []
 
