@@ -1,106 +1,16 @@
 """The shadow is first come, first served, whatever the engine really does; and the promise made from it holds."""
 
 import random
-from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from statistics import mean
 
 import pytest
 
-from loadtest.simulator.batch import ContinuousBatch
-from loadtest.simulator.costmodel import CostModel
 from scheduler.catalog import build
 from scheduler.jobs import Job, Outcome
 from scheduler.lanes import Lanes
 from scheduler.shadow import Recent, Shadow
-
-STEP_S, TOKENS_PER_STEP, SLOTS = 0.01, 256, 8
-COST = CostModel(
-    iteration_s=STEP_S,
-    prefill_s_per_token=STEP_S / TOKENS_PER_STEP,
-    decode_s_per_sequence=STEP_S / TOKENS_PER_STEP,
-    max_seqs=SLOTS,
-    kv_capacity_tokens=1 << 20,
-)
-
-Lengths = Callable[[random.Random], int]
-LENGTHS: dict[str, Lengths] = {
-    "constant": lambda rng: 60,
-    "uniform": lambda rng: rng.randint(1, 120),
-    "exponential": lambda rng: max(1, round(rng.expovariate(1 / 60))),
-    "Pareto": lambda rng: min(4000, max(1, round(12 * rng.random() ** (-1 / 1.2)))),
-}
-
-
-class Lived:
-    """A run: seconds to the first token and to the end, by job, in order of arrival."""
-
-    def __init__(self) -> None:
-        self.started_s: dict[int, float] = {}
-        self.first_s: dict[int, float] = {}
-        self.end_s: dict[int, float] = {}
-        self.displaced = 0
-        self.shadow: Shadow | None = None
-
-    def note_starts(self, jobs: Iterable[Job], lanes: Lanes, now: float) -> None:
-        """Those that do not wait run."""
-        for job in jobs:
-            if job not in lanes:
-                self.started_s.setdefault(int(job.id), now)
-
-
-def work(lengths: str, count: int, seed: int) -> list[tuple[int, int]]:
-    rng = random.Random(seed)
-    return [(rng.randint(20, 400), LENGTHS[lengths](rng)) for _ in range(count)]
-
-
-def arrivals(jobs: Sequence[tuple[int, int]], load: float, seed: int) -> list[float]:
-    """Poisson, at `load` times what the engine can do of them."""
-    seconds = sum(STEP_S * ((prompt + made) / TOKENS_PER_STEP + made / SLOTS) for prompt, made in jobs)
-    rng, at, times = random.Random(seed), 0.0, []
-    for _ in jobs:
-        at += rng.expovariate(load * len(jobs) / seconds)
-        times.append(at)
-    return times
-
-
-def live(
-    policy: str, options: dict[str, str], jobs: Sequence[tuple[int, int]], times: Sequence[float], taught: int = 0
-) -> Lived:
-    """The simulator's engine under a policy. taught: seed of other jobs whose lengths it knows, 0 for none."""
-    built = build(policy, options)
-    lanes = Lanes(built)
-    batch, lived = ContinuousBatch(COST, lanes), Lived()
-    if taught:
-        shuffled = random.Random(taught).sample(list(jobs), len(jobs))
-        for prompt, made in shuffled:
-            built.order.learn(Job("", "t", prompt, 0.0, output_tokens=made), Outcome.DONE)
-    now, coming, left = 0.0, 0, {}
-    while coming < len(jobs) or left:
-        if not left:
-            now = max(now, times[coming])
-        while coming < len(jobs) and times[coming] <= now:
-            job = Job(str(coming), "t", jobs[coming][0], now)
-            left[job] = jobs[coming][1]
-            batch.add(job, now)
-            coming += 1
-        iteration = batch.schedule(now)
-        assert iteration is not None
-        lived.note_starts(left, lanes, now)
-        now += iteration.duration_s
-        for job in batch.complete(iteration, now):
-            number = int(job.id)
-            lived.first_s.setdefault(number, now - times[number])
-            if job.output_tokens == left[job]:
-                del left[job]
-                batch.finish(job, Outcome.DONE, now)
-                lived.end_s[number] = now - times[number]
-    lived.displaced, lived.shadow = batch.counts.displaced, lanes.shadow
-    return lived
-
-
-def p99(values: Sequence[float]) -> float:
-    return sorted(values)[int(0.99 * len(values))]
+from tests.scheduler.simulated import LENGTHS, arrivals, live, p99, shuffled, work
 
 
 @pytest.mark.parametrize(
@@ -111,7 +21,7 @@ def test_it_tells_what_first_come_first_served_would_have_done(policy: str, leng
     jobs = work(lengths, 400, 3)
     times = arrivals(jobs, load, 4)
     fcfs = live("fcfs", {}, jobs, times)
-    shadow = live(policy, {"tail": "0.8"}, jobs, times, taught=5).shadow
+    shadow = live(policy, {"tail": "0.8"}, jobs, times, taught=shuffled(jobs, 5)).shadow
     assert shadow is not None
     real, told = mean(fcfs.end_s.values()), shadow.ends.mean
     assert abs(told - real) <= 0.2 * real
@@ -145,7 +55,7 @@ CASES = [
 def test_gittins_with_its_defaults_makes_nobody_regret_it(lengths: str, load: float) -> None:
     jobs = work(lengths, 600, 1)
     times = arrivals(jobs, load, 2)
-    fcfs, gittins = live("fcfs", {}, jobs, times), live("gittins", {}, jobs, times, taught=3)
+    fcfs, gittins = live("fcfs", {}, jobs, times), live("gittins", {}, jobs, times, taught=shuffled(jobs, 3))
     assert mean(gittins.end_s.values()) <= mean(fcfs.end_s.values()) / 0.98
     assert p99(list(gittins.first_s.values())) <= p99(list(fcfs.first_s.values())) / 0.9
     assert p99(list(gittins.end_s.values())) <= p99(list(fcfs.end_s.values())) / 0.75
@@ -164,13 +74,13 @@ def test_without_its_promise_the_tail_is_lost() -> None:
 
 def test_where_lengths_are_alike_next_to_nobody_is_displaced() -> None:
     jobs = work("constant", 400, 1)
-    assert live("gittins", {}, jobs, arrivals(jobs, 1.2, 2), taught=3).displaced <= 8
+    assert live("gittins", {}, jobs, arrivals(jobs, 1.2, 2), taught=shuffled(jobs, 3)).displaced <= 8
 
 
 @pytest.mark.parametrize("lengths", ["constant", "uniform", "exponential"])
 def test_where_nothing_tells_the_lengths_it_is_first_come_first_served(lengths: str) -> None:
     jobs = work(lengths, 400, 1)
-    lived = live("gittins", {}, jobs, arrivals(jobs, 1.2, 2), taught=3)
+    lived = live("gittins", {}, jobs, arrivals(jobs, 1.2, 2), taught=shuffled(jobs, 3))
     starts = [number for number, _ in sorted(lived.started_s.items(), key=lambda start: start[1])]
     assert sum(later < earlier for earlier, later in pairwise(starts)) <= 0.05 * len(jobs)
 
@@ -180,7 +90,10 @@ def test_under_overload_the_short_ones_gain_and_the_first_tokens_of_the_rest_kee
     rng = random.Random(1)
     jobs = [((30, 10), (300, 90))[rng.random() < 0.5] for _ in range(600)]
     times = arrivals(jobs, 1.2, 2)
-    fcfs, gittins = live("fcfs", {}, jobs, times), live("gittins", {"tail": "1.1"}, jobs, times, taught=3)
+    fcfs, gittins = (
+        live("fcfs", {}, jobs, times),
+        live("gittins", {"tail": "1.1"}, jobs, times, taught=shuffled(jobs, 3)),
+    )
     assert mean(gittins.end_s.values()) <= mean(fcfs.end_s.values()) / 1.1
     assert p99(list(gittins.first_s.values())) <= p99(list(fcfs.first_s.values())) / 0.85
 
