@@ -123,6 +123,10 @@ class TieredLanes:
         others leave."""
         return self._owed >= 1.0 and self._flex.waiting > 0 and self._flex.running() == len(self._reserved)
 
+    def is_reserved(self, job: Job) -> bool:
+        """Whether the job runs by the reserve."""
+        return job in self._reserved
+
     def is_due(self, job: Job) -> bool:
         """Whether the job is of flex, and goes first for once."""
         return job.tier is Tier.FLEX and self._is_due()
@@ -242,6 +246,17 @@ class TieredLanes:
         for tier in (Tier.PRIORITY, Tier.FLEX):
             depth |= {f"{tier.label} {label}": count for label, count in self._tiers[tier].depth().items()}
         return depth
+
+    def wanted_tokens(self, most: int) -> int:
+        """Tokens that those who wait in higher tiers than flex want to compute in the next step, up to `most`."""
+        tokens = 0
+        for lanes in self._tiers[: Tier.FLEX]:
+            if len(lanes):
+                for job in lanes.waiting_jobs():
+                    tokens += max(1, job.restart_tokens)
+                    if tokens >= most:
+                        return most
+        return tokens
 
     def by_tier(self) -> dict[Tier, int]:
         """How many wait."""

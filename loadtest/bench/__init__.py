@@ -19,6 +19,7 @@ BENCHMARKS: Mapping[str, tuple[str, str]] = {
         "prefill and decode apart, against two engines that do both",
     ),
     "batch": ("loadtest.bench.batch", "batch work beside interactive traffic, and what a line of a batch costs"),
+    "slack": ("loadtest.bench.slack", "batch work inside one engine, on a work clock, beside vLLM's own ways"),
     "salt": ("loadtest.bench.salt", "what a prefix cache of its own for each tenant costs"),
     "fresh": ("loadtest.bench.fresh", "a fresh clone: make install, make serve, the first answer"),
     "schedule": ("loadtest.bench.schedule", "what the plug-in costs at each iteration, against stock vLLM"),

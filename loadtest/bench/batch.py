@@ -69,13 +69,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def output_length(rng: Random) -> int:
+    """Of one answer, in tokens."""
+    return max(2, min(1024, round(rng.lognormvariate(math.log(OUTPUT_TOKENS) - SIGMA**2 / 2, SIGMA))))
+
+
 def interactive(rng: Random, seconds: float, rounds: int) -> Iterator[TraceCall]:
     """Poisson arrivals, fast and slow in turns."""
     at_s, number = 0.0, 0
-    location = math.log(OUTPUT_TOKENS) - SIGMA**2 / 2
     while (phase := int(at_s / seconds)) < 2 * rounds:
         at_s += rng.expovariate(CALM_PER_S if phase % 2 else BURST_PER_S)
-        length = max(2, min(1024, round(rng.lognormvariate(location, SIGMA))))
+        length = output_length(rng)
         prompt = [rng.randrange(100, 40_000) for _ in range(PROMPT_TOKENS)]
         yield TraceCall(f"i{number}", at_s, "people", prompt, PROMPT_TOKENS, length)
         number += 1

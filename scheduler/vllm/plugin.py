@@ -48,6 +48,7 @@ from scheduler.fairness import FairnessTally
 from scheduler.jobs import Job, Outcome, Tier
 from scheduler.kept_blocks import Kept
 from scheduler.policy import Policy
+from scheduler.slack import Slack, StepLoad
 from scheduler.tiers import BY_NAME, DEFAULT_RESERVE, TieredLanes
 
 logger = init_logger("vllm.evenhand")  # below "vllm", or the engine's log would not show it
@@ -56,6 +57,7 @@ OLDEST_VLLM: Final = (0, 26)
 FIRST_UNTRIED_VLLM: Final = (0, 34)
 REPORT_INTERVAL_S: Final = 1.0
 HELD_LOOK_S: Final = 0.005
+MOST_UNDER_WAY: Final = 64  # steps whose end was not told
 YIELDS_FIRST: Final = 2**31  # above any priority that a client may send
 
 # Everything below is what we rely on and vLLM does not promise; `missing_members` checks it when the engine starts.
@@ -100,7 +102,7 @@ ATTRIBUTES: Final[Mapping[type, tuple[str, ...]]] = {
     BlockPool: ("num_gpu_blocks",),
     Request: (
         "request_id", "client_index", "priority", "sampling_params", "pooling_params", "structured_output_request",
-        "num_prompt_tokens", "num_output_tokens", "num_tokens", "num_computed_tokens",
+        "num_prompt_tokens", "num_output_tokens", "num_tokens", "num_computed_tokens", "num_output_placeholders",
         "max_tokens", "status", "num_preemptions", "resumable",
     ),
     RequestStatus: (
@@ -188,6 +190,13 @@ def reserve_from(config: object) -> float:
     """The share of starts that is flex's under saturation, as vLLM's `additional_config` has it. ValueError if none."""
     ours = config.get("evenhand", {}) if isinstance(config, Mapping) else {}
     return float(ours.get("flex_reserve", DEFAULT_RESERVE))
+
+
+def slack_from(config: object) -> Slack:
+    """The budget of steps with flex work in them, by the objective in vLLM's `additional_config`, if it names one."""
+    ours = config.get("evenhand", {}) if isinstance(config, Mapping) else {}
+    tpot_s = ours.get("tpot_s")
+    return Slack(None if tpot_s is None else float(tpot_s))
 
 
 def xargs_of(request: Request) -> Mapping[str, Any]:
@@ -477,6 +486,9 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
 
     clock: Callable[[], float] = staticmethod(time.monotonic)
     registry: CollectorRegistry = REGISTRY
+    running: list[Request]
+    max_num_scheduled_tokens: int
+    max_num_running_reqs: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         require_supported_vllm()
@@ -499,6 +511,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         self._yielded_memory = False
         # Where vLLM counts a look-up as a hit in its metrics, we do not look.
         self._looks_up = hasattr(self.kv_cache_manager, "record_prefix_cache_stats")
+        self._prepare_for_flex()
         self._reason = "reset"
         self._singled_out: Request | None = None
         self._answers: list[tuple[Request, dict[str, str]]] = []
@@ -507,6 +520,13 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         self._report_at = 0.0
         self._steps = 0
         self._describe(policy)
+
+    def _prepare_for_flex(self) -> None:
+        self._slack = slack_from(self.vllm_config.additional_config)
+        self._flexible = False  # a flex request has come: from then on steps are timed
+        self._held: list[Request] = []
+        self._under_way: dict[int, tuple[StepLoad | None, float]] = {}
+        self._updated_at = 0.0
 
     def _describe(self, policy: Policy) -> None:
         """What does not change while the engine runs, and the policy of its start: in metrics and in the log."""
@@ -538,6 +558,9 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         """
         if self._vllm_policy is SchedulingPolicy.PRIORITY:
             self._single_out(self._lanes.victim(self._queue.now, self._can_yield))
+            if self._singled_out in self._held:  # it sits this step out, but its memory is needed
+                self._held.remove(self._singled_out)
+                self.running.append(self._singled_out)
         return self._vllm_policy
 
     @policy.setter
@@ -561,10 +584,14 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         admits = len(self._lanes) > 0 and not self._is_paused() and not any((*args, *kwargs.values()))
         if admits:
             self._note_progress()
-            if self._memory_bound or self._slots_taken():
+            if self._memory_bound or self._slots_taken() or self._flex_holds_memory(now):
                 self._displace(now)
         self._reason, self._yielded_memory = "memory", False
-        output = self._schedule_capped(self._prompt_cap(now) if admits else None, *args, **kwargs)
+        cap = self._prompt_cap(now) if admits else None
+        if self._flexible:
+            output = self._schedule_within_budget(cap, now, *args, **kwargs)
+        else:
+            output = self._schedule_capped(cap, *args, **kwargs)
         self._reason = "reset"
         self._lanes.stepped(now, output.total_num_scheduled_tokens - self._flex_tokens(output))
         self._note_starts(output, now)
@@ -574,6 +601,104 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         if now >= self._report_at:
             self._report(now)
         return output
+
+    def _flex_holds_memory(self, now: float) -> bool:
+        """Whether the head lacks KV blocks, and a flex job of a lower tier could give it some."""
+        if not self._flexible or not self._lanes.running(Tier.FLEX):
+            return False
+        head = self._lanes.peek(now)
+        if head is None or head.tier is Tier.FLEX:
+            return False
+        return self._lacks_blocks(self._queue.entries[head.id].request)
+
+    def _schedule_within_budget(self, cap: int | None, now: float, *args: Any, **kwargs: Any) -> SchedulerOutput:  # noqa: ANN401
+        """A step in which flex does as much as fits beside the others.
+
+        What does not fit is held aside: vLLM may leave running requests out of a step, as it does when tokens run out.
+        Those that go on come last, so that others have the step's tokens first.
+        """
+        step_tokens, slots = self.max_num_scheduled_tokens, self.max_num_running_reqs
+        active = getattr(self, "max_num_active_reqs", None)
+        tokens = self._hold_flex_back(step_tokens)
+        self.max_num_scheduled_tokens = min(step_tokens, tokens)
+        self.max_num_running_reqs = slots - len(self._held)
+        if active is not None:
+            self.max_num_active_reqs = active - len(self._held)
+        try:
+            output = self._schedule_capped(cap, *args, **kwargs)
+        finally:
+            self.max_num_scheduled_tokens, self.max_num_running_reqs = step_tokens, slots
+            if active is not None:
+                self.max_num_active_reqs = active
+            self.running.extend(self._held)
+            self._held = []
+        if len(self._under_way) > MOST_UNDER_WAY:
+            self._under_way.clear()
+        self._under_way[id(output)] = self._load_of(output), now
+        return output
+
+    def _hold_flex_back(self, step_tokens: int) -> int:
+        """Takes out of the batch what sits the next step out; returns the most tokens that the step may compute."""
+        entries, lanes = self._queue.entries, self._lanes
+        others: list[Request] = []
+        kept: list[Request] = []
+        decoding: list[Request] = []
+        reading: list[Request] = []
+        for request in self.running:
+            entry = entries.get(request.request_id)
+            if entry is None or entry.job.tier is not Tier.FLEX:
+                others.append(request)
+            elif lanes.is_reserved(entry.job):
+                kept.append(request)
+            else:
+                (decoding if self._unread(request) <= 1 else reading).append(request)
+        load = StepLoad()
+        for request in (*others, *kept):
+            self._add_load(load, request, self._unread(request))
+        wanted = lanes.wanted_tokens(step_tokens)
+        load.prompt_tokens = min(step_tokens, load.prompt_tokens + wanted)
+        contexts = [request.num_computed_tokens for request in decoding]
+        sequences, prompt_tokens = self._slack.room(load, contexts, step_tokens)
+        going = decoding[:sequences]
+        self._held = decoding[sequences:]
+        if wanted or not prompt_tokens:
+            self._held += reading
+        else:
+            going += reading
+        self.running = others + kept + going
+        made = (1 + int(self.num_spec_tokens)) * (load.sequences + sequences)
+        return load.prompt_tokens + made + prompt_tokens
+
+    @staticmethod
+    def _unread(request: Request) -> int:
+        """Tokens to compute before its next one, that one's own position included."""
+        return int(request.num_tokens + request.num_output_placeholders - request.num_computed_tokens)
+
+    @staticmethod
+    def _add_load(load: StepLoad, request: Request, tokens: int) -> None:
+        if tokens <= 1:
+            load.sequences += 1
+            load.context += request.num_computed_tokens
+        else:
+            load.prompt_tokens += tokens
+
+    def _load_of(self, output: SchedulerOutput) -> StepLoad:
+        """What a step computes that has just been put together."""
+        load, requests, several = StepLoad(), self.requests, 1 + self.num_spec_tokens
+        for name, tokens in output.num_scheduled_tokens.items():
+            request = requests.get(name)
+            if request is not None:
+                self._add_load(load, request, 1 if tokens <= several and request.num_output_tokens else tokens + 1)
+        return load
+
+    def _time_step(self, output: SchedulerOutput) -> None:
+        """A step has ended: it began when it was put together, or when the one before it ended."""
+        now = self.clock()
+        load, scheduled_at = self._under_way.pop(id(output), (None, 0.0))
+        seconds = now - max(scheduled_at, self._updated_at)
+        self._updated_at = now
+        if load is not None and seconds > 0.0 and (load.prompt_tokens or load.sequences):
+            self._slack.model.learn(load, seconds)
 
     def _only_holds_kv(self) -> bool:
         """Whether all that is left is KV that another engine has not fetched yet.
@@ -607,18 +732,38 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         As many as have tokens to compute in one step. Heads are held aside while the next one is looked for, and go
         back to the front of the line: it is vLLM that takes them. A head that vLLM would skip ends it.
         """
-        tokens, heads = self.max_num_scheduled_tokens, []
+        tokens = self.max_num_scheduled_tokens
+        heads: list[Job] = []
         while tokens > 0 and (swap := self._lanes.displacement(now, self._can_yield)) is not None:
             head, victim = swap
+            across = victim.tier > head.tier
             if self._is_blocked_waiting_status(self._queue.entries[head.id].request.status):
                 break
+            if across and not self._needs_room(head, len(heads)):
+                break
             self._send_back(victim, now)
+            if across:
+                self._displace_for_memory(head, now)
             heads.append(self._lanes.pop(now))
             tokens -= max(1, head.restart_tokens)
-            if self._memory_bound:
+            if self._memory_bound and not across:
                 break  # whether what was freed is enough is known only when the head has started
         for head in reversed(heads):
             self._lanes.put_back(head, now)
+
+    def _needs_room(self, head: Job, before: int) -> bool:
+        """Whether there is no slot for the head behind so many others, or too little memory."""
+        taken = len(self.running) + self.num_waiting_for_streaming_input + before
+        return bool(taken >= self._slots) or self._lacks_blocks(self._queue.entries[head.id].request)
+
+    def _displace_for_memory(self, head: Job, now: float) -> None:
+        """Sends jobs of lower tiers back until the head has the memory that it needs."""
+        request = self._queue.entries[head.id].request
+        while self._lacks_blocks(request):
+            swap = self._lanes.displacement(now, self._can_yield)
+            if swap is None or swap[0] is not head or swap[1].tier <= head.tier:
+                return
+            self._send_back(swap[1], now)
 
     def _send_back(self, job: Job, now: float) -> None:
         victim = self._queue.entries[job.id].request
@@ -712,6 +857,8 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, model_runner_output)
+        if self._flexible:
+            self._time_step(scheduler_output)
         now = self.clock()
         entries, serve = self._queue.entries, self._lanes.serve
         for client in outputs.values():
@@ -738,6 +885,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
             self._answers.append((request, self._switch(xargs)))
         else:
             super().add_request(request)
+            self._flexible = self._flexible or self._lanes.running(Tier.FLEX) + self._lanes.by_tier()[Tier.FLEX] > 0
 
     def _switch(self, xargs: Mapping[str, Any]) -> dict[str, str]:
         """Obeys an order to change the policy, or keeps the old one. Returns what to answer."""

@@ -1,0 +1,135 @@
+"""How much flex work a step of an engine has room for: as much as keeps its predicted time within a budget.
+
+HyGen's rule (Sun et al., NeurIPS 2025): the time of a step is linear in what it computes, the coefficients are fitted
+online from the engine's own steps, and offline work is added only up to a budget that follows from the objective for
+the time per output token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+_SCALES: Final = (1.0, 256.0, 64.0, 16384.0)  # so that coefficients are seconds of like size
+_FORGET: Final = 0.999
+_UNCERTAIN: Final = 1e3
+_MOST_UNCERTAIN: Final = 1e5  # nothing is forgotten beyond: a step that is always the same teaches nothing
+_KNOWN: Final = 8  # steps after which a prediction counts
+_STRETCH: Final = 4.0  # the budget in empty steps, where there is no objective
+_LEAST_TOKENS: Final = 64  # of a prompt in one step of an engine that has nothing else to do
+
+
+@dataclass(slots=True)
+class StepLoad:
+    """What a step computes. prompt_tokens: of prompts; sequences: that make a token each, over `context` KV tokens."""
+
+    prompt_tokens: int = 0
+    sequences: int = 0
+    context: int = 0
+
+
+class StepModel:
+    """Seconds of a step: a constant, and so much for each token of a prompt, each sequence and each KV token it reads.
+
+    Recursive least squares with forgetting; a step costs some 10 µs to learn from.
+    """
+
+    __slots__ = ("_inverse", "_weights", "steps")
+
+    def __init__(self) -> None:
+        size = len(_SCALES)
+        self.steps = 0
+        self._weights = [0.0] * size
+        self._inverse = [[_UNCERTAIN if row == column else 0.0 for column in range(size)] for row in range(size)]
+
+    @property
+    def is_known(self) -> bool:
+        return self.steps >= _KNOWN
+
+    @property
+    def empty_s(self) -> float:
+        """Of a step as such."""
+        return max(0.0, self._weights[0])
+
+    @property
+    def per_prompt_token_s(self) -> float:
+        return max(0.0, self._weights[1] / _SCALES[1])
+
+    @property
+    def per_sequence_s(self) -> float:
+        return max(0.0, self._weights[2] / _SCALES[2])
+
+    @property
+    def per_context_token_s(self) -> float:
+        return max(0.0, self._weights[3] / _SCALES[3])
+
+    def predicted_s(self, load: StepLoad) -> float:
+        """Seconds of a step."""
+        return (
+            self.empty_s
+            + self.per_prompt_token_s * load.prompt_tokens
+            + self.per_sequence_s * load.sequences
+            + self.per_context_token_s * load.context
+        )
+
+    def learn(self, load: StepLoad, seconds: float) -> None:
+        """A step took so long. One that took many times what was expected (a pause of the process) counts as a few."""
+        if self.is_known:
+            seconds = min(seconds, 4.0 * max(self.predicted_s(load), self.empty_s))
+        self.steps += 1
+        told = (1.0, load.prompt_tokens, load.sequences, load.context)
+        x = [value / scale for value, scale in zip(told, _SCALES, strict=True)]
+        inverse, weights = self._inverse, self._weights
+        px = [sum(a * b for a, b in zip(row, x, strict=True)) for row in inverse]
+        forget = _FORGET if sum(row[at] for at, row in enumerate(inverse)) < _MOST_UNCERTAIN else 1.0
+        gain = [value / (forget + sum(a * b for a, b in zip(px, x, strict=True))) for value in px]
+        error = seconds - sum(a * b for a, b in zip(weights, x, strict=True))
+        self._weights = [weight + part * error for weight, part in zip(weights, gain, strict=True)]
+        self._inverse = [
+            [(value - part * other) / forget for value, other in zip(row, px, strict=True)]
+            for row, part in zip(inverse, gain, strict=True)
+        ]
+
+
+class Slack:
+    """What a step has room for beside the work of others.
+
+    tpot_s: objective for the time per output token, which a step with flex work in it is to keep; None: four times what
+    a step takes as such.
+    """
+
+    __slots__ = ("_tpot_s", "model")
+
+    def __init__(self, tpot_s: float | None = None) -> None:
+        self._tpot_s = tpot_s
+        self.model = StepModel()
+
+    @property
+    def budget_s(self) -> float:
+        """The longest predicted step in which flex takes part."""
+        return _STRETCH * self.model.empty_s if self._tpot_s is None else self._tpot_s
+
+    def room(self, others: StepLoad, contexts: Sequence[int], step_tokens: int) -> tuple[int, int]:
+        """How many of the flex sequences that decode, with so many KV tokens each, make a token in a step in which
+        others compute `others`, and how many tokens of flex prompts are read, of `step_tokens` that the step may have.
+
+        All and all as long as little is known. Where there are no others, something is always done.
+        """
+        model = self.model
+        used = others.prompt_tokens + others.sequences
+        free = max(0, step_tokens - used)
+        if not model.is_known:
+            return min(len(contexts), free), max(0, free - len(contexts))
+        left_s = self.budget_s - model.predicted_s(others)
+        alone = not used
+        decoding = len(contexts) if alone else 0
+        while decoding < len(contexts):
+            left_s -= model.per_sequence_s + model.per_context_token_s * contexts[decoding]
+            if left_s < 0.0:
+                break
+            decoding += 1
+        if alone:
+            left_s -= model.per_sequence_s * decoding + model.per_context_token_s * sum(contexts)
+        price = model.per_prompt_token_s
+        tokens = free if price <= 0.0 else int(max(0.0, left_s) / price)
+        least = _LEAST_TOKENS if alone else 0
+        return min(decoding, free), max(0, min(free - decoding, max(tokens, least)))

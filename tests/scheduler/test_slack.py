@@ -1,0 +1,73 @@
+"""The time of a step is learned from steps, and flex takes what is left of the budget."""
+
+import random
+
+import pytest
+
+from scheduler.slack import Slack, StepLoad
+
+TRUE = (0.009, 60e-6, 40e-6, 25e-9)  # seconds of a step as such, per prompt token, sequence and KV token
+
+
+def seconds(load: StepLoad) -> float:
+    constant, prompt, sequence, context = TRUE
+    return constant + prompt * load.prompt_tokens + sequence * load.sequences + context * load.context
+
+
+def drawn(rng: random.Random) -> StepLoad:
+    sequences = rng.randint(0, 200)
+    return StepLoad(rng.choice((0, 0, rng.randint(1, 2048))), sequences, sequences * rng.randint(100, 900))
+
+
+def taught(steps: int = 400, noise: float = 0.0, tpot_s: float | None = None) -> Slack:
+    rng, slack = random.Random(1), Slack(tpot_s)
+    for _ in range(steps):
+        load = drawn(rng)
+        slack.model.learn(load, seconds(load) * rng.uniform(1 - noise, 1 + noise))
+    return slack
+
+
+def test_linear_steps_are_predicted() -> None:
+    model, rng = taught().model, random.Random(2)
+    for load in (drawn(rng) for _ in range(50)):
+        assert model.predicted_s(load) == pytest.approx(seconds(load), rel=0.02)
+
+
+def test_noise_and_a_pause_of_the_process_move_the_prediction_little() -> None:
+    model = taught(noise=0.2).model
+    model.learn(StepLoad(0, 10, 1000), 30.0)
+    load = StepLoad(512, 64, 32_000)
+    assert model.predicted_s(load) == pytest.approx(seconds(load), rel=0.25)
+
+
+def test_steps_that_are_all_alike_teach_without_harm() -> None:
+    slack, load = Slack(), StepLoad(0, 8, 4000)
+    for _ in range(20_000):
+        slack.model.learn(load, seconds(load))
+    assert slack.model.predicted_s(load) == pytest.approx(seconds(load), rel=0.01)
+
+
+@pytest.mark.parametrize("sequences", [0, 20, 100])
+def test_a_step_with_flex_in_it_keeps_the_budget(sequences: int) -> None:
+    slack = taught(tpot_s=0.05)
+    others = StepLoad(0, 50, 25_000)
+    contexts = [500] * sequences
+    decoding, tokens = slack.room(others, contexts, 2048)
+    assert decoding == sequences and tokens > 100
+    step = StepLoad(tokens, 50 + decoding, 25_000 + 500 * decoding)
+    assert 0.9 * 0.05 < seconds(step) <= 1.03 * 0.05
+
+
+def test_where_others_fill_the_budget_flex_waits() -> None:
+    slack = taught(tpot_s=0.05)
+    assert slack.room(StepLoad(1500, 50, 25_000), [500] * 100, 2048) == (0, 0)
+
+
+def test_alone_something_is_always_done() -> None:
+    slack = taught(tpot_s=0.001)
+    decoding, tokens = slack.room(StepLoad(), [500] * 100, 2048)
+    assert decoding == 100 and tokens > 0
+
+
+def test_before_anything_is_known_the_step_s_tokens_are_the_only_bound() -> None:
+    assert Slack().room(StepLoad(100, 10, 0), [1] * 5, 200) == (5, 85)
