@@ -5,17 +5,18 @@ goes, and tells the `Visit` that results what happens to it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Final
 
 from scheduler.forecast import EngineForecast, Stay
-from scheduler.pools import Pool, WorkerLoad
+from scheduler.pools import TYPICAL_TOKENS, Pool, WorkerLoad
 from scheduler.prediction import Asked, Prospect, choose
 from scheduler.step_cost import LinearFit
 from scheduler.workers import Role
 
 LOOKS: Final = 4  # workers of each pool that are considered, least loaded first
+_MEMORY: Final = 500  # requests
 _ASSUMED_HANDOVER: Final = (0.01, 1e-6)  # seconds, and per prompt token
 _RANKS: Final = {Role.DECODE: 0.0, Role.BOTH: 1.0, Role.PREFILL: 2.0}
 
@@ -70,6 +71,8 @@ class Visit:
         if self.read_at is None:
             self._at(self.reader).has_read(self, now, learn=False)
         self._at(self.writer).ended(self.stay, now, last_at, 0 if self.silent else tokens)
+        if tokens:
+            self.planner.learn(self.prompt_tokens, tokens / self.stay.answers)
 
     @staticmethod
     def _at(load: WorkerLoad) -> EngineForecast:
@@ -82,12 +85,24 @@ class Planner:
     """Places one model's requests.
 
     note_error: is told predicted ÷ actual time to first token of each request. life_s: of a typical answer.
+    prompt_tokens, output_tokens: of a request, in the mean over the last `_MEMORY` or so. Lengths have long tails, and
+    what a stall costs per token follows from them: a shorter memory makes the choices restless.
     handover: seconds from a prompt read at one engine to the first token at another, and more per prompt token.
     """
 
     note_error: Callable[[float], None]
     life_s: float = 5.0
+    prompt_tokens: float = TYPICAL_TOKENS / 2
+    output_tokens: float = TYPICAL_TOKENS / 2
+    learned: int = 0
     handover: LinearFit = field(default_factory=lambda: LinearFit(_ASSUMED_HANDOVER))
+
+    def learn(self, prompt_tokens: int, output_tokens: float) -> None:
+        """A request is over."""
+        self.learned += 1
+        share = max(1.0 / (self.learned + 1), 1.0 / _MEMORY)
+        self.prompt_tokens += share * (prompt_tokens - self.prompt_tokens)
+        self.output_tokens += share * (output_tokens - self.output_tokens)
 
     def place(
         self, asked: Asked, pools: Sequence[Pool], known: Mapping[str, int], now: float, avoid: str = ""
@@ -96,6 +111,8 @@ class Planner:
 
         known: of its prompt, the tokens that a worker probably has cached, by the worker's id. avoid: a worker's id.
         """
+        output_tokens = min(asked.output_tokens, self.output_tokens)
+        asked = replace(asked, output_tokens=output_tokens, typical_prompt_tokens=self.prompt_tokens)
         loads = list(self._considered(pools, known, avoid))
         prospects = [
             self._prospect(load, rank / len(loads), known) for rank, load in enumerate(sorted(loads, key=_rank))

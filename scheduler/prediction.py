@@ -23,7 +23,7 @@ _CROWD: Final = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One request. prompt_tokens: of the whole prompt. output_tokens: expected of its answer.
+    """One request. prompt_tokens: of the whole prompt. output_tokens: of its answer, at most or as expected.
 
     typical_prompt_tokens: of the requests lately. splittable: it may be read by one engine and answered by another.
     waited_s: since its arrival. answers: sequences that it asks for. silent: nobody will see its first token.
@@ -32,7 +32,7 @@ class Asked:
     prompt_tokens: int
     output_tokens: float
     objectives: Objectives
-    typical_prompt_tokens: float
+    typical_prompt_tokens: float = 0.0
     splittable: bool = True
     waited_s: float = 0.0
     answers: int = 1

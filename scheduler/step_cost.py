@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import mul
 from typing import Final
 
 _FORGET: Final = 0.998  # of what was seen, kept at each observation: the last 500 or so count
 _PRIOR: Final = 1e-4  # what the assumption counts, in observations
 _SURPRISE: Final = 1.5  # times what the model says: above it an observation counts less
+_LEAST_SCALE: Final = 0.2
 _LEAST_WEIGHT: Final = 0.02
 _SOLVE_EVERY: Final = 8  # observations, once there are some
 
@@ -52,14 +54,17 @@ class LinearFit:
         """
         if result <= 0.0:
             return False
+        scale = result
         if self.seen >= _SOLVE_EVERY:
-            told = sum(cost * value for cost, value in zip(self.coefficients, row, strict=True))
-            weight *= min(1.0, _SURPRISE * told / result)
+            # Errors in multiples of what the model says: in multiples of a noisy result they would pull it down.
+            scale = max(_LEAST_SCALE * result, sum(map(mul, self.coefficients, row)))
+            weight *= min(1.0, _SURPRISE * scale / result)
         weight = max(_LEAST_WEIGHT, weight) ** 0.5
-        scaled = [weight * value / result for value in row]
+        scaled = [weight * value / scale for value in row]
+        goal = weight * result / scale
         for mine, value in zip(self._products, scaled, strict=True):
             mine[:] = [was * _FORGET + value * other for was, other in zip(mine, scaled, strict=True)]
-        self._sums = [was * _FORGET + weight * value for was, value in zip(self._sums, scaled, strict=True)]
+        self._sums = [was * _FORGET + goal * value for was, value in zip(self._sums, scaled, strict=True)]
         self.seen += 1
         if self.seen > _SOLVE_EVERY and self.seen % _SOLVE_EVERY:
             return False

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from itertools import accumulate
+from math import inf
 from typing import cast
 
 from loadtest.call import IDLE_GAP, TRACE, TraceCall
@@ -320,13 +321,12 @@ class Simulation:
 
     def _predicted(self, job: Job, known: Mapping[str, int], now: float) -> tuple[_Worker, _Worker | None] | None:
         """Where placement by prediction sends it."""
-        plan, typical = self._plan, self._typical
+        plan = self._plan
         assert self._planner is not None and plan.objectives is not None
         asked = Asked(
             job.prompt_tokens,
-            typical.output_tokens,
+            inf,
             plan.objectives,
-            typical.prompt_tokens,
             splittable=job.prompt_tokens >= plan.rules.min_prompt_tokens,
             waited_s=now - job.arrived_at,
         )
@@ -365,8 +365,6 @@ class Simulation:
             self._step(worker, now)
             return
         flight.reads = _job(call, flight.runs.id, now)
-        flight.arriving_tokens = call.prompt_tokens
-        worker.load.expect(call.prompt_tokens)
         reader.load.reserve(1, call.prompt_tokens)
         reader.batch.add(flight.reads, now, blocks=blocks)
         self._step(reader, now)
@@ -376,6 +374,9 @@ class Simulation:
         reader.batch.finish(job, Outcome.LENGTH, now)
         reader.load.release(1, flight.call.prompt_tokens)
         flight.reads = None
+        flight.arriving_tokens = flight.call.prompt_tokens
+        if flight.worker is not None:
+            flight.worker.load.expect(flight.arriving_tokens)
         if flight.visit is not None:
             flight.visit.read(now)
         if flight.worker is not None:

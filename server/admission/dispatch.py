@@ -367,7 +367,7 @@ class Dispatcher:
     def _room_predicted(
         self, predictor: Predictor, ticket: Ticket, pools: Sequence[Pool], known: Mapping[str, int]
     ) -> "Room | None":
-        visit = predictor.place(ticket, pools, known, self.sizes.typical)
+        visit = predictor.place(ticket, pools, known)
         if visit is None:
             return None
         members = self.fleet.members

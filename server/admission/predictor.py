@@ -1,11 +1,11 @@
 """Placement by prediction at the gateway: what the planner is told of a request."""
 
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 
 from scheduler.hybrid import Planner, Visit
 from scheduler.pools import Pool
 from scheduler.prediction import Asked
-from scheduler.routing import TypicalRequest
 from server.observe.slo import SloTargets
 from server.request.call import Phase, Ticket
 
@@ -23,18 +23,15 @@ class Predictor:
         self._clock = clock
         self._planner = Planner(note)
 
-    def place(
-        self, ticket: Ticket, pools: Sequence[Pool], known: Mapping[str, int], typical: TypicalRequest
-    ) -> Visit | None:
-        """Where a request goes, noted in the forecasts; None if no worker has room. typical: of those lately."""
+    def place(self, ticket: Ticket, pools: Sequence[Pool], known: Mapping[str, int]) -> Visit | None:
+        """Where a request goes, noted in the forecasts; None if no worker has room."""
         call, now = ticket.call, self._clock()
         resumes = ticket.times[Phase.DECODING] is not None
         fit = call.route.handover and call.sequences == 1 and not call.steers_kv and not ticket.avoid
         asked = Asked(
             max(1, call.prompt_tokens // call.prompts),
-            min(call.max_tokens or typical.output_tokens, typical.output_tokens),
+            call.max_tokens or inf,
             self._targets.of(call.model, call.tenant),
-            typical.prompt_tokens,
             splittable=fit and call.prompt_tokens >= self._min_prompt_tokens,
             waited_s=now - ticket.job.arrived_at,
             answers=call.sequences,

@@ -13,7 +13,9 @@ class Split:
     prompt_tokens: what it counts for. wake: called when it holds less, so that others may be let in.
     kv: where the prompt's KV can be fetched, in the prefill worker's own words; it can be fetched once.
     read_at: when that was told, in seconds on the gateway's clock; None as long as it was not.
-    reading, arriving: it has a place on the prefill worker; its KV has not reached the decode worker.
+    reading: it has a place on the prefill worker. arriving: its prompt is read, and its KV has not reached the decode
+    worker. What is still being read does not count as arriving: it holds no decode worker up, and a bound on it would
+    leave prefill workers idle.
     """
 
     prefill: Member
@@ -23,17 +25,19 @@ class Split:
     kv: bytes = b""
     read_at: float | None = None
     reading: bool = True
-    arriving: bool = True
+    arriving: bool = False
 
     def __post_init__(self) -> None:
         self.prefill.load.reserve(1, self.prompt_tokens)
-        self.decode.load.expect(self.prompt_tokens)
 
     def read(self) -> None:
         """The prefill worker has nothing more to do for it."""
         if self.reading:
             self.reading = False
             self.prefill.load.release(1, self.prompt_tokens)
+            if self.kv:
+                self.arriving = True
+                self.decode.load.expect(self.prompt_tokens)
             self.wake()
 
     def arrived(self) -> None:
