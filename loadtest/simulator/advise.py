@@ -1,5 +1,5 @@
-"""`evenhand advise`: by simulation, under which policy how many workers keep a trace inside its objective, and how many
-of them should only read prompts."""
+"""`evenhand advise`: by simulation, under which policy how many workers keep a trace inside its objective, and how
+these should divide prompts and answers."""
 
 import argparse
 import sys
@@ -26,6 +26,7 @@ from loadtest.report.trust import trust
 from loadtest.simulator import simulate_command
 
 _MOST_WORKERS = 64
+_STEP_TOKENS = (512, 256)  # of engines that answer, beside the cost model's own
 _ALIKE = 0.005  # shares that are nearer to each other are no reason to prefer one
 
 
@@ -40,7 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=_MOST_WORKERS,
         help="do not look further (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--apart", action="store_true", help="try workers that only read prompts, too")
+    parser.add_argument(
+        "--apart", action="store_true",
+        help="try other divisions of prompts and answers, too: smaller steps, placement by prediction, fixed roles",
+    )  # fmt: skip
     parser.add_argument(
         "--seeds", type=options.at_least(1), default=3, metavar="N",
         help="simulate so many times with other random numbers, where the trace leaves something to chance "
@@ -71,8 +75,44 @@ def run(args: argparse.Namespace) -> int:
     except (CannotReplay, ValueError, OSError) as error:
         screen.print(f"evenhand advise: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
-    sys.stdout.write(f"{trust(advice[0].side.runs[0])}\n\n{report.text(_rows(advice))}\n\n{sentence(advice)}\n")
+    sys.stdout.write(f"{trust(advice[0].side.runs[0])}\n\n{report.text(_rows(advice))}\n\n")
+    if args.apart:
+        sys.stdout.write(f"{report.text(_by_way(chosen(advice)))}\n\n")
+    sys.stdout.write(f"{sentence(advice)}\n")
     return 0 if chosen(advice).workers else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How engines divide prompts and answers.
+
+    readers: engines that read prompts; only that, or `predicted`: by preference, each request placed by prediction.
+    step_tokens: of engines that answer, None for the cost model's.
+    """
+
+    readers: int = 0
+    predicted: bool = False
+    step_tokens: int | None = None
+
+    def __str__(self) -> str:
+        roles = "all do both"
+        if self.readers:
+            roles = f"{self.readers} {'prefer to read' if self.predicted else 'only read'} prompts"
+        how = ", placed by prediction" if self.predicted else ""
+        return f"{roles}{how}" + (f", steps of {self.step_tokens} tokens" if self.step_tokens else "")
+
+
+def ways(workers: int, *, apart: bool) -> list[Way]:
+    """Those that are tried with so many workers."""
+    if not apart:
+        return [Way()]
+    both = [Way(), *(Way(step_tokens=tokens) for tokens in _STEP_TOKENS)]
+    if workers == 1:
+        return both
+    some = [readers for readers in divisions(workers) if readers]
+    fixed = [Way(readers) for readers in some]
+    predicted = [Way(0, predicted=True), *(Way(readers, True, _STEP_TOKENS[0]) for readers in some)]
+    return [*both, *fixed, *predicted]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +120,16 @@ class Advice:
     """What was found for one policy. workers: the fewest that are enough, None if none is.
 
     shares: of the requests inside the objective, by workers tried, as well divided as was found: the median over the
-    seeds. ranges: their smallest and largest. readers: how many of the workers only read prompts. side: the run with
-    `workers`, else with the most.
+    seeds. ranges: their smallest and largest. ways: how the workers divide prompts and answers then. seen: what each
+    way gave. side: the run with `workers`, else with the most.
     """
 
     policy: str
     workers: int | None
     shares: dict[int, float]
     ranges: dict[int, tuple[float, float]]
-    readers: dict[int, int]
+    ways: dict[int, "Way"]
+    seen: dict[int, dict["Way", float]]
     side: Side
 
     @property
@@ -139,21 +180,24 @@ def fewest(enough: Callable[[int], bool], most: int) -> int | None:
 def _search(args: argparse.Namespace, policy: str, objective: report.Objective, screen: Console) -> Advice:
     shares: dict[int, float] = {}
     ranges: dict[int, tuple[float, float]] = {}
-    readers: dict[int, int] = {}
+    chosen_ways: dict[int, Way] = {}
+    seen_ways: dict[int, dict[Way, float]] = {}
     sides: dict[int, Side] = {}
 
     def enough(workers: int) -> bool:
-        for reading in divisions(workers) if args.apart else [0]:
-            seen = [_simulated(args, policy, objective, screen, workers, reading, seed) for seed in seeds(args)]
+        for way in ways(workers, apart=args.apart):
+            seen = [_simulated(args, policy, objective, screen, workers, way, seed) for seed in seeds(args)]
             each = [one.summaries[0].attainment for one in seen]
             inside = [one.share if one else 0.0 for one in each]
+            seen_ways.setdefault(workers, {})[way] = median(inside)
             if median(inside) > shares.get(workers, -1.0):
                 shares[workers], ranges[workers] = median(inside), (min(inside), max(inside))
-                readers[workers], sides[workers] = reading, seen[0]
+                chosen_ways[workers], sides[workers] = way, seen[0]
         return shares[workers] >= ATTAINMENT_GOAL
 
     workers = fewest(enough, args.most_workers)
-    return Advice(policy, workers, dict(sorted(shares.items())), ranges, readers, sides[workers or max(sides)])
+    curve = dict(sorted(shares.items()))
+    return Advice(policy, workers, curve, ranges, chosen_ways, seen_ways, sides[workers or max(sides)])
 
 
 def seeds(args: argparse.Namespace) -> range:
@@ -163,16 +207,19 @@ def seeds(args: argparse.Namespace) -> range:
 
 
 def _simulated(
-    args: argparse.Namespace, policy: str, objective: report.Objective, screen: Console, workers: int, reading: int,
+    args: argparse.Namespace, policy: str, objective: report.Objective, screen: Console, workers: int, way: Way,
     seed: int,
 ) -> Side:  # fmt: skip
     one = copy(args)
-    one.workers, one.prefill_workers, one.seed = workers - reading, reading, seed
+    one.workers, one.prefill_workers, one.seed = workers - way.readers, way.readers, seed
+    one.answer_step_tokens = way.step_tokens or args.answer_step_tokens
+    if way.predicted:
+        one.slo_ttft, one.slo_tpot = objective.ttft_s, objective.tpot_s
     return simulate_command.simulated(one, policy, objective, screen)
 
 
 def divisions(workers: int) -> list[int]:
-    """How many of so many workers might only read prompts: none, a quarter, a third, a half, two thirds."""
+    """How many of so many workers might read prompts: none, a quarter, a third, a half, two thirds."""
     return sorted({0, workers // 4, workers // 3, workers // 2, 2 * workers // 3} - {workers})
 
 
@@ -185,8 +232,8 @@ def sentence(advice: Sequence[Advice]) -> str:
             f"{best.policy} comes nearest, with {_inside(best)}."
         )
     plural = "worker" if best.workers == 1 else "workers"
-    reading = best.readers[best.workers]
-    apart = f", {reading} of which only read prompts" if reading else ""
+    way = best.ways[best.workers]
+    apart = "" if way == Way() else f", {way}"
     return f"{best.policy} on {best.workers} {plural}{apart}: {_inside(best)} inside the objective. {_why(advice)}"
 
 
@@ -210,12 +257,17 @@ def _why(advice: Sequence[Advice]) -> str:
 
 
 def _rows(advice: Sequence[Advice]) -> report.Rows:
-    rows: report.Rows = [["policy", "workers", "only reading", "inside", "tried"]]
+    rows: report.Rows = [["policy", "workers", "way", "inside", "tried"]]
     for one in advice:
         tried = ", ".join(f"{workers}: {share:.0%}" for workers, share in one.shares.items())
-        reading = f"{one.readers[one.workers]}" if one.workers else "-"
-        rows.append([one.policy, f"{one.workers or '-'}", reading, _inside(one), tried])
+        rows.append([one.policy, f"{one.workers or '-'}", str(one.ways[one.tried]), _inside(one), tried])
     return rows
+
+
+def _by_way(best: Advice) -> report.Rows:
+    """What each way gives, best first."""
+    seen = sorted(best.seen[best.tried].items(), key=lambda item: -item[1])
+    return [[f"{best.policy}, {best.tried} workers", "inside"], *([str(way), f"{share:.1%}"] for way, share in seen)]
 
 
 def _picture(advice: Sequence[Advice]) -> str:

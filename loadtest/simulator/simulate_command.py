@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from math import inf
 from pathlib import Path
 from time import perf_counter
 
@@ -24,6 +25,7 @@ from loadtest.simulator.simulate import Plan, Simulation, block_prompts
 from loadtest.traces.formats import Skipped
 from loadtest.traces.workload import Fit, Maker, parse_shares
 from scheduler.catalog import choose, describe
+from scheduler.objectives import Objectives
 
 _OPEN_ANSWER_TOKENS = 256  # of an answer whose length the trace does not say
 
@@ -36,7 +38,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--workers", type=int, default=1, help="engines behind the gateway (default: %(default)s)")
     parser.add_argument(
-        "--prefill-workers", type=int, default=0, help="more engines that only read prompts (default: %(default)s)"
+        "--prefill-workers", type=int, default=0,
+        help="more engines that read prompts: they only do, or prefer to where an objective is named "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--slo-ttft", type=options.positive, metavar="S", help="place requests by prediction, to keep to this objective"
+    )
+    parser.add_argument("--slo-tpot", type=options.positive, metavar="S", help="likewise, per later token")
+    parser.add_argument(
+        "--step-tokens", type=options.at_least(1), metavar="N", help="of an engine's step, in place of the cost model's"
+    )
+    parser.add_argument(
+        "--answer-step-tokens", type=options.at_least(1), metavar="N", help="of engines that do not prefer to read"
     )
     parser.add_argument(
         "--ahead", type=int, metavar="N",
@@ -96,6 +110,8 @@ def simulated(args: argparse.Namespace, text: str, objective: report.Objective |
         workers=args.workers,
         prefill_workers=args.prefill_workers,
         ahead=args.ahead,
+        objectives=objectives_of(args),
+        answer_chunk_tokens=args.answer_step_tokens,
         concurrency=args.concurrency,
         think=args.think,
     )
@@ -123,10 +139,21 @@ def simulated(args: argparse.Namespace, text: str, objective: report.Objective |
     return side_of(text.replace("=", " "), recorded, objective)
 
 
+def objectives_of(args: argparse.Namespace) -> Objectives | None:
+    """What placement by prediction keeps to; None where no objective is named."""
+    if not (args.slo_ttft or args.slo_tpot):
+        return None
+    return Objectives(args.slo_ttft or inf, args.slo_tpot or inf)
+
+
 def cost_of(args: argparse.Namespace) -> CostModel:
     """The cost model that the options name. ValueError for a file that is none."""
     cost = CostModel.read(args.cost_file) if args.cost_file else PRESETS[args.cost]
-    return replace(cost, max_seqs=args.slots or cost.max_seqs)
+    return replace(
+        cost,
+        max_seqs=args.slots or cost.max_seqs,
+        max_batched_tokens=args.step_tokens or cost.max_batched_tokens,
+    )
 
 
 def simulate(

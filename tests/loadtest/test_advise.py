@@ -1,4 +1,5 @@
 import argparse
+import re
 from pathlib import Path
 
 import pytest
@@ -77,4 +78,20 @@ def test_where_reading_apart_pays_it_is_advised(capsys: pytest.CaptureFixture[st
     cost.write_text('{"iteration_s": 0.005, "prefill_s_per_token": 2e-4, "prefix_block_tokens": 0}')
     argv = (str(trace), "--policy", "fcfs", "--apart", "--cost-file", str(cost), "--slo", "ttft=1,tpot=0.008")
     assert advise.run(parsed(*argv)) == 0
-    assert "fcfs on 2 workers, 1 of which only read prompts" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    shares = {way: float(share) for way, share in re.findall(r"^(.*\S) +([\d.]+)%$", told, re.MULTILINE)}
+    assert shares["1 only read prompts"] >= 90 > shares["all do both"]
+    assert shares["1 prefer to read prompts, placed by prediction, steps of 512 tokens"] >= 90
+    assert told.splitlines()[-1].startswith("fcfs on 2 workers, 1 ")
+
+
+def test_what_is_tried_includes_tuned_engines_that_do_both() -> None:
+    assert list(map(str, advise.ways(1, apart=False))) == ["all do both"]
+    assert [str(way) for way in advise.ways(2, apart=True)] == [
+        "all do both",
+        "all do both, steps of 512 tokens",
+        "all do both, steps of 256 tokens",
+        "1 only read prompts",
+        "all do both, placed by prediction",
+        "1 prefer to read prompts, placed by prediction, steps of 512 tokens",
+    ]
