@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import count, islice, repeat
+from math import inf
 from pathlib import Path
 from random import Random
-from statistics import mean, median
+from statistics import geometric_mean, mean, median
 
 import httpx2
 from rich.console import Console
@@ -29,13 +30,14 @@ from loadtest.bench.table import machine, markdown, quantile, spread
 from loadtest.call import TraceCall
 from loadtest.client.client import Client, Target
 from loadtest.records import Record
-from loadtest.report.report import Objective, goodput, summarize
+from loadtest.report.report import ATTAINMENT_GOAL, Objective, goodput
 from loadtest.simulator.costmodel import PRESETS
 from loadtest.simulator.simulate import Plan, Simulation
 from loadtest.traces.arrivals import poisson
 from loadtest.traces.formats import read
 from loadtest.traces.prompts import token_prompts
 from loadtest.traces.workload import Fit, Maker, Shape, mean_lengths, shapes
+from scheduler.objectives import Objectives
 from scheduler.placement import Rules
 
 SIDES = {"2 × both": ("--workers", "2"), "apart": ("--prefill-workers", "1", "--decode-workers", "1")}
@@ -73,6 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rates", default="0.3,0.5,0.7,0.9,1.1,1.4", help="for goodput, by the same measure (default %(default)s)"
     )
     parser.add_argument("--parts", default=",".join(ALL_PARTS), help="what is measured (default %(default)s)")
+    parser.add_argument("--engines", default="2", help="that are simulated (default %(default)s)")
+    parser.add_argument("--costs", default="gpu-7b", help="cost models that are simulated (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default %(default)s)")
 
 
@@ -109,7 +113,10 @@ def run(args: argparse.Namespace) -> int:
     drawn = mixes(args.traces, Random(args.seed))
     tables = list(measured(args, drawn, progress)) if set(wanted) & set(PARTS) else []
     console.print(machine())
-    for table in [*tables, *([simulated(drawn)] if SIMULATED_PART in wanted else [])]:
+    models = [(cost, int(engines)) for cost in args.costs.split(",") for engines in args.engines.split(",")]
+    if SIMULATED_PART in wanted:
+        tables += [simulated(drawn, cost, engines, progress) for cost, engines in models]
+    for table in tables:
         console.print(f"\n{table}")
     return 0
 
@@ -345,47 +352,93 @@ def placements(url: str) -> str:
     return f"{shares}; from read to first bytes {1e3 * took / max(1.0, times):.0f} ms on average"
 
 
-# The same where the halves share no core: simulated, with the cost of a 7B model on one GPU each.
+# The same where engines share no core: simulated, lengths and limits so many times as long.
 
-SIMULATED, LONGER = "gpu-7b", 4
+LONGER = 4
 RULES = Rules(busy_tokens=LONGER * Rules().busy_tokens, max_arriving_tokens=LONGER * Rules().max_arriving_tokens)
-SIMULATED_LOADS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0)
+REQUESTS, WARM_UP = 500, 0.2  # of one run with two engines; the share of them that is not judged: the forecast learns
+STEP_TOKENS = (512, 2048)
+# Of what one engine reads of prompts of mean length, for two engines.
+SIMULATED_LOADS = tuple(at / 20 for at in range(1, 29)) + (1.5, 1.6, 1.7, 1.8, 2.0)
 
 
-def simulated(drawn: Mapping[str, list[Shape]]) -> str:
-    """ITL and goodput by the simulator: the same mixes, with prompts, answers and limits so many times as long."""
-    cost = PRESETS[SIMULATED]
-    rows = []
+@dataclass(frozen=True)
+class SimulatedSide:
+    """One division of the engines. goodput: requests a second for each. errors: of predicted times to first token."""
+
+    plan: Plan
+    goodput: float
+    errors: Sequence[float]
+
+    @classmethod
+    def of(cls, plan: Plan, lengths: Sequence[Shape], idle: Idle, objective: Objective) -> "SimulatedSide":
+        """By bisection over the loads; the errors are those at the highest load that is inside."""
+        rates = [load * (plan.workers + plan.prefill_workers) / WORKERS / idle.ttft_s for load in SIMULATED_LOADS]
+        seen: dict[int, tuple[float, list[float]]] = {}
+        low, high = -1, len(rates)
+        while high - low > 1:
+            middle = (low + high) // 2 if seen else len(rates) // 3
+            seen[middle] = offered(plan, lengths, rates[middle], objective)
+            low, high = (middle, high) if seen[middle][0] >= ATTAINMENT_GOAL else (low, middle)
+        points = [(SIMULATED_LOADS[at] / WORKERS / idle.ttft_s, share) for at, (share, _) in seen.items()]
+        return cls(plan, goodput(points), seen[low][1] if low >= 0 else [])
+
+
+def offered(plan: Plan, lengths: Sequence[Shape], rate: float, objective: Objective) -> tuple[float, list[float]]:
+    """(share inside the objective, errors of predicted times to first token) of two runs, beginnings left out."""
+    judged: list[bool] = []
+    errors: list[float] = []
+    for seed in range(2):
+        rng = Random(f"simulated:{seed}")
+        drawn = [rng.choice(lengths) for _ in range(REQUESTS * (plan.workers + plan.prefill_workers) // WORKERS)]
+        times = list(islice(poisson(rate, rng), len(drawn)))
+        maker, simulation = Maker(lambda *_: [], Fit(context_tokens=1 << 17)), Simulation(plan)
+        records = simulation.run(maker.calls(drawn, times, rng)).records
+        first = int(WARM_UP * len(times))
+        judged += [objective.met(one) for one in records if one.sent_s >= times[first]]
+        errors += [abs(1 - ratio) for ratio in simulation.ttft_errors[first:]]
+    return mean(judged), errors
+
+
+def simulated(drawn: Mapping[str, list[Shape]], cost_name: str, engines: int, progress: Console) -> str:
+    """Goodput by the simulator: engines that do both, with each step size, some that only read, and by prediction."""
+    cost, rows, ratios = PRESETS[cost_name], [], []
+    readers = sorted({engines // 4, engines // 2} - {0})
     for name, lengths in drawn.items():
         of = [Shape(LONGER * shape.prompt_tokens, LONGER * shape.output_tokens) for shape in lengths]
         idle = Idle(cost.prefill_s_per_token * mean_lengths(of)[0], cost.iteration_s)
-        both, apart = (
-            simulated_side(plan, of, idle)
-            for plan in (Plan(cost, workers=2), Plan(cost, prefill_workers=1, rules=RULES))
-        )
-        rows.append([f"{name}: ITL p99, ms", *compared(1e3 * both[0], 1e3 * apart[0], 0)])
-        for objective, for_both, for_apart in zip(idle.objectives(), both[1], apart[1], strict=True):
-            asked = f"{name}, TPOT ≤ {1e3 * objective.tpot_s:.0f} ms: goodput per worker, requests/s"
-            rows.append([asked, *compared(for_both, for_apart, 2)])
-    told = f"Simulated, not measured: cost model {SIMULATED}, a GPU for each engine, lengths and limits × {LONGER}"
-    return f"{told}\n\n" + markdown(["what", *SIDES, "÷ 2 × both"], rows)
-
-
-def compared(both: float, apart: float, digits: int) -> list[str]:
-    ratio = apart / both if both else float("inf")
-    return [f"{both:.{digits}f}", f"{apart:.{digits}f}", f"{ratio:.2f}"]
-
-
-def simulated_side(plan: Plan, lengths: Sequence[Shape], idle: Idle) -> tuple[float, list[float]]:
-    """(seconds between tokens, p99, at half of one engine's load of prompts; goodput under each objective)."""
-    runs: Runs = []
-    for load in SIMULATED_LOADS:
-        rng, rate = Random(f"simulated:{load}"), load / idle.ttft_s
-        times = list(islice(poisson(rate, rng), 600))
-        maker = Maker(lambda *_: [], Fit(context_tokens=1 << 17))
-        runs.append((rate, Simulation(plan).run(maker.calls((rng.choice(lengths) for _ in times), times, rng)).records))
-    half = dict(zip(SIMULATED_LOADS, runs, strict=True))[0.5][1]
-    return summarize(half).itl.p99, goodputs(runs, idle.objectives())
+        for objective in idle.objectives():
+            sides = [
+                SimulatedSide.of(plan, of, idle, objective)
+                for plan in (
+                    *(Plan(replace(cost, max_batched_tokens=tokens), workers=engines) for tokens in STEP_TOKENS),
+                    *(Plan(cost, workers=engines - n, prefill_workers=n, rules=RULES) for n in readers),
+                )
+            ]
+            both = max(sides[: len(STEP_TOKENS)], key=lambda side: side.goodput)
+            apart = max(sides[len(STEP_TOKENS) :], key=lambda side: side.goodput)
+            asked = Objectives(objective.ttft_s, objective.tpot_s)
+            hybrid = SimulatedSide.of(Plan(cost, workers=engines, objectives=asked), of, idle, objective)
+            best = max(both.goodput, apart.goodput)
+            ratios.append(hybrid.goodput / best if best else inf)
+            rows.append(
+                [
+                    f"{name}, TPOT ≤ {1e3 * objective.tpot_s:.0f} ms",
+                    f"{both.goodput:.2f} (steps of {both.plan.cost.max_batched_tokens})",
+                    f"{apart.goodput:.2f} ({apart.plan.prefill_workers} read)",
+                    f"{hybrid.goodput:.2f}",
+                    f"{ratios[-1]:.2f}",
+                    ", ".join(f"{100 * quantile(hybrid.errors, at):.0f}" for at in (0.5, 0.9) if hybrid.errors),
+                ]
+            )
+            progress.print(" | ".join(rows[-1]))
+    told = (
+        f"Simulated, not measured: cost model {cost_name}, {engines} engines; requests/s per engine with 90 % inside "
+        "TTFT and TPOT. By prediction ÷ the better of the others: "
+        f"geometric mean {geometric_mean(ratios):.2f}, least {min(ratios):.2f}"
+    )
+    head = ["lengths, objective", "best that do both", "best apart", "by prediction", "÷ best"]
+    return f"{told}\n\n" + markdown([*head, "error of predicted TTFT, %: p50, p90"], rows)
 
 
 PARTS: Mapping[str, Callable[[DisaggregationBench, Mapping[str, list[Shape]]], str]] = {

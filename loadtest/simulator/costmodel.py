@@ -88,11 +88,15 @@ class CostModel:
 
 
 # `instant` measures what is around the engine; `cpu-smollm2` follows the measured 14 tok/s alone, 94 tok/s at batch 32
-# and 250 prompt tok/s of SmolLM2-135M on one AVX2 core; `gpu-7b` the published shape of a 7B model on one A100.
+# and 250 prompt tok/s of SmolLM2-135M on one AVX2 core; `gpu-7b` the published shape of a 7B model on one A100;
+# `gpu-70b` is an assumption: ten times the weights on eight of them, at 60 % of the speed that division would give.
 PRESETS: Mapping[str, CostModel] = {
     "instant": CostModel(0.0, 0.0, 0.0, max_seqs=1024, max_batched_tokens=1 << 16, kv_capacity_tokens=1 << 24),
     "quick": CostModel(),
     "cpu-smollm2": CostModel(0.0625, 4e-3, 8.7e-3, max_seqs=32, max_batched_tokens=2048, kv_capacity_tokens=1 << 15),
+    "gpu-70b": CostModel(
+        0.020, 125e-6, 80e-6, 12e-9, 4e-6, max_seqs=256, max_batched_tokens=2048, kv_capacity_tokens=900_000
+    ),
     "gpu-7b": CostModel(
         0.009, 60e-6, 40e-6, 25e-9, 2e-6, max_seqs=256, max_batched_tokens=2048, kv_capacity_tokens=120_000
     ),
