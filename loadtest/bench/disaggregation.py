@@ -428,14 +428,14 @@ def simulated(drawn: Mapping[str, list[Shape]], cost_name: str, engines: int, pr
                     f"{apart.goodput:.2f} ({apart.plan.prefill_workers} read)",
                     f"{hybrid.goodput:.2f}",
                     f"{ratios[-1]:.2f}",
-                    ", ".join(f"{100 * quantile(hybrid.errors, at):.0f}" for at in (0.5, 0.9) if hybrid.errors),
+                    ", ".join(f"{100 * quantile(hybrid.errors, at):.0f}" for at in (0.5, 0.9) if hybrid.errors) or "-",
                 ]
             )
             progress.print(" | ".join(rows[-1]))
     told = (
         f"Simulated, not measured: cost model {cost_name}, {engines} engines; requests/s per engine with 90 % inside "
         "TTFT and TPOT. By prediction ÷ the better of the others: "
-        f"geometric mean {geometric_mean(ratios):.2f}, least {min(ratios):.2f}"
+        f"geometric mean {geometric_mean(ratios) if min(ratios) else 0.0:.2f}, least {min(ratios):.2f}"
     )
     head = ["lengths, objective", "best that do both", "best apart", "by prediction", "÷ best"]
     return f"{told}\n\n" + markdown([*head, "error of predicted TTFT, %: p50, p90"], rows)

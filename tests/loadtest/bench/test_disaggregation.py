@@ -69,7 +69,7 @@ def test_times_and_calls_stop_when_they_should() -> None:
 
 def test_what_is_simulated_says_so_and_compares_with_the_better_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disaggregation, "REQUESTS", 20)
-    monkeypatch.setattr(disaggregation, "SIMULATED_LOADS", (0.2, 0.6, 1.2))
+    monkeypatch.setattr(disaggregation, "SIMULATED_LOADS", (0.02, 0.6, 1.2))
     told = simulated(mixes(None, Random(1)), "gpu-7b", 2, Console(quiet=True))
     assert told.startswith("Simulated, not measured")
     rows = [line.strip("| ").split(" | ") for line in told.splitlines() if "TPOT ≤" in line]
