@@ -67,6 +67,7 @@ def test_times_and_calls_stop_when_they_should() -> None:
     assert next(stopping(repeat(call), time.monotonic() + 60)) is call
 
 
+@pytest.mark.slow
 def test_what_is_simulated_says_so_and_compares_with_the_better_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disaggregation, "REQUESTS", 20)
     monkeypatch.setattr(disaggregation, "SIMULATED_LOADS", (0.02, 0.6, 1.2))
