@@ -186,6 +186,38 @@ TENANTS = Board(
             ),
         ),
         PanelRow(
+            "Cost",
+            (
+                DashboardPanel(
+                    "GPU time by tenant",
+                    "short",
+                    (Query(rate("evenhand_tenant_gpu_seconds_total", "tenant"), "{{tenant}}"),),
+                    "GPU-seconds per second: GPUs kept busy. An estimate; counted where `cost.meter` is set.",
+                    stacked=True,
+                ),
+                DashboardPanel(
+                    "Cost by tenant",
+                    "short",
+                    (Query(f"3600 * {rate('evenhand_tenant_cost_total', 'tenant')}", "{{tenant}}"),),
+                    "Per hour, in the currency of the prices.",
+                    stacked=True,
+                ),
+                DashboardPanel(
+                    "Requests by model name",
+                    "short",
+                    (Query(rate("evenhand_model_requests_total", "name, model"), "{{name}} ({{model}})"),),
+                    "Per second, by the name that was asked and the model that answered.",
+                    stacked=True,
+                ),
+                DashboardPanel(
+                    "Fallbacks",
+                    "short",
+                    (Query(rate("evenhand_fallbacks_total", "model, fallback"), "{{model}} → {{fallback}}"),),
+                    "Requests per second that went on to another model.",
+                ),
+            ),
+        ),
+        PanelRow(
             "Fairness",
             (
                 DashboardPanel(

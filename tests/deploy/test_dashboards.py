@@ -121,6 +121,7 @@ async def test_every_panel_has_data_in_a_real_prometheus_that_finds_the_engines_
     cost = replace(PRESETS["quick"], iteration_s=0.02, max_seqs=2, prefix_block_tokens=8)
     setup = EngineSetup(cost=cost, plugin=True, policy="mlfq")
     options = {"admin_key": ADMIN_KEY, "policy": "mlfq", "slots": 2, "disaggregation": {"min_prompt_tokens": 1}}
+    options |= {"cost": {"meter": True, "gpu_hour": 2.0}, "models": {"any": {"targets": "gone", "fallbacks": ["fake"]}}}
     async with (
         FakeEngine(setup) as engine,
         FakeEngine(setup) as reader,
@@ -131,7 +132,7 @@ async def test_every_panel_has_data_in_a_real_prometheus_that_finds_the_engines_
             missing = {what: query.expr for what, query in QUERIES.items() if not only_real(query)}
             end = time.monotonic() + LIMIT_S
             while missing and time.monotonic() < end:
-                short = chat(stream=True, max_tokens=8, ignore_eos=True)
+                short = chat(model="any", stream=True, max_tokens=8, ignore_eos=True)
                 await gateway.ask("/v1/chat/completions", short)
                 missing = {what: expr for what, expr in missing.items() if not await has_data(client, expr)}
             assert not missing
