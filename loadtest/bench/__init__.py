@@ -13,6 +13,7 @@ BENCHMARKS: Mapping[str, tuple[str, str]] = {
     "gateway": ("loadtest.bench.gateway", "what the gateway costs on one core, beside nginx and any other gateway"),
     "scale": ("loadtest.bench.scale", "how a request's cost grows with workers, tenants, those waiting, and gateways"),
     "placement": ("loadtest.bench.placement", "whether looking at a few workers places requests as well as at all"),
+    "tls": ("loadtest.bench.tls", "what TLS costs the gateway for each streamed chunk"),
     "replicas": ("loadtest.bench.replicas", "whether several gateways share an engine among tenants as one does"),
     "disaggregation": (
         "loadtest.bench.disaggregation",

@@ -605,6 +605,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="quick",
         help="how slow it is: a preset of the cost model (default: quick)",
     )
+    parser.add_argument("--ssl-certfile", help="PEM file with certificate and key: it speaks HTTPS")
     parser.add_argument("--max-seqs", type=int, help="batch slots, in place of the preset's")
     parser.add_argument("--kv-tokens", type=int, help="KV capacity in tokens, in place of the preset's")
     parser.add_argument("--max-model-len", type=int, default=8192, help="context length in tokens (default: 8192)")
@@ -652,7 +653,11 @@ def run(args: argparse.Namespace) -> int:
 
     async def serve() -> None:
         faults = faults_from({name: orjson.loads(value) for name, value in _pairs(args.fault).items()})
-        async with FakeEngine(_setup(args), port=args.port, faults=faults, die=lambda: os._exit(1)) as engine:
+        tls = None if args.ssl_certfile is None else ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        if tls is not None:
+            tls.load_cert_chain(args.ssl_certfile)
+        die: Callable[[], None] = lambda: os._exit(1)  # noqa: E731
+        async with FakeEngine(_setup(args), port=args.port, faults=faults, die=die, tls=tls) as engine:
             log.info("Fake engine for model %s listens on %s", engine.setup.model, engine.url)
             await asyncio.Event().wait()
 
