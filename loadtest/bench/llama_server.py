@@ -1,8 +1,10 @@
 """`python -m loadtest.bench.llama_server PORT SLOTS CONTEXT_TOKENS`: llama.cpp's server on the bundled model's GGUF.
 
 It comes from the wheel `xllamacpp`, which nothing else needs. One thread computes.
+With `LLAMA_API_KEY` set it asks for that key.
 """
 
+import os
 import signal
 import sys
 
@@ -19,6 +21,9 @@ def main(arguments: list[str]) -> None:
     params.model_alias = {BUNDLED}
     params.use_jinja = True  # the template as the GGUF has it, with its system prompt
     params.port = port
+    params.endpoint_metrics = True
+    if key := os.environ.get("LLAMA_API_KEY"):
+        params.api_keys = [key]
     params.n_parallel = slots
     params.n_ctx = slots * context_tokens
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import re
+import secrets
 import subprocess
 import sys
 import venv
@@ -30,6 +31,30 @@ def say(text: str) -> None:
 
 
 @contextlib.contextmanager
+def over_llama_cpp() -> Iterator[str]:
+    """`evenhand gateway` over llama.cpp's server with the same model; it asks for a key. Yields its URL with /v1."""
+    engine_port, port = free_port(), free_port()
+    env = {**os.environ, "LLAMA_API_KEY": secrets.token_urlsafe(24)}
+    argv = [sys.executable, "-m", "loadtest.bench.llama_server", str(engine_port), "4", "2048"]
+    worker = f"http://127.0.0.1:{engine_port},slots=4,key=LLAMA_API_KEY"
+    gateway = [
+        sys.executable,
+        "-m",
+        "deploy.cli",
+        "gateway",
+        "--port",
+        str(port),
+        "--policy",
+        "vtc",
+        "--worker",
+        worker,
+    ]
+    with running(argv, env, f"http://127.0.0.1:{engine_port}/health"):
+        with running(gateway, env, f"http://127.0.0.1:{port}/ready"):
+            yield f"http://127.0.0.1:{port}/v1"
+
+
+@contextlib.contextmanager
 def served() -> Iterator[str]:
     """`evenhand serve` with the bundled model; yields its URL with /v1."""
     port = free_port()
@@ -37,6 +62,9 @@ def served() -> Iterator[str]:
     quick = ("--engine-arg=--max-model-len=2048", "--engine-arg=--enforce-eager")
     with running([*argv, *quick], dict(os.environ), f"http://127.0.0.1:{port}/ready"):
         yield f"http://127.0.0.1:{port}/v1"
+
+
+ENGINES = {"vllm": served, "llama.cpp": over_llama_cpp}
 
 
 def folder_of(client: Client, root: Path) -> Path:
@@ -116,13 +144,14 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("build/compatibility"), help="where clients are installed")
     parser.add_argument("--only", nargs="+", metavar="PROGRAM", help="for example openai_python")
     parser.add_argument("--newest", action="store_true", help="the newest versions in place of those tried before")
+    parser.add_argument("--engine", choices=sorted(ENGINES), default="vllm", help="behind the gateway (default vllm)")
     parser.add_argument("--url", help="a gateway with smollm2 that runs already, with /v1")
     args = parser.parse_args()
     root = args.folder.resolve()
     chosen = [one for one in CLIENTS if not args.only or Path(one.program).stem in args.only]
     commands = [install(client, root, args.newest) for client in chosen]
     tokenizer = obtain(MODEL, cache_folder(), say).path
-    with contextlib.nullcontext(args.url) if args.url else served() as url:
+    with contextlib.nullcontext(args.url) if args.url else ENGINES[args.engine]() as url:
         results = []
         for client, command in zip(chosen, commands, strict=True):
             say(f"{client.name} …")
