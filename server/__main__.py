@@ -41,6 +41,8 @@ OPTIONS = (
     CliOption("gateway_processes", "N"),
     CliOption("record.folder", "FOLDER", "--record"),
     CliOption("batch.folder", "FOLDER", "--batch-folder"),
+    CliOption("sleep.after_s", "SECONDS", "--sleep-after"),
+    CliOption("sleep.from_zero", "MODEL", "--from-zero"),
     CliOption("log_format", "text|json"),
     CliOption("log_level", "LEVEL"),
 )

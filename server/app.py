@@ -22,6 +22,7 @@ from server.admission.dispatch import Dispatcher, FlexRules, Lines
 from server.admission.live_names import LiveNames
 from server.admission.live_policy import LivePolicy
 from server.admission.predictor import Predictor
+from server.admission.sleeper import Sleeper
 from server.background import Background
 from server.batch.batches import Batches
 from server.batch.lines import GatewayEngines
@@ -87,6 +88,7 @@ class GatewayServer:
         self.policy = LivePolicy(settings.policy, settings.policy_options, settings.admission.ahead, monotonic)
         self.background = Background(monotonic)
         self.fleet = self._fleet()
+        self.sleeper = self._sleeper()
         self.lines = Lines(self._dispatcher, self.fleet, LiveNames(settings.models, self.fleet))
         self.process = process
         self.shared = ClusterState(
@@ -157,10 +159,12 @@ class GatewayServer:
         """Who hears of each call."""
         judging = SloMetrics(SloTargets(self.settings.slo))
         self.telemetry.registry.register(judging)
+        if self.sleeper is not None:
+            self.telemetry.registry.register(self.sleeper)
         self.usage = self._usage()
         request_log = RequestLog(self.pseudonyms) if self.settings.log_format == "json" else None
         meter = None if self.usage is None else self.usage.meter
-        wanted = (self.telemetry, sharing, judging, meter, self.tracing, self.recorder, request_log)
+        wanted = (self.telemetry, sharing, judging, meter, self.tracing, self.recorder, request_log, self.sleeper)
         return Observers(*(observer for observer in wanted if observer is not None))
 
     def _usage(self) -> UsageBook | None:
@@ -221,6 +225,11 @@ class GatewayServer:
             self.pseudonyms.of,
             self.settings.cost.meter,
         )
+
+    def _sleeper(self) -> Sleeper | None:
+        """Who puts models to sleep and wakes them, where a setting asks for it."""
+        sleep = self.settings.sleep
+        return Sleeper(self.fleet, sleep, monotonic) if sleep.after_s is not None or sleep.from_zero else None
 
     def _tracing(self) -> "Tracing | None":
         """Spans, if they are wanted; OpenTelemetry is loaded only then."""
@@ -308,6 +317,7 @@ class GatewayServer:
             dispatcher.predictor = Predictor(
                 targets, apart.min_prompt_tokens, monotonic, self.telemetry.predicted.observe
             )
+        dispatcher.wake = None if self.sleeper is None else self.sleeper.woken
         return dispatcher
 
     def _tasks(self) -> list[asyncio.Task[None]]:
@@ -315,6 +325,7 @@ class GatewayServer:
         wanted = (
             ("balance roles", self.balancer.run if self.settings.disaggregation.balance_roles else None),
             ("run batches", self.batches.run if self.batches is not None else None),
+            ("put idle models to sleep", self.sleeper.run if self.sleeper is not None else None),
             ("watch certificate", self.certificate.watch if self.certificate is not None else None),
         )
         return [self.background.start(name, run) for name, run in wanted if run is not None]
@@ -336,6 +347,8 @@ class GatewayServer:
             await Background.stop(*tasks)
             if self.batches is not None:
                 self.batches.batches.close()
+            if self.sleeper is not None:
+                await self.sleeper.close()
             await self.fleet.close()
             if self.recorder is not None:
                 await asyncio.to_thread(self.recorder.stop)

@@ -196,6 +196,24 @@ class BatchSettings(BaseModel):
     keep_days: Positive = Field(30.0, description="then a file is removed, days")
 
 
+class SleepSettings(BaseModel):
+    """Models that nobody asks for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    after_s: Positive | None = Field(
+        None, description="a model without traffic for so long is put to sleep, seconds; default: none is"
+    )
+    level: Literal[1, 2] = Field(
+        1, description="of vLLM's sleep mode: 1 keeps the weights in the machine's memory, 2 loads them anew"
+    )
+    max_wait_s: Positive = Field(300.0, description="a request may wait for a model to wake up, seconds")
+    from_zero: list[str] = Field(
+        default_factory=list,
+        description="a model that is started elsewhere when requests wait for it: they wait, though nobody serves it",
+    )
+
+
 class TracingSettings(BaseModel):
     """One OpenTelemetry trace per request."""
 
@@ -283,6 +301,7 @@ class Settings(BaseSettings):
     tiers: TierSettings = TierSettings()
     batch: BatchSettings = BatchSettings()
     tracing: TracingSettings = TracingSettings()
+    sleep: SleepSettings = SleepSettings()
     disaggregation: DisaggregationSettings = DisaggregationSettings()
     slo: SloSettings = SloSettings()
     health: HealthSettings = HealthSettings()

@@ -11,6 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from deploy.settings import ServeSettings
+from server.admission.sleeper import Sleeper
 from server.batch.runner import Runner
 from server.fleet.balancer import Balancer
 from server.fleet.fleet import Fleet
@@ -22,7 +23,7 @@ from server.relay.failover import Failover
 from server.relay.prefill_leg import PrefillLeg
 from server.request.fields import ALLOWED
 from server.request.tenants import read_file
-from server.settings import CostSettings, SloSettings
+from server.settings import CostSettings, SleepSettings, SloSettings
 from tests.compatibility.clients import CLIENTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,6 +65,7 @@ def metrics() -> set[str]:
         PrefillLeg(lambda ticket, worker: b"", Fleet(), timeout_s=1.0, clock=lambda: 0.0),
         CostMeter(CostSettings(), lambda: 0.0, lambda: 0.0, factors={}, labels=1),
         SloMetrics(SloTargets(SloSettings())),
+        Sleeper(Fleet(), SleepSettings(from_zero=["any"])),
         FairnessMetrics(lambda: ((), {}), Counter(), lambda: (True, 1), lambda: 0.0, labels=1),
         Runner(Any, Any, "", lambda: 0.0),  # type: ignore[arg-type]  # its metrics need neither batches nor engines
     )

@@ -71,7 +71,7 @@ class EnginePlan:
     model_args: what this model needs; user_args: what the user gave, which wins over everything of ours.
     hands_over: one of role `both` has a KV connector too, so that it may take either half of a request.
     host: the address on which it listens, for gateways and for engines that fetch its KV.
-    key: what it wants to be asked with; empty for no key.
+    key: what it wants to be asked with; empty for no key. sleep_mode: whether it can be put to sleep, on a GPU.
     """
 
     model: str
@@ -93,6 +93,7 @@ class EnginePlan:
     host: str = "127.0.0.1"
     hands_over: bool = False
     key: str = field(default="", repr=False)
+    sleep_mode: bool = False
 
     @property
     def connected(self) -> bool:
@@ -176,6 +177,8 @@ def _options(plan: EnginePlan, ports: Ports) -> Options:
 def _gpu_options(plan: EnginePlan) -> Options:
     # The model's own context, or what of it the KV cache can hold: a long-context model starts on a small GPU too.
     options: Options = {"--max-model-len": "auto"}
+    if plan.sleep_mode:
+        options["--enable-sleep-mode"] = None
     if plan.share is not None and plan.share.sharers > 1:
         options["--gpu-memory-utilization"] = f"{plan.share.utilization:.2f}"
     return options
@@ -247,6 +250,8 @@ def _environment(plan: EnginePlan, ports: Ports) -> dict[str, str]:
     }
     if plan.key:
         env[KEY_NAME] = plan.key
+    if plan.sleep_mode:
+        env["VLLM_SERVER_DEV_MODE"] = "1"  # which has /sleep and /wake_up, behind the engine's key
     if plan.local:
         env["HF_HUB_OFFLINE"] = "1"
     if plan.build == "cpu":

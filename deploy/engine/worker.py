@@ -35,6 +35,7 @@ class EngineState(Enum):
     STARTING = "starting"
     CANARY = "canary"
     READY = "ready"
+    ASLEEP = "asleep"
     DEAD = "dead"
     STOPPED = "stopped"
 
@@ -42,7 +43,8 @@ class EngineState(Enum):
 MOVES: Mapping[EngineState, frozenset[EngineState]] = {
     EngineState.STARTING: frozenset({EngineState.CANARY, EngineState.DEAD, EngineState.STOPPED}),
     EngineState.CANARY: frozenset({EngineState.READY, EngineState.DEAD, EngineState.STOPPED}),
-    EngineState.READY: frozenset({EngineState.DEAD, EngineState.STOPPED}),
+    EngineState.READY: frozenset({EngineState.ASLEEP, EngineState.DEAD, EngineState.STOPPED}),
+    EngineState.ASLEEP: frozenset({EngineState.STARTING, EngineState.STOPPED}),
     EngineState.DEAD: frozenset({EngineState.STARTING, EngineState.STOPPED}),
     EngineState.STOPPED: frozenset(),
 }
@@ -153,6 +155,7 @@ class WorkerProcess:
         self._timing = timing
         self._ports = ports
         self._turn = turn or asyncio.Lock()
+        self._sleepy, self._woken = asyncio.Event(), asyncio.Event()
         self._child: ChildProcess | None = None
         self._url = self._key = ""
         self._cores: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
@@ -169,6 +172,11 @@ class WorkerProcess:
         try:
             while True:
                 life = await self._one_life()
+                if self._sleepy.is_set() and life.ready_s is not None:
+                    self._move(EngineState.ASLEEP, "asleep: it starts again when somebody asks")
+                    await self._woken.wait()
+                    self._move(EngineState.STARTING, "waking up")
+                    continue
                 if deaths == 0 and life.ready_s is None:
                     raise WorkerError(f"{self.name} did not start: {life.end} (its log: {self._log.path})")
                 deaths = 1 if (life.ready_s or 0.0) >= self._timing.stable_s else deaths + 1
@@ -179,6 +187,16 @@ class WorkerProcess:
         finally:
             self._move(EngineState.STOPPED, "stopped")
             self._log.close()
+
+    def sleep(self) -> None:
+        """Stops a ready engine until `wake`."""
+        self._woken.clear()
+        self._sleepy.set()
+
+    def wake(self) -> None:
+        """Starts an engine that sleeps. Harmless if it does not."""
+        self._sleepy.clear()
+        self._woken.set()
 
     def kill(self) -> None:
         """Ends the engine and all that it started, at once."""
@@ -241,17 +259,20 @@ class WorkerProcess:
         """Returns when an engine that runs has become useless. One that hangs is ended, for it would not end itself."""
         unhealthy = asyncio.create_task(self._unhealthy(client))
         hung = asyncio.create_task(self._hung(client))
+        sleepy = asyncio.create_task(self._sleepy.wait())
         try:
-            await asyncio.wait({unhealthy, hung}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({unhealthy, hung, sleepy}, return_when=asyncio.FIRST_COMPLETED)
+            if sleepy.done():
+                return "it goes to sleep"
             if unhealthy.done():
                 return unhealthy.result()
             why = hung.result()
             child.kill()
             return why
         finally:
-            for task in (unhealthy, hung):
+            for task in (unhealthy, hung, sleepy):
                 task.cancel()
-            await asyncio.gather(unhealthy, hung, return_exceptions=True)
+            await asyncio.gather(unhealthy, hung, sleepy, return_exceptions=True)
 
     async def _hung(self, client: httpx2.AsyncClient) -> str:
         """Returns when the engine answers, but does not compute. Idle, it is asked something now and then."""

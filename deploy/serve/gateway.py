@@ -19,6 +19,7 @@ from scheduler.workers import Worker
 from server.app import GatewayServer
 from server.cluster.local_sync import READY, STARTING, WORKER
 from server.engine.access import Access
+from server.fleet.fleet import Nap
 from server.fleet.named import key_names
 from server.fleet.registry import registration_of
 from server.processes.prefork import reserved
@@ -45,8 +46,8 @@ class GatewayRunner(Protocol):
     def starting(self, worker_id: str, stage: str) -> None:
         """A worker is not there yet."""
 
-    def join(self, worker: Worker, access: Access) -> None:
-        """A worker is there; `access` is what it is asked with."""
+    def join(self, worker: Worker, access: Access, nap: Nap | None = None) -> None:
+        """A worker is there; `access` is what it is asked with, `nap` how it sleeps if not by itself."""
 
     def leave(self, worker_id: str) -> None:
         """A worker is gone. Harmless if it never was there."""
@@ -101,8 +102,18 @@ class InProcessGateway:
     def starting(self, worker_id: str, stage: str) -> None:
         self._server.fleet.starting[worker_id] = stage
 
-    def join(self, worker: Worker, access: Access) -> None:
-        self._server.fleet.starting.pop(worker.id, None)
+    def join(self, worker: Worker, access: Access, nap: Nap | None = None) -> None:
+        fleet = self._server.fleet
+        fleet.starting.pop(worker.id, None)
+        if nap is not None:
+            fleet.naps[worker.id] = nap
+        if worker.id in fleet.members:  # it has slept
+            self._tasks.start(self._again(worker, access))
+        else:
+            fleet.add(worker, access)
+
+    async def _again(self, worker: Worker, access: Access) -> None:
+        await self._server.fleet.remove(worker.id)
         self._server.fleet.add(worker, access)
 
     def leave(self, worker_id: str) -> None:
@@ -177,7 +188,7 @@ class GatewayProcesses:
     def starting(self, worker_id: str, stage: str) -> None:
         self._tasks.start(self._local.put(STARTING, worker_id, stage))
 
-    def join(self, worker: Worker, access: Access) -> None:
+    def join(self, worker: Worker, access: Access, nap: Nap | None = None) -> None:
         self._tasks.start(self._put(worker.id, registration_of(worker, access)))
 
     def leave(self, worker_id: str) -> None:

@@ -276,6 +276,7 @@ def plan_workers(
             hands_over=hands_over(view, machine),
             model_args=source.engine_args,
             user_args=tuple(view.engine_args),
+            sleep_mode=one.build != "cpu" and view.sleep.after_s is not None,
             key=view.engine_key.get_secret_value() if view.engine_key else secrets.token_urlsafe(32),
         )
         for view, one, source in zip(views, checked, sources, strict=True)

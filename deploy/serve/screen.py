@@ -73,6 +73,8 @@ class Screen:
         if event.state is EngineState.READY:
             text = f"ready after {event.elapsed_s:.1f} s; its test answer: {event.detail}"
             self.line(event.worker, text, "green")
+        elif event.state is EngineState.ASLEEP:
+            self.line(event.worker, event.detail, "dim")
         elif event.state is EngineState.DEAD:
             self.line(event.worker, f"died: {event.detail}", "red")
 

@@ -94,6 +94,7 @@ class Serving:
         self._plans: Mapping[str, EnginePlan] = {}
         self._workers: dict[str, WorkerProcess] = {}
         self._turns: dict[str, asyncio.Lock] = {}  # by GPUs: engines that share them start one after the other
+        self._resting: set[str] = set()  # workers that sleep, or are on their way back
         self._all_ready = asyncio.Event()
 
     async def serve(self, sock: socket.socket) -> int:
@@ -166,10 +167,15 @@ class Serving:
         self._screen.worker(event)
         front, plan = self._front, self._plans[event.worker]
         if event.state is EngineState.READY:
-            front.join(worker_of(plan, event.worker, event.url), Access(plan.key))
+            self._resting.discard(event.worker)
+            nap = ProcessNap(self._workers[event.worker]) if sleeps_by_process(plan, self._settings) else None
+            front.join(worker_of(plan, event.worker, event.url), Access(plan.key), nap)
             if missing := self._missing_role(plan):
                 self._screen.line(event.worker, f"takes whole requests until a {missing} worker is ready", "yellow")
-        else:
+        elif event.state is EngineState.ASLEEP:
+            self._resting.add(event.worker)
+        elif event.worker not in self._resting or event.state in (EngineState.DEAD, EngineState.STOPPED):
+            self._resting.discard(event.worker)
             front.leave(event.worker)
             if event.state is not EngineState.STOPPED:
                 front.starting(event.worker, event.detail)
@@ -258,6 +264,24 @@ class Serving:
         for remark in remarks:
             self._screen.say(f"  {remark}", "yellow")
         self._screen.say()
+
+
+class ProcessNap:
+    """A worker sleeps by having its engine stopped; it is started when somebody asks."""
+
+    def __init__(self, worker: WorkerProcess) -> None:
+        self._worker = worker
+
+    async def sleep(self) -> None:
+        self._worker.sleep()
+
+    async def wake(self) -> None:
+        self._worker.wake()
+
+
+def sleeps_by_process(plan: EnginePlan, settings: ServeSettings) -> bool:
+    """Whether an engine is to be stopped to sleep, for it has no sleep mode: vLLM's is for GPUs."""
+    return settings.sleep.after_s is not None and not plan.sleep_mode
 
 
 def shown_source(source: ModelSource) -> str:

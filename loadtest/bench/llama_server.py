@@ -1,4 +1,6 @@
-"""`python -m loadtest.bench.llama_server PORT SLOTS CONTEXT_TOKENS`: llama.cpp's server on the bundled model's GGUF.
+"""`python -m loadtest.bench.llama_server PORT SLOTS CONTEXT_TOKENS [FILE]`: llama.cpp's server on a GGUF file.
+
+The file is by default that of the bundled model.
 
 It comes from the wheel `xllamacpp`, which nothing else needs. One thread computes.
 With `LLAMA_API_KEY` set it asks for that key.
@@ -15,9 +17,9 @@ def main(arguments: list[str]) -> None:
     """Serves until it is stopped."""
     import xllamacpp
 
-    port, slots, context_tokens = map(int, arguments)
+    port, slots, context_tokens = map(int, arguments[:3])
     params = xllamacpp.CommonParams()
-    params.model.path = str(wheel_file())
+    params.model.path = arguments[3] if len(arguments) > 3 else str(wheel_file())
     params.model_alias = {BUNDLED}
     params.use_jinja = True  # the template as the GGUF has it, with its system prompt
     params.port = port

@@ -60,6 +60,7 @@ class EngineSetup:
     max_model_tokens: context length. mean_answer_tokens: mean length of an answer that ends by itself.
     plugin: it shows and obeys what our plug-in inside vLLM does (the policy's metric, orders to change it).
     kv_lease_s: it keeps a prompt's KV so long for another engine to fetch.
+    sleep_mode: it can be put to sleep, as vLLM with `--enable-sleep-mode` and VLLM_SERVER_DEV_MODE=1.
     key: asked for below /v1, as vLLM does with `--api-key`; empty for no key.
     """
 
@@ -71,6 +72,7 @@ class EngineSetup:
     mean_answer_tokens: int = 64
     plugin: bool = False
     kv_lease_s: float = 30.0
+    sleep_mode: bool = False
     key: str = field(default="", repr=False)
 
 
@@ -175,7 +177,11 @@ class FakeEngine:
             "/detokenize": self._detokenize,
             "/fake/faults": self._set_faults,
             FETCH_PATH: self._give_kv,
+            "/sleep": self._sleep,
+            "/wake_up": self._wake_up,
         }
+        self.asleep = False
+        self.naps = self.woken = 0
         self._gets: Mapping[str, Callable[[ServedExchange], None]] = {
             "/health": self._health,
             "/v1/models": self._models,
@@ -271,7 +277,23 @@ class FakeEngine:
             exchange.headers.get("authorization", "").encode(), f"Bearer {self.setup.key}".encode()
         )
 
+    def _sleep(self, exchange: ServedExchange) -> None:
+        self._turn(exchange, asleep=True)
+
+    def _wake_up(self, exchange: ServedExchange) -> None:
+        self._turn(exchange, asleep=False)
+
+    def _turn(self, exchange: ServedExchange, *, asleep: bool) -> None:
+        if not self.setup.sleep_mode:
+            raise WireRefusal(HTTPStatus.NOT_FOUND, "Not Found", "Not Found")
+        self.naps += asleep and not self.asleep
+        self.woken += self.asleep and not asleep
+        self.asleep = asleep
+        exchange.respond(200, orjson.dumps({"status": "sleeping" if asleep else "awake"}), _JSON)
+
     def _generate(self, exchange: ServedExchange) -> None:
+        if self.asleep:  # vLLM would not answer until somebody wakes it
+            raise WireRefusal(HTTPStatus.SERVICE_UNAVAILABLE, "asleep", "asleep")
         api = _APIS[exchange.path]
         body = vllm_wire.parse_body(exchange.body)
         self.seen.append(SeenRequest(exchange.path, dict(exchange.headers), body))
@@ -560,6 +582,8 @@ class FakeEngine:
 
     def _metrics(self, exchange: ServedExchange) -> None:
         body = exposition(self.batch, self.setup.model, plugin=self.setup.plugin)
+        if self.setup.sleep_mode:
+            body += b'vllm:engine_sleep_state{sleep_state="awake"} %d\n' % (not self.asleep)
         exchange.respond(200, body, "text/plain; version=1.0.0; charset=utf-8")
 
     def _version(self, exchange: ServedExchange) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import exp2, log
@@ -142,6 +142,7 @@ class Dispatcher:
         self.clock = clock
         self.rules = rules
         self.max_sequences = MAX_SEQUENCES
+        self.wake: Callable[[str, str, float | None], Awaitable[None]] | None = None  # where models may sleep
         self.placed: Counter[str] = Counter()
         self.predictor: Predictor | None = None
         self.flex = FlexRules()
@@ -162,9 +163,8 @@ class Dispatcher:
             self._bound_width(ticket.call)
         pools = self.fleet.pools.of_model.get(self.model)
         if pools is None:
-            raise NoWorker(
-                f"No worker serves '{ticket.call.asked or self.model}' right now.", retry_after_s=self.fleet.probe_s * 5
-            )
+            pools = await self._woken(ticket)
+            now = self.clock()
         if not ticket.call.route.generates:
             return self._aside(ticket, pools)
         if not self.lanes.ahead(ticket.call.tier) and (room := self._room(ticket, pools)) is not None:
@@ -180,6 +180,14 @@ class Dispatcher:
             waiting = f"{ahead} requests already wait for '{asked}'"
             raise Overloaded(f"{waiting}.", retry_after_s=min(LONGEST_RETRY_S, max(1.0, retry_s)))
         return await self._wait(ticket, now)
+
+    async def _woken(self, ticket: Ticket) -> Sequence[Pool]:
+        """The workers of a model that sleeps, once they are awake. NoWorker if there are none."""
+        asked = ticket.call.asked or self.model
+        if self.wake is None:
+            raise NoWorker(f"No worker serves '{asked}' right now.", retry_after_s=self.fleet.probe_s * 5)
+        await self.wake(self.model, asked, self._patience_s(ticket))
+        return self.fleet.pools.of(self.model)
 
     def _bound_width(self, call: Call) -> None:
         """BadRequest for more sequences than one request may have: those behind it wait until it is over. Where no

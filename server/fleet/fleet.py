@@ -34,6 +34,7 @@ _PLUGIN = "evenhand_engine_policy_info"
 _SEQUENCES = re.compile(r"^vllm:num_requests_(?:running|waiting)" + NUMBER, re.MULTILINE)
 _KV_USAGE = re.compile(r"^vllm:kv_cache_usage_perc" + NUMBER, re.MULTILINE)
 _RANKS = re.compile(r'^vllm:num_requests_running\{[^}]*\bengine="(\d{1,4})"', re.MULTILINE)
+_AWAKE = re.compile(r'^vllm:engine_sleep_state\{[^}]*sleep_state="awake"[^}]*\}\s+([01])', re.MULTILINE)
 _SLOTS = re.compile(r"^evenhand_engine_slots" + NUMBER, re.MULTILINE)
 _STEP_TOKENS = re.compile(r"^evenhand_engine_step_tokens" + NUMBER, re.MULTILINE)
 _BLOCKS = re.compile(
@@ -56,9 +57,17 @@ class WorkerState(Enum):
     DOWN = "down"  # was ready, does not answer
     DRAINING = "draining"  # finishes what it has, gets nothing new
     UNAUTHORISED = "unauthorised"  # refuses the gateway's key
+    ASLEEP = "asleep"  # until somebody asks for one of its models
 
 
 _OUT = (WorkerState.STARTING, WorkerState.DOWN, WorkerState.UNAUTHORISED)
+
+
+class Nap(Protocol):
+    """How a worker sleeps and wakes; `wake` may return before it takes requests again."""
+
+    async def sleep(self) -> None: ...
+    async def wake(self) -> None: ...
 
 
 class RunningAnswer(Protocol):
@@ -81,6 +90,7 @@ class Member:
     ranks: its data-parallel ranks. Each has a scheduler of its own, and all share the worker's address.
     policy: name and options that its plug-ins were last told, None if they were told nothing yet.
     suspected: a relayed answer failed there since it was last seen healthy.
+    slept: it said that it sleeps when it was last probed.
     problem: why it is not ready, where somebody has to do something about it; shown to everybody, so without addresses.
     heard_at: when an answer of it last went through here.
     kv_received_bytes: KV that it has fetched from other workers, as it counts itself.
@@ -96,6 +106,7 @@ class Member:
     leaned_at: float = -inf
     misses: int = 0
     suspected: bool = False
+    slept: bool = False
     breaker: Breaker = field(default_factory=Breaker)
     output: Output = field(default_factory=Output)
     drained_at: float = 0.0
@@ -149,6 +160,9 @@ class Fleet:
         self._order_of_queues = order
         self._movable = movable
         self._rounds = Rounds(self._look, self._pause_s, clock=clock, background=self._background)
+        self.naps: dict[str, Nap] = {}  # how workers sleep that do not do so by themselves
+        self.wakes = False  # whether requests wake what sleeps
+        self.from_zero: tuple[str, ...] = ()  # models that are started elsewhere once requests wait for them
 
     def add(self, worker: Worker, access: Access = Access(), *, note: str = "") -> Member:  # noqa: B008 - frozen
         """A worker joins; it gets requests once a probe has found it healthy. ValueError if its id is taken, or for
@@ -223,8 +237,17 @@ class Fleet:
         return bool(self.starting) or not members or any(member.state is WorkerState.STARTING for member in members)
 
     def serves(self, model: str | None = None) -> bool:
-        """Whether a worker may be given a request (for `model`)."""
-        return bool(self.pools.workers if model is None else self.pools.of(model))
+        """Whether a request (for `model`) can be taken: by a worker, or by one that it wakes."""
+        return bool(self.pools.workers if model is None else self.pools.of(model)) or self.is_dormant(model)
+
+    def is_dormant(self, model: str | None = None) -> bool:
+        """Whether a request (for `model`) would wake a worker."""
+        if not self.wakes:
+            return False
+        if self.from_zero if model is None else model in self.from_zero:
+            return True
+        asleep = (member for member in self.members.values() if member.state is WorkerState.ASLEEP)
+        return any(model is None or model in member.models for member in asleep)
 
     def missing_roles(self) -> list[str]:
         """The halves of a split deployment that nobody takes at present, so that requests are not split."""
@@ -235,9 +258,12 @@ class Fleet:
     def models(self) -> list[dict[str, object]]:
         """The served models as /v1/models lists them, each once."""
         listed: dict[object, dict[str, object]] = {}
-        for member in self.ready():
-            for entry in member.models_json:
-                listed.setdefault(entry.get("id"), entry)
+        for member in self.members.values():
+            if member.state in (WorkerState.READY, WorkerState.ASLEEP):
+                for entry in member.models_json:
+                    listed.setdefault(entry.get("id"), entry)
+        for model in self.from_zero:
+            listed.setdefault(model, {"id": model, "object": "model", "created": 0, "owned_by": "evenhand"})
         return list(listed.values())
 
     def rows(self) -> Iterator[tuple[str, Role, bool, int, int]]:
@@ -374,6 +400,8 @@ class Fleet:
         if metrics.status_code == 200:
             told = told_in(metrics.content)
             self._read(member, told)
+            if (awake := _AWAKE.search(told)) is not None:
+                self._follow_sleep(member, awake=float(awake.group(1)) > 0)
             member.output.read(told, self.clock())
         if member.worker.plugin and self._order_of_queues is not None:
             order = self._order_of_queues()
@@ -436,6 +464,14 @@ class Fleet:
         if (step := _STEP_TOKENS.search(metrics)) is not None and 1 <= float(step.group(1)) < _MOST_SEQUENCES:
             if (tokens := int(float(step.group(1)))) != member.worker.step_tokens:
                 self._learned(member, replace(member.worker, step_tokens=tokens))
+
+    def _follow_sleep(self, member: Member, *, awake: bool) -> None:
+        """Another gateway, or an operator, may have put an engine to sleep or woken it."""
+        if not awake and member.state in (WorkerState.READY, WorkerState.STARTING, WorkerState.DOWN):
+            self.put(member, WorkerState.ASLEEP)
+        elif awake and member.state is WorkerState.ASLEEP and member.slept:
+            self.put(member, WorkerState.STARTING)
+        member.slept = not awake
 
     def _learn_slots(self, member: Member, slots: int) -> None:
         """The engine itself says how many sequences it runs at once; that counts, whatever was said of it before."""

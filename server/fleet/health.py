@@ -23,6 +23,7 @@ _TOLD = (
     b"\nvllm:kv_cache_usage_perc",
     b"\nvllm:generation_tokens_total",
     b"\nvllm:nixl_bytes_transferred_sum",
+    b"\nvllm:engine_sleep_state{",
     b"\nevenhand_engine_",
 )
 

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from server.admission.live_names import LiveNames
-from server.fleet.fleet import Fleet, WorkerState, described
+from server.fleet.fleet import Fleet, described
 from server.request.directory import Tenants
 from server.request.errors import NotFound, ServiceError, UnknownModel, WrongMethod, error_object, status_of
 from server.request.schemas import MESSAGES, ROUTES
@@ -129,7 +129,7 @@ def operations(fleet: Fleet, metrics: Metrics, notes: Callable[[], dict[str, Any
     async def ready() -> Response:
         workers = described(fleet.members.values())
         said = notes()
-        if any(member.state is WorkerState.READY for member in fleet.members.values()) and "stopping" not in said:
+        if fleet.serves() and "stopping" not in said:
             missing = {"missing_roles": roles} if (roles := fleet.missing_roles()) else {}
             return _json({"status": "ready", "workers": workers, **missing, **said})
         waiting = {"status": "not ready", "workers": workers, "starting": fleet.starting, **said}

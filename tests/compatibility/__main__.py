@@ -20,6 +20,7 @@ from loadtest.bench.engines import running
 from loadtest.bench.table import machine, markdown
 from loadtest.provenance import versions
 from tests.compatibility.clients import CLIENTS, PROGRAMS, Client
+from tests.compatibility.full_precision import full_precision
 
 MODEL = "smollm2"
 LIMIT_S = 900
@@ -35,7 +36,8 @@ def over_llama_cpp() -> Iterator[str]:
     """`evenhand gateway` over llama.cpp's server with the same model; it asks for a key. Yields its URL with /v1."""
     engine_port, port = free_port(), free_port()
     env = {**os.environ, "LLAMA_API_KEY": secrets.token_urlsafe(24)}
-    argv = [sys.executable, "-m", "loadtest.bench.llama_server", str(engine_port), "4", "2048"]
+    file = full_precision(cache_folder() / "smollm2-f32.gguf")
+    argv = [sys.executable, "-m", "loadtest.bench.llama_server", str(engine_port), "4", "2048", str(file)]
     worker = f"http://127.0.0.1:{engine_port},slots=4,key=LLAMA_API_KEY"
     gateway = [
         sys.executable,

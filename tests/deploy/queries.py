@@ -16,7 +16,7 @@ from loadtest.simulator.costmodel import PRESETS
 from scheduler.catalog import build
 from scheduler.tiers import TieredLanes
 from server.app import GatewayServer
-from server.settings import CostSettings, Settings
+from server.settings import CostSettings, Settings, SleepSettings
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RULES = ROOT / "deploy" / "observability" / "prometheus" / "rules.yml"
@@ -53,7 +53,8 @@ def recorded() -> set[str]:
 
 def of_gateway() -> set[str]:
     """Every sample name that a gateway's /metrics can have."""
-    return _names(generate_latest(GatewayServer(Settings(cost=CostSettings(meter=True))).telemetry.registry))
+    settings = Settings(cost=CostSettings(meter=True), sleep=SleepSettings(after_s=1))
+    return _names(generate_latest(GatewayServer(settings).telemetry.registry))
 
 
 def of_engine() -> set[str]:

@@ -22,12 +22,12 @@ from scheduler.catalog import POLICIES
 from server.__main__ import add_arguments as gateway_arguments
 from server.request.tenants import read_file
 from server.settings import Settings, read_settings
-from tests.deploy.queries import ROOT, RULES, known
+from tests.deploy.queries import ROOT, RULES, known, selectors
 
 CHART = ROOT / "deploy" / "chart"
 VALUES: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
 SCHEMA: dict[str, Any] = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
-FOREIGN = ("monitoring.coreos.com/", "leaderworkerset.x-k8s.io/")
+FOREIGN = ("monitoring.coreos.com/", "leaderworkerset.x-k8s.io/", "keda.sh/")
 POD = {"apiVersion": "v1", "kind": "Pod"}
 OLDEST, NEWEST = "1.27", "1.33"
 KEY = {"admin": {"key": "an-admin-key-for-the-tests"}}
@@ -258,6 +258,22 @@ def test_the_values_that_the_documentation_shows_are_rendered() -> None:
                 kubernetes_validate.validate(document, NEWEST, strict=True)
 
 
+def test_keda_starts_the_first_worker_for_requests_that_wait_for_its_model() -> None:
+    worker = {"replicas": 0, "model": "Qwen/Qwen3-8B", "keda": {"enabled": True, "prometheus": "http://p:9090"}}
+    docs = rendered(KEY | {"workers": {"main": worker}})
+    assert not any(doc["kind"] == "HorizontalPodAutoscaler" for doc in docs)
+    (scaled,) = (doc for doc in docs if doc["kind"] == "ScaledObject")
+    aimed = scaled["spec"]["scaleTargetRef"]
+    (target,) = (doc for doc in docs if (doc["kind"], doc["metadata"]["name"]) == (aimed["kind"], aimed["name"]))
+    assert "replicas" not in target["spec"]  # else each upgrade would stop what KEDA has started
+    assert (scaled["spec"]["minReplicaCount"], scaled["spec"]["maxReplicaCount"]) == (0, 4)
+    (trigger,) = scaled["spec"]["triggers"]
+    query = trigger["metadata"]["query"]
+    names = {name for name, _ in selectors(query)}
+    assert names == {"evenhand_requests_awaiting_wake", "evenhand_queue_depth", "evenhand_worker_in_flight"} <= known()
+    assert 'model="Qwen/Qwen3-8B"' in query and trigger["metadata"]["activationThreshold"] == "0"
+
+
 def test_a_cpu_worker_asks_for_cores_and_no_gpu() -> None:
     """Limits alone are requests, too: whole cores then come as a cpuset where the node's CPU manager is static."""
     small = container(of("everything", "StatefulSet", "small"))
@@ -380,6 +396,7 @@ WRONG = [
     (KEY | {"workers": {"main": {"multiNode": {"nodes": 2}, "role": "decode"}}}, "workers.main.multiNode"),
     (KEY | {"workers": {"main": {"multiNode": {"nodes": 2}, "storage": {"size": "1Gi"}}}}, "workers.main.storage.size"),
     (KEY | {"monitoring": {"objectives": {"ttftSeconds": "1.7"}}}, "ttftSeconds"),
+    (KEY | {"workers": {"main": {"keda": {"prometheus": "prometheus:9090"}}}}, "prometheus"),
     (KEY | {"monitorring": {}}, "monitorring"),
 ]
 
