@@ -229,7 +229,8 @@ class GatewayServer:
     def _sleeper(self) -> Sleeper | None:
         """Who puts models to sleep and wakes them, where a setting asks for it."""
         sleep = self.settings.sleep
-        return Sleeper(self.fleet, sleep, monotonic) if sleep.after_s is not None or sleep.from_zero else None
+        wanted = sleep.after_s is not None or sleep.from_zero
+        return Sleeper(self.fleet, sleep, monotonic, lambda: self.lines.depth()) if wanted else None
 
     def _tracing(self) -> "Tracing | None":
         """Spans, if they are wanted; OpenTelemetry is loaded only then."""

@@ -65,7 +65,15 @@ class EngineNap:
 class Sleeper(Observer, Collector):
     """Watches each model's traffic. Others' traffic shows in what the engines say of themselves."""
 
-    def __init__(self, fleet: Fleet, settings: SleepSettings, clock: Callable[[], float] = monotonic) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        settings: SleepSettings,
+        clock: Callable[[], float] = monotonic,
+        depth: Callable[[], Iterable[tuple[str, int]]] = tuple,
+    ) -> None:
+        """depth: how many requests wait in each model's line."""
+        self._depth = depth
         self._fleet = fleet
         self._settings = settings
         self._clock = clock
@@ -94,7 +102,11 @@ class Sleeper(Observer, Collector):
             await asyncio.sleep(LOOK_S)
 
     async def look(self) -> None:
-        """Puts to sleep what has had no traffic for long."""
+        """Puts to sleep what has had no traffic for long, and wakes what sleeps while requests are in line for it, as
+        when another gateway has put it to sleep."""
+        for model, waiting in self._depth():
+            if waiting and not self._fleet.pools.of(model) and self._fleet.is_dormant(model):
+                self._begun(model)
         after_s = self._settings.after_s
         if after_s is None:
             return
@@ -166,11 +178,7 @@ class Sleeper(Observer, Collector):
         """
         if not self._fleet.is_dormant(model):
             raise NoWorker(f"No worker serves '{asked}' right now.", retry_after_s=self._fleet.probe_s * 5)
-        if model not in self._waking:
-            task = asyncio.get_running_loop().create_task(self._wake(model))
-            self._waking[model] = task, self._clock()
-            task.add_done_callback(lambda done: self._waking.pop(model, None))
-        task, since = self._waking[model]
+        task, since = self._begun(model)
         most_s = min(self._settings.max_wait_s, patience_s if patience_s is not None else self._settings.max_wait_s)
         left_s = self._left_s(model, since)
         late = f"The model '{asked}' is waking up."
@@ -184,6 +192,19 @@ class Sleeper(Observer, Collector):
             raise NoWorker(late, code="waking", retry_after_s=self._left_s(model, since) or RETRY_S) from None
         finally:
             self.awaited[model] -= 1
+
+    def _begun(self, model: str) -> tuple[asyncio.Task[None], float]:
+        """Who wakes a model, and since when: one, however many ask."""
+        if model not in self._waking:
+            task = asyncio.get_running_loop().create_task(self._wake(model))
+            self._waking[model] = task, self._clock()
+            self._fleet.waking.add(model)
+            task.add_done_callback(lambda done: self._over(model))
+        return self._waking[model]
+
+    def _over(self, model: str) -> None:
+        del self._waking[model]
+        self._fleet.waking.discard(model)
 
     def _left_s(self, model: str, since: float) -> float | None:
         """How much longer it will be, by how long it was last time; None if that is not known."""

@@ -162,6 +162,7 @@ class Fleet:
         self._rounds = Rounds(self._look, self._pause_s, clock=clock, background=self._background)
         self.naps: dict[str, Nap] = {}  # how workers sleep that do not do so by themselves
         self.wakes = False  # whether requests wake what sleeps
+        self.waking: set[str] = set()  # models that are about to be served again
         self.from_zero: tuple[str, ...] = ()  # models that are started elsewhere once requests wait for them
 
     def add(self, worker: Worker, access: Access = Access(), *, note: str = "") -> Member:  # noqa: B008 - frozen
@@ -244,7 +245,8 @@ class Fleet:
         """Whether a request (for `model`) would wake a worker."""
         if not self.wakes:
             return False
-        if self.from_zero if model is None else model in self.from_zero:
+        soon = self.waking.union(self.from_zero)
+        if soon if model is None else model in soon:
             return True
         asleep = (member for member in self.members.values() if member.state is WorkerState.ASLEEP)
         return any(model is None or model in member.models for member in asleep)
@@ -259,7 +261,7 @@ class Fleet:
         """The served models as /v1/models lists them, each once."""
         listed: dict[object, dict[str, object]] = {}
         for member in self.members.values():
-            if member.state in (WorkerState.READY, WorkerState.ASLEEP):
+            if member.state in (WorkerState.READY, WorkerState.ASLEEP) or not self.waking.isdisjoint(member.models):
                 for entry in member.models_json:
                     listed.setdefault(entry.get("id"), entry)
         for model in self.from_zero:
