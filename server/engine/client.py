@@ -287,6 +287,7 @@ class EngineClient:
         self._client_tls: ssl.SSLContext | bool = False
         self.idle: deque[EngineConnection] = deque()
         self.heads: dict[bytes, Head] = {}
+        self._pool_tls: ssl.SSLContext | None = None
         self._client: httpx2.AsyncClient | None = None
 
     async def ask(
@@ -339,9 +340,8 @@ class EngineClient:
 
     async def get(self, path: str, timeout_s: float = 5.0) -> Answer:
         """A small question of our own (health, metrics, models). EngineGone if there is no answer, OutOfFiles."""
-        if self.tls is not None:  # asked with the certificates of this moment, where a kept connection has older ones
-            said = await self._send("GET", path, None, timeout_s)
-            return Answer(said.status_code, said.content)
+        if self.tls is not None:
+            self._drop_outdated(self.tls.context())
         try:
             async with asyncio.timeout(timeout_s):
                 try:
@@ -351,7 +351,16 @@ class EngineClient:
         except TimeoutError:
             raise EngineGone(f"The engine at {self.url} does not answer {path} within {timeout_s:g} s.") from None
         except EngineHungUp:
+            if self.tls is not None:
+                raise EngineUntrusted(NO_WORD) from None
             raise EngineGone(f"The engine at {self.url} hangs up when it is asked for {path}.") from None
+
+    def _drop_outdated(self, context: ssl.SSLContext) -> None:
+        """Kept connections were made with the certificates of their time: new ones take their place."""
+        if context is not self._pool_tls:
+            self._pool_tls = context
+            for connection in list(self.idle):
+                connection.transport.close()
 
     async def _got(self, path: str, *, fresh: bool) -> Answer:
         question = Question()

@@ -210,6 +210,16 @@ async def over_tls(
     async with FakeEngine(INSTANT, tls=tls_of(cert, client_ca)) as engine:
         async with serving(",".join([engine.url, *options]), ready=ready, **settings) as gateway:
             yield gateway, engine
+        await all_handshakes_over(engine)
+
+
+async def all_handshakes_over(engine: FakeEngine) -> None:
+    """One more that fails: by its end those before it have ended, too, and uvloop has closed what they used."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", engine.port)
+    writer.write(b"this is no TLS\r\n")
+    with contextlib.suppress(ConnectionError):
+        await reader.read()
+    writer.close()
 
 
 async def test_requests_and_streams_go_over_tls(ca: trustme.CA, ca_file: str) -> None:
