@@ -316,7 +316,7 @@ async def test_a_worker_that_is_not_there_is_unreachable() -> None:
     await engine.close()
 
 
-@pytest.mark.parametrize("url", ["ftp://host", "host:80", "http://", "ftp://host"])
+@pytest.mark.parametrize("url", ["ftp://host", "host:80", "http://", "https://"])
 def test_an_address_that_is_none_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match="http://HOST:PORT"):
         EngineClient(url)
