@@ -181,13 +181,13 @@ class Dispatcher:
             raise Overloaded(f"{waiting}.", retry_after_s=min(LONGEST_RETRY_S, max(1.0, retry_s)))
         return await self._wait(ticket, now)
 
-    async def _woken(self, ticket: Ticket) -> Sequence[Pool]:
+    async def _woken(self, ticket: Ticket) -> tuple[Pool, ...]:
         """The workers of a model that sleeps, once they are awake. NoWorker if there are none."""
         asked = ticket.call.asked or self.model
         if self.wake is None:
             raise NoWorker(f"No worker serves '{asked}' right now.", retry_after_s=self.fleet.probe_s * 5)
         await self.wake(self.model, asked, self._patience_s(ticket))
-        return self.fleet.pools.of(self.model)
+        return self.fleet.pools.of_model.get(self.model, ())
 
     def _bound_width(self, call: Call) -> None:
         """BadRequest for more sequences than one request may have: those behind it wait until it is over. Where no
