@@ -187,7 +187,7 @@ async def test_a_key_travels_with_a_registration_and_a_new_one_takes_its_place()
         ("http://h:1,key=sk-secret", "there is none of that name"),
         ("http://h:1,ca=/x.pem", "https://"),
         ("https://h:1,ca=/nowhere.pem", "/nowhere.pem holds no CA certificates"),
-        ("https://h:1,cert=/nowhere.pem", "no certificate with its key"),
+        ("https://h:1,cert=/nowhere.pem", "not a certificate with its key"),
         ("https://h:1,cert_key=/x.pem", "give cert, too"),
         ("http://h:1,key=BAD", "no HTTP header can carry"),
         ("ftp://h:1", "write it as http"),
