@@ -12,6 +12,7 @@ from server.request.call import Phase, Ticket
 from server.request.tenants import OPEN, Tenant
 
 TRACE = b"x-evenhand-trace"
+LONGEST_HEADER = 4096  # many clients take no line above 8 KiB
 
 
 class HeadedAnswer(ClientAnswer, Protocol):
@@ -67,8 +68,12 @@ def tell_failure(ticket: Ticket, out: HeadedAnswer) -> None:
 
 
 def header(ticket: Ticket) -> bytes:
-    """The trace as a header's line. JSON in ASCII has no line break of its own."""
-    return b"%b: %b\r\n" % (TRACE, json.dumps(trace(ticket)).encode())
+    """The trace as a header's line, without the workers where it would be too long for one."""
+    told = json.dumps(trace(ticket))  # in ASCII and without a line break
+    if len(told) > LONGEST_HEADER:
+        steps = [{name: fact for name, fact in step.items() if name != "workers"} for step in ticket.decisions or []]
+        told = json.dumps(trace(ticket) | {"steps": steps})
+    return b"%b: %b\r\n" % (TRACE, told.encode())
 
 
 def comment(ticket: Ticket) -> bytes:

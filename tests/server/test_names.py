@@ -18,6 +18,7 @@ from loadtest.fake.faults import Faults
 from server.relay.renamed import RenamedAnswer, model_span
 from server.request.names import NameTable, read_name, table_of
 from server.settings import Settings, read_settings
+from tests.server.batch.test_batches import client_of, ended, jsonl, lines_of, submit
 from tests.server.conftest import (
     INSTANT,
     SLOW,
@@ -105,6 +106,17 @@ async def test_one_name_can_stand_for_all_that_nobody_serves() -> None:
             dict(labels)["name"] for name, labels in await gateway.metrics() if name == "evenhand_model_requests_total"
         }
         assert asked == {"*", "chat", "new"}, "no label is a client's own words"
+
+
+async def test_a_batch_may_ask_for_a_name(tmp_path: Path) -> None:
+    async with two_models(models={"chat": "new"}, batch={"folder": tmp_path}) as (gateway, _, new):
+        async with client_of(gateway) as client:
+            batch = await ended(client, (await submit(client, jsonl(5, model="chat"))).id)
+            assert (batch.status, batch.request_counts.completed) == ("completed", 5)
+            output = await lines_of(client, batch.output_file_id)
+            assert {line["response"]["body"]["model"] for line in output} == {"chat"} and len(new.seen) == 5
+            refused = await ended(client, (await submit(client, jsonl(1, model="nothing"))).id)
+            assert refused.status == "failed"
 
 
 async def test_names_that_hold_json_are_written_as_json() -> None:

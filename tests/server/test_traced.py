@@ -73,6 +73,18 @@ async def test_failures_and_fallbacks_are_steps_and_an_error_tells_them_too() ->
         assert failed.status == 500 and [step["step"] for step in trace_of(failed)["steps"]] == ["placed", "failed"]
 
 
+async def test_a_header_is_never_too_long_for_a_client() -> None:
+    async with FakeEngine(INSTANT) as engine, serving(*[engine.url] * 16, ready=False) as gateway:
+        await eventually(lambda: len(gateway.server.fleet.ready()) == 16)
+        (step,) = trace_of(await gateway.ask(CHAT, chat(stream=True), headers=TRACE))["steps"]
+        assert len(step["workers"]) == 16
+        engine.faults = Faults(error_status=500)
+        failed = await gateway.ask(CHAT, chat(), headers=TRACE)
+        assert len(failed.headers["x-evenhand-trace"]) <= 4096
+        steps = [step["step"] for step in trace_of(failed)["steps"]]
+        assert steps.count("failed") > 1 and "workers" not in trace_of(failed)["steps"][0]
+
+
 async def test_only_a_tenant_that_is_granted_it_may_ask(tmp_path: Path) -> None:
     (tmp_path / "tenants.yaml").write_text(
         f"tenants: [{{name: ops, keys: [{KEY}], grants: [x-evenhand-trace]}}, {{name: acme, keys: [{OTHER}]}}]"
