@@ -17,6 +17,7 @@ from deploy.engine.model import cache_folder, prepare_tiny
 from loadtest.bench.bench_target import free_port
 from loadtest.bench.engines import running
 from loadtest.bench.in_process_engine import chaotic_model
+from tests.chaos.engines import in_other_dialects, told_in_any_dialect
 from tests.chaos.greedy import TIE, Judge, Verdict
 from tests.chaos.load import Question, told_by_a_model
 from tests.chaos.site import ask
@@ -142,6 +143,25 @@ async def test_a_stream_cut_anywhere_goes_on_exactly(port: int, path: str, field
             await eventually(lambda: len(gateway.server.fleet.ready()) == 2)
         failovers = gateway.server.gateway.failover.outcomes
         assert failovers["failed"] == 0 and failovers["resumed"] + failovers["retried"] == len(CUTS)
+
+
+@pytest.mark.parametrize("question", in_other_dialects()[:2], ids=lambda one: one.path)
+async def test_a_typed_stream_cut_anywhere_goes_on_from_its_text(port: int, question: Question) -> None:
+    """This model says anything, so its text has other token ids, too: what follows may differ, but it is one stream of
+    as many tokens, or the tokens that a text is read as are not as many as were made for it."""
+    async with over_two_addresses(port) as (gateway, cuts):
+        (whole, _, end), usage = told_in_any_dialect(question, await gateway.ask(question.path, question.body))
+        for after in (1, 2, 4, 9, 30):
+            cuts.append(after)
+            reply = await gateway.ask(question.path, question.body)
+            assert not cuts
+            (text, _, ended), counted = told_in_any_dialect(question, reply)
+            assert ended == end and counted["prompt_tokens"] == usage["prompt_tokens"]
+            assert counted["completion_tokens"] == usage["completion_tokens"]
+            assert text.startswith(whole[: len(whole) // 20]) or after < 5
+            await eventually(lambda: len(gateway.server.fleet.ready()) == 2)
+        failovers = gateway.server.gateway.failover.outcomes
+        assert failovers["failed"] == 0 and failovers["resumed"] + failovers["retried"] == 5
 
 
 async def test_the_judge_of_greedy_answers_finds_what_was_lost_repeated_or_swapped(port: int) -> None:
