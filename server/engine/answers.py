@@ -290,6 +290,8 @@ def _response_event(data: bytes) -> Said:
     if event.type == "error":
         return Said(failure=_error(data, data))
     response = event.response
+    if response is not None and _made_nothing(response):
+        return Said(failure=EngineGone("The engine ended the answer before its first token."))
     if response is not None and event.type in ("response.completed", "response.incomplete"):
         cut = response.status == "incomplete" and event.type == "response.completed"
         return Said(usage=usage_of(response.usage), total=True, last=True, cut=cut)
@@ -343,7 +345,13 @@ def _whole_message(body: bytes) -> Said:
 
 def _whole_response(body: bytes) -> Said:
     answer = _read_response(body)
-    return _ended(answer.usage, answer.status in ("failed", "cancelled"))
+    return _ended(answer.usage, answer.status in ("failed", "cancelled") or _made_nothing(answer))
+
+
+def _made_nothing(response: _Response) -> bool:
+    """vLLM 0.32 calls a response `completed` that it aborted, as it does with those that come while it is ending. One
+    without even the token that ends an answer is none."""
+    return response.status == "completed" and response.usage is not None and response.usage.output_tokens == 0
 
 
 def _ended(usage: _Usage | None, broken_off: bool) -> Said:

@@ -343,6 +343,9 @@ class Stream(Pipe):
         shown: list[bytes] = []
         for event in events:
             said = self.read(event)
+            if (said.last or said.closing) and not (self.out.begun or made or any(shown)):
+                # vLLM leaves out the one event of a completion that it aborts before the first token
+                said = said._replace(failure=EngineGone("The engine ended the answer before its first token."))
             if said.failure is not None:
                 break
             seen = self._shown(event, said)

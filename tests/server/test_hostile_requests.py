@@ -448,6 +448,46 @@ async def test_names_in_a_request_forge_no_lines_of_the_log(tmp_path: Path, capl
     assert not any("\n" in record.getMessage() for record in caplog.records)
 
 
+EMPTY = {
+    COMPLETIONS: streamed(
+        b'data: {"id":"c","choices":[],"usage":{"prompt_tokens":4,"completion_tokens":0,"total_tokens":4}}\n\n',
+        b"data: [DONE]\n\n",
+    ),
+    RESPONSES: streamed(
+        b'event: response.created\ndata: {"type":"response.created","sequence_number":0,"response":{"id":"r"}}\n\n',
+        b'event: response.completed\ndata: {"type":"response.completed","sequence_number":1,"response":{"id":"r",'
+        b'"status":"completed","output":[],"usage":{"input_tokens":4,"output_tokens":0}}}\n\n',
+    ),
+}
+TOLD = {
+    RESPONSES: streamed(
+        b'event: response.created\ndata: {"type":"response.created","sequence_number":0,"response":{"id":"s"}}\n\n',
+        b'event: response.completed\ndata: {"type":"response.completed","sequence_number":1,"response":{"id":"s",'
+        b'"status":"completed","output":["said"],"usage":{"input_tokens":4,"output_tokens":2}}}\n\n',
+    )
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", EMPTY)
+async def test_an_engine_that_is_ending_and_makes_nothing_has_not_answered(
+    tmp_path: Path, path: str, stream: bool
+) -> None:
+    """vLLM 0.32 that was told to end calls the requests that it still takes, and aborts, complete."""
+    nothing = b'{"id":"r","status":"completed","output":[],"usage":{"input_tokens":4,"output_tokens":0}}'
+    whole = b'{"id":"r","choices":[{"index":0,"text":"","finish_reason":"abort"}],"usage":{"completion_tokens":0}}'
+    ended = EMPTY[path] if stream else plain(nothing if path == RESPONSES else whole)
+    good = {RESPONSES: TOLD[RESPONSES], COMPLETIONS: streamed(*ENDS[COMPLETIONS])}[path] if stream else FINE
+    answers = [ended, good]
+
+    async with hall(tmp_path, lambda _: answers.pop(0), count=2) as there:
+        body = completion(stream=stream) if path == COMPLETIONS else {"model": "fake", "input": "x", "stream": stream}
+        reply = await there.ask(path, body)
+        assert reply.status == 200 and not answers
+        assert b"said" in reply.body or b"Hi" in reply.body or b"ok" in reply.body
+        assert b"error" not in reply.body
+
+
 async def test_a_large_event_in_pieces_is_put_together_once(tmp_path: Path) -> None:
     text = b"x" * (4 << 20)
     event = b'data: {"choices":[{"index":0,"text":"%b","finish_reason":null,"token_ids":[1]}]}\n\n' % text
