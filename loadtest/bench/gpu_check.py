@@ -2,15 +2,18 @@
 
 evenhand bench gpu-check [--model smollm2] [--requests 64] [--policies fcfs vtc mlfq]
 
-One engine at a time answers the same greedy requests, long and short mixed, all at once. The table shows tokens a
-second against stock vLLM, how many answers are stock's to the letter, displacements, and on a GPU memory and energy.
-It runs on a CPU, too, without the last two.
+One engine at a time answers the same greedy requests, long and short mixed, all at once; then `evenhand serve` with two
+engines (on one GPU they share its memory), and with one that reads prompts and one that answers, over NIXL. The table
+shows tokens a second against stock vLLM, how many answers are stock's to the letter, displacements or prompts that were
+handed over, and on a GPU memory and energy. It runs on a CPU, too, without the last two.
 """
 
 import argparse
 import asyncio
+import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,20 +23,32 @@ import httpx2
 
 from deploy.engine.gpus import installed_nvml
 from deploy.engine.model import BUNDLED
-from loadtest.bench.engines import engine
+from loadtest.bench.bench_target import free_port
+from loadtest.bench.engines import engine, running
 
 MOST_TOKENS = (16, 16, 16, 256)  # of requests in turn: a long answer among short ones gives mlfq something to displace
 LEAST_RATIO = 0.95  # of stock's tokens a second
 LEAST_EQUAL = 0.9  # answers that are stock's: another batch may round a near tie the other way
 LIMIT_S = 300.0
+ENGINES = 2  # of a whole system
 GIB = 1024**3
 PREEMPTIONS = re.compile(r'^evenhand_engine_preemptions_total\{[^}]*reason="policy"[^}]*\}\s+([\d.e+]+)$', re.MULTILINE)
+APART = re.compile(r'^evenhand_placements_total\{[^}]*placement="apart"[^}]*\}\s+([\d.e+]+)$', re.MULTILINE)
+UP = re.compile(r"^evenhand_worker_up\{[^}]*\}\s+([\d.e+]+)$", re.MULTILINE)
+TWO, SPLIT = "two engines", "prefill, decode"
+SYSTEMS = {
+    TWO: ("--workers", "2"),
+    SPLIT: ("--prefill-workers", "1", "--decode-workers", "1", "--min-prompt-tokens", "64"),
+}
 STEPS = re.compile(r"^evenhand_engine_steps_total(?:\{[^}]*\})?\s+([\d.e+]+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What one engine did. memory_bytes, energy_j: of the first GPU; 0 on a CPU."""
+    """What one engine did, or a whole system. memory_bytes, energy_j: of the first GPU; 0 on a CPU.
+
+    handed_over: prompts that another engine read than the one that answered.
+    """
 
     name: str
     answers: tuple[str, ...]
@@ -43,6 +58,7 @@ class Round:
     has_plugin: bool = False
     memory_bytes: int = 0
     energy_j: float = 0.0
+    handed_over: int = 0
 
     @property
     def tokens_per_s(self) -> float:
@@ -80,15 +96,46 @@ def played(name: str, policy: str | None, args: argparse.Namespace) -> Round:
     """One engine from its start to its end."""
     options = [f"--max-num-seqs={args.slots}", *args.engine_args]
     with engine(args.model, policy=policy, args=options) as url:
-        model = httpx2.get(f"{url}/v1/models", trust_env=False).json()["data"][0]["id"]
-        requests = bodies(model, args.requests)
-        asyncio.run(asked(url, requests[: args.slots]))  # warms caches and kernels up
-        gpu = Gauge()
-        began = time.perf_counter()
-        answers = asyncio.run(asked(url, requests))
-        seconds = time.perf_counter() - began
-        energy_j, memory_bytes = gpu.since()
-        metrics = httpx2.get(f"{url}/metrics", trust_env=False).text
+        return measured(name, url, args)
+
+
+def served(name: str, args: argparse.Namespace) -> Round:
+    """A whole system of two engines from its start to its end. RuntimeError if they do not come up."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryDirectory(prefix="evenhand-check-") as folder:
+        argv = [sys.executable, "-m", "deploy.cli", "serve", "--port", str(port), "--model", args.model]
+        argv += [*SYSTEMS[name], "--state-folder", folder, f"--engine-arg=--max-num-seqs={args.slots}"]
+        argv += [f"--engine-arg={one}" for one in args.engine_args]
+        with running(argv, dict(os.environ), f"{url}/ready"):
+            end = time.monotonic() + LIMIT_S
+            while sum(map(float, UP.findall(metrics_of(url)))) < ENGINES:
+                if time.monotonic() > end:
+                    raise RuntimeError(f"{name}: one of the engines was not ready after {LIMIT_S:.0f} s")
+                time.sleep(0.2)
+            return measured(name, url, args, own=False)
+
+
+def metrics_of(url: str) -> str:
+    return httpx2.get(f"{url}/metrics", trust_env=False).text
+
+
+def measured(name: str, url: str, args: argparse.Namespace, *, own: bool = True) -> Round:
+    """What the requests get from whatever answers at this URL.
+
+    own: it is an engine, which takes a tenant from whoever asks; a gateway does not.
+    """
+    model = httpx2.get(f"{url}/v1/models", trust_env=False).json()["data"][0]["id"]
+    requests = bodies(model, args.requests)
+    if not own:
+        requests = [{field: value for field, value in body.items() if field != "vllm_xargs"} for body in requests]
+    asyncio.run(asked(url, requests[: args.slots]))  # warms caches and kernels up
+    gpu = Gauge()
+    began = time.perf_counter()
+    answers = asyncio.run(asked(url, requests))
+    seconds = time.perf_counter() - began
+    energy_j, memory_bytes = gpu.since()
+    metrics = metrics_of(url)
     return Round(
         name,
         tuple(answer["choices"][0]["text"] for answer in answers),
@@ -98,6 +145,7 @@ def played(name: str, policy: str | None, args: argparse.Namespace) -> Round:
         bool(STEPS.search(metrics)),
         memory_bytes,
         energy_j,
+        round(sum(map(float, APART.findall(metrics)))),
     )
 
 
@@ -129,12 +177,15 @@ class Gauge:
 def faults(stock: Round, ours: Round) -> list[str]:
     """What is not as it should be."""
     found = []
-    if not ours.has_plugin:
-        found.append("the plug-in shows no metrics")
-    if (ratio := ours.tokens_per_s / stock.tokens_per_s) < LEAST_RATIO and not ours.displaced:
-        found.append(f"{ratio:.2f} of stock's throughput")
+    if ours.name not in SYSTEMS:  # whose engines stand behind a gateway, and share what stock has for itself
+        if not ours.has_plugin:
+            found.append("the plug-in shows no metrics")
+        if (ratio := ours.tokens_per_s / stock.tokens_per_s) < LEAST_RATIO and not ours.displaced:
+            found.append(f"{ratio:.2f} of stock's throughput")
     if equal(stock, ours) < LEAST_EQUAL:
         found.append(f"only {equal(stock, ours):.0%} of its greedy answers are stock's")
+    if ours.name == SPLIT and not ours.handed_over:
+        found.append("no prompt was handed over")
     if ours.name == "mlfq" and not ours.displaced:
         found.append("nothing was displaced")
     return found
@@ -149,8 +200,8 @@ def table(rounds: Sequence[Round]) -> str:
     """In Markdown."""
     stock = rounds[0]
     lines = [
-        "| engine | tokens/s | of stock | answers equal | displaced | GPU memory | J/token | |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| engine | tokens/s | of stock | answers equal | displaced | handed over | GPU memory | J/token | |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for each in rounds:
         said = "; ".join(faults(stock, each)) or "ok" if each is not stock else ""
@@ -158,7 +209,7 @@ def table(rounds: Sequence[Round]) -> str:
         energy = f"{each.energy_j / each.tokens:.2f}" if each.energy_j else "-"
         lines.append(
             f"| {each.name} | {each.tokens_per_s:.0f} | {each.tokens_per_s / stock.tokens_per_s:.2f} | "
-            f"{equal(stock, each):.0%} | {each.displaced} | {memory} | {energy} | {said} |"
+            f"{equal(stock, each):.0%} | {each.displaced} | {each.handed_over} | {memory} | {energy} | {said} |"
         )
     return "\n".join(lines)
 
@@ -178,5 +229,8 @@ def run(args: argparse.Namespace) -> int:
     for name in ("stock", *args.policies):
         sys.stderr.write(f"{name}: starting an engine\n")
         rounds.append(played(name, None if name == "stock" else name, args))
+    for name in SYSTEMS:
+        sys.stderr.write(f"{name}: starting evenhand serve\n")
+        rounds.append(served(name, args))
     sys.stdout.write(table(rounds) + "\n")
     return int(any(faults(rounds[0], each) for each in rounds[1:]))

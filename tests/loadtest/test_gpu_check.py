@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from loadtest.bench.gpu_check import Round, bodies, faults, table
+from loadtest.bench.gpu_check import SPLIT, TWO, Round, bodies, faults, table
 
 STOCK = Round("stock", ("a", "b", "c", "d"), tokens=400, seconds=2.0, memory_bytes=8 * 1024**3, energy_j=800.0)
 GOOD = replace(STOCK, name="vtc", seconds=2.05, has_plugin=True)
@@ -11,7 +11,7 @@ GOOD = replace(STOCK, name="vtc", seconds=2.05, has_plugin=True)
 def test_an_engine_as_quick_as_stock_with_its_answers_is_fine() -> None:
     assert faults(STOCK, GOOD) == []
     row = table([STOCK, GOOD]).splitlines()[-1]
-    assert row == "| vtc | 195 | 0.98 | 100% | 0 | 8.0 GiB | 2.00 | ok |"
+    assert row == "| vtc | 195 | 0.98 | 100% | 0 | 0 | 8.0 GiB | 2.00 | ok |"
 
 
 def test_what_is_not_as_it_should_be_is_named() -> None:
@@ -25,9 +25,17 @@ def test_what_is_not_as_it_should_be_is_named() -> None:
 
 def test_on_a_cpu_there_is_neither_memory_nor_energy_to_tell() -> None:
     row = table([replace(STOCK, memory_bytes=0, energy_j=0.0)]).splitlines()[-1]
-    assert row == "| stock | 200 | 1.00 | 100% | 0 | - | - |  |"
+    assert row == "| stock | 200 | 1.00 | 100% | 0 | 0 | - | - |  |"
 
 
 def test_requests_are_alike_for_every_engine_and_differ_among_themselves() -> None:
     assert bodies("m", 8) == bodies("m", 8)
     assert {body["max_tokens"] for body in bodies("m", 8)} == {16, 256}
+
+
+def test_of_a_whole_system_answers_and_the_way_between_its_engines_count() -> None:
+    """Its throughput is another machine's: two engines share what stock has for itself."""
+    slow = replace(GOOD, has_plugin=False, seconds=9.0)
+    assert faults(STOCK, replace(slow, name=TWO)) == []
+    assert faults(STOCK, replace(slow, name=SPLIT)) == ["no prompt was handed over"]
+    assert faults(STOCK, replace(slow, name=SPLIT, handed_over=3)) == []
