@@ -317,3 +317,22 @@ async def test_a_policy_without_shares_has_nothing_to_tell() -> None:
     assert line.ledger.changed(everything=True) == {}
     line.ledger.heard({"two": {f"a {MODEL}": "5.0 5.0 1"}}, {"two"})
     assert len(line.lanes) == 1
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+async def test_a_tenant_is_ahead_by_no_more_than_two_ticks_of_what_it_got_at_the_other_gateways(count: int) -> None:
+    """The bound of docs/scaling.md: 2 · tick · what it is served a second elsewhere, however long it goes on."""
+    lines, _ = gateways(count)
+    await sync(lines)
+    rng, total, each = random.Random(count), 0.0, 100
+    for _ in range(50):
+        for line in rng.sample(lines, count):
+            charge(line, "a", each)
+            total += each
+            CLOCK.now += SYNC_S / count
+        for line in rng.sample(lines, count):
+            await line.replicas.exchange()
+        unknown = [total - known for known in counters(lines, "a")]
+        assert 0 <= min(unknown) and max(unknown) <= 2 * each * (count - 1)
+    await sync(lines)
+    assert counters(lines, "a") == [total] * count, "they meet exactly"

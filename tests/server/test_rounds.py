@@ -4,9 +4,15 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
+import pytest
+
+from scheduler.workers import Worker
 from server.background import Background
+from server.engine.client import EngineClient
+from server.fleet.fleet import Fleet, Member, WorkerState
 from server.fleet.health import told_in
 from server.fleet.rounds import SPREAD, TICK_S, Rounds
+from server.request.errors import EngineUnreachable
 from tests.server.conftest import VirtualLoop
 
 
@@ -122,3 +128,24 @@ def test_of_an_engines_metrics_only_what_is_needed_is_read() -> None:
         'vllm:kv_cache_usage_perc{engine="0"} 0.5',
     ]
     assert told_in(b"") == ""
+
+
+async def test_a_thousand_workers_that_fail_at_once_are_out_with_a_sentence_each_and_back_when_they_are_well(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fleet = Fleet()
+    for number in range(1000):
+        worker = Worker(f"w{number}", "http://127.0.0.1:9", slots=4)
+        fleet.enroll(Member(worker, EngineClient(worker.url), WorkerState.READY, ("m",)))
+    for member in fleet.members.values():
+        for _ in range(5):
+            fleet.suspect(member, EngineUnreachable("The engine cannot be reached."))
+    assert not fleet.serves("m") and not fleet.ready() and not fleet.pools.all()
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1000 and len(set(said)) == 1000
+    assert "worker w7 is out until it answers again" in said[7]
+    for member in fleet.members.values():
+        fleet.put(member, WorkerState.READY)
+    assert len(fleet.pools.of("m")[0].workers) == 1000
+    assert next(iter(fleet.pools.of("m")[0].in_order())).worker.id == "w0"
+    await fleet.close()
