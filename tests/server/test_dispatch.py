@@ -1,6 +1,7 @@
 """The line: who is let in, when, and that nobody is lost, in virtual time and under every policy."""
 
 import asyncio
+import contextlib
 import json
 import random
 from collections import Counter
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from scheduler.catalog import build
+from scheduler.jobs import Outcome
 from scheduler.pools import Pools
 from scheduler.tiers import TieredLanes
 from scheduler.workers import Worker
@@ -23,6 +25,7 @@ from server.request.call import Phase, Ticket
 from server.request.errors import BadRequest, EngineUnreachable, NoWorker, Overloaded, ServiceError, UnknownModel
 from tests.server.calls import call_of, placed, ticket_of
 from tests.server.conftest import VirtualLoop
+from tests.steps import lines_executed
 
 POLICIES = ["fcfs", "mlfq", "vtc", "gittins"]
 
@@ -639,3 +642,35 @@ async def test_a_window_is_shared_with_other_gateways_but_each_has_its_part(
     hall.fleet.members["w0"].load.observe(others=others)
     await asyncio.gather(*(hall.visit(hall.ticket(), stay_s=0.01) for _ in range(24)))
     assert hall.most["w0"] == most
+
+
+def lines_of_a_request(workers: int) -> int:
+    """Lines of Python from a request's arrival at the line until its place is given back, the fleet half busy."""
+    seen: list[int] = []
+
+    async def run() -> None:
+        hall = Hall(slots=(4,) * workers)
+        busy = [asking(hall, number, f"Question {number}. " * 20) for number in range(2 * workers)]
+        for ticket in busy:
+            await hall.dispatcher.take(ticket)
+        line = hall.dispatcher
+        rng = random.Random(1)
+        for number in range(60):
+            ticket = asking(hall, 10_000 + number, f"Another question {number}. " * 20)
+            leaving = busy.pop(rng.randrange(len(busy)))
+
+            def one(ticket: Ticket = ticket, leaving: Ticket = leaving) -> None:
+                with contextlib.suppress(StopIteration):
+                    line.take(ticket).send(None)
+                line.give_back(leaving, Outcome.DONE)
+
+            seen.append(lines_executed(one))
+            busy.append(ticket)
+
+    in_virtual_time(run())
+    return sum(seen)
+
+
+def test_a_request_to_a_thousand_workers_costs_hardly_more_lines_than_one_to_two() -> None:
+    few, many = lines_of_a_request(2), lines_of_a_request(1000)
+    assert many <= 1.15 * few
