@@ -247,6 +247,12 @@ def weights_bytes(model: str, cache: Path, dtype: str) -> int:
     return on_disk * DTYPE_BYTES.get(dtype, 4) // DTYPE_BYTES.get(stored, 4)
 
 
+def flex_of(settings: ServeSettings) -> Mapping[str, float]:
+    """What the scheduler inside an engine is told of service tiers."""
+    objective = {} if settings.slo.tpot_s is None else {"tpot_s": settings.slo.tpot_s}
+    return {"flex_reserve": settings.tiers.flex_reserve, **objective}
+
+
 def plan_workers(
     settings: ServeSettings, machine: Machine, checked: Sequence[Checked], sources: Sequence[ModelSource]
 ) -> Mapping[str, EnginePlan]:
@@ -269,6 +275,7 @@ def plan_workers(
             role=role,
             policy=view.policy,
             policy_options=view.policy_options,
+            flex=flex_of(view),
             cores=own_cores,
             allowed=own_allowed,
             kv_cache_gib=one.kv_cache_gib,

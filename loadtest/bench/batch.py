@@ -128,7 +128,7 @@ def served(cost: str, folder: Path, share: float | None) -> Iterator[str]:
     """A gateway with a batch folder over one engine without a model; yields its URL."""
     worker, port = free_port(), free_port()
     engine = [sys.executable, "-m", "loadtest.fake.engine", "--port", str(worker), "--model", MODEL, "--cost", cost]
-    environ = dict(os.environ) | ({} if share is None else {"EVENHAND_BATCH__SHARE": str(share)})
+    environ = dict(os.environ) | ({} if share is None else {"EVENHAND_TIERS__FLEX_SHARE": str(share)})
     slots = 1024 if cost == "instant" else 256
     command = [sys.executable, "-m", "deploy.cli", "gateway", "--port", str(port), "--batch-folder", str(folder)]
     command += ["--worker", f"http://127.0.0.1:{worker},slots={slots}"]
