@@ -391,6 +391,8 @@ class Fleet:
                 leg.lost(EngineLost("The engine no longer answers."))
             elif stuck and leg.speaks and silent_s > patience_s:
                 leg.lost(EngineLost(f"The engine has generated no token for {silent_s:.0f} s."))
+            elif member.output.idle and silent_s > patience_s:  # it hung while it had nothing to do
+                leg.lost(EngineLost(f"The engine has not started the request for {silent_s:.0f} s."))
             elif drained and self._movable(leg):
                 leg.lost(EngineLost("The engine is being drained."))
 

@@ -16,6 +16,7 @@ _NO_SUCH_TASK = (400, 404, 405, 422, 501)
 NUMBER = r"(?:\{[^}]*\})?\s+(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)$"
 _RUNNING = re.compile(r"^vllm:num_requests_running" + NUMBER, re.MULTILINE)
 _GENERATED = re.compile(r"^vllm:generation_tokens_total" + NUMBER, re.MULTILINE)
+_WAITING = re.compile(r"^vllm:num_requests_waiting" + NUMBER, re.MULTILINE)
 
 # What is read of an engine's metrics.
 _TOLD = (
@@ -79,17 +80,20 @@ class Breaker:
 class Output:
     """Whether an engine that says it runs requests makes any tokens.
 
-    moved_at: when its count was last seen to grow, or nothing to run, seconds on the fleet's clock.
+    moved_at: when its count was last seen to grow, or nothing to run, seconds on the fleet's clock. idle: at the latest
+    look it said that it has nothing to do.
     """
 
     generated: float = -1.0
     moved_at: float = 0.0
+    idle: bool = False
 
     def read(self, metrics: str, now: float) -> None:
         """One look at the engine's /metrics; one that does not show these numbers is never taken to be stuck."""
         running = sum(map(float, _RUNNING.findall(metrics)))
         counted = _GENERATED.findall(metrics)
         generated = sum(map(float, counted))
+        self.idle = bool(counted) and not running and not sum(map(float, _WAITING.findall(metrics)))
         if not counted or not running or generated != self.generated:
             self.generated, self.moved_at = generated, now
 

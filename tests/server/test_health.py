@@ -254,3 +254,30 @@ async def test_it_closes_when_it_has_said_so_for_long_enough() -> None:
         gateway.server.stop()
         assert (await gateway.ask("/ready", method="GET")).json()["stopping"]
         await asyncio.wait_for(asyncio.shield(gateway.serving), LIMIT_S)
+
+
+IDLE = plain(
+    b'vllm:num_requests_running{model_name="fake"} 0.0\n'
+    b'vllm:num_requests_waiting{model_name="fake"} 0.0\n'
+    b'vllm:generation_tokens_total{model_name="fake"} 5.0\n'
+)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_requests_to_an_engine_that_hung_while_it_was_idle_are_asked_elsewhere(stream: bool) -> None:
+    """Its API server says that all is well and that nothing runs, and takes requests that nobody looks at."""
+    never = asyncio.Event()
+
+    async def hangs(writer: asyncio.StreamWriter) -> None:
+        await never.wait()
+
+    listed = plain(b'{"object":"list","data":[{"id":"fake","object":"model","owned_by":"vllm"}]}')
+    hung = ScriptedEngine([hangs], gets={"/metrics": IDLE, "/v1/models": listed})
+    async with hung.run(), FakeEngine(INSTANT) as other:
+        async with serving(hung.url, other.url, probe_s=0.05, health={"stall_s": 0.5}) as gateway:
+            await eventually(lambda: len(gateway.server.fleet.ready()) == 2)
+            replies = await asyncio.gather(
+                *(gateway.ask("/v1/chat/completions", chat(stream=stream)) for _ in range(4))
+            )
+            assert [reply.status for reply in replies] == [200] * 4 and hung.asked
+            never.set()
