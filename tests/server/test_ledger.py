@@ -203,7 +203,7 @@ def counters(lines: list[Gateway], tenant: str) -> list[float]:
 
 
 def waits_elsewhere(line: Gateway, tenant: str) -> bool:
-    return any(account.elsewhere for account, _ in line.lanes.standings() if account.tenant == tenant)
+    return any(account.elsewhere for name, account, _ in line.lanes.standings() if name == tenant)
 
 
 async def test_charges_at_different_gateways_add_up_at_all_of_them() -> None:
