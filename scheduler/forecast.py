@@ -6,7 +6,7 @@ the time to the first token of one more prompt, the time per token of what runs,
 
 from dataclasses import astuple, dataclass
 from math import exp, inf
-from typing import Final
+from typing import Final, NamedTuple
 
 from scheduler.step_cost import LinearFit, StepCost
 
@@ -36,8 +36,7 @@ class Stay:
     fetched: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Pace:
+class Pace(NamedTuple):
     """Seconds per token of an answer: what is expected, and by how much it may deviate (one standard deviation)."""
 
     tpot_s: float

@@ -8,7 +8,7 @@ is. TaiChi (arXiv 2508.01989) mixes both ways by preference; here each request i
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import erf, hypot, inf, sqrt
-from typing import Final
+from typing import Final, NamedTuple
 
 from scheduler.forecast import EngineForecast, Pace
 from scheduler.objectives import Objectives
@@ -43,8 +43,7 @@ class Asked:
         return self.prompt_tokens + self.output_tokens / 2
 
 
-@dataclass(frozen=True, slots=True)
-class Prospect:
+class Prospect(NamedTuple):
     """An engine that has room, as one request sees it.
 
     rank: answers are packed where it is lowest; 0 to 1. cached_tokens: of this prompt.
@@ -59,8 +58,7 @@ class Prospect:
     whole: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """reader, writer: indices of the prospects, equal where one does both. ttft_s, tpot_s: what the request will see.
 
     risk: streams that are expected to miss their objectives because of it, itself included.
@@ -101,8 +99,7 @@ def _possible(asked: Asked, reader: Prospect, writer: Prospect, *, same: bool) -
     return reader.whole if same else asked.splittable and reader.reads and writer.fetches
 
 
-@dataclass(frozen=True, slots=True)
-class _Seen:
+class _Seen(NamedTuple):
     """What one engine offers.
 
     tokens: of the prompt, to be computed there. read_s: to the prompt's end. own_s: of that, for this prompt alone.
