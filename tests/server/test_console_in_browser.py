@@ -134,7 +134,7 @@ async def test_an_operator_sees_who_waits_changes_the_policy_and_leaves_nothing_
         await page.fill("#name-name", "gpt-4o-mini")
         await page.fill("#name-targets", "gone")
         await page.click("#name-form button.main")
-        await console.says("#names-status", "no worker serves 'gone'; there is fake")
+        await console.says("#names-status", "no worker serves 'gone'; available: fake")
         await page.fill("#name-targets", "fake=3")
         await page.fill("#name-tenants", "acme, zenith")
         await page.click("#name-form button.main")
