@@ -263,6 +263,11 @@ class Serving:
         )
         for remark in remarks:
             self._screen.say(f"  {remark}", "yellow")
+        if self._settings.slo.named and len(self._plans) > 1 and not any(p.connected for p in self._plans.values()):
+            self._screen.say(
+                "  Objectives are only measured: without NIXL no engine can hand a prompt's KV over (`make install`).",
+                "yellow",
+            )
         self._screen.say()
 
 
