@@ -410,7 +410,10 @@ async def test_a_fresh_connection_that_fails_is_not_tried_again() -> None:
     async def hang_up(writer: asyncio.StreamWriter) -> None:
         writer.transport.abort()
 
-    async with over_script(hang_up) as (gateway, engine):
+    async with over_script(hang_up, probe_s=60.0) as (gateway, engine):
+        (member,) = gateway.server.fleet.members.values()
+        while member.engine.idle:  # those of probes
+            member.engine.idle.pop().transport.close()
         assert (await gateway.ask(CHAT, chat())).status == 502
         assert len(engine.asked) == 1
 
