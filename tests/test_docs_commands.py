@@ -209,7 +209,7 @@ OURS = [
 
 @pytest.mark.parametrize(("page", "command"), OURS, ids=lambda value: "" if isinstance(value, Path) else value)
 def test_a_command_that_is_not_run_is_understood(page: Path, command: str) -> None:
-    words = shlex.split(command, comments=True)
+    words = shlex.split(command.replace("\\\n", " "), comments=True)
     name, *arguments = words[words.index("evenhand") + 1 :]
     parser = argparse.ArgumentParser(exit_on_error=False)
     importlib.import_module(COMMANDS[name].module).add_arguments(parser)

@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
 def simulated(args: argparse.Namespace, text: str, objective: report.Objective | None, screen: Console) -> Side:
     """One policy, NAME[:KEY=VALUE…], as the options say. Raises what `run` tells."""
     policy, options = choose(text)
-    cost = cost_of(args)
+    cost = cost_of(args, args.step_tokens)
     if args.workers < 1 or args.prefill_workers < 0:
         raise ValueError("There must be at least one worker that answers.")
     plan = Plan(
@@ -146,13 +146,16 @@ def objectives_of(args: argparse.Namespace) -> Objectives | None:
     return Objectives(args.slo_ttft or inf, args.slo_tpot or inf)
 
 
-def cost_of(args: argparse.Namespace) -> CostModel:
-    """The cost model that the options name. ValueError for a file that is none."""
+def cost_of(args: argparse.Namespace, step_tokens: int | None = None) -> CostModel:
+    """The cost model that the options name. ValueError for a file that is none.
+
+    step_tokens: that a step computes at most, in place of the cost model's.
+    """
     cost = CostModel.read(args.cost_file) if args.cost_file else PRESETS[args.cost]
     return replace(
         cost,
         max_seqs=args.slots or cost.max_seqs,
-        max_batched_tokens=args.step_tokens or cost.max_batched_tokens,
+        max_batched_tokens=step_tokens or cost.max_batched_tokens,
     )
 
 

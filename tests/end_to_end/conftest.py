@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_hex
 
 import httpx2
 import pytest
@@ -27,6 +28,7 @@ class Stack:
 
     url: str
     engine_url: str
+    engine_key: str
     model: str
     client: OpenAI
 
@@ -89,11 +91,17 @@ def _descends(pid: int, ancestor: int) -> bool:
 @pytest.fixture(scope="package")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """`make serve ARGS="--policy vtc …"`: gateway, plug-in, real vLLM, bundled model."""
-    port = free_port()
+    port, key = free_port(), token_hex(16)
     log = tmp_path_factory.mktemp("serve") / "serve.log"
     arguments = f"--port {port} --policy vtc --engine-arg=--max-model-len=2048"
     with log.open("wb") as out:
-        process = subprocess.Popen(["make", "serve", f"ARGS={arguments}"], cwd=ROOT, stdout=out, stderr=out)
+        process = subprocess.Popen(
+            ["make", "serve", f"ARGS={arguments}"],
+            cwd=ROOT,
+            stdout=out,
+            stderr=out,
+            env={**os.environ, "EVENHAND_ENGINE_KEY": key},
+        )
     url = f"http://127.0.0.1:{port}"
 
     def ready() -> bool:
@@ -108,6 +116,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         yield Stack(
             url,
             f"http://127.0.0.1:{engine_port(process.pid)}",
+            key,
             MODEL,
             OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0),
         )

@@ -109,7 +109,7 @@ def test_tool_calls_are_what_the_engine_itself_answers(stack: Stack) -> None:
         "tools": [{"type": "function", "function": {"name": "weather", "parameters": parameters}}],
         "tool_choice": {"type": "function", "function": {"name": "weather"}},
     }
-    direct = OpenAI(base_url=f"{stack.engine_url}/v1", api_key="any")
+    direct = OpenAI(base_url=f"{stack.engine_url}/v1", api_key=stack.engine_key)
     ours, engines = (client.chat.completions.create(**body).choices[0] for client in (stack.client, direct))
     assert ours.message.tool_calls[0].function == engines.message.tool_calls[0].function
     assert ours.message.tool_calls[0].function.name == "weather"

@@ -14,7 +14,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(500)]
 @pytest.fixture
 def engine(stack: Stack) -> Iterator[httpx2.Client]:
     """The engine's own server, not through the gateway."""
-    with httpx2.Client(base_url=stack.engine_url, timeout=LIMIT_S) as client:
+    key = {"authorization": f"Bearer {stack.engine_key}"}
+    with httpx2.Client(base_url=stack.engine_url, headers=key, timeout=LIMIT_S) as client:
         yield client
 
 

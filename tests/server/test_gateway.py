@@ -77,8 +77,11 @@ async def test_fields_that_are_not_read_reach_the_engine_byte_for_byte() -> None
         assert engine.asked[-1].headers["content-type"] == "application/json"
 
 
+TOKEN = b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}\n\n'
+
+
 async def test_a_stream_keeps_the_bytes_of_its_other_fields() -> None:
-    async with over_script(says(streamed(b"data: [DONE]\n\n"))) as (gateway, engine):
+    async with over_script(says(streamed(TOKEN, b"data: [DONE]\n\n"))) as (gateway, engine):
         for options in (b"", b'"stream_options":{"include_usage":false,"x":[ 1 ]}, ', b'"stream_options":null, '):
             body = b'{"seed":123456789012345678901234567890, ' + options + b'"model":"fake","top_p":1.0, "stream":true}'
             assert (await gateway.ask(CHAT, body)).status == 200
