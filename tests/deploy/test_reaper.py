@@ -57,7 +57,7 @@ def test_a_command_that_ends_takes_its_grandchildren_along_and_its_exit_code_is_
 
 def test_sigterm_stops_command_and_grandchildren(mark: str) -> None:
     process = leashed(OBEDIENT, mark)
-    assert len(marked(mark)) == 3
+    assert eventually(lambda: len(marked(mark)) == 3)
     process.terminate()
     assert finish(process) == 128 + signal.SIGTERM
     assert marked(mark) == {}

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import httpx2
@@ -68,21 +69,32 @@ class Cores:
 
 @dataclass(frozen=True)
 class Halves:
-    """A running `serve` with so many workers. folder: of the model, which is served under its name."""
+    """A running `serve` with so many workers.
+
+    folder: of the model, which is served under its name. logs: the engines', which have their roles in their names.
+    """
 
     url: str
     mark: str
     folder: Path
     workers: int
+    logs: Path
+    key: str
 
     def engines(self, role: str) -> list[Half]:
-        """Those of one role that listen at present, `producer` or `consumer`."""
+        """Those of one role that listen at present, `prefill` or `decode`."""
+        texts = [log.read_text(errors="replace") for log in self.logs.glob(f"*/{role}-*.log")]
+        ports = {found[-1] for text in texts if (found := re.findall(r"non-default args: .*?'port': (\d+)", text))}
         found = []
         for pid, command in marked(self.mark).items():
-            if f'"kv_{role}"' in command and (port := re.search(r"api_server.* --port (\d+)", command)):
-                if os.getpgid(pid) != pid:  # the leash has the same words
-                    found.append(Half(f"http://127.0.0.1:{port[1]}", pid, os.getsid(pid)))
+            port = re.search(r"api_server.* --port (\d+)", command)
+            if port and port[1] in ports and os.getpgid(pid) != pid:  # the leash has the same words
+                found.append(Half(f"http://127.0.0.1:{port[1]}", pid, os.getsid(pid)))
         return found
+
+    def headers(self, at: str | None) -> dict[str, str]:
+        """With the key that engines ask for; clients of the gateway have none."""
+        return {"authorization": f"Bearer {self.key}"} if at else {}
 
     def cores(self) -> list[Cores]:
         """Where each engine's threads may run, by what the kernel says of every one of them."""
@@ -97,16 +109,17 @@ class Halves:
 
     @property
     def prefills(self) -> list[Half]:
-        return self.engines("producer")
+        return self.engines("prefill")
 
     @property
     def decodes(self) -> list[Half]:
-        return self.engines("consumer")
+        return self.engines("decode")
 
     async def ask(self, path: str, body: Mapping[str, Any], *, at: str | None = None) -> Json:
         """An answer in one piece, of the gateway or of the engine `at`."""
         async with httpx2.AsyncClient(timeout=ASK_S, trust_env=False) as client:
-            answer = await client.post((at or self.url) + path, json={"model": self.folder.name, **body})
+            told = {"model": self.folder.name, **body}
+            answer = await client.post((at or self.url) + path, json=told, headers=self.headers(at))
         assert answer.status_code == 200, answer.text
         parsed: Json = answer.json()
         return parsed
@@ -115,7 +128,8 @@ class Halves:
         """A stream's events, without the last."""
         told = {"model": self.folder.name, "stream": True, **body}
         async with httpx2.AsyncClient(timeout=ASK_S, trust_env=False) as client:
-            async with client.stream("POST", (at or self.url) + path, json=told) as answer:
+            url, headers = (at or self.url) + path, self.headers(at)
+            async with client.stream("POST", url, json=told, headers=headers) as answer:
                 assert answer.status_code == 200, await answer.aread()
                 lines = [line.removeprefix("data: ") async for line in answer.aiter_lines() if line.startswith("data")]
         assert lines[-1] == "[DONE]"
@@ -209,7 +223,7 @@ def text_of(events: Sequence[Json]) -> str:
 @contextmanager
 def serving(model: Path, folder: Path, prefill: int, decode: int, both: int = 0) -> Iterator[Halves]:
     """`evenhand serve` with so many engines of each kind, under VTC; at its end it must leave nothing behind."""
-    mark, port = new_mark(), free_port()
+    mark, port, key = new_mark(), free_port(), token_hex(16)
     (folder / "settings.yaml").write_text(SETTINGS)
     command = [sys.executable, "-m", "deploy.cli", "serve", "--port", str(port), "--model", str(model)]
     command += ["--prefill-workers", str(prefill), "--decode-workers", str(decode), "--workers", str(both)]
@@ -217,7 +231,7 @@ def serving(model: Path, folder: Path, prefill: int, decode: int, both: int = 0)
     command += ["--policy", "vtc", "--config", str(folder / "settings.yaml"), "--state-folder", str(folder / "state")]
     command += [f"--engine-arg={argument}" for argument in ARGUMENTS]
     log = folder / "serve.log"
-    env = {**os.environ, MARK: mark, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, MARK: mark, "OMP_NUM_THREADS": "1", "EVENHAND_ENGINE_KEY": key}
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=env)
     try:
@@ -225,7 +239,7 @@ def serving(model: Path, folder: Path, prefill: int, decode: int, both: int = 0)
         while b"\nReady: " not in log.read_bytes():
             assert process.poll() is None and time.monotonic() < end, log.read_text()[-5000:]
             time.sleep(0.1)
-        yield Halves(f"http://127.0.0.1:{port}", mark, model, prefill + decode + both)
+        yield Halves(f"http://127.0.0.1:{port}", mark, model, prefill + decode + both, folder / "state", key)
     finally:
         process.terminate()
         try:
