@@ -6,7 +6,7 @@ import json
 import logging
 import ssl
 import stat
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,12 +23,29 @@ from server.fleet.named import named_worker
 from server.fleet.registry import Registry, registration_of
 from server.settings import HealthSettings, Settings
 from server.store.store import MemoryStore
-from tests.server.conftest import INSTANT, Reply, Running, chat, eventually, over_script, plain, says, serving
+from tests.server.conftest import (
+    INSTANT,
+    Reply,
+    Running,
+    chat,
+    collect_handshakes,
+    eventually,
+    over_script,
+    plain,
+    says,
+    serving,
+)
 
 KEY = "engine-key-0123456789"
 LOCKED = replace(INSTANT, key=KEY)
 ADMIN_KEY = "an-admin-key-of-some-length"
 LONG_AGO, SOON = datetime(2020, 1, 1, tzinfo=UTC), timedelta(days=3)
+
+
+@pytest.fixture(autouse=True)
+def no_sockets_left() -> Iterator[None]:
+    yield
+    collect_handshakes()
 
 
 @pytest.fixture(scope="module")

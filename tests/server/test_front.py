@@ -17,9 +17,15 @@ from server.app import GatewayServer
 from server.front.address_limit import MOST_ADDRESSES, AddressLimit
 from server.front.forwarded import client_of, networks
 from server.settings import Settings
-from tests.server.conftest import LIMIT_S, Running, Wire, chat, eventually, over_fake, request
+from tests.server.conftest import LIMIT_S, Running, Wire, chat, collect_handshakes, eventually, over_fake, request
 
 # TLS
+
+
+@pytest.fixture(autouse=True)
+def no_sockets_left() -> Iterator[None]:
+    yield
+    collect_handshakes()
 
 
 @pytest.fixture(scope="module")
