@@ -38,7 +38,7 @@ UP = re.compile(r"^evenhand_worker_up\{[^}]*\}\s+([\d.e+]+)$", re.MULTILINE)
 TWO, SPLIT = "two engines", "prefill, decode"
 SYSTEMS = {
     TWO: ("--workers", "2"),
-    SPLIT: ("--prefill-workers", "1", "--decode-workers", "1", "--min-prompt-tokens", "64"),
+    SPLIT: ("--prefill-workers", "1", "--decode-workers", "1"),
 }
 STEPS = re.compile(r"^evenhand_engine_steps_total(?:\{[^}]*\})?\s+([\d.e+]+)$", re.MULTILINE)
 

@@ -15,7 +15,7 @@ from loadtest.bench.driven import (
     request,
     seed_block_hashes,
 )
-from loadtest.bench.slack import Scenario, Way
+from loadtest.bench.slack_runs import Scenario, Way
 from loadtest.call import TraceCall
 from loadtest.simulator.costmodel import PRESETS
 
