@@ -112,11 +112,12 @@ class GatewayServer:
             self.lines.present, gate.refusals, self.shared.store_state, monotonic, settings.tenant_labels
         )
         self.balancer = Balancer(self.fleet, settings.disaggregation.busy_tokens, clock=monotonic)
-        self.failover = Failover(relay, steering, settings.health.attempts)
-        for collector in (sharing, handover, self.balancer, self.failover):
-            self.telemetry.registry.register(collector)
         self.pseudonyms = Pseudonyms(settings.admin_key.get_secret_value() if settings.admin_key is not None else None)
         self.recorder, self.tracing = self._recorder(), self._tracing()
+        observers = self._observers(sharing)
+        self.failover = Failover(relay, steering, settings.health.attempts, observers.got_place)
+        for collector in (sharing, handover, self.balancer, self.failover):
+            self.telemetry.registry.register(collector)
         self.gateway = Gateway(
             tenants,
             gate,
@@ -124,7 +125,7 @@ class GatewayServer:
             handover,
             self.failover,
             self.telemetry,
-            self._observers(sharing),
+            observers,
             monotonic,
         )
         number = process.number if process is not None else 0

@@ -187,7 +187,10 @@ class Dispatcher:
         if self.wake is None:
             raise NoWorker(f"No worker serves '{asked}' right now.", retry_after_s=self.fleet.probe_s * 5)
         await self.wake(self.model, asked, self._patience_s(ticket))
-        return self.fleet.pools.of_model.get(self.model, ())
+        pools = self.fleet.pools.of_model.get(self.model)
+        if pools is None:  # its worker has left again meanwhile
+            raise NoWorker(f"No worker serves '{asked}' right now.", retry_after_s=self.fleet.probe_s * 5)
+        return pools
 
     def _bound_width(self, call: Call) -> None:
         """BadRequest for more sequences than one request may have: those behind it wait until it is over. Where no
@@ -309,7 +312,8 @@ class Dispatcher:
             if future.done():  # it has just left or expired; its own `finally` will come, but its turn is now
                 self._forget(job, now)
                 continue
-            room = self._room(ticket, self.fleet.pools.of(self.model))
+            pools = self.fleet.pools.of(self.model)
+            room = self._room(ticket, pools) if pools else None  # its last worker may have left, and another may come
             if room is None:
                 return
             self.lanes.pop(now)

@@ -119,10 +119,11 @@ class Sleeper(Observer, Collector):
                 await self._put_to_sleep(models, members)
 
     def _groups(self) -> Iterable[tuple[frozenset[str], list[Member]]]:
-        """Workers that have a model in common, and what they serve together: they sleep and wake together."""
+        """Workers that have a model in common, and what they serve together: they sleep and wake together, or not
+        at all where one of them cannot: requests that it serves would wake no other."""
         groups: list[tuple[set[str], list[Member]]] = []
         for member in self._fleet.members.values():
-            if not member.models or member.worker.id in self._cannot:
+            if not member.models:
                 continue
             models, members = set(member.models), [member]
             for other in [group for group in groups if group[0] & models]:
@@ -130,7 +131,11 @@ class Sleeper(Observer, Collector):
                 models |= other[0]
                 members = [*other[1], *members]
             groups.append((models, members))
-        return [(frozenset(models), members) for models, members in groups]
+        return [
+            (frozenset(models), members)
+            for models, members in groups
+            if self._cannot.isdisjoint(member.worker.id for member in members)
+        ]
 
     def _note(self, member: Member, models: Iterable[str], now: float) -> None:
         """Traffic that came by other gateways, or that has not ended."""
@@ -144,6 +149,7 @@ class Sleeper(Observer, Collector):
             self._fleet.put(member, WorkerState.ASLEEP)
         log.info("%s: no traffic for a while, going to sleep", ", ".join(sorted(models)))
         results = await asyncio.gather(*(self._nap(member).sleep() for member in members), return_exceptions=True)
+        slept = []
         for member, result in zip(members, results, strict=True):
             if isinstance(result, CannotSleep):
                 log.warning("worker %s cannot sleep: %s", member.worker.id, result)
@@ -152,6 +158,10 @@ class Sleeper(Observer, Collector):
                 self._rouse(member)
             elif isinstance(result, BaseException):
                 raise result
+            else:
+                slept.append(member)
+        if len(slept) < len(members):
+            await self._wake_up(slept)
 
     def _nap(self, member: Member) -> "EngineNap":
         nap = self._fleet.naps.get(member.worker.id)
@@ -188,6 +198,8 @@ class Sleeper(Observer, Collector):
         try:
             async with asyncio.timeout(most_s):
                 await asyncio.shield(task)
+        except CannotSleep as error:
+            raise NoWorker(f"The model '{asked}' {error}.", code="waking", retry_after_s=RETRY_S) from None
         except TimeoutError:
             raise NoWorker(late, code="waking", retry_after_s=self._left_s(model, since) or RETRY_S) from None
         finally:
@@ -199,12 +211,14 @@ class Sleeper(Observer, Collector):
             task = asyncio.get_running_loop().create_task(self._wake(model))
             self._waking[model] = task, self._clock()
             self._fleet.waking.add(model)
-            task.add_done_callback(lambda done: self._over(model))
+            task.add_done_callback(lambda done: self._over(model, done))
         return self._waking[model]
 
-    def _over(self, model: str) -> None:
+    def _over(self, model: str, done: asyncio.Task[None]) -> None:
         del self._waking[model]
         self._fleet.waking.discard(model)
+        if not done.cancelled() and (error := done.exception()) is not None:
+            log.error("%s: %s; the next request tries again", model, error)
 
     def _left_s(self, model: str, since: float) -> float | None:
         """How much longer it will be, by how long it was last time; None if that is not known."""
@@ -217,17 +231,23 @@ class Sleeper(Observer, Collector):
         log.info("%s: somebody asks for it, waking up", model)
         members = [member for member in self._fleet.members.values() if model in member.models]
         asleep = [member for member in members if member.state is WorkerState.ASLEEP]
-        results = await asyncio.gather(*(self._nap(member).wake() for member in asleep), return_exceptions=True)
-        for member, result in zip(asleep, results, strict=True):
-            if isinstance(result, BaseException):
-                log.error("worker %s does not wake up: %s", member.worker.id, result)
-            if member.worker.id not in self._fleet.naps:
-                self._rouse(member)
+        if not await self._wake_up(asleep) and asleep:
+            raise CannotSleep("does not wake up")
         while not self._fleet.pools.of(model):
             self._awake.clear()
             await self._awake.wait()
         self._took_s[model] = self._clock() - began
         self.used_at[model] = self._clock()
+
+    async def _wake_up(self, asleep: list[Member]) -> bool:
+        """Whether any of them wakes up. Those that do not stay asleep, to be tried again."""
+        results = await asyncio.gather(*(self._nap(member).wake() for member in asleep), return_exceptions=True)
+        for member, result in zip(asleep, results, strict=True):
+            if isinstance(result, BaseException):
+                log.error("worker %s does not wake up: %s", member.worker.id, result)
+            elif member.worker.id not in self._fleet.naps:
+                self._rouse(member)
+        return any(not isinstance(result, BaseException) for result in results)
 
     def collect(self) -> Iterator[Metric]:
         asleep = GaugeMetricFamily(

@@ -9,7 +9,7 @@ import csv
 import io
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -35,6 +35,7 @@ class UsageBook:
     store: Store
     replica: str
     wall: Callable[[], float]
+    _one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @asynccontextmanager
     async def running(self, background: Background) -> AsyncIterator[None]:
@@ -58,6 +59,10 @@ class UsageBook:
 
     async def write(self) -> None:
         """Puts all rows into the store; those of hours that are over are then the store's alone. StoreAway."""
+        async with self._one_at_a_time:
+            await self._write()
+
+    async def _write(self) -> None:
         rows = self.meter.rows
         present = int(self.wall() // HOUR_S)
         for hour in sorted({key.hour for key in rows}):

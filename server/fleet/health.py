@@ -25,6 +25,7 @@ _TOLD = (
     b"\nvllm:generation_tokens_total",
     b"\nvllm:nixl_bytes_transferred_sum",
     b"\nvllm:engine_sleep_state{",
+    b"\nvllm:cache_config_info{",
     b"\nevenhand_engine_",
 )
 

@@ -4,8 +4,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from ipaddress import IPv6Address, ip_address
 
-from server.front.protocol import ClientExchange, GatewayProtocol
-from server.request.errors import RateLimited
+from server.front.protocol import ClientExchange, GatewayProtocol, Head
+from server.request.errors import RateLimited, ServiceError
 
 MOST_ADDRESSES = 65_536  # remembered; then the one that has not asked for longest is forgotten
 
@@ -45,8 +45,12 @@ class LimitedProtocol(GatewayProtocol):
 
     addresses: AddressLimit
 
-    def _start(self, exchange: ClientExchange) -> None:
+    def _objection(self, exchange: ClientExchange) -> ServiceError | None:
+        """Counted when the head is complete, so that too much is refused before its body is taken in."""
+        error = super()._objection(exchange)  # it takes the keys out of the headers, too
         wait_s = self.addresses.wait_s(exchange.client)
-        if wait_s:
-            exchange.refusal = RateLimited("Too many requests from this address.", retry_after_s=wait_s)
-        super()._start(exchange)
+        return RateLimited("Too many requests from this address.", retry_after_s=wait_s) if wait_s else error
+
+    def _start_known(self, head: Head, body: bytes) -> bool:
+        """Left to the parser, so that each request is counted at one place."""
+        return False

@@ -25,7 +25,8 @@ def client_of(peer: str, headers: Mapping[bytes, bytes], trusted: Sequence[Netwo
     """The client's address: of those that the proxies tell, the last that no trusted proxy has.
 
     What a client itself writes into the header comes before what the first trusted proxy adds, and counts for nothing.
-    `Forwarded` (RFC 7239) counts before `X-Forwarded-For`.
+    Of `Forwarded` (RFC 7239) and `X-Forwarded-For` a request has one: where it has both, either may be the client's
+    own, and neither counts.
     """
     address = peer
     if not _is_trusted(address, trusted):
@@ -42,6 +43,8 @@ def client_of(peer: str, headers: Mapping[bytes, bytes], trusted: Sequence[Netwo
 
 def _told(headers: Mapping[bytes, bytes]) -> list[str]:
     forwarded = headers.get(b"forwarded")
+    if forwarded is not None and b"x-forwarded-for" in headers:
+        return []
     if forwarded is not None:
         found = [quoted or token for quoted, token in _FOR.findall(forwarded.decode("latin-1"))]
     else:

@@ -209,10 +209,8 @@ class Gateway:
 
         A request that two workers failed on, both well, is not handed on: it would make others fail.
         """
-        blamed = 0
         while ticket.call.fallbacks and not out.begun and may_fall_back(error):
-            blamed += ticket.at_fault
-            if blamed > 1:
+            if ticket.at_fault > 1:
                 break
             if ticket.member is not None:
                 self.lines.by_model[ticket.call.model].give_back(ticket, Outcome.FAILED)

@@ -58,6 +58,7 @@ class WorkerPot:
     prefill: it only reads prompts, so that a request runs in it until its prompt is read.
     """
 
+    worker: str
     gpus: int
     at: float
     prefill: bool = False
@@ -136,12 +137,16 @@ class CostMeter(Observer, Collector):
     def _left(self, ticket: Ticket, now: float) -> float:
         """GPU-seconds of a request that leaves the workers where it was."""
         pots, before_s = self._entered.pop(ticket, ((), 0.0))
-        return before_s + sum(pot.leave(ticket, now, self._work) for pot in pots)
+        taken_s = before_s + sum(pot.leave(ticket, now, self._work) for pot in pots)
+        for pot in pots:
+            if not pot.running and self._pots.get(pot.worker) is pot:  # nothing is in it
+                del self._pots[pot.worker]
+        return taken_s
 
     def _pot(self, worker: str, gpus: int, *, prefill: bool) -> WorkerPot:
         pot = self._pots.get(worker)
         if pot is None or pot.gpus != gpus or pot.prefill != prefill:
-            pot = self._pots[worker] = WorkerPot(gpus, self._clock(), prefill)
+            pot = self._pots[worker] = WorkerPot(worker, gpus, self._clock(), prefill)
         return pot
 
     def ended(self, ticket: Ticket, outcome: str) -> None:
@@ -180,10 +185,6 @@ class CostMeter(Observer, Collector):
         if ticket.tokens > 0 and began is not None and now > began:
             rate = ticket.tokens / ticket.call.sequences / (now - began)
             self._tokens_per_s += LEARN_SHARE * (rate - self._tokens_per_s)
-
-    def totals(self) -> Mapping[str, float]:
-        """Money by tenant since the start, as metrics have it."""
-        return dict(self._cost)
 
     def collect(self) -> Iterator[Metric]:
         for name, help, amounts in (

@@ -26,7 +26,7 @@ class Observer:
         """A call was read and waits from now on."""
 
     def got_place(self, ticket: Ticket) -> None:
-        """The call has a place, `ticket.member`; once more if another model is asked."""
+        """The call has a place, `ticket.member`; once more for each other worker that is asked."""
 
     def ended(self, ticket: Ticket, outcome: str) -> None:
         """The call is over, whether or not it started. outcome: "ok", "cancelled" or the code of its error."""

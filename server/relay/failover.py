@@ -7,7 +7,7 @@ has. Never two at a time: a leg's connection is closed before the next one begin
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -27,6 +27,7 @@ from server.relay.resume import (
     ends_within,
     fit_to_resume,
     has_said_nothing,
+    kept_of,
     restart,
     stop_texts,
 )
@@ -34,6 +35,7 @@ from server.relay.typed_answers import AnswerEnd
 from server.relay.typed_resume import (
     BegunAnew,
     Continued,
+    Retold,
     answer_so_far,
     closing_of,
     continuation_at,
@@ -50,10 +52,16 @@ MOST_LOOKS = 32  # at how many lengths the text of token ids is compared with wh
 
 
 class Failover(Collector):
-    """Brings an answer to its end at other workers. attempts: workers asked for one request, the first one too."""
+    """Brings an answer to its end at other workers.
 
-    def __init__(self, relay: Relay, steering: EngineBody, attempts: int) -> None:
+    attempts: workers asked for one request, the first one too. moved: told of each request that has a place at another.
+    """
+
+    def __init__(
+        self, relay: Relay, steering: EngineBody, attempts: int, moved: Sequence[Callable[[Ticket], None]] = ()
+    ) -> None:
         self.relay = relay
+        self.told_of_moves = moved
         self.steering = steering
         self.attempts = attempts
         self.outcomes: Counter[str] = Counter()
@@ -94,7 +102,7 @@ class Failover(Collector):
             ticket.failed_at(ticket.member.worker.id, outcome_of(error))
             tried.append(ticket.member)
             if before is not None and is_same_refusal(before, error) and await fleet.are_well(tried):
-                ticket.at_fault = len(tried)
+                ticket.at_fault += len(tried)
                 self.outcomes["blamed"] += 1
                 raise _numbered(ticket, error)
             before = error
@@ -111,14 +119,14 @@ class Failover(Collector):
             fleet.failed(tried, call.id, call.tenant.name, proven=False)
             self.outcomes["failed"] += 1
             if may_be_the_request(before or error) and await fleet.are_well(tried):
-                ticket.at_fault = len(tried)
+                ticket.at_fault += len(tried)
         raise _numbered(ticket, error)
 
     async def _another(self, ticket: Ticket, line: Dispatcher, out: ClientAnswer, error: ServiceError) -> None:
         if not out.begun:
             if ticket.received is not None:
                 ticket.received.begin_leg(None)
-            member = await line.take_another(ticket, error)
+            member = await self._moved(ticket, line, error)
             await self.relay.pump(ticket, member, line.charge, out)
             self.outcomes["retried"] += 1
             return
@@ -130,6 +138,12 @@ class Failover(Collector):
             raise Unresumable(error.message) from None
         self.outcomes["resumed"] += 1
 
+    async def _moved(self, ticket: Ticket, line: Dispatcher, error: ServiceError) -> Member:
+        member = await line.take_another(ticket, error)
+        for told in self.told_of_moves:
+            told(ticket)
+        return member
+
     async def _resume(self, ticket: Ticket, line: Dispatcher, out: ClientAnswer, error: ServiceError) -> None:
         """The rest of a stream of chat or completions, by its token ids."""
         progress = _progress(ticket)
@@ -139,7 +153,7 @@ class Failover(Collector):
         again = has_said_nothing(progress)
         if not again:
             fit_to_resume(ticket.call, progress)
-        member = await line.take_another(ticket, error)
+        member = await self._moved(ticket, line, error)
         plan = restart(ticket.call, progress) if again else await _plan(ticket, progress, member)
         assert ticket.received is not None  # else there is no progress
         ticket.received.begin_leg(plan.kept)
@@ -155,10 +169,10 @@ class Failover(Collector):
             _end(out, b"" if answer.ended else answer.closing(AnswerEnd(False, None, Usage(None, None, None))))
             return
         fit_to_continue(call, answer)
-        member = await line.take_another(ticket, error)
+        member = await self._moved(ticket, line, error)
         if not answer.announced:
             body = self.steering.dressed(ticket, member.worker, call.body)
-            anew = BegunAnew(ticket, out, itl, line.charge, answer)
+            anew = Retold(ticket, out, itl, line.charge, BegunAnew(call.route.dialect, answer))
             await answered(anew, ticket, member, call.route.path.encode(), body)
             return
         plan = await continuation_at(member, call, answer)
@@ -166,7 +180,7 @@ class Failover(Collector):
             _end(out, closing_of(call, answer, plan))
             return
         body = self.steering.dressed(ticket, member.worker, plan.body)
-        rest = Continued(ticket, out, itl, line.charge, answer, plan)
+        rest = Retold(ticket, out, itl, line.charge, Continued(ticket, answer, plan))
         await answered(rest, ticket, member, COMPLETIONS.path.encode(), body)
 
 
@@ -179,20 +193,15 @@ class Unresumable(ServiceError):
 
 def _numbered(ticket: Ticket, error: ServiceError) -> ServiceError:
     """The error with its number among the events that the client of /v1/responses has."""
-    if ticket.call.route.dialect == "responses" and ticket.received is not None:
+    if ticket.call.route.dialect == "responses":
         with contextlib.suppress(CannotResume):
             error.number = answer_so_far(ticket).next_number
     return error
 
 
 def _progress(ticket: Ticket) -> TranscriptProgress:
-    received = ticket.received
-    if received is None:
-        raise CannotResume(f"{ticket.call.route.path} is not kept")
-    if received.full:
-        raise CannotResume("it is too long to be kept")
     try:
-        return progress_of(received)
+        return progress_of(kept_of(ticket))
     except ValueError as error:
         raise CannotResume(str(error)) from None
 

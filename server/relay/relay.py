@@ -259,7 +259,8 @@ class Whole(Pipe):
 class Stream(Pipe):
     """An answer token by token. Only whole events are forwarded, so that a stream can always be ended in good form.
 
-    pieces: of an event that is not complete; seam: their last bytes. ended: its last event has come.
+    pieces: of an event that is not complete; seam: their last bytes. ended: its last event has come. spoke: this worker
+    has made a token, or said why it makes none.
     keeps_events: what passes is what the client has, so that another worker can go on with it.
     mark, suffix, longest: how an ordinary event looks, learned from one that was read; see `_learn_shape`.
     finishing: the event that ends the choice, held until the usage event that the client did not ask for has shown
@@ -268,7 +269,7 @@ class Stream(Pipe):
 
     __slots__ = (
         "pieces", "pieces_bytes", "seam", "ended", "mark", "suffix", "longest", "chunks", "clock", "itl", "charge",
-        "received", "finishing", "prompts",
+        "received", "finishing", "prompts", "spoke",
     )  # fmt: skip
     keeps_events: ClassVar[bool] = True
 
@@ -280,7 +281,7 @@ class Stream(Pipe):
         self.pieces: list[bytes] = []
         self.pieces_bytes = 0
         self.seam = b""
-        self.ended = False
+        self.ended = self.spoke = False
         self.mark = self.suffix = self.finishing = b""
         self.longest = 0
         self.prompts: dict[int, int] = {}
@@ -343,8 +344,9 @@ class Stream(Pipe):
         shown: list[bytes] = []
         for event in events:
             said = self.read(event)
-            if (said.last or said.closing) and not (self.out.begun or made or any(shown)):
-                # vLLM leaves out the one event of a completion that it aborts before the first token
+            self.spoke = self.spoke or said.tokens > 0 or said.finishes
+            if (said.last or said.closing) and not self.spoke and self.ticket.call.route.tells_ids:
+                # vLLM leaves out the one event of an answer that it aborts before the first token of this leg
                 said = said._replace(failure=EngineGone("The engine ended the answer before its first token."))
             if said.failure is not None:
                 break
@@ -368,9 +370,7 @@ class Stream(Pipe):
 
     def _keep(self, events: bytes) -> None:
         if self.received is not None:
-            self.chunks.append(events)
-            if len(self.chunks) >= PACK_CHUNKS:
-                self.received.pack()
+            self.received.add(events)
 
     def _learn_shape(self, event: bytes, said: Said) -> None:
         """How events with nothing but the next tokens look here, so that one more of them need not be read.
@@ -536,6 +536,5 @@ class Relay:
         charge: where a ticket is noted that has streamed tokens its policy has not been told about.
         """
         body = self.body_for(ticket, member.worker)
-        itl = self.flex_itl if ticket.job.tier is Tier.FLEX else self.itl
-        receiver = Stream(ticket, out, itl, charge) if ticket.call.stream else Whole(ticket, out)
+        receiver = Stream(ticket, out, self.itl_of(ticket), charge) if ticket.call.stream else Whole(ticket, out)
         return answered(receiver, ticket, member, ticket.call.route.path.encode(), body)

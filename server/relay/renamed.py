@@ -51,7 +51,7 @@ class RenamedAnswer:
         else:
             status, content_type, length = self._head
             self._head = None
-            renamed = self._whole(data) if length in (None, len(data)) else self._beginning(data)
+            renamed = self._whole(data) if length == len(data) else self._beginning(data)
             self.out.begin(status, content_type, None if length is None else length + len(renamed) - len(data))
             self.out.write(renamed)
 

@@ -4,7 +4,7 @@ By token ids: the prompt's and those made so far go to `/v1/completions` as the 
 text is cut into tokens. What an engine would not continue exactly raises `CannotResume`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,11 @@ from server.relay.relay import ClientAnswer, Stream
 from server.request.call import Call, Ticket
 from server.request.errors import EngineGone, ServiceError
 from server.request.schemas import COMPLETIONS, raw_members
-from server.request.transcript import PACK_CHUNKS, Chunk, TranscriptProgress
+from server.request.transcript import Chunk, Transcript, TranscriptProgress
 
 DEFAULT_COMPLETION_TOKENS = 16  # where /v1/completions is asked without a length
 _TEXTS = ("text", "input_text", "refusal")
-NEUTRAL: tuple[object, ...] = (None, False, 0, "", [], {})
+_NEUTRAL: tuple[object, ...] = (None, False, 0, "", [], {})
 # Fields that mean the same for the rest of an answer as for the whole of it, and go along.
 GO_ALONG = frozenset(
     "model temperature top_p top_k min_p seed repetition_penalty logit_bias stop stop_token_ids ignore_eos "
@@ -65,18 +65,35 @@ class Continuation:
     restart: bool = False
 
 
+def kept_of(ticket: Ticket) -> Transcript:
+    """What has been kept of a stream. CannotResume if that is not all of it."""
+    if ticket.received is None:
+        raise CannotResume(f"{ticket.call.route.path} is not kept")
+    if ticket.received.full:
+        raise CannotResume("it is too long to be kept")
+    return ticket.received
+
+
+def check_fields(call: Call, spent: frozenset[str], neutral: Mapping[str, tuple[object, ...]]) -> None:
+    """CannotResume for a field that the rest of an answer could not keep to by itself.
+
+    spent: those that have done their work. neutral: values of fields with which they ask for nothing.
+    """
+    for name, raw in raw_members(call.body).items():
+        if name in GO_ALONG or name in spent:
+            continue
+        value = orjson.loads(bytes(raw))
+        if value not in _NEUTRAL and value not in neutral.get(name, ()):
+            raise CannotResume(f"{name[:64]!r} depends on the whole answer")
+
+
 def fit_to_resume(call: Call, progress: TranscriptProgress) -> None:
     """Raises CannotResume where an engine could not continue exactly."""
     if not progress.only_text or call.sequences > 1:
         raise CannotResume("it contains more than one plain text")
     if progress.prompt_ids is None or progress.ids is None:
         raise CannotResume("its engine returns no token ids")
-    for name, raw in raw_members(call.body).items():
-        if name in GO_ALONG or name in SPENT:
-            continue
-        value = orjson.loads(bytes(raw))
-        if value not in NEUTRAL and not (name == "response_format" and value == {"type": "text"}):
-            raise CannotResume(f"{name[:64]!r} depends on the whole answer")
+    check_fields(call, SPENT, {"response_format": ({"type": "text"},)})
     if not _text_only(call):
         raise CannotResume("its prompt is not text alone")
 
@@ -168,26 +185,16 @@ def closing(call: Call, progress: TranscriptProgress) -> bytes:
     return b"data: " + orjson.dumps({**progress.head, "choices": [], "usage": usage}) + b"\n\n" + done
 
 
-class Resumed(Stream):
-    """The rest of an answer, said by another worker: each event becomes one of the first worker's stream.
-
-    raw: where this worker's own events are kept, not what they become.
-    """
+class Rest(Stream):
+    """The rest of a stream, told by another worker. Subclasses say what its events become, and keep what they need of
+    them."""
 
     keeps_events = False
-    __slots__ = ("plan", "raw", "skip", "skip_ids", "chat", "made_before", "prompt_tokens")
+    __slots__ = ("kept",)
 
-    def __init__(
-        self, ticket: Ticket, out: ClientAnswer, itl: Distribution, charge: list[Ticket], plan: Continuation
-    ) -> None:
+    def __init__(self, ticket: Ticket, out: ClientAnswer, itl: Distribution, charge: list[Ticket]) -> None:
         super().__init__(ticket, out, itl, charge)
-        self.plan = plan
-        self.raw = ticket.received
-        self.skip = plan.skip
-        self.skip_ids = plan.skip_ids
-        self.chat = ticket.call.route.chat
-        self.made_before = 0 if plan.restart else len(plan.kept.ids or ())
-        self.prompt_tokens = None if plan.restart or plan.kept.prompt_ids is None else len(plan.kept.prompt_ids)
+        self.kept = kept_of(ticket)
 
     def head(self, status: int, content_type: bytes, length: int | None) -> None:
         super().head(status, content_type, length)
@@ -197,6 +204,26 @@ class Resumed(Stream):
     def body(self, data: bytes) -> None:
         if not self.done.done():
             super().body(data)
+
+
+class Resumed(Rest):
+    """The rest of an answer, said by another worker: each event becomes one of the first worker's stream.
+
+    What is kept are this worker's own events, not what they become.
+    """
+
+    __slots__ = ("plan", "skip", "skip_ids", "chat", "made_before", "prompt_tokens")
+
+    def __init__(
+        self, ticket: Ticket, out: ClientAnswer, itl: Distribution, charge: list[Ticket], plan: Continuation
+    ) -> None:
+        super().__init__(ticket, out, itl, charge)
+        self.plan = plan
+        self.skip = plan.skip
+        self.skip_ids = plan.skip_ids
+        self.chat = ticket.call.route.chat
+        self.made_before = 0 if plan.restart else len(plan.kept.ids or ())
+        self.prompt_tokens = None if plan.restart or plan.kept.prompt_ids is None else len(plan.kept.prompt_ids)
 
     def read(self, event: bytes) -> Said:
         """What the event says of the whole request: what an earlier worker made is output, not prompt."""
@@ -211,10 +238,7 @@ class Resumed(Stream):
         return said._replace(usage=usage, tokens=said.tokens - again, prompts=())
 
     def _keep(self, events: bytes) -> None:
-        if self.raw is not None:
-            self.raw.chunks.append(events)
-            if len(self.raw.chunks) >= PACK_CHUNKS:
-                self.raw.pack()
+        self.kept.add(events)
 
     def _shown(self, event: bytes, said: Said) -> bytes:
         try:

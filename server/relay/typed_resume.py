@@ -7,27 +7,26 @@ an answer that the model may give after the same text.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 
-from server.engine.answers import NOTHING, Said, Usage, as_incomplete, data_of, read_event
+from server.engine.answers import Said, Usage, as_incomplete, data_of, read_event
 from server.fleet.fleet import Member
 from server.observe.telemetry import Distribution
-from server.relay.relay import ClientAnswer, Stream
-from server.relay.resume import GO_ALONG, NEUTRAL, SPENT, CannotResume, ends_within, stop_texts
+from server.relay.relay import ClientAnswer
+from server.relay.resume import GO_ALONG, SPENT, CannotResume, Rest, check_fields, ends_within, kept_of, stop_texts
 from server.relay.typed_answers import AnswerEnd, Json, TypedAnswer, typed_answer
 from server.relay.typed_prompt import chat_of
-from server.request.call import Call, Ticket
+from server.request.call import Call, Dialect, Ticket
 from server.request.errors import EngineGone
 from server.request.schemas import COMPLETIONS, raw_members
-from server.request.transcript import PACK_CHUNKS
 
 # What only these two APIs have, and what has done its work once the prompt is rendered.
 _SPENT = SPENT | frozenset(
     "input instructions system max_output_tokens max_tool_calls truncation stop_sequences cache_control".split()
 )
-_NEUTRAL_HERE: dict[str, tuple[Json, ...]] = {
+_NEUTRAL: dict[str, tuple[Json, ...]] = {
     "text": ({"format": {"type": "text"}},),
     "thinking": ({"type": "disabled"},),
 }
@@ -47,13 +46,8 @@ class TypedContinuation:
 
 def answer_so_far(ticket: Ticket) -> TypedAnswer:
     """What the client of a stream has. CannotResume."""
-    transcript = ticket.received
-    if transcript is None:
-        raise CannotResume(f"{ticket.call.route.path} is not kept")
-    if transcript.full:
-        raise CannotResume("it is too long to be kept")
     try:
-        return typed_answer(ticket.call.route.dialect, transcript)
+        return typed_answer(ticket.call.route.dialect, kept_of(ticket))
     except ValueError as error:
         raise CannotResume(str(error)) from None
 
@@ -64,12 +58,7 @@ def fit_to_continue(call: Call, answer: TypedAnswer) -> None:
         return  # it begins anew
     if not answer.only_text or call.hides_tokens:
         raise CannotResume("it contains more than one plain text")
-    for name, raw in raw_members(call.body).items():
-        if name in GO_ALONG or name in _SPENT:
-            continue
-        value = orjson.loads(bytes(raw))
-        if value not in NEUTRAL and value not in _NEUTRAL_HERE.get(name, ()):
-            raise CannotResume(f"{name[:64]!r} depends on the whole answer")
+    check_fields(call, _SPENT, _NEUTRAL)
     stops = _stops(call)
     if answer.text_ended and stops and not answer.finish_told:
         raise CannotResume("the stop sequence that ended it is unknown")
@@ -140,100 +129,93 @@ async def _asked(member: Member, path: str, body: object) -> Json:
     return content
 
 
-class _Rest(Stream):
-    """The rest of an answer, told by another worker. What is kept is what the client gets."""
+class Teller(Protocol):
+    """What another worker's events say, and what becomes of them for the client."""
 
-    keeps_events = False
-    __slots__ = ("answer", "transcript")
+    def read(self, event: bytes) -> Said: ...
+
+    def told(self, event: bytes, said: Said) -> bytes:
+        """Empty if the client gets nothing of it. ValueError, TypeError, AttributeError, LookupError if it is none."""
+
+
+class Retold(Rest):
+    """The rest of an answer as a teller retells it. What is kept is what the client gets."""
+
+    __slots__ = ("teller",)
 
     def __init__(
-        self, ticket: Ticket, out: ClientAnswer, itl: Distribution, charge: list[Ticket], answer: TypedAnswer
+        self, ticket: Ticket, out: ClientAnswer, itl: Distribution, charge: list[Ticket], teller: Teller
     ) -> None:
         super().__init__(ticket, out, itl, charge)
-        self.answer = answer
-        self.transcript = ticket.received
+        self.teller = teller
 
-    def head(self, status: int, content_type: bytes, length: int | None) -> None:
-        super().head(status, content_type, length)
-        if self.instead is not None and 200 <= status < 300:
-            self.fail(EngineGone("The engine does not stream the rest of the answer."))
-
-    def body(self, data: bytes) -> None:
-        if not self.done.done():
-            super().body(data)
+    def read(self, event: bytes) -> Said:
+        return self.teller.read(event)
 
     def _shown(self, event: bytes, said: Said) -> bytes:
         try:
-            shown = self._told(event, said)
+            shown = self.teller.told(event, said)
         except (ValueError, TypeError, AttributeError, LookupError):
             self.fail(EngineGone("The engine sent an event that is not part of its API."))
             return b""
-        if shown and self.transcript is not None:
-            self.transcript.chunks.append(shown)
-            if len(self.transcript.chunks) >= PACK_CHUNKS:
-                self.transcript.pack()
+        if shown:
+            self.kept.add(shown)
         return shown
 
-    def _told(self, event: bytes, said: Said) -> bytes:
-        raise NotImplementedError
 
-
-class BegunAnew(_Rest):
+class BegunAnew:
     """The whole answer of another worker, for a client that has no more than its opening events."""
 
-    __slots__ = ()
-
-    def _told(self, event: bytes, said: Said) -> bytes:
-        data = data_of(as_incomplete(event) if said.cut else event)
-        return self.answer.retold(orjson.loads(data)) if data else b""
-
-
-class Continued(_Rest):
-    """Another worker's completion of what the client has, as events of the first worker's stream."""
-
-    __slots__ = ("plan", "reason", "stop", "usage")
-
-    def __init__(
-        self,
-        ticket: Ticket,
-        out: ClientAnswer,
-        itl: Distribution,
-        charge: list[Ticket],
-        answer: TypedAnswer,
-        plan: TypedContinuation,
-    ) -> None:
-        super().__init__(ticket, out, itl, charge, answer)
-        self.plan = plan
-        self.reason = ""
-        self.stop: str | None = None
-        self.usage = Usage(plan.prompt_tokens, None, None)
+    def __init__(self, dialect: Dialect, answer: TypedAnswer) -> None:
+        self._dialect = dialect
+        self._answer = answer
 
     def read(self, event: bytes) -> Said:
-        said = read_event(COMPLETIONS.dialect, event)
+        return read_event(self._dialect, event)
+
+    def told(self, event: bytes, said: Said) -> bytes:
+        data = data_of(as_incomplete(event) if said.cut else event)
+        return self._answer.retold(orjson.loads(data)) if data else b""
+
+
+class Continued:
+    """Another worker's completion of what the client has, as events of the first worker's stream."""
+
+    def __init__(self, ticket: Ticket, answer: TypedAnswer, plan: TypedContinuation) -> None:
+        self._ticket = ticket
+        self._answer = answer
+        self._plan = plan
+        self._reason = ""
+        self._stop: str | None = None
+        self._usage = Usage(plan.prompt_tokens, None, None)
+
+    def read(self, event: bytes) -> Said:
+        said, plan = read_event(COMPLETIONS.dialect, event), self._plan
         if said.usage is None or said.usage.output_tokens is None:
             return said._replace(prompts=())
-        cached = None if said.usage.cached_tokens is None else min(said.usage.cached_tokens, self.plan.prompt_tokens)
-        usage = Usage(self.plan.prompt_tokens, self.plan.made + said.usage.output_tokens, cached)
+        cached = None if said.usage.cached_tokens is None else min(said.usage.cached_tokens, plan.prompt_tokens)
+        usage = Usage(plan.prompt_tokens, plan.made + said.usage.output_tokens, cached)
         return said._replace(usage=usage, prompts=())
 
-    def _told(self, event: bytes, said: Said) -> bytes:
+    def told(self, event: bytes, said: Said) -> bytes:
         if said.usage is not None:
-            self.usage = said.usage
+            self._usage = said.usage
         if said.last:
             return self._closed()
-        if said is NOTHING:
+        data = data_of(event)
+        if not data:
             return b""
         text = ""
-        for choice in orjson.loads(data_of(event)).get("choices") or ():
+        for choice in orjson.loads(data).get("choices") or ():
             text += choice.get("text") or ""
-            self.reason = choice.get("finish_reason") or self.reason
-            self.stop = choice["stop_reason"] if isinstance(choice.get("stop_reason"), str) else self.stop
-        return self.answer.delta(text) if text else b""
+            self._reason = choice.get("finish_reason") or self._reason
+            self._stop = choice["stop_reason"] if isinstance(choice.get("stop_reason"), str) else self._stop
+        return self._answer.delta(text) if text else b""
 
     def _closed(self) -> bytes:
-        if not self.reason:
+        if not self._reason:
             raise ValueError("it ended without a reason")
-        usage = self.usage
+        usage = self._usage
         if usage.output_tokens is None:
-            usage = Usage(self.plan.prompt_tokens, self.ticket.tokens, None)
-        return self.answer.closing(AnswerEnd(self.reason == "length", self.stop, usage))
+            usage = Usage(self._plan.prompt_tokens, self._ticket.tokens, None)
+        return self._answer.closing(AnswerEnd(self._reason == "length", self._stop, usage))

@@ -39,8 +39,14 @@ class Transcript:
         self._packed_bytes = 0
         self._head = self._tail = b""
 
+    def add(self, events: bytes) -> None:
+        """Whole events passed."""
+        self.chunks.append(events)
+        if len(self.chunks) >= PACK_CHUNKS:
+            self.pack()
+
     def pack(self) -> None:
-        """Makes the chunks small. Called by whoever appends, every `PACK_CHUNKS` of them."""
+        """Makes the chunks small. Called every `PACK_CHUNKS` of them, by `add` and by whoever appends without it."""
         data = b"".join(self.chunks)
         self.chunks.clear()
         if self.full:

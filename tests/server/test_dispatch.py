@@ -286,6 +286,22 @@ def test_what_answers_are_expected_to_cost_is_learned() -> None:
     in_virtual_time(run())
 
 
+def test_who_waits_when_the_last_worker_leaves_gets_the_next_one() -> None:
+    async def run() -> None:
+        hall = Hall(slots=(1,))
+        tasks = [hall.send(hall.ticket(), 10.0) for _ in range(3)]
+        await settle()
+        hall.fleet.drain("w0")
+        await tasks[0]  # its place is nobody's
+        assert len(hall.order) == 1 and len(hall.dispatcher.lanes) == 2
+        hall.join("new", 1)
+        hall.fleet._tell()
+        await asyncio.gather(*tasks)
+        assert len(hall.order) == 3 and hall.most == {"w0": 1, "new": 1}
+
+    in_virtual_time(run())
+
+
 def test_a_worker_that_joins_is_used_at_once_and_one_that_drains_is_not() -> None:
     async def run() -> None:
         hall = Hall(slots=(1,))

@@ -220,6 +220,7 @@ OURS = networks(["10.0.0.0/8", "2001:db8::/32", "127.0.0.1"])
         ("10.0.0.1", {b"forwarded": b'for="[2001:db8:cafe::17]:4711"'}, "2001:db8:cafe::17"),
         ("10.0.0.1", {b"forwarded": b'for=6.6.6.6, For="[2a00::1]", for=10.1.1.1'}, "2a00::1"),
         ("10.0.0.1", {b"forwarded": b"for=unknown", b"x-forwarded-for": b"6.6.6.6"}, "10.0.0.1"),
+        ("10.0.0.1", {b"forwarded": b"for=6.6.6.6", b"x-forwarded-for": b"203.0.113.9"}, "10.0.0.1"),
         ("10.0.0.1", {b"forwarded": b"for=_hidden, for=10.2.2.2"}, "10.2.2.2"),
         ("", {b"x-forwarded-for": b"6.6.6.6"}, ""),
     ],
@@ -278,6 +279,17 @@ async def test_an_address_may_ask_so_often_a_minute_and_others_do_not_notice() -
         assert reply.error["code"] == "rate_limit_exceeded" and len(engine.seen) == 3
         await wire.send(request("/v1/chat/completions", chat(), headers={"x-forwarded-for": "192.0.2.8"}))
         assert (await wire.answer()).status == 200
+
+
+async def test_an_address_is_bounded_before_its_bodies_are_taken_in_and_with_wrong_keys(tmp_path: Path) -> None:
+    """And requests with a body too large to be taken in for nothing count like the others."""
+    (tmp_path / "tenants.yaml").write_text("tenants: [{name: acme, keys: [sha256:" + "0" * 64 + "]}]")
+    edge = {"address_rpm": 3}
+    async with over_fake(tenants=tmp_path / "tenants.yaml", edge=edge) as (gateway, engine):
+        large = chat(messages=[{"role": "user", "content": "x" * 70_000}])
+        key = {"authorization": "Bearer wrong"}
+        replies = [await gateway.ask("/v1/chat/completions", large, headers=key) for _ in range(5)]
+        assert [reply.status for reply in replies] == [401, 401, 401, 429, 429] and not engine.seen
 
 
 def test_an_address_gets_a_request_back_after_its_share_of_a_minute_and_memory_is_bounded() -> None:

@@ -246,6 +246,15 @@ async def test_without_a_worker_and_with_a_full_line_the_fallback_is_asked() -> 
         await long.close()
 
 
+async def test_one_worker_that_failed_is_counted_once_however_many_fallbacks_have_none() -> None:
+    """The third model is asked: one failure does not blame the request."""
+    models = {"chat": {"targets": "old", "fallbacks": ["gone", "lost", "new"]}}
+    async with two_models(models=models) as (gateway, old, new):
+        old.faults = Faults(error_status=500)
+        assert (await gateway.ask(CHAT, chat(model="chat"))).status == 200
+        assert len(new.seen) == 1
+
+
 async def test_a_request_that_is_wrong_is_not_asked_again_elsewhere() -> None:
     models = {"chat": {"targets": "old", "fallbacks": ["new"]}}
     async with two_models(models=models) as (gateway, old, new):
@@ -423,6 +432,16 @@ def test_an_answer_in_pieces_is_renamed_where_its_model_stands() -> None:
     answer.end()
     assert out.length == len(out.data) == len(body) + 2
     assert json.loads(out.data) == json.loads(body) | {"model": "asked"}
+
+
+def test_the_first_piece_of_an_answer_of_unknown_length_is_renamed() -> None:
+    out = Written()
+    answer = RenamedAnswer(out, "asked")
+    answer.begin(200, b"application/json", None)
+    answer.write(b'{"id":"1","model":"own","choices":[')
+    answer.write(b"]}")
+    answer.end()
+    assert json.loads(out.data)["model"] == "asked" and out.length is None
 
 
 async def test_words_of_a_model_are_never_taken_for_its_name() -> None:

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from server.observe.telemetry import Distribution
 from server.relay.relay import Stream, Whole
+from server.relay.resume import Resumed, continuation
 from server.request.call import Phase, Ticket
 from server.request.errors import EngineGone, Refused, ServiceError
 from server.request.schemas import CHAT, COMPLETIONS, MESSAGES
-from server.request.transcript import PACK_CHUNKS
+from server.request.transcript import PACK_CHUNKS, Chunk, Transcript, TranscriptProgress
 from tests.server.calls import call_of, ticket_of
 
 
@@ -111,6 +112,27 @@ async def streamed(
 def cut(data: bytes, places: list[int]) -> list[bytes]:
     ends = sorted({place % len(data) for place in places} | {0, len(data)})
     return [data[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+
+
+@pytest.mark.parametrize("said", [[], [ROLE]], ids=["nothing", "the role"])
+async def test_an_engine_that_ends_before_its_first_token_has_not_answered(said: list[bytes]) -> None:
+    """vLLM leaves out the event with `abort` of an answer that it aborts before the first token."""
+    _, _, stream, _ = await streamed([*said, DONE], end=False)
+    assert isinstance(stream.done.exception(), EngineGone)
+
+
+async def test_nor_has_one_that_was_asked_for_the_rest_of_an_answer() -> None:
+    call = call_of(b'{"model":"m","stream":true,"messages":[]}')
+    ticket = ticket_of(Ticks(), call)
+    ticket.move(Phase.PREFILLING)
+    client = Client()
+    client.begun = True
+    ticket.received = Transcript()
+    had = TranscriptProgress({"id": "c"}, [1, 2], [Chunk([10], "Hi")], "Hi")
+    rest = Resumed(ticket, client, Distribution("itl", ""), [], continuation(call, had, [10], "Hi"))
+    rest.head(200, b"text/event-stream", None)
+    rest.body(DONE)
+    assert isinstance(rest.done.exception(), EngineGone) and not client.got
 
 
 @given(st.lists(st.integers(0, len(STREAM)), max_size=40), st.booleans(), st.booleans(), st.booleans())

@@ -130,6 +130,22 @@ def test_of_an_engines_metrics_only_what_is_needed_is_read() -> None:
     assert told_in(b"") == ""
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="1000"} 1.0',
+        b'vllm:engine_sleep_state{engine="0",sleep_state="awake"} 1.0',
+        b"vllm:nixl_bytes_transferred_sum 7.0",
+        b"evenhand_engine_slots 8.0",
+        b"evenhand_engine_step_tokens 512.0",
+        b'evenhand_engine_policy_info{policy="vtc"} 1.0',
+        b"vllm:generation_tokens_total 5.0",
+    ],
+)
+def test_what_the_fleet_looks_for_is_among_it(line: bytes) -> None:
+    assert told_in(b"# HELP nothing\n" + line + b"\nother 1.0\n") == line.decode()
+
+
 async def test_a_thousand_workers_that_fail_at_once_are_out_with_a_sentence_each_and_back_when_they_are_well(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from loadtest.fake.engine import FakeEngine
 from scheduler.workers import Worker
-from server.admission.sleeper import Sleeper
+from server.admission.sleeper import CannotSleep, Sleeper
 from server.fleet.fleet import WorkerState
 from server.settings import SleepSettings
 from tests.server.conftest import INSTANT, MODEL, Reply, Running, chat, eventually, serving
@@ -127,6 +127,42 @@ async def test_an_engine_without_a_sleep_mode_goes_on_and_says_why() -> None:
         worker = (await gateway.ask("/ready", method="GET")).json()["workers"][0]
         assert worker["state"] == "ready" and "cannot sleep: it has no sleep mode" in worker["note"]
         assert (await gateway.ask(CHAT, chat())).status == 200
+
+
+async def test_where_one_worker_of_a_model_cannot_sleep_the_others_stay_awake_with_it() -> None:
+    """Requests that it serves would never wake them."""
+    async with FakeEngine(SLEEPY) as able, FakeEngine(INSTANT) as unable, over(able, unable) as gateway:
+        for _ in range(2):
+            await put_to_sleep(gateway)
+            await eventually(lambda: states(gateway) == {"ready"})
+        assert (able.woken, able.asleep) == (1, False)
+
+
+class BrokenNap:
+    """A worker that fails to wake up at first."""
+
+    def __init__(self, gateway: Running) -> None:
+        self.gateway = gateway
+        self.woken = 0
+
+    async def sleep(self) -> None:
+        return
+
+    async def wake(self) -> None:
+        self.woken += 1
+        if self.woken == 1:
+            raise CannotSleep("it broke")
+        self.gateway.server.fleet.put(self.gateway.server.fleet.members["worker-0"], WorkerState.STARTING)
+
+
+async def test_a_model_that_did_not_wake_up_is_tried_again_by_the_next_request() -> None:
+    async with FakeEngine(INSTANT) as engine, over(engine) as gateway:
+        nap = gateway.server.fleet.naps["worker-0"] = BrokenNap(gateway)
+        await put_to_sleep(gateway)
+        first = await gateway.ask(CHAT, chat())
+        assert (first.status, first.error["code"], "retry-after" in first.headers) == (503, "waking", True)
+        assert (await gateway.ask(CHAT, chat())).status == 200
+        assert nap.woken == 2
 
 
 class LateNap:

@@ -11,9 +11,12 @@ import pytest
 from loadtest.fake.engine import FakeEngine
 from loadtest.fake.faults import Faults
 from server.relay.resume import CannotResume
+from server.relay.typed_answers import typed_answer
 from server.relay.typed_prompt import chat_of
+from server.relay.typed_resume import Continued, TypedContinuation
 from server.request import schemas
-from tests.server.calls import call_of
+from server.request.transcript import Transcript
+from tests.server.calls import call_of, ticket_of
 from tests.server.conftest import INSTANT, Reply, ScriptedEngine, eventually, plain, serving, streamed
 from tests.server.crowd import over_crowd
 from tests.server.test_failover import dying, over_script_and_fake
@@ -75,6 +78,13 @@ async def test_cut_after_any_event_the_stream_goes_on_as_if_nothing_had_happened
         assert reply.status == 200
         assert without_ids(reply.events) == without_ids(whole), f"after {count} events"
         assert len(asked) <= 1
+
+
+def test_a_comment_in_the_rest_of_a_stream_is_nothing() -> None:
+    """Proxies and some engines send them to keep a connection open."""
+    answer = typed_answer("responses", Transcript())
+    rest = Continued(ticket_of(lambda: 0.0), answer, TypedContinuation(b"x", 3, 2))
+    assert rest.told(b": ping", rest.read(b": ping")) == b""
 
 
 @pytest.mark.parametrize("path", [RESPONSES, MESSAGES])
