@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loadtest.fake.engine import FakeEngine
+from loadtest.fake.faults import Faults
 from scheduler.workers import Worker
 from server.app import GatewayServer
 from server.cluster.usage import UsageBook, as_csv, hours, shelf_of
@@ -20,7 +22,7 @@ from server.request.call import Phase, Ticket
 from server.settings import CostSettings, Settings, read_settings
 from server.store.store import MemoryStore
 from tests.server.calls import ticket_of
-from tests.server.conftest import SLOW, Reply, Running, chat, eventually, over_fake, request, serving
+from tests.server.conftest import INSTANT, SLOW, Reply, Running, chat, eventually, over_fake, request, serving
 from tests.server.test_admin import ADMIN_KEY, admin
 from tests.server.test_shared import OwnRedis, exchanged, own_redis, two_gateways  # noqa: F401 - a fixture
 from tests.server.test_tenants import KEY, OTHER
@@ -269,6 +271,21 @@ async def test_a_request_that_failed_or_was_left_has_used_its_worker_all_the_sam
             and row["gpu_seconds"] > 0
             and row["cost"] == pytest.approx(row["gpu_seconds"], abs=2e-3)
         )
+
+
+async def test_a_request_that_another_worker_answers_is_charged_the_time_there() -> None:
+    """One GPU each would not show whose time it was."""
+    async with FakeEngine(INSTANT) as broken, FakeEngine(SLOW) as well:
+        broken.faults = Faults(error_status=500)
+        urls = (broken.url, f"{well.url},gpus=1000")
+        async with serving(*urls, probe_s=60.0, admin_key=ADMIN_KEY, cost={"meter": True}) as gateway:
+            await eventually(lambda: len(gateway.server.fleet.ready()) == 2)
+            before = after = 0.0
+            while not broken.seen:
+                before = after
+                assert (await gateway.ask(CHAT, chat(ignore_eos=True))).status == 200
+                after = (await usage(gateway)).json()["total"]["gpu_seconds"]
+            assert after - before > 1.0
 
 
 async def test_rows_of_all_gateways_are_in_the_store_and_outlive_them(own_redis: OwnRedis) -> None:  # noqa: F811 - the fixture
