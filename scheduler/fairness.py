@@ -97,8 +97,13 @@ class FairnessTally:
         self._book(job)
         del self._booked[job]
 
+    def __contains__(self, job: Job) -> bool:
+        """Whether the job runs, as far as this was told."""
+        return job in self._booked
+
     def present(self, running: Iterable[Job], waiting: Mapping[str, int]) -> None:
-        """All that run, and how many wait by tenant: what a queue that tells no single start says before a sample."""
+        """All that run, and how many of the default tier wait by tenant: what a queue that tells no single start says
+        before a sample."""
         for job in running:
             self._booked.setdefault(job, 0.0)
         self._waiting = Counter(waiting)

@@ -113,11 +113,8 @@ class Planner:
         """
         output_tokens = min(asked.output_tokens, self.output_tokens)
         asked = replace(asked, output_tokens=output_tokens, typical_prompt_tokens=self.prompt_tokens)
-        loads = list(self._considered(pools, known, avoid))
-        prospects = [
-            self._prospect(load, rank / len(loads), known) for rank, load in enumerate(sorted(loads, key=_rank))
-        ]
-        loads.sort(key=_rank)
+        loads = sorted(self._considered(pools, known, avoid), key=_rank)
+        prospects = [self._prospect(load, rank / len(loads), known) for rank, load in enumerate(loads)]
         choice = choose(asked, prospects, self.handover.coefficients, now)
         if choice is None:
             return None

@@ -110,10 +110,7 @@ class Lanes:
             self._last_left = place.account
             place.bill = self._shares.take(place.account, job)
         self._next = None
-        place.line.run(place)
-        self._busy[place.line] = None
-        if place.bill is not None:
-            self._price(place)
+        self._go(place)
 
     def _enter(self, job: Job, now: float) -> JobPlace:
         if job.id in self._places:

@@ -165,7 +165,8 @@ class Pool:
         taken: list[WorkerLoad] = []
         try:
             while (load := self.first()) is not None:
-                load.posted = inf  # its entries are outdated for as long as this goes on
+                heappop(self._heap)
+                load.posted = inf  # other entries of it are outdated for as long as this goes on
                 taken.append(load)
                 yield load
         finally:
@@ -262,10 +263,6 @@ class Pools:
     def all(self) -> Sequence[Pool]:
         """Every pool; none is empty."""
         return list(self._pools.values())
-
-    def models(self) -> Sequence[str]:
-        """Every model that is served."""
-        return list(self.of_model)
 
     def free(self, load: WorkerLoad) -> int:
         """How many more sequences a worker may be given that has some of flex, or some from elsewhere.

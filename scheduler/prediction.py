@@ -138,7 +138,7 @@ class _Seen(NamedTuple):
             answers,
             tokens,
             read_s,
-            forecast.first_token_s(tokens, now) - forecast.first_token_s(0.0, now),
+            read_s - forecast.first_token_s(0.0, now),
             forecast.memory_wait_s(context, writing.tpot_s * output),
             writing,
             write_risk,

@@ -39,6 +39,7 @@ class TieredLanes:
         self._per_start = reserve / (1.0 - reserve)
         self._owed = 0.0  # starts
         self._reserved: set[Job] = set()
+        self._paid: dict[Job, float] = {}  # what running flex jobs took of what is owed when they started
 
     @property
     def policy(self) -> Policy:
@@ -103,12 +104,17 @@ class TieredLanes:
 
     def put_back(self, job: Job, now: float) -> None:
         """As `Lanes.put_back`."""
-        if job.tier is not Tier.FLEX:
+        if job.tier is Tier.FLEX:
+            self._reserved.discard(job)
+            self._owed += self._paid.pop(job, 0.0)
+        elif self._counts:
             self._owed = max(0.0, self._owed - self._per_start)
-        elif job in self._reserved:
-            self._reserved.remove(job)
-            self._owed += 1.0
         self._tiers[job.tier].put_back(job, now)
+
+    @property
+    def _counts(self) -> bool:
+        """Whether starts of others count for flex: it waits, and none of it runs in what they leave."""
+        return self._flex.waiting > 0 and self._flex.running() == len(self._reserved)
 
     def _next(self) -> Lanes | None:
         if self._is_due():
@@ -121,7 +127,7 @@ class TieredLanes:
     def _is_due(self) -> bool:
         """Whether a flex job goes before all others: so many of them have started while none of flex ran in what
         others leave."""
-        return self._owed >= 1.0 and self._flex.waiting > 0 and self._flex.running() == len(self._reserved)
+        return self._owed >= 1.0 and self._counts
 
     def is_reserved(self, job: Job) -> bool:
         """Whether the job runs by the reserve."""
@@ -134,11 +140,11 @@ class TieredLanes:
     def _count(self, job: Job) -> None:
         """The job starts."""
         if job.tier is Tier.FLEX:
-            self._owed = max(0.0, self._owed - 1.0)
-        elif self._flex.waiting:
-            if self._flex.running() == len(self._reserved):
-                self._owed = min(self._owed + self._per_start, 1.0 + self._per_start)
-        else:
+            self._paid[job] = paid = min(1.0, self._owed)
+            self._owed -= paid
+        elif self._counts:
+            self._owed = min(self._owed + self._per_start, 1.0 + self._per_start)
+        elif not self._flex.waiting:
             self._owed = 0.0  # nobody is kept waiting
 
     # who yields
@@ -178,11 +184,13 @@ class TieredLanes:
     def preempt(self, job: Job, now: float) -> None:
         """As `Lanes.preempt`."""
         self._reserved.discard(job)
+        self._paid.pop(job, None)
         self._tiers[job.tier].preempt(job, now)
 
     def finish(self, job: Job, outcome: Outcome, now: float) -> None:
         """As `Lanes.finish`."""
         self._reserved.discard(job)
+        self._paid.pop(job, None)
         self._tiers[job.tier].finish(job, outcome, now)
 
     # what was done
@@ -261,6 +269,11 @@ class TieredLanes:
     def by_tier(self) -> dict[Tier, int]:
         """How many wait."""
         return {tier: self._tiers[tier].waiting for tier in Tier}
+
+    def has(self, tier: Tier) -> bool:
+        """Whether any job of the tier waits or runs."""
+        lanes = self._tiers[tier]
+        return lanes.waiting > 0 or lanes.running() > 0
 
     def running(self, tier: Tier | None = None) -> int:
         """How many run, of a tier or of all."""

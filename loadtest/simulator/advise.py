@@ -213,8 +213,7 @@ def _simulated(
     one = copy(args)
     one.workers, one.prefill_workers, one.seed = workers - way.readers, way.readers, seed
     one.answer_step_tokens = way.step_tokens or args.answer_step_tokens
-    if way.predicted:
-        one.slo_ttft, one.slo_tpot = objective.ttft_s, objective.tpot_s
+    one.slo_ttft, one.slo_tpot = (objective.ttft_s, objective.tpot_s) if way.predicted else (None, None)
     return simulate_command.simulated(one, policy, objective, screen)
 
 

@@ -201,7 +201,8 @@ class ContinuousBatch:
         if not step.chunks and not step.producing:
             # All that it did was to send somebody away: vLLM's next iteration follows at once.
             return self.schedule(now) if step.short or barred else None
-        self.lanes.stepped(now, self.cost.max_batched_tokens - step.left - step.flex_tokens)
+        flex_tokens = step.flex_tokens if self.lanes.running(Tier.FLEX) else 0
+        self.lanes.stepped(now, self.cost.max_batched_tokens - step.left - flex_tokens)
         duration_s = self.cost.duration_s(
             step.prefill_tokens, step.decoding, step.kv_tokens, step.transfer_tokens, step.started
         )

@@ -523,7 +523,6 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
 
     def _prepare_for_flex(self) -> None:
         self._slack = slack_from(self.vllm_config.additional_config)
-        self._flexible = False  # a flex request has come: from then on steps are timed
         self._held: list[Request] = []
         self._under_way: dict[int, tuple[StepLoad | None, float]] = {}
         self._updated_at = 0.0
@@ -588,7 +587,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
                 self._displace(now)
         self._reason, self._yielded_memory = "memory", False
         cap = self._prompt_cap(now) if admits else None
-        if self._flexible:
+        if self._lanes.has(Tier.FLEX):  # then steps are timed, too
             output = self._schedule_within_budget(cap, now, *args, **kwargs)
         else:
             output = self._schedule_capped(cap, *args, **kwargs)
@@ -604,7 +603,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
 
     def _flex_holds_memory(self, now: float) -> bool:
         """Whether the head lacks KV blocks, and a flex job of a lower tier could give it some."""
-        if not self._flexible or not self._lanes.running(Tier.FLEX):
+        if not self._lanes.running(Tier.FLEX):
             return False
         head = self._lanes.peek(now)
         if head is None or head.tier is Tier.FLEX:
@@ -691,12 +690,10 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
                 self._add_load(load, request, 1 if tokens <= several and request.num_output_tokens else tokens + 1)
         return load
 
-    def _time_step(self, output: SchedulerOutput) -> None:
+    def _time_step(self, output: SchedulerOutput, now: float) -> None:
         """A step has ended: it began when it was put together, or when the one before it ended."""
-        now = self.clock()
         load, scheduled_at = self._under_way.pop(id(output), (None, 0.0))
         seconds = now - max(scheduled_at, self._updated_at)
-        self._updated_at = now
         if load is not None and seconds > 0.0 and (load.prompt_tokens or load.sequences):
             self._slack.model.learn(load, seconds)
 
@@ -857,9 +854,10 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, model_runner_output)
-        if self._flexible:
-            self._time_step(scheduler_output)
         now = self.clock()
+        if self._under_way:
+            self._time_step(scheduler_output, now)
+        self._updated_at = now
         entries, serve = self._queue.entries, self._lanes.serve
         for client in outputs.values():
             for output in client.outputs:
@@ -885,7 +883,6 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
             self._answers.append((request, self._switch(xargs)))
         else:
             super().add_request(request)
-            self._flexible = self._flexible or self._lanes.running(Tier.FLEX) + self._lanes.by_tier()[Tier.FLEX] > 0
 
     def _switch(self, xargs: Mapping[str, Any]) -> dict[str, str]:
         """Obeys an order to change the policy, or keeps the old one. Returns what to answer."""

@@ -538,12 +538,12 @@ class Lines:
             dispatcher.advance()
 
     def present(self) -> tuple[list[Job], Counter[str]]:
-        """Requests that run, and how many wait by tenant, of all models."""
+        """Requests that run, and how many of the default tier wait by tenant, of all models."""
         running: list[Job] = []
         waiting: Counter[str] = Counter()
         for dispatcher in self.by_model.values():
             running += dispatcher.lanes.running_jobs()
-            waiting.update(dispatcher.waiting_by_tenant())
+            waiting.update(job.tenant for job in dispatcher.lanes.waiting_jobs() if job.tier is Tier.DEFAULT)
         return running, waiting
 
     def depth(self) -> list[tuple[str, int]]:

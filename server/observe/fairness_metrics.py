@@ -44,7 +44,8 @@ class FairnessMetrics(Observer, Collector):
         self._service: Counter[str] = Counter()
 
     def ended(self, ticket: Ticket, outcome: str) -> None:
-        if ticket.times[Phase.PREFILLING] is not None:
+        # A request may leave between its place and its start: the tally then knows it by `present` alone.
+        if ticket.times[Phase.PREFILLING] is not None or ticket.job in self.tally:
             self.tally.finished(ticket.job)
 
     def standing(self) -> TenantService:

@@ -161,6 +161,7 @@ def test_the_heap_does_not_grow_with_what_has_happened() -> None:
         assert first is not None
         first.reserve(1, 10)
         first.release(1, 10)
+        assert Choice(pools.of("m"), TYPICAL, sequences=2).cheapest() is not None
     assert len(pools.of("m")[0]._heap) < 200
 
 
@@ -174,9 +175,9 @@ def test_two_workers_of_one_name_cannot_be() -> None:
 def test_a_model_that_nobody_serves_any_more_has_no_pool() -> None:
     pools, load = Pools(), WorkerLoad(Worker("w", ""))
     pools.add(load, ("a", "b"))
-    assert [*pools.models()] == ["a", "b"]
+    assert [*pools.of_model] == ["a", "b"]
     pools.moved(load, ("b",))
     assert not pools.of("a") and len(pools.of("b")) == 1
     pools.remove(load)
     pools.remove(load)
-    assert not pools.models() and not pools.all() and not pools.workers
+    assert not pools.of_model and not pools.all() and not pools.workers

@@ -57,7 +57,7 @@ class Machine(RuleBasedStateMachine):
     def take(self, does_not_fit: bool) -> None:
         due = any(self.lanes.is_due(job) for job in self.waiting.values())
         best = min(job.tier for job in self.waiting.values())
-        job = self.lanes.peek(self.now)
+        job, owed = self.lanes.peek(self.now), self.lanes._owed
         assert job is not None
         assert job.tier is (Tier.FLEX if due else best)
         assert self.lanes.pop(self.now) is job
@@ -66,6 +66,7 @@ class Machine(RuleBasedStateMachine):
             self.lanes.put_back(job, self.now)
             self.waiting[job.id] = self.running.pop(job.id)
             assert self.lanes.peek(self.now) is job
+            assert self.lanes._owed == pytest.approx(owed) or not self.lanes.by_tier()[Tier.FLEX]
 
     @precondition(lambda self: self.waiting and len(self.running) == self.SLOTS)
     @rule()
@@ -205,8 +206,12 @@ def test_head_of_a_higher_tier_outranks_prompts_of_lower_ones() -> None:
     head = Job("p", "vip", 10, 0.0, tier=Tier.PRIORITY)
     lanes.push(head, 0.0)
     assert lanes.outranks(0.0, reading) is head
-    assert lanes.outranks(0.0, [Job("q", "vip", 10, 0.0, tier=Tier.PRIORITY)][:0]) is None
+    assert lanes.outranks(0.0, []) is None
     lanes.pop(0.0)
+    same = Job("q", "vip", 10, 0.0, tier=Tier.PRIORITY)
+    lanes.push(same, 0.0)
+    assert lanes.outranks(0.0, [head]) is None
+    lanes.finish(same, Outcome.ABORTED, 0.0)
     lanes.push(Job("e", "people", 10, 0.0), 0.0)
     assert lanes.outranks(0.0, [head, *reading]) is None
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from scheduler.catalog import build
-from scheduler.jobs import Outcome
+from scheduler.jobs import Outcome, Tier
 from scheduler.pools import Pools
 from scheduler.tiers import TieredLanes
 from scheduler.workers import Worker
@@ -584,6 +584,22 @@ def test_a_model_that_nobody_serves_is_unknown_only_while_others_are_served() ->
         assert lines.of("fake") is hall.dispatcher
         hall.fleet.put(member, WorkerState.DOWN)
         assert lines.of("fake") is hall.dispatcher
+
+    in_virtual_time(run())
+
+
+def test_those_who_wait_in_the_slack_are_not_among_those_whom_fairness_compares() -> None:
+    async def run() -> None:
+        hall = Hall(slots=(1,))
+        lines = Lines(lambda model: hall.dispatcher, hall.fleet)
+        hall.fleet.members["w0"].models_json = [{"id": "fake"}]
+        lines.of("fake")
+        held = [hall.ticket("a"), hall.ticket("b"), hall.ticket("c")]
+        held[2].job.tier = Tier.FLEX
+        tasks = [hall.send(ticket) for ticket in held]
+        await settle()
+        assert lines.present() == ([held[0].job], Counter({"b": 1}))
+        await asyncio.gather(*tasks)
 
     in_virtual_time(run())
 
