@@ -5,7 +5,7 @@ import ipaddress
 import logging
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from secrets import token_hex
 from typing import Any
 
@@ -16,7 +16,7 @@ from server.background import Background
 from server.cluster.account_sync import AccountSync
 from server.cluster.local_sync import Process
 from server.cluster.records import Records
-from server.cluster.replicas import KnownRing, Replicas
+from server.cluster.replicas import AWAY_S, KnownRing, Replicas
 from server.fleet.fleet import Fleet
 from server.fleet.registry import Registry
 from server.request.directory import TenantFile, Tenants
@@ -30,6 +30,7 @@ log = logging.getLogger("evenhand.shared")
 
 FOLLOW_S = 0.25
 REGISTRY_S = 1.0
+STORE_START_S = 10.0  # for how long a process waits for the process that holds the stores of its gateway
 
 
 def is_loopback(host: str) -> bool:
@@ -65,6 +66,7 @@ class ClusterState:
         """ValueError for a tenant file or an address that cannot be, and for an open gateway that others can reach."""
         self._background = background or Background(clock)
         self._ring = settings.redis_url is not None or process is not None  # there may be other replicas
+        self._hosted = settings.redis_url is None and process is not None  # the store is a process of this gateway
         self._speaks = process is None or process.number == 0
         if not (settings.redis_url or settings.tenants or settings.allow_open or is_private(settings)):
             reached = settings.admin_host if is_loopback(settings.host) else settings.host
@@ -109,7 +111,7 @@ class ClusterState:
     async def running(self) -> AsyncIterator[None]:
         """Keeps everything fresh while the block runs. What the store has is known before it begins, if it answers."""
         if self._ring:
-            await self.replicas.exchange()
+            await self._meet()
         await self.records.follow()
         if self._speaks and self.tenants.open and self.tenants.learned:
             log.warning(
@@ -126,6 +128,18 @@ class ClusterState:
             if self._ring:
                 await self.replicas.exchange()  # what was used last is told, too
             await self.store.close()
+
+    async def _meet(self) -> None:
+        """The first exchange. A store of this gateway that is being started anew is waited for: the other processes
+        serve meanwhile, and this one would refuse every key."""
+        await self.replicas.exchange()
+        if not self._hosted:
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(STORE_START_S):
+                while not self.replicas.up:
+                    await asyncio.sleep(AWAY_S)
+                    await self.replicas.exchange()
 
     async def _follow(self) -> None:
         while True:

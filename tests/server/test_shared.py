@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import json
 import socket
 import subprocess
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -11,9 +13,14 @@ import pytest
 
 from loadtest.fake.engine import FakeEngine
 from scheduler.workers import Role, Worker
+from server.app import GatewayServer
+from server.cluster.local_sync import Process
+from server.cluster.records import TENANT
 from server.fleet.fleet import Fleet, WorkerState
 from server.fleet.registry import WORKER_TTL_S, Registry, registration_of
+from server.settings import Settings
 from server.store.redis_store import RedisStore
+from server.store.socket_store import SHARED, listen_at, serving_stores
 from server.store.store import MemoryStore
 from tests.conftest import redis_server, wait_until_listening
 from tests.server.conftest import INSTANT, LIMIT_S, Running, chat, eventually, serving
@@ -294,3 +301,25 @@ async def test_a_worker_that_is_about_to_leave_gets_nothing_new_and_may_change_i
             await registry.follow()
         finally:
             await fleet.close()
+
+
+async def test_a_process_that_starts_while_its_gateway_s_store_does_knows_the_tenants_before_it_listens(
+    tmp_path: Path,
+) -> None:
+    path, memory = tmp_path / "stores", MemoryStore(time.monotonic)
+    await memory.put(TENANT, "acme", json.dumps({"name": "acme", "keys": [{"key": KEY}]}))
+    shared = GatewayServer(Settings(port=0, workers=[]), Process(1, path)).shared
+    knows = asyncio.Event()
+
+    async def runs() -> None:
+        async with shared.running():
+            knows.set()
+            await asyncio.Event().wait()
+
+    running = asyncio.create_task(runs())
+    await eventually(lambda: "does not answer" in shared.replicas.problem, "it has asked in vain")
+    async with serving_stores(listen_at(path), {SHARED: memory}):
+        await asyncio.wait_for(knows.wait(), LIMIT_S)
+        assert shared.tenants.identify(f"Bearer {KEY}".encode(), None).name == "acme"
+        running.cancel()
+        await asyncio.wait([running])
