@@ -25,7 +25,7 @@ COMMANDS: Mapping[str, Command] = {
     "gateway": Command("server.__main__", "the gateway alone, before OpenAI-compatible engines already there"),
     "worker": Command("deploy.serve.join", "one engine that joins the gateways of a Redis"),
     "tenant": Command("deploy.tenant", "make or hash an API key for the tenant file"),
-    "model": Command("deploy.engine.model", "make the bundled model ready"),
+    "model": Command("deploy.engine.model", "make the bundled model ready, or fetch one from its hub"),
     "batch": Command("deploy.batch", "run a file of requests through a gateway's Batch API"),
     "why": Command("deploy.why", "why a request waited and where it went, from the gateway's log"),
     "replay": Command("loadtest.client.replay", "send a trace or a workload, record how each request went"),

@@ -10,7 +10,8 @@ import orjson
 
 ENDED = "request ended"
 PLACEMENTS = {
-    "unfit": "its endpoint cannot be split between workers",
+    "together": "no worker for each half was better than one for both",
+    "unfit": "it cannot be split between workers",
     "no_pool": "no prefill worker, or no decode worker, was up",
     "short_prompt": "its prompt was too short to be read by another worker",
     "cached_prefix": "most of its prompt was in that worker's cache",
@@ -85,6 +86,8 @@ def _waited(line: dict[str, Any]) -> str:
         return f"never got a place; {ahead} were waiting when it came" if ahead else "never got a place"
     if not ahead and queue_s < 0.001:
         return "did not wait: a worker had room"
+    if not ahead:
+        return f"waited {queue_s:.3f} s for a place; no other request was waiting, but no worker had room for it"
     others = "1 request was" if ahead == 1 else f"{ahead} requests were"
     return f"waited {queue_s:.3f} s for a place; {others} waiting when it came, and every worker was full"
 

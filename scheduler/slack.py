@@ -6,13 +6,11 @@ the time per output token.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Final
 
-_SCALES: Final = (1.0, 256.0, 64.0, 16384.0)  # so that coefficients are seconds of like size
-_FORGET: Final = 0.999
-_UNCERTAIN: Final = 1e3
-_MOST_UNCERTAIN: Final = 1e5  # nothing is forgotten beyond: a step that is always the same teaches nothing
+from scheduler.step_cost import LinearFit, StepCost
+
 _KNOWN: Final = 8  # steps after which a prediction counts
 _STRETCH: Final = 4.0  # the budget in empty steps, where there is no objective
 _LEAST_TOKENS: Final = 64  # of a prompt in one step of an engine that has nothing else to do
@@ -29,38 +27,33 @@ class StepLoad:
 
 class StepModel:
     """Seconds of a step: a constant, and so much for each token of a prompt, each sequence and each KV token it reads.
+    A step costs some 10 µs to learn from."""
 
-    Recursive least squares with forgetting; a step costs some 10 µs to learn from.
-    """
-
-    __slots__ = ("_inverse", "_weights", "steps")
+    __slots__ = ("_fit",)
 
     def __init__(self) -> None:
-        size = len(_SCALES)
-        self.steps = 0
-        self._weights = [0.0] * size
-        self._inverse = [[_UNCERTAIN if row == column else 0.0 for column in range(size)] for row in range(size)]
+        self._fit = LinearFit(astuple(StepCost())[:4])
 
     @property
     def is_known(self) -> bool:
-        return self.steps >= _KNOWN
+        return self._fit.seen >= _KNOWN
 
     @property
     def empty_s(self) -> float:
         """Of a step as such."""
-        return max(0.0, self._weights[0])
+        return self._fit.coefficients[0]
 
     @property
     def per_prompt_token_s(self) -> float:
-        return max(0.0, self._weights[1] / _SCALES[1])
+        return self._fit.coefficients[1]
 
     @property
     def per_sequence_s(self) -> float:
-        return max(0.0, self._weights[2] / _SCALES[2])
+        return self._fit.coefficients[2]
 
     @property
     def per_context_token_s(self) -> float:
-        return max(0.0, self._weights[3] / _SCALES[3])
+        return self._fit.coefficients[3]
 
     def predicted_s(self, load: StepLoad) -> float:
         """Seconds of a step."""
@@ -72,22 +65,8 @@ class StepModel:
         )
 
     def learn(self, load: StepLoad, seconds: float) -> None:
-        """A step took so long. One that took many times what was expected (a pause of the process) counts as a few."""
-        if self.is_known:
-            seconds = min(seconds, 4.0 * max(self.predicted_s(load), self.empty_s))
-        self.steps += 1
-        told = (1.0, load.prompt_tokens, load.sequences, load.context)
-        x = [value / scale for value, scale in zip(told, _SCALES, strict=True)]
-        inverse, weights = self._inverse, self._weights
-        px = [sum(a * b for a, b in zip(row, x, strict=True)) for row in inverse]
-        forget = _FORGET if sum(row[at] for at, row in enumerate(inverse)) < _MOST_UNCERTAIN else 1.0
-        gain = [value / (forget + sum(a * b for a, b in zip(px, x, strict=True))) for value in px]
-        error = seconds - sum(a * b for a, b in zip(weights, x, strict=True))
-        self._weights = [weight + part * error for weight, part in zip(weights, gain, strict=True)]
-        self._inverse = [
-            [(value - part * other) / forget for value, other in zip(row, px, strict=True)]
-            for row, part in zip(inverse, gain, strict=True)
-        ]
+        """A step took so long. One of many times what was expected (a pause of the process) counts for little."""
+        self._fit.learn(seconds, (1.0, load.prompt_tokens, load.sequences, load.context))
 
 
 class Slack:

@@ -49,7 +49,7 @@ def fetch(name: str, say: Say) -> Path | None:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import DryRunError, HfHubHTTPError
 
-    cache = Path(constants.HF_HUB_CACHE)
+    cache, missing = Path(constants.HF_HUB_CACHE), 0
     try:
         plan = snapshot_download(name, dry_run=True, tqdm_class=_telling(None))
         chosen = set(wanted([file.filename for file in plan]))
@@ -61,7 +61,7 @@ def fetch(name: str, say: Say) -> Path | None:
     except (OSError, HfHubHTTPError, httpx2.HTTPError) as error:
         if why := _refusal(name, error.__cause__ if isinstance(error, DryRunError) else error, cache):
             raise ModelError(why) from error
-        if not _in_cache(name):
+        if missing or not _in_cache(name):
             raise ModelError(
                 f"the model {name} is not on this machine, and its hub, {constants.ENDPOINT}, cannot be reached or "
                 "broke off: start again to go on from there, or give --model the path of a folder"

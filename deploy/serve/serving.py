@@ -120,7 +120,7 @@ class Serving:
 
     async def _engines(self) -> None:
         """Model, then engines, for as long as they live. WorkerError, ModelError or EngineArgsError at the start."""
-        sources = [await self._model(one.name) for one in self._settings.model]
+        sources = [await self._model(one) for one in self._settings.each()]
         check_names(self._settings, [source.served_name for source in sources])
         locks = self._around.locks()
         try:
@@ -141,13 +141,13 @@ class Serving:
         except* WorkerError as errors:
             raise errors.exceptions[0] from None
 
-    async def _model(self, name: str) -> ModelSource:
+    async def _model(self, view: ServeSettings) -> ModelSource:
         began_s = time.monotonic()
 
         def hear(line: str) -> None:
             self._screen.starting("model", line, time.monotonic() - began_s)
 
-        source = await prepared(name, self._settings.engine_args, self._around.timing.grace_s, hear)
+        source = await prepared(view.source, view.engine_args, self._around.timing.grace_s, hear)
         self._screen.started("model")
         return source
 

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from loadtest.bench.bench_target import free_port
 from loadtest.bench.engines import running
-from loadtest.bench.relay_load import BenchmarkError
+from loadtest.bench.relay_load import BenchmarkError, cpu_s
 from loadtest.bench.table import machine, markdown, quantile
 from loadtest.call import TraceCall
 from loadtest.client.client import Client, Target
@@ -214,11 +214,6 @@ def _pid(url: str) -> int:
         if b"gateway" in words and port.encode() in words:
             return int(entry.parent.name)
     raise BenchmarkError("the gateway's process was not found")
-
-
-def cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class Peak:

@@ -53,14 +53,12 @@ class Sent:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Of one run. batch: requests of the batch that ended. computed: tokens in all, and how many were needed."""
+    """Of one run. recomputed: tokens computed beyond those needed, as a share."""
 
     ttft_p99_s: float
     gap_p99_s: float
     people_tokens: int
     batch_tokens: int
-    batch_ended: int
-    people_ended: int
     seconds: float
     recomputed: float
 
@@ -131,7 +129,7 @@ class Scenario:
         self.lengths: dict[str, int] = {}
         self.batch: set[str] = set()
         self.rng = Random(7)
-        self.sent = self.batch_tokens = self.batch_ended = 0
+        self.sent = self.batch_tokens = 0
 
     def add(self, name: str, output_tokens: int, *, flex: bool) -> None:
         tenant, tier = ("batch", "flex") if flex else ("people", "default")
@@ -182,7 +180,6 @@ class Scenario:
                 self.batch_tokens += tokens
                 if over:
                     self.batch.remove(name)
-                    self.batch_ended += 1
             else:
                 self.people[name].at.extend([now] * tokens)
             if over:
@@ -198,8 +195,6 @@ class Scenario:
             quantile(gaps, 0.99) if gaps else 0.0,
             sum(len(sent.at) for sent in done),
             self.batch_tokens,
-            self.batch_ended,
-            len(done),
             seconds,
             max(0.0, self.engine.computed / needed - 1.0),
         )

@@ -16,8 +16,8 @@ from urllib.request import urlopen
 
 from rich.console import Console
 
-from loadtest.bench.batch import cpu_s
 from loadtest.bench.bench_target import free_port
+from loadtest.bench.relay_load import cpu_s
 from loadtest.bench.table import machine, markdown, spread
 from loadtest.call import TraceCall
 from loadtest.client.client import Client, Target

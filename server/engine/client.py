@@ -289,6 +289,7 @@ class EngineClient:
         self.heads: dict[bytes, Head] = {}
         self._pool_tls: ssl.SSLContext | None = None
         self._client: httpx2.AsyncClient | None = None
+        self._outdated: httpx2.AsyncClient | None = None  # with the certificates before these
 
     async def ask(
         self, path: bytes, body: bytes, request_id: str, sink: Sink, *, trace: bytes = b"", fresh: bool = False
@@ -399,8 +400,10 @@ class EngineClient:
         # Without `verify=False` for plain HTTP, 50 ms go into certificates that nobody will ask for.
         verify = False if self.tls is None else self.tls.context()
         if self._client is not None and self._client_tls is not verify:
-            client, self._client = self._client, None
-            await client.aclose()
+            # Questions may be under way on it: it is closed one renewal later.
+            outdated, self._outdated, self._client = self._outdated, self._client, None
+            if outdated is not None:
+                await outdated.aclose()
         if self._client is None:
             self._client_tls = verify
             self._client = httpx2.AsyncClient(base_url=self.url, trust_env=False, verify=verify, headers=self._headers)
@@ -410,5 +413,6 @@ class EngineClient:
         """Closes every idle connection."""
         while self.idle:
             self.idle.pop().transport.close()
-        if self._client is not None:
-            await self._client.aclose()
+        for client in (self._client, self._outdated):
+            if client is not None:
+                await client.aclose()

@@ -364,6 +364,23 @@ def test_serve_fetches_the_model_first_and_says_so(program: Program, tmp_path: P
     assert f"downloading {NAME}: 0.4 MB" in out
 
 
+def test_a_model_whose_engines_fetch_another_revision_is_left_to_them(program: Program, tmp_path: Path) -> None:
+    other = program.folder / "other"
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    with running() as hub:
+        process = program.start(
+            "--model",
+            NAME,
+            "--model",
+            str(other),
+            f"--engine-arg={NAME}:--revision=v2",
+            **hub.environ(tmp_path / "home"),
+        )
+        process.communicate(timeout=120)
+    assert hub.sent == []
+
+
 def test_serve_says_why_it_cannot_fetch_the_model(program: Program, tmp_path: Path) -> None:
     with running() as hub:
         hub.refused = "RepoNotFound"

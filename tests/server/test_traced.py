@@ -147,6 +147,10 @@ def test_why_of_what_is_not_there_says_what_to_do(
         "model": "m", "served_model": "m", "outcome": "overloaded", "worker": None, "ahead": 7, "failures": [],
         "prompt_tokens": 3, "cached_tokens": 0, "output_tokens": 0, "queue_s": None, "ttft_s": None, "e2e_s": 1.5,
     }  # fmt: skip
-    monkeypatch.setattr("sys.stdin", io.StringIO("gateway-1  | " + json.dumps(line) + "\n"))
+    alone = line | {"request_id": "c", "outcome": "ok", "worker": "w", "ahead": 0, "queue_s": 0.5}
+    log = "".join("gateway-1  | " + json.dumps(one) + "\n" for one in (line, alone))
+    monkeypatch.setattr("sys.stdin", io.StringIO(log))
+    assert "  waited 0.500 s for a place; no other request was waiting, but no" in why(capsys, "c")[1]
+    monkeypatch.setattr("sys.stdin", io.StringIO(log))
     code, said = why(capsys, "b")
     assert code == 0 and "overloaded\n  never got a place; 7 were waiting when it came\n" in said
