@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
@@ -14,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from server.admission.live_names import LiveNames
 from server.fleet.fleet import Fleet, described
 from server.request.directory import Tenants
-from server.request.errors import NotFound, ServiceError, UnknownModel, WrongMethod, error_object, status_of
+from server.request.errors import BadRequest, NotFound, ServiceError, UnknownModel, WrongMethod, error_object, status_of
 from server.request.schemas import MESSAGES, ROUTES
 from server.request.tenants import Tenant
 
@@ -51,6 +52,13 @@ def public_app(
     @app.exception_handler(ServiceError)
     async def refused(request: Request, error: ServiceError) -> Response:
         return _error(error, request.url.path, anthropic=_is_anthropic(request))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        param = ".".join(map(str, first["loc"][1:]))
+        said = BadRequest(f"Invalid '{param}': {first['msg']}.", param=param or None)
+        return _error(said, request.url.path, anthropic=_is_anthropic(request))
 
     @app.exception_handler(HTTPException)
     async def no_such_route(request: Request, error: HTTPException) -> Response:
@@ -195,11 +203,15 @@ def _anthropic_model(entry: dict[str, object]) -> dict[str, object]:
 
 
 def describe_relayed(app: FastAPI) -> None:
-    """Adds the relayed routes to the OpenAPI document; they are answered before ASGI."""
+    """Adds the relayed routes to the OpenAPI document; they are answered before ASGI. What FastAPI would answer with 422
+    has status 400 here."""
     native = app.openapi
 
     def openapi() -> dict[str, Any]:
         document = native()
+        for operation in (operation for path in document["paths"].values() for operation in path.values()):
+            if operation["responses"].pop("422", None) is not None:
+                operation["responses"]["400"] = {"description": "The request is wrong"}
         for route in ROUTES.values():
             document["paths"].setdefault(route.path, {"post": _operation(route.content_field)})
         return document

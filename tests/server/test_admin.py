@@ -292,7 +292,9 @@ async def test_long_lists_have_pages_and_a_search(tmp_path: Path) -> None:
         assert await page("limit=2&after=team-117") == (["team-118", "team-119"], 121, None)
         assert await page("search=eam-05&limit=100") == ([f"team-{number:03}" for number in range(50, 60)], 10, None)
         assert await page("after=zzz") == ([], 121, None)
-        assert (await admin(gateway, "GET", "/tenants?limit=0")).status == 422
+        refused = await admin(gateway, "GET", "/tenants?limit=0")
+        assert (refused.status, refused.error["param"]) == (400, "limit")
+        assert refused.error["message"] == "Invalid 'limit': Input should be greater than or equal to 1."
         workers = (await admin(gateway, "GET", "/workers?search=nothing")).json()
         assert workers == {"workers": [], "total": 0, "next_after": None}
 
