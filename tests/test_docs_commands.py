@@ -34,8 +34,13 @@ PREPARED = ("TRACE", "key.txt")  # what a reader has: a trace of their own, a ke
 REAL = "starts real engines: tests/end_to_end and tests/engine do"
 CLUSTER = "needs a cluster; the chart is rendered with these values below"
 ENGINE_OF_CONTAINERS = "needs a container engine; tests/deploy/test_containers.py reads the file as Docker Compose does"
+IN_CONTAINERS = (
+    "docker compose up --build",
+    "docker run --publish 127.0.0.1:8000:8000 --stop-timeout 45 --env EVENHAND_ALLOW_OPEN=true evenhand-gateway",
+    "docker run --stop-timeout 75 --env EVENHAND_REDIS_URL=redis://redis:6379/0 evenhand-worker-cpu --role both",
+)
 NOT_RUN = {
-    "docker ": ENGINE_OF_CONTAINERS,
+    **dict.fromkeys(IN_CONTAINERS, ENGINE_OF_CONTAINERS),
     "kubectl ": CLUSTER,
     "helm ": CLUSTER,
     "promtool ": "tests/deploy/test_prometheus.py runs it",

@@ -170,6 +170,7 @@ class FakeEngine:
         self._tick: asyncio.Handle | None = None
         self.stalled = False
         self.accepted = 0
+        self.unauthorised = 0
         self._posts: Mapping[str, Callable[[ServedExchange], None]] = {
             **dict.fromkeys(_APIS, self._generate),
             "/v1/embeddings": self._embed,
@@ -260,6 +261,7 @@ class FakeEngine:
         table = self._posts if exchange.method == "POST" else self._gets
         route = table.get(exchange.path)
         if self.setup.key and exchange.path.startswith("/v1") and not self._is_authorised(exchange):
+            self.unauthorised += 1
             exchange.respond(HTTPStatus.UNAUTHORIZED, b'{"error":"Unauthorized"}', _JSON)
             return
         try:

@@ -6,26 +6,14 @@ from typing import Any
 
 import pytest
 
-from loadtest.bench.driven import (
-    DrivenEngine,
-    StepClock,
-    build_scheduler,
-    expected,
-    model_folder,
-    request,
-    seed_block_hashes,
-)
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from loadtest.bench.driven import DrivenEngine, StepClock, build_scheduler, expected, request
 from loadtest.bench.slack_runs import Scenario, Way
 from loadtest.call import TraceCall
 from loadtest.simulator.costmodel import PRESETS
 
 pytestmark = pytest.mark.engine
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    seed_block_hashes()
-    return model_folder(tmp_path_factory.mktemp("model"))
 
 
 def driven(folder: Path, *, is_async: bool = False, policy: str = "fcfs", **sizes: int) -> DrivenEngine:
@@ -41,10 +29,10 @@ def scheduled(output: Any) -> set[str]:
 @pytest.mark.parametrize("is_async", [False, True])
 @pytest.mark.parametrize("policy", ["fcfs", "vtc", "gittins"])
 def test_every_answer_is_whole_however_often_flex_is_displaced_or_held(
-    folder: Path, policy: str, is_async: bool
+    hollow_model: Path, policy: str, is_async: bool
 ) -> None:
     rng = random.Random(3)
-    engine = driven(folder, is_async=is_async, policy=policy, slots=4, step_tokens=64, blocks=40)
+    engine = driven(hollow_model, is_async=is_async, policy=policy, slots=4, step_tokens=64, blocks=40)
     wanted: dict[str, tuple[int, int]] = {}
     for number in range(40):
         name, sizes = f"r{number}", (rng.randint(1, 120), rng.randint(1, 30))
@@ -58,8 +46,8 @@ def test_every_answer_is_whole_however_often_flex_is_displaced_or_held(
     assert engine.answers == {name: expected(name, *sizes) for name, sizes in wanted.items()}
 
 
-def test_a_full_batch_of_flex_makes_room_at_the_next_step(folder: Path) -> None:
-    engine = driven(folder, slots=2)
+def test_a_full_batch_of_flex_makes_room_at_the_next_step(hollow_model: Path) -> None:
+    engine = driven(hollow_model, slots=2)
     engine.add(*(request(f"f{number}", 20, 100, tier="flex") for number in range(3)))
     for _ in range(5):
         engine.step()
@@ -70,8 +58,8 @@ def test_a_full_batch_of_flex_makes_room_at_the_next_step(folder: Path) -> None:
     assert engine.finished[0] == "d"
 
 
-def test_a_flex_prompt_stops_when_somebody_comes(folder: Path) -> None:
-    engine = driven(folder, slots=4, step_tokens=64)
+def test_a_flex_prompt_stops_when_somebody_comes(hollow_model: Path) -> None:
+    engine = driven(hollow_model, slots=4, step_tokens=64)
     engine.add(request("f", 1000, 5, tier="flex"))
     first = engine.step()
     assert first is not None and scheduled(first) == {"f"}
@@ -82,8 +70,8 @@ def test_a_flex_prompt_stops_when_somebody_comes(folder: Path) -> None:
     assert engine.finished == ["d", "f"]
 
 
-def test_memory_is_taken_from_flex_for_a_head_that_lacks_it(folder: Path) -> None:
-    engine = driven(folder, slots=8, step_tokens=512, blocks=41)
+def test_memory_is_taken_from_flex_for_a_head_that_lacks_it(hollow_model: Path) -> None:
+    engine = driven(hollow_model, slots=8, step_tokens=512, blocks=41)
     engine.add(*(request(f"f{number}", 150, 60, tier="flex") for number in range(4)))
     for _ in range(4):
         engine.step()
@@ -94,8 +82,8 @@ def test_memory_is_taken_from_flex_for_a_head_that_lacks_it(folder: Path) -> Non
     assert set(engine.finished) == {"d", "f0", "f1", "f2", "f3"}
 
 
-def test_the_reserve_keeps_flex_moving_under_saturation(folder: Path) -> None:
-    engine = driven(folder, slots=2)
+def test_the_reserve_keeps_flex_moving_under_saturation(hollow_model: Path) -> None:
+    engine = driven(hollow_model, slots=2)
     engine.add(request("f", 10, 4, tier="flex"))
     for number in range(60):
         engine.add(request(f"d{number}", 10, 4))
@@ -104,15 +92,15 @@ def test_the_reserve_keeps_flex_moving_under_saturation(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_interactive_requests_keep_their_first_tokens_beside_a_batch(folder: Path) -> None:
+def test_interactive_requests_keep_their_first_tokens_beside_a_batch(hollow_model: Path) -> None:
     """On the work clock of `evenhand bench slack`, with a short burst."""
     rng, at, arrivals = random.Random(5), 0.0, []
     while at < 6.0:
         at += rng.expovariate(15.0)
         arrivals.append(TraceCall(f"i{len(arrivals)}", at, "people", [], 512, rng.randint(16, 200)))
     cost = PRESETS["gpu-7b"]
-    alone = Scenario(folder, Way("alone", batch=False), cost, arrivals, 16.0).run()
-    both = Scenario(folder, Way("tiers", policy="fcfs"), cost, arrivals, 16.0).run()
+    alone = Scenario(hollow_model, Way("alone", batch=False), cost, arrivals, 16.0).run()
+    both = Scenario(hollow_model, Way("tiers", policy="fcfs"), cost, arrivals, 16.0).run()
     assert both.ttft_p99_s <= 1.4 * alone.ttft_p99_s
     assert both.people_tokens == alone.people_tokens  # all have ended
     assert both.batch_tokens > 0.3 * alone.people_tokens

@@ -219,4 +219,4 @@ def test_what_a_preempting_policy_gains_in_the_engine_it_keeps_behind_the_gatewa
     first_come, alone = mean_s(Plan(COST)), mean_s(Plan(COST, policy, options, gateway=False))
     assert alone < 0.8 * first_come, "the engine alone gains nothing that could be kept"
     assert mean_s(Plan(COST, policy, options)) == pytest.approx(alone, rel=0.02)
-    assert mean_s(Plan(COST, policy, options, ahead=4)) > 1.2 * alone, "a short window would do as well"
+    assert mean_s(Plan(COST, policy, options, ahead=4)) > (alone + first_come) / 2, "a short window would do as well"

@@ -16,7 +16,7 @@ from loadtest.simulator.batch import ContinuousBatch
 from loadtest.traces.workload import shapes
 from scheduler.catalog import build, choose
 from scheduler.jobs import Job, Outcome
-from scheduler.lanes import Lanes
+from scheduler.tiers import TieredLanes
 from tests.scheduler.simulated import SLOTS, STEP_S, TOKENS_PER_STEP, Size, cost, p99
 
 LIGHT, FLOOD = "light", "flood"
@@ -85,7 +85,7 @@ class Run:
 
 def run(policy: str, calls: Sequence[Call]) -> tuple[float, int]:
     """P99 of the light tenant's time to first token, and how many were displaced."""
-    batch = ContinuousBatch(cost(STEP_S), Lanes(build(*choose(policy))))
+    batch = ContinuousBatch(cost(STEP_S), TieredLanes(build(*choose(policy))))
     return Run(batch, calls).to_the_end(), batch.counts.displaced
 
 

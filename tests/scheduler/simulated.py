@@ -7,8 +7,8 @@ from loadtest.simulator.batch import ContinuousBatch
 from loadtest.simulator.costmodel import CostModel
 from scheduler.catalog import build
 from scheduler.jobs import Job, Outcome
-from scheduler.lanes import Lanes
 from scheduler.shadow import Shadow
+from scheduler.tiers import TieredLanes
 
 STEP_S, TOKENS_PER_STEP, SLOTS = 0.01, 256, 8
 Size = tuple[int, int]  # tokens of a prompt, and of its answer
@@ -43,7 +43,7 @@ class Lived:
         self.displaced = 0
         self.shadow: Shadow | None = None
 
-    def note_starts(self, jobs: Iterable[Job], lanes: Lanes, now: float) -> None:
+    def note_starts(self, jobs: Iterable[Job], lanes: TieredLanes, now: float) -> None:
         """Those that do not wait run."""
         for job in jobs:
             if job not in lanes:
@@ -81,7 +81,7 @@ def live(
 ) -> Lived:
     """The simulator's engine under a policy that knows the lengths of some other jobs, the `taught`."""
     built = build(policy, options)
-    lanes = Lanes(built)
+    lanes = TieredLanes(built)
     batch, lived = ContinuousBatch(cost(step_s), lanes), Lived()
     for prompt, made in taught:
         built.order.learn(Job("", "t", prompt, 0.0, output_tokens=made), Outcome.DONE)

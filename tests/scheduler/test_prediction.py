@@ -35,16 +35,16 @@ def test_idle_engines_take_a_request_whole() -> None:
     assert choice.ttft_s == pytest.approx(6000 * 60e-6 + 3 * 0.01, rel=0.1) and choice.risk < 0.01
 
 
-def test_a_long_prompt_is_read_where_it_holds_up_nobody_when_the_time_per_token_is_tight() -> None:
+@pytest.mark.parametrize(("objectives", "writer"), [(TIGHT, 1), (LOOSE, 0)], ids=["tight", "loose"])
+def test_a_long_prompt_is_read_where_it_holds_up_nobody_and_written_there_if_the_time_per_token_is_tight(
+    objectives: Objectives, writer: int
+) -> None:
     busy = answering(engine(), 20)
     busy.sends_prompt("before", 12_000, 0.0, life_s=2.0)
     busy.has_read("before", 0.7)
-    for objectives, apart in ((TIGHT, True), (LOOSE, False)):
-        choice = choose(asked(12_000, objectives), [Prospect(busy), Prospect(engine(), rank=1)], (0.01, 1e-6), 0.8)
-        assert choice is not None and choice.reader == 1
-        assert choice.risk < 0.2
-        if not apart:
-            assert choice.ttft_s < 2.0
+    choice = choose(asked(12_000, objectives), [Prospect(busy), Prospect(engine(), rank=1)], (0.01, 1e-6), 0.8)
+    assert choice is not None and (choice.reader, choice.writer) == (1, writer)
+    assert choice.risk < 0.2 and choice.ttft_s < 2.0
 
 
 def test_a_prompt_goes_past_a_reader_whose_queue_would_make_it_late() -> None:

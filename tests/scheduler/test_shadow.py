@@ -18,15 +18,16 @@ from tests.scheduler.simulated import LENGTHS, arrivals, live, p99, shuffled, wo
     [("gittins", "uniform", 0.9), ("gittins", "Pareto", 1.3), ("mlfq", "exponential", 1.3)],
 )
 def test_it_tells_what_first_come_first_served_would_have_done(policy: str, lengths: str, load: float) -> None:
-    jobs = work(lengths, 400, 3)
+    jobs = work(lengths, 800, 3)  # as many as it remembers, nearly: 8 of them lie above the P99
     times = arrivals(jobs, load, 4)
     fcfs = live("fcfs", {}, jobs, times)
     shadow = live(policy, {"tail": "0.8"}, jobs, times, taught=shuffled(jobs, 5)).shadow
     assert shadow is not None
     real, told = mean(fcfs.end_s.values()), shadow.ends.mean
     assert abs(told - real) <= 0.2 * real
-    late = sorted(fcfs.end_s.values())[int(0.95 * len(jobs))]
-    assert abs(shadow.ends.quantile(0.95) - late) <= 0.2 * late
+    for share in (0.95, 0.99):
+        late = sorted(fcfs.end_s.values())[int(share * len(jobs))]
+        assert abs(shadow.ends.quantile(share) - late) <= 0.2 * late
 
 
 class Forgetful(Shadow):
@@ -62,14 +63,17 @@ def test_gittins_with_its_defaults_makes_nobody_regret_it(lengths: str, load: fl
 
 
 def test_without_its_promise_the_tail_is_lost() -> None:
-    jobs = work("exponential", 600, 1)
+    # Below 1 `tail` promises first tokens only. What it keeps of the latest ends, too, shows in long runs: 0.65 to 0.69
+    # of first come, first served's P99 with 600 jobs, 0.80 to 0.86 with 2,400 (four seeds each).
+    jobs = work("exponential", 2400, 1)
     times = arrivals(jobs, 1.2, 2)
     fcfs = live("fcfs", {}, jobs, times)
     free = live("mlfq", {}, jobs, times)
     kept = live("mlfq", {"tail": "0.8"}, jobs, times)
-    end = p99(list(fcfs.end_s.values()))
-    assert p99(list(free.end_s.values())) > 2 * end
-    assert p99(list(kept.end_s.values())) <= end / 0.65
+    end, first = p99(fcfs.end_s.values()), p99(fcfs.first_s.values())
+    assert p99(free.end_s.values()) > 2 * end
+    assert p99(kept.end_s.values()) <= end / 0.75
+    assert p99(kept.first_s.values()) <= first
 
 
 def test_where_lengths_are_alike_next_to_nobody_is_displaced() -> None:

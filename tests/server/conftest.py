@@ -6,11 +6,12 @@ import gc
 import json
 import time
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
+import trustme
 import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -197,17 +198,28 @@ def plain(body: bytes, *, status: str = "200 OK", content_type: str = "applicati
     return head.encode() + body
 
 
-def collect_handshakes() -> None:
+@pytest.fixture
+def no_sockets_left() -> Iterator[None]:
     """uvloop leaves the socket of a TLS handshake that failed to the collector: here and now, not in a later test."""
+    yield
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         gc.collect()
+
+
+@pytest.fixture(scope="module")
+def ca() -> trustme.CA:
+    return trustme.CA()
 
 
 def streamed(*events: bytes, content_type: str = "text/event-stream") -> bytes:
     """An engine's stream, an event a chunk."""
     head = f"HTTP/1.1 200 OK\r\ncontent-type: {content_type}\r\ntransfer-encoding: chunked\r\n\r\n".encode()
     return head + b"".join(b"%x\r\n%b\r\n" % (len(event), event) for event in events) + b"0\r\n\r\n"
+
+
+# What vLLM answers to GET: by `owned_by` the gateway takes a worker for one.
+VLLM = {"/v1/models": plain(b'{"object":"list","data":[{"id":"fake","object":"model","owned_by":"vllm"}]}')}
 
 
 @dataclass
@@ -395,6 +407,11 @@ def virtual_loop() -> Iterator[asyncio.Runner]:
     """Runs coroutines in virtual time: when nobody has anything to do, the clock moves to the next timer."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         yield runner
+
+
+def in_virtual_time(test: Coroutine[Any, Any, None]) -> None:
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(test)
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):

@@ -6,7 +6,7 @@ import json
 import logging
 import ssl
 import stat
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -28,7 +28,6 @@ from tests.server.conftest import (
     Reply,
     Running,
     chat,
-    collect_handshakes,
     eventually,
     over_script,
     plain,
@@ -40,17 +39,6 @@ KEY = "engine-key-0123456789"
 LOCKED = replace(INSTANT, key=KEY)
 ADMIN_KEY = "an-admin-key-of-some-length"
 LONG_AGO, SOON = datetime(2020, 1, 1, tzinfo=UTC), timedelta(days=3)
-
-
-@pytest.fixture(autouse=True)
-def no_sockets_left() -> Iterator[None]:
-    yield
-    collect_handshakes()
-
-
-@pytest.fixture(scope="module")
-def ca() -> trustme.CA:
-    return trustme.CA()
 
 
 @pytest.fixture
@@ -117,8 +105,9 @@ async def test_a_worker_that_refuses_the_key_is_unauthorised_and_nothing_loops(
         assert refused.status in (404, 503)
         accepted = engine.accepted
         for _ in range(3):
+            before = engine.unauthorised
             gateway.server.fleet.look_now(gateway.server.fleet.members["worker-0"])
-            await asyncio.sleep(0.05)
+            await eventually(lambda before=before: engine.unauthorised > before)
         await eventually(lambda: not gateway.server.fleet._rounds._looking)
         assert engine.accepted == accepted  # the same connection asked again
         told = [record for record in caplog.records if says_what in record.getMessage()]
@@ -239,6 +228,7 @@ async def all_handshakes_over(engine: FakeEngine) -> None:
     writer.close()
 
 
+@pytest.mark.usefixtures("no_sockets_left")
 async def test_requests_and_streams_go_over_tls(ca: trustme.CA, ca_file: str) -> None:
     async with over_tls(ca.issue_cert("127.0.0.1"), f"ca={ca_file}") as (gateway, _):
         for stream in (False, True):
@@ -247,11 +237,13 @@ async def test_requests_and_streams_go_over_tls(ca: trustme.CA, ca_file: str) ->
         assert reply.events[-1] == "[DONE]" and reply.text
 
 
+@pytest.mark.usefixtures("no_sockets_left")
 async def test_the_fleets_own_ca_is_for_workers_that_name_none(ca: trustme.CA, ca_file: str) -> None:
     async with over_tls(ca.issue_cert("127.0.0.1"), worker_ca=ca_file) as (gateway, _):
         assert (await gateway.ask("/v1/chat/completions", chat())).status == 200
 
 
+@pytest.mark.usefixtures("no_sockets_left")
 @pytest.mark.parametrize(
     ("kind", "says_what"),
     [("expired", "has expired"), ("other host", "for another host"), ("unknown", "signed by nobody whom")],
@@ -273,6 +265,7 @@ async def test_a_certificate_that_is_wrong_is_said_in_one_sentence(
         assert len(told) == 1 and says_what in told[0].getMessage()
 
 
+@pytest.mark.usefixtures("no_sockets_left")
 async def test_a_worker_that_speaks_no_tls_is_named(ca_file: str) -> None:
     async with FakeEngine(INSTANT) as engine:
         url = engine.url.replace("http", "https")
@@ -281,6 +274,7 @@ async def test_a_worker_that_speaks_no_tls_is_named(ca_file: str) -> None:
             assert "speaks no TLS" in problem(gateway)
 
 
+@pytest.mark.usefixtures("no_sockets_left")
 async def test_a_worker_may_ask_for_the_gateways_certificate(ca: trustme.CA, ca_file: str, tmp_path: Path) -> None:
     own = ca.issue_cert("gateway.example")
     cert = written(own.cert_chain_pems[0].bytes(), tmp_path / "tls.crt")
@@ -311,6 +305,7 @@ def test_tls_alerts_are_told_in_words() -> None:
     assert untrusted(OSError("refused")) is None
 
 
+@pytest.mark.usefixtures("no_sockets_left")
 async def test_a_renewed_ca_is_read_without_a_restart(ca: trustme.CA, tmp_path: Path) -> None:
     file = tmp_path / "ca.pem"
     file.write_bytes(trustme.CA().cert_pem.bytes())
@@ -320,6 +315,7 @@ async def test_a_renewed_ca_is_read_without_a_restart(ca: trustme.CA, tmp_path: 
         await gateway.ready()
 
 
+@pytest.mark.usefixtures("no_sockets_left")
 async def test_prometheus_is_told_which_workers_speak_tls(ca: trustme.CA, ca_file: str) -> None:
     async with over_tls(ca.issue_cert("127.0.0.1"), f"ca={ca_file}", admin_key=ADMIN_KEY) as (gateway, _):
         reply = await gateway.ask("/admin/targets", method="GET", headers={"authorization": f"Bearer {ADMIN_KEY}"})

@@ -5,8 +5,6 @@ import contextlib
 import json
 import random
 from collections import Counter
-from collections.abc import Coroutine
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -24,15 +22,10 @@ from server.fleet.fleet import Fleet, Member, WorkerState
 from server.request.call import Phase, Ticket
 from server.request.errors import BadRequest, EngineUnreachable, NoWorker, Overloaded, ServiceError, UnknownModel
 from tests.server.calls import call_of, placed, ticket_of
-from tests.server.conftest import VirtualLoop
+from tests.server.conftest import in_virtual_time
 from tests.steps import lines_executed
 
 POLICIES = ["fcfs", "mlfq", "vtc", "gittins"]
-
-
-def in_virtual_time(test: Coroutine[Any, Any, None]) -> None:
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        runner.run(test)
 
 
 class Hall:

@@ -15,6 +15,7 @@ from loadtest.fake.faults import HEALTHY, Faults
 from loadtest.traces import hash_model
 from tests.server.conftest import (
     INSTANT,
+    VLLM,
     Reply,
     Running,
     Script,
@@ -271,8 +272,7 @@ async def over_script_and_fake(
     script: Script, faults: Faults = HEALTHY
 ) -> AsyncIterator[tuple[Running, ScriptedEngine, FakeEngine]]:
     """A worker that says what the script says, taken for a vLLM, and one to go on in its place."""
-    listed = plain(b'{"object":"list","data":[{"id":"fake","object":"model","owned_by":"vllm"}]}')
-    async with ScriptedEngine([script], gets={"/v1/models": listed}).run() as first, FakeEngine(INSTANT) as second:
+    async with ScriptedEngine([script], gets=VLLM).run() as first, FakeEngine(INSTANT) as second:
         async with serving(first.url, second.url, probe_s=60.0) as gateway:
             await eventually(lambda: len(gateway.server.fleet.ready()) == 2)
             second.faults = faults
@@ -345,8 +345,7 @@ async def test_token_ids_of_characters_in_parts_are_neither_lost_nor_repeated(
     makes = [piece(*one) for one in HALF[1 : 1 + again]]
     second = [dying(*makes, *(ABORTED if aborts else ()), done=aborts)] if again else []
     scripts = [dying(*(piece(*one) for one in HALF[:had])), *second, rest]
-    listed = {"/v1/models": plain(b'{"object":"list","data":[{"id":"fake","object":"model","owned_by":"vllm"}]}')}
-    engines = [ScriptedEngine(scripts, gets=listed) for _ in range(3)]
+    engines = [ScriptedEngine(scripts, gets=VLLM) for _ in range(3)]
     async with engines[0].run() as one, engines[1].run() as two, engines[2].run() as three:
         async with serving(one.url, two.url, three.url, probe_s=60.0) as gateway:
             await eventually(lambda: len(gateway.server.fleet.ready()) == 3)
@@ -377,8 +376,7 @@ SPELLED = {8: "Hello", 9: " E", 10: "N", 11: "D", 12: " and much more"}  # a mod
 async def test_a_stream_cut_inside_its_stop_text_still_ends_with_it(had: int) -> None:
     """With `include_stop_str_in_output` an engine streams the beginning of a stop text, and finds one only if it makes
     the whole of it."""
-    listed = {"/v1/models": plain(b'{"object":"list","data":[{"id":"fake","object":"model","owned_by":"vllm"}]}')}
-    engine = ScriptedEngine([], gets=listed)
+    engine = ScriptedEngine([], gets=VLLM)
 
     async def play(writer: asyncio.StreamWriter) -> None:
         asked = json.loads(engine.asked[-1].body)

@@ -17,20 +17,9 @@ from server.app import GatewayServer
 from server.front.address_limit import MOST_ADDRESSES, AddressLimit
 from server.front.forwarded import client_of, networks
 from server.settings import Settings
-from tests.server.conftest import LIMIT_S, Running, Wire, chat, collect_handshakes, eventually, over_fake, request
+from tests.server.conftest import LIMIT_S, Running, Wire, chat, eventually, over_fake, request
 
 # TLS
-
-
-@pytest.fixture(autouse=True)
-def no_sockets_left() -> Iterator[None]:
-    yield
-    collect_handshakes()
-
-
-@pytest.fixture(scope="module")
-def ca() -> trustme.CA:
-    return trustme.CA()
 
 
 @pytest.fixture
@@ -69,6 +58,7 @@ async def over_tls(files: dict[str, Path], **settings: Any) -> AsyncIterator[Run
         yield gateway
 
 
+@pytest.mark.usefixtures("no_sockets_left")
 async def test_requests_and_streams_are_served_over_tls(ca: trustme.CA, files: dict[str, Path]) -> None:
     async with over_tls(files) as gateway:
         wire = await connect(gateway, client(ca))
@@ -82,6 +72,7 @@ async def test_requests_and_streams_are_served_over_tls(ca: trustme.CA, files: d
         assert (await wire.answer()).status == 413
 
 
+@pytest.mark.usefixtures("no_sockets_left")
 async def test_tls_1_2_is_the_oldest_and_plain_http_is_refused(ca: trustme.CA, files: dict[str, Path]) -> None:
     async with over_tls(files) as gateway:
         wire = await connect(gateway, client(ca, maximum_version=ssl.TLSVersion.TLSv1_2))
@@ -97,6 +88,7 @@ async def test_tls_1_2_is_the_oldest_and_plain_http_is_refused(ca: trustme.CA, f
             await plain.head()
 
 
+@pytest.mark.usefixtures("no_sockets_left")
 async def test_a_client_that_leaves_a_stream_over_tls_frees_its_place(ca: trustme.CA, files: dict[str, Path]) -> None:
     async with over_tls(files) as gateway:
         wire = await connect(gateway, client(ca))
@@ -106,6 +98,7 @@ async def test_a_client_that_leaves_a_stream_over_tls_frees_its_place(ca: trustm
         await eventually(gateway.at_rest)
 
 
+@pytest.mark.usefixtures("no_sockets_left")
 async def test_a_renewed_certificate_is_served_without_a_restart(
     ca: trustme.CA, files: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -127,6 +120,7 @@ async def test_a_renewed_certificate_is_served_without_a_restart(
         assert (await first.answer()).status == 200
 
 
+@pytest.mark.usefixtures("no_sockets_left")
 async def test_a_handshake_that_does_not_come_is_ended(files: dict[str, Path]) -> None:
     async with over_tls(files, edge={"head_timeout_s": 0.05}) as gateway:
         wire = await gateway.connect()

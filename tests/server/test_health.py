@@ -15,6 +15,7 @@ from tests.server.conftest import (
     INSTANT,
     LIMIT_S,
     SLOW,
+    VLLM,
     ScriptedEngine,
     chat,
     eventually,
@@ -271,8 +272,7 @@ async def test_requests_to_an_engine_that_hung_while_it_was_idle_are_asked_elsew
     async def hangs(writer: asyncio.StreamWriter) -> None:
         await never.wait()
 
-    listed = plain(b'{"object":"list","data":[{"id":"fake","object":"model","owned_by":"vllm"}]}')
-    hung = ScriptedEngine([hangs], gets={"/metrics": IDLE, "/v1/models": listed})
+    hung = ScriptedEngine([hangs], gets=VLLM | {"/metrics": IDLE})
     async with hung.run(), FakeEngine(INSTANT) as other:
         async with serving(hung.url, other.url, probe_s=0.05, health={"stall_s": 0.5}) as gateway:
             await eventually(lambda: len(gateway.server.fleet.ready()) == 2)

@@ -24,7 +24,7 @@ from server.observe.slo import SloTargets
 from server.request.call import Phase, Ticket
 from server.settings import SloSettings
 from tests.server.calls import placed, ticket_of
-from tests.server.test_dispatch import in_virtual_time
+from tests.server.conftest import in_virtual_time
 
 SLOTS = {Role.PREFILL: 2, Role.DECODE: 4}
 PROMPT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0

@@ -1,8 +1,6 @@
 """One timer looks at every worker: now when it joins, again after its pause, and never twice at once."""
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any
 
 import pytest
 
@@ -13,7 +11,7 @@ from server.fleet.fleet import Fleet, Member, WorkerState
 from server.fleet.health import told_in
 from server.fleet.rounds import SPREAD, TICK_S, Rounds
 from server.request.errors import EngineUnreachable
-from tests.server.conftest import VirtualLoop
+from tests.server.conftest import in_virtual_time
 
 
 class Looks:
@@ -39,11 +37,6 @@ class Looks:
 
     def times(self, name: str) -> list[float]:
         return [at for seen, at in self.at if seen == name]
-
-
-def in_virtual_time(test: Coroutine[Any, Any, None]) -> None:
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        runner.run(test)
 
 
 def test_each_is_looked_at_once_in_a_pause_and_those_that_joined_together_drift_apart() -> None:

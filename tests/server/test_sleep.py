@@ -13,7 +13,7 @@ from scheduler.workers import Worker
 from server.admission.sleeper import CannotSleep, Sleeper
 from server.fleet.fleet import WorkerState
 from server.settings import SleepSettings
-from tests.server.conftest import INSTANT, MODEL, Reply, Running, chat, eventually, serving
+from tests.server.conftest import INSTANT, MODEL, Reply, Running, chat, eventually, over_fake, serving
 
 SLEEPY = replace(INSTANT, sleep_mode=True)
 CHAT = "/v1/chat/completions"
@@ -79,14 +79,31 @@ async def test_it_goes_to_sleep_by_itself_after_its_time() -> None:
 async def test_what_runs_waits_or_came_by_another_gateway_keeps_it_awake() -> None:
     async with FakeEngine(replace(SLEEPY, cost=replace(SLEEPY.cost, iteration_s=0.02))) as engine:
         async with over(engine) as gateway, over(engine) as other:
-            stream = await gateway.send(b"")
             asked = asyncio.create_task(gateway.ask(CHAT, chat(stream=True, max_tokens=100)))
             await eventually(lambda: engine.running)
             await put_to_sleep(gateway)
             await eventually(lambda: any(member.load.others for member in other.server.fleet.members.values()))
             await put_to_sleep(other)
             assert not engine.naps
-            assert (await asked).status == 200 and stream
+            assert (await asked).status == 200
+
+
+async def test_traffic_that_came_and_went_by_another_gateway_keeps_it_awake() -> None:
+    """Nothing of it runs when the sleeper looks: only the engine's own count shows it."""
+    now, after_s = 0.0, 10.0
+    async with over_fake(SLEEPY, probe_s=0.01) as (here, engine), serving(engine.url) as other:
+        watcher = Sleeper(here.server.fleet, SleepSettings(after_s=after_s), lambda: now)
+        (member,) = here.server.fleet.members.values()
+        await eventually(lambda: member.output.generated == 0)
+        await watcher.look()
+        made = (await other.ask(CHAT, chat())).json()["usage"]["completion_tokens"]
+        await eventually(lambda: member.output.generated == made and not member.load.others)
+        now = 2 * after_s
+        await watcher.look()
+        assert not engine.naps
+        now = 3 * after_s
+        await watcher.look()
+        assert engine.naps == 1, "nothing more has come"
 
 
 async def test_a_model_that_another_gateway_has_put_to_sleep_is_woken_by_a_request_here() -> None:

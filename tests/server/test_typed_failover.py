@@ -17,7 +17,16 @@ from server.relay.typed_resume import Continued, TypedContinuation
 from server.request import schemas
 from server.request.transcript import Transcript
 from tests.server.calls import call_of, ticket_of
-from tests.server.conftest import INSTANT, Reply, ScriptedEngine, eventually, plain, serving, streamed
+from tests.server.conftest import (
+    INSTANT,
+    VLLM,
+    Reply,
+    ScriptedEngine,
+    eventually,
+    plain,
+    serving,
+    streamed,
+)
 from tests.server.crowd import over_crowd
 from tests.server.test_failover import dying, over_script_and_fake
 
@@ -213,7 +222,6 @@ async def test_a_stop_sequence_ends_the_rest_as_it_would_have_ended_the_whole() 
         b'data: {"id":"c","choices":[],"usage":{"prompt_tokens":4,"completion_tokens":2,"total_tokens":6}}\n\n',
         b"data: [DONE]\n\n",
     )
-    listed = {"/v1/models": plain(b'{"object":"list","data":[{"id":"fake","object":"model","owned_by":"vllm"}]}')}
     text = (
         BLOCK % b'{"type":"text","text":""}',
         (
@@ -226,7 +234,7 @@ async def test_a_stop_sequence_ends_the_rest_as_it_would_have_ended_the_whole() 
         "/v1/completions": streamed(*rest),
     }
     asked: list[dict[str, Any]] = []
-    engine = ScriptedEngine([], gets=listed)
+    engine = ScriptedEngine([], gets=VLLM)
 
     async def play(writer: asyncio.StreamWriter) -> None:
         seen = engine.asked[-1]
