@@ -203,8 +203,8 @@ def _anthropic_model(entry: dict[str, object]) -> dict[str, object]:
 
 
 def describe_relayed(app: FastAPI) -> None:
-    """Adds the relayed routes to the OpenAPI document; they are answered before ASGI. What FastAPI would answer with 422
-    has status 400 here."""
+    """Adds the relayed routes to the OpenAPI document; they are answered before ASGI. A request that FastAPI would
+    answer with 422 has status 400 here."""
     native = app.openapi
 
     def openapi() -> dict[str, Any]:
