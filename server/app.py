@@ -6,8 +6,9 @@ import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager, nullcontext, suppress
 from functools import partial
+from pathlib import Path
 from time import CLOCK_REALTIME, clock_gettime, monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +26,12 @@ from server.admission.predictor import Predictor
 from server.admission.sleeper import Sleeper
 from server.background import Background
 from server.batch.batches import Batches
+from server.batch.files import FileFolder
 from server.batch.lines import GatewayEngines
+from server.batch.redis_store import RedisBatchStore
 from server.batch.routes import batch_routes, operator_routes
 from server.batch.runner import Runner
+from server.batch.store import BatchStore, SqliteBatchStore, StoreUnavailable
 from server.cluster.local_sync import LocalSync, Process
 from server.cluster.state import ClusterState
 from server.cluster.usage import UsageBook
@@ -274,7 +278,9 @@ class GatewayServer:
         if batch.folder is None:
             return None
         try:
-            batches = Batches(batch.folder, batch, wall_clock)
+            batches = Batches(FileFolder(batch.folder / "files"), self._batch_store(batch.folder), batch, wall_clock)
+            with suppress(StoreUnavailable):  # then the runner checks, once it answers
+                batches.check()
         except OSError as error:
             raise ValueError(f"the batch folder {batch.folder} cannot be used: {error.strerror}") from None
         tenants = self.shared.tenants
@@ -283,6 +289,13 @@ class GatewayServer:
         runner = Runner(batches, engines, self.shared.replicas.name, monotonic)
         self.telemetry.registry.register(runner)
         return runner
+
+    def _batch_store(self, folder: Path) -> BatchStore:
+        if not self.settings.batch.shared:
+            return SqliteBatchStore(folder / "batches.sqlite", wall_clock)
+        if self.settings.redis_url is None:
+            raise ValueError("batch.shared needs a Redis that the gateways share: set --redis-url")
+        return RedisBatchStore(self.settings.redis_url.get_secret_value())
 
     def _notes(self) -> dict[str, Any]:
         """What /ready says beside the workers."""

@@ -191,6 +191,10 @@ class BatchSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     folder: Path | None = Field(None, description="folder for files and batches; default: no Batch API")
+    shared: bool = Field(
+        False,
+        description="several gateways run the same batches: they are in Redis, and the folder is one that all have",
+    )
     max_requests: int = Field(50_000, ge=1, description="requests of one batch")
     tenant_bytes: int = Field(10 * 1024**3, ge=1, description="of all files of one tenant, bytes")
     keep_days: Positive = Field(30.0, description="then a file is removed, days")

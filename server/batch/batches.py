@@ -4,14 +4,13 @@ import asyncio
 import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import BinaryIO, ParamSpec, TypeVar
 
 import msgspec
 
 from server.batch.files import FileFolder
 from server.batch.objects import NEXT, Batch, Status, StoredFile
-from server.batch.store import BatchStore, SqliteBatchStore
+from server.batch.store import BatchStore
 from server.request.errors import BadRequest, NotFound, RateLimited
 from server.request.schemas import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES
 from server.settings import BatchSettings
@@ -63,20 +62,32 @@ def _checked(metadata: dict[str, str] | None) -> dict[str, str] | None:
 
 
 class Batches:
-    """Files and batches by tenant. wall: seconds since 1970. on_change: called when a batch may have work."""
+    """Files and batches by tenant. files: of the gateways that share the store. wall: seconds since 1970.
 
-    def __init__(self, folder: Path, settings: BatchSettings, wall: Callable[[], float]) -> None:
+    changed: set when a batch may have work.
+    """
+
+    def __init__(
+        self, files: FileFolder, store: BatchStore, settings: BatchSettings, wall: Callable[[], float]
+    ) -> None:
         self.settings = settings
         self.wall = wall
-        self.files = FileFolder(folder / "files")
-        self.store: BatchStore = SqliteBatchStore(folder / "batches.sqlite")
+        self.files = files
+        self.store = store
         self.changed = asyncio.Event()
+        self._checked = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch store")
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Runs a blocking function in the store's thread."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, lambda: function(*args, **kwargs))
+
+    def check(self) -> None:
+        """ValueError if gateways share the store, but not this folder."""
+        if not self._checked:
+            self.store.check(self.files.identity())
+            self._checked = True
 
     def new_id(self, prefix: str) -> str:
         """An id that nobody can guess. Ids of one prefix sort by the time at which they were made."""
@@ -141,6 +152,7 @@ class Batches:
         expired = await self.call(self.store.expired_files, self.wall())
         for file in expired:
             await self.call(self._remove, file.id)
+        await self.call(self.files.remove_parts, self.wall() - UNITS_S["d"])
         return len(expired)
 
     # batches

@@ -4,13 +4,15 @@ import errno
 import os
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import BinaryIO
 
 from server.request.errors import ServiceError, TooLarge
 
 _ID = re.compile(r"file-[A-Za-z0-9_-]{8,80}")
+_PART = ".part"
 _PIECE_BYTES = 256 * 1024
 
 
@@ -48,7 +50,7 @@ class FileFolder:
     @contextmanager
     def writing(self, file_id: str) -> Iterator[BinaryIO]:
         """Yields the new content; it is there, whole and on disk, once the block is left without an exception."""
-        part = self.path(file_id).with_suffix(".part")
+        part = self.path(file_id).with_suffix(f".{token_hex(4)}{_PART}")  # two gateways may write the same file
         try:
             with room_on_disk(), part.open("wb") as file:
                 yield file
@@ -70,6 +72,25 @@ class FileFolder:
 
     def remove(self, file_id: str) -> None:
         self.path(file_id).unlink(missing_ok=True)
+
+    def remove_parts(self, before: float) -> None:
+        """Removes what gateways that were killed have left incomplete. before: seconds since 1970."""
+        for part in self.folder.glob(f"*{_PART}"):
+            with suppress(FileNotFoundError):  # another gateway was first
+                if part.stat().st_mtime < before:
+                    part.unlink()
+
+    def identity(self) -> str:
+        """The same at every gateway that has this folder, wherever it is mounted, and nowhere else."""
+        kept = self.folder.parent / "folder-id"
+        with suppress(FileExistsError):
+            fresh = self.folder.parent / f"folder-id.{token_hex(8)}"
+            fresh.write_text(token_hex(16))
+            try:
+                os.link(fresh, kept)
+            finally:
+                fresh.unlink()
+        return kept.read_text()
 
 
 async def bounded(stream: AsyncIterator[bytes], most: int) -> AsyncGenerator[bytes, None]:

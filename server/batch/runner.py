@@ -1,14 +1,16 @@
-"""Runs batches: takes their leases, sends their lines where engines have room, writes results before counting them.
+"""Runs batches: claims their lines, sends them where engines have room, writes results before counting them.
 
-A line's life: open in the store, in flight here, its result in the store. A gateway that is killed leaves lines open
-that were in flight; they run once more, and whoever records a line's result first is the one who counts.
+All gateways that share a store run lines of the same batches. A line's life: open in the store, claimed by one gateway,
+in flight there, its result in the store. When a gateway is killed, what it had claimed is open again once its lease
+has ended; lines that were in flight run once more. One gateway at a time, under the batch's lease, checks its input and
+writes its files.
 """
 
 import asyncio
 import logging
-import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -20,22 +22,25 @@ from prometheus_client.registry import Collector
 from server.batch.batches import Batches
 from server.batch.content import Ready, Reply, answered, not_run, read
 from server.batch.files import NoSpace
-from server.batch.objects import Batch, BatchLine, LineError, Result, Status
-from server.batch.store import LeaseLost
+from server.batch.objects import RUNNING, Batch, BatchLine, LineError, Result, Status
+from server.batch.store import LeaseLost, StoreUnavailable
 from server.batch.validation import Checker
 
 log = logging.getLogger("evenhand.batch")
 
 TICK_S = 0.25  # between two looks at room, status and deadline
 LEASE_S = 5.0
-IDLE_S = 5.0  # between two looks for batches that another process has made
+LOOK_S = 1.0  # between two looks for batches that another gateway has made or left
+PAUSE_S = 5.0  # of a batch whose files or store fail
 SWEEP_S = 3600.0
 READ_AHEAD = 512  # lines in memory, ordered by their prompts so that equal beginnings are computed once
 BURST = 32  # lines that start before the queue is looked at again
 PAGE = 1000
+RESULTS = 200  # that are in memory while a file is written
 RETRY_S = (1.0, 30.0)  # the first pause of a line that found no room, and the longest
 AGAIN = (408, 425, 429, 500, 502, 503, 504)  # worth another try: nothing is wrong with the request
 OUTCOMES = ("answered", "failed", "retried")
+AWAY = (NoSpace, StoreUnavailable)  # it will be better later
 MOST_TRIES = 8  # of a line that engines fail on; refusals for want of room do not count
 
 
@@ -57,7 +62,8 @@ class _Work:
     """A batch that is being run.
 
     ready: lines that may start, the next one last. later: when lines that are to be tried again are due.
-    results: answered, not yet recorded. after: the last line that was read from the store.
+    results: answered, not yet recorded. claimed_at: when lines were last claimed in vain. complete: no line of the
+    batch is without a result, here or at another gateway. away: the store does not answer.
     """
 
     batch: Batch
@@ -66,16 +72,24 @@ class _Work:
     running: dict[asyncio.Task[None], Ready] = field(default_factory=dict)
     results: list[Result] = field(default_factory=list)
     tries: dict[int, int] = field(default_factory=dict)
-    after: int = 0
-    exhausted: bool = False
+    claimed_at: float = float("-inf")
+    renewed_at: float = float("-inf")
+    complete: bool = False
+    away: bool = False
 
     @property
-    def done(self) -> bool:
-        return self.exhausted and not (self.ready or self.later or self.running or self.results)
+    def held(self) -> int:
+        """Lines that were claimed and have no result in the store."""
+        return len(self.ready) + len(self.later) + len(self.running) + len(self.results)
+
+    def numbers(self) -> set[int]:
+        """Of the lines that are held."""
+        lines = [*self.ready, *(ready for _, ready in self.later), *self.running.values()]
+        return {ready.line.number for ready in lines} | {result.number for result in self.results}
 
 
 class Runner(Collector):
-    """Runs all batches of the store that no other gateway runs. owner: this process's name among them."""
+    """Runs all batches of the store, beside other gateways. owner: this process's name among them, used once."""
 
     def __init__(self, batches: Batches, engines: Engines, owner: str, clock: Callable[[], float]) -> None:
         self.batches = batches
@@ -91,9 +105,14 @@ class Runner(Collector):
         """Runs until it is cancelled; lines in flight are then given up, and stay open in the store."""
         try:
             while True:
-                await self._look()
                 try:
-                    async with asyncio.timeout(IDLE_S):
+                    await self.batches.call(self.batches.check)
+                    await self._look()
+                except AWAY as error:
+                    log.error("batches pause: %s", error)
+                    await asyncio.sleep(PAUSE_S)
+                try:
+                    async with asyncio.timeout(LOOK_S):
                         await self.batches.changed.wait()
                     self.batches.changed.clear()
                 except TimeoutError:
@@ -105,7 +124,7 @@ class Runner(Collector):
 
     async def _look(self) -> None:
         for batch in await self.batches.running():
-            if batch.id not in self._tasks and await self._lease(batch.id):
+            if batch.id not in self._tasks:
                 task = self._tasks[batch.id] = asyncio.create_task(self._drive(batch.id), name=f"run {batch.id}")
                 task.add_done_callback(partial(self._ended, batch.id))
         if self.clock() - self._swept_at > SWEEP_S:
@@ -118,32 +137,50 @@ class Runner(Collector):
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("batch %s stopped and will be taken up again: %r", batch_id, error, exc_info=error)
 
-    async def _lease(self, batch_id: str) -> bool:
-        return await self.batches.call(self.batches.store.lease, batch_id, self.owner, self.batches.wall(), LEASE_S)
-
     async def _drive(self, batch_id: str) -> None:
-        """From wherever the batch stands to its end, or until another gateway has its lease."""
+        """From wherever the batch stands to its end, or until what is to be done now is another gateway's."""
+        store = self.batches.store
+        try:
+            while (batch := await self.batches.call(store.batch, batch_id)) is not None and batch.status in RUNNING:
+                try:
+                    if not await self._step(batch):
+                        return
+                except AWAY as error:
+                    log.error("batch %s pauses: %s", batch_id, error)
+                    await asyncio.sleep(PAUSE_S)
+                except LeaseLost:
+                    log.warning("other gateways have taken over what this one had of batch %s", batch_id)
+        except AWAY as error:
+            log.error("batch %s pauses: %s", batch_id, error)
+        finally:
+            with suppress(*AWAY):
+                await self.batches.call(store.leave, batch_id, self.owner)
+
+    async def _step(self, batch: Batch) -> bool:
+        """What is to be done now. False if another gateway does it."""
+        if batch.status is Status.IN_PROGRESS and not self._late(batch):
+            await self._work(batch)
+            return True
+        if not await self._lease(batch.id):
+            return False
         steps = {
             Status.VALIDATING: self._validate,
-            Status.IN_PROGRESS: self._work,
+            Status.IN_PROGRESS: self._expire,
             Status.CANCELLING: self._cancel,
             Status.FINALIZING: self._finalize,
         }
-        while (batch := await self._renewed(batch_id)) is not None and batch.status in steps:
-            try:
-                await steps[batch.status](batch)
-            except (NoSpace, sqlite3.OperationalError) as error:
-                log.error("batch %s pauses: %s", batch_id, error)
-                await asyncio.sleep(IDLE_S)
-            except LeaseLost:
-                log.warning("another gateway runs batch %s now", batch_id)
-                return
+        await steps[batch.status](batch)
+        return True
 
-    async def _renewed(self, batch_id: str) -> Batch | None:
-        """The batch as it stands, None once another gateway runs it."""
+    def _late(self, batch: Batch) -> bool:
+        return self.batches.wall() >= batch.expires_at
+
+    async def _lease(self, batch_id: str) -> bool:
+        return await self.batches.call(self.batches.store.lease, batch_id, self.owner, LEASE_S)
+
+    async def _keep_lease(self, batch_id: str) -> None:
         if not await self._lease(batch_id):
-            return None
-        return await self.batches.call(self.batches.store.batch, batch_id)
+            raise LeaseLost(batch_id)
 
     async def _moved(self, batch: Batch, status: Status, **changes: object) -> bool:
         """Whether the batch was still as it is known here; if not, it was cancelled or is another gateway's."""
@@ -165,10 +202,8 @@ class Runner(Collector):
             lines = checker.lines(file)
             while page := await self.batches.call(_page, lines):
                 await self.batches.call(self.batches.store.add_lines, batch.id, self.owner, page)
-                if not await self._lease(batch.id):
-                    raise LeaseLost(batch.id)
+                await self._keep_lease(batch.id)
         if checker.errors:
-            await self.batches.call(self.batches.store.forget_lines, batch.id)
             await self._moved(batch, Status.FAILED, errors=tuple(checker.errors))
         else:
             await self._moved(batch, Status.IN_PROGRESS, total=checker.count)
@@ -176,44 +211,64 @@ class Runner(Collector):
     # in progress
     async def _work(self, batch: Batch) -> None:
         """Runs lines until all have results, the window ends, or somebody cancels the batch."""
-        work = _Work(batch)
-        looked_at = self.clock()
+        work, store = _Work(batch), self.batches.store
+        await self.batches.call(store.join, batch.id, self.owner, LEASE_S)
         try:
-            while not work.done:
-                await self._read_ahead(work)
-                await self._start(work)
+            while not work.complete and not self._late(batch):
+                try:
+                    if not await self._refresh(work):
+                        return
+                    self._answers(work)
+                except AWAY as error:
+                    self._answers(work, error)
+                if not work.away:
+                    await self._start(work)
                 await self._wait(work)
-                await self._flush(work)
-                if self.clock() - looked_at < TICK_S:
-                    continue
-                looked_at = self.clock()
-                now = await self._renewed(batch.id)
-                if now is None:
-                    raise LeaseLost(batch.id)
-                if now.status is not Status.IN_PROGRESS:
-                    return
-                if self.batches.wall() >= batch.expires_at:
-                    await self._give_up(work)
-                    await self._close(now, "batch_expired", "The completion window ended before this request ran.")
-                    return
-            await self._moved(batch, Status.FINALIZING)
+            if work.complete:
+                moved = batch.moved(Status.FINALIZING, int(self.batches.wall()), total=batch.total)
+                await self.batches.call(store.update, moved, batch.status)
         finally:
             await self._give_up(work)
+
+    @staticmethod
+    def _answers(work: _Work, error: Exception | None = None) -> None:
+        """Notes whether the store answers. While it does not, no further line starts; those in flight go on, and
+        their answers wait in memory."""
+        if error is not None and not work.away:
+            log.error("batch %s pauses: %s", work.batch.id, error)
+        elif error is None and work.away:
+            log.info("batch %s goes on", work.batch.id)
+        work.away = error is not None
+
+    async def _refresh(self, work: _Work) -> bool:
+        """Tells the store what was answered, and gets lines from it. False once the batch is not in progress."""
+        await self._flush(work)
+        if self.clock() - work.renewed_at >= TICK_S:
+            await self.batches.call(self.batches.store.renew, work.batch.id, self.owner, LEASE_S)
+            now = await self.batches.call(self.batches.store.batch, work.batch.id)
+            if now is None or now.status is not Status.IN_PROGRESS:
+                return False
+            work.renewed_at = self.clock()
+        await self._read_ahead(work)
+        return True
 
     async def _read_ahead(self, work: _Work) -> None:
         now = self.clock()
         due = [ready for at, ready in work.later if at <= now]
         work.later = [(at, ready) for at, ready in work.later if at > now]
         work.ready += due
-        if work.ready or work.exhausted:
+        if work.ready or now - work.claimed_at < TICK_S:
             return
         store, files = self.batches.store, self.batches.files
-        lines = await self.batches.call(store.open_lines, work.batch.id, work.after, READ_AHEAD)
-        work.exhausted = len(lines) < READ_AHEAD
-        if lines:
-            work.after = lines[-1].number
+        known = work.numbers()
+        claimed = await self.batches.call(store.claim, work.batch.id, self.owner, len(known) + READ_AHEAD)
+        if lines := [line for line in claimed if line.number not in known]:
             with files.open(work.batch.input_file_id) as file:
                 work.ready = await self.batches.call(read, file.fileno(), lines)
+            return
+        work.claimed_at = now
+        if not work.held:
+            work.complete = not await self.batches.call(store.unfinished, work.batch.id)
 
     async def _start(self, work: _Work) -> None:
         """Starts as many lines as there is room for, in bursts, so that each sees what the ones before have taken."""
@@ -231,7 +286,9 @@ class Runner(Collector):
 
     async def _wait(self, work: _Work) -> None:
         if not work.running:
-            if not work.done and not (work.ready and self.engines.room(work.ready[-1].model, 0) > 0):
+            if not work.complete and not (
+                not work.away and work.ready and self.engines.room(work.ready[-1].model, 0) > 0
+            ):
                 await asyncio.sleep(TICK_S)
             return
         await asyncio.wait(work.running, timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED)
@@ -258,35 +315,43 @@ class Runner(Collector):
         work.results.append(Result(line.number, ok, answered(line, reply)))
 
     async def _flush(self, work: _Work) -> None:
-        """Records what was answered. It stays in memory, and no further line starts, while the disk is full."""
-        if not work.results:
-            return
-        results = work.results[:]
-        try:
+        """Records what was answered."""
+        while results := work.results[:PAGE]:
             await self.batches.call(self.batches.store.record, work.batch.id, self.owner, results)
-        except sqlite3.OperationalError as error:
-            log.error("batch %s cannot record results and pauses: %s", work.batch.id, error)
-            await asyncio.sleep(IDLE_S)
-            return
-        del work.results[: len(results)]
+            del work.results[: len(results)]
 
     async def _give_up(self, work: _Work) -> None:
         """Ends what is in flight; answers that are there are recorded."""
         for task in work.running:
             task.cancel()
         await asyncio.gather(*work.running, return_exceptions=True)
-        await self._flush(work)
+        try:
+            await self._flush(work)
+        except (LeaseLost, *AWAY) as error:
+            log.warning(
+                "%d answers of batch %s are lost, their lines run again: %r", len(work.results), work.batch.id, error
+            )
 
     # the end
+    async def _expire(self, batch: Batch) -> None:
+        await self._close(batch, "batch_expired", "The completion window ended before this request ran.")
+
     async def _cancel(self, batch: Batch) -> None:
         await self._close(batch, "batch_cancelled", "The batch was cancelled before this request ran.")
 
     async def _close(self, batch: Batch, code: str, message: str) -> None:
-        """Ends a batch before all of its lines have run: those that have not get an error in the error file."""
+        """Ends a batch before all of its lines have run: those that have not get an error in the error file. Lines of
+        other gateways are waited for, until they are recorded or given up."""
         store = self.batches.store
-        while lines := await self.batches.call(store.open_lines, batch.id, 0, PAGE):
+        await self.batches.call(store.join, batch.id, self.owner, LEASE_S)
+        while await self.batches.call(store.unfinished, batch.id):
+            await self._keep_lease(batch.id)
+            await self.batches.call(store.renew, batch.id, self.owner, LEASE_S)
+            lines = await self.batches.call(store.claim, batch.id, self.owner, PAGE)
             missed = [Result(line.number, False, not_run(line, code, message)) for line in lines]
             await self.batches.call(store.record, batch.id, self.owner, missed)
+            if not lines:
+                await asyncio.sleep(TICK_S)
         over = Status.CANCELLED if batch.status is Status.CANCELLING else Status.EXPIRED
         await self._write(batch, over)
 
@@ -295,12 +360,31 @@ class Runner(Collector):
 
     async def _write(self, batch: Batch, status: Status) -> None:
         """Writes output and error file. Their ids follow from the batch's, so that writing them again replaces them."""
-        output = await self.batches.call(self._write_results, batch, ok=True)
-        errors = await self.batches.call(self._write_results, batch, ok=False)
-        if not await self._moved(batch, status, output_file_id=output, error_file_id=errors):
-            return  # the results are still needed
-        await self.batches.call(self.batches.store.forget_lines, batch.id)
-        log.info("batch %s is %s", batch.id, status.value)
+        output = await self._write_results(batch, ok=True)
+        errors = await self._write_results(batch, ok=False)
+        if await self._moved(batch, status, output_file_id=output, error_file_id=errors):
+            log.info("batch %s is %s", batch.id, status.value)
+
+    async def _write_results(self, batch: Batch, *, ok: bool) -> str | None:
+        """The file's id; None if there is nothing to write."""
+        store, files = self.batches.store, self.batches.files
+        page = await self.batches.call(store.results, batch.id, ok=ok, after=0, limit=RESULTS)
+        if not page:
+            return None
+        kind = "output" if ok else "error"
+        file_id = f"file-{batch.id.removeprefix('batch_')}-{kind}"
+        with files.writing(file_id) as file:
+            while page:
+                await self._keep_lease(batch.id)
+                await self.batches.call(file.writelines, [result.text + b"\n" for result in page])
+                page = await self.batches.call(store.results, batch.id, ok=ok, after=page[-1].number, limit=RESULTS)
+        await self.batches.call(self._keep, batch, file_id, f"{batch.id}_{kind}.jsonl")
+        return file_id
+
+    def _keep(self, batch: Batch, file_id: str, filename: str) -> None:
+        size = self.batches.files.path(file_id).stat().st_size
+        self.batches.store.remove_file(file_id)
+        self.batches.keep(file_id, batch.tenant, filename, "batch_output", size)
 
     def collect(self) -> Iterator[Metric]:
         lines = CounterMetricFamily("evenhand_batch_lines", "Requests of batches by outcome.", labels=("outcome",))
@@ -310,23 +394,6 @@ class Runner(Collector):
         waiting = "Requests of batches that run or wait for a slot."
         yield GaugeMetricFamily("evenhand_batch_lines_in_flight", waiting, self.in_flight)
         yield GaugeMetricFamily("evenhand_batches_running", "Batches that this gateway runs.", len(self._tasks))
-
-    def _write_results(self, batch: Batch, *, ok: bool) -> str | None:
-        """The file's id; None if there is nothing to write."""
-        store, files = self.batches.store, self.batches.files
-        page = store.results(batch.id, ok=ok, after=0, limit=PAGE)
-        if not page:
-            return None
-        kind = "output" if ok else "error"
-        file_id = f"file-{batch.id.removeprefix('batch_')}-{kind}"
-        with files.writing(file_id) as file:
-            while page:
-                file.writelines(result.text + b"\n" for result in page)
-                page = store.results(batch.id, ok=ok, after=page[-1].number, limit=PAGE)
-        store.remove_file(file_id)
-        size = files.path(file_id).stat().st_size
-        self.batches.keep(file_id, batch.tenant, f"{batch.id}_{kind}.jsonl", "batch_output", size)
-        return file_id
 
 
 def _page(lines: Iterator[BatchLine]) -> list[BatchLine]:

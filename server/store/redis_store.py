@@ -1,6 +1,6 @@
 """`Store` in Redis: one Lua script per exchange, so that a gateway writes and reads at one moment in one round trip.
 
-The only file that imports redis. All keys share one hash tag, so a Redis Cluster keeps them together.
+All keys share one hash tag, so a Redis Cluster keeps them together.
 """
 
 import asyncio

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from server.batch.batches import Batches, BatchRequest
 from server.batch.content import Reply
+from server.batch.files import FileFolder
 from server.batch.objects import Batch, Result, Status
 from server.batch.runner import Runner
+from server.batch.store import SqliteBatchStore
 from server.settings import BatchSettings
 from tests.server.batch.test_batches import OVER, jsonl
 from tests.server.conftest import LIMIT_S
@@ -33,13 +35,18 @@ class Broken:
         return Reply(200, b"{}", request_id)
 
 
+def over_sqlite(folder: Path) -> Batches:
+    store = SqliteBatchStore(folder / "batches.sqlite", time.monotonic)
+    return Batches(FileFolder(folder / "files"), store, BatchSettings(), time.monotonic)
+
+
 async def submitted(batches: Batches, lines: int) -> Batch:
     file = await batches.add_file("acme", "in.jsonl", "batch", io.BytesIO(jsonl(lines)))
     return await batches.create("acme", BatchRequest(file.id, "/v1/completions", "24h"))
 
 
 async def test_a_line_that_fails_inside_the_gateway_is_in_the_error_file(tmp_path: Path) -> None:
-    batches = Batches(tmp_path, BatchSettings(), time.monotonic)
+    batches = over_sqlite(tmp_path)
     batch = await submitted(batches, 10)
     running = asyncio.create_task(Runner(batches, Broken(), "one", time.monotonic).run())
     async with asyncio.timeout(LIMIT_S):
@@ -57,12 +64,14 @@ async def test_a_line_that_fails_inside_the_gateway_is_in_the_error_file(tmp_pat
 
 
 async def test_a_batch_that_is_cancelled_in_the_moment_it_expires_keeps_its_results(tmp_path: Path) -> None:
-    batches = Batches(tmp_path, BatchSettings(), time.monotonic)
+    batches = over_sqlite(tmp_path)
     runner = Runner(batches, Broken(), "one", time.monotonic)
     batch = await submitted(batches, 2)
-    assert batches.store.lease(batch.id, "one", batches.wall(), 60.0)
+    assert batches.store.lease(batch.id, "one", 60.0)
     await runner._validate(batch)
     begun = await batches.batch("acme", batch.id)
+    batches.store.join(batch.id, "one", 60.0)
+    batches.store.claim(batch.id, "one", 1)
     batches.store.record(batch.id, "one", [Result(1, True, b"{}")])
     await batches.cancel("acme", batch.id)
     await runner._close(begun, "batch_expired", "too late")  # it does not know yet
