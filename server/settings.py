@@ -193,7 +193,7 @@ class BatchSettings(BaseModel):
     folder: Path | None = Field(None, description="folder for files and batches; default: no Batch API")
     shared: bool = Field(
         False,
-        description="several gateways run the same batches: they are in Redis, and the folder is one that all have",
+        description="several gateways run the same batches: in Redis, with a folder that all of them share",
     )
     max_requests: int = Field(50_000, ge=1, description="requests of one batch")
     tenant_bytes: int = Field(10 * 1024**3, ge=1, description="of all files of one tenant, bytes")

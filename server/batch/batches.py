@@ -8,11 +8,14 @@ from typing import BinaryIO, ParamSpec, TypeVar
 
 import msgspec
 
+from scheduler.jobs import Tier
 from server.batch.files import FileFolder
 from server.batch.objects import NEXT, Batch, Status, StoredFile
 from server.batch.store import BatchStore
-from server.request.errors import BadRequest, NotFound, RateLimited
+from server.batch.validation import first_model
+from server.request.errors import BadRequest, NotAllowed, NotFound, RateLimited, UnknownModel
 from server.request.schemas import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES
+from server.request.tenants import Tenant
 from server.settings import BatchSettings
 
 ENDPOINTS = tuple(route.path for route in (CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS))
@@ -156,16 +159,29 @@ class Batches:
         return len(expired)
 
     # batches
-    async def create(self, tenant: str, asked: BatchRequest) -> Batch:
+    async def create(self, tenant: Tenant, asked: BatchRequest) -> Batch:
+        """Begins a batch. NotAllowed or UnknownModel if the tenant may not run what its file asks for."""
         if asked.endpoint not in ENDPOINTS:
             raise BadRequest(f"endpoint must be one of {', '.join(ENDPOINTS)}.", param="endpoint")
         seconds = window_s(asked.completion_window)
         metadata = _checked(asked.metadata)
-        await self.file(tenant, asked.input_file_id)
+        if Tier.FLEX not in tenant.tiers:
+            raise NotAllowed(
+                "Batches run in the service tier 'flex', which your tenant may not use: ask the operator to grant it.",
+                code="service_tier_not_granted",
+            )
+        await self.file(tenant.name, asked.input_file_id)
+        if tenant.models is not None:
+            model = await self.call(self._first_model, asked.input_file_id)
+            if model is not None and model not in tenant.models:
+                raise UnknownModel(
+                    f"Your tenant may not use the model '{model[:100]}' of the input file's first request.",
+                    param="input_file_id",
+                )
         now = int(self.wall())
         batch = Batch(
             id=self.new_id("batch_"),
-            tenant=tenant,
+            tenant=tenant.name,
             endpoint=asked.endpoint,
             input_file_id=asked.input_file_id,
             completion_window=asked.completion_window,
@@ -176,6 +192,11 @@ class Batches:
         await self.call(self.store.add_batch, batch)
         self.changed.set()
         return batch
+
+    def _first_model(self, file_id: str) -> str | None:
+        """The model of a file's first request; None if it has none: then the lines' own errors say more."""
+        with self.files.open(file_id) as file:
+            return first_model(file)
 
     async def batch(self, tenant: str, batch_id: str) -> Batch:
         """NotFound for a batch that there is not, or that is another tenant's."""

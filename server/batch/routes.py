@@ -64,7 +64,7 @@ def batch_routes(batches: Batches, identify: Callable[[Request], Tenant]) -> API
             asked = _read(await request.body())
         except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError) as error:
             raise BadRequest(f"The request body is invalid: {error}.") from None
-        return _json((await batches.create(tenant.name, asked)).public())
+        return _json((await batches.create(tenant, asked)).public())
 
     @router.get("/v1/batches", summary="A tenant's batches, the newest first")
     async def listed(request: Request, after: str | None = None, limit: int = _LIMIT) -> Response:

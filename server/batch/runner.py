@@ -96,6 +96,7 @@ class Runner(Collector):
         self.engines = engines
         self.owner = owner
         self.clock = clock
+        self.read_ahead = READ_AHEAD
         self.lines: Counter[str] = Counter()
         self.in_flight = 0
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -261,7 +262,7 @@ class Runner(Collector):
             return
         store, files = self.batches.store, self.batches.files
         known = work.numbers()
-        claimed = await self.batches.call(store.claim, work.batch.id, self.owner, len(known) + READ_AHEAD)
+        claimed = await self.batches.call(store.claim, work.batch.id, self.owner, len(known) + self.read_ahead)
         if lines := [line for line in claimed if line.number not in known]:
             with files.open(work.batch.input_file_id) as file:
                 work.ready = await self.batches.call(read, file.fileno(), lines)

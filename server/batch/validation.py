@@ -27,6 +27,17 @@ class _Request(msgspec.Struct):
 _read = msgspec.json.Decoder(_Request).decode
 
 
+def first_model(file: BinaryIO) -> str | None:
+    """The model of the first request; None if its line is wrong, or there is none."""
+    text = b""
+    while (line := file.readline(MAX_LINE_BYTES)) and not text:
+        text = line.strip()
+    try:
+        return _read(text).body.model
+    except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
 class Checker:
     """Checks a file's lines one after the other. served: whether a model may be used by the batch's tenant."""
 

@@ -78,7 +78,8 @@ async def hostile(args: argparse.Namespace) -> Figures:
 
 
 async def batch(args: argparse.Namespace) -> Figures:
-    return (await BatchChaos(args.seed, args.kills, args.lines).run()).figures()
+    chaos = BatchChaos(args.seed, args.kills, args.lines, gateways=args.gateways, away_s=args.away)
+    return (await chaos.run()).figures()
 
 
 async def memory(args: argparse.Namespace) -> Figures:
@@ -138,8 +139,14 @@ RUNS: Mapping[str, Run] = {
         overload,
     ),
     "batch": Run(
-        "the gateway is killed again and again while it runs a batch",
-        (SEED, ("kills", 50, "how often"), ("lines", 10_000, "of the batch")),
+        "gateways are killed again and again while they run a batch, and their Redis goes away",
+        (
+            SEED,
+            ("kills", 50, "how often"),
+            ("lines", 10_000, "of the batch"),
+            ("gateways", 1, "how many; several share the batch through a Redis"),
+            ("away", 0.0, "seconds for which that Redis is away in the middle of it"),
+        ),
         batch,
     ),
     "hostile": Run(

@@ -1,4 +1,5 @@
-"""A gateway that is killed again and again while it runs a batch: no line may be lost, doubled or wrong."""
+"""Gateways that are killed again and again while they run a batch, and a Redis that goes away: no line may be lost,
+doubled or wrong."""
 
 import asyncio
 import json
@@ -11,7 +12,7 @@ from typing import Any
 from openai import APIConnectionError, APIStatusError, AsyncOpenAI
 
 from tests.chaos.figures import Figure
-from tests.chaos.site import engine, gateway, metrics, running, summed
+from tests.chaos.site import HEALTH, Program, engine, gateway, metrics, redis, running, summed, until
 
 MODEL = "fake"
 BETWEEN_S = (0.05, 1.0)  # a gateway lives so long once it serves again
@@ -21,52 +22,92 @@ OVER = ("completed", "failed", "expired", "cancelled")
 @dataclass
 class Report:
     """missing, doubled: lines without an answer in the output, and with more than one. extra: requests that the engine
-    computed beyond one a line."""
+    computed beyond one a line. by_gateway: lines that each answered since it was started last."""
 
     lines: int
+    gateways: int = 1
     kills: int = 0
+    away_s: float = 0.0
     status: str = ""
     missing: int = 0
     doubled: int = 0
     wrong: list[str] = field(default_factory=list)
     extra: float = 0.0
+    by_gateway: list[float] = field(default_factory=list)
 
     def figures(self) -> list[Figure]:
         return [
-            Figure(f"lines of a batch, gateway killed {self.kills} times", str(self.lines), "", True),
+            Figure(f"lines of a batch, {self.gateways} gateways, killed {self.kills} times", str(self.lines)),
+            Figure("Redis away, s", f"{self.away_s:g}"),
             Figure("batch ends as", self.status, "completed", self.status == "completed"),
             Figure("lines without an answer", str(self.missing), "0", not self.missing),
             Figure("lines with two answers", str(self.doubled), "0", not self.doubled),
             Figure("answers that are not the line's", str(len(self.wrong)), "0", not self.wrong),
-            Figure("requests computed again, of all", f"{self.extra / self.lines:.1%}", "", True),
+            Figure(
+                "requests computed again, of all",
+                f"{self.extra / self.lines:.1%}",
+                "" if self.kills else "0",
+                bool(self.kills) or not self.extra,
+            ),
         ]
 
 
 class BatchChaos:
-    """One batch, one gateway, `kills` kills at random moments of every status that it can be in."""
+    """One batch, `kills` kills at random moments of every status that it can be in.
 
-    def __init__(self, seed: int, kills: int, lines: int) -> None:
+    gateways: with more than one they share the batch through a Redis with an append-only file. away_s: that Redis is
+    killed in the middle of the batch, and so long away.
+    """
+
+    def __init__(self, seed: int, kills: int, lines: int, *, gateways: int = 1, away_s: float = 0.0) -> None:
         self.random = random.Random(seed)
         self.kills = kills
-        self.report = Report(lines)
+        self.report = Report(lines, gateways, away_s=away_s)
+        self.redis: Program | None = None
 
     async def run(self) -> Report:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             worker = engine(folder, 0, "--cost", "quick")
-            front = gateway(folder, 0, [f"{worker.url},slots=64"], {"batch": {"folder": str(folder / "batch")}})
-            client = AsyncOpenAI(base_url=f"{front.url}/v1", api_key="any", max_retries=20)
-            async with running(worker, front), client:
-                batch_id = await self._submit(client)
-                for _ in range(self.kills):
-                    await asyncio.sleep(self.random.uniform(*BETWEEN_S))  # the gateway's life
-                    await front.kill()
-                    self.report.kills += 1
-                    await front.start()
-                await self._judge(client, await self._ended(client, batch_id))
+            shared = self.report.gateways > 1
+            settings: dict[str, Any] = {
+                "batch": {"folder": str(folder / "batch"), "shared": shared},
+                "health": HEALTH | {"canary": "off"},  # the engine counts its requests
+            }
+            if shared:
+                self.redis = redis(folder, kept=True)
+                settings["redis_url"] = f"redis://127.0.0.1:{self.redis.port}/0"
+            workers = [f"{worker.url},slots=64"]
+            fronts = [gateway(folder, number, workers, settings) for number in range(self.report.gateways)]
+            client = AsyncOpenAI(base_url=f"{fronts[0].url}/v1", api_key="any", max_retries=20)
+            stores = [self.redis] if self.redis is not None else []
+            async with running(worker, *stores), running(*fronts), client:
+                await self._disturbed(client, fronts)
                 asked = summed(await metrics(worker.port), "vllm:request_success_total")
                 self.report.extra = max(0.0, asked - self.report.lines)
+                answered = [summed(await metrics(front.port), "evenhand_batch_lines_total") for front in fronts]
+                self.report.by_gateway = answered
         return self.report
+
+    async def _disturbed(self, client: AsyncOpenAI, fronts: list[Program]) -> None:
+        batch_id = await self._submit(client)
+        if self.redis is not None and self.report.away_s:
+            await until(lambda: self._begun(client, batch_id), "lines were answered")
+            await self.redis.kill()
+            await asyncio.sleep(self.report.away_s)  # nothing to wait for
+            await self.redis.start()
+        for _ in range(self.kills):
+            await asyncio.sleep(self.random.uniform(*BETWEEN_S))  # the gateways' life
+            front = self.random.choice(fronts)
+            await front.kill()
+            self.report.kills += 1
+            await front.start()
+        await self._judge(client, await self._ended(client, batch_id))
+
+    @staticmethod
+    async def _begun(client: AsyncOpenAI, batch_id: str) -> bool:
+        counts = (await client.batches.retrieve(batch_id)).request_counts
+        return counts is not None and counts.completed > 0
 
     async def _submit(self, client: AsyncOpenAI) -> str:
         lines = [

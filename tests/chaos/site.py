@@ -167,10 +167,11 @@ def engine(folder: Path, number: int, *options: str) -> Program:
     return Program(f"engine-{number}", command, folder / f"engine-{number}.log", port, "/health")
 
 
-def redis(folder: Path) -> Program:
-    """A Redis that keeps nothing on disk."""
+def redis(folder: Path, *, kept: bool = False) -> Program:
+    """A Redis that keeps nothing on disk, or all, before it answers."""
     port = free_port()
-    options = ["--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", str(folder)]
+    disk = ["--appendonly", "yes", "--appendfsync", "always"] if kept else ["--appendonly", "no"]
+    options = ["--bind", "127.0.0.1", "--save", "", *disk, "--dir", str(folder)]
     return Program("redis", [str(redis_server()), "--port", str(port), *options], folder / "redis.log", port, "")
 
 

@@ -5,7 +5,9 @@ What hangs on how fast the machine is at this moment is measured by those runs, 
 
 import pytest
 
+from server.batch.runner import LEASE_S
 from tests.chaos.__main__ import RUNS, main
+from tests.chaos.batch import BatchChaos
 from tests.chaos.figures import Figure, table
 from tests.chaos.overload import Overload
 from tests.chaos.redis import GOAL_S, SYNC_S, RedisChaos
@@ -36,6 +38,17 @@ async def test_ten_times_too_much_is_survived_and_who_waits_as_told_gets_in() ->
     assert not report.broken, report.broken[:3]
     assert {told.status for told in report.flood + report.patient} == {200, 429}
     assert report.came_back["in"] >= 10 and not report.came_back["refused"]
+
+
+async def test_two_gateways_share_a_batch_and_are_killed() -> None:
+    report = await BatchChaos(seed=1, kills=4, lines=2000, gateways=2).run()
+    assert all(figure.met for figure in report.figures()), table(report.figures())
+
+
+async def test_a_batch_pauses_while_redis_is_away_and_no_line_runs_twice() -> None:
+    report = await BatchChaos(seed=1, kills=0, lines=2000, gateways=2, away_s=LEASE_S + 1.0).run()
+    assert all(figure.met for figure in report.figures()), table(report.figures())
+    assert all(report.by_gateway) and sum(report.by_gateway) == 2000, report.by_gateway
 
 
 async def test_a_soak_of_seconds_counts_as_its_clients_do() -> None:

@@ -192,6 +192,26 @@ async def test_files_and_batches_are_their_tenants_own(tmp_path: Path) -> None:
             assert len((await acme.files.list()).data) == 1
 
 
+async def test_a_tenant_without_the_grants_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    tenants = tmp_path / "tenants.yaml"
+    grants: dict[str, Any] = {"acme": {"tiers": ["default", "priority"]}, "other": {"models": ["small"]}}
+    records = [{"name": name, "keys": [key], **grants[name]} for name, key in KEYS.items()]
+    tenants.write_text(json.dumps({"tenants": records}))
+    settings: dict[str, Any] = {"batch": {"folder": tmp_path / "b"}, "tenants": tenants}
+    async with over_fake(INSTANT, **settings) as (gateway, engine):
+        async with client_of(gateway, KEYS["acme"]) as acme, client_of(gateway, KEYS["other"]) as other:
+            with pytest.raises(openai.PermissionDeniedError, match="service tier 'flex'") as tier:
+                await submit(acme, jsonl(3))
+            assert tier.value.code == "service_tier_not_granted"
+            with pytest.raises(openai.NotFoundError, match=f"may not use the model '{MODEL}'") as model:
+                await submit(other, b"\n" + jsonl(3))
+            assert (model.value.code, model.value.param) == ("model_not_found", "input_file_id")
+            assert not (await acme.batches.list()).data and not (await other.batches.list()).data
+            batch = await ended(other, (await submit(other, b"oops\n")).id)
+            assert batch.errors.data[0].line == 1
+        assert not engine.seen
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

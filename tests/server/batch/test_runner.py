@@ -11,6 +11,7 @@ from server.batch.files import FileFolder
 from server.batch.objects import Batch, Result, Status
 from server.batch.runner import Runner
 from server.batch.store import SqliteBatchStore
+from server.request.tenants import Tenant
 from server.settings import BatchSettings
 from tests.server.batch.test_batches import OVER, jsonl
 from tests.server.conftest import LIMIT_S
@@ -42,7 +43,7 @@ def over_sqlite(folder: Path) -> Batches:
 
 async def submitted(batches: Batches, lines: int) -> Batch:
     file = await batches.add_file("acme", "in.jsonl", "batch", io.BytesIO(jsonl(lines)))
-    return await batches.create("acme", BatchRequest(file.id, "/v1/completions", "24h"))
+    return await batches.create(Tenant("acme"), BatchRequest(file.id, "/v1/completions", "24h"))
 
 
 async def test_a_line_that_fails_inside_the_gateway_is_in_the_error_file(tmp_path: Path) -> None:
