@@ -35,6 +35,7 @@ soak:  ## hours of what `make test` does for seconds: hostile bytes, dying worke
 	@$(INSTALL) --tests
 	@EVENHAND_SOAK=$(or $(TIMES),200) $(BIN)/python -m pytest --timeout=0 tests/server/test_fuzz.py tests/server/test_charges.py tests/chaos tests/engine/test_disaggregation.py
 	@$(BIN)/python -m tests.chaos soak
+	@$(BIN)/python -m tests.chaos churn
 
 chaos:  ## every figure of docs/reliability.md but the soak's, one after the other
 	@$(INSTALL) --tests

@@ -216,14 +216,14 @@ def _bytes(counts: Mapping[str, int]) -> int:
     return counts["total_net_input_bytes"] + counts["total_net_output_bytes"]
 
 
-def redis_counts(url: str) -> dict[str, int]:
-    """What a Redis has counted since its start."""
+def redis_counts(url: str, section: str = "stats") -> dict[str, int]:
+    """What a Redis has counted since its start; another section of its INFO: that."""
     address = urlsplit(url)
     with (
         socket.create_connection((address.hostname, address.port or 6379), timeout=10) as link,
         link.makefile("rb") as said,
     ):
-        link.sendall(b"INFO stats\r\n")
+        link.sendall(f"INFO {section}\r\n".encode())
         text = said.read(int(said.readline()[1:])).decode()
     pairs = (line.partition(":") for line in text.splitlines())
     return {name: int(value) for name, _, value in pairs if value.isdigit()}

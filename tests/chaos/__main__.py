@@ -14,6 +14,7 @@ import uvloop
 
 from loadtest.bench.table import machine
 from tests.chaos.batch import BatchChaos
+from tests.chaos.churn import Churn
 from tests.chaos.figures import Figure, table
 from tests.chaos.hostile import Hostile, Valid, longest_holds
 from tests.chaos.memory import Memory
@@ -88,6 +89,10 @@ async def memory(args: argparse.Namespace) -> Figures:
 
 async def soak(args: argparse.Namespace) -> Figures:
     return await Soak(args.seed, 60.0 * args.minutes, args.per_second, args.blow_s).run()
+
+
+async def churn(args: argparse.Namespace) -> Figures:
+    return await Churn(args.seed, 60.0 * args.minutes, args.per_second, args.restart_s, count=args.workers).run()
 
 
 SEED = ("seed", 1, "what the plan follows from")
@@ -172,6 +177,17 @@ RUNS: Mapping[str, Run] = {
             ("blow-s", 30.0, "seconds between two blows, about"),
         ),
         soak,
+    ),
+    "churn": Run(
+        "of many workers one joins and one leaves each second, and a gateway restarts now and then",
+        (
+            SEED,
+            ("minutes", 30.0, "how long it takes"),
+            ("workers", 256, "at a time"),
+            ("per-second", 10.0, "requests a second"),
+            ("restart-s", 60.0, "seconds between two restarts, about"),
+        ),
+        churn,
     ),
 }
 

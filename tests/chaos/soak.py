@@ -11,8 +11,8 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from tests.chaos.figures import Figure, none
@@ -72,15 +72,12 @@ class Soak:
         self.rss: list[tuple[float, float]] = []
         self.files: list[int] = []
         self.in_service: list[int] = [0, 1]
+        self.least_ready = ENGINES  # workers that every gateway has once it is there
 
     async def run(self) -> list[Figure]:
         with tempfile.TemporaryDirectory(prefix="evenhand-soak-") as name:
-            folder = Path(name)
-            self.engines = [engine(folder, number, "--cost", "gpu-7b") for number in range(ENGINES)]
-            self.redis = redis(folder)
-            self.gateways = [self._gateway(folder, number) for number in range(2)]
-            async with running(*self.engines, self.redis), running(*self.gateways):
-                await all_ready(self.gateways, ENGINES)
+            async with self._site(Path(name)):
+                await all_ready(self.gateways, self.least_ready)
                 for client in self.clients.values():
                     await client.learn(self.gateways[0].port)
                     client.seen.tokens = sum(expected[1]["total_tokens"] for expected in client.expected)
@@ -88,7 +85,16 @@ class Soak:
                 await self._load()
                 return [*await self._figures(), *self._told()]
 
-    def _gateway(self, folder: Path, number: int) -> Program:
+    @asynccontextmanager
+    async def _site(self, folder: Path) -> AsyncIterator[None]:
+        self.engines = [engine(folder, number, "--cost", "gpu-7b") for number in range(ENGINES)]
+        self.redis = redis(folder)
+        workers = [f"{program.url},slots=32" for program in self.engines]
+        self.gateways = [self._gateway(folder, number, workers) for number in range(2)]
+        async with running(*self.engines, self.redis), running(*self.gateways):
+            yield
+
+    def _gateway(self, folder: Path, number: int, workers: Sequence[str]) -> Program:
         much = {"tokens_per_day": 10**12}
         tenants = [{"name": name, "keys": [key], "budget": much} for name, key in KEYS.items()]
         tenants[2]["requests_per_minute"] = RARE
@@ -101,7 +107,7 @@ class Soak:
             "health": HEALTH,
             "lame_duck_s": 1.0,
         }
-        return gateway(folder, number, [f"{program.url},slots=32" for program in self.engines], settings)
+        return gateway(folder, number, workers, settings)
 
     async def _load(self) -> None:
         began, over = time.monotonic(), asyncio.Event()
@@ -182,14 +188,14 @@ class Soak:
         program = self.dice.choice(self.engines)
         await program.kill()
         await program.start()
-        await all_ready(self.gateways, ENGINES)
+        await all_ready(self.gateways, self.least_ready)
 
     async def _stop_engine(self) -> None:
         program = self.dice.choice(self.engines)
         program.signal(signal.SIGSTOP)
         await until(self._one_is_out, "a stopped engine is noticed")
         program.signal(signal.SIGCONT)
-        await all_ready(self.gateways, ENGINES)
+        await all_ready(self.gateways, self.least_ready)
 
     async def _one_is_out(self) -> bool:
         ready = [summed(await metrics(program.port), "evenhand_worker_up") for program in self.gateways]
@@ -207,7 +213,7 @@ class Soak:
         if code:
             self.problems.append(f"a gateway ended with {code} after SIGTERM")
         await self.gateways[1].start()
-        await all_ready(self.gateways, ENGINES)
+        await all_ready(self.gateways, self.least_ready)
         self.in_service = [0, 1]
 
     # figures

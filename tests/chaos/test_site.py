@@ -8,6 +8,7 @@ import pytest
 from server.batch.runner import LEASE_S
 from tests.chaos.__main__ import RUNS, main
 from tests.chaos.batch import BatchChaos
+from tests.chaos.churn import Churn
 from tests.chaos.figures import Figure, table
 from tests.chaos.overload import Overload
 from tests.chaos.redis import GOAL_S, SYNC_S, RedisChaos
@@ -53,6 +54,12 @@ async def test_a_batch_pauses_while_redis_is_away_and_no_line_runs_twice() -> No
 
 async def test_a_soak_of_seconds_counts_as_its_clients_do() -> None:
     figures = await Soak(seed=2, run_s=12.0, per_s=4.0, blow_s=4.0, settle_s=90.0).run()
+    missed = [figure for figure in figures if not figure.met and "slope" not in figure.what]
+    assert not missed, table(missed)
+
+
+async def test_workers_join_and_leave_every_second_and_no_client_notices() -> None:
+    figures = await Churn(seed=1, run_s=60.0, per_s=4.0, restart_s=25.0, count=64, settle_s=90.0).run()
     missed = [figure for figure in figures if not figure.met and "slope" not in figure.what]
     assert not missed, table(missed)
 
