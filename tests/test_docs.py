@@ -22,7 +22,7 @@ from server.observe.telemetry import Telemetry
 from server.relay.failover import Failover
 from server.relay.prefill_leg import PrefillLeg
 from server.request.fields import ALLOWED
-from server.request.tenants import read_file
+from server.request.tenant_files import read_file
 from server.settings import CostSettings, SleepSettings, SloSettings
 from tests.compatibility.clients import CLIENTS
 

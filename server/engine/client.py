@@ -215,6 +215,7 @@ class EngineConnection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.engine.forget(self)
+        del self.parser  # the two hold each other; where workers come and go, nobody should wait for the collector
         sink = self.sink
         if sink is None:
             return

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from server.request.errors import NoWorker, UnknownKey
-from server.request.tenants import OPEN, Tenant, TenantRecord, digest_of, index_of, read_file
+from server.request.tenant_files import read_file
+from server.request.tenants import OPEN, Tenant, TenantRecord, digest_of, index_of
 
 log = logging.getLogger("evenhand.tenants")
 

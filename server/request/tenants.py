@@ -1,7 +1,4 @@
-"""Tenants as operators write them: in a YAML or JSON file, or at `/admin`.
-
-A gateway may have a hundred thousand: a record is small, and reading a file of JSON takes a second.
-"""
+"""Tenants as operators write them: in a file, or at `/admin`. There may be a hundred thousand: a record is small."""
 
 import hashlib
 import hmac
@@ -9,12 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from math import isfinite
-from pathlib import Path
 from secrets import token_urlsafe
 from typing import Annotated, Any, Literal
 
 import msgspec
-import yaml
 from msgspec import Meta
 
 from scheduler.jobs import Tier
@@ -246,50 +241,15 @@ class TenantRecord(_Strict, frozen=True, gc=False):
         )
 
 
-class _TenantFile(_Strict, frozen=True):
-    tenants: tuple[TenantRecord, ...]
-
-
-_decode_file = msgspec.json.Decoder(_TenantFile).decode
-
-
 def read_record(value: Any) -> TenantRecord:
     """A tenant from parsed JSON or YAML. ValueError with a sentence that quotes no input, for that may be a key."""
     try:
         return msgspec.convert(value, TenantRecord)
     except msgspec.ValidationError as error:
-        raise ValueError(_sentence(error)) from None
+        raise ValueError(sentence(error)) from None
 
 
-def read_file(path: Path) -> tuple[TenantRecord, ...]:
-    """The tenants of a file. ValueError with a sentence if it is missing, neither YAML nor JSON, or wrong."""
-    try:
-        content = path.read_bytes()
-        records = _decode_file(content).tenants if content[:1] == b"{" else _from_yaml(content).tenants
-        index_of(records)
-    except OSError as error:
-        raise ValueError(f"tenant file {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"tenant file {path} is not UTF-8") from None
-    except msgspec.ValidationError as error:
-        raise ValueError(f"tenant file {path}: {_sentence(error)}") from None
-    except msgspec.DecodeError:  # `{` may begin YAML as well, in its flow style
-        raise ValueError(f"tenant file {path}: this is not JSON, though it begins with a brace") from None
-    except yaml.YAMLError as error:
-        # The error's own text quotes the line, and the line may hold a key.
-        mark = getattr(error, "problem_mark", None)
-        raise ValueError(f"tenant file {path}{f', line {mark.line + 1}' if mark else ''}: this is not YAML") from None
-    except ValueError as error:
-        raise ValueError(f"tenant file {path}: {error}") from None
-    return records
-
-
-def _from_yaml(content: bytes) -> _TenantFile:
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # several times faster, where PyYAML was built with it
-    return msgspec.convert(yaml.load(content.decode(), Loader=loader), _TenantFile)  # noqa: S506 - both are safe
-
-
-def _sentence(error: msgspec.ValidationError) -> str:
+def sentence(error: msgspec.ValidationError) -> str:
     """`Expected `float` > 0 - at `$.tenants[3].weight`` → `tenants[3].weight: expected `float` > 0`."""
     said, _, where = str(error).partition(" - at `$")
     where = where.rstrip("`").lstrip(".") or "tenant"

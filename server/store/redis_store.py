@@ -117,8 +117,8 @@ end
 """
 
 _WORKERS = """
--- KEYS: expiry, workers. ARGV: id, value ("" to leave), ttl in ms; none to list them all. Who only says that it is there
--- gets no list: a thousand workers that each do so every other second would move half a million rows a second.
+-- KEYS: expiry, workers. ARGV: id, value ("" to leave), ttl in ms; none to list them all. A worker that says that it
+-- is there gets no list: a thousand workers that do so every other second would read half a million rows a second.
 local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
 if ARGV[1] and ARGV[2] ~= '' then

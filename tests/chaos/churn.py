@@ -39,6 +39,9 @@ class Member:
     engine: FakeEngine
     leaving: bool = False
 
+    async def idle(self) -> bool:
+        return not self.engine.running and not self.engine.waiting
+
 
 class Churn(Soak):
     """One run of `run_s` seconds with `count` workers: `per_s` requests and `turns_per_s` joins and leaves a second, a
@@ -116,8 +119,7 @@ class Churn(Soak):
         member.leaving = True
         await self._say_there(member)
         await asyncio.sleep(HEARD_S)  # the worker's own time
-        while member.engine.running or member.engine.waiting:
-            await asyncio.sleep(0.1)
+        await until(member.idle, f"{member.name} has finished what it had")
         del self.members[member.name]
         await self.store.leave(member.name)
         await self._gone(member)

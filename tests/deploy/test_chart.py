@@ -20,7 +20,7 @@ from deploy.serve.join import add_arguments as worker_arguments
 from deploy.serve.preflight import SHARED_BYTES
 from scheduler.catalog import POLICIES
 from server.__main__ import add_arguments as gateway_arguments
-from server.request.tenants import read_file
+from server.request.tenant_files import read_file
 from server.settings import Settings, read_settings
 from tests.deploy.queries import ROOT, RULES, known, selectors
 

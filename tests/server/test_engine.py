@@ -1,7 +1,9 @@
 """The client towards workers: connections that are kept, lost, shared by nobody at once."""
 
 import asyncio
+import gc
 import random
+import weakref
 from collections.abc import AsyncIterator
 
 import pytest
@@ -166,6 +168,21 @@ def received(pieces: list[bytes]) -> tuple[Recorder, EngineConnection]:
     for piece in pieces:
         connection.data_received(piece)
     return sink, connection
+
+
+async def test_a_client_that_was_closed_needs_no_garbage_collector(scripted: ScriptedEngine) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        engine = EngineClient(scripted.url)
+        assert (await engine.get("/health")).status_code == 200
+        assert (await engine.post("/v1/x", {})).status_code == 200
+        await engine.close()
+        gone = weakref.ref(engine)
+        del engine
+        await eventually(lambda: gone() is None, "the client has gone with its connections")
+    finally:
+        gc.enable()
 
 
 async def test_a_prefix_in_the_workers_address_is_kept(scripted: ScriptedEngine) -> None:

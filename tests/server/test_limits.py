@@ -21,7 +21,8 @@ from server.admission.limits import (
 from server.request.call import Call, Phase, Ticket
 from server.request.errors import BadRequest, UnknownModel
 from server.request.schemas import CHAT, EMBEDDINGS, TOKENIZE
-from server.request.tenants import Limits, Tenant, read_file
+from server.request.tenant_files import read_file
+from server.request.tenants import Limits, Tenant
 from tests.server.conftest import chat, over_fake, over_script, plain, says
 from tests.server.replicated import Answer, Member, World, sync_all, try_enter
 from tests.server.test_tenants import KEY, OTHER

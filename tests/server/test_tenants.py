@@ -14,7 +14,8 @@ import pytest
 from server.app import GatewayServer
 from server.request.directory import TenantFile, Tenants
 from server.request.errors import NoWorker, UnknownKey
-from server.request.tenants import OPEN, hashed, new_key, read_file, read_record
+from server.request.tenant_files import read_file
+from server.request.tenants import OPEN, hashed, new_key, read_record
 from server.settings import Settings
 from tests.server.conftest import chat, eventually, over_fake
 
