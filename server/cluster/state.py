@@ -17,6 +17,7 @@ from server.cluster.account_sync import AccountSync
 from server.cluster.local_sync import Process
 from server.cluster.records import Records
 from server.cluster.replicas import AWAY_S, KnownRing, Replicas
+from server.cluster.tenant_agreement import TenantAgreement
 from server.fleet.fleet import Fleet
 from server.fleet.registry import Registry
 from server.request.directory import TenantFile, Tenants
@@ -84,8 +85,16 @@ class ClusterState:
         costs = TierCosts(settings.tiers.flex_cost, settings.tiers.priority_cost)
         self.gate = Gate(name, self.tenants.named, clock=clock, wall=wall, ring=ring, costs=costs)
         ledger = AccountSync(lambda: lines.by_model, clock)
+        file = self.file
+        self.agreement = TenantAgreement(lambda: "" if file is None else file.digest, clock)
         self.replicas = Replicas(
-            name, self.store, ring, (self.gate, ledger), (self.gate,), clock=clock, sync_s=settings.sync_s
+            name,
+            self.store,
+            ring,
+            (self.gate, ledger, self.agreement),
+            (self.gate,),
+            clock=clock,
+            sync_s=settings.sync_s,
         )
         self.replicas.on_silence.append(ledger.silence)
         self.records = Records(
@@ -166,8 +175,9 @@ class ClusterState:
                 "replicas": self.replicas.count,
                 **({} if self.replicas.up else {"problem": self.replicas.problem}),
             }
-        if self.file is not None and self.file.problem:
-            notes["tenants"] = {"problem": self.file.problem}
+        wrong = (self.file.problem if self.file is not None else "", self.agreement.problem())
+        if any(wrong):
+            notes["tenants"] = {"problem": " ".join(filter(None, wrong))}
         if problems := self._names.problems():
             notes["model_names"] = {"problems": problems}
         return notes

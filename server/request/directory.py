@@ -8,7 +8,7 @@ from pathlib import Path
 
 from server.request.errors import NoWorker, UnknownKey
 from server.request.tenant_files import read_file
-from server.request.tenants import OPEN, Tenant, TenantRecord, digest_of, index_of
+from server.request.tenants import OPEN, Tenant, TenantRecord, digest_of, digest_of_all, index_of
 
 log = logging.getLogger("evenhand.tenants")
 
@@ -143,9 +143,14 @@ class TenantFile:
         self.path = path
         self.tenants = tenants
         self.problem = ""
+        self.digest = ""  # of the tenants in force
         self._metered = metered
         self._seen = self._mark()
-        tenants.set_file(self._read())
+        self._use(self._read())
+
+    def _use(self, records: tuple[TenantRecord, ...]) -> None:
+        self.tenants.set_file(records)
+        self.digest = digest_of_all(records)
 
     def _read(self) -> tuple[TenantRecord, ...]:
         records = read_file(self.path)
@@ -170,7 +175,7 @@ class TenantFile:
             return
         self._seen = self._mark()
         try:
-            self.tenants.set_file(self._read())
+            self._use(self._read())
         except ValueError as error:
             self.problem = f"{error}. The tenants before stay in force."
             log.error("%s", self.problem)

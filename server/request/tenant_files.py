@@ -116,9 +116,8 @@ class _YamlRows:
             try:
                 records.append(msgspec.convert(row, TenantRecord))
             except msgspec.ValidationError as error:
-                where = f"tenants[{len(records)}]"
-                said = sentence(error).removeprefix("tenant: ")
-                raise ValueError(f"line {line + 1}: {where}{'.' if sentence(error) == said else ': '}{said}") from None
+                said = sentence(error, f"tenants[{len(records)}]")
+                raise ValueError(f"line {line + 1}: {said}") from None
         for end in (yaml.MappingEndEvent, yaml.DocumentEndEvent, yaml.StreamEndEvent):
             self._expect(end)
         return records

@@ -241,6 +241,9 @@ class TenantRecord(_Strict, frozen=True, gc=False):
         )
 
 
+_encode_in_order = msgspec.json.Encoder(order="deterministic").encode  # a set has no order of its own
+
+
 def read_record(value: Any) -> TenantRecord:
     """A tenant from parsed JSON or YAML. ValueError with a sentence that quotes no input, for that may be a key."""
     try:
@@ -249,10 +252,11 @@ def read_record(value: Any) -> TenantRecord:
         raise ValueError(sentence(error)) from None
 
 
-def sentence(error: msgspec.ValidationError) -> str:
-    """`Expected `float` > 0 - at `$.tenants[3].weight`` → `tenants[3].weight: expected `float` > 0`."""
+def sentence(error: msgspec.ValidationError, within: str = "") -> str:
+    """`Expected `float` > 0 - at `$.tenants[3].weight`` → `tenants[3].weight: expected `float` > 0`; `within`: where
+    what was read stands itself."""
     said, _, where = str(error).partition(" - at `$")
-    where = where.rstrip("`").lstrip(".") or "tenant"
+    where = (within + where.rstrip("`")).lstrip(".") or "tenant"
     if said.startswith("Object contains unknown field `"):
         return f"{where}.{said.split('`')[1]}: there is no such field"
     return f"{where}: {said[:1].lower()}{said[1:]}"
@@ -271,3 +275,11 @@ def index_of(records: Iterable[TenantRecord]) -> dict[bytes, TenantRecord]:
                 raise ValueError(f"key {key_id(key.key)} of tenant {record.name!r} belongs to another tenant, too")
             index[key.digest] = record
     return index
+
+
+def digest_of_all(records: Iterable[TenantRecord]) -> str:
+    """The same for the same tenants, in whatever order and notation they were written; another for any others."""
+    digest = hashlib.sha256()
+    for text in sorted(map(_encode_in_order, records)):
+        digest.update(text)
+    return digest.hexdigest()
