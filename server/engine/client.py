@@ -97,13 +97,13 @@ class EngineConnection(asyncio.Protocol):
     def __init__(self, engine: "EngineClient") -> None:
         self.engine = engine
         self.sink: Sink | None = None
-        self.parser = httptools.HttpResponseParser(self)
         self.reused = False
         self.begun = False
         self.paused = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport: asyncio.Transport = transport  # type: ignore[assignment]  # a TCP transport always is one
+        self.parser = httptools.HttpResponseParser(self)
 
     def ask(self, request: bytes, sink: Sink) -> None:
         """Sends a whole request. The answer goes to `sink`."""
@@ -215,7 +215,7 @@ class EngineConnection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.engine.forget(self)
-        del self.parser  # the two hold each other; where workers come and go, nobody should wait for the collector
+        del self.parser  # the two hold each other, and the garbage collector looks rarely
         sink = self.sink
         if sink is None:
             return

@@ -101,11 +101,13 @@ class Gateway:
         except ServiceError as error:
             self.refused(request.route.path, error)
             request.fail(error)
+            forget_way(error)
             return
         try:
             await self.serve(call, dispatcher, request)
         except ServiceError as error:
             request.fail(error)
+            forget_way(error)
         except asyncio.CancelledError:
             raise
         except Exception:  # the outermost border: whatever this is, the client gets an answer and the log the reason
@@ -269,3 +271,9 @@ def _job_outcome(ticket: Ticket) -> Outcome:
         case Phase.CANCELLED:
             return Outcome.ABORTED
     return Outcome.FAILED
+
+
+def forget_way(error: ServiceError) -> None:
+    """Lets go of the functions that an error came through. One that raised it from a variable holds it, and is held by
+    it: the request, its connection and all would stay until the garbage collector looks, which is rare here."""
+    error.__traceback__ = error.__context__ = error.__cause__ = None

@@ -178,9 +178,12 @@ async def test_a_client_that_was_closed_needs_no_garbage_collector(scripted: Scr
         assert (await engine.get("/health")).status_code == 200
         assert (await engine.post("/v1/x", {})).status_code == 200
         await engine.close()
-        gone = weakref.ref(engine)
-        del engine
-        await eventually(lambda: gone() is None, "the client has gone with its connections")
+        nobody = EngineClient("http://127.0.0.1:9")
+        with pytest.raises(EngineGone):
+            await nobody.get("/health")
+        gone, unmet = weakref.ref(engine), weakref.ref(nobody)
+        del engine, nobody
+        await eventually(lambda: gone() is unmet() is None, "the clients have gone with their connections")
     finally:
         gc.enable()
 

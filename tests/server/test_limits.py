@@ -1,5 +1,6 @@
 """A tenant's limits: what is admitted, what a refusal says, and how exact it is with several gateways."""
 
+import gc
 import random
 from pathlib import Path
 
@@ -19,11 +20,11 @@ from server.admission.limits import (
     span,
 )
 from server.request.call import Call, Phase, Ticket
-from server.request.errors import BadRequest, UnknownModel
+from server.request.errors import BadRequest, ServiceError, UnknownModel
 from server.request.schemas import CHAT, EMBEDDINGS, TOKENIZE
 from server.request.tenant_files import read_file
 from server.request.tenants import Limits, Tenant
-from tests.server.conftest import chat, over_fake, over_script, plain, says
+from tests.server.conftest import chat, eventually, over_fake, over_script, plain, says
 from tests.server.replicated import Answer, Member, World, sync_all, try_enter
 from tests.server.test_tenants import KEY, OTHER
 from tests.steps import lines_executed
@@ -570,3 +571,20 @@ async def test_a_newcomer_does_not_bring_a_spent_tenant_a_full_bucket() -> None:
 
 def test_limits_of_nothing_are_no_limits() -> None:
     assert Limits() == Limits(None, None, None, None, None)
+
+
+async def test_nothing_of_a_refused_request_waits_for_the_garbage_collector(tmp_path: Path) -> None:
+    path = tmp_path / "tenants.yaml"
+    path.write_text(f"tenants: [{{name: acme, keys: [{KEY}], requests_per_minute: 1}}]")
+    async with over_fake(tenants=path) as (gateway, _):
+        asked = {"authorization": f"Bearer {KEY}"}
+        assert (await gateway.ask("/v1/chat/completions", chat(), headers=asked)).status == 200
+        gc.collect()
+        gc.disable()
+        try:
+            for refused, body in ((429, chat()), (404, chat(model="another"))):
+                assert (await gateway.ask("/v1/chat/completions", body, headers=asked)).status == refused
+            await eventually(gateway.at_rest)
+            assert not [left for left in gc.get_objects() if isinstance(left, Ticket | ServiceError)]
+        finally:
+            gc.enable()
