@@ -31,13 +31,11 @@ class _Line(msgspec.Struct):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "input", type=Path, metavar="FILE.jsonl", help="one request per line, as OpenAI's Batch API has it"
+        "input", type=Path, metavar="FILE.jsonl", help="one request per line, in the format of OpenAI's Batch API"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="where the answers go")
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the gateway (default: %(default)s)")
-    parser.add_argument(
-        "--window", default="24h", help="how long the batch may take, e.g. 90m, 24h, 7d (default: %(default)s)"
-    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="file for the answers")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="address of the gateway (default: %(default)s)")
+    parser.add_argument("--window", default="24h", help="completion window, e.g. 90m, 24h, 7d (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="overwrite the output file")
     parser.epilog = "The API key is read from OPENAI_API_KEY. Exit status: 0 if every line was answered, 1 otherwise."
 

@@ -22,20 +22,20 @@ class Command(NamedTuple):
 
 COMMANDS: Mapping[str, Command] = {
     "serve": Command("deploy.serve.serve", "serve a model on this machine: the gateway and its workers"),
-    "gateway": Command("server.__main__", "the gateway alone, before OpenAI-compatible engines already there"),
-    "worker": Command("deploy.serve.join", "one engine that joins the gateways of a Redis"),
+    "gateway": Command("server.__main__", "run only the gateway, in front of OpenAI-compatible engines"),
+    "worker": Command("deploy.serve.join", "run one engine that joins the gateways on a Redis"),
     "tenant": Command("deploy.tenant", "make or hash an API key for the tenant file"),
-    "model": Command("deploy.engine.model", "make the bundled model ready, or fetch one from its hub"),
+    "model": Command("deploy.engine.model", "prepare the bundled model, or download one from its hub"),
     "batch": Command("deploy.batch", "run a file of requests through a gateway's Batch API"),
-    "why": Command("deploy.why", "why a request waited and where it went, from the gateway's log"),
-    "replay": Command("loadtest.client.replay", "send a trace or a workload, record how each request went"),
-    "report": Command("loadtest.report.report_command", "latencies, goodput and fairness of recorded runs"),
-    "compare": Command("deploy.compare", "the same calls under each policy, and the page that shows it"),
-    "simulate": Command("loadtest.simulator.simulate_command", "a trace through the real policies in virtual time"),
-    "calibrate": Command("loadtest.simulator.calibrate", "a cost model fitted to an engine, for simulations"),
-    "advise": Command("loadtest.simulator.advise", "which policy, and how many workers, a trace needs"),
-    "bench": Command("loadtest.bench", "print the figures of docs/benchmarks, measured here and now"),
-    "doctor": Command("deploy.doctor", "say what would go wrong on this machine, and what to do about it"),
+    "why": Command("deploy.why", "explain why a request waited and where it went"),
+    "replay": Command("loadtest.client.replay", "send the requests of a trace to a server and record their latencies"),
+    "report": Command("loadtest.report.report_command", "show latencies, goodput and fairness of recorded runs"),
+    "compare": Command("deploy.compare", "run the same requests under each policy and show the difference"),
+    "simulate": Command("loadtest.simulator.simulate_command", "run a trace through the real policies in virtual time"),
+    "calibrate": Command("loadtest.simulator.calibrate", "fit a cost model to an engine, for simulations"),
+    "advise": Command("loadtest.simulator.advise", "find the policy and the number of workers that a trace needs"),
+    "bench": Command("loadtest.bench", "measure the figures of docs/benchmarks on this machine"),
+    "doctor": Command("deploy.doctor", "check this machine for what would go wrong, and say what to do"),
 }
 
 

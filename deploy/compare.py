@@ -40,49 +40,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--policies", default=DEFAULT_POLICIES, metavar="NAME[:KEY=VALUE…],…",
-        help="the first is the baseline (default: %(default)s)",
+        help="policies to compare, the first is the baseline (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--engine", choices=ENGINES, default="fake", help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder (default: %(default)s)")
-    parser.add_argument("--html", type=Path, metavar="PAGE", help="the page (default: page.html in --out)")
+    parser.add_argument("--engine", choices=ENGINES, default="fake", help="kind of engine (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/compare"), help="folder for the results (default: %(default)s)"
+    )
+    parser.add_argument("--html", type=Path, metavar="PAGE", help="HTML page to write (default: page.html in --out)")
     _how(parser.add_argument_group("how much"))
     _cost(parser.add_argument_group("fake and simulated engines"))
     judged = parser.add_argument_group("objective")
-    judged.add_argument("--ttft", type=float, help="first token, seconds (default: 50 decode steps of the cost model)")
-    judged.add_argument("--tpot", type=float, help="per further token, seconds (default: 5 decode steps)")
+    judged.add_argument(
+        "--ttft", type=float, help="TTFT objective, seconds (default: 50 decode steps of the cost model)"
+    )
+    judged.add_argument("--tpot", type=float, help="TPOT objective, seconds (default: 5 decode steps)")
     real = parser.add_argument_group("real engines")
-    real.add_argument("--model", default="smollm2", help="what is served (default: %(default)s)")
-    real.add_argument("--one-at-a-time", action="store_true", help="restart for every run, one engine alive at a time")
+    real.add_argument("--model", default="smollm2", help="model to serve (default: %(default)s)")
+    real.add_argument("--one-at-a-time", action="store_true", help="restart the engine for every run, one at a time")
     policies_bench.add_saturating_rounds(real)
-    real.add_argument("--engine-args", default="", help="handed to every engine, as one string")
+    real.add_argument("--engine-args", default="", help="arguments for every engine, as one string")
     parser.epilog = describe()
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
 
 def _how(group: "argparse._ArgumentGroup") -> None:
-    group.add_argument("--repetitions", type=int, default=3, help="of every run, interleaved (default: %(default)s)")
+    group.add_argument(
+        "--repetitions", type=int, default=3, help="repetitions of every run, interleaved (default: %(default)s)"
+    )
     group.add_argument("--limit", type=int, default=400, help="requests per run (default: %(default)s)")
     group.add_argument(
-        "--loads", default="1.1", metavar="LOAD,…", help="offered rate by saturation (default: %(default)s)"
+        "--loads",
+        default="1.1",
+        metavar="LOAD,…",
+        help="request rates, as multiples of the engine's capacity (default: %(default)s)",
     )
     group.add_argument("--slots", type=int, default=8, help="batch slots of the engine (default: %(default)s)")
     group.add_argument("--length-scale", type=float, default=0.25, help="multiply all lengths (default: %(default)s)")
-    group.add_argument("--prompt-scale", type=float, default=1.0, help="multiply prompts more (default: %(default)s)")
-    group.add_argument("--context", type=int, default=4096, help="tokens of a request in all (default: %(default)s)")
-    group.add_argument("--shares", default="heavy=3,light=1", help="requests by tenant (default: %(default)s)")
-    group.add_argument("--saturation", type=float, help="requests/s at saturation (default: simulated, or measured)")
-    group.add_argument("--traces", type=Path, help="folder of trace files for the workloads (default: their quantiles)")
-    group.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
-    group.add_argument("--timeout", type=float, default=600.0, help="patience per request, seconds (default: 600)")
-    group.add_argument("--ready", type=float, default=300.0, help="seconds an engine may take to start (default: 300)")
+    group.add_argument(
+        "--prompt-scale", type=float, default=1.0, help="multiply prompt lengths again (default: %(default)s)"
+    )
+    group.add_argument("--context", type=int, default=4096, help="context length, tokens (default: %(default)s)")
+    group.add_argument(
+        "--shares", default="heavy=3,light=1", help="share of the requests per tenant (default: %(default)s)"
+    )
+    group.add_argument("--saturation", type=float, help="capacity in requests/s (default: simulated, or measured)")
+    group.add_argument(
+        "--traces", type=Path, help="folder with trace files for the workloads (default: built-in quantiles)"
+    )
+    group.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    group.add_argument("--timeout", type=float, default=600.0, help="timeout of a request, seconds (default: 600)")
+    group.add_argument(
+        "--ready", type=float, default=300.0, help="timeout of an engine's start, seconds (default: 300)"
+    )
 
 
 def _cost(group: "argparse._ArgumentGroup") -> None:
     group.add_argument(
-        "--cost", choices=sorted(PRESETS), default="quick", help="how slow the engine is (default: %(default)s)"
+        "--cost", choices=sorted(PRESETS), default="quick", help="cost model of the engine (default: %(default)s)"
     )
     group.add_argument(
-        "--cost-file", type=Path, metavar="JSON", help="simulated: a cost model from `evenhand calibrate`"
+        "--cost-file", type=Path, metavar="JSON", help="cost model from `evenhand calibrate`, for simulated engines"
     )
 
 

@@ -357,7 +357,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What one would say to `evenhand serve`; what is not given comes from EVENHAND_…, file, default, as there."""
     add_options(parser, ServeSettings, OPTIONS)
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of the settings")
-    parser.add_argument("--json", action="store_true", help="findings as a JSON list, for programs")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -20,14 +20,16 @@ class ModelSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: str = Field(min_length=1, description="a name of ours, a folder, or a hub id")
-    label: str | None = Field(None, pattern=_LABEL, description="what the names of its workers begin with")
+    name: str = Field(min_length=1, description="a bundled model, a folder, or a Hugging Face id")
+    label: str | None = Field(None, pattern=_LABEL, description="prefix of its workers' names")
     workers: int | None = Field(None, ge=0, le=64)
     prefill_workers: int | None = Field(None, ge=0, le=64)
     decode_workers: int | None = Field(None, ge=0, le=64)
     kv_cache_gib: int | None = Field(None, ge=1)
     gpus: str | None = None
-    engine_args: list[str] = Field(default_factory=list, description="arguments behind those of all models")
+    engine_args: list[str] = Field(
+        default_factory=list, description="engine arguments, appended to those of all models"
+    )
 
     @field_validator("gpus", mode="before")
     @classmethod
@@ -61,38 +63,42 @@ class ServeSettings(Settings):
     model: Annotated[list[ModelSettings], NoDecode, BeforeValidator(_models)] = Field(
         default_factory=lambda: [ModelSettings(name=BUNDLED)],
         min_length=1,
-        description=f"model to serve: a name of ours, a folder, or a hub id; default: {BUNDLED}",
+        description=f"model to serve: a bundled model, a folder, or a Hugging Face id; default: {BUNDLED}",
     )
     worker_count: int | None = Field(
-        None, ge=0, le=64, description="engines that read and answer; default: 1, or none beside the two kinds below"
+        None, ge=0, le=64, description="engines that do prefill and decode; default: 1, or 0 with the two kinds below"
     )
-    prefill_workers: int = Field(0, ge=0, le=64, description="engines that only read prompts")
-    decode_workers: int = Field(0, ge=0, le=64, description="engines that answer what those have read")
-    kv_cache_gib: int | None = Field(None, ge=1, description="KV cache of each CPU engine, GiB; default: by memory")
+    prefill_workers: int = Field(0, ge=0, le=64, description="engines for prefill only")
+    decode_workers: int = Field(
+        0, ge=0, le=64, description="engines that decode what the prefill engines have computed"
+    )
+    kv_cache_gib: int | None = Field(
+        None, ge=1, description="KV cache of each CPU engine, GiB; default: by free memory"
+    )
     engine_args: list[str] = Field(
         default_factory=list,
-        description="an argument handed to vLLM as it is, e.g. --engine-arg=--max-num-seqs=8; overrides ours. "
-        "--engine-arg=NAME:--max-num-seqs=8 is for the engines of one model",
+        description="an argument passed to vLLM unchanged, e.g. --engine-arg=--max-num-seqs=8; it overrides ours. "
+        "--engine-arg=NAME:--max-num-seqs=8 applies to the engines of one model",
     )
     engine_key: SecretStr | None = Field(
         None,
         min_length=16,
-        description="key that the engines ask for, so that nobody passes the gateway by; default: a random one each",
+        description="API key of the engines, so that nobody can bypass the gateway; default: a random key for each",
     )
     gpus: str = Field(
-        "", description="GPUs to use, as indices or UUIDs: 0,1; default: all that are visible and not in use"
+        "", description="GPUs to use, as indices or UUIDs: 0,1; default: all visible GPUs that are not in use"
     )
     compile: bool = Field(
         False,
-        description="compile the model at start: on a CPU some 40 s later ready, and about a seventh more tokens a "
-        "second (a GPU engine always compiles)",
+        description="compile the model at start: on a CPU it is ready 40 s later and produces about a seventh more "
+        "tokens per second (GPU engines always compile)",
     )
-    start_timeout_s: Positive = Field(
-        900.0, description="how long a starting engine may say nothing in its log, seconds"
+    start_timeout_s: Positive = Field(900.0, description="longest silence in the log of a starting engine, seconds")
+    state_folder: Path | None = Field(
+        None, description="folder for the engines' logs; default: the user's state folder"
     )
-    state_folder: Path | None = Field(None, description="where the engines' logs go; default: the user's state folder")
-    dry_run: bool = Field(False, description="print what would be started on which GPUs or cores, and start nothing")
-    verbose: bool = Field(False, description="show the engines' whole logs")
+    dry_run: bool = Field(False, description="print what would be started on which GPUs or cores, without starting it")
+    verbose: bool = Field(False, description="show the engines' complete logs")
 
     @property
     def source(self) -> str:

@@ -11,7 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "action",
         choices=("new-key", "hash-key"),
-        help="new-key: make one and show it with its hash; hash-key: read one from standard input and show its hash",
+        help="new-key: generate a key and print it with its hash; hash-key: hash the key on standard input",
     )
 
 

@@ -22,7 +22,7 @@ PLACEMENTS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("request_id", help="its x-request-id")
+    parser.add_argument("request_id", help="the request's x-request-id")
     parser.add_argument(
         "log", nargs="*", type=Path, help="log files of `--log-format json`; default: standard input", metavar="FILE"
     )

@@ -76,25 +76,27 @@ def _one_of(*choices: str) -> Callable[[str], str]:
 
 
 _PREFILL = PolicyOption(
-    "prefill_tokens_per_step", _whole(1), "256", "tokens", "prompt tokens whose prefill takes as long as a decode step"
+    "prefill_tokens_per_step", _whole(1), "256", "tokens", "prompt tokens that take as long as one decode step"
 )
-_TAIL = PolicyOption(
-    "tail", _number(0.0), "inf", "ratio", "longest wait for a first token, by P99 of first come, first served"
-)
-_CAP = PolicyOption("preemptions_per_s", _whole(0), "100", "1/s", "most running jobs displaced in any one second")
+_TAIL = PolicyOption("tail", _number(0.0), "inf", "ratio", "bound on the P99 TTFT, as a multiple of that under FCFS")
+_CAP = PolicyOption("preemptions_per_s", _whole(0), "100", "1/s", "most requests preempted per second")
 
 POLICIES: Mapping[str, CatalogEntry] = {
     "fcfs": CatalogEntry("first come, first served", (), Fcfs),
     "mlfq": CatalogEntry(
-        "skip-join multi-level feedback queue (FastServe): least served first",
+        "skip-join multi-level feedback queue (FastServe): the least served first",
         (
             PolicyOption(
-                "quantum_steps", _whole(1), "16", "decode steps", "quantum of the highest level; doubles per level"
+                "quantum_steps",
+                _whole(1),
+                "16",
+                "decode steps",
+                "quantum of the highest level; doubles with each level",
             ),
-            PolicyOption("levels", _whole(1), "6", "levels", "how many"),
+            PolicyOption("levels", _whole(1), "6", "levels", "number of levels"),
             _PREFILL,
             PolicyOption(
-                "patience_s", _number(0.0), "10", "s", "a job unserved for so long is promoted; inf for never"
+                "patience_s", _number(0.0), "10", "s", "waiting time after which a request is promoted; inf for never"
             ),
             _CAP,
             _TAIL,
@@ -102,53 +104,65 @@ POLICIES: Mapping[str, CatalogEntry] = {
         Mlfq,
     ),
     "vtc": CatalogEntry(
-        "virtual token counter: fair between tenants",
+        "virtual token counter (VTC): fair between tenants",
         (
             PolicyOption("prompt_weight", _number(0.0), "1", "service/token", "service per prompt token (VTC's w_p)"),
             PolicyOption("output_weight", _number(0.0), "2", "service/token", "service per output token (VTC's w_q)"),
             PolicyOption(
-                "predict", _one_of("none", "last5"), "none", "", "charge the tenant's usual output in advance"
+                "predict",
+                _one_of("none", "last5"),
+                "none",
+                "",
+                "last5: charge the mean of a tenant's last five outputs in advance",
             ),
+            PolicyOption("charge", _one_of("all", "computed"), "all", "", "computed: cached prompt tokens are free"),
             PolicyOption(
-                "charge", _one_of("all", "computed"), "all", "", "computed: prompt tokens found in cache are free"
-            ),
-            PolicyOption(
-                "slots", _one_of("free", "shared"), "free", "", "shared: who has few slots takes one from who has many"
+                "slots",
+                _one_of("free", "shared"),
+                "free",
+                "",
+                "shared: a tenant with few slots may take one from a tenant with many",
             ),
             _CAP,
             PolicyOption(
-                "burst", _number(0.0), "0", "requests", "mean requests a returning tenant may be ahead of its turn"
+                "burst", _number(0.0), "0", "requests", "credit of a returning tenant, in requests of mean size"
             ),
-            PolicyOption("within", _one_of("fcfs", "mlfq", "gittins", "srpt"), "fcfs", "", "order inside one tenant"),
+            PolicyOption(
+                "within", _one_of("fcfs", "mlfq", "gittins", "srpt"), "fcfs", "", "order of the requests of one tenant"
+            ),
         ),
         None,
     ),
     "gittins": CatalogEntry(
-        "learned from finished lengths: likeliest to end soon first",
+        "Gittins index: learns output lengths, the request likeliest to end soon first",
         (
             _PREFILL,
+            PolicyOption("hysteresis", _number(1.25), "1.6", "ratio", "how much higher an index must be to preempt"),
             PolicyOption(
-                "hysteresis", _number(1.25), "1.6", "ratio", "by how much an index must be higher to displace"
+                "patience_s", _number(0.0), "60", "s", "waiting time after which a request goes first; inf for never"
             ),
-            PolicyOption("patience_s", _number(0.0), "60", "s", "a job unserved for so long goes first; inf for never"),
             _CAP,
-            PolicyOption("min_samples", _whole(20), "50", "jobs", "finished jobs a class needs before it is trusted"),
-            PolicyOption("window", _whole(100), "2000", "jobs", "how many of the latest jobs a class remembers"),
             PolicyOption(
-                "max_tokens", _one_of("use", "ignore"), "use", "", "ignore: it says nothing of a job's length"
+                "min_samples", _whole(20), "50", "jobs", "finished requests that a class needs before it counts"
+            ),
+            PolicyOption("window", _whole(100), "2000", "jobs", "latest requests that a class remembers"),
+            PolicyOption(
+                "max_tokens", _one_of("use", "ignore"), "use", "", "ignore: max_tokens says nothing about the length"
             ),
             replace(_TAIL, default="0.85"),
         ),
         Gittins,
     ),
     "srpt": CatalogEntry(
-        "shortest rest first, where max_tokens is the true length",
+        "shortest remaining time first, if max_tokens is the true length",
         (
             _PREFILL,
             PolicyOption(
-                "hysteresis", _number(1.1), "1.3", "ratio", "how much longer the displaced job's rest must be"
+                "hysteresis", _number(1.1), "1.3", "ratio", "how much longer the preempted request's rest must be"
             ),
-            PolicyOption("patience_s", _number(0.0), "60", "s", "a job unserved for so long goes first; inf for never"),
+            PolicyOption(
+                "patience_s", _number(0.0), "60", "s", "waiting time after which a request goes first; inf for never"
+            ),
             _CAP,
             _TAIL,
         ),

@@ -1,4 +1,4 @@
-"""Every knob of the gateway in one typed tree: command line > EVENHAND_… > YAML file > default."""
+"""All settings of the gateway in one typed tree: command line > EVENHAND_… > YAML file > default."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,25 +27,33 @@ class EdgeSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    max_head_bytes: int = Field(32 * 1024, ge=1024, description="request line and headers together, bytes")
-    max_body_bytes: int = Field(32 * 1024 * 1024, ge=1024, description="request body, bytes")
-    head_timeout_s: Positive = Field(15.0, description="until a connection's request head is complete, seconds")
-    body_timeout_s: Positive = Field(60.0, description="until a request's body is complete, seconds")
+    max_head_bytes: int = Field(32 * 1024, ge=1024, description="largest request line with headers, bytes")
+    max_body_bytes: int = Field(32 * 1024 * 1024, ge=1024, description="largest request body, bytes")
+    head_timeout_s: Positive = Field(
+        15.0, description="time for a client to send the request line and headers, seconds"
+    )
+    body_timeout_s: Positive = Field(60.0, description="time for a client to send the body, seconds")
     max_held_bytes: int = Field(
-        512 * 1024 * 1024, ge=1024, description="all request bodies that arrive, wait or run, together, bytes"
+        512 * 1024 * 1024,
+        ge=1024,
+        description="memory for all request bodies that are being received, queued or running, bytes",
     )
     max_connections: int | None = Field(
         None,
         ge=1,
-        description="client connections of a process; default: as the limit of open files allows, at most 16384",
+        description="client connections per process; default: by the limit of open files, at most 16384",
     )
-    stall_timeout_s: Positive = Field(120.0, description="a client may read nothing of its answer, seconds")
-    keep_alive_s: Positive = Field(75.0, description="an idle connection is kept open, seconds")
+    stall_timeout_s: Positive = Field(120.0, description="how long a client may read nothing of its answer, seconds")
+    keep_alive_s: Positive = Field(75.0, description="how long an idle client connection stays open, seconds")
     gzip_from_bytes: int | None = Field(
-        None, ge=64, description="whole JSON answers from this length on are compressed for clients that accept gzip"
+        None,
+        ge=64,
+        description="smallest JSON answer, in bytes, that is compressed for clients that accept gzip; default: none is",
     )
     address_rpm: int | None = Field(
-        None, ge=1, description="requests a minute from one address, those with a wrong key too; beyond it 429"
+        None,
+        ge=1,
+        description="requests per minute from one address, including those with a wrong key; more are refused with 429",
     )
 
     @model_validator(mode="after")
@@ -56,58 +64,57 @@ class EdgeSettings(BaseModel):
 
 
 class AdmissionSettings(BaseModel):
-    """Who waits, how long, and how far ahead of its batch an engine is filled."""
+    """The queue, and how many requests an engine receives beyond its batch."""
 
     model_config = ConfigDict(extra="forbid")
 
-    max_waiting: int = Field(10_000, ge=0, description="requests that may wait per model; beyond it 429")
-    queue_timeout_s: Positive | None = Field(600.0, description="longest wait for a worker, seconds")
-    max_sequences: int = Field(128, ge=1, description="answers that one request may ask for: prompts times `n`")
+    max_waiting: int = Field(10_000, ge=0, description="queued requests per model; more are refused with 429")
+    queue_timeout_s: Positive | None = Field(600.0, description="longest time in the queue, seconds")
+    max_sequences: int = Field(128, ge=1, description="most answers of one request: prompts times `n`")
     ahead: int | None = Field(
-        None, ge=0, description="sequences given to a worker beyond its batch; default: the policy's choice"
+        None, ge=0, description="sequences sent to a worker beyond its batch; default: the policy's choice"
     )
 
 
 class DisaggregationSettings(BaseModel):
-    """When a prompt is read by a prefill worker, where there are such; the rest goes straight to who answers it."""
+    """When prefill runs at another worker than decode."""
 
     model_config = ConfigDict(extra="forbid")
 
-    min_prompt_tokens: int = Field(
-        128, ge=1, description="shorter prompts, what is cached left out, are read where they are answered"
-    )
-    busy_tokens: int = Field(8192, ge=1, description="a prefill worker with more pending is not waited for, tokens")
+    min_prompt_tokens: int = Field(128, ge=1, description="prompts with fewer uncached tokens are not split")
+    busy_tokens: int = Field(8192, ge=1, description="a prefill worker with more pending prompt tokens is not used")
     max_arriving_tokens: int = Field(
-        16384, ge=1, description="prompts whose KV is on its way to one decode worker, tokens"
+        16384, ge=1, description="most prompt tokens whose KV cache is in transfer to one decode worker"
     )
-    balance_roles: bool = Field(False, description="workers of role `both` lean to the side that is short")
-    prefill_timeout_s: Positive = Field(120.0, description="then the prompt is read where it is answered, seconds")
+    balance_roles: bool = Field(
+        False, description="let workers of role `both` prefer prefill or decode, whichever is short"
+    )
+    prefill_timeout_s: Positive = Field(
+        120.0, description="longest time for prefill at another worker, seconds; then the decode worker does it"
+    )
 
 
 class SloTarget(BaseModel):
-    """Objectives of one model's streams, in place of the general ones."""
+    """Latency objectives of one model, in place of the general ones."""
 
     model_config = ConfigDict(extra="forbid")
 
-    ttft_s: Positive | None = Field(None, description="from arrival to the first token, seconds")
-    tpot_s: Positive | None = Field(None, description="mean time per later token, seconds")
+    ttft_s: Positive | None = Field(None, description="TTFT objective, seconds")
+    tpot_s: Positive | None = Field(None, description="TPOT objective, seconds")
 
 
 class SloSettings(BaseModel):
-    """What streams are promised: metrics and alerts judge by it, and placement keeps to it where it is set."""
+    """Latency objectives: metrics and alerts use them, and placement aims at those that are set."""
 
     model_config = ConfigDict(extra="forbid")
 
-    ttft_s: Positive | None = Field(
-        None, description="objective for the first token, seconds; where it is not set, metrics and alerts take 2"
-    )
+    ttft_s: Positive | None = Field(None, description="TTFT objective, seconds; without one, metrics and alerts use 2")
     tpot_s: Positive | None = Field(
         None,
-        description="objective for the mean time per later token, seconds; where it is not set, metrics and alerts "
-        "take 0.1",
+        description="TPOT objective, seconds; without one, metrics and alerts use 0.1",
     )
     models: dict[str, SloTarget] = Field(
-        default_factory=dict, description="objectives of single models by name, e.g. {large: {tpot_s: 0.05}}"
+        default_factory=dict, description="objectives per model, e.g. {large: {tpot_s: 0.05}}"
     )
 
     @property
@@ -134,54 +141,56 @@ class CostSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    meter: bool = Field(False, description="count GPU-seconds and money by tenant, model and tier, for /admin/usage")
-    currency: str = Field("", max_length=16, description="a word beside every amount, e.g. EUR")
-    gpu_hour: Money = Field(0.0, description="price of an hour of one GPU, for models without prices of their tokens")
+    meter: bool = Field(False, description="account GPU-seconds and money by tenant, model and tier, for /admin/usage")
+    currency: str = Field("", max_length=16, description="currency shown with every amount, e.g. EUR")
+    gpu_hour: Money = Field(0.0, description="price of one GPU hour, for models without token prices")
     models: dict[str, ModelPrice] = Field(
-        default_factory=dict, description="prices of a million tokens by the name that is asked; `*` is for all others"
+        default_factory=dict, description="prices per million tokens by requested model name; `*` applies to all others"
     )
 
 
 class HealthSettings(BaseModel):
-    """When a worker is out, when it is back, and what happens to answers that it does not finish."""
+    """When a worker counts as failed, when it is tried again, and how its requests are retried."""
 
     model_config = ConfigDict(extra="forbid")
 
-    attempts: int = Field(3, ge=1, le=10, description="workers asked for one request, one after the other")
-    probe_timeout_s: Positive = Field(5.0, description="a worker may take to answer a probe, seconds")
-    failures: int = Field(5, ge=1, description="failed requests in a row after which a worker is out for a while")
-    stall_s: Positive = Field(60.0, description="a stream may be silent while its engine makes no tokens, seconds")
-    drain_s: Positive = Field(300.0, description="running streams may stay at a drained worker, seconds")
+    attempts: int = Field(3, ge=1, le=10, description="most workers tried for one request")
+    probe_timeout_s: Positive = Field(5.0, description="timeout of a health probe, seconds")
+    failures: int = Field(
+        5, ge=1, description="consecutive failed requests after which a worker receives none for a while"
+    )
+    stall_s: Positive = Field(
+        60.0, description="longest silence of a stream while its engine produces no tokens, seconds"
+    )
+    drain_s: Positive = Field(300.0, description="time for running streams to finish at a drained worker, seconds")
     canary: Literal["off", "answers", "same"] = Field(
-        "answers", description="what a worker must answer to a trial question before it gets requests"
+        "answers", description="what a worker must answer to a test prompt before it receives requests"
     )
 
 
 class RecordSettings(BaseModel):
-    """The traffic as a trace without content, for `evenhand replay`."""
+    """Recording of traffic as a trace without content, for `evenhand replay`."""
 
     model_config = ConfigDict(extra="forbid")
 
-    folder: Path | None = Field(None, description="folder for the trace's files; default: nothing is recorded")
-    max_bytes: int = Field(1024**3, ge=1024**2, description="of all files together; the oldest is removed")
-    file_bytes: int = Field(64 * 1024**2, ge=1024, description="of one file")
+    folder: Path | None = Field(None, description="folder for recorded traffic; default: nothing is recorded")
+    max_bytes: int = Field(1024**3, ge=1024**2, description="size of all files together, bytes; the oldest is removed")
+    file_bytes: int = Field(64 * 1024**2, ge=1024, description="size of one file, bytes")
 
 
 class TierSettings(BaseModel):
-    """Service tiers: requests that go first, and requests that run in what others leave."""
+    """Service tiers: requests that go first, and requests that use the capacity that others leave."""
 
     model_config = ConfigDict(extra="forbid")
 
-    flex_cost: float = Field(
-        0.5, ge=0, description="what a token of tier flex counts for in limits and budgets, and its price"
-    )
-    priority_cost: float = Field(2.0, ge=0, description="what a token of tier priority counts for")
-    flex_timeout_s: Positive = Field(600.0, description="longest wait of a flex request for its start, seconds")
+    flex_cost: float = Field(0.5, ge=0, description="factor for flex tokens in limits, budgets and price")
+    priority_cost: float = Field(2.0, ge=0, description="the same for priority tokens")
+    flex_timeout_s: Positive = Field(600.0, description="longest time of a flex request in the queue, seconds")
     flex_reserve: float = Field(
-        0.05, ge=0, lt=1, description="of the starts while flex requests wait, their share when others want all"
+        0.05, ge=0, lt=1, description="share of the starts that flex requests get when others would use every slot"
     )
     flex_share: float = Field(
-        0.25, gt=0, le=1, description="of the slots of a worker without our scheduler, most for flex requests"
+        0.25, gt=0, le=1, description="largest share of the slots for flex requests, on a worker without our scheduler"
     )
 
 
@@ -190,31 +199,29 @@ class BatchSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    folder: Path | None = Field(None, description="folder for files and batches; default: no Batch API")
+    folder: Path | None = Field(None, description="folder for files and batches; default: the Batch API is off")
     shared: bool = Field(
         False,
-        description="several gateways run the same batches: in Redis, with a folder that all of them share",
+        description="let several gateways run the same batches, through Redis and a folder that all of them mount",
     )
-    max_requests: int = Field(50_000, ge=1, description="requests of one batch")
-    tenant_bytes: int = Field(10 * 1024**3, ge=1, description="of all files of one tenant, bytes")
-    keep_days: Positive = Field(30.0, description="then a file is removed, days")
+    max_requests: int = Field(50_000, ge=1, description="most requests in one batch")
+    tenant_bytes: int = Field(10 * 1024**3, ge=1, description="storage per tenant, bytes")
+    keep_days: Positive = Field(30.0, description="days after which a file is removed")
 
 
 class SleepSettings(BaseModel):
-    """Models that nobody asks for."""
+    """Sleep and wake-up of idle models."""
 
     model_config = ConfigDict(extra="forbid")
 
     after_s: Positive | None = Field(
-        None, description="a model without traffic for so long is put to sleep, seconds; default: none is"
+        None, description="idle time after which a model is put to sleep, seconds; default: never"
     )
-    level: Literal[1, 2] = Field(
-        1, description="of vLLM's sleep mode: 1 keeps the weights in the machine's memory, 2 loads them anew"
-    )
-    max_wait_s: Positive = Field(300.0, description="a request may wait for a model to wake up, seconds")
+    level: Literal[1, 2] = Field(1, description="vLLM's sleep level: 1 keeps the weights in CPU memory, 2 reloads them")
+    max_wait_s: Positive = Field(300.0, description="longest time a request waits for a model to wake up, seconds")
     from_zero: list[str] = Field(
         default_factory=list,
-        description="a model that is started elsewhere when requests wait for it: they wait, though nobody serves it",
+        description="a model that an autoscaler starts when requests wait for it; they wait while no worker serves it",
     )
 
 
@@ -224,9 +231,11 @@ class TracingSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     endpoint: str | None = Field(
-        None, pattern="^https?://", description="where spans go, OTLP over HTTP, e.g. http://127.0.0.1:4318/v1/traces"
+        None, pattern="^https?://", description="OTLP/HTTP endpoint for spans, e.g. http://127.0.0.1:4318/v1/traces"
     )
-    share: float = Field(1.0, ge=0, le=1, description="of the requests that no caller has decided about")
+    share: float = Field(
+        1.0, ge=0, le=1, description="share of the requests that are traced, unless the caller decided"
+    )
 
 
 class Settings(BaseSettings):
@@ -238,67 +247,70 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on")
-    tls_cert: Path | None = Field(
-        None, description="PEM file of the certificate that clients see; read again when it is renewed"
-    )
-    tls_key: Path | None = Field(None, description="PEM file of its key, if that is not in the same file")
+    tls_cert: Path | None = Field(None, description="PEM file with the server certificate; reloaded when it changes")
+    tls_key: Path | None = Field(None, description="PEM file with its private key, if it is in another file")
     cors_origins: list[str] = Field(
-        default_factory=list, description="a web site whose pages may ask this gateway, e.g. https://chat.example, or *"
+        default_factory=list,
+        description="origin whose web pages may call this gateway, e.g. https://chat.example, or *",
     )
     trusted_proxies: list[str] = Field(
         default_factory=list,
-        description="address or network of a proxy whose Forwarded and X-Forwarded-For headers count, e.g. 10.0.0.0/8",
+        description="address or network of a proxy whose Forwarded and X-Forwarded-For headers are trusted, "
+        "e.g. 10.0.0.0/8",
     )
-    policy: str = Field("fcfs", description="order of the queue: fcfs, mlfq, vtc, gittins or srpt")
-    policy_options: dict[str, str] = Field(default_factory=dict, description="an option of the policy")
+    policy: str = Field("fcfs", description="scheduling policy: fcfs, mlfq, vtc, gittins or srpt")
+    policy_options: dict[str, str] = Field(default_factory=dict, description="an option of the policy, see below")
     workers: list[str] = Field(
         default_factory=list,
         description="an OpenAI-compatible engine, e.g. http://127.0.0.1:8101,slots=256, or https://host,key=ENV_NAME,ca=FILE",
     )
     models: dict[str, Any] = Field(
         default_factory=dict,
-        description="a name that clients may ask for and the model that answers, e.g. gpt-4o-mini=smollm2; "
-        "`*` stands for every name that nobody serves",
+        description="a model name that clients may use and the model that serves it, e.g. gpt-4o-mini=smollm2; "
+        "`*` stands for every name that is not served",
     )
     worker_ca: Path | None = Field(
-        None, description="PEM file of who signs the certificates of workers that name no `ca` of their own"
+        None, description="PEM file with the CA of the workers' certificates, for workers without `ca`"
     )
     worker_cert: Path | None = Field(
-        None, description="PEM file of the gateway's own certificate, for workers that ask for one"
+        None, description="PEM file with the gateway's client certificate, for workers that require one"
     )
-    worker_cert_key: Path | None = Field(None, description="PEM file of its key, if that is not in the same file")
-    gateway_processes: int = Field(1, ge=1, le=64, description="processes that are this gateway, behind one port")
-    probe_s: Positive = Field(1.0, description="between two probes of a worker, seconds")
+    worker_cert_key: Path | None = Field(None, description="PEM file with its private key, if it is in another file")
+    gateway_processes: int = Field(1, ge=1, le=64, description="processes of this gateway, on one port")
+    probe_s: Positive = Field(1.0, description="interval of health probes, seconds")
     lame_duck_s: float = Field(
-        0.0, ge=0, description="after a stop signal /ready says 503 and requests are still taken, seconds"
+        0.0, ge=0, description="after a stop signal, how long requests are accepted while /ready answers 503, seconds"
     )
-    shutdown_s: Positive = Field(30.0, description="running answers may finish after a stop signal, seconds")
+    shutdown_s: Positive = Field(30.0, description="time for running requests to finish after a stop signal, seconds")
     tenants: Path | None = Field(
-        None, description="YAML file with the tenants, their keys and limits; read anew when it changes"
+        None, description="YAML file with the tenants, their keys and limits; reloaded when it changes"
     )
     allow_open: bool = Field(
-        False, description="serve without any tenant on an address that others can reach: anybody may ask"
+        False, description="allow requests without a key on an address that other machines can reach"
     )
-    admin_key: SecretStr | None = Field(None, min_length=16, description="opens /admin; without one /admin refuses")
-    admin_host: str = Field("127.0.0.1", description="address for /admin and the console, once there is an admin key")
+    admin_key: SecretStr | None = Field(None, min_length=16, description="key for /admin; without one /admin is closed")
+    admin_host: str = Field("127.0.0.1", description="address of /admin and the console")
     admin_port: int | None = Field(
         None,
         ge=0,
         le=65535,
-        description="their port; default: 1000 above `port`; the same as `port`: no address of their own",
+        description="port of /admin and the console; default: `port` + 1000; the same as `port`: on the public address",
     )
     redis_url: SecretStr | None = Field(
         None,
         description="Redis that replicas share, e.g. redis://HOST:6379/0; set EVENHAND_REDIS_URL if it has a password",
     )
-    replica: str = Field("", max_length=64, description="this gateway's name among its replicas; default: the host's")
-    sync_s: Positive = Field(0.1, le=5.0, description="between two exchanges with the replicas, seconds")
-    salt_cache: bool = Field(
-        False, description="a prefix cache of its own for each tenant: none learns from time what another has asked"
+    replica: str = Field(
+        "", max_length=64, description="this gateway's name among its replicas; default: the host name"
     )
-    tenant_labels: int = Field(20, ge=1, le=1000, description="tenants named in metrics; the rest is `other`")
-    log_format: LogFormat = Field("text", description="of the gateway's log: text, or json with a line per request")
-    log_level: LogLevel = Field("info", description="from which level on the gateway's log speaks")
+    sync_s: Positive = Field(0.1, le=5.0, description="interval of the exchange with the replicas, seconds")
+    salt_cache: bool = Field(
+        False,
+        description="separate prefix caches per tenant, so that response times tell nothing about others' prompts",
+    )
+    tenant_labels: int = Field(20, ge=1, le=1000, description="most tenants named in metrics; the rest is `other`")
+    log_format: LogFormat = Field("text", description="log format: text, or json with one line per request")
+    log_level: LogLevel = Field("info", description="lowest level that is logged")
     edge: EdgeSettings = EdgeSettings()
     admission: AdmissionSettings = AdmissionSettings()
     record: RecordSettings = RecordSettings()

@@ -280,17 +280,15 @@ def _tell_progress(process: subprocess.Popen[str], say: Say) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    making = actions.add_parser(
-        "prepare", help="make a bundled model ready in the cache folder; quick when it is there"
-    )
+    making = actions.add_parser("prepare", help="prepare a bundled model in the cache folder, if it is not there yet")
     making.add_argument(
-        "name", nargs="?", default=BUNDLED, choices=sorted(MADE_HERE), help="which (default: %(default)s)"
+        "name", nargs="?", default=BUNDLED, choices=sorted(MADE_HERE), help="name of the model (default: %(default)s)"
     )
     fetching = actions.add_parser(
-        "download", help="fetch a hub's model into the hub's own cache (HF_HOME), going on where an earlier try ended"
+        "download", help="download a model from Hugging Face into its cache (HF_HOME); resumes an earlier download"
     )
-    fetching.add_argument("name", help="the model's id at the hub: OWNER/NAME")
-    making.add_argument("--cache", type=Path, default=cache_folder(), help="the cache folder (default: %(default)s)")
+    fetching.add_argument("name", help="Hugging Face id: OWNER/NAME")
+    making.add_argument("--cache", type=Path, default=cache_folder(), help="cache folder (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:

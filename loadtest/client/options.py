@@ -18,11 +18,11 @@ Value = TypeVar("Value")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("trace", metavar="TRACE", help=TRACE_HELP)
-    parser.add_argument("--url", required=True, help="the server, for example http://127.0.0.1:8000")
+    parser.add_argument("--url", required=True, help="address of the server, e.g. http://127.0.0.1:8000")
     parser.add_argument(
-        "--limit", type=at_least(1), help="requests to send (default: all of a trace, 200 of a workload)"
+        "--limit", type=at_least(1), help="number of requests (default: all of a trace, 200 of a workload)"
     )
-    _where(parser.add_argument_group("where the results go"))
+    _where(parser.add_argument_group("results"))
     _when(parser.add_argument_group("when"))
     _what(parser.add_argument_group("what"))
     _who(parser.add_argument_group("who"))
@@ -30,112 +30,137 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _where(group: "argparse._ArgumentGroup") -> None:
-    group.add_argument("--out", type=Path, help="write the records here, one JSON line per request")
-    group.add_argument("--html", type=Path, metavar="PAGE", help="write the report's page, and the records beside it")
+    group.add_argument("--out", type=Path, help="file for the records, one JSON line per request")
+    group.add_argument(
+        "--html", type=Path, metavar="PAGE", help="write the report as an HTML page, and the records next to it"
+    )
     old = group.add_mutually_exclusive_group()
     old.add_argument("--force", action="store_true", help="overwrite the records of an earlier run")
-    old.add_argument("--resume", action="store_true", help="send what an interrupted run has not, and append to --out")
-    group.add_argument(
-        "--metrics", action="append", metavar="URL", help="record these servers' /metrics too (default: that of --url)"
+    old.add_argument(
+        "--resume",
+        action="store_true",
+        help="send the requests that an interrupted run has not sent, and append to --out",
     )
-    group.add_argument("--quiet", action="store_true", help="no progress line")
+    group.add_argument(
+        "--metrics", action="append", metavar="URL", help="also record /metrics of these servers (default: of --url)"
+    )
+    group.add_argument("--quiet", action="store_true", help="show no progress")
 
 
 def _when(group: "argparse._ArgumentGroup") -> None:
     add_when(group)
-    group.add_argument("--duration", type=positive, metavar="SECONDS", help="send nothing after so long")
+    group.add_argument("--duration", type=positive, metavar="SECONDS", help="stop sending after this time")
     group.add_argument(
-        "--warmup", type=not_negative, default=0.0, metavar="SECONDS", help="report nothing of what is due before"
+        "--warmup",
+        type=not_negative,
+        default=0.0,
+        metavar="SECONDS",
+        help="leave requests due before this time out of the report",
     )
     group.add_argument("--max-errors", type=at_least(0), metavar="N", help="stop when more than N requests have failed")
     group.add_argument(
         "--sweep", type=_sweep, nargs="?", const=(0.0, 0.0), metavar="LOW,HIGH",
-        help="find the highest rate at which 90 %% of the requests are inside --ttft and --tpot; --limit or --duration "
-        "says how much is sent at each rate (default: 200 requests)",
+        help="find the highest rate at which 90 %% of the requests meet --ttft and --tpot; --limit or --duration "
+        "sets the length of each run (default: 200)",
     )  # fmt: skip
-    group.add_argument("--timeout", type=positive, default=600.0, help="patience per request, seconds (default: 600)")
+    group.add_argument("--timeout", type=positive, default=600.0, help="timeout of a request, seconds (default: 600)")
     group.add_argument(
-        "--drain", type=not_negative, help="wait so long for the last answers, seconds (default: --timeout)"
+        "--drain", type=not_negative, help="how long to wait for the last answers, seconds (default: --timeout)"
     )
 
 
 def add_when(group: "argparse._ArgumentGroup") -> None:
     """When calls are sent, for a replay and for a simulation of one."""
     group.add_argument(
-        "--rate-scale", type=positive, default=1.0, help="pass a trace so many times as fast (default: 1)"
+        "--rate-scale", type=positive, default=1.0, help="speed up the trace by this factor (default: 1)"
     )
-    group.add_argument("--rate", type=positive, help="requests per second, in place of a trace's times (workloads: 1)")
+    group.add_argument(
+        "--rate", type=positive, help="requests per second, instead of the trace's times (default for workloads: 1)"
+    )
     group.add_argument("--cv", type=positive, default=1.0, help="burstiness with --rate: 1 is Poisson (default: 1)")
     group.add_argument(
-        "--on-off", type=_on_off, metavar="ON,OFF", help="with --rate: arrivals for ON seconds, none for OFF, again"
+        "--on-off",
+        type=_on_off,
+        metavar="ON,OFF",
+        help="with --rate: repeat ON seconds with arrivals and OFF seconds without",
     )
     group.add_argument(
         "--stages", type=checked(parse_stages), metavar="RATE:SECONDS,…",
-        help="rates that follow each other, a ramp as LOW-HIGH: 5:60,5-20:300 (in place of a trace's times)",
+        help="successive rates, or LOW-HIGH for a ramp, instead of the trace's times: 5:60,5-20:300",
     )  # fmt: skip
     group.add_argument(
         "--think", type=_think, default=TRACE, metavar=f"{TRACE}|{IDLE_GAP}|SECONDS",
-        help=f"when a conversation's next turn goes: {TRACE}, when it is due and the answer before it is there; "
-        f"{IDLE_GAP}, as long after that answer as the trace's user waited; or SECONDS after it (default: {TRACE})",
+        help=f"when to send the next turn of a conversation: {TRACE}, at its time, but after the previous answer; "
+        f"{IDLE_GAP}, as long after that answer as the user waited; or SECONDS after it (default: {TRACE})",
     )  # fmt: skip
     group.add_argument(
-        "--no-wait", action="store_true", help="send a conversation's next turn though the last is not answered"
+        "--no-wait", action="store_true", help="send the turns of a conversation without waiting for answers"
     )
     group.add_argument(
-        "--concurrency", type=at_least(1), help="closed loop: keep so many requests on their way, no times"
+        "--concurrency", type=at_least(1), help="closed loop: keep this number of requests running, regardless of times"
     )
 
 
 def add_form(group: "argparse._ArgumentGroup") -> None:
     """How a trace is read, and how its lengths become requests."""
-    group.add_argument("--form", choices=sorted(READERS), help="the trace's form (default: recognised by its content)")
+    group.add_argument(
+        "--form", choices=sorted(READERS), help="format of the trace (default: recognised by its content)"
+    )
     group.add_argument(
         "--columns", type=checked(parse_columns), metavar="prompt=NAME,output=NAME,…",
-        help="which columns or keys hold what: prompt, output (tokens), at, session, tenant, text, kind, turn",
+        help="columns or keys of: prompt and output (tokens), at, session, tenant, text, kind, turn",
     )  # fmt: skip
     group.add_argument("--length-scale", type=positive, default=1.0, help="multiply all lengths (default: 1)")
     group.add_argument(
-        "--output-tokens", type=at_least(1), metavar="N", help="length of an answer where the trace does not say"
+        "--output-tokens", type=at_least(1), metavar="N", help="length of answers that the trace does not give"
     )
-    group.add_argument("--traces", type=Path, help="folder of trace files for the workloads (default: their quantiles)")
-    group.add_argument("--shares", help="share of the requests by tenant, where a trace has none: heavy=3,light=1")
-    group.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+    group.add_argument(
+        "--traces", type=Path, help="folder with trace files for the workloads (default: built-in quantiles)"
+    )
+    group.add_argument(
+        "--shares", help="share of the requests per tenant, if the trace has no tenants: heavy=3,light=1"
+    )
+    group.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
 
 
 def _what(group: "argparse._ArgumentGroup") -> None:
     add_form(group)
     group.add_argument(
-        "--context", type=at_least(2), help="the model's context in tokens (default: what the server says)"
+        "--context", type=at_least(2), help="context length of the model, tokens (default: as the server reports)"
     )
-    group.add_argument("--model", help="the model's name (default: the first that the server lists)")
+    group.add_argument("--model", help="model name (default: the first that the server lists)")
     group.add_argument(
         "--prompts", choices=("text", "lengths"),
-        help="send the trace's own text, or made-up prompts of its lengths (default: text where the trace has it)",
+        help="send the text of the trace, or generated prompts of the same lengths (default: text, if there is any)",
     )  # fmt: skip
     group.add_argument(
         "--answers", choices=("server", "trace"), default="server",
-        help="whose answers a conversation's later turns contain (default: server)",
+        help="whose answers the later turns of a conversation contain (default: server)",
     )  # fmt: skip
     api = group.add_mutually_exclusive_group()
-    api.add_argument("--api", choices=APIS, help="default: chat for conversations, else completions")
+    api.add_argument("--api", choices=APIS, help="API to use (default: chat for conversations, completions otherwise)")
     api.add_argument("--chat", action="store_const", const="chat", dest="api", help="the same as --api chat")
     group.add_argument(
         "--tokenizer", type=Path, metavar="FOLDER",
-        help="a model's folder: counts the trace's text, and makes text of exact length",
+        help="folder of a model: count the tokens of text, and generate text of exact length",
     )  # fmt: skip
-    group.add_argument("--free-length", action="store_true", help="let answers end by themselves, up to their length")
-    group.add_argument("--extra", default="{}", help="JSON object added to every body")
+    group.add_argument(
+        "--free-length", action="store_true", help="let the model end its answers, up to their length in the trace"
+    )
+    group.add_argument("--extra", default="{}", help="JSON object to add to every request body")
 
 
 def _who(group: "argparse._ArgumentGroup") -> None:
     group.add_argument("--key", default="", help="API key")
-    group.add_argument("--tenants", type=Path, help="tenant file: each tenant sends with its first key")
-    group.add_argument("--tenant-xargs", action="store_true", help="name the tenant in vllm_xargs (engine, no gateway)")
+    group.add_argument("--tenants", type=Path, help="tenant file: requests of a tenant use its first key")
+    group.add_argument(
+        "--tenant-xargs", action="store_true", help="pass the tenant in vllm_xargs (to an engine without gateway)"
+    )
 
 
 def _judged(group: "argparse._ArgumentGroup") -> None:
-    group.add_argument("--ttft", type=positive, help="objective for the first token, seconds")
-    group.add_argument("--tpot", type=positive, help="objective for the mean time per further token, seconds")
+    group.add_argument("--ttft", type=positive, help="TTFT objective, seconds")
+    group.add_argument("--tpot", type=positive, help="TPOT objective, seconds")
 
 
 # Values

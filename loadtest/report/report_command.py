@@ -25,21 +25,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "files",
         nargs="+",
         metavar="[NAME=]FILE",
-        help="records that `evenhand replay --out` wrote; the first is the baseline, the same NAME again a repetition",
+        help="records of `evenhand replay --out`; the first is the baseline, the same NAME again is a repetition",
     )
-    parser.add_argument("--html", type=Path, metavar="PAGE", help="also write one HTML page that stands alone")
+    parser.add_argument("--html", type=Path, metavar="PAGE", help="also write a self-contained HTML page")
     parser.add_argument(
-        "--out", type=Path, help="write here; .txt, .md, .json, .csv or .html decides the format (default: screen)"
-    )
-    parser.add_argument("--format", choices=FORMATS, help="default: text, or what --out ends with")
-    parser.add_argument("--title", default="", help="of the page (default: the runs and their workload)")
-    parser.add_argument("--ttft", type=float, help="objective for the first token, seconds")
-    parser.add_argument("--tpot", type=float, help="objective for the mean time per further token, seconds")
-    parser.add_argument(
-        "--from", type=float, dest="from_s", help="leave out what was due before, seconds (default: the run's --warmup)"
+        "--out",
+        type=Path,
+        help="output file; its ending .txt, .md, .json, .csv or .html sets the format (default: screen)",
     )
     parser.add_argument(
-        "--to", type=float, default=float("inf"), dest="to_s", help="leave out what was due after, seconds"
+        "--format", choices=FORMATS, help="output format (default: by the ending of --out, otherwise text)"
+    )
+    parser.add_argument("--title", default="", help="title of the page (default: the runs and their workload)")
+    parser.add_argument("--ttft", type=float, help="TTFT objective, seconds")
+    parser.add_argument("--tpot", type=float, help="TPOT objective, seconds")
+    parser.add_argument(
+        "--from",
+        type=float,
+        dest="from_s",
+        help="leave out requests due before this time, seconds (default: the run's --warmup)",
+    )
+    parser.add_argument(
+        "--to", type=float, default=float("inf"), dest="to_s", help="leave out requests due after this time, seconds"
     )
 
 

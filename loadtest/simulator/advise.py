@@ -33,21 +33,21 @@ _ALIKE = 0.005  # shares that are nearer to each other are no reason to prefer o
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     simulate_command.add_arguments(parser)
     parser.add_argument(
-        "--slo", metavar="ttft=S,tpot=S", type=slo, help="the objective, seconds; one of the two may be left out"
+        "--slo", metavar="ttft=S,tpot=S", type=slo, help="objectives, seconds; one of the two may be left out"
     )
     parser.add_argument(
         "--most-workers",
         type=options.at_least(1),
         default=_MOST_WORKERS,
-        help="do not look further (default: %(default)s)",
+        help="largest number of workers to try (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--apart", action="store_true",
-        help="try other divisions of prompts and answers, too: smaller steps, placement by prediction, fixed roles",
+        help="also try other divisions of prefill and decode: smaller steps, placement by prediction, fixed roles",
     )  # fmt: skip
     parser.add_argument(
         "--seeds", type=options.at_least(1), default=3, metavar="N",
-        help="simulate so many times with other random numbers, where the trace leaves something to chance "
+        help="number of simulations with different seeds, if the trace leaves something to chance "
         "(default: %(default)s)",
     )  # fmt: skip
     parser.set_defaults(policy="fcfs,mlfq,vtc,gittins")

@@ -45,23 +45,31 @@ _BLOCKS = re.compile(r'vllm:cache_config_info\{.*?block_size="(\d+)".*?num_gpu_b
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--url", required=True, help="the engine, idle but for this, for example http://127.0.0.1:8101")
-    parser.add_argument("--out", type=Path, help="write the cost model here, for --cost-file")
-    parser.add_argument("--model", help="the model's name (default: the first that the server lists)")
+    parser.add_argument(
+        "--url", required=True, help="address of the engine, which must be idle, e.g. http://127.0.0.1:8101"
+    )
+    parser.add_argument("--out", type=Path, help="file for the cost model, for --cost-file")
+    parser.add_argument("--model", help="model name (default: the first that the server lists)")
     parser.add_argument("--key", default="", help="API key")
-    parser.add_argument("--slots", type=int, help="batch slots (default: the most that the engine says it runs)")
+    parser.add_argument("--slots", type=int, help="batch slots (default: as the engine reports)")
     parser.add_argument(
         "--batched-tokens", type=int, default=2048, help="vLLM's --max-num-batched-tokens (default: %(default)s)"
     )
-    parser.add_argument("--context", type=int, help="tokens of a request (default: what the server says)")
+    parser.add_argument("--context", type=int, help="context length, tokens (default: as the server reports)")
     parser.add_argument(
-        "--check", type=int, default=100, metavar="N", help="requests to foretell afterwards (default: %(default)s)"
+        "--check", type=int, default=100, metavar="N", help="requests to predict for the check (default: %(default)s)"
     )
-    parser.add_argument("--workload", choices=sorted(MIXES), default="S", help="of the check (default: %(default)s)")
-    parser.add_argument("--load", type=float, default=0.7, help="of the check, by saturation (default: %(default)s)")
-    parser.add_argument("--length-scale", type=float, default=0.1, help="of the check's lengths (default: %(default)s)")
-    parser.add_argument("--timeout", type=float, default=600.0, help="patience per request, seconds (default: 600)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
+    parser.add_argument(
+        "--workload", choices=sorted(MIXES), default="S", help="workload of the check (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--load", type=float, default=0.7, help="load of the check, as a share of the capacity (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--length-scale", type=float, default=0.1, help="multiply the lengths of the check (default: %(default)s)"
+    )
+    parser.add_argument("--timeout", type=float, default=600.0, help="timeout of a request, seconds (default: 600)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

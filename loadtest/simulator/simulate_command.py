@@ -34,48 +34,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("trace", metavar="TRACE", help=options.TRACE_HELP)
     parser.add_argument(
         "--policy", default="fcfs", metavar="NAME[:KEY=VALUE…],…",
-        help="several are compared, the first is the baseline (default: %(default)s)",
+        help="policies to compare, the first is the baseline (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--workers", type=int, default=1, help="engines behind the gateway (default: %(default)s)")
     parser.add_argument(
         "--prefill-workers", type=int, default=0,
-        help="more engines that read prompts: they only do, or prefer to where an objective is named "
+        help="additional engines for prefill: for nothing else, or by preference if an objective is set "
         "(default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--slo-ttft", type=options.positive, metavar="S", help="place requests by prediction, to keep to this objective"
+        "--slo-ttft", type=options.positive, metavar="S", help="place requests by prediction, with this TTFT objective"
     )
-    parser.add_argument("--slo-tpot", type=options.positive, metavar="S", help="likewise, per later token")
+    parser.add_argument("--slo-tpot", type=options.positive, metavar="S", help="the same with this TPOT objective")
     parser.add_argument(
-        "--step-tokens", type=options.at_least(1), metavar="N", help="of an engine's step, in place of the cost model's"
+        "--step-tokens",
+        type=options.at_least(1),
+        metavar="N",
+        help="token budget of a step, instead of the cost model's",
     )
     parser.add_argument(
-        "--answer-step-tokens", type=options.at_least(1), metavar="N", help="of engines that do not prefer to read"
+        "--answer-step-tokens",
+        type=options.at_least(1),
+        metavar="N",
+        help="token budget of a step of engines that prefer decode",
     )
     parser.add_argument(
         "--ahead", type=int, metavar="N",
-        help="calls that the gateway gives an engine beyond its batch (default: as many as the policy wants)",
+        help="requests sent to an engine beyond its batch (default: the policy's choice)",
     )  # fmt: skip
     parser.add_argument(
         "--cost", choices=sorted(PRESETS), default="gpu-7b", help="cost model of an engine (default: %(default)s)"
     )
-    parser.add_argument("--cost-file", type=Path, metavar="JSON", help="cost model that `evenhand calibrate` wrote")
-    parser.add_argument("--slots", type=int, help="batch slots of an engine, in place of the cost model's")
+    parser.add_argument("--cost-file", type=Path, metavar="JSON", help="cost model from `evenhand calibrate`")
+    parser.add_argument("--slots", type=int, help="batch slots of an engine, instead of the cost model's")
     parser.add_argument(
-        "--limit", type=options.at_least(1), help="requests to send (default: all of a trace, 200 of a workload)"
+        "--limit", type=options.at_least(1), help="number of requests (default: all of a trace, 200 of a workload)"
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write POLICY.jsonl here, as `evenhand replay` does")
-    parser.add_argument("--html", type=Path, metavar="PAGE", help="write the report's page")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="folder for the records, POLICY.jsonl, in the format of `evenhand replay`",
+    )
+    parser.add_argument("--html", type=Path, metavar="PAGE", help="write the report as an HTML page")
     options.add_when(parser.add_argument_group("when"))
     what = parser.add_argument_group("what")
     options.add_form(what)
     what.add_argument(
         "--context", type=options.at_least(2),
-        help="the model's context in tokens (default: as many as the cost model's KV memory holds)",
+        help="context length of the model, tokens (default: the size of the cost model's KV cache)",
     )  # fmt: skip
-    judged = parser.add_argument_group("how it is judged")
-    judged.add_argument("--ttft", type=options.positive, help="objective for the first token, seconds")
-    judged.add_argument("--tpot", type=options.positive, help="objective for the mean time per further token, seconds")
+    judged = parser.add_argument_group("objectives")
+    judged.add_argument("--ttft", type=options.positive, help="TTFT objective, seconds")
+    judged.add_argument("--tpot", type=options.positive, help="TPOT objective, seconds")
     parser.epilog = describe()
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
