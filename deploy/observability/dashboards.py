@@ -365,6 +365,103 @@ APART = Board(
     ),
 )
 
+
+def beside_flex(histogram: str, share: float) -> tuple[Query, Query]:
+    """A latency's quantile while flex requests run, and while none does."""
+    late = f"histogram_quantile({share}, sum by (le) (rate({histogram}_bucket[$__rate_interval])))"
+    running = "evenhand:flex_in_flight:sum[$__rate_interval]"
+    return (
+        Query(f"{late} and on () min_over_time({running}) > 0", f"{share:.0%} with flex"),
+        Query(f"{late} and on () max_over_time({running}) == 0", f"{share:.0%} without"),
+    )
+
+
+BATCH = Board(
+    "evenhand-batch",
+    "Evenhand / Tiers and batches",
+    "How much of the slack do flex requests and batches use, and do the others notice?",
+    (
+        PanelRow(
+            "Slack",
+            (
+                DashboardPanel(
+                    "Slack used",
+                    "percentunit",
+                    (Query("evenhand:slack_used:ratio", "slack used"),),
+                    "Of the slots that requests of other tiers leave, those in which flex requests run.",
+                ),
+                DashboardPanel(
+                    "Output tokens by tier",
+                    "short",
+                    (Query(rate('evenhand_tier_tokens_total{kind="completion"}', "tier"), "{{tier}}"),),
+                    "Per second, of finished requests. `flex` has the lines of batches.",
+                    stacked=True,
+                ),
+            ),
+        ),
+        PanelRow(
+            "What others feel",
+            (
+                DashboardPanel(
+                    "Time to first token",
+                    "s",
+                    beside_flex("evenhand_request_ttft_seconds", 0.99),
+                    "Of `default` and `priority`, while flex requests run beside them and while none does.",
+                ),
+                DashboardPanel(
+                    "Gap between tokens",
+                    "s",
+                    beside_flex("evenhand_request_itl_seconds", 0.99),
+                    "Of `default` and `priority`, while flex requests run beside them and while none does.",
+                ),
+            ),
+        ),
+        PanelRow(
+            "What flex pays",
+            (
+                DashboardPanel(
+                    "Displaced flex tokens",
+                    "short",
+                    (
+                        Query(rate("evenhand_engine_flex_tokens_total"), "computed"),
+                        Query(rate("evenhand_engine_flex_displaced_tokens_total"), "displaced"),
+                        Query(rate("evenhand_engine_flex_recomputed_tokens_total"), "computed again"),
+                    ),
+                    "Per second. Of what a displaced request had computed, the part that has left the prefix cache "
+                    "when it goes on is computed again.",
+                ),
+                DashboardPanel(
+                    "Wait of flex requests",
+                    "s",
+                    quantiles("evenhand_flex_queue_seconds", 0.5, 0.95, 0.99),
+                    "At the gateways, until they started.",
+                ),
+            ),
+        ),
+        PanelRow(
+            "Batches",
+            (
+                DashboardPanel(
+                    "Requests of batches",
+                    "reqps",
+                    (Query(rate("evenhand_batch_lines_total", "outcome"), "{{outcome}}"),),
+                    "`retried`: found no room, or an engine failed on it, and is tried again.",
+                    stacked=True,
+                ),
+                DashboardPanel(
+                    "Batches",
+                    "short",
+                    (
+                        Query("max(evenhand_batches_running)", "running"),
+                        Query("max(evenhand_batches_late)", "will miss their window"),
+                    ),
+                    "Late is a batch whose window ends first at the pace of the last ten minutes.",
+                ),
+            ),
+        ),
+    ),
+)
+
 WORKERS = Board(
     "evenhand-workers",
     "Evenhand / Workers and KV cache",
@@ -525,7 +622,8 @@ GATEWAY = Board(
 )
 
 BOARDS: Mapping[str, Board] = {
-    board.uid.removeprefix("evenhand-"): board for board in (OVERVIEW, TENANTS, POLICIES, APART, WORKERS, GATEWAY)
+    board.uid.removeprefix("evenhand-"): board
+    for board in (OVERVIEW, TENANTS, POLICIES, BATCH, APART, WORKERS, GATEWAY)
 }
 
 

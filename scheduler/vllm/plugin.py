@@ -438,6 +438,15 @@ class EngineMetrics:
             "Running requests stopped: for a waiting one (policy), for KV memory (memory), by order (reset)",
             ("policy", "reason"),
         )
+        self.flex_tokens = self._counter(
+            registry, "flex_tokens_total", "Tokens of flex requests that steps computed", ()
+        )
+        self.flex_displaced = self._counter(
+            registry, "flex_displaced_tokens_total", "Tokens that flex requests had in the KV cache when displaced", ()
+        )
+        self.flex_recomputed = self._counter(
+            registry, "flex_recomputed_tokens_total", "Of those, tokens that they had to compute again", ()
+        )
         self.waiting = self._gauge(registry, "waiting", "Requests in line, by lane", ("lane",), "livesum")
         self.service = self._counter(
             registry,
@@ -524,6 +533,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
     def _prepare_for_flex(self) -> None:
         self._slack = slack_from(self.vllm_config.additional_config)
         self._held: list[Request] = []
+        self._displaced_flex: dict[str, int] = {}  # tokens that they had computed, by request
         self._under_way: dict[int, tuple[StepLoad | None, float]] = {}
         self._updated_at = 0.0
 
@@ -592,7 +602,10 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         else:
             output = self._schedule_capped(cap, *args, **kwargs)
         self._reason = "reset"
-        self._lanes.stepped(now, output.total_num_scheduled_tokens - self._flex_tokens(output))
+        flex_tokens = self._flex_tokens(output)
+        if flex_tokens:
+            self._metrics.flex_tokens.inc(flex_tokens)
+        self._lanes.stepped(now, output.total_num_scheduled_tokens - flex_tokens)
         self._note_starts(output, now)
         self._kept.after(output.total_num_scheduled_tokens, self._lanes.__contains__)
         self._memory_bound = admits and self._stopped_at_memory(output)
@@ -811,13 +824,27 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
     def _preempt_request(self, request: Request, timestamp: float, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         self._metrics.preemptions.labels(self._lanes.policy.name, self._reason).inc()
         self._yielded_memory |= self._reason == "memory"
+        entry = self._queue.entries.get(request.request_id)
+        if entry is not None and entry.job.tier is Tier.FLEX:
+            self._metrics.flex_displaced.inc(request.num_computed_tokens)
+            self._displaced_flex[request.request_id] = request.num_computed_tokens
         super()._preempt_request(request, timestamp, *args, **kwargs)
 
     def _note_starts(self, output: SchedulerOutput, now: float) -> None:
+        if self._displaced_flex:
+            self._note_flex_resumed(output)
         for start in output.scheduled_new_reqs:
             entry = self._queue.entries.get(start.req_id)
             if entry is not None and entry.request.num_preemptions == 0:
                 self._lanes.computed(entry.job, start.num_computed_tokens, now)
+
+    def _note_flex_resumed(self, output: SchedulerOutput) -> None:
+        """Counts what displaced flex requests that run again did not find in the prefix cache."""
+        for name in self._displaced_flex.keys() & output.num_scheduled_tokens.keys():
+            found = self.requests[name].num_computed_tokens - output.num_scheduled_tokens[name]
+            self._metrics.flex_recomputed.inc(max(0, self._displaced_flex.pop(name) - found))
+        if len(self._displaced_flex) > len(self.requests):  # some have ended while they waited
+            self._displaced_flex = {name: had for name, had in self._displaced_flex.items() if name in self.requests}
 
     def _stopped_at_memory(self, output: SchedulerOutput) -> bool:
         """Whether the head of the line did not start for want of KV blocks, and for nothing else.

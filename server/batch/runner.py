@@ -23,6 +23,7 @@ from server.batch.batches import Batches
 from server.batch.content import Ready, Reply, answered, not_run, read
 from server.batch.files import NoSpace
 from server.batch.objects import RUNNING, Batch, BatchLine, LineError, Result, Status
+from server.batch.pace import Pace
 from server.batch.store import LeaseLost, StoreUnavailable
 from server.batch.validation import Checker
 
@@ -76,6 +77,7 @@ class _Work:
     renewed_at: float = float("-inf")
     complete: bool = False
     away: bool = False
+    pace: Pace = field(default_factory=Pace)
 
     @property
     def held(self) -> int:
@@ -100,6 +102,7 @@ class Runner(Collector):
         self.lines: Counter[str] = Counter()
         self.in_flight = 0
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._works: dict[str, _Work] = {}
         self._swept_at = float("-inf")
 
     async def run(self) -> None:
@@ -213,6 +216,7 @@ class Runner(Collector):
     async def _work(self, batch: Batch) -> None:
         """Runs lines until all have results, the window ends, or somebody cancels the batch."""
         work, store = _Work(batch), self.batches.store
+        self._works[batch.id] = work
         await self.batches.call(store.join, batch.id, self.owner, LEASE_S)
         try:
             while not work.complete and not self._late(batch):
@@ -229,6 +233,7 @@ class Runner(Collector):
                 moved = batch.moved(Status.FINALIZING, int(self.batches.wall()), total=batch.total)
                 await self.batches.call(store.update, moved, batch.status)
         finally:
+            del self._works[batch.id]
             await self._give_up(work)
 
     @staticmethod
@@ -250,8 +255,16 @@ class Runner(Collector):
             if now is None or now.status is not Status.IN_PROGRESS:
                 return False
             work.renewed_at = self.clock()
+            self._measure(work, now)
         await self._read_ahead(work)
         return True
+
+    def _measure(self, work: _Work, now: Batch) -> None:
+        """Notes how far a batch has come, and says so once it will be late."""
+        late = work.pace.late
+        work.pace.note(self.clock(), now.completed + now.failed, now.total, now.expires_at - self.batches.wall())
+        if work.pace.late and not late:
+            log.warning("batch %s will miss its window: %d of %d requests are left", now.id, work.pace.left, now.total)
 
     async def _read_ahead(self, work: _Work) -> None:
         now = self.clock()
@@ -394,6 +407,8 @@ class Runner(Collector):
         yield lines
         waiting = "Requests of batches that run or wait for a slot."
         yield GaugeMetricFamily("evenhand_batch_lines_in_flight", waiting, self.in_flight)
+        late = sum(work.pace.late for work in self._works.values())
+        yield GaugeMetricFamily("evenhand_batches_late", "Batches that miss their window at the present pace.", late)
         yield GaugeMetricFamily("evenhand_batches_running", "Batches that this gateway runs.", len(self._tasks))
 
 

@@ -9,7 +9,16 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 # Everything is added up, but for what each process tells of the same thing.
-_LARGEST = frozenset({"evenhand_worker_up", "evenhand_fairness_max_service_gap", "evenhand_replicas"})
+_LARGEST = frozenset(
+    {
+        "evenhand_worker_up",
+        "evenhand_worker_slots",
+        "evenhand_fairness_max_service_gap",
+        "evenhand_replicas",
+        "evenhand_batches_running",
+        "evenhand_batches_late",
+    }
+)
 _LEAST = frozenset({"evenhand_store_up"})
 _LASTING = frozenset({"counter", "histogram"})  # what was counted by a process that is gone still counts
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from math import inf
 from time import monotonic
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from scheduler.pools import Pools, WorkerLoad
 from scheduler.workers import UNKNOWN_SLOTS, Role, Worker
@@ -126,6 +126,18 @@ class Member:
     def role(self) -> Role:
         """What it does at present."""
         return self.load.role
+
+
+class WorkerRow(NamedTuple):
+    """A worker in metrics. in_flight, flex: sequences that it has from this gateway, and those of the flex tier."""
+
+    worker: str
+    role: Role
+    ready: bool
+    slots: int
+    in_flight: int
+    flex: int
+    pending_tokens: int
 
 
 class Fleet:
@@ -268,11 +280,19 @@ class Fleet:
             listed.setdefault(model, {"id": model, "object": "model", "created": 0, "owned_by": "evenhand"})
         return list(listed.values())
 
-    def rows(self) -> Iterator[tuple[str, Role, bool, int, int]]:
-        """(id, role, ready, sequences in flight, tokens pending) per worker, for metrics."""
+    def rows(self) -> Iterator[WorkerRow]:
+        """A row per worker, for metrics."""
         for member in self.members.values():
-            ready = member.state is WorkerState.READY
-            yield member.worker.id, member.role, ready, member.load.in_flight, member.load.pending_tokens
+            load = member.load
+            yield WorkerRow(
+                member.worker.id,
+                member.role,
+                member.state is WorkerState.READY,
+                member.worker.slots,
+                load.in_flight,
+                load.flex,
+                load.pending_tokens,
+            )
 
     def suspect(self, member: Member, error: BaseException) -> None:
         """A relayed request failed at this worker, for whatever reason: it is looked at now. It is out at once if it

@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from scheduler.jobs import Tier
-from scheduler.workers import Role
+from server.fleet.fleet import WorkerRow
 from server.observe.observer import Observer
 from server.request.call import Call, Phase, Ticket
 
@@ -58,7 +58,7 @@ class Telemetry(Observer, Collector):
         self,
         depth: Callable[[], Iterable[tuple[str, int]]],
         placed: Callable[[], Iterable[tuple[str, int]]],
-        workers: Callable[[], Iterable[tuple[str, Role, bool, int, int]]],
+        workers: Callable[[], Iterable[WorkerRow]],
         by_tier: Callable[[], Mapping[Tier, int]] = dict,
     ) -> None:
         self.depth = depth
@@ -225,8 +225,17 @@ class Telemetry(Observer, Collector):
             "Tokens that it is expected to compute yet for us.",
             labels=("worker", "role"),
         )
-        for worker, role, ready, in_flight, pending_tokens in self.workers():
-            up.add_metric((worker, role.value), float(ready))
-            busy.add_metric((worker, role.value), in_flight)
-            pending.add_metric((worker, role.value), pending_tokens)
-        yield from (up, busy, pending)
+        slots = GaugeMetricFamily(
+            "evenhand_worker_slots", "Sequences that a ready worker runs at once.", labels=("worker",)
+        )
+        flex = GaugeMetricFamily(
+            "evenhand_worker_flex_in_flight", "Of the sequences that it has from us, those of flex.", labels=("worker",)
+        )
+        for row in self.workers():
+            labels = (row.worker, row.role.value)
+            up.add_metric(labels, float(row.ready))
+            busy.add_metric(labels, row.in_flight)
+            pending.add_metric(labels, row.pending_tokens)
+            slots.add_metric((row.worker,), row.slots if row.ready else 0)
+            flex.add_metric((row.worker,), row.flex)
+        yield from (up, busy, pending, slots, flex)

@@ -18,6 +18,7 @@ import orjson
 from fastapi import APIRouter, Depends, Request, Response
 
 from scheduler.catalog import POLICIES
+from scheduler.jobs import Tier
 from server.admission.dispatch import Dispatcher, Lines
 from server.admission.live_policy import LivePolicy
 from server.cluster.local_sync import LocalSync
@@ -111,6 +112,7 @@ class Console:
             "outcomes": dict(outcomes),
             "models": self._by_name(),
             "tokens": {kind: telemetry.tokens[kind] for kind in ("prompt", "completion", "cached")},
+            "tiers": tiers(telemetry),
             "ttft": histogram(telemetry.ttft),
             "itl": histogram(telemetry.itl),
             "queue": histogram(telemetry.queue),
@@ -126,10 +128,15 @@ def joined(one: View, other: View) -> View:
     for name in ("ttft", "itl", "queue"):
         counts = [a + b for a, b in zip(one[name]["counts"], other[name]["counts"], strict=True)]
         both[name] = {**one[name], "counts": counts, "sum": one[name]["sum"] + other[name]["sum"]}
-    busy = {worker["id"]: worker["in_flight"] for worker in other["workers"]}
+    theirs_by_id = {worker["id"]: worker for worker in other["workers"]}
     both["workers"] = [
-        {**worker, "in_flight": worker["in_flight"] + busy.get(worker["id"], 0)} for worker in one["workers"]
+        {
+            **worker,
+            **{name: worker[name] + theirs_by_id.get(worker["id"], {}).get(name, 0) for name in ("in_flight", "flex")},
+        }
+        for worker in one["workers"]
     ]
+    both["tiers"] = {name: added(counts, other["tiers"][name]) for name, counts in one["tiers"].items()}
     by_model = {line["model"]: line for line in (*one["lines"], *other["lines"])}
     for line in one["lines"]:
         if (theirs := by_model[line["model"]]) is not line:
@@ -151,7 +158,24 @@ def added(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, flo
 
 def seen(member: Member) -> View:
     """A worker as operators see it: as /ready tells, and how full it is."""
-    return {**described([member])[0], "kv_usage": member.load.kv_usage, "plugin": member.worker.plugin}
+    load = member.load
+    return {**described([member])[0], "flex": load.flex, "kv_usage": load.kv_usage, "plugin": member.worker.plugin}
+
+
+def tiers(telemetry: Telemetry) -> View:
+    """By service tier: requests that wait, requests that are over, and their output tokens."""
+    waiting = telemetry.by_tier()
+    over = Counter[str]()
+    for (tier, _), count in telemetry.tiers.items():
+        over[tier] += count
+    return {
+        tier.label: {
+            "waiting": waiting.get(tier, 0),
+            "requests": over[tier.label],
+            "tokens": telemetry.tier_tokens[tier.label, "completion"],
+        }
+        for tier in Tier
+    }
 
 
 def line(dispatcher: Dispatcher) -> View:

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import promql_parser
@@ -16,7 +17,7 @@ from loadtest.simulator.costmodel import PRESETS
 from scheduler.catalog import build
 from scheduler.tiers import TieredLanes
 from server.app import GatewayServer
-from server.settings import CostSettings, Settings, SleepSettings
+from server.settings import BatchSettings, CostSettings, Settings, SleepSettings
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RULES = ROOT / "deploy" / "observability" / "prometheus" / "rules.yml"
@@ -53,8 +54,10 @@ def recorded() -> set[str]:
 
 def of_gateway() -> set[str]:
     """Every sample name that a gateway's /metrics can have."""
-    settings = Settings(cost=CostSettings(meter=True), sleep=SleepSettings(after_s=1))
-    return _names(generate_latest(GatewayServer(settings).telemetry.registry))
+    with TemporaryDirectory() as folder:
+        batch = BatchSettings(folder=Path(folder))
+        settings = Settings(cost=CostSettings(meter=True), sleep=SleepSettings(after_s=1), batch=batch)
+        return _names(generate_latest(GatewayServer(settings).telemetry.registry))
 
 
 def of_engine() -> set[str]:

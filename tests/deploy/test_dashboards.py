@@ -117,11 +117,21 @@ async def works(gateway: Running) -> list[Wire]:
     return wires
 
 
+async def all_have_data(gateway: Running, client: httpx2.AsyncClient, missing: dict[str, str]) -> None:
+    end = time.monotonic() + LIMIT_S
+    while missing and time.monotonic() < end:
+        short = chat(model="any", stream=True, max_tokens=8, ignore_eos=True)
+        await gateway.ask("/v1/chat/completions", short)
+        missing = {what: expr for what, expr in missing.items() if not await has_data(client, expr)}
+    assert not missing
+
+
 async def test_every_panel_has_data_in_a_real_prometheus_that_finds_the_engines_by_itself(tmp_path: Path) -> None:
     cost = replace(PRESETS["quick"], iteration_s=0.02, max_seqs=2, prefix_block_tokens=8)
     setup = EngineSetup(cost=cost, plugin=True, policy="mlfq")
     options = {"admin_key": ADMIN_KEY, "policy": "mlfq", "slots": 2, "disaggregation": {"min_prompt_tokens": 1}}
     options |= {"cost": {"meter": True, "gpu_hour": 2.0}, "models": {"any": {"targets": "gone", "fallbacks": ["fake"]}}}
+    options |= {"batch": {"folder": tmp_path / "batch"}}
     async with (
         FakeEngine(setup) as engine,
         FakeEngine(setup) as reader,
@@ -129,13 +139,13 @@ async def test_every_panel_has_data_in_a_real_prometheus_that_finds_the_engines_
     ):
         async with prometheus(gateway, tmp_path) as client:
             wires = await works(gateway)
-            missing = {what: query.expr for what, query in QUERIES.items() if not only_real(query)}
-            end = time.monotonic() + LIMIT_S
-            while missing and time.monotonic() < end:
-                short = chat(model="any", stream=True, max_tokens=8, ignore_eos=True)
-                await gateway.ask("/v1/chat/completions", short)
-                missing = {what: expr for what, expr in missing.items() if not await has_data(client, expr)}
-            assert not missing
+            wanted = {what: query.expr for what, query in QUERIES.items() if not only_real(query)}
+            beside = {what: expr for what, expr in wanted.items() if what.endswith("with flex")}
+            await all_have_data(gateway, client, {what: wanted[what] for what in wanted.keys() - beside.keys()})
             assert await has_data(client, 'vllm:num_requests_running{worker="worker-0", role="decode"}')
             for wire in wires:
                 await wire.close()
+            flex = chat(stream=True, max_tokens=8000, ignore_eos=True, service_tier="flex")
+            wire = await gateway.send(request("/v1/chat/completions", flex))
+            await all_have_data(gateway, client, beside)
+            await wire.close()

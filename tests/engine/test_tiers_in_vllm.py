@@ -22,6 +22,14 @@ def driven(folder: Path, *, is_async: bool = False, policy: str = "fcfs", **size
     return DrivenEngine(scheduler, is_async=is_async, clock=clock)
 
 
+def told(engine: DrivenEngine) -> tuple[float, float]:
+    """Flex tokens that were displaced, and computed again, of all engines of this process."""
+    registry = engine.scheduler.registry
+    names = ("flex_displaced_tokens_total", "flex_recomputed_tokens_total")
+    displaced, recomputed = (registry.get_sample_value(f"evenhand_engine_{name}") or 0.0 for name in names)
+    return displaced, recomputed
+
+
 def scheduled(output: Any) -> set[str]:
     return set(output.num_scheduled_tokens)
 
@@ -52,10 +60,15 @@ def test_a_full_batch_of_flex_makes_room_at_the_next_step(hollow_model: Path) ->
     for _ in range(5):
         engine.step()
     engine.add(request("d", 20, 3))
+    before = told(engine)
     output = engine.step()
     assert output is not None and "d" in scheduled(output)
+    displaced, recomputed = (after - then for after, then in zip(told(engine), before, strict=True))
+    assert displaced > 20 and not recomputed
     engine.run()
     assert engine.finished[0] == "d"
+    displaced, recomputed = (after - then for after, then in zip(told(engine), before, strict=True))
+    assert 0 < recomputed < displaced  # the last block was not full, so the prefix cache does not have it
 
 
 def test_a_flex_prompt_stops_when_somebody_comes(hollow_model: Path) -> None:

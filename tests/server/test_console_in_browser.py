@@ -204,6 +204,8 @@ async def test_batches_are_shown_while_they_run_and_can_be_cancelled(tmp_path: P
             await part_done(client, batch.id, 2)
             await console.says("#batches", "in progress")
             await console.says("#batches", "/ 300")
+            await console.says("#slack", "of the slots that the others leave")
+            await console.says("#tiers", "flex")
             await console.picture("console-batches")
             await console.page.click("#batches button")
             await console.says("#batch-status", "is being cancelled")
