@@ -23,6 +23,7 @@ from deploy.engine.engine_args import EngineArgsError, build_in_use, cpu_dtype
 from deploy.engine.engine_needs import Asking, ask_vllm
 from deploy.engine.gpu_plan import GpuPlanError
 from deploy.engine.gpus import OLDEST_CAPABILITY, OLDEST_DRIVER, Gpu, driver_is_too_old
+from deploy.engine.hub import Weighing, weigh
 from deploy.engine.machine import GIB, Machine, cpu_flags, look
 from deploy.engine.model import (
     BUNDLED,
@@ -67,6 +68,8 @@ OPTIONS = (
 Level = Literal["ok", "warn", "bad"]
 MARKS: dict[Level, tuple[str, str]] = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "bad": ("✗", "bold red")}
 
+BFLOAT16_FROM = (8, 0)  # compute capability
+
 # A stream holds two sockets, one to the client and one to the engine; the rest is files and libraries.
 FILES_PER_STREAM, FILES_BESIDE = 2, 200
 FEW_STREAMS = 1000
@@ -100,6 +103,8 @@ def check_cpu(machine: Machine, flags: frozenset[str], architecture: str, stored
     stored: the format in which the model's weights are stored, "" if that is not known.
     """
     cores = f"{len(machine.cores)} core{'s' if len(machine.cores) != 1 else ''}"
+    if machine.engine is not None and machine.engine.build == "cuda":
+        return Finding("ok", "CPU", cores)
     if architecture == "x86_64" and "avx2" not in flags:
         return Finding(
             "bad", "CPU", f"{cores} without AVX2", "vLLM's CPU build needs AVX2: use a newer machine or a GPU"
@@ -125,7 +130,8 @@ def check_gpus(machine: Machine) -> Iterator[Finding]:
     """Which there are, and whether driver and GPUs are new enough for what is, or would be, installed."""
     build = machine.engine.build if machine.engine else None
     if not machine.gpus:
-        yield Finding("ok", "GPU", "none, and none is needed")
+        if build != "cuda":  # else the engine's finding says it
+            yield Finding("ok", "GPU", "none, and the CPU build needs none")
         return
     kinds = Counter((gpu.name or "NVIDIA", gpu.total_bytes, gpu.is_slice) for gpu in machine.gpus)
     seen = "; ".join(
@@ -134,34 +140,33 @@ def check_gpus(machine: Machine) -> Iterator[Finding]:
     )
     seen += f"; driver {machine.driver}" if machine.driver else ""
     if driver_is_too_old(machine.driver):
-        advice = f"CUDA 13 needs the driver {OLDEST_DRIVER} or newer: update it, or have NVIDIA's cuda-compat-13-0"
+        advice = f"update the driver to {OLDEST_DRIVER} or newer, which CUDA 13 needs, or install cuda-compat-13-0"
         yield Finding("bad" if build == "cuda" else "warn", "GPU", seen, advice)
     elif build == "cpu":
-        yield Finding("warn", "GPU", f"{seen}, not used by the CPU build", "to use it: `make install ENGINE=cuda`")
+        advice = "run `make install ENGINE=cuda` to use " + ("it" if len(machine.gpus) == 1 else "them")
+        yield Finding("warn", "GPU", f"{seen}; the CPU build does not use {advice.rpartition(' ')[2]}", advice)
     else:
         yield Finding("ok", "GPU", seen)
-    for gpu in machine.gpus:
-        yield from check_capability(gpu)
+    if build == "cuda":
+        yield from (
+            without_bfloat16(gpu) for gpu in machine.gpus if OLDEST_CAPABILITY <= gpu.capability < BFLOAT16_FROM
+        )
 
 
-def check_capability(gpu: Gpu) -> Iterator[Finding]:
-    """Something only for a GPU that is old."""
-    version = ".".join(map(str, gpu.capability))
-    if (0, 0) < gpu.capability < OLDEST_CAPABILITY:
-        needed = ".".join(map(str, OLDEST_CAPABILITY))
-        advice = f"vLLM needs {needed} or newer (Turing): leave it out with --gpus, or use the CPU build"
-        yield Finding("bad", "GPU", f"{gpu}: compute capability {version}", advice)
-    elif (0, 0) < gpu.capability < (8, 0):
-        found = f"{gpu}: compute capability {version}, no bfloat16"
-        yield Finding("warn", "GPU", found, "models made for bfloat16 run in float16, and a few overflow in it")
+def without_bfloat16(gpu: Gpu) -> Finding:
+    """A finding of an old GPU that can be used. Those that cannot are told with the plan, which leaves them out."""
+    found = f"{gpu}: compute capability {'.'.join(map(str, gpu.capability))}, no bfloat16"
+    return Finding("warn", "GPU", found, "models made for bfloat16 run in float16 there, and a few overflow in it")
 
 
-def check_gpu_plan(settings: ServeSettings, machine: Machine, cache: Path, ask: Asking = ask_vllm) -> Iterator[Finding]:
+def check_gpu_plan(
+    settings: ServeSettings, machine: Machine, cache: Path, ask: Asking = ask_vllm, weighing: Weighing = weigh
+) -> Iterator[Finding]:
     """Which worker would run where; nothing on a CPU, or where other findings tell why it cannot be said."""
     if machine.engine is None or machine.engine.build == "cpu" or not machine.gpus:
         return
     try:
-        plan = gpu_plan(settings, machine, check_all(settings, machine, cache, ask))
+        plan = gpu_plan(settings, machine, check_all(settings, machine, cache, ask, weighing))
     except GpuPlanError as error:
         found, _, advice = str(error).partition(": ")
         yield Finding("bad", "GPU plan", found, advice)
@@ -171,7 +176,7 @@ def check_gpu_plan(settings: ServeSettings, machine: Machine, cache: Path, ask: 
         return
     else:
         level: Level = "warn" if plan.remarks else "ok"
-        placed = "; ".join(f"{name} on {share}" for name, share in plan.shares.items())
+        placed = "\n".join(f"{name}: {share}" for name, share in plan.shares.items())
         yield Finding(level, "GPU plan", placed, "\n→ ".join(plan.remarks))
 
 
@@ -202,17 +207,17 @@ def check_workers(settings: ServeSettings, machine: Machine) -> Finding:
 def check_memory(settings: ServeSettings, machine: Machine, cache: Path, ask: Asking = ask_vllm) -> Finding:
     """Weights, KV cache and engine of every worker against what is free. Other findings tell why it cannot be known."""
     free = f"{machine.available_bytes / GIB:.1f} GiB free"
+    if machine.engine is not None and machine.engine.build == "cuda":
+        return Finding("ok", "memory", f"{free}; weights and KV cache go into GPU memory")
     try:
         checked = check_all(settings, machine, cache, ask)
     except (TransferError, SharedMemoryError):
-        return Finding("warn", "memory", f"{free}; how much is needed cannot be said", "mend the rest first")
+        return Finding("warn", "memory", f"{free}; the need is unknown", "fix the other problems first")
     except PreflightError as error:
         found, _, advice = str(error).rpartition(": ")
         return Finding("bad", "memory", found, advice)
     except (EngineArgsError, GpuPlanError, ModelError, ValueError):
-        return Finding("warn", "memory", f"{free}; how much is needed cannot be said", "mend the rest first")
-    if checked[0].build == "cuda":
-        return Finding("ok", "memory", f"{free}; weights and KV cache are in the GPUs' memory")
+        return Finding("warn", "memory", f"{free}; the need is unknown", "fix the other problems first")
     kv_cache = " and ".join(dict.fromkeys(f"{one.kv_cache_gib}" for one in checked))
     return Finding("ok", "memory", f"{free}, enough with {kv_cache} GiB KV cache for each worker")
 
@@ -232,8 +237,8 @@ def check_model(name: str, cache: Path) -> Finding:
     return Finding(
         "warn",
         "model",
-        f"{name}: a hub's model",
-        f"serve fetches it first; `evenhand model download {name}` does it now",
+        f"{name}, from the model hub",
+        f"`evenhand serve` downloads it first; to do so now: `evenhand model download {name}`",
     )
 
 
@@ -248,14 +253,16 @@ def check_disk(free_bytes: int, place: Path, needed_bytes: int) -> Finding:
 
 def check_port(host: str, port: int, free: Callable[[str, int], bool]) -> Finding:
     if port == 0 or free(host, port):
-        return Finding("ok", "port", f"{host}:{port} can be had")
-    return Finding("bad", "port", f"{host}:{port} cannot be had", "stop what listens there, or choose another --port")
+        return Finding("ok", "port", f"{host}:{port} is free")
+    return Finding(
+        "bad", "port", f"cannot listen on {host}:{port}", "stop what listens there, or choose another --host or --port"
+    )
 
 
 def check_redis(url: str | None, ping: Callable[[str], str]) -> Finding:
     """`ping` returns what the server says of itself, or raises OSError or ValueError."""
     if not url:
-        return Finding("ok", "Redis", "not asked for: state stays in this process")
+        return Finding("ok", "Redis", "not configured: the gateway keeps its state to itself")
     try:
         return Finding("ok", "Redis", f"{without_password(url)}: {ping(url)}")
     except (OSError, ValueError) as error:

@@ -39,9 +39,14 @@ class Gpu:
         return self.id.startswith("MIG-")
 
     def __str__(self) -> str:
-        """For a person: "GPU 0 (NVIDIA L4)"."""
-        kind = "MIG slice of GPU" if self.is_slice else "GPU"
-        return f"{kind} {self.index}" + (f" ({self.name})" if self.name else "")
+        """For a person: "GPU 0 (NVIDIA L4)"; a MIG slice by as much of its UUID as `--gpus` needs."""
+        own = f"{self.id if '/' in self.id else self.id[:12]} of " if self.is_slice else ""
+        return f"{own}GPU {self.index}" + (f" ({self.name})" if self.name else "")
+
+    @property
+    def is_too_old(self) -> bool:
+        """Whether vLLM's CUDA build is known not to run on it."""
+        return (0, 0) < self.capability < OLDEST_CAPABILITY
 
 
 @dataclass(frozen=True, slots=True)

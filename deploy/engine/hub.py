@@ -1,9 +1,14 @@
 """Fetches a model from its hub before an engine starts: says how large it is, how far it is, and can go on later."""
 
+import functools
+import json
 import os
 import shutil
+import subprocess
+import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from errno import EACCES, EDQUOT, ENOSPC, EROFS
 from io import StringIO
 from pathlib import Path, PurePosixPath
@@ -11,9 +16,10 @@ from typing import Any
 
 import httpx2
 
-from deploy.engine.model import ModelError, Say
+from deploy.engine.model import ModelError, Say, dtype_in
 
 TOLD_EVERY_S = 5.0
+WEIGH_PATIENCE_S = 30.0
 # Where one of these is given, vLLM fetches other files than would be fetched here, or to another place.
 ELSEWHERE = ("--download-dir", "--revision", "--code-revision", "--load-format", "--config-format", "--hf-token")
 _WEIGHTS = (".safetensors", ".bin", ".pt")  # as vLLM prefers them
@@ -87,6 +93,46 @@ def _refusal(name: str, error: BaseException | None, cache: Path) -> str:
     return ""
 
 
+@dataclass(frozen=True, slots=True)
+class HubWeights:
+    """Of a hub's model. file_bytes: its weight files, 0 if not known. dtype: the format of the numbers in them."""
+
+    file_bytes: int = 0
+    dtype: str = ""
+
+
+Weighing = Callable[[str], HubWeights]
+
+
+@functools.cache
+def weigh(name: str) -> HubWeights:
+    """Asks the hub, or its cache, in a process of its own, so that the hub's library does not stay with a gateway."""
+    command = [sys.executable, "-P", "-m", "deploy.engine.hub", name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=WEIGH_PATIENCE_S, check=True)
+        return HubWeights(**json.loads(done.stdout.splitlines()[-1]))
+    except (subprocess.SubprocessError, OSError, ValueError, IndexError):
+        return HubWeights()  # `fetch` will say why
+
+
+def hub_weights(name: str) -> HubWeights:
+    """As the hub tells them before anything large is fetched, or as they are in its cache."""
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        sizes = {file.filename: file.file_size or 0 for file in snapshot_download(name, dry_run=True)}
+        folder = Path(snapshot_download(name, allow_patterns=["config.json"]))
+    except (OSError, HfHubHTTPError, httpx2.HTTPError):
+        cached = try_to_load_from_cache(name, "config.json")
+        if not isinstance(cached, str):
+            return HubWeights()
+        folder = Path(cached).parent
+        sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
+    weights = [file for file in wanted(list(sizes)) if file.endswith(_WEIGHTS)]
+    return HubWeights(sum(sizes[file] for file in weights), dtype_in(folder))
+
+
 def _in_cache(name: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
@@ -124,5 +170,14 @@ def _telling(say: Say | None, total: int = 0) -> type[Any]:
     return Telling
 
 
+def main() -> int:
+    sys.stdout.write(json.dumps(asdict(hub_weights(sys.argv[1]))) + "\n")
+    return 0
+
+
 def _size(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

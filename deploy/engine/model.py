@@ -105,8 +105,13 @@ def stored_dtype(model: str, cache: Path) -> str:
     """
     if model in MADE_HERE:
         return STORED_DTYPE
+    return dtype_in(Path(resolve(model, cache).path))
+
+
+def dtype_in(folder: Path) -> str:
+    """The format that the config.json of a model's folder names; "" where it does not."""
     try:
-        config = json.loads((Path(resolve(model, cache).path) / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ""
     stored = config.get("dtype") or config.get("torch_dtype")

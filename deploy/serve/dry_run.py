@@ -2,14 +2,15 @@
 
 import shlex
 import sys
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.text import Text
 
-from deploy.engine.engine_args import KEY_NAME
+from deploy.engine.engine_args import KEY_NAME, EngineCommand
 from deploy.engine.model import ENGINE_ARGS, MADE_HERE, ModelSource, cache_folder, is_complete, resolve
 from deploy.engine.worker import usable_ports
-from deploy.serve.preflight import check_all, gpu_plan, in_words, plan_workers
+from deploy.serve.preflight import check_all, driver_remarks, gpu_plan, in_words, plan_workers
 from deploy.serve.serving import Surroundings, check_names, shown_source
 from deploy.settings import ServeSettings
 
@@ -17,7 +18,7 @@ from deploy.settings import ServeSettings
 def dry_run(settings: ServeSettings, around: Surroundings, console: Console) -> int:
     """Prints the plan; returns the exit code. Raises what a start would raise before its first engine."""
     machine = around.machine()
-    checked = check_all(settings, machine, cache_folder(), around.ask)
+    checked = check_all(settings, machine, cache_folder(), around.ask, around.weigh)
     found = [_source(one.name) for one in settings.model]
     sources, remarks = [source for source, _ in found], [remark for _, remarks in found for remark in remarks]
     check_names(settings, [source.served_name for source in sources])
@@ -31,17 +32,27 @@ def dry_run(settings: ServeSettings, around: Surroundings, console: Console) -> 
     width = max(map(len, rows)) + 2
     for name, value in rows.items():
         console.print(Text.assemble((f"  {name:<{width}}", "dim"), value), soft_wrap=True)
-    for remark in (*remarks, *gpu_plan(settings, machine, checked).remarks):
+    for remark in (*remarks, *driver_remarks(machine), *gpu_plan(settings, machine, checked).remarks):
         console.print(Text.assemble((f"  {'note':<{width}}", "dim"), (remark, "yellow")), soft_wrap=True)
     for name, plan in plans.items():
         command = around.command(plan, usable_ports(None), sys.executable)
-        shown = dict(command.env) | ({KEY_NAME: "(a key)"} if KEY_NAME in command.env else {})
-        env = " ".join(f"{key}={shlex.quote(value)}" for key, value in sorted(shown.items()))
-        console.print(
-            Text(f"\n# {name}, at {command.url} (ports are chosen anew at each start)", "dim"), soft_wrap=True
-        )
-        console.print(Text(f"{env} {shlex.join(command.argv)}"), soft_wrap=True)
+        console.print(Text(f"\n# {name} at {command.url}; port and key change with each start", "dim"), soft_wrap=True)
+        console.print(Text(" \\\n  ".join(_lines(command))), soft_wrap=True)
     return 0
+
+
+def _lines(command: EngineCommand) -> Sequence[str]:
+    """The command for a shell: variables, the program, and each of its options with its values on a line."""
+    shown = dict(command.env) | ({KEY_NAME: "…"} if KEY_NAME in command.env else {})
+    lines = [f"{key}={shlex.quote(value)}" for key, value in sorted(shown.items())]
+    program = command.argv.index("-m") + 2 if "-m" in command.argv else 1
+    lines.append(shlex.join(command.argv[:program]))
+    for word in command.argv[program:]:
+        if word.startswith("-"):
+            lines.append(shlex.quote(word))
+        else:
+            lines[-1] += f" {shlex.quote(word)}"
+    return lines
 
 
 def _source(name: str) -> tuple[ModelSource, list[str]]:

@@ -157,7 +157,7 @@ def plan_of(settings: JoinSettings, around: Surroundings, locks: GpuLocks) -> En
     role, machine = Role(settings.role), around.machine()
     leans = role is Role.BOTH and settings.disaggregation.balance_roles
     check_transfer([Role.PREFILL if leans else role], machine)
-    checked = check(alone, machine, cache_folder(), around.ask)
+    checked = check(alone, machine, cache_folder(), around.ask, around.weigh)
     machine = claimed(alone, machine, [checked], locks)
     (plan,) = plan_workers(alone, machine, [checked], [resolve(settings.source, cache_folder())]).values()
     plan = replace(plan, role=role, host=settings.address, hands_over=leans)

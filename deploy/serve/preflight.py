@@ -21,9 +21,10 @@ from deploy.engine.engine_args import (
 )
 from deploy.engine.engine_needs import Asking, ask_vllm, needs_of
 from deploy.engine.gpu_plan import GpuPlan, GpuPlanError, Need, Share, check_crowding, plan_gpus
-from deploy.engine.gpus import Gpu, named
+from deploy.engine.gpus import OLDEST_DRIVER, Gpu, driver_is_too_old, named
+from deploy.engine.hub import HubWeights, Weighing, fetched_here, weigh
 from deploy.engine.machine import GIB, Build, Machine
-from deploy.engine.model import BUNDLED, BUNDLED_BYTES, TINY, ModelSource, resolve, stored_dtype
+from deploy.engine.model import BUNDLED, BUNDLED_BYTES, MADE_HERE, TINY, ModelSource, resolve, stored_dtype
 from deploy.settings import ServeSettings
 from scheduler.workers import Role
 
@@ -38,7 +39,7 @@ WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf")
 
 
 # With these, weights take other room on a GPU than in their files, or none.
-UNLIKE_FILES = {"--quantization", "--load-format", "--cpu-offload-gb"}
+UNLIKE_FILES = {"--quantization", "--load-format", "--cpu-offload-gb", "--dtype"}
 
 
 class PreflightError(Exception):
@@ -87,7 +88,9 @@ def _roles_of(settings: ServeSettings) -> dict[str, Role]:
     return {f"{label}-{name}": role for name, role in roles.items()} if label else roles
 
 
-def check_all(settings: ServeSettings, machine: Machine, cache: Path, ask: Asking = ask_vllm) -> list[Checked]:
+def check_all(
+    settings: ServeSettings, machine: Machine, cache: Path, ask: Asking = ask_vllm, weighing: Weighing = weigh
+) -> list[Checked]:
     """`check` for each model, in memory and on GPUs that the models before it leave."""
     found: list[Checked] = []
     views, left = settings.each(), machine
@@ -97,7 +100,7 @@ def check_all(settings: ServeSettings, machine: Machine, cache: Path, ask: Askin
             "--balance-roles needs a worker of each kind: give --prefill-workers, --decode-workers and --workers"
         )
     for view in views:
-        checked = check(view, left, cache, ask)
+        checked = check(view, left, cache, ask, weighing)
         found.append(checked)
         taken = checked.engine_bytes * len(_roles_of(view)) if checked.build == "cpu" else 0
         left = replace(left, available_bytes=left.available_bytes - taken)
@@ -106,8 +109,10 @@ def check_all(settings: ServeSettings, machine: Machine, cache: Path, ask: Askin
     return found
 
 
-def check(settings: ServeSettings, machine: Machine, cache: Path, ask: Asking = ask_vllm) -> Checked:
-    """Looks at engine, model, memory and GPUs. `ask`: vLLM's reading of engine arguments.
+def check(
+    settings: ServeSettings, machine: Machine, cache: Path, ask: Asking = ask_vllm, weighing: Weighing = weigh
+) -> Checked:
+    """Looks at engine, model, memory and GPUs. ask: vLLM's reading of engine arguments. weighing: a hub's models.
 
     EngineArgsError, ModelError, PreflightError, GpuPlanError or ValueError says what is wrong.
     """
@@ -124,16 +129,30 @@ def check(settings: ServeSettings, machine: Machine, cache: Path, ask: Asking = 
             "or leave --compile out"
         )
     stored = stored_dtype(settings.source, cache)
-    dtype = cpu_dtype(machine, stored) if build == "cpu" else ""
-    weights = weights_bytes(settings.source, cache, dtype or stored)
+    if build == "cuda":
+        need = gpu_need(settings, gpu_weights_bytes(settings, cache, stored, weighing), ask)
+        checked = Checked(build, settings.kv_cache_gib or 1, need=need)
+        gpu_plan(settings, machine, [checked])
+        return checked
+    dtype = cpu_dtype(machine, stored)
+    weights = weights_bytes(settings.source, cache, dtype)
     free = machine.available_bytes - workers * (ENGINE_BYTES + weights)
     kv_cache_gib = settings.kv_cache_gib or default_kv_cache_gib(free, workers)
-    if build == "cpu":
-        _check_memory(settings.source, machine, workers, weights, kv_cache_gib)
-        return Checked(build, kv_cache_gib, dtype, engine_bytes=ENGINE_BYTES + weights + kv_cache_gib * GIB)
-    checked = Checked(build, kv_cache_gib, dtype, gpu_need(settings, weights, ask))
-    gpu_plan(settings, machine, [checked])
-    return checked
+    _check_memory(settings.source, machine, workers, weights, kv_cache_gib)
+    return Checked(build, kv_cache_gib, dtype, engine_bytes=ENGINE_BYTES + weights + kv_cache_gib * GIB)
+
+
+def gpu_weights_bytes(settings: ServeSettings, cache: Path, stored: str, weighing: Weighing) -> int:
+    """What one copy of the weights takes of the GPUs' memory; 0 where that is not known."""
+    if option_names(settings.engine_args) & UNLIKE_FILES:
+        return 0
+    if size := weights_bytes(settings.source, cache, stored):
+        found = HubWeights(size, stored)
+    elif settings.source in MADE_HERE or not fetched_here(settings.engine_args):
+        return 0
+    else:
+        found = weighing(settings.source)
+    return found.file_bytes // 2 if found.dtype == "float32" else found.file_bytes  # vLLM halves these by itself
 
 
 def gpu_need(settings: ServeSettings, weights: int, ask: Asking) -> Need:
@@ -141,13 +160,11 @@ def gpu_need(settings: ServeSettings, weights: int, ask: Asking) -> Need:
     needs = needs_of(settings.engine_args, ask)
     if needs.data_parallel > 1:
         raise EngineArgsError(
-            "--data-parallel-size hides several schedulers behind one address, where load, policy and fairness cannot "
-            f"be told apart: use --workers {needs.data_parallel}, each with its own GPUs (the experts of a large "
-            "model spread over GPUs with --tensor-parallel-size and --enable-expert-parallel)"
+            "--data-parallel-size puts several schedulers behind one address, where the gateway cannot balance load or "
+            f"keep fairness between them: use --workers {needs.data_parallel}, which gives each engine its own GPUs "
+            "(to spread a mixture of experts over GPUs: --tensor-parallel-size with --enable-expert-parallel)"
         )
-    unlike_files = bool(option_names(settings.engine_args) & UNLIKE_FILES)
-    # Each node has its part of the weights.
-    return Need(needs.gpus, needs.utilization, 0 if unlike_files else weights // needs.nodes)
+    return Need(needs.gpus, needs.utilization, weights // needs.nodes)  # each node has its part of the weights
 
 
 def gpu_plan(settings: ServeSettings, machine: Machine, checked: Sequence[Checked]) -> GpuPlan:
@@ -179,6 +196,17 @@ def gpu_plan(settings: ServeSettings, machine: Machine, checked: Sequence[Checke
     return GpuPlan(shares, tuple(remarks))
 
 
+def driver_remarks(machine: Machine) -> list[str]:
+    """What to know of a driver that is too old for the CUDA build: NVIDIA's compatibility package, which cannot be seen
+    from here, may make up for it."""
+    if machine.engine is None or machine.engine.build == "cpu" or not driver_is_too_old(machine.driver):
+        return []
+    return [
+        f"the NVIDIA driver {machine.driver} is too old for CUDA 13: engines start only where cuda-compat-13-0 is "
+        f"installed; else update the driver to {OLDEST_DRIVER} or newer"
+    ]
+
+
 def _named_gpus(names: str, machine: Machine) -> list[Gpu]:
     """The GPUs of a `--gpus`, all where it is empty. PreflightError for one that is not here."""
     if not names:
@@ -186,8 +214,10 @@ def _named_gpus(names: str, machine: Machine) -> list[Gpu]:
     gpus: list[Gpu] = []
     for part in (part.strip() for part in names.split(",")):
         if not (chosen := [gpu for gpu in named(machine.gpus, part) if gpu not in gpus]):
-            there = ", ".join(f"{gpu.index}" for gpu in machine.gpus)
-            raise PreflightError(f"--gpus {names}: {part!r} is no GPU here, or named twice; there are {there}")
+            there = ", ".join(dict.fromkeys(gpu.id if gpu.is_slice else f"{gpu.index}" for gpu in machine.gpus))
+            raise PreflightError(
+                f"--gpus {names}: {part!r} is named twice or is not one of the GPUs here, which are {there}"
+            )
         gpus += chosen
     return gpus
 
@@ -292,8 +322,8 @@ def plan_workers(
 
 
 def in_words(plan: EnginePlan) -> str:
-    """What an engine does and how, for a person: "reads prompts: CPU core 1, bfloat16, eager, 1 GiB KV cache"."""
-    does = {Role.PREFILL: "reads prompts: ", Role.DECODE: "answers: ", Role.BOTH: ""}[plan.role]
+    """What an engine does and how, for a person: "reads prompts on CPU core 1, bfloat16, eager, 1 GiB KV cache"."""
+    does = {Role.PREFILL: "reads prompts on ", Role.DECODE: "writes answers on ", Role.BOTH: ""}[plan.role]
     if plan.share is not None:
         return f"{does}{plan.share}"
     cores = "core" if len(plan.cores) == 1 else "cores"

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace, surroundings: Surroundings | None = None) -> i
         screen = Screen(Console(highlight=False), list(worker_roles(settings)), settings.verbose, time.monotonic)
         front = front_for(settings, screen.gateway)
         with listen(front, settings) as sock:
-            checked = check_all(settings, around.machine(), cache_folder(), around.ask)
+            checked = check_all(settings, around.machine(), cache_folder(), around.ask, around.weigh)
             serving = Serving(settings, checked, front, screen, around)
             calm_collector()
             code: int = uvloop.run(serving.serve(sock))

@@ -23,11 +23,12 @@ from deploy.engine.engine_log import LogFile
 from deploy.engine.engine_needs import Asking, ask_vllm
 from deploy.engine.gpu_lock import GpuLocks
 from deploy.engine.gpu_plan import GpuPlanError
+from deploy.engine.hub import Weighing, weigh
 from deploy.engine.machine import Machine, look
 from deploy.engine.model import ModelSource
 from deploy.engine.worker import EngineState, Listeners, Timing, WorkerError, WorkerEvent, WorkerProcess
 from deploy.serve.gateway import GatewayRunner
-from deploy.serve.preflight import Checked, PreflightError, gpu_plan, in_words, plan_workers
+from deploy.serve.preflight import Checked, PreflightError, driver_remarks, gpu_plan, in_words, plan_workers
 from deploy.serve.preparing import prepared
 from deploy.serve.screen import Screen, ScreenLog
 from deploy.settings import ServeSettings
@@ -51,6 +52,7 @@ class Surroundings:
     machine: Callable[[], Machine] = partial(look, os.environ)
     command: Command = engine_command
     ask: Asking = ask_vllm
+    weigh: Weighing = weigh
     locks: Callable[[], GpuLocks] = GpuLocks
     timing: Timing = field(default_factory=Timing)
 
@@ -126,7 +128,8 @@ class Serving:
         try:
             machine = claimed(self._settings, self._around.machine(), self._checked, locks)
             self._plans = plan_workers(self._settings, machine, self._checked, sources)
-            self._introduce(sources, gpu_plan(self._settings, machine, self._checked).remarks)
+            remarks = gpu_plan(self._settings, machine, self._checked).remarks
+            self._introduce(sources, (*driver_remarks(machine), *remarks))
             await self._run_engines(sources)
         finally:
             locks.close()

@@ -14,7 +14,7 @@ from typing import cast
 COMMIT = "c" * 40
 NAME = "owner/model"
 FILES = {
-    "config.json": b"{}",
+    "config.json": b'{"dtype": "float32"}',
     "tokenizer.json": b"[]",
     "model-00001-of-00002.safetensors": Random(1).randbytes(300_000),
     "model-00002-of-00002.safetensors": Random(2).randbytes(100_000),

@@ -71,9 +71,10 @@ def test_a_gpu_that_the_installed_build_ignores_is_worth_a_warning() -> None:
 
 def test_a_driver_or_a_gpu_that_is_too_old_is_found() -> None:
     (old,) = doctor.check_gpus(replace(CUDA, driver="550.54.15"))
-    assert old.level == "bad" and "driver 580 or newer" in old.advice
+    assert old.level == "bad" and "update the driver to 580 or newer" in old.advice
     v100 = replace(L4, name="Tesla V100", capability=(7, 0))
-    assert [finding.level for finding in doctor.check_gpus(replace(CUDA, gpus=(v100,)))] == ["ok", "bad"]
+    (unusable,) = doctor.check_gpu_plan(ServeSettings(), replace(CUDA, gpus=(v100,)), Path("/nowhere"))
+    assert unusable.level == "bad" and "vLLM needs 7.5 (Turing) or newer" in unusable.advice
     t4 = replace(L4, name="Tesla T4", capability=(7, 5))
     assert [finding.level for finding in doctor.check_gpus(replace(CUDA, gpus=(t4,)))] == ["ok", "warn"]
 
@@ -84,9 +85,9 @@ def test_the_plan_of_the_gpus_is_told_or_why_there_is_none(cache: Path) -> None:
         return list(doctor.check_gpu_plan(wanted, machine, cache, lambda args: NO_ARGS))
 
     assert plan(CPU) == []
-    assert plan(CUDA) == [Finding("ok", "GPU plan", "worker-0 on GPU 0 (NVIDIA L4)")]
+    assert plan(CUDA) == [Finding("ok", "GPU plan", "worker-0: GPU 0 (NVIDIA L4)")]
     (idle,) = plan(replace(CUDA, gpus=(L4, replace(L4, id="GPU-b", index=1))))
-    assert idle.level == "warn" and "GPU 1 stays idle" in idle.advice
+    assert idle.level == "warn" and "GPU 1 is idle" in idle.advice
     (busy,) = plan(replace(CUDA, gpus=(replace(L4, free_bytes=GIB),)))
     assert busy.level == "bad" and busy.found.startswith("GPU 0 (NVIDIA L4) has 1.0 of 22.0 GiB free")
 

@@ -3,6 +3,9 @@
 import argparse
 import io
 import json
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +41,31 @@ def printed(machine: Machine, ask: Any = None, **settings: Any) -> str:
 def test_each_engines_gpus_and_command_line_are_printed(model: str) -> None:
     wanted = {"prefill_workers": 1, "decode_workers": 1, "engine_args": ["-tp", "2"]}
     text = printed(cuda_machine(h100s(4)), answering(gpus=2), model=model, **wanted)
-    assert "prefill-0  reads prompts: GPUs 0, 1 (2 x NVIDIA H100 80GB HBM3)" in text
-    assert "decode-0   answers: GPUs 2, 3 (2 x NVIDIA H100 80GB HBM3)" in text
-    commands = [line for line in text.splitlines() if line.startswith("CUDA_VISIBLE_DEVICES=")]
-    assert [line.split()[0] for line in commands] == [
-        "CUDA_VISIBLE_DEVICES=GPU-h0,GPU-h1",
-        "CUDA_VISIBLE_DEVICES=GPU-h2,GPU-h3",
-    ]
-    assert all(line.endswith("-tp 2") and "--kv-transfer-config" in line for line in commands)
+    assert "prefill-0  reads prompts on GPUs 0, 1 (2 x NVIDIA H100 80GB HBM3)" in text
+    assert "decode-0   writes answers on GPUs 2, 3 (2 x NVIDIA H100 80GB HBM3)" in text
+    first, second = (shlex.split(command) for command in text.split("\n# ")[1:])
+    assert "CUDA_VISIBLE_DEVICES=GPU-h0,GPU-h1" in first and "CUDA_VISIBLE_DEVICES=GPU-h2,GPU-h3" in second
+    for words in (first, second):
+        assert words[-2:] == ["-tp", "2"] and "--kv-transfer-config" in words
+        assert not [word for word in words if word.startswith("VLLM_API_KEY=") and word != "VLLM_API_KEY=…"]
+
+
+def test_a_shell_takes_a_printed_command_as_it_is(model: str, tmp_path: Path) -> None:
+    text = printed(cuda_machine(h100s(1)), model=model, policy="mlfq", engine_args=["--chat-template", "a b's"])
+    script = text.partition("\n# ")[2].partition("\n")[2].replace(sys.executable, "printf '%s\\n'")
+    said = subprocess.run(["/bin/sh", "-c", script], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert json.loads(said[said.index("--additional-config") + 1])["evenhand"]["policy"] == "mlfq"
+    assert said[-2:] == ["--chat-template", "a b's"]
 
 
 def test_idle_gpus_are_noted(model: str) -> None:
-    assert "note      GPU 1 stays idle: --workers 2" in printed(cuda_machine(h100s(2)), model=model)
+    assert "note      GPU 1 is idle: --workers 2" in printed(cuda_machine(h100s(2)), model=model)
+
+
+def test_a_driver_that_is_too_old_is_noted(model: str) -> None:
+    assert "note      the NVIDIA driver 550.54.15 is too old" in printed(
+        cuda_machine(h100s(1), driver="550.54.15"), model=model
+    )
 
 
 def test_on_a_cpu_the_cores_are_told(model: str) -> None:

@@ -13,6 +13,7 @@ from deploy.engine.engine_args import EngineArgsError
 from deploy.engine.engine_needs import EngineNeeds, needs_of
 from deploy.engine.gpu_lock import GpuLocks
 from deploy.engine.gpu_plan import GpuPlanError, Need, plan_gpus, tensor_parallel
+from deploy.engine.hub import HubWeights
 from deploy.engine.machine import GIB
 from deploy.serve.preflight import Checked, PreflightError, check, gpu_plan
 from deploy.serve.serving import claimed
@@ -55,15 +56,17 @@ def test_gpus_of_one_engine_are_neighbours() -> None:
 def test_too_few_gpus_are_refused_with_a_way_out() -> None:
     with pytest.raises(GpuPlanError, match="4 engines of 2 GPUs need 8, and 4 are free here: use --workers 2"):
         plan_gpus(h100s(4), names(4), Need(2))
-    with pytest.raises(GpuPlanError, match="an engine of 2 GPUs need 2, and 1 is free here: use a machine with more"):
+    with pytest.raises(GpuPlanError, match="an engine needs 2 GPUs, and 1 is free here: use a machine with more"):
         plan_gpus(h100s(1), names(1), Need(2))
 
 
 def test_idle_gpus_are_told_with_what_would_use_them() -> None:
     (remark,) = plan_gpus(h100s(8), names(1), Need()).remarks
-    assert "GPUs 1, 2, 3, 4, 5, 6, 7 stay idle: --workers 8" in remark and "tensor-parallel-size=8" in remark
+    assert "GPUs 1-7 are idle: --workers 8 runs 8 copies" in remark and "splits one copy across 8 GPUs" in remark
     (remark,) = plan_gpus(h100s(8), names(2), Need(2)).remarks
-    assert "GPUs 4, 5, 6, 7 stay idle: --workers 4" in remark
+    assert remark == "GPUs 4-7 are idle: --workers 4 runs 4 copies of the model"
+    (remark,) = plan_gpus([h100s(4)[number] for number in (0, 1, 3)], names(1), Need()).remarks
+    assert remark.startswith("GPUs 1, 3 are idle: --workers 3")
 
 
 def test_engines_that_share_a_gpu_share_its_memory_and_say_so() -> None:
@@ -85,7 +88,7 @@ def test_a_gpu_in_use_is_left_alone_and_told_when_it_is_needed() -> None:
     free = replace(H100, id="GPU-h1", index=1)
     plan = plan_gpus([busy, free], names(1), Need())
     assert plan.shares["worker-0"].ids == "GPU-h1"
-    assert "GPU 0 (NVIDIA H100 80GB HBM3) is left alone: 60.0 GiB of it are in use" in plan.remarks
+    assert "GPU 0 (NVIDIA H100 80GB HBM3) is left out: other programs use 60.0 GiB of its memory" in plan.remarks
     with pytest.raises(GpuPlanError, match=r"has 20.0 of 80.0 GiB free.*--gpu-memory-utilization=0.23"):
         plan_gpus([busy], names(1), Need())
     assert plan_gpus([busy], names(1), Need(utilization=0.2)).shares["worker-0"].ids == "GPU-h0"
@@ -93,8 +96,12 @@ def test_a_gpu_in_use_is_left_alone_and_told_when_it_is_needed() -> None:
 
 def test_weights_that_do_not_fit_are_told_the_parallelism_that_holds_them() -> None:
     seventy = Need(weights_bytes=141 * 10**9)
-    with pytest.raises(GpuPlanError, match=r"weights take 131.3 GiB.*room for 70.6: .*--tensor-parallel-size=4"):
+    with pytest.raises(GpuPlanError, match=r"weights \(131.3 GiB\).*room for 70.6: .*--tensor-parallel-size=4"):
         plan_gpus(h100s(8), names(1), seventy)
+    with pytest.raises(GpuPlanError, match=r"use a quantized or a smaller model \(4 such GPUs would hold this one\)"):
+        plan_gpus(h100s(2), names(1), seventy)
+    with pytest.raises(GpuPlanError, match="use a larger slice or a whole GPU"):
+        plan_gpus([replace(H100, id="MIG-0")], names(1), seventy)
     assert plan_gpus(h100s(8), names(2), replace(seventy, gpus=4)).shares
     assert tensor_parallel(16 * 10**9, H100) == 1
     assert tensor_parallel(16 * 10**9, L4) == 1
@@ -104,8 +111,21 @@ def test_weights_that_do_not_fit_are_told_the_parallelism_that_holds_them() -> N
 def test_an_engine_cannot_span_mig_slices() -> None:
     slices = [replace(H100, id=f"MIG-{index}") for index in range(2)]
     assert plan_gpus(slices, names(2), Need()).shares["worker-1"].ids == "MIG-1"
+    (remark,) = plan_gpus(slices, names(1), Need()).remarks
+    assert "MIG-1 of GPU 0" in remark and "tensor-parallel" not in remark
     with pytest.raises(GpuPlanError, match="MIG"):
         plan_gpus(slices, names(1), Need(2))
+
+
+def test_a_gpu_on_which_vllm_does_not_run_is_left_out() -> None:
+    old = replace(H100, id="GPU-v", name="Tesla V100", capability=(7, 0))
+    new = replace(H100, index=1)
+    plan = plan_gpus([old, new], names(1), Need())
+    assert plan.shares["worker-0"].ids == new.id
+    (remark,) = plan.remarks
+    assert "GPU 0 (Tesla V100) is left out: its compute capability is 7.0" in remark
+    with pytest.raises(GpuPlanError, match="no GPU can be used: GPU 0"):
+        plan_gpus([old], names(1), Need())
 
 
 def model(folder: Path) -> str:
@@ -140,10 +160,38 @@ def test_what_cannot_be_planned_is_refused_before_anything_starts(tmp_path: Path
     settings = ServeSettings(model=model(tmp_path), engine_args=["-dp", "2"])
     with pytest.raises(EngineArgsError, match="use --workers 2"):
         check(settings, machine, tmp_path, answering(gpus=2, data_parallel=2))
-    with pytest.raises(PreflightError, match="'7' is no GPU here, or named twice; there are 0, 1"):
+    with pytest.raises(PreflightError, match="'7' is named twice or is not one of the GPUs here, which are 0, 1"):
         check(ServeSettings(model=model(tmp_path), gpus="0,7"), machine, tmp_path)
     with pytest.raises(PreflightError, match="named twice"):
         check(ServeSettings(model=model(tmp_path), gpus="0,0"), machine, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "args", "fits"),
+    [
+        ("bfloat16", [], False),
+        ("float32", [], True),  # vLLM computes in half of it
+        ("bfloat16", ["--quantization=fp8"], True),  # nobody knows how large
+        ("bfloat16", ["--revision=v2"], True),  # vLLM fetches it by itself
+    ],
+)
+def test_a_hubs_model_that_does_not_fit_is_refused_before_it_is_fetched(
+    dtype: str, args: list[str], fits: bool, tmp_path: Path
+) -> None:
+    settings = ServeSettings(model="owner/large", engine_args=args)
+
+    def weighing(name: str) -> HubWeights:
+        assert name == "owner/large"
+        return HubWeights(100 * GIB, dtype)
+
+    def checked() -> Checked:
+        return check(settings, cuda_machine(h100s(4)), tmp_path, answering(), weighing)
+
+    if fits:
+        assert checked().build == "cuda"
+    else:
+        with pytest.raises(GpuPlanError, match=r"weights \(100.0 GiB\).*--tensor-parallel-size=2"):
+            checked()
 
 
 def test_without_arguments_vllm_is_not_asked() -> None:

@@ -54,7 +54,7 @@ def test_a_gpu_that_is_cut_is_seen_as_its_slices(tmp_path: Path) -> None:
     found = find_gpus({}, tmp_path, FakeNvml(h100s(2), slices={0: ["MIG-a", None, "MIG-b"]}))
     assert ids(found) == ["MIG-a", "MIG-b", "GPU-h1"]
     assert [gpu.total_bytes // GIB for gpu in found.gpus] == [20, 20, 80]
-    assert [str(gpu) for gpu in found.gpus][0] == "MIG slice of GPU 0 (NVIDIA H100 80GB HBM3)"
+    assert [str(gpu) for gpu in found.gpus][0] == "MIG-a of GPU 0 (NVIDIA H100 80GB HBM3)"
 
 
 def test_without_nvml_nvidia_smi_is_asked(tmp_path: Path) -> None:

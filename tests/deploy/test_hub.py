@@ -1,5 +1,6 @@
 """A model is fetched from its hub before its engine starts."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.engine.hub import fetched_here, wanted
+from deploy.engine.hub import HubWeights, fetched_here, wanted, weigh
 from tests.deploy.fake_hub import NAME, NEEDED, Hub, running, there
 
 pytestmark = pytest.mark.timeout(240)
@@ -82,6 +83,28 @@ def test_without_its_hub_a_model_is_taken_from_the_cache_or_missed_in_one_senten
     assert "going on with what the cache has" in cached.stdout
     assert "is not on this machine" in missed.stderr.splitlines()[-1]
     assert "Traceback" not in missed.stderr
+
+
+def test_weights_are_weighed_before_they_are_fetched_and_from_the_cache_without_the_hub(tmp_path: Path) -> None:
+    def told(hub: Hub) -> dict[str, object]:
+        command = [sys.executable, "-P", "-m", "deploy.engine.hub", NAME]
+        environ = {**os.environ, **hub.environ(tmp_path)}
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=200, check=True)
+        said = json.loads(done.stdout)
+        assert isinstance(said, dict)
+        return said
+
+    with running() as hub:
+        assert told(hub) == {"file_bytes": 400_000, "dtype": "float32"}
+        assert {name for name, _ in hub.sent} == {"config.json"}
+        assert download(hub, tmp_path).returncode == 0
+    assert told(hub) == {"file_bytes": 400_000, "dtype": "float32"}
+
+
+def test_a_model_that_nobody_can_weigh_has_no_known_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert weigh("owner/nowhere") == HubWeights()
 
 
 @pytest.mark.parametrize(

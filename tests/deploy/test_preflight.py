@@ -117,8 +117,8 @@ def test_workers_are_named_after_what_they_do() -> None:
 def test_what_an_engine_is_for_is_said_with_how_it_computes(folder: Path) -> None:
     settings = ServeSettings(prefill_workers=1, decode_workers=1, worker_count=1)
     plans = plan_workers(settings, machine(), [Checked("cpu", 2, "float32")], [ModelSource(str(folder), "toy")])
-    assert in_words(plans["prefill-0"]) == "reads prompts: CPU core 0, float32, eager, 2 GiB KV cache"
-    assert in_words(plans["decode-0"]) == "answers: CPU core 1, float32, eager, 2 GiB KV cache"
+    assert in_words(plans["prefill-0"]) == "reads prompts on CPU core 0, float32, eager, 2 GiB KV cache"
+    assert in_words(plans["decode-0"]) == "writes answers on CPU core 1, float32, eager, 2 GiB KV cache"
     assert in_words(plans["worker-0"]) == "CPU core 2, float32, eager, 2 GiB KV cache"
 
 

@@ -176,7 +176,9 @@ def test_a_chat_goes_through_an_engine_that_reads_and_one_that_answers(program: 
     process.terminate()
     code, out, _ = ended(process)
     assert code == 0
-    assert re.search(r"prefill-0 +reads prompts: CPU core", out) and re.search(r"decode-0 +answers: CPU core", out)
+    assert re.search(r"prefill-0 +reads prompts on CPU core", out) and re.search(
+        r"decode-0 +writes answers on CPU core", out
+    )
     assert "policy fcfs, prompts from 1 tokens on are read apart" in out
 
 

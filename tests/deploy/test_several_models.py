@@ -122,9 +122,7 @@ def test_on_gpus_each_takes_what_those_before_it_leave(folders: list[str]) -> No
 
 def test_a_gpu_that_two_models_name_is_shared_only_if_both_leave_room(folders: list[str]) -> None:
     both = [f"{folder},gpus=0" for folder in folders]
-    with pytest.raises(
-        GpuPlanError, match="one-worker-0 and two-worker-0 are all to be on GPU 0 .* 184% of its memory"
-    ):
+    with pytest.raises(GpuPlanError, match="one-worker-0 and two-worker-0 are placed on GPU 0 .* 184% of its memory"):
         printed(cuda_machine(h100s(1)), answering(), model=both)
     text = printed(cuda_machine(h100s(1)), answering(utilization=0.45), model=both, engine_args=["--x"])
     assert "one-worker-0  GPU 0 (" in text and "two-worker-0  GPU 0 (" in text
