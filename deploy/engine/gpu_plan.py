@@ -164,16 +164,23 @@ def _check_weights(shares: Mapping[str, Share], need: Need, there: int) -> None:
         if not room or need.weights_bytes * SMALLEST_KV <= room * len(share.gpus):
             continue
         gpu, count = share.gpus[0], len(share.gpus)
-        where = f"{gpu} has" if count == 1 else f"{count} GPUs like {gpu} have"
+        if room <= 0:
+            raise GpuPlanError(
+                f"an engine takes {_gib(BESIDE_BYTES)} GiB beside weights and KV cache, and {share} is less: use a "
+                f"larger part or {'fewer --workers' if share.sharers > 1 else 'a larger GPU'}"
+            )
+        where = f"{share} has" if count == 1 else f"{count} GPUs like {gpu} have"
         raise GpuPlanError(
             f"the weights ({_gib(need.weights_bytes)} GiB) and a minimal KV cache need "
-            f"{_gib(need.weights_bytes * SMALLEST_KV)} GiB, and {where} room for {_gib(max(0.0, room * count))}: "
+            f"{_gib(need.weights_bytes * SMALLEST_KV)} GiB, and {where} room for {_gib(room * count)}: "
             f"{_what_holds(need.weights_bytes, share, there)}"
         )
 
 
 def _what_holds(weights_bytes: int, share: Share, there: int) -> str:
     gpu = share.gpus[0]
+    if share.sharers > 1:
+        return "use fewer --workers, or a quantized model"
     if gpu.is_slice:
         return "use a larger slice or a whole GPU, or a quantized model"
     wanted = tensor_parallel(weights_bytes, gpu, share.utilization or UTILIZATION)

@@ -44,7 +44,10 @@ def cores() -> tuple[int, int]:
 
 @contextmanager
 def running(argv: Sequence[str], env: dict[str, str], health: str, limit_s: float = START_S) -> Iterator[Path]:
-    """A program that answers at `health` when it is ready; yields its log. RuntimeError if it ends before."""
+    """A program that answers at `health` when it is ready; yields its log. RuntimeError if it ends before.
+
+    What its log said last goes to standard error when the block fails.
+    """
     with tempfile.TemporaryDirectory(prefix="evenhand-bench-") as folder:
         log = Path(folder) / "log"
         with log.open("wb") as out:
@@ -56,6 +59,9 @@ def running(argv: Sequence[str], env: dict[str, str], health: str, limit_s: floa
                     raise RuntimeError(f"{' '.join(argv[:6])} … did not start:\n{log.read_text()[-3000:]}")
                 time.sleep(0.05)
             yield log
+        except Exception:
+            sys.stderr.write(log.read_text(errors="replace")[-2000:])
+            raise
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGINT)

@@ -5,7 +5,8 @@ evenhand bench gpu-check [--model smollm2] [--requests 64] [--policies fcfs vtc 
 One engine at a time answers the same greedy requests, long and short mixed, all at once; then `evenhand serve` with two
 engines (on one GPU they share its memory), and with one that reads prompts and one that answers, over NIXL. The table
 shows tokens a second against stock vLLM, how many answers are stock's to the letter, displacements or prompts that were
-handed over, and on a GPU memory and energy. It runs on a CPU, too, without the last two.
+handed over, and on a GPU memory and energy. It runs on a CPU, too, without the last two. What does not start, or dies,
+is a row that says so, and the rest goes on.
 """
 
 import argparse
@@ -15,8 +16,9 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import httpx2
@@ -47,7 +49,7 @@ STEPS = re.compile(r"^evenhand_engine_steps_total(?:\{[^}]*\})?\s+([\d.e+]+)$", 
 class Round:
     """What one engine did, or a whole system. memory_bytes, energy_j: of the first GPU; 0 on a CPU.
 
-    handed_over: prompts that another engine read than the one that answered.
+    handed_over: prompts that another engine read than the one that answered. failure: why there is nothing to show.
     """
 
     name: str
@@ -59,10 +61,21 @@ class Round:
     memory_bytes: int = 0
     energy_j: float = 0.0
     handed_over: int = 0
+    failure: str = ""
 
     @property
     def tokens_per_s(self) -> float:
         return self.tokens / self.seconds
+
+
+def attempted(name: str, play: Callable[[], Round]) -> Round:
+    """The round, or why there is none."""
+    try:
+        return play()
+    except (RuntimeError, httpx2.HTTPError) as error:
+        sys.stderr.write(f"{name}: {error or type(error).__name__}\n")
+        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        return Round(name, (), 0, 1.0, failure=f"failed: {last.replace('|', '/')[:120]}")
 
 
 def bodies(model: str, count: int) -> list[dict[str, Any]]:
@@ -176,18 +189,25 @@ class Gauge:
 
 def faults(stock: Round, ours: Round) -> list[str]:
     """What is not as it should be."""
-    found = []
-    if ours.name not in SYSTEMS:  # whose engines stand behind a gateway, and share what stock has for itself
-        if not ours.has_plugin:
-            found.append("the plug-in shows no metrics")
-        if (ratio := ours.tokens_per_s / stock.tokens_per_s) < LEAST_RATIO and not ours.displaced:
-            found.append(f"{ratio:.2f} of stock's throughput")
+    if ours.failure or stock.failure:
+        return [ours.failure or "nothing to compare with"]
+    # The engines of a system stand behind a gateway, and share what stock has for itself.
+    found = [] if ours.name in SYSTEMS else _faults_of_an_engine(stock, ours)
     if equal(stock, ours) < LEAST_EQUAL:
         found.append(f"only {equal(stock, ours):.0%} of its greedy answers are stock's")
     if ours.name == SPLIT and not ours.handed_over:
         found.append("no prompt was handed over")
     if ours.name == "mlfq" and not ours.displaced:
         found.append("nothing was displaced")
+    return found
+
+
+def _faults_of_an_engine(stock: Round, ours: Round) -> list[str]:
+    found = []
+    if not ours.has_plugin:
+        found.append("the plug-in shows no metrics")
+    if (ratio := ours.tokens_per_s / stock.tokens_per_s) < LEAST_RATIO and not ours.displaced:
+        found.append(f"{ratio:.2f} of stock's throughput")
     return found
 
 
@@ -204,7 +224,10 @@ def table(rounds: Sequence[Round]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for each in rounds:
-        said = "; ".join(faults(stock, each)) or "ok" if each is not stock else ""
+        said = ("; ".join(faults(stock, each)) or "ok") if each is not stock else stock.failure
+        if each.failure or stock.failure:
+            lines.append(f"| {each.name} |{' - |' * 7} {said} |")
+            continue
         memory = f"{each.memory_bytes / GIB:.1f} GiB" if each.memory_bytes else "-"
         energy = f"{each.energy_j / each.tokens:.2f}" if each.energy_j else "-"
         lines.append(
@@ -228,9 +251,9 @@ def run(args: argparse.Namespace) -> int:
     rounds: list[Round] = []
     for name in ("stock", *args.policies):
         sys.stderr.write(f"{name}: starting an engine\n")
-        rounds.append(played(name, None if name == "stock" else name, args))
+        rounds.append(attempted(name, partial(played, name, None if name == "stock" else name, args)))
     for name in SYSTEMS:
         sys.stderr.write(f"{name}: starting evenhand serve\n")
-        rounds.append(served(name, args))
+        rounds.append(attempted(name, partial(served, name, args)))
     sys.stdout.write(table(rounds) + "\n")
     return int(any(faults(rounds[0], each) for each in rounds[1:]))

@@ -33,6 +33,7 @@ def engine(plan: "EnginePlan", ports: "Ports", python: str) -> "EngineCommand":
 
 def machine() -> "Machine":
     from deploy.engine.machine import Engine, look
+    from tests.deploy.fake_gpus import h100s
 
     seen = look(os.environ)
     free = int(os.environ.get("TEST_FREE_BYTES", 32 * 1024**3))
@@ -40,7 +41,8 @@ def machine() -> "Machine":
     version = os.environ.get("TEST_VERSION", "0.32.0")
     engine = Engine("vllm", version, "cuda" if build == "cuda" else "cpu")
     nixl = os.environ.get("TEST_NIXL", "yes") == "yes"
-    return replace(seen, available_bytes=free, shared_bytes=math.inf, engine=engine, nixl=nixl)
+    gpus = h100s(int(os.environ.get("TEST_GPUS", "0")))
+    return replace(seen, available_bytes=free, shared_bytes=math.inf, engine=engine, nixl=nixl, gpus=gpus)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

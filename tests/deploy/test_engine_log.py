@@ -92,6 +92,14 @@ def test_a_warning_shown_and_the_stack_behind_it_does_not() -> None:
             "[type=value_error, input_value=ArgsKwargs((), {})]",
             r"refuses the configuration: max_num_batched_tokens \(8\) must be .* max_num_seqs \(64\)$",
         ),
+        (
+            "ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization`.",
+            "on GPUs by .*--tensor-parallel-size=2",
+        ),
+        (
+            "ValueError: Free memory on device cuda:0 (60.1/79.2 GiB) on startup is less than desired GPU memory",
+            "GPU has too little free memory.*nvidia-smi",
+        ),
         ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "GPU has too little free memory"),
         ("ModuleNotFoundError: No module named 'triton'", "installation is incomplete.*make install"),
         ("OSError: [Errno 28] No space left on device", "disk.*is full"),

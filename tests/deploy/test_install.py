@@ -179,6 +179,21 @@ def test_the_engine_is_what_was_asked_for_else_what_is_installed_else_what_the_g
     assert install.choose_engine(wanted, place, driver(tmp_path) if has_driver else tmp_path) == expected
 
 
+def test_a_driver_that_is_too_old_ends_it_before_anything_is_fetched(
+    place: InstallFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "usr/lib/wsl/lib/nvidia-smi"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\necho '0, GPU-c0ffee00, NVIDIA L4, 23034, 22500, 8.9, 550.54.15, [N/A]'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    with pytest.raises(InstallError, match="driver 550.54.15 is too old for CUDA 13.*make install ENGINE=cpu"):
+        install.choose_engine("auto", place, tmp_path)
+    assert install.choose_engine("cuda", place, tmp_path) == "cuda"
+    program.write_text(program.read_text().replace("550.54.15", "580.65.06"))
+    assert install.choose_engine("auto", place, tmp_path) == "cuda"
+
+
 def test_no_stage_of_the_gateway_alone_brings_an_engine() -> None:
     names = {stage.name for stage in install.stages("none", with_tests=True)}
     assert names == {"environment", "bootstrap", "gateway", "loadtest", "test", "project"}

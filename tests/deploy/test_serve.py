@@ -217,6 +217,25 @@ def test_engines_that_cannot_hand_over_kv_are_not_started(refused: Callable[...,
     assert "NIXL, which is not installed here: run `make install`" in said
 
 
+@pytest.mark.parametrize(("gpus", "in_turn"), [("1", True), ("2", False)])
+def test_engines_that_share_a_gpu_start_one_after_the_other(
+    program: Program, tmp_path: Path, gpus: str, in_turn: bool
+) -> None:
+    gate = tmp_path / "gate"
+    environ = {"TEST_ENGINE": behind(gate), "TEST_BUILD": "cuda", "TEST_GPUS": gpus, "TMPDIR": str(tmp_path)}
+    process = program.start("--workers", "2", **environ)
+    out = heard(process, "importing the engine")
+    while not in_turn and out.count("importing the engine") < 2:
+        out += heard(process, "importing the engine")
+    gate.touch()
+    out += heard(process, "Ready: ")
+    process.send_signal(signal.SIGINT)
+    ended(process)
+    assert ("share GPU 0" in out) is in_turn
+    steps = re.findall(r"worker-[01] +│ (importing|ready)", out)
+    assert steps == (["importing", "ready"] * 2 if in_turn else ["importing"] * 2 + ["ready"] * 2)
+
+
 def test_sigterm_to_a_ready_server_is_a_clean_end(program: Program) -> None:
     process = program.ready()
     process.terminate()

@@ -1,8 +1,15 @@
 """How many GPUs an engine takes, by vLLM's own parser."""
 
+import itertools
 import json
+import math
 import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -16,10 +23,13 @@ with warnings.catch_warnings():
 
 from deploy.engine.engine_args import GPU_SLOTS, EngineArgsError, EnginePlan, Ports, engine_command
 from deploy.engine.engine_needs import EngineNeeds, needs_of
-from deploy.engine.gpu_plan import UTILIZATION, Share
+from deploy.engine.gpu_plan import UTILIZATION, GpuPlanError, Share
+from deploy.engine.gpus import Gpu, find_gpus
+from deploy.serve.preflight import check, gpu_plan, worker_roles
+from deploy.settings import ServeSettings
 from scheduler.vllm.arguments import needs, parsed
 from scheduler.workers import Role
-from tests.deploy.fake_gpus import h100s
+from tests.deploy.fake_gpus import H100, FakeNvml, cuda_machine, h100s
 
 pytestmark = pytest.mark.engine
 
@@ -62,6 +72,68 @@ def test_the_command_line_of_a_gpu_engine_is_one_that_vllm_takes(role: Role, sha
     assert args.gpu_memory_utilization == pytest.approx(share.utilization or UTILIZATION)
     assert args.additional_config["evenhand"]["policy"] == "mlfq"
     assert (args.kv_transfer_config is None) == (role is Role.BOTH)
+
+
+def seen(gpus: Sequence[Gpu], chosen: str | None = None, **nvml: Any) -> tuple[Gpu, ...]:
+    """What a process sees of these GPUs with this CUDA_VISIBLE_DEVICES."""
+    environ = {} if chosen is None else {"CUDA_VISIBLE_DEVICES": chosen}
+    return find_gpus(environ, Path("/nowhere"), FakeNvml(gpus, **nvml)).gpus
+
+
+MACHINES = {
+    "1 GPU": seen(h100s(1)),
+    "4 GPUs": seen(h100s(4)),
+    "8 GPUs": seen(h100s(8)),
+    "3 MIG slices": seen(h100s(1), slices={0: ["MIG-a", "MIG-b", "MIG-c"]}),
+    # By NVML alone: it has no /dev/nvidia0.
+    "WSL2": seen([replace(H100, name="NVIDIA RTX PRO 6000")]),
+    "4 UUIDs of 8": seen(h100s(8), "GPU-h6,GPU-h1,GPU-h3,GPU-h0"),
+}
+WORKERS: list[dict[str, int]] = [
+    {},
+    {"worker_count": 2},
+    {"worker_count": 4},
+    {"worker_count": 8},
+    {"prefill_workers": 1, "decode_workers": 1},
+    {"prefill_workers": 1, "decode_workers": 2, "worker_count": 1},
+]
+
+
+@pytest.mark.parametrize(
+    ("args", "each"),
+    [
+        ([], 1),
+        (["-tp", "2"], 2),
+        (["-pp=2"], 2),
+        (["--tensor_parallel_size=2", "-pcp", "2"], 4),
+        (["-tp=4", "-n", "2"], 2),
+        (["-tp", "8"], 8),
+        (["-dp", "2"], None),
+    ],
+    ids=str,
+)
+def test_on_every_machine_each_engine_gets_its_world_size_or_a_reason(
+    args: list[str], each: int | None, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    told = json.dumps(needs(parsed(args)) | {"utilization": None})
+    for gpus, workers in itertools.product(MACHINES.values(), WORKERS):
+        machine = cuda_machine(gpus)
+        settings = ServeSettings(model=str(tmp_path), engine_args=args, **workers)  # type: ignore[arg-type]
+        engines = list(worker_roles(settings))
+        cut = any(gpu.is_slice for gpu in gpus)
+        if each is None or (each > 1 and (cut or each * len(engines) > len(gpus))):
+            with pytest.raises(EngineArgsError if each is None else GpuPlanError):
+                check(settings, machine, tmp_path, lambda asked: told)
+            continue
+        plan = gpu_plan(settings, machine, [check(settings, machine, tmp_path, lambda asked: told)])
+        assert list(plan.shares) == engines
+        assert {len(share.gpus) for share in plan.shares.values()} == {each}
+        given = Counter(gpu.id for share in plan.shares.values() for gpu in share.gpus)
+        assert given.keys() <= {gpu.id for gpu in gpus}
+        assert max(given.values()) == (1 if each * len(engines) <= len(gpus) else math.ceil(len(engines) / len(gpus)))
+        assert all(share.sharers == given[share.gpus[0].id] for share in plan.shares.values())
+        assert any("idle" in remark for remark in plan.remarks) == (len(given) < len(gpus))
 
 
 @pytest.mark.slow

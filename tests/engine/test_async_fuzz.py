@@ -211,7 +211,8 @@ SETUPS = [
     Setup("vtc", depth=3, aborts=True),
     Setup("fcfs", drafts=3, depth=3, switches=True),
     Setup("mlfq", drafts=3, late=True, depth=3, aborts=True, switches=True),
-    Setup("gittins", drafts=3, blocks=PLENTY),
+    Setup("mlfq", drafts=3, blocks=PLENTY),
+    Setup("gittins", drafts=3),
     Setup("mlfq", drafts=3, late=True, depth=3, aborts=True, mixed=True),
     Setup("srpt", late=True, switches=True, mixed=True),
 ]
@@ -219,20 +220,13 @@ SETUPS = [
 
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
 def test_with_steps_in_flight_no_token_is_lost_and_no_block_leaks(hollow_model: Path, setup: Setup) -> None:
+    """And somebody yielded meanwhile, to another or for want of memory, or else it shows nothing."""
     run = Run(hollow_model, setup, seed=1)
     run.run()
     run.check()
-
-
-def test_requests_were_displaced_and_memory_was_short_in_these_runs(hollow_model: Path) -> None:
-    """Or else they show nothing."""
-    found: Counter[str] = Counter()
-    for setup in SETUPS[:3]:
-        run = Run(hollow_model, setup, seed=2)
-        run.run()
-        run.check()
-        found += run.preemptions()
-    assert found["policy"] > 20 and found["memory"] > 0, found
+    found = run.preemptions()
+    assert found["policy"] > 0 or setup.policy not in ("mlfq", "srpt"), found
+    assert found.total() > 0, found
 
 
 @pytest.mark.slow

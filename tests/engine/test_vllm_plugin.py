@@ -438,6 +438,31 @@ def test_the_line_and_the_longest_stall_are_shown(hollow_model: Path) -> None:
     assert metric(scheduler, "longest_stall_seconds") == 0
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("adds", [(0, 2, 4), (0, 1, 2, 3, 4, 5)], ids=str)
+def test_a_stall_lasts_until_the_displaced_request_computes_again(
+    hollow_model: Path, is_async: bool, adds: tuple[int, ...]
+) -> None:
+    """With a step in flight it is looked at again and again before it can have its slot back."""
+    clock = StepClock()
+    scheduler = build_scheduler(hollow_model, "mlfq", {"quantum_steps": "2"}, slots=1, is_async=is_async, clock=clock)
+    engine = DrivenEngine(scheduler, is_async=is_async, clock=clock, step_s=0.1)
+    engine.add(request("long", 20, 60))
+    for _ in range(12):
+        engine.step()
+    away_since, longest = clock.now, 0.0
+    for step in range(40):
+        if step in adds:
+            engine.add(request(f"short{step}", 5, 1))
+        engine.step()
+        if "long" in {one.request_id for one in scheduler.running}:
+            away_since = clock.now
+        longest = max(longest, clock.now - away_since)
+        scheduler._report(clock.now)
+        assert metric(scheduler, "longest_stall_seconds") >= clock.now - away_since - 0.1000001
+    assert longest > 0.05
+
+
 def recomputed_by_a_displaced_request(folder: Path, *, kept: bool) -> int:
     """Tokens that a long request computes twice, displaced while others fill the KV cache four times over."""
     clock = StepClock()

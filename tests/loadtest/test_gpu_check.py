@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from loadtest.bench.gpu_check import SPLIT, TWO, Round, bodies, faults, table
+from loadtest.bench.gpu_check import SPLIT, TWO, Round, attempted, bodies, faults, table
 
 STOCK = Round("stock", ("a", "b", "c", "d"), tokens=400, seconds=2.0, memory_bytes=8 * 1024**3, energy_j=800.0)
 GOOD = replace(STOCK, name="vtc", seconds=2.05, has_plugin=True)
@@ -26,6 +26,18 @@ def test_what_is_not_as_it_should_be_is_named() -> None:
 def test_on_a_cpu_there_is_neither_memory_nor_energy_to_tell() -> None:
     row = table([replace(STOCK, memory_bytes=0, energy_j=0.0)]).splitlines()[-1]
     assert row == "| stock | 200 | 1.00 | 100% | 0 | 0 | - | - |  |"
+
+
+def test_what_died_is_a_row_that_says_so_and_the_rest_is_judged() -> None:
+    def dies() -> Round:
+        raise RuntimeError("the engine did not start:\nCUDA out of memory | GPU 0")
+
+    dead = attempted("vtc", dies)
+    rows = table([STOCK, dead, replace(GOOD, name="fcfs")]).splitlines()[3:]
+    assert rows[0] == "| vtc | - | - | - | - | - | - | - | failed: CUDA out of memory / GPU 0 |"
+    assert rows[1].endswith("| ok |")
+    rows = table([replace(dead, name="stock"), GOOD]).splitlines()[2:]
+    assert "failed: CUDA" in rows[0] and "nothing to compare with" in rows[1]
 
 
 def test_requests_are_alike_for_every_engine_and_differ_among_themselves() -> None:
