@@ -274,6 +274,8 @@ def _message_event(data: bytes) -> Said:
         case "message_delta":
             if event.delta is not None and event.delta.stop_reason is None:
                 return Said(failure=EngineGone("The engine stopped in the middle of the answer."))
+            if _is_empty(event.usage):
+                return Said(failure=EngineGone("The engine ended the answer before its first token."))
             return Said(usage=usage_of(event.usage), total=True)
         case "message_stop":
             return Said(last=True)
@@ -349,9 +351,13 @@ def _whole_response(body: bytes) -> Said:
 
 
 def _made_nothing(response: _Response) -> bool:
-    """vLLM 0.32 calls a response `completed` that it aborted, as it does with those that come while it is ending. One
-    without even the token that ends an answer is none."""
-    return response.status == "completed" and response.usage is not None and response.usage.output_tokens == 0
+    return response.status == "completed" and _is_empty(response.usage)
+
+
+def _is_empty(usage: _Usage | None) -> bool:
+    """vLLM 0.32 calls an answer complete that it aborted before the first token, as it does with requests that arrive
+    while it is shutting down. Without even the token that ends an answer there is none."""
+    return usage is not None and usage.output_tokens == 0
 
 
 def _ended(usage: _Usage | None, broken_off: bool) -> Said:

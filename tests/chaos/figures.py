@@ -23,9 +23,9 @@ def table(figures: Sequence[Figure]) -> str:
 
 
 def none(what: str, problems: Sequence[object]) -> Figure:
-    """A count whose goal is 0; the first of them is told."""
-    first = f", the first: {str(problems[0])[:300]}" if problems else ""
-    return Figure(what, f"{len(problems)}{first}", "0", not problems)
+    """A count whose goal is 0; the first few are shown."""
+    shown = "".join(f"; {str(problem)[:600]}" for problem in problems[:5])
+    return Figure(what, f"{len(problems)}{shown}", "0", not problems)
 
 
 def quantile_ms(values_s: Sequence[float], share: float) -> str:

@@ -458,13 +458,41 @@ EMPTY = {
         b'event: response.completed\ndata: {"type":"response.completed","sequence_number":1,"response":{"id":"r",'
         b'"status":"completed","output":[],"usage":{"input_tokens":4,"output_tokens":0}}}\n\n',
     ),
+    MESSAGES: streamed(
+        b'event: message_start\ndata: {"type":"message_start","message":{"id":"m","usage":{"input_tokens":4}}}\n\n',
+        b'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":"end_turn"},'
+        b'"usage":{"input_tokens":4,"output_tokens":0}}\n\n',
+        b'event: message_stop\ndata: {"type":"message_stop"}\n\n',
+    ),
 }
-TOLD = {
+ABORTED = {  # whole answers that say that nothing was made
+    COMPLETIONS: b'{"id":"r","choices":[{"text":"","finish_reason":"abort"}],"usage":{"completion_tokens":0}}',
+    RESPONSES: b'{"id":"r","status":"completed","output":[],"usage":{"input_tokens":4,"output_tokens":0}}',
+    MESSAGES: b'{"id":"r","type":"message","content":[],"stop_reason":null,"usage":{"output_tokens":0}}',
+}
+SAID = {
+    COMPLETIONS: streamed(*ENDS[COMPLETIONS]),
     RESPONSES: streamed(
         b'event: response.created\ndata: {"type":"response.created","sequence_number":0,"response":{"id":"s"}}\n\n',
         b'event: response.completed\ndata: {"type":"response.completed","sequence_number":1,"response":{"id":"s",'
-        b'"status":"completed","output":["said"],"usage":{"input_tokens":4,"output_tokens":2}}}\n\n',
-    )
+        b'"status":"completed","output":["Hi"],"usage":{"input_tokens":4,"output_tokens":2}}}\n\n',
+    ),
+    MESSAGES: streamed(
+        b'event: message_start\ndata: {"type":"message_start","message":{"id":"s","usage":{"input_tokens":4}}}\n\n',
+        b'event: content_block_start\ndata: {"type":"content_block_start","index":0,"content_block":{"type":"text",'
+        b'"text":""}}\n\n',
+        b'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,"delta":{"type":"text_delta",'
+        b'"text":"Hi"}}\n\n',
+        b'event: content_block_stop\ndata: {"type":"content_block_stop","index":0}\n\n',
+        b'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":"end_turn"},'
+        b'"usage":{"input_tokens":4,"output_tokens":2}}\n\n',
+        b'event: message_stop\ndata: {"type":"message_stop"}\n\n',
+    ),
+}
+ASKED: dict[str, dict[str, object]] = {
+    COMPLETIONS: completion(),
+    RESPONSES: {"model": "fake", "input": "x"},
+    MESSAGES: {"model": "fake", "max_tokens": 9, "messages": [{"role": "user", "content": "x"}]},
 }
 
 
@@ -474,18 +502,11 @@ async def test_an_engine_that_is_ending_and_makes_nothing_has_not_answered(
     tmp_path: Path, path: str, stream: bool
 ) -> None:
     """vLLM 0.32 that was told to end calls the requests that it still takes, and aborts, complete."""
-    nothing = b'{"id":"r","status":"completed","output":[],"usage":{"input_tokens":4,"output_tokens":0}}'
-    whole = b'{"id":"r","choices":[{"index":0,"text":"","finish_reason":"abort"}],"usage":{"completion_tokens":0}}'
-    ended = EMPTY[path] if stream else plain(nothing if path == RESPONSES else whole)
-    good = {RESPONSES: TOLD[RESPONSES], COMPLETIONS: streamed(*ENDS[COMPLETIONS])}[path] if stream else FINE
-    answers = [ended, good]
-
+    answers = [EMPTY[path], SAID[path]] if stream else [plain(ABORTED[path]), FINE]
     async with hall(tmp_path, lambda _: answers.pop(0), count=2) as there:
-        body = completion(stream=stream) if path == COMPLETIONS else {"model": "fake", "input": "x", "stream": stream}
-        reply = await there.ask(path, body)
+        reply = await there.ask(path, ASKED[path] | {"stream": stream})
         assert reply.status == 200 and not answers
-        wanted = b'"ok"' if not stream else b'"said"' if path == RESPONSES else b'"Hi"'
-        assert wanted in reply.body
+        assert (b'"Hi"' if stream else b'"ok"') in reply.body
         assert b"error" not in reply.body
 
 
