@@ -45,6 +45,8 @@ NOT_RUN = {
     "helm ": CLUSTER,
     "promtool ": "tests/deploy/test_prometheus.py runs it",
     "evenhand serve": REAL,
+    "make ": "installs, builds images, or needs a GPU",
+    "export HF_TOKEN=...": "the reader has a token",
     "evenhand gateway --worker https://": "needs certificates: tests/server/test_credentials.py makes some",
     "EVENHAND_ENGINE_KEY=": REAL,
     "evenhand why": "needs a log: tests/server/test_traced.py writes one",

@@ -544,8 +544,17 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         self._metrics.step_tokens.set(self.max_num_scheduled_tokens)
         self._metrics.info.labels(str(self.vllm_config.model_config.dtype).removeprefix("torch.")).set(1)
         logger.info("evenhand: policy %s, %d slots", policy.name, self._slots)
+        self._warn_of_recomputation(policy)
         if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
             logger.info("evenhand: set PROMETHEUS_MULTIPROC_DIR to an empty folder to see its metrics in /metrics")
+
+    def _warn_of_recomputation(self, policy: Policy) -> None:
+        if policy.order.preemptions_per_s and not self.kv_cache_manager.enable_caching:
+            logger.warning(
+                "evenhand: this engine has no prefix cache, so a request that policy %s displaces computes its prompt "
+                "and its answer so far again: fcfs and vtc displace nobody",
+                policy.name,
+            )
 
     def _install_queue(self) -> None:
         self.waiting = self._queue
@@ -924,6 +933,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         self._metrics.policy.labels(policy.name).set(1)
         self._metrics.switches.labels("done").inc()
         logger.info("evenhand: policy %s from here on", policy.name)
+        self._warn_of_recomputation(policy)
         return {"policy": policy.name}
 
     def has_requests(self) -> bool:

@@ -147,6 +147,39 @@ def test_mlfq_makes_room_in_memory_too_when_slots_are_free(hollow_model: Path) -
     assert engine.answers["long2"] == expected("long2", 100, 130)
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_blocks_that_are_freed_late_cost_no_second_victim(hollow_model: Path, late: bool) -> None:
+    """With steps in flight, a KV connector holds what a victim had until its last step is over."""
+    clock = StepClock()
+    scheduler = build_scheduler(hollow_model, "mlfq", slots=8, blocks=45, is_async=True, clock=clock)
+    scheduler.defer_block_free = late
+    engine = DrivenEngine(scheduler, is_async=True, clock=clock)
+    engine.add(*(request(f"long{index}", 100, 130) for index in range(3)))
+    for _ in range(100):
+        engine.step()
+    engine.add(request("short", 100, 5))
+    for _ in range(15):
+        engine.step()
+    assert engine.finished == ["short"]
+    assert metric(scheduler, "preemptions_total", policy="mlfq", reason="policy") == 1
+    engine.run()
+    assert engine.answers["long2"] == expected("long2", 100, 130)
+
+
+@pytest.mark.parametrize(
+    ("policy", "cached", "warned"), [("mlfq", False, True), ("mlfq", True, False), ("vtc", False, False)]
+)
+def test_displacing_without_a_prefix_cache_is_warned_of(
+    hollow_model: Path, caplog: pytest.LogCaptureFixture, policy: str, cached: bool, warned: bool
+) -> None:
+    scheduler = build_scheduler(hollow_model, "fcfs")
+    scheduler.kv_cache_manager.enable_caching = cached
+    engine = DrivenEngine(scheduler)
+    engine.add(request("order", 1, 1, policy=policy))
+    engine.run()
+    assert ("has no prefix cache" in caplog.text) is warned
+
+
 def test_when_memory_is_short_the_one_that_the_policy_ranks_last_yields(hollow_model: Path) -> None:
     def preempted(policy: str | None) -> set[str]:
         clock = StepClock()
