@@ -46,6 +46,7 @@ NOT_RUN = {
     "promtool ": "tests/deploy/test_prometheus.py runs it",
     "evenhand serve": REAL,
     "make ": "installs, builds images, or needs a GPU",
+    "evenhand doctor --model": "tests/deploy/test_doctor.py asks it of fake machines",
     "export HF_TOKEN=...": "the reader has a token",
     "evenhand gateway --worker https://": "needs certificates: tests/server/test_credentials.py makes some",
     "EVENHAND_ENGINE_KEY=": REAL,
