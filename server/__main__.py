@@ -29,6 +29,8 @@ OPTIONS = (
     CliOption("worker_cert", "FILE"),
     CliOption("worker_cert_key", "FILE"),
     CliOption("models", "NAME=MODEL", "--model-alias"),
+    CliOption("adapters", "NAME=MODEL:PATH", "--adapter"),
+    CliOption("lora.per_worker", "N", "--adapters-per-worker"),
     CliOption("policy", "NAME"),
     CliOption("policy_options", "KEY=VALUE", "--policy-option"),
     CliOption("slo.ttft_s", "SECONDS", "--slo-ttft"),

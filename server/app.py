@@ -20,6 +20,7 @@ from scheduler.placement import Rules
 from scheduler.pools import Pools
 from scheduler.tiers import TieredLanes
 from server.admission.dispatch import Dispatcher, FlexRules, Lines
+from server.admission.live_adapters import LiveAdapters
 from server.admission.live_names import LiveNames
 from server.admission.live_policy import LivePolicy
 from server.admission.predictor import Predictor
@@ -93,7 +94,7 @@ class GatewayServer:
         self.background = Background(monotonic)
         self.fleet = self._fleet()
         self.sleeper = self._sleeper()
-        self.lines = Lines(self._dispatcher, self.fleet, LiveNames(settings.models, self.fleet))
+        self.lines = Lines(self._dispatcher, self.fleet, self._names())
         self.process = process
         self.shared = ClusterState(
             settings,
@@ -107,7 +108,7 @@ class GatewayServer:
         )
         gate, tenants = self.shared.gate, self.shared.tenants
         self.telemetry = Telemetry(self.lines.depth, self.lines.placed, self.fleet.rows, self.lines.by_tier)
-        steering = EngineBody(self.lines, salt_cache=settings.salt_cache)
+        steering = EngineBody(salt_cache=settings.salt_cache)
         relay = Relay(self.telemetry.itl, self.telemetry.flex_itl, steering.body_for)
         handover = PrefillLeg(
             steering.to_prefill, self.fleet, timeout_s=settings.disaggregation.prefill_timeout_s, clock=monotonic
@@ -120,7 +121,7 @@ class GatewayServer:
         self.recorder, self.tracing = self._recorder(), self._tracing()
         observers = self._observers(sharing)
         self.failover = Failover(relay, steering, settings.health.attempts, observers.got_place)
-        for collector in (sharing, handover, self.balancer, self.failover):
+        for collector in (sharing, handover, self.balancer, self.failover, self.adapters):
             self.telemetry.registry.register(collector)
         self.gateway = Gateway(
             tenants,
@@ -144,6 +145,12 @@ class GatewayServer:
         self.app = public_app(self.fleet, self.lines.names, self.siblings.metrics, tenants, self._notes, self._lifespan)
         self._for_operators(sharing)
         self.uvicorn = self._listener(on_start)
+
+    def _names(self) -> LiveNames:
+        """What clients may ask for."""
+        settings = self.settings
+        self.adapters = LiveAdapters(settings.adapters, self.fleet, settings.lora)
+        return LiveNames(settings.models, self.fleet, self.adapters)
 
     def _fleet(self) -> Fleet:
         settings = self.settings
@@ -341,6 +348,7 @@ class GatewayServer:
             ("balance roles", self.balancer.run if self.settings.disaggregation.balance_roles else None),
             ("run batches", self.batches.run if self.batches is not None else None),
             ("put idle models to sleep", self.sleeper.run if self.sleeper is not None else None),
+            ("load pinned adapters", self.adapters.run),
             ("watch certificate", self.certificate.watch if self.certificate is not None else None),
         )
         return [self.background.start(name, run) for name, run in wanted if run is not None]
@@ -364,6 +372,7 @@ class GatewayServer:
                 self.batches.batches.close()
             if self.sleeper is not None:
                 await self.sleeper.close()
+            await self.adapters.close()
             await self.fleet.close()
             if self.recorder is not None:
                 await asyncio.to_thread(self.recorder.stop)

@@ -225,6 +225,20 @@ class SleepSettings(BaseModel):
     )
 
 
+class LoraSettings(BaseModel):
+    """How LoRA adapters are loaded at workers."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    per_worker: int | None = Field(
+        None,
+        ge=1,
+        description="LoRA adapters that a worker has at a time, at most; default: its engine's --max-cpu-loras where "
+        "our scheduler is inside, else 1",
+    )
+    load_timeout_s: Positive = Field(120.0, description="a worker may take to load an adapter, seconds")
+
+
 class TracingSettings(BaseModel):
     """One OpenTelemetry trace per request."""
 
@@ -268,6 +282,10 @@ class Settings(BaseSettings):
         default_factory=dict,
         description="a model name that clients may use and the model that serves it, e.g. gpt-4o-mini=smollm2; "
         "`*` stands for every name that is not served",
+    )
+    adapters: dict[str, Any] = Field(
+        default_factory=dict,
+        description="a LoRA adapter that is loaded when somebody asks for it, e.g. sql=smollm2:/adapters/sql",
     )
     worker_ca: Path | None = Field(
         None, description="PEM file with the CA of the workers' certificates, for workers without `ca`"
@@ -318,6 +336,7 @@ class Settings(BaseSettings):
     batch: BatchSettings = BatchSettings()
     tracing: TracingSettings = TracingSettings()
     sleep: SleepSettings = SleepSettings()
+    lora: LoraSettings = LoraSettings()
     disaggregation: DisaggregationSettings = DisaggregationSettings()
     slo: SloSettings = SloSettings()
     health: HealthSettings = HealthSettings()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from deploy.engine.gpu_plan import Share
 from deploy.engine.machine import GIB, Build, Machine
 from scheduler.workers import Role, Worker
+from server.fleet.adapters import RUNTIME_UPDATES
 
 MODULE = "vllm.entrypoints.openai.api_server"  # the console command `vllm` refuses to run in the CPU distribution
 SCHEDULER = "scheduler.vllm.plugin.PolicyScheduler"
@@ -253,6 +254,8 @@ def _environment(plan: EnginePlan, ports: Ports) -> dict[str, str]:
     }
     if plan.key:
         env[KEY_NAME] = plan.key
+    if "--enable-lora" in option_names([*plan.model_args, *plan.user_args]):
+        env[RUNTIME_UPDATES] = "True"  # the gateway loads and unloads adapters, behind the engine's key
     if plan.sleep_mode:
         env["VLLM_SERVER_DEV_MODE"] = "1"  # which has /sleep and /wake_up, behind the engine's key
     if plan.local:

@@ -24,6 +24,7 @@ from typing import Any, Self
 import orjson
 
 from loadtest.fake import vllm_wire
+from loadtest.fake.adapters import Adapters
 from loadtest.fake.embedding import embeddings
 from loadtest.fake.engine_metrics import exposition
 from loadtest.fake.faults import HEALTHY, Faults, faults_from
@@ -61,6 +62,7 @@ class EngineSetup:
     plugin: it shows and obeys what our plug-in inside vLLM does (the policy's metric, orders to change it).
     kv_lease_s: it keeps a prompt's KV so long for another engine to fetch.
     sleep_mode: it can be put to sleep, as vLLM with `--enable-sleep-mode` and VLLM_SERVER_DEV_MODE=1.
+    adapters: LoRA adapters that it keeps; 0: it runs without LoRA. adapter_load_s: for one to be loaded.
     key: asked for below /v1, as vLLM does with `--api-key`; empty for no key.
     """
 
@@ -73,6 +75,8 @@ class EngineSetup:
     plugin: bool = False
     kv_lease_s: float = 30.0
     sleep_mode: bool = False
+    adapters: int = 0
+    adapter_load_s: float = 0.0
     key: str = field(default="", repr=False)
 
 
@@ -171,6 +175,7 @@ class FakeEngine:
         self.stalled = False
         self.accepted = 0
         self.unauthorised = 0
+        self.adapters = Adapters(self.setup)
         self._posts: Mapping[str, Callable[[ServedExchange], None]] = {
             **dict.fromkeys(_APIS, self._generate),
             "/v1/embeddings": self._embed,
@@ -178,6 +183,8 @@ class FakeEngine:
             "/detokenize": self._detokenize,
             "/fake/faults": self._set_faults,
             FETCH_PATH: self._give_kv,
+            "/v1/load_lora_adapter": self.adapters.load,
+            "/v1/unload_lora_adapter": self.adapters.unload,
             "/sleep": self._sleep,
             "/wake_up": self._wake_up,
         }
@@ -244,6 +251,7 @@ class FakeEngine:
         for fetch_ in list(self._fetches):
             fetch_.cancel()
         self.kept.drop_all()
+        self.adapters.lose()
 
     @property
     def running(self) -> int:
@@ -306,7 +314,9 @@ class FakeEngine:
         self._check_model(body)
         ask = api.ask(body, self._context_tokens())
         request_id = api.prefix + (exchange.headers.get("x-request-id") or uuid.uuid4().hex)
-        answer = FakeAnswer(exchange, api.wire(request_id, int(self._wall_clock()), self.setup.model, ask))
+        answer = FakeAnswer(
+            exchange, api.wire(request_id, int(self._wall_clock()), body.get("model") or self.setup.model, ask)
+        )
         if ask.cuts:
             exchange.begin_stream(_SSE)
             exchange.send(answer.wire.opening(1))
@@ -344,7 +354,7 @@ class FakeEngine:
 
     def _check_model(self, body: Mapping[str, Any]) -> None:
         model = body.get("model")
-        if model is not None and model != self.setup.model:
+        if model is not None and model != self.setup.model and model not in self.adapters.loaded:
             raise WireRefusal(404, "NotFoundError", f"The model `{model}` does not exist.", "model")
 
     def _context_tokens(self) -> int:
@@ -580,10 +590,13 @@ class FakeEngine:
             "max_model_len": self._context_tokens(),
             "permission": [],
         }
-        exchange.respond(200, orjson.dumps({"object": "list", "data": [card]}), _JSON)
+        cards = [card, *self.adapters.cards(card)]
+        exchange.respond(200, orjson.dumps({"object": "list", "data": cards}), _JSON)
 
     def _metrics(self, exchange: ServedExchange) -> None:
         body = exposition(self.batch, self.setup.model, plugin=self.setup.plugin)
+        if self.setup.plugin:
+            body += b"evenhand_engine_adapters %d\n" % self.setup.adapters
         if self.setup.sleep_mode:
             body += b'vllm:engine_sleep_state{sleep_state="awake"} %d\n' % (not self.asleep)
         exchange.respond(200, body, "text/plain; version=1.0.0; charset=utf-8")

@@ -471,6 +471,7 @@ class EngineMetrics:
             registry, "longest_stall_seconds", "Longest that a started request went without its slot", (), "livemax"
         )
         self.step_tokens = self._gauge(registry, "step_tokens", "Tokens that a step computes at most", (), "livemax")
+        self.adapters = self._gauge(registry, "adapters", "LoRA adapters that it keeps, 0 without LoRA", (), "livemax")
         self.slots = self._gauge(registry, "slots", "Requests that run at once, all ranks together", (), "livesum")
         self.info = self._gauge(registry, "info", "1, with the number format of the weights", ("dtype",), "livemax")
         self.steps = self._counter(registry, "steps_total", "Scheduling passes, counted once a second", ())
@@ -542,6 +543,8 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         self._metrics.policy.labels(policy.name).set(1)
         self._metrics.slots.set(self._slots)
         self._metrics.step_tokens.set(self.max_num_scheduled_tokens)
+        lora = self.lora_config
+        self._metrics.adapters.set(0 if lora is None else lora.max_cpu_loras or lora.max_loras)
         self._metrics.info.labels(str(self.vllm_config.model_config.dtype).removeprefix("torch.")).set(1)
         logger.info("evenhand: policy %s, %d slots", policy.name, self._slots)
         self._warn_of_recomputation(policy)

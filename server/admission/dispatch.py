@@ -15,14 +15,17 @@ from scheduler.pools import Pool, WorkerLoad
 from scheduler.routing import LEARN_SHARE, Affinity, Choice, TypicalRequest, beginnings
 from scheduler.tiers import TieredLanes
 from scheduler.workers import Role, Worker
+from server.admission.live_adapters import AdapterUnavailable, LiveAdapters
 from server.admission.live_names import LiveNames
 from server.admission.predictor import Predictor
 from server.admission.reservations import Reservations
+from server.fleet.adapters import AdapterRefused
 from server.fleet.fleet import Fleet, Member
 from server.fleet.split import Split
 from server.request.call import Call, Phase, Ticket
 from server.request.errors import BadRequest, NoWorker, Overloaded, ServiceError, UnknownModel
 from server.request.schemas import MAX_SEQUENCES
+from server.settings import LoraSettings
 
 RATE_MEMORY_S = 20.0
 FORGET_EVERY_S = 0.05  # nothing fades in so short a time
@@ -121,6 +124,7 @@ class Dispatcher:
     max_sequences: answers that one request may ask for. flex: how requests of that tier are let in.
     predictor: places by prediction where workers hand prompts over; None: as `rules` say.
     placed: requests by how they were placed ("apart", or why not), where there are prefill or decode workers.
+    adapters: set once somebody has asked for an adapter of this model.
     """
 
     def __init__(
@@ -145,6 +149,7 @@ class Dispatcher:
         self.wake: Callable[[str, str, float | None], Awaitable[None]] | None = None  # where models may sleep
         self.placed: Counter[str] = Counter()
         self.predictor: Predictor | None = None
+        self.adapters: LiveAdapters | None = None
         self.flex = FlexRules()
         self.pace = Pace(clock())
         self.flex_pace = Pace(clock())  # at which flex requests start
@@ -240,10 +245,13 @@ class Dispatcher:
 
     def _aside(self, ticket: Ticket, pools: Sequence[Pool]) -> Member:
         """A request that needs no place in a batch: nobody waits for it, and it waits for nobody."""
-        load = Choice(pools, self.sizes.typical.tokens, avoid=ticket.avoid).cheapest()
+        choice = Choice(pools, self.sizes.typical.tokens, avoid=ticket.avoid)
+        load = choice.cheapest()
+        if self.adapters is not None and ticket.call.model != self.model:
+            load = self.adapters.room(ticket.call.model, choice, pools, ticket.avoid)
         if load is None:  # all are full, which does not keep it
             load = next(load for pool in pools for load in pool.workers.values() if load.worker.id != ticket.avoid)
-        ticket.member, ticket.worker = self.fleet.members[load.worker.id], load.worker.id
+        ticket.member, ticket.worker, ticket.line = self.fleet.members[load.worker.id], load.worker.id, self
         return ticket.member
 
     async def _wait(self, ticket: Ticket, now: float) -> Member:
@@ -347,11 +355,18 @@ class Dispatcher:
         admits = None
         if ticket.job.tier is Tier.FLEX and not self.lanes.is_due(ticket.job):
             admits = self.flex.admits
+        if self.adapters is not None and ticket.call.model != self.model:
+            return self._room_with_adapter(self.adapters, ticket, pools, admits)
         if len(pools) == len(pools[0].workers) == 1 and pools[0].role is Role.BOTH:  # nothing to choose
             only = pools[0].first()
             if only is None or (admits is not None and not admits(only)):
                 return None
             return Room(self.fleet.members[only.worker.id])
+        return self._room_of_several(ticket, pools, admits)
+
+    def _room_of_several(
+        self, ticket: Ticket, pools: Sequence[Pool], admits: Callable[[WorkerLoad], bool] | None
+    ) -> "Room | None":
         whole = all(pool.role is Role.BOTH for pool in pools)
         idlest = [first for pool in pools if (first := pool.first()) is not None]
         if not idlest:
@@ -375,6 +390,51 @@ class Dispatcher:
             for member in room.readers:
                 self.affinity.note(prompt, member.worker.id)
         return room
+
+    def _room_with_adapter(
+        self,
+        adapters: LiveAdapters,
+        ticket: Ticket,
+        pools: Sequence[Pool],
+        admits: Callable[[WorkerLoad], bool] | None,
+    ) -> "Room | None":
+        """A worker that has the request's adapter, or loads it. Its prompt is not read apart, and what is cached of it
+        belongs to the adapter."""
+        call = ticket.call
+        prompt = [
+            (hash((key, call.model)), tokens)
+            for key, tokens in beginnings(call.body, call.route.content_field, call.prompt_tokens)
+        ]
+        choice = Choice(
+            pools,
+            self.sizes.typical.tokens,
+            sequences=call.sequences,
+            known=self.affinity.known(prompt),
+            avoid=ticket.avoid,
+            admits=admits,
+        )
+        load = adapters.room(call.model, choice, pools, ticket.avoid)
+        if load is None or (admits is not None and not admits(load)):
+            return None
+        self.affinity.note(prompt, load.worker.id)
+        return Room(self.fleet.members[load.worker.id])
+
+    async def fit(self, ticket: Ticket) -> Member:
+        """The worker of a request that has a place, once it has the adapter that is asked for; another one if it does
+        not load it. AdapterUnavailable if no worker does, EngineGone if this one went away."""
+        adapters, name = self.adapters, ticket.call.model
+        while True:
+            member = ticket.member
+            assert adapters is not None and member is not None  # it has a place, and asks for an adapter
+            try:
+                await adapters.ready(member, name)
+                return member
+            except AdapterRefused as error:
+                ticket.failed_at(member.worker.id, AdapterUnavailable.code)
+                why = adapters.unavailable(name)
+                if adapters.refused_everywhere(name, self.fleet.pools.of(self.model)):
+                    raise why from error
+                await self.take_another(ticket, why)
 
     def _room_predicted(
         self, predictor: Predictor, ticket: Ticket, pools: Sequence[Pool], known: Mapping[str, int]
@@ -420,7 +480,9 @@ class Dispatcher:
         if flex:
             self.flex_pace.freed(self.clock())
         member.load.reserve(ticket.call.sequences, ticket.pending_tokens, flex=flex)
-        ticket.member, ticket.worker = member, member.worker.id
+        ticket.member, ticket.worker, ticket.line = member, member.worker.id, self
+        if self.adapters is not None and ticket.call.model != self.model:
+            member.site.hold(ticket.call.model)
         return member
 
     def _vacate(self, member: Member, ticket: Ticket) -> None:
@@ -431,6 +493,8 @@ class Dispatcher:
             ticket.visit = None
         member.load.release(ticket.call.sequences, ticket.pending_tokens, flex=ticket.job.tier is Tier.FLEX)
         ticket.pending_tokens = 0
+        if self.adapters is not None and ticket.call.model != self.model:
+            member.site.release(ticket.call.model)
 
     def give_back(self, ticket: Ticket, outcome: Outcome) -> None:
         """A call that holds a place is over: its place is the next one's."""
@@ -513,10 +577,30 @@ class Lines:
 
     def __init__(self, build: Callable[[str], Dispatcher], fleet: Fleet, names: LiveNames | None = None) -> None:
         self._build = build
-        self.names = names or LiveNames({}, fleet)
+        self.names = names or LiveNames({}, fleet, LiveAdapters({}, fleet, LoraSettings()))
+        self.adapters = self.names.adapters
         self.fleet = fleet
         self.by_model: dict[str, Dispatcher] = {}
         fleet.changed.append(self.advance)
+        self.adapters.changed.append(self._give_up)
+
+    def _give_up(self) -> None:
+        """What was a model of its own is an adapter now, and waits in its model's line."""
+        for name in self.adapters.records:
+            self.by_model.pop(name, None)
+
+    def of_call(self, call: Call) -> Dispatcher:
+        """The line for a call: that of its model, or of the model of its adapter. UnknownModel, NoWorker."""
+        adapter = self.adapters.records.get(call.model)
+        if adapter is None:
+            return self.of(call.model)
+        if not call.asked and not adapter.visible_to(call.tenant.name):
+            raise UnknownModel(f"The model '{call.model[:100]}' is not served here.", param="model")
+        if not self.fleet.serves(adapter.model):
+            raise NoWorker(f"No worker serves '{call.asked or call.model}' right now.", retry_after_s=5.0)
+        line = self.of(adapter.model)
+        line.adapters = self.adapters
+        return line
 
     def of(self, model: str) -> Dispatcher:
         """The line for a model. UnknownModel if a fleet that is up does not serve it, NoWorker if nothing is up."""

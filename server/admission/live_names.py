@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from server.admission.live_adapters import LiveAdapters
 from server.fleet.fleet import Fleet
 from server.request.call import Call
 from server.request.errors import NoWorker, Overloaded, ServiceError, UnknownModel, is_engine_failure
@@ -19,9 +20,10 @@ log = logging.getLogger("evenhand.names")
 class LiveNames:
     """Names → models. `table` is replaced as a whole when something changes; a request is resolved by one table."""
 
-    def __init__(self, configured: Mapping[str, Any], fleet: Fleet) -> None:
+    def __init__(self, configured: Mapping[str, Any], fleet: Fleet, adapters: LiveAdapters) -> None:
         """ValueError with a sentence for a name that cannot be."""
         self.fleet = fleet
+        self.adapters = adapters
         self.configured = {name: read_name(name, value) for name, value in configured.items()}
         self.stored: dict[str, NameRecord] = {}
         self.table: NameTable = table_of(self.configured)
@@ -54,7 +56,7 @@ class LiveNames:
     def checked(self, name: str, record: NameRecord) -> None:
         """ValueError if this record cannot be in force beside the others, or points to what nobody serves."""
         table = table_of(self.records | {name: record})
-        served = self.fleet.models_known()
+        served = self._known()
         if (missing := table.missing_behind(table.names[name], served)) is not None:
             raise ValueError(f"{missing}; available: {', '.join(sorted(served)) or 'none'}")
 
@@ -67,9 +69,16 @@ class LiveNames:
         fleet = self.fleet
         if not self.table.names or fleet.is_starting():
             return []
-        served = fleet.models_known()
+        served = self._known()
         told = (self.table.missing_behind(named, served) for named in self.table.names.values())
         return [sentence for sentence in told if sentence is not None]
+
+    def _known(self) -> set[str]:
+        """What requests can be answered by: models, and adapters of models."""
+        return self.fleet.models_known() | self.adapters.known()
+
+    def _serves(self, model: str) -> bool:
+        return self.fleet.serves(model) or self.adapters.serves(model)
 
     def _look(self) -> None:
         """Workers have come or gone: says once what points to nothing."""
@@ -85,7 +94,7 @@ class LiveNames:
         table, tenant = self.table, call.tenant
         named = table.names.get(call.model)
         if named is None:
-            if not self.fleet.serves() or self.fleet.serves(call.model):
+            if not self.fleet.serves() or self._serves(call.model):
                 return call  # who has no entry is found, or missed, by the model's own line
             named = table.names.get(ANY)
         if named is None or not named.visible_to(tenant.name):
@@ -98,14 +107,11 @@ class LiveNames:
     def answers_to(self, name: str, tenant: Tenant) -> bool:
         """Whether a name is one that this tenant may ask for, and that a worker here answers to."""
         named = self.table.names.get(name)
-        if named is None and self.fleet.serves(name):
-            return True
+        if named is None and self._serves(name):
+            record = self.adapters.records.get(name)
+            return record is None or record.visible_to(tenant.name)
         named = named or self.table.names.get(ANY)
-        return (
-            named is not None
-            and named.visible_to(tenant.name)
-            and any(map(self.fleet.serves, self.table.behind(named)))
-        )
+        return named is not None and named.visible_to(tenant.name) and any(map(self._serves, self.table.behind(named)))
 
     def next(self, call: Call) -> Call:
         """The call, asked of its next fallback."""
@@ -120,12 +126,17 @@ class LiveNames:
         """The models as a tenant may see them: names whose models are served, and models that have no entry."""
         served = {str(entry["id"]): entry for entry in self.fleet.models()}
         names = self.table.names
-        entries = {model: entry for model, entry in served.items() if model not in names}
+        adapters = self.adapters.listed(tenant.name, served) if self.adapters.records else {}
+        entries = {model: entry for model, entry in {**served, **adapters}.items() if model not in names}
         for named in names.values():
-            found = next((served[model] for model in self.table.behind(named) if model in served), None)
+            found = next((entry for model in self.table.behind(named) if (entry := self._entry(model, served))), None)
             if found is not None and named.name != ANY and named.visible_to(tenant.name):
                 entries[named.name] = {**found, "id": named.name}
         return [entry for name, entry in entries.items() if tenant.models is None or name in tenant.models]
+
+    def _entry(self, model: str, served: Mapping[str, dict[str, object]]) -> dict[str, object] | None:
+        """How a model is listed under another name; an adapter as its model is, for `parent` would tell what it is."""
+        return served.get(model) or served.get(self.adapters.base_of(model) or "")
 
 
 def may_fall_back(error: ServiceError) -> bool:

@@ -78,7 +78,8 @@ class GatewayEngines:
 
     def room(self, model: str, running: int) -> int:
         """As many as workers may be given, and some that wait in line, where policy and reserve see them."""
-        behind = self.lines.names.table.models_of(model)
+        named = self.lines.names.table.models_of(model)
+        behind = {self.lines.adapters.base_of(name) or name for name in named}
         loads = [load for name in behind for pool in self.lines.fleet.pools.of(name) for load in pool.workers.values()]
         if not loads:
             return 0

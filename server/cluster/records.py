@@ -1,4 +1,4 @@
-"""What operators change while gateways run (tenants, policy, model names, drained workers): records of the store."""
+"""What operators change while gateways run, as records of the store: tenants, policy, names, adapters, drains."""
 
 import logging
 from collections.abc import Awaitable, Callable, Iterable
@@ -14,7 +14,7 @@ from server.store.store import Store, StoreAway
 
 log = logging.getLogger("evenhand.records")
 
-TENANT, POLICY, DRAINED, MODEL = "tenant", "policy", "drained", "model"
+TENANT, POLICY, DRAINED, MODEL, ADAPTER = "tenant", "policy", "drained", "model", "adapter"
 LIVE = "live"  # the name of the one policy record
 
 
@@ -86,6 +86,7 @@ class Records:
         drained = dict(self._known[DRAINED])
         self._tenants.set_stored(_tenants_in(self._known[TENANT]))
         self._set_policy(self._known[POLICY].get(LIVE))
+        self._names.adapters.set_stored(self._known[ADAPTER])
         self._names.set_stored(self._known[MODEL])
         for worker_id in self.drained.keys() - drained.keys():
             if worker_id in self._fleet.members:
@@ -94,7 +95,7 @@ class Records:
         self._drain_newcomers()
 
     async def _all(self) -> dict[str, dict[str, str]]:
-        return {kind: await self.store.records(kind) for kind in (TENANT, POLICY, DRAINED, MODEL)}
+        return {kind: await self.store.records(kind) for kind in (TENANT, POLICY, DRAINED, MODEL, ADAPTER)}
 
     async def _restore(self) -> None:
         for kind, records in self._known.items():

@@ -180,6 +180,8 @@ class ClusterState:
             notes["tenants"] = {"problem": " ".join(filter(None, wrong))}
         if problems := self._names.problems():
             notes["model_names"] = {"problems": problems}
+        if problems := self._names.adapters.problems():
+            notes["adapters"] = {"problems": problems}
         return notes
 
 

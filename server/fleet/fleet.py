@@ -15,6 +15,7 @@ from scheduler.workers import UNKNOWN_SLOTS, Role, Worker
 from server.background import Background
 from server.engine.access import Access
 from server.engine.client import EngineClient
+from server.fleet.adapters import AdapterSite, adapters_in
 from server.fleet.health import NUMBER, Breaker, Output, told_in, trial_answer
 from server.fleet.rounds import Rounds
 from server.request.errors import (
@@ -36,6 +37,7 @@ _KV_USAGE = re.compile(r"^vllm:kv_cache_usage_perc" + NUMBER, re.MULTILINE)
 _RANKS = re.compile(r'^vllm:num_requests_running\{[^}]*\bengine="(\d{1,4})"', re.MULTILINE)
 _AWAKE = re.compile(r'^vllm:engine_sleep_state\{[^}]*sleep_state="awake"[^}]*\}\s+([01])', re.MULTILINE)
 _SLOTS = re.compile(r"^evenhand_engine_slots" + NUMBER, re.MULTILINE)
+_ADAPTERS = re.compile(r"^evenhand_engine_adapters" + NUMBER, re.MULTILINE)
 _STEP_TOKENS = re.compile(r"^evenhand_engine_step_tokens" + NUMBER, re.MULTILINE)
 _BLOCKS = re.compile(
     r'^vllm:cache_config_info\{(?=.*\bblock_size="(\d{1,6})")(?=.*\bnum_gpu_blocks="(\d{1,9})")', re.MULTILINE
@@ -95,6 +97,7 @@ class Member:
     heard_at: when an answer of it last went through here.
     kv_received_bytes: KV that it has fetched from other workers, as it counts itself.
     leaned_at: when it last changed the side to which it leans.
+    site: the LoRA adapters that it has.
     """
 
     worker: Worker
@@ -117,6 +120,7 @@ class Member:
     models_json: list[dict[str, object]] = field(default_factory=list)
     legs: set["RunningAnswer"] = field(default_factory=set)
     heard_at: float = -inf
+    site: AdapterSite = field(default_factory=AdapterSite)
     load: WorkerLoad = field(init=False)
 
     def __post_init__(self) -> None:
@@ -172,6 +176,8 @@ class Fleet:
         self._order_of_queues = order
         self._movable = movable
         self._rounds = Rounds(self._look, self._pause_s, clock=clock, background=self._background)
+        self.manages: Callable[[str], bool] = lambda name: False  # adapters that are no models of their own
+        self.has_adapters: Callable[[Member], None] = lambda member: None
         self.naps: dict[str, Nap] = {}  # how workers sleep that do not do so by themselves
         self.wakes = False  # whether requests wake what sleeps
         self.waking: set[str] = set()  # models that are about to be served again
@@ -479,12 +485,18 @@ class Fleet:
             self._tell()  # there may be room for who waits here
         if (received := _KV_RECEIVED.search(metrics)) is not None:
             member.kv_received_bytes = float(received.group(1))
+        if load.kv_tokens == inf and (blocks := _BLOCKS.search(metrics)) is not None:
+            load.kv_tokens = float(int(blocks.group(1)) * int(blocks.group(2))) or inf
+        self._read_plugin(member, metrics)
+
+    def _read_plugin(self, member: Member, metrics: str) -> None:
+        """What our scheduler says of its engine, if it is inside."""
         if not member.worker.plugin and _PLUGIN in metrics:
             self._learned(member, replace(member.worker, plugin=True))
         if (slots := _SLOTS.search(metrics)) is not None and 1 <= float(slots.group(1)) < _MOST_SEQUENCES:
             self._learn_slots(member, int(float(slots.group(1))))
-        if load.kv_tokens == inf and (blocks := _BLOCKS.search(metrics)) is not None:
-            load.kv_tokens = float(int(blocks.group(1)) * int(blocks.group(2))) or inf
+        if (adapters := _ADAPTERS.search(metrics)) is not None and float(adapters.group(1)) < _MOST_SEQUENCES:
+            member.site.most = int(float(adapters.group(1)))
         if (step := _STEP_TOKENS.search(metrics)) is not None and 1 <= float(step.group(1)) < _MOST_SEQUENCES:
             if (tokens := int(float(step.group(1)))) != member.worker.step_tokens:
                 self._learned(member, replace(member.worker, step_tokens=tokens))
@@ -538,16 +550,31 @@ class Fleet:
             raise refuses_key(member.access)
         try:
             listed = [_public(entry) for entry in answer.json()["data"]]
-            names = tuple(str(entry["id"]) for entry in listed)
+            adapters = adapters_in(answer.content)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise EngineGone(f"its /v1/models answers {answer.status_code} and is not a list of models") from None
-        if not names:
+        if not listed:
             raise EngineGone("it lists no model")
-        member.models_json, member.models = listed, names
-        self.pools.moved(member.load, names)
+        member.site.found(adapters)
+        member.site.refused.clear()
+        self.has_adapters(member)
+        self._list(member, listed)
         tells_ids = any(entry.get("owned_by") == "vllm" for entry in listed)
         if tells_ids != member.worker.token_ids:
             self._learned(member, replace(member.worker, token_ids=tells_ids))
+
+    def _list(self, member: Member, entries: list[dict[str, object]]) -> None:
+        """The models that a worker serves: what it lists, without the adapters that are loaded and unloaded."""
+        own = [entry for entry in entries if not self.manages(str(entry["id"]))]
+        member.models_json, member.models = own, tuple(str(entry["id"]) for entry in own)
+        self.pools.moved(member.load, member.models)
+
+    def list_anew(self) -> None:
+        """Other adapters are managed from here on."""
+        for member in self.members.values():
+            self.has_adapters(member)
+            if any(map(self.manages, member.models)):
+                self._list(member, member.models_json)
 
     def _missed(self, member: Member, error: EngineGone) -> None:
         member.misses += 1

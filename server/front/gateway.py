@@ -10,6 +10,7 @@ import msgspec
 from scheduler.jobs import Job, Outcome
 from server.admission.dispatch import Dispatcher, Lines
 from server.admission.limits import Gate, permitted
+from server.admission.live_adapters import LiveAdapters
 from server.admission.live_names import may_fall_back
 from server.observe.observer import Observers
 from server.observe.telemetry import Telemetry
@@ -132,7 +133,7 @@ class Gateway:
         """The line of the model that is asked, or of its first fallback that is served."""
         while True:
             try:
-                return call, self.lines.of(call.model)
+                return call, self.lines.of_call(call)
             except (UnknownModel, NoWorker) as error:
                 if not call.asked:
                     raise
@@ -173,7 +174,8 @@ class Gateway:
         """A call is over, however it ended: what it holds is given back, and it is counted."""
         try:
             if ticket.member is not None:
-                self.lines.by_model[ticket.call.model].give_back(ticket, _job_outcome(ticket))
+                assert ticket.line is not None  # who has a place was given it by one
+                ticket.line.give_back(ticket, _job_outcome(ticket))
         finally:
             if ticket.call.tenant is not OPEN:
                 self.limits.settle(ticket)
@@ -201,10 +203,27 @@ class Gateway:
         if ticket.split is not None:
             await self.handover.prefill(ticket)
         try:
-            await self.relay.pump(ticket, member, dispatcher.charge, out)
+            if dispatcher.adapters is None or ticket.call.model == dispatcher.model:
+                await self.relay.pump(ticket, member, dispatcher.charge, out)
+            else:
+                await self.with_adapter(ticket, dispatcher, dispatcher.adapters, out)
         except ServiceError as error:
             await self.failover.go_on(ticket, dispatcher, out, error)
         ticket.move(Phase.DONE)
+
+    async def with_adapter(
+        self, ticket: Ticket, dispatcher: Dispatcher, adapters: LiveAdapters, out: ClientAnswer
+    ) -> None:
+        """The answer of a worker that has the adapter, which is loaded there if it is not, or not any more."""
+        member = await dispatcher.fit(ticket)
+        try:
+            await self.relay.pump(ticket, member, dispatcher.charge, out)
+        except ServiceError as error:
+            if out.begun or not await adapters.has_left(member, ticket.call.model, error):
+                raise
+            ticket.decide("loads the adapter again", worker=member.worker.id)
+            member = await dispatcher.fit(ticket)
+            await self.relay.pump(ticket, member, dispatcher.charge, out)
 
     async def fall_back(self, ticket: Ticket, out: ClientAnswer, error: ServiceError) -> None:
         """The answer of the first fallback that gives one, as long as the client has nothing. Raises what went wrong.
@@ -214,8 +233,8 @@ class Gateway:
         while ticket.call.fallbacks and not out.begun and may_fall_back(error):
             if ticket.at_fault > 1:
                 break
-            if ticket.member is not None:
-                self.lines.by_model[ticket.call.model].give_back(ticket, Outcome.FAILED)
+            if ticket.member is not None and ticket.line is not None:
+                ticket.line.give_back(ticket, Outcome.FAILED)
             try:
                 call, dispatcher = self.line_for(self.next_model(ticket.call, error))
             except NoWorker:

@@ -1,4 +1,5 @@
-"""What operators do while the gateway runs, under a key of their own: workers, model names, tenants, the policy."""
+"""What operators do while the gateway runs, under a key of their own: workers, model names, adapters,
+tenants, the policy."""
 
 import hmac
 from bisect import bisect_right
@@ -18,13 +19,15 @@ from scheduler.catalog import build
 from scheduler.workers import Worker
 from server.admission.dispatch import Lines
 from server.admission.limits import Gate
+from server.admission.live_adapters import LOADED
 from server.admission.live_policy import LivePolicy
 from server.cluster.local_sync import LocalSync
-from server.cluster.records import DRAINED, LIVE, MODEL, POLICY, TENANT, PolicyRecord, Records
+from server.cluster.records import ADAPTER, DRAINED, LIVE, MODEL, POLICY, TENANT, PolicyRecord, Records
 from server.fleet.fleet import Fleet, described
 from server.fleet.registry import registration_from
+from server.request.adapters import AdapterRecord, read_adapter
 from server.request.directory import UNMETERED, Tenants, bearer
-from server.request.errors import BadRequest, NotAllowed, ServiceError, UnknownKey
+from server.request.errors import BadRequest, NotAllowed, NoWorker, ServiceError, UnknownKey
 from server.request.names import NameRecord, read_name
 from server.request.tenants import KeyRecord, TenantRecord, digest_of, hashed, index_of, key_id, new_key, read_record
 from server.store.store import StoreAway
@@ -147,6 +150,51 @@ class Admin:
             raise BadRequest(f"{error}.", param=name) from None
         await self.write(self.records.store.put(MODEL, name, stored_name(record)))
 
+    # adapters
+    def described_adapter(self, name: str) -> dict[str, Any]:
+        """An adapter, and the workers that have it."""
+        if name not in self.lines.adapters.records:
+            raise Unknown(f"There is no adapter {name!r}.", param="name")
+        return self.lines.adapters.described(name)
+
+    async def put_adapter(self, name: str, body: dict[str, Any]) -> dict[str, str]:
+        """Loads an adapter and writes it down; the other gateways have it an exchange later. What each worker that was
+        asked to load it said. BadRequest if none of them does."""
+        try:
+            record = read_adapter(name, body)
+        except ValueError as error:
+            raise BadRequest(f"{error}.", param=name) from None
+        self._check_adapter(name, record)
+        adapters = self.lines.adapters
+        said = await adapters.loaded_everywhere(name, record)
+        if not said:
+            raise NoWorker(f"No worker serves {record.model!r} right now to load {name!r}.", retry_after_s=5.0)
+        if all(word != LOADED for word in said.values()):
+            worker, why = next(iter(said.items()))
+            raise BadRequest(f"adapter {name!r}: no worker loads it; {worker} says: {why}.", param=name)
+        await self.write(self.records.store.put(ADAPTER, name, orjson.dumps(record.described()).decode()))
+        return said
+
+    def _check_adapter(self, name: str, record: AdapterRecord) -> None:
+        known = self.fleet.models_known()
+        if record.model not in known:
+            there = ", ".join(sorted(known)) or "none"
+            raise BadRequest(f"adapter {name!r}: no worker serves {record.model!r}; available: {there}.", param="model")
+        if name in self.lines.names.records or name in known - self.lines.adapters.listed_by_workers():
+            raise Conflict(f"{name!r} is the name of a model already.")
+        old = self.lines.adapters.records.get(name)
+        if old is not None and old.model != record.model:
+            raise Conflict(f"Adapter {name!r} belongs to {old.model!r}: remove it first.")
+
+    async def drop_adapter(self, name: str) -> None:
+        """Unloads an adapter everywhere. One of the settings is as they have it again."""
+        self.described_adapter(name)
+        if name not in self.lines.adapters.stored:
+            raise Conflict(f"Adapter {name!r} comes from the settings: remove it there.")
+        await self.write(self.records.store.drop(ADAPTER, name))
+        if name not in self.lines.adapters.records:
+            await self.lines.adapters.unloaded_everywhere(name)
+
     async def put_worker(self, worker_id: str, body: dict[str, Any]) -> None:
         """A worker of this gateway alone; others join by themselves, through the store."""
         if unknown := sorted(body.keys() - set(WORKER_FIELDS)):
@@ -213,6 +261,7 @@ def admin_routes(admin: Admin) -> APIRouter:
     router.include_router(_keys(admin))
     router.include_router(_policy(admin))
     router.include_router(_names(admin))
+    router.include_router(_adapters(admin))
 
     @router.get("/targets", summary="The engines' addresses for Prometheus' HTTP service discovery")
     async def targets() -> Response:
@@ -302,6 +351,34 @@ def _names(admin: Admin) -> APIRouter:
             admin.described_name(name)
             raise Conflict(f"The model name {name!r} comes from the settings: remove it there.")
         await admin.write(admin.records.store.drop(MODEL, name))
+        return Response(status_code=204)
+
+    return router
+
+
+def _adapters(admin: Admin) -> APIRouter:
+    router = APIRouter(prefix="/adapters")
+    adapters = admin.lines.adapters
+
+    @router.get("", summary="The LoRA adapters, and the workers that have each")
+    async def listed(page: Paged) -> Response:
+        await adapters.refresh()
+        names, rest = page.of(adapters.records)
+        return JSONResponse({"adapters": [admin.described_adapter(name) for name in names]} | rest)
+
+    @router.get("/{name:path}", summary="One LoRA adapter")
+    async def one(name: str) -> Response:
+        await adapters.refresh()
+        return JSONResponse(admin.described_adapter(name))
+
+    @router.put("/{name:path}", summary="Load a LoRA adapter at the workers of its model: model, path, tenants, pinned")
+    async def put(name: str, body: Body) -> Response:
+        asked = await admin.put_adapter(name, body)
+        return JSONResponse(admin.described_adapter(name) | {"asked": asked})
+
+    @router.delete("/{name:path}", summary="Unload a LoRA adapter everywhere, and forget it")
+    async def delete(name: str) -> Response:
+        await admin.drop_adapter(name)
         return Response(status_code=204)
 
     return router

@@ -6,7 +6,6 @@ import orjson
 
 from scheduler.jobs import Tier
 from scheduler.workers import Worker
-from server.admission.dispatch import Lines
 from server.request.call import Ticket
 from server.request.schemas import CHAT, COMPLETIONS, raw_members, splice
 
@@ -25,9 +24,8 @@ _READ_ONLY = {
 class EngineBody:
     """Writes `vllm_xargs` and `kv_transfer_params` into request bodies."""
 
-    def __init__(self, lines: Lines, *, salt_cache: bool = False) -> None:
+    def __init__(self, *, salt_cache: bool = False) -> None:
         """salt_cache: tenants share no prefix cache."""
-        self.lines = lines
         self.salt_cache = salt_cache
 
     def body_for(self, ticket: Ticket, worker: Worker) -> bytes:
@@ -56,7 +54,8 @@ class EngineBody:
     def _words(self, ticket: Ticket) -> bytes:
         call = ticket.call
         tenant = call.tenant
-        lanes = self.lines.by_model[call.model].lanes
+        assert ticket.line is not None  # it has a place
+        lanes = ticket.line.lanes
         words = {
             "evenhand_tenant": tenant.name,
             "evenhand_job": ticket.job.id,

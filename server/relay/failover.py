@@ -140,6 +140,8 @@ class Failover(Collector):
 
     async def _moved(self, ticket: Ticket, line: Dispatcher, error: ServiceError) -> Member:
         member = await line.take_another(ticket, error)
+        if line.adapters is not None and ticket.call.model != line.model:
+            member = await line.fit(ticket)
         for told in self.told_of_moves:
             told(ticket)
         return member

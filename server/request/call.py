@@ -13,6 +13,7 @@ from server.request.tenants import Tenant
 from server.request.transcript import Transcript
 
 if TYPE_CHECKING:  # annotations only: at run time this layer knows nothing of workers or limits
+    from server.admission.dispatch import Dispatcher
     from server.admission.limits import LimitStanding
     from server.fleet.fleet import Member
     from server.fleet.split import Split
@@ -129,6 +130,7 @@ class Ticket:
     tokens: output tokens counted as they passed; `usage` corrects them when the answer is complete.
     second_s: from a stream's first token to its second, None if there was none.
     member: the worker that it holds a place at, None while it holds none. worker: the id of the last one.
+    line: that of the model that it was last given a place by.
     standing: the limits of its tenant that it counts against, None if there are none; booked_tokens: charged there in
     advance.
     pending_tokens: what the worker is taken to be busy with for it.
@@ -157,6 +159,7 @@ class Ticket:
     second_s: float | None = None
     member: "Member | None" = None
     worker: str = ""
+    line: "Dispatcher | None" = None
     standing: "LimitStanding | None" = None
     booked_tokens: int = 0
     pending_tokens: int = 0

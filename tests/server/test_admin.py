@@ -38,7 +38,8 @@ ROUTES = [
     ("POST", "/workers/w/resume"), ("GET", "/tenants"), ("GET", "/tenants/a"), ("PUT", "/tenants/a"),
     ("DELETE", "/tenants/a"), ("POST", "/tenants/a/keys"), ("DELETE", "/tenants/a/keys/0"), ("GET", "/policy"),
     ("PUT", "/policy"), ("DELETE", "/policy"), ("GET", "/models"), ("GET", "/models/a"), ("PUT", "/models/a"),
-    ("DELETE", "/models/a"), ("GET", "/usage"), ("GET", "/targets"), ("GET", "/live"), ("GET", "/policies"),
+    ("DELETE", "/models/a"), ("GET", "/adapters"), ("GET", "/adapters/a"), ("PUT", "/adapters/a"),
+    ("DELETE", "/adapters/a"), ("GET", "/usage"), ("GET", "/targets"), ("GET", "/live"), ("GET", "/policies"),
 ]  # fmt: skip
 
 

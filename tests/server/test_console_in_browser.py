@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -211,3 +211,26 @@ async def test_batches_are_shown_while_they_run_and_can_be_cancelled(tmp_path: P
             await console.says("#batch-status", "is being cancelled")
             await console.says("#batches", "cancelled")
             assert (await ended(client, batch.id)).status == "cancelled"
+
+
+async def test_an_operator_loads_and_unloads_an_adapter() -> None:
+    setup = replace(SLOW, adapters=2, plugin=True)
+    async with chromium() as browser, over_fake(setup, admin_key=ADMIN_KEY) as (gateway, engine):
+        async with shown(browser, gateway, 1280, 900, "light") as console:
+            page = console.page
+            await console.log_in(ADMIN_KEY)
+            await console.says("#adapters", "No LoRA adapters")
+            await page.click("#adapter-more summary")
+            for field, text in (("name", "sql"), ("model", "fake"), ("path", "/adapters/missing")):
+                await page.fill(f"#adapter-{field}", text)
+            await page.click("#adapter-form button.main")
+            await console.says("#adapters-status", "it finds no adapter at /adapters/missing")
+            await page.fill("#adapter-path", "/adapters/sql")
+            await page.click("#adapter-form button.main")
+            await console.says("#adapters-status", "sql can be asked for")
+            await console.says("#adapters", "worker-0")
+            assert engine.adapters.loaded == {"sql": "/adapters/sql"}
+            await console.picture("console-adapters")
+            await page.click("[data-unload]")
+            await console.says("#adapters", "No LoRA adapters")
+            assert not engine.adapters.loaded

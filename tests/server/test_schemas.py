@@ -3,6 +3,7 @@
 import contextlib
 import json
 import tracemalloc
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,10 +12,8 @@ from hypothesis import strategies as st
 from scheduler.catalog import build
 from scheduler.tiers import TieredLanes
 from scheduler.workers import Worker
-from server.admission.dispatch import Lines
-from server.fleet.fleet import Fleet
 from server.relay.engine_body import EngineBody
-from server.request.call import Route
+from server.request.call import Call, Route, Ticket
 from server.request.errors import BadRequest
 from server.request.schemas import (
     CHAT,
@@ -201,21 +200,25 @@ def test_asking_for_usage_changes_nothing_else(others: dict[str, object], option
     assert got == members
 
 
+def in_line(line: Any, call: Call) -> Ticket:
+    """A ticket that has been given a place by this line."""
+    ticket = ticket_of(lambda: 0.0, call)
+    ticket.line = line
+    return ticket
+
+
 def test_the_scheduler_s_words_cannot_be_overwritten_by_a_client() -> None:
     class OneLine:
         lanes = TieredLanes(build("vtc", {}))
 
-    class TheLines:
-        by_model = {"m": OneLine()}
-
     worker = Worker("w", "http://127.0.0.1:1", plugin=True)
-    steering = EngineBody(TheLines())  # type: ignore[arg-type]
+    steering = EngineBody()
     for body in (b'{"model":"m"}', b'{"model":"m","vllm_xargs":null}', b'{"model":"m","vllm_xarg\\u0073":null}'):
-        sent = json.loads(steering.body_for(ticket_of(lambda: 0.0, call_of(body)), worker))
+        sent = json.loads(steering.body_for(in_line(OneLine(), call_of(body)), worker))
         assert sent["vllm_xargs"]["evenhand_tenant"] == "anybody"
     granted = Tenant(name="t", grants=frozenset({"vllm_xargs"}))
     body = b'{"model":"m","seed":123456789012345678901234567890,"vllm_xargs":{"mine":1,"evenhand_tenant":"other"}}'
-    sent_bytes = steering.body_for(ticket_of(lambda: 0.0, call_of(body, CHAT, granted)), worker)
+    sent_bytes = steering.body_for(in_line(OneLine(), call_of(body, CHAT, granted)), worker)
     assert b"123456789012345678901234567890" in sent_bytes
     sent = json.loads(sent_bytes)
     assert sent["vllm_xargs"]["mine"] == 1 and sent["vllm_xargs"]["evenhand_tenant"] == "t"
@@ -225,18 +228,15 @@ def test_an_engine_is_told_what_kind_of_answer_is_asked_for() -> None:
     class OneLine:
         lanes = TieredLanes(build("gittins", {}))
 
-    class TheLines:
-        by_model = {"m": OneLine()}
-
     worker = Worker("w", "http://127.0.0.1:1", plugin=True)
-    steering = EngineBody(TheLines())  # type: ignore[arg-type]
+    steering = EngineBody()
     kinds = {
         b'{"model":"m","messages":[]}': None,
         b'{"model":"m","messages":[],"tools":[{"type":"function","function":{"name":"f"}}]}': "tools",
         b'{"model":"m","messages":[],"response_format":{"type":"json_object"}}': "json",
     }
     for body, kind in kinds.items():
-        sent = json.loads(steering.body_for(ticket_of(lambda: 0.0, call_of(body)), worker))
+        sent = json.loads(steering.body_for(in_line(OneLine(), call_of(body)), worker))
         assert sent["vllm_xargs"].get("evenhand_kind") == kind
 
 
@@ -245,10 +245,10 @@ def test_tenants_share_no_prefix_cache_where_that_is_asked_for(granted: frozense
     body = b'{"model":"m","messages":[]}'
     for tenant in ("acme", "beta"):
         ticket = ticket_of(lambda: 0.0, call_of(body, tenant=Tenant(tenant, grants=granted)))
-        steering = EngineBody(Lines(None, Fleet()), salt_cache=True)  # type: ignore[arg-type]  # no line is made here
+        steering = EngineBody(salt_cache=True)
         sent = json.loads(steering.body_for(ticket, Worker("w", "http://127.0.0.1:9")))
         assert sent.get("cache_salt") == (Tenant(tenant).cache_salt if salted else None)
-        plain = EngineBody(Lines(None, Fleet()))  # type: ignore[arg-type]
+        plain = EngineBody()
         assert plain.body_for(ticket, Worker("w", "http://127.0.0.1:9")) == body
 
 
