@@ -11,6 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from deploy.settings import ServeSettings
+from server.admission.live_adapters import LiveAdapters
 from server.admission.sleeper import Sleeper
 from server.batch.runner import Runner
 from server.fleet.balancer import Balancer
@@ -23,7 +24,7 @@ from server.relay.failover import Failover
 from server.relay.prefill_leg import PrefillLeg
 from server.request.fields import ALLOWED
 from server.request.tenant_files import read_file
-from server.settings import CostSettings, SleepSettings, SloSettings
+from server.settings import CostSettings, LoraSettings, SleepSettings, SloSettings
 from tests.compatibility.clients import CLIENTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,6 +67,7 @@ def metrics() -> set[str]:
         CostMeter(CostSettings(), lambda: 0.0, lambda: 0.0, factors={}, labels=1),
         SloMetrics(SloTargets(SloSettings())),
         Sleeper(Fleet(), SleepSettings(from_zero=["any"])),
+        LiveAdapters({}, Fleet(), LoraSettings()),
         FairnessMetrics(lambda: ((), {}), Counter(), lambda: (True, 1), lambda: 0.0, labels=1),
         Runner(Any, Any, "", lambda: 0.0),  # type: ignore[arg-type]  # its metrics need neither batches nor engines
     )

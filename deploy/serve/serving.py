@@ -35,6 +35,7 @@ from deploy.settings import ServeSettings
 from scheduler.workers import Role
 from server.engine.access import Access
 from server.processes.supervisor import STOPPING
+from server.request.adapters import read_adapter
 from server.request.names import read_name, table_of
 from server.settings import scheme_of
 
@@ -298,11 +299,18 @@ def shown_source(source: ModelSource) -> str:
 
 
 def check_names(settings: ServeSettings, served: Sequence[str]) -> None:
-    """ValueError if two models go by one name, or a model name points to what is not served."""
+    """ValueError if two models go by one name, or a model name or an adapter points to what is not served."""
     if twice := next((name for name in served if served.count(name) > 1), None):
         raise ValueError(f"two models would be served as {twice!r}: rename one of the folders")
     table = table_of({name: read_name(name, value) for name, value in settings.models.items()})
-    missing = (table.missing_behind(named, served) for named in table.names.values())
+    adapters = {name: read_adapter(name, value) for name, value in settings.adapters.items()}
+    for name, record in adapters.items():
+        if record.model not in served:
+            raise ValueError(f"adapter {name!r}: no worker serves {record.model!r}; there is {', '.join(served)}")
+    args = [*settings.engine_args, *(arg for model in settings.model for arg in model.engine_args)]
+    if adapters and not any(arg.endswith("--enable-lora") for arg in args):
+        raise ValueError("adapters need engines with LoRA: add --engine-arg=--enable-lora")
+    missing = (table.missing_behind(named, [*served, *adapters]) for named in table.names.values())
     for sentence in filter(None, missing):
         raise ValueError(f"{sentence}; there is {', '.join(served)}")
 

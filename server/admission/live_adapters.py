@@ -157,7 +157,11 @@ class LiveAdapters(Collector):
         for worker_id in [each for each in there if each not in members or not self._has(members[each].load, name)]:
             there.discard(worker_id)
         loads = [members[worker_id].load for worker_id in there]
-        return [load for load in loads if load.pool in pools and load.role in ANSWERING]
+        return [
+            load
+            for load in loads
+            if load.pool in pools and load.role in ANSWERING and self._may_load(load, name)  # else it is about to leave
+        ]
 
     def _note(self, member: Member) -> None:
         """More is known of the adapters that a worker has."""
@@ -249,8 +253,8 @@ class LiveAdapters(Collector):
 
     async def unload(self, member: Member, name: str) -> None:
         """A worker has an adapter no more; what it runs with it goes on. AdapterRefused, EngineGone."""
+        member.site.loaded.pop(name, None)  # at once, so that nobody is sent there for it meanwhile
         await unload(member.engine, name, self._settings.load_timeout_s)
-        member.site.loaded.pop(name, None)
         self.unloads += 1
         log.info("worker %s has unloaded adapter %s", member.worker.id, name)
 

@@ -271,3 +271,9 @@ def test_eight_cores_make_four_engines_that_share_none() -> None:
     divided = divide_cores(range(9), 4)
     assert divided == [(1, 2), (3, 4), (5, 6), (7, 8)]
     assert allowed_threads([(core,) for core in range(9)], divided)[1] == (0, 3, 4)
+
+
+@pytest.mark.parametrize("args, allowed", [(("--enable-lora",), True), (("--enable_lora=true",), True), ((), False)])
+def test_an_engine_with_lora_loads_adapters_while_it_runs(args: tuple[str, ...], allowed: bool) -> None:
+    env = engine_command(plan(user_args=args), PORTS, "/venv/python").env
+    assert (env.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING") == "True") is allowed

@@ -1,6 +1,7 @@
 """Several models in one `evenhand serve`: how they are asked for, and how they share the machine."""
 
 import json
+import re
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from deploy.engine.machine import GIB, Engine, Machine
 from deploy.engine.model import resolve
 from deploy.serve.join import JoinSettings
 from deploy.serve.preflight import PreflightError, check_all, plan_workers, worker_roles
+from deploy.serve.serving import check_names
 from deploy.settings import ServeSettings
 from scheduler.workers import Role
 from server.fleet.named import named_worker
@@ -184,3 +186,21 @@ def test_two_models_are_served_behind_one_port_and_stop_together(program: Progra
     process.terminate()
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "Ready: toy, other at" in out
+
+
+@pytest.mark.parametrize(
+    "adapter, args, sentence",
+    [
+        ("toy:/adapters/sql", [], "adapters need engines with LoRA: add --engine-arg=--enable-lora"),
+        ("other:/adapters/sql", ["--enable-lora"], "adapter 'sql': no worker serves 'other'; there is toy"),
+        ("nothing", ["--enable-lora"], "adapter 'sql': write it as sql=MODEL:PATH"),
+    ],
+)
+def test_adapters_of_no_model_or_without_lora_are_told_at_the_start(
+    adapter: str, args: list[str], sentence: str
+) -> None:
+    settings = ServeSettings(engine_args=args, adapters={"sql": adapter}, models={"help": "sql"})
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        check_names(settings, ["toy"])
+    fine = ServeSettings(engine_args=["--enable-lora"], adapters={"sql": "toy:/a"}, models={"help": "sql"})
+    check_names(fine, ["toy"])

@@ -135,6 +135,16 @@ async def test_ten_adapters_on_two_workers_with_two_places_each() -> None:
         assert served == Counter(work)
 
 
+async def test_one_that_is_about_to_leave_gets_no_request() -> None:
+    setup = replace(SLOW, adapters=2, plugin=True, adapter_load_s=0.02)
+    adapters = configured("a", "b", "c")
+    async with FakeEngine(setup) as engine, over(engine, adapters=adapters) as gateway:
+        for name in ("a", "b"):
+            await asked(gateway, name)
+        replies = await asyncio.gather(*(asked(gateway, "abc"[number % 3], max_tokens=5) for number in range(30)))
+        assert {reply.status for reply in replies} == {200} and not engine.adapters.overfull
+
+
 async def test_requests_go_where_their_adapter_is() -> None:
     setup = replace(INSTANT, adapters=4, plugin=True)
     async with FakeEngine(setup) as one, FakeEngine(setup) as two:
