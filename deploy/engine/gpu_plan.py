@@ -166,8 +166,8 @@ def _check_weights(shares: Mapping[str, Share], need: Need, there: int) -> None:
         gpu, count = share.gpus[0], len(share.gpus)
         if room <= 0:
             raise GpuPlanError(
-                f"an engine takes {_gib(BESIDE_BYTES)} GiB beside weights and KV cache, and {share} is less: use a "
-                f"larger part or {'fewer --workers' if share.sharers > 1 else 'a larger GPU'}"
+                f"{share} is too little for an engine, which takes {_gib(BESIDE_BYTES)} GiB besides weights and KV "
+                f"cache: use {'fewer --workers' if share.sharers > 1 else 'a larger part of it or a larger GPU'}"
             )
         where = f"{share} has" if count == 1 else f"{count} GPUs like {gpu} have"
         raise GpuPlanError(

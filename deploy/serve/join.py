@@ -31,7 +31,7 @@ from deploy.engine.gpu_lock import GpuLocks
 from deploy.engine.model import cache_folder, resolve
 from deploy.engine.worker import EngineState, Listeners, WorkerEvent, WorkerProcess, is_free
 from deploy.serve.command import exit_code
-from deploy.serve.preflight import PreflightError, check, check_transfer, in_words, plan_workers
+from deploy.serve.preflight import PreflightError, check, check_transfer, driver_remarks, in_words, plan_workers
 from deploy.serve.preparing import prepared
 from deploy.serve.screen import Screen
 from deploy.serve.serving import Stop, Surroundings, claimed, log_to_screen, state_folder
@@ -224,6 +224,8 @@ class Joining:
         with self._screen:
             log_to_screen(self._screen, "worker", verbose=self._settings.verbose)
             self._screen.table({"model": self._plan.served_name, self.name: in_words(self._plan)})
+            for remark in driver_remarks(self._around.machine()):
+                self._screen.say(f"  {remark}", "yellow")
             self._screen.say()
             engine = asyncio.create_task(self._run_engine(), name="engine")
             beats = asyncio.create_task(self._beat(), name="heartbeats")

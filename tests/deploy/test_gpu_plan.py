@@ -75,7 +75,7 @@ def test_engines_that_share_a_gpu_share_its_memory_and_say_so() -> None:
     assert "worker-0 and worker-1 share GPU 0" in plan.remarks[0]
     with pytest.raises(GpuPlanError, match=r"GPU 0 .*, 45% of its memory has room for 33.0: use fewer --workers"):
         plan_gpus([H100], names(2), Need(weights_bytes=40 * GIB))
-    with pytest.raises(GpuPlanError, match=r"takes 3.0 GiB beside .* 3% of its memory is less: .*fewer --workers"):
+    with pytest.raises(GpuPlanError, match=r"3% of its memory is too little .*3.0 GiB besides .*: use fewer --workers"):
         plan_gpus([H100], names(30), Need())
     own = plan_gpus([H100], names(2), Need(utilization=0.3))
     assert [share.utilization for share in own.shares.values()] == [0.3, 0.3]
