@@ -70,13 +70,14 @@ class Churn(Soak):
     @asynccontextmanager
     async def _site(self, folder: Path) -> AsyncIterator[None]:
         self.redis = redis(folder)
-        self.gateways = [self._telling(self._gateway(folder, number, [])) for number in range(2)]
         async with running(self.redis):
             self.store = RedisStore(f"redis://127.0.0.1:{self.redis.port}/0", timeout_s=30.0)
             beats = asyncio.create_task(self._beat())
             try:
                 for _ in range(self.count):
                     await self._join()
+                # The engines have taken their ports by now: none of them can take a gateway's before it starts.
+                self.gateways = [self._telling(self._gateway(folder, number, [])) for number in range(2)]
                 async with running(*self.gateways):
                     yield
             finally:
