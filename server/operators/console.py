@@ -8,7 +8,7 @@ import base64
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from importlib.resources import files
@@ -22,9 +22,11 @@ from scheduler.jobs import Tier
 from server.admission.dispatch import Dispatcher, Lines
 from server.admission.live_policy import LivePolicy
 from server.cluster.local_sync import LocalSync
-from server.fleet.fleet import Fleet, Member, described
+from server.fleet.fleet import Fleet, Member, WorkerState, described
 from server.observe.fairness_metrics import FairnessMetrics
 from server.observe.telemetry import Distribution, Telemetry
+from server.operators.admin import Page as Part
+from server.operators.admin import Paged
 from server.request.directory import Tenants
 
 TENANTS_SHOWN = 50
@@ -78,9 +80,19 @@ class Console:
     siblings: LocalSync
     clock: Callable[[], float]
 
-    async def live(self) -> View:
-        """Everything at this moment, of all processes of this gateway. Counters and histograms are totals."""
-        return reduce(joined, (orjson.loads(text) for text in await self.siblings.views()), self.view())
+    async def live(self, part: Part, state: str) -> View:
+        """Everything at this moment, of all processes of this gateway. Counters and histograms are totals.
+
+        part, state: which of the workers are told one by one; state "" for any.
+        """
+        view = reduce(joined, (orjson.loads(text) for text in await self.siblings.views()), self.view())
+        busy, flex = view.pop("busy"), view.pop("flex")
+        members = self.fleet.members
+        names, rest = part.of(name for name, member in members.items() if state in ("", member.state.value))
+        workers = [
+            seen(members[name]) | {"in_flight": busy.get(name, 0), "flex": flex.get(name, 0)} for name in names
+        ]
+        return view | {"workers": workers, "fleet": summary(members.values(), busy, flex) | rest}
 
     def _by_name(self) -> dict[str, int]:
         """Requests by the name that was asked and the model that was, as a JSON list."""
@@ -88,6 +100,11 @@ class Console:
         for (name, model, _), count in self.telemetry.models.items():
             counts[orjson.dumps([name, model]).decode()] += count
         return dict(counts)
+
+    def _weights(self, names: Iterable[str]) -> dict[str, float]:
+        """The weights of these tenants, but for those of the usual one."""
+        records = (self.tenants.record(name) for name in names)
+        return {record.name: record.weight for record in records if record is not None and record.weight != 1.0}
 
     def published(self) -> str:
         """This process's view, for the others."""
@@ -100,14 +117,18 @@ class Console:
         outcomes: Counter[str] = Counter()
         for (_, outcome), count in telemetry.outcomes.items():
             outcomes[outcome] += count
+        lines = [line(dispatcher) for dispatcher in self.lines.by_model.values()]
         return {
             "at_s": self.clock(),
             "policy": {"name": self.policy.name, "options": self.policy.options},
-            "workers": [seen(member) for member in self.fleet.members.values()],
+            "busy": {
+                name: member.load.in_flight for name, member in self.fleet.members.items() if member.load.in_flight
+            },
+            "flex": {name: member.load.flex for name, member in self.fleet.members.items() if member.load.flex},
             "starting": self.fleet.starting,
-            "lines": [line(dispatcher) for dispatcher in self.lines.by_model.values()],
+            "lines": lines,
             "service": standing.service,
-            "weights": {record.name: record.weight for record in self.tenants.all() if record.weight != 1.0},
+            "weights": self._weights({*standing.service, *(name for told in lines for name in told["by_tenant"])}),
             "gap": standing.gap,
             "outcomes": dict(outcomes),
             "models": self._by_name(),
@@ -120,22 +141,35 @@ class Console:
         }
 
 
+def summary(members: Collection[Member], busy: Mapping[str, int], flex: Mapping[str, int]) -> View:
+    """A fleet of any size in a few words. busy, flex: requests at each worker, of all processes, and the `flex` ones.
+
+    flex, slack: at workers that are ready: what `flex` uses, and the slots that the other tiers leave to it.
+    """
+    ready = [member.worker for member in members if member.state is WorkerState.READY]
+    slots = sum(worker.slots for worker in ready)
+    used, flexible = (sum(counts.get(worker.id, 0) for worker in ready) for counts in (busy, flex))
+    beyond = (busy.get(member.worker.id, 0) - member.worker.slots for member in members)
+    return {
+        "states": Counter(member.state.value for member in members),
+        "slots": slots,
+        "in_flight": sum(busy.values()),
+        "beyond_slots": sum(more for more in beyond if more > 0),
+        "flex": flexible,
+        "slack": slots - used + flexible,
+        "models": sorted({model for member in members for model in member.models}),
+    }
+
+
 def joined(one: View, other: View) -> View:
     """Two processes' views as one: what is counted is added up, the wider gap counts, and the rest is the first's."""
     both = {**one, "gap": max(one["gap"], other["gap"])}
-    for name in ("service", "outcomes", "models", "tokens"):
+    for name in ("service", "outcomes", "models", "tokens", "busy", "flex"):
         both[name] = added(one[name], other[name])
     for name in ("ttft", "itl", "queue"):
         counts = [a + b for a, b in zip(one[name]["counts"], other[name]["counts"], strict=True)]
         both[name] = {**one[name], "counts": counts, "sum": one[name]["sum"] + other[name]["sum"]}
-    theirs_by_id = {worker["id"]: worker for worker in other["workers"]}
-    both["workers"] = [
-        {
-            **worker,
-            **{name: worker[name] + theirs_by_id.get(worker["id"], {}).get(name, 0) for name in ("in_flight", "flex")},
-        }
-        for worker in one["workers"]
-    ]
+    both["weights"] = {**other["weights"], **one["weights"]}
     both["tiers"] = {name: added(counts, other["tiers"][name]) for name, counts in one["tiers"].items()}
     by_model = {line["model"]: line for line in (*one["lines"], *other["lines"])}
     for line in one["lines"]:
@@ -225,8 +259,8 @@ def console_routes(console: Console, authorize: Callable[[Request], None]) -> AP
     admins = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(authorize)])
 
     @admins.get("/live", summary="What the console shows: workers, lines, shares, latencies, as totals")
-    async def live() -> Response:
-        return Response(orjson.dumps(await console.live()), media_type="application/json")
+    async def live(part: Paged, state: str = "") -> Response:
+        return Response(orjson.dumps(await console.live(part, state)), media_type="application/json")
 
     @admins.get("/policies", summary="The policies and options that can be chosen")
     async def policies() -> Response:

@@ -6,8 +6,14 @@ import hashlib
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
+
+import orjson
 
 from scheduler.catalog import POLICIES
+from scheduler.workers import Worker
+from server.engine.client import EngineClient
+from server.fleet.fleet import Member, WorkerState
 from server.operators.console import choices, joined, page
 from tests.server.conftest import SLOW, chat, eventually, over_fake, request
 from tests.server.test_admin import ADMIN_KEY, admin
@@ -91,6 +97,9 @@ async def test_live_tells_who_waits_who_is_served_and_how_fast(tmp_path: Path) -
     ]
     (worker,) = live["workers"]
     assert (worker["id"], worker["role"], worker["state"], worker["in_flight"]) == ("worker-0", "both", "ready", 1)
+    summary = {"states": {"ready": 1}, "slots": 1, "in_flight": 1, "beyond_slots": 0, "models": ["fake"]}
+    summary |= {"flex": 0, "slack": 0}
+    assert live["fleet"] == summary | {"total": 1, "next_after": None}
     assert live["service"]["acme"] > 0 and live["weights"] == {"acme": 2.0}
     assert live["policy"] == {"name": "mlfq", "options": {}} and live["store"] == {"up": True, "replicas": 1}
     assert len(live["ttft"]["counts"]) == len(live["ttft"]["bounds"]) + 1
@@ -124,21 +133,49 @@ async def test_several_processes_of_a_gateway_are_shown_as_one(tmp_path: Path) -
         headers = {"authorization": f"Bearer {KEY}"}
         assert (await gateway.ask("/v1/chat/completions", chat(stream=True), headers=headers)).status == 200
         await eventually(gateway.at_rest)
-        one = (await admin(gateway, "GET", "/live")).json()
+        one = orjson.loads(gateway.server.console.published())
     waiting = {"model": "far", "waiting": 3, "running": 1, "by_tenant": {"zenith": 3}, "other_tenants": 0}
     other = {
         **one,
         "gap": one["gap"] + 7,
         "lines": [{**one["lines"][0], "waiting": 2, "by_tenant": {"acme": 2}}, {**waiting, "by_lane": {"all": 3}}],
-        "workers": [{**one["workers"][0], "in_flight": 5}],
+        "busy": {"worker-0": 5},
     }
     both = joined(one, other)
     assert both["outcomes"] == {"ok": 2} and both["gap"] == one["gap"] + 7
     assert both["service"]["acme"] == 2 * one["service"]["acme"]
     assert sum(both["ttft"]["counts"]) == 2 and both["ttft"]["bounds"] == one["ttft"]["bounds"]
-    assert [worker["in_flight"] for worker in both["workers"]] == [5]
+    assert both["busy"] == {"worker-0": 5}
     assert [(line["model"], line["waiting"], line["by_tenant"]) for line in both["lines"]] == [
         ("fake", 2, {"acme": 2}),
         ("far", 3, {"zenith": 3}),
     ]
     assert both["policy"] == one["policy"] and both["at_s"] == one["at_s"]
+
+
+async def test_of_a_large_fleet_a_part_is_told_and_of_many_tenants_the_weights_of_those_who_are_served(
+    tmp_path: Path,
+) -> None:
+    tenants = [{"name": f"t{number}", "keys": [f"key-of-tenant-{number:06d}"], "weight": 2} for number in range(1000)]
+    (tmp_path / "tenants.json").write_bytes(orjson.dumps({"tenants": tenants}))
+    async with over_fake(admin_key=ADMIN_KEY, tenants=tmp_path / "tenants.json") as (gateway, _):
+        fleet = gateway.server.fleet
+        for number in range(300):
+            state = WorkerState.DOWN if number % 100 == 7 else WorkerState.READY
+            member = Member(Worker(f"w{number:03d}", "http://127.0.0.1:9", slots=4), EngineClient("http://127.0.0.1:9"))
+            member.models = ("other",)
+            fleet.enroll(member)
+            fleet.put(member, state)
+        headers = {"authorization": "Bearer key-of-tenant-000007"}
+        assert (await gateway.ask("/v1/chat/completions", chat(), headers=headers)).status == 200
+
+        async def names(query: str) -> tuple[list[str], dict[str, Any]]:
+            live = (await admin(gateway, "GET", f"/live?{query}")).json()
+            assert live["weights"] == {"t7": 2.0}
+            return [worker["id"] for worker in live["workers"]], live["fleet"]
+
+        page, told = await names("limit=50&after=w099")
+        assert page == [f"w{number}" for number in range(100, 150)] and told["next_after"] == "w149"
+        assert told["states"] == {"ready": 298, "down": 3} and told["slots"] == 256 + 297 * 4
+        assert await names("limit=50&state=down") == (["w007", "w107", "w207"], told | {"total": 3, "next_after": None})
+        assert await names("search=29&limit=1") == (["w029"], told | {"total": 13, "next_after": "w029"})

@@ -1,6 +1,8 @@
 """The console in a real browser: what an operator sees and does, and what somebody without the key does not see."""
 
+import asyncio
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import AsyncIterator
@@ -10,6 +12,9 @@ from pathlib import Path
 import pytest
 from playwright.async_api import Browser, ConsoleMessage, Page, async_playwright, expect
 
+from scheduler.workers import Worker
+from server.engine.client import EngineClient
+from server.fleet.fleet import Member, WorkerState
 from tests.server.batch.test_batches import client_of, ended, jsonl, part_done, submit
 from tests.server.conftest import SLOW, Running, Wire, chat, eventually, over_fake, request
 from tests.server.test_admin import ADMIN_KEY
@@ -25,6 +30,7 @@ FLAGS = [
     "--no-first-run",
 ]
 PATIENCE_MS = 60_000
+MOST_ELEMENTS = 1_000
 
 
 @contextlib.asynccontextmanager
@@ -234,3 +240,44 @@ async def test_an_operator_loads_and_unloads_an_adapter() -> None:
             await page.click("[data-unload]")
             await console.says("#adapters", "No LoRA adapters")
             assert not engine.adapters.loaded
+
+
+@pytest.mark.slow
+async def test_a_thousand_workers_and_ten_thousand_tenants_are_a_page_that_stays_small(tmp_path: Path) -> None:
+    tenants = [{"name": f"t{number}", "keys": [f"key-of-tenant-{number:06d}"], "weight": 2} for number in range(9_999)]
+    (tmp_path / "tenants.json").write_text(json.dumps({"tenants": [*tenants, {"name": "acme", "keys": [KEY]}]}))
+    options = {"tenants": tmp_path / "tenants.json", "admin_key": ADMIN_KEY, "policy": "vtc"}
+    async with chromium() as browser, over_fake(SLOW, **options) as (gateway, _):
+        fleet = gateway.server.fleet
+        for number in range(1, 1000):
+            url = "http://127.0.0.1:9"
+            member = Member(Worker(f"gpu-{number:04d}", url, slots=256), EngineClient(url), models=("llama",))
+            member.load.observe(others=0, kv_usage=number % 100 / 100)
+            fleet.enroll(member)
+            fleet.put(member, WorkerState.DOWN if number % 400 == 7 else WorkerState.READY)
+        keys = [{"authorization": f"Bearer key-of-tenant-{number:06d}"} for number in range(100)]
+        body = chat(model="fake", max_tokens=2)
+        await asyncio.gather(*(gateway.ask("/v1/chat/completions", body, headers=key) for key in keys))
+        async with shown(browser, gateway, 1360, 900, "light") as console:
+            page = console.page
+            await console.says("#fleet-range", "1–20 of 1,000")
+            await console.log_in(ADMIN_KEY)
+            await console.says("#chips", "997 of 1,000 workers ready")
+            await console.says("#fleet", "gpu-0007")
+            await console.picture("console-large")
+            await page.click("#fleet-next")
+            await console.says("#fleet-range", "21–40 of 1,000")
+            await page.click("#fleet-back")
+            await console.says("#fleet-range", "1–20 of 1,000")
+            await page.select_option("#fleet-state", "down")
+            await console.says("#fleet-range", "1–3 of 3")
+            await console.says("#fleet", "gpu-0807")
+            await page.select_option("#fleet-state", "")
+            await page.fill("#fleet-search", "0777")
+            await console.says("#fleet-range", "1–1 of 1")
+            await page.click("#fleet button")
+            await console.says("#fleet", "draining")
+            assert fleet.members["gpu-0777"].state is WorkerState.DRAINING
+            await page.fill("#fleet-search", "")
+            await console.says("#fleet-range", "1–20 of 1,000")
+            assert await page.evaluate("document.querySelectorAll('*').length") < MOST_ELEMENTS
