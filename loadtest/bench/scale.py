@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -57,9 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repetitions", type=int, default=3, metavar="N", help="of all, in turns (default 3)")
     parser.add_argument(
         "--only",
-        choices=["workers", "tenants", "waiting", "gateways"],
+        choices=["workers", "tenants", "tenants-yaml", "waiting", "gateways"],
         action="append",
         help="one of the tables; may be repeated (default: all)",
+    )
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", metavar="N", help="these rows only (default: all of each table)"
     )
     parser.add_argument("--quick", action="store_true", help="one repetition of short parts, in two minutes")
 
@@ -74,13 +78,15 @@ def run(args: argparse.Namespace) -> int:
             site = Site(Path(folder), QUICK if args.quick else FULL)
             stack.enter_context(site.bench.engine(fleet=True))
             for name in args.only or TABLES:
-                sizes, measure, columns = TABLES[name]
+                every, measure, columns = TABLES[name]
+                sizes = [size for size in every if not args.sizes or size in args.sizes]
                 runs: dict[int, list[Row]] = {size: [] for size in sizes}
                 for number in range(1 if args.quick else args.repetitions):
                     for size in sizes if number % 2 == 0 else reversed(sizes):
                         progress.print(f"{name}: {size:,}, repetition {number + 1}")
                         runs[size].append(measure(site, size))
-                console.print(f"\n{table(name, runs, columns)}")
+                if sizes:
+                    console.print(f"\n{table(name, runs, columns)}")
     except BenchmarkError as error:
         progress.print(f"evenhand bench scale: {error}", markup=False)
         return 1
@@ -99,11 +105,14 @@ class Site:
         self.errors: list[str] = []
         self._files: dict[int, Path] = {}
 
-    def command(self, port: int, *, workers: int = 1, tenants: int = 1, more: Sequence[str] = ()) -> list[str]:
+    def command(
+        self, port: int, *, workers: int = 1, tenants: int = 1, in_yaml: bool = False, more: Sequence[str] = ()
+    ) -> list[str]:
         """A gateway's command line."""
         urls = (f"http://127.0.{at // ADDRESSES}.{1 + at % ADDRESSES}:{self.bench.port}" for at in range(workers))
         fleet = [part for at, url in enumerate(urls) for part in ("--worker", f"{url},slots={SLOTS},id=w{at}")]
-        options = ["--port", str(port), "--policy", "vtc", "--tenants", str(self.tenants(tenants)), *more]
+        file = self.in_yaml(tenants) if in_yaml else self.tenants(tenants)
+        options = ["--port", str(port), "--policy", "vtc", "--tenants", str(file), *more]
         return [sys.executable, "-m", "deploy.cli", "gateway", *options, *fleet]
 
     def tenants(self, number: int) -> Path:
@@ -116,6 +125,18 @@ class Site:
             self._files[number].write_bytes(orjson.dumps({"tenants": rows}))
             self.keys(number).write_text("".join(f"{key}\n" for key in made[:ACTIVE]))
         return self._files[number]
+
+    def in_yaml(self, number: int) -> Path:
+        """The same tenants as people write them, one field a line."""
+        path = self.tenants(number).with_suffix(".yaml")
+        if not path.exists():
+            rows = orjson.loads(self.tenants(number).read_bytes())["tenants"]
+            with path.open("w") as out:
+                out.write("tenants:\n")
+                for row in rows:
+                    fields = (f"{name}: {orjson.dumps(value).decode()}" for name, value in row.items())
+                    out.write("- " + "\n  ".join(fields) + "\n")
+        return path
 
     def keys(self, number: int) -> Path:
         """The keys of the tenants that send requests."""
@@ -164,14 +185,15 @@ def with_workers(site: Site, workers: int) -> Row:
         return {**site.observe(site.phase(64), port, pid), "idle": idle, "mb": pss_bytes(pid) / 1e6}
 
 
-def with_tenants(site: Site, tenants: int) -> Row:
+def with_tenants(site: Site, tenants: int, *, in_yaml: bool = False) -> Row:
     """One gateway that knows so many tenants, up to a thousand of which send requests."""
     port = free_port()
-    command = site.command(port, tenants=tenants)
+    command = site.command(port, tenants=tenants, in_yaml=in_yaml)
     began = time.monotonic()
     with site.bench.gateway("gateway", command, port, dict(os.environ)) as pid:
-        start_s, loaded = time.monotonic() - began, pss_bytes(pid) / 1e6
-        return {**site.observe(site.phase(64, tenants), port, pid), "start_s": start_s, "mb": loaded}
+        start_s, start_cpu_s, loaded = time.monotonic() - began, cpu_s(pid), pss_bytes(pid) / 1e6
+        row = site.observe(site.phase(64, tenants), port, pid)
+        return {**row, "start_s": start_s, "start_cpu_s": start_cpu_s, "mb": loaded}
 
 
 def with_waiting(site: Site, waiting: int) -> Row:
@@ -197,6 +219,10 @@ def with_gateways(site: Site, gateways: int) -> Row:
                 (port, stack.enter_context(site.bench.gateway(f"gateway-{at}", command, port, dict(os.environ))))
             )
         phase = site.phase(64, ACTIVE, rate=RATE / gateways)
+        time.sleep(site.spans.warm_up_s)
+        idle, began = redis_counts(url), time.monotonic()
+        time.sleep(site.spans.idle_s / 3)
+        idle_kb = (_bytes(redis_counts(url)) - _bytes(idle)) / 1e3 / (time.monotonic() - began)
         before, used, began = redis_counts(url), sum(cpu_s(pid) for _, pid in running), time.monotonic()
         loads = [site.load(phase, port) for port, _ in running]
         seen = [orjson.loads(load.communicate()[0]) for load in loads]
@@ -204,9 +230,13 @@ def with_gateways(site: Site, gateways: int) -> Row:
         cores = (sum(cpu_s(pid) for _, pid in running) - used) / took_s
     for one in seen:
         site.judge(one)
+    kb = (_bytes(after) - _bytes(before)) / 1e3 / took_s
+    requests = sum(int(one["requests"]) for one in seen) / phase.seconds
     return {
+        "idle_kb": idle_kb / gateways,
+        "bytes": 1e3 * max(0.0, kb - idle_kb) / gateways / max(1.0, requests),
         "commands": (after["total_commands_processed"] - before["total_commands_processed"]) / took_s / gateways,
-        "kb": (_bytes(after) - _bytes(before)) / 1e3 / took_s / gateways,
+        "kb": kb / gateways,
         "cores": cores,
         "p99_ms": max(float(one["first_byte_us"]["p99"]) for one in seen) / 1e3,
     }
@@ -242,6 +272,13 @@ def until_ready(port: int, workers: int) -> None:
 
 
 Column = tuple[str, str, int, bool]  # heading, figure, digits, whether the ratio to the first row is shown
+OF_TENANTS: Sequence[Column] = (
+    ("CPU per request, µs", "cpu_us", 1, True),
+    ("requests/s", "per_s", 0, False),
+    ("command to first answer, s", "start_s", 2, False),
+    ("CPU of it, s", "start_cpu_s", 2, False),
+    ("memory, MB", "mb", 0, False),
+)
 # name: (sizes, how one is measured, its columns)
 TABLES: Mapping[str, tuple[Sequence[int], Callable[[Site, int], Row], Sequence[Column]]] = {
     "workers": (
@@ -254,16 +291,8 @@ TABLES: Mapping[str, tuple[Sequence[int], Callable[[Site, int], Row], Sequence[C
             ("memory, MB", "mb", 0, False),
         ),
     ),
-    "tenants": (
-        TENANTS,
-        with_tenants,
-        (
-            ("CPU per request, µs", "cpu_us", 1, True),
-            ("requests/s", "per_s", 0, False),
-            ("command to first answer, s", "start_s", 2, False),
-            ("memory, MB", "mb", 0, False),
-        ),
-    ),
+    "tenants": (TENANTS, with_tenants, OF_TENANTS),
+    "tenants-yaml": (TENANTS, partial(with_tenants, in_yaml=True), OF_TENANTS),
     "waiting": (
         WAITING,
         with_waiting,
@@ -275,6 +304,8 @@ TABLES: Mapping[str, tuple[Sequence[int], Callable[[Site, int], Row], Sequence[C
         (
             ("Redis commands/s, each", "commands", 0, False),
             ("kB/s, each", "kb", 0, False),
+            ("kB/s when idle, each", "idle_kb", 1, False),
+            ("bytes per request, each", "bytes", 0, False),
             ("CPU of all, cores", "cores", 2, True),
             ("TTFB p99, ms", "p99_ms", 2, True),
         ),

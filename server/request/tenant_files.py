@@ -14,10 +14,12 @@ import yaml
 
 from server.request.tenants import TenantRecord, index_of, sentence
 
-_PLAIN_TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "timestamp"))
+_STR = "tag:yaml.org,2002:str"
+_PLAIN_TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "null", "timestamp"))
 _MOST_KEPT = 10_000  # scalars whose values are remembered: numbers and words that come again
 _AT_BYTE = re.compile(r"\(byte (\d+)\)")
 _INDEX = re.compile(r"^tenants\[(\d+)\]")
+_Scalar, _MappingEnd, _SequenceEnd = yaml.ScalarEvent, yaml.MappingEndEvent, yaml.SequenceEndEvent
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # several times faster, where PyYAML was built with it
 
 
@@ -132,7 +134,7 @@ class _YamlRows:
         kind = type(event)
         if kind is yaml.AliasEvent or event.anchor is not None or event.tag is not None:
             raise _Unusual
-        if kind is yaml.ScalarEvent:
+        if kind is _Scalar:
             return self._scalar(event.value) if event.implicit[0] else event.value
         if kind is yaml.SequenceStartEvent:
             return self._sequence()
@@ -142,17 +144,18 @@ class _YamlRows:
 
     def _sequence(self) -> list[Any]:
         values = []
-        while type(event := self._next()) is not yaml.SequenceEndEvent:
+        while type(event := self._next()) is not _SequenceEnd:
             values.append(self._value(event))
         return values
 
     def _mapping(self) -> dict[Any, Any]:
         values: dict[Any, Any] = {}
-        while type(event := self._next()) is not yaml.MappingEndEvent:
-            if type(event) is not yaml.ScalarEvent:
+        following, value = self._next, self._value
+        while type(event := following()) is not _MappingEnd:
+            if type(event) is not _Scalar:
                 raise _Unusual
-            key = self._value(event)
-            values[key] = self._value(self._next())
+            key = value(event)
+            values[key] = value(following())
         return values
 
     def _scalar(self, text: str) -> Any:
@@ -161,14 +164,20 @@ class _YamlRows:
             return text
         if text in self._kept:
             return self._kept[text]
-        tag = self._loader.resolve(yaml.ScalarNode, text, (True, False))
-        if tag not in _PLAIN_TAGS:
-            raise _Unusual
-        try:
-            value = self._loader.construct_object(yaml.ScalarNode(tag, text))
-        except (ValueError, yaml.YAMLError):
-            raise _Unusual from None  # the error as PyYAML itself tells it
-        self._loader.constructed_objects.clear()
+        value = self._resolved(text)
         if len(self._kept) < _MOST_KEPT:
             self._kept[text] = value
         return value
+
+    def _resolved(self, text: str) -> Any:
+        tag = self._loader.resolve(yaml.ScalarNode, text, (True, False))
+        if tag == _STR:
+            return text
+        if tag not in _PLAIN_TAGS:
+            raise _Unusual
+        try:
+            return self._loader.construct_object(yaml.ScalarNode(tag, text))
+        except (ValueError, yaml.YAMLError):
+            raise _Unusual from None  # the error as PyYAML itself tells it
+        finally:
+            self._loader.constructed_objects.clear()
