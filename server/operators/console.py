@@ -89,9 +89,7 @@ class Console:
         busy, flex = view.pop("busy"), view.pop("flex")
         members = self.fleet.members
         names, rest = part.of(name for name, member in members.items() if state in ("", member.state.value))
-        workers = [
-            seen(members[name]) | {"in_flight": busy.get(name, 0), "flex": flex.get(name, 0)} for name in names
-        ]
+        workers = [seen(members[name]) | {"in_flight": busy.get(name, 0), "flex": flex.get(name, 0)} for name in names]
         return view | {"workers": workers, "fleet": summary(members.values(), busy, flex) | rest}
 
     def _by_name(self) -> dict[str, int]:
