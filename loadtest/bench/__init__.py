@@ -11,6 +11,7 @@ BENCHMARKS: Mapping[str, tuple[str, str]] = {
     "ttft": ("loadtest.bench.ttft", "what the gateway adds to the time to the first token of a real engine"),
     "laptop": ("loadtest.bench.laptop", "the bundled model on one core, beside stock vLLM and llama.cpp"),
     "gateway": ("loadtest.bench.gateway", "what the gateway costs on one core, beside nginx and any other gateway"),
+    "gateway-cost": ("loadtest.bench.gateway_cost", "what a request and a chunk cost it, beside other checkouts"),
     "scale": ("loadtest.bench.scale", "how a request's cost grows with workers, tenants, those waiting, and gateways"),
     "placement": ("loadtest.bench.placement", "whether looking at a few workers places requests as well as at all"),
     "tls": ("loadtest.bench.tls", "what TLS costs the gateway for each streamed chunk"),

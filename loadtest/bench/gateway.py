@@ -125,6 +125,11 @@ def nginx_command(bench: RelayBench, nginx: str, port: int, files: int) -> Seque
 
 def our_command(bench: RelayBench, port: int) -> Sequence[str]:
     """Our gateway over the mock engine, with everything on."""
+    return [sys.executable, "-m", "deploy.cli", "gateway", *our_options(bench, port)]
+
+
+def our_options(bench: RelayBench, port: int) -> Sequence[str]:
+    """What our gateway is told: the mock engine, a tenant with all limits, a policy."""
     tenant = {
         "name": "bench",
         "keys": [bench.key],
@@ -137,7 +142,7 @@ def our_command(bench: RelayBench, port: int) -> Sequence[str]:
     file = bench.folder / "tenants.yaml"
     file.write_text(yaml.safe_dump({"tenants": [tenant]}))
     options = {"--port": str(port), "--worker": f"{bench.url},slots=16384", "--policy": "vtc", "--tenants": str(file)}
-    return [sys.executable, "-m", "deploy.cli", "gateway", *(part for option in options.items() for part in option)]
+    return [part for option in options.items() for part in option]
 
 
 def added_command(bench: RelayBench, command: str, port: int) -> Sequence[str]:

@@ -1,0 +1,42 @@
+"""`evenhand bench gateway-cost`: it works end to end in seconds, or says what it needs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loadtest.bench.gateway import OURS
+from loadtest.bench.gateway_cost import FIGURES, table
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def bench(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "deploy.cli", "bench", "gateway-cost", "--rounds", "1", "--seconds", "0.2"]
+    return subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_it_compares_with_another_checkout_or_says_what_it_needs() -> None:
+    ran = bench("--checkout", f"other={ROOT}")
+    if ran.returncode != 0:  # a machine without nginx or a compiler has this to check, and nothing to skip
+        assert "is not installed here" in ran.stderr and "Traceback" not in ran.stderr
+        return
+    lines = [line.split("|")[1].strip() for line in ran.stdout.splitlines() if line.startswith("| ")]
+    assert lines == ["gateway", "---", "nginx", OURS, "other", f"{OURS} ÷ nginx", f"{OURS} ÷ other"]
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path) -> None:
+    ran = bench("--checkout", f"other={tmp_path}")
+    assert ran.returncode == 1
+    assert "a checkout of this repository" in ran.stderr or "is not installed here" in ran.stderr
+
+
+def test_ratios_are_those_of_one_round() -> None:
+    def rounds(*values: float) -> list[dict[str, float]]:
+        return [dict.fromkeys(FIGURES, value) for value in values]
+
+    row = table({OURS: rounds(1.0, 10.0, 100.0), "other": rounds(2.0, 20.0, 200.0)}).splitlines()[-1]
+    assert row.startswith(f"| {OURS} ÷ other | 0.50 (0.50–0.50) |")
