@@ -62,6 +62,24 @@ def content_at(data: bytes) -> int:
     return at if at > 2 and size > 0 and data.startswith(b"%x\r\n" % size) and data.endswith(b"\r\n") else 0
 
 
+def contents(data: bytes) -> bytes:
+    """The contents of HTTP chunks, joined, if `data` is several whole chunks and no more; else nothing."""
+    pieces: list[bytes] = []
+    at, end = 0, len(data)
+    while at < end:
+        begin = data.find(b"\r\n", at, at + _LONGEST_SIZE_BYTES) + 2
+        try:
+            size = int(data[at:begin], 16)
+        except ValueError:
+            return b""
+        stop = begin + size
+        if size <= 0 or not data.startswith(b"%x\r\n" % size, at) or not data.startswith(b"\r\n", stop):
+            return b""
+        pieces.append(data[begin:stop])
+        at = stop + 2
+    return b"".join(pieces)
+
+
 class Sink(Protocol):
     """Who receives an answer. Called from within the socket's callback: it must not block and must not raise.
 
@@ -123,9 +141,13 @@ class EngineConnection(asyncio.Protocol):
         if sink is None:  # bytes that nobody asked for: the connection cannot be trusted any more
             self.transport.abort()
             return
-        if self.between and (at := content_at(data)):  # one more token of a stream: nearly all that comes
-            sink.chunk(data, at)
-            return
+        if self.between:
+            if at := content_at(data):  # one more token of a stream: nearly all that comes
+                sink.chunk(data, at)
+                return
+            if content := contents(data):
+                sink.body(content)
+                return
         if not self.begun and self._whole(data, sink):
             return
         self._parse(data, sink)
@@ -176,7 +198,8 @@ class EngineConnection(asyncio.Protocol):
 
     def _finish(self, sink: Sink) -> None:
         self.sink = None
-        self.resume()
+        if self.paused:
+            self.resume()
         if self.keep and not self.transport.is_closing():
             self.reused = True
             self.engine.idle.append(self)
@@ -307,13 +330,25 @@ class EngineClient:
             log.warning("the engine at %s cannot be asked: %s", self.url, error.message)
             raise
 
-    async def _send_on(self, request: bytes, sink: Sink, *, fresh: bool) -> EngineConnection:
-        while self.idle and not fresh:
+    def ask_kept(
+        self, path: bytes, body: bytes, request_id: str, sink: Sink, trace: bytes = b""
+    ) -> EngineConnection | None:
+        """As `ask`, on a connection that is open already; None, and nothing sent, if there is none."""
+        connection = self._kept()
+        if connection is not None:
+            request = _REQUEST % (self.prefix, path, self._host_header, request_id.encode(), trace, len(body), body)
+            connection.ask(request, sink)
+        return connection
+
+    def _kept(self) -> EngineConnection | None:
+        while self.idle:
             connection = self.idle.pop()  # the one used last: its path is warm, and the oldest may time out in peace
             if not connection.transport.is_closing():
-                connection.ask(request, sink)
                 return connection
-        connection = await self._connect()
+        return None
+
+    async def _send_on(self, request: bytes, sink: Sink, *, fresh: bool) -> EngineConnection:
+        connection = (None if fresh else self._kept()) or await self._connect()
         connection.ask(request, sink)
         return connection
 

@@ -32,7 +32,11 @@ from server.request.transcript import PACK_CHUNKS, Transcript
 MAX_EVENT_BYTES = 64 * 1024 * 1024
 MAX_HELD_BYTES = 8 * 1024 * 1024
 _IDS_BYTES = 128  # of an event's end, in which the token ids of an ordinary one lie
-_ENDS_WITH_IDS = b"]}]}\n\n\r\n"  # an event whose last member is a list, and the end of its HTTP chunk
+_CHOICES = b'"choices":['
+_IDS_END = b"]}]}"  # of an event whose last member is a list
+_FRAME = b"\n\n\r\n"  # behind an event that is alone in its HTTP chunk
+_FRAME_BYTES = len(_FRAME)
+_ENDS_WITH_IDS = _IDS_END + _FRAME
 
 
 class ClientAnswer(Protocol):
@@ -116,7 +120,10 @@ async def answered(receiver: EngineExchange, ticket: Ticket, member: Member, pat
     """
     fresh = False
     while True:
-        connection = await member.engine.ask(path, body, ticket.call.id, receiver, trace=ticket.trace, fresh=fresh)
+        engine, name = member.engine, ticket.call.id
+        connection = None if fresh else engine.ask_kept(path, body, name, receiver, ticket.trace)
+        if connection is None:
+            connection = await engine.ask(path, body, name, receiver, trace=ticket.trace, fresh=fresh)
         may_be_stale = connection.reused
         receiver.flows_from(connection)
         member.legs.add(receiver)
@@ -262,14 +269,15 @@ class Stream(Pipe):
     pieces: of an event that is not complete; seam: their last bytes. ended: its last event has come. spoke: this worker
     has made a token, or said why it makes none.
     keeps_events: what passes is what the client has, so that another worker can go on with it.
-    mark, suffix, longest: how an ordinary event looks, learned from one that was read; see `_learn_shape`.
+    beginning, mark, suffix, longest: how an ordinary event looks, learned from one that was read; see `_learn_shape`.
+    framed: the suffix with the end of its HTTP chunk.
     finishing: the event that ends the choice, held until the usage event that the client did not ask for has shown
     whether the engine would have put its fingerprint there.
     """
 
     __slots__ = (
         "pieces", "pieces_bytes", "seam", "ended", "mark", "suffix", "longest", "chunks", "clock", "itl", "charge",
-        "received", "finishing", "prompts", "spoke",
+        "received", "finishing", "prompts", "spoke", "beginning", "framed",
     )  # fmt: skip
     keeps_events: ClassVar[bool] = True
 
@@ -282,7 +290,7 @@ class Stream(Pipe):
         self.pieces_bytes = 0
         self.seam = b""
         self.ended = self.spoke = False
-        self.mark = self.suffix = self.finishing = b""
+        self.beginning = self.mark = self.suffix = self.framed = self.finishing = b""
         self.longest = 0
         self.prompts: dict[int, int] = {}
         self.received: Transcript | None = None
@@ -300,22 +308,22 @@ class Stream(Pipe):
 
     def chunk(self, data: bytes, at: int) -> None:
         made = 0
-        if self.mark:
-            start = data.rfind(b"[", -_IDS_BYTES) + 1
-            if (
-                data.endswith(_ENDS_WITH_IDS)
-                and data.startswith(self.mark, start - len(self.mark))
-                and data.count(b"\n") == 4
-                and len(data) > start + len(_ENDS_WITH_IDS)
-            ):
-                made = data.count(b",", start, -len(_ENDS_WITH_IDS)) + 1
-        elif self.suffix and len(data) - at <= self.longest and data.endswith(self.suffix) and data.count(b"\n") == 4:
-            made = 1
-        if not made or self.pieces:
+        if self.beginning and data.startswith(self.beginning, at) and data.count(b"\n") == 4:
+            if self.mark:
+                start = data.rfind(b"[", -_IDS_BYTES) + 1
+                if (
+                    data.endswith(_ENDS_WITH_IDS)
+                    and data.startswith(self.mark, start - len(self.mark))
+                    and len(data) > start + len(_ENDS_WITH_IDS)
+                ):
+                    made = data.count(b",", start, -len(_ENDS_WITH_IDS)) + 1
+            elif len(data) - at - _FRAME_BYTES <= self.longest and data.endswith(self.framed):
+                made = 1
+        ticket, chunks = self.ticket, self.chunks
+        if not made or self.pieces or ticket.second_s is None:
             self.body(data[at:-2])
             return
         # An ordinary event of a choice that goes on: what follows is done for each of them.
-        ticket, chunks = self.ticket, self.chunks
         chunks.append(data[at:-2])
         if len(chunks) >= PACK_CHUNKS and self.received is not None:
             self.received.pack()
@@ -343,11 +351,11 @@ class Stream(Pipe):
         made, said = 0, NOTHING
         shown: list[bytes] = []
         for event in events:
-            said = self.read(event)
-            self.spoke = self.spoke or said.tokens > 0 or said.finishes
-            if (said.last or said.closing) and not self.spoke and self.ticket.call.route.tells_ids:
-                # vLLM leaves out the one event of an answer that it aborts before the first token of this leg
-                said = said._replace(failure=EngineGone("The engine ended the answer before its first token."))
+            if ordinary := 0 if self.finishing else self._ordinary(event):
+                made += ordinary
+                shown.append(event + b"\n\n")
+                continue
+            said = self._heard(event)
             if said.failure is not None:
                 break
             seen = self._shown(event, said)
@@ -355,14 +363,38 @@ class Stream(Pipe):
                 break
             shown.append(seen)
             made += self._made(said, made)
-            self.ended = self.ended or said.last
         if shown:
             self._keep(b"\n\n".join([*events[: len(shown)], b""]))
             self._pass(b"".join(shown), made)
         if said.failure is not None:
             self._stop(said.failure)
-        elif len(events) == 1 and self.received is not None and self.ticket.second_s is not None:
-            self._learn_shape(events[0], said)
+
+    def _heard(self, event: bytes) -> Said:
+        """What an event says that had to be read. Whether those like it need not be is learned here."""
+        said = self.read(event)
+        self.spoke = self.spoke or said.tokens > 0 or said.finishes
+        if (said.last or said.closing) and not self.spoke and self.ticket.call.route.tells_ids:
+            # vLLM leaves out the one event of an answer that it aborts before the first token of this leg
+            return said._replace(failure=EngineGone("The engine ended the answer before its first token."))
+        self.ended = self.ended or said.last
+        if said.tokens and self.received is not None:
+            self._learn_shape(event, said)
+        return said
+
+    def _ordinary(self, event: bytes) -> int:
+        """The tokens of an event of the shape that was learned, as `chunk` counts them; 0 for any other."""
+        if not self.beginning or not event.startswith(self.beginning) or b"\n" in event:
+            return 0
+        if not self.mark:
+            return int(len(event) <= self.longest and event.endswith(self.suffix))
+        start = event.rfind(b"[", -_IDS_BYTES) + 1
+        if (
+            event.endswith(_IDS_END)
+            and event.startswith(self.mark, start - len(self.mark))
+            and len(event) > start + len(_IDS_END)
+        ):
+            return event.count(b",", start, -len(_IDS_END)) + 1
+        return 0
 
     def read(self, event: bytes) -> Said:
         """What an event of this stream says."""
@@ -375,24 +407,23 @@ class Stream(Pipe):
     def _learn_shape(self, event: bytes, said: Said) -> None:
         """How events with nothing but the next tokens look here, so that one more of them need not be read.
 
-        An event's end is the engine's: the choice's last members, and the brackets that close all. Where it tells token
-        ids, they come last, behind a part that is always the same. Where not, an event of one token ends always in the
-        same way, and none is longer than the longest that counted as one.
+        An event's beginning, up to its choices, and its end are the engine's: the choice's last members, and the
+        brackets that close all. Where it tells token ids, they come last, behind a part that is always the same. Where
+        not, an event of one token ends always in the same way, and none is longer than the longest that counted as one.
         """
-        if not event.startswith(b"data: {"):
+        start, choices = event.rfind(b'"finish_reason":null'), event.find(_CHOICES)
+        if not event.startswith(b"data: {") or not 0 < choices < start or said.usage or said.finishes or b"\n" in event:
             return
-        start = event.rfind(b'"finish_reason":null')
-        if start < 0 or said.usage or said.finishes or b"\n" in event:
-            return
+        beginning = event[: choices + len(_CHOICES)]
         if said.exact:
             ids = event.rfind(b"[") + 1
             mark = event[start:ids]
-            if event.endswith(b"]}]}") and mark.endswith(b',"token_ids":[') and b'"' not in event[ids:]:
-                self.mark = mark
+            if event.endswith(_IDS_END) and mark.endswith(b',"token_ids":[') and b'"' not in event[ids:]:
+                self.beginning, self.mark = beginning, mark
         elif said.tokens == 1 and event.endswith(b"}") and b"}]" in event[start:]:
-            suffix = event[start:] + b"\n\n\r\n"
-            self.longest = max(self.longest if suffix == self.suffix else 0, len(event) + 4)
-            self.suffix = suffix
+            suffix = event[start:]
+            self.longest = max(self.longest if suffix == self.suffix else 0, len(event))
+            self.beginning, self.suffix, self.framed = beginning, suffix, suffix + _FRAME
 
     def _pass(self, events: bytes, made: int) -> None:
         """Whole events: charged, timed, and on their way."""
@@ -415,7 +446,7 @@ class Stream(Pipe):
 
     def _stop(self, failure: ServiceError) -> None:
         """The engine says that it failed: that is not the client's, and what may still come is not looked at."""
-        self.mark = self.suffix = b""
+        self.beginning = b""
         self.fail(failure)
         self.instead = Refusal(self, 500)
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.client import EngineClient, EngineConnection, content_at
+from server.engine.client import EngineClient, EngineConnection, content_at, contents
 from server.request.errors import EngineGone, EngineUnreachable
 from tests.server.conftest import LIMIT_S, ScriptedEngine, eventually, plain, says, streamed
 
@@ -132,6 +132,15 @@ def test_a_chunk_that_comes_alone_and_whole_is_handed_on_with_its_framing() -> N
 def test_a_size_that_is_not_plainly_one_is_the_parsers_business(size: bytes) -> None:
     assert content_at(size + b"\r\nhello\r\n") == 0
     assert content_at(size + b"\r\n") == 0
+    assert contents(b"5\r\nhello\r\n" + size + b"\r\nhello\r\n") == b""
+
+
+def test_several_chunks_in_one_read_are_joined_if_all_are_whole() -> None:
+    whole = b"5\r\nhello\r\n" + b"1\r\n,\r\n" + b"a\r\n the world\r\n"
+    assert contents(whole) == b"hello, the world"
+    for cut in range(len(whole)):
+        assert contents(whole[:cut]) == {0: b"", 10: b"hello", 16: b"hello,"}.get(cut, b"")
+    assert contents(whole + b"0\r\n\r\n") == b"", "the end of an answer is the parser's business"
 
 
 def test_a_chunk_is_one_only_if_it_ends_where_it_says() -> None:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from server.engine.answers import Said
 from server.observe.telemetry import Distribution
 from server.relay.relay import Stream, Whole
 from server.relay.resume import Resumed, continuation
@@ -185,6 +186,39 @@ async def test_an_event_that_only_ends_like_an_ordinary_one_is_read() -> None:
     with pytest.raises(Refused):
         await stream.done
     assert client.got == ROLE + b"".join(usual) and ticket.tokens == 5
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("framed", [False, True])
+@pytest.mark.parametrize("ids", [False, True])
+async def test_an_event_with_an_error_before_an_ordinary_end_is_read(ids: bool, framed: bool, together: bool) -> None:
+    usual = [event("t", ids=[number] if ids else None) for number in range(5)]
+    error = usual[0].replace(b'"choices"', b'"error":{"message":"x","code":500},"choices"')
+    pieces = [b"".join([*usual, error])] if together else [*usual, error]
+    client, ticket, stream, _ = await streamed([ROLE, *pieces], framed=framed, end=False)
+    with pytest.raises(Refused):
+        await stream.done
+    assert client.got == ROLE + b"".join(usual) and ticket.tokens == 5
+
+
+async def test_of_many_events_in_one_read_only_those_that_are_not_ordinary_are_read() -> None:
+    usual = [event("t", ids=[number, number]) for number in range(100)]
+    said: list[bytes] = []
+
+    class Reading(Stream):
+        def read(self, event: bytes) -> Said:
+            said.append(event)
+            return super().read(event)
+
+    ticket = ticket_of(Ticks(), call_of(b'{"model":"m","stream":true}'))
+    ticket.move(Phase.PREFILLING)
+    stream = Reading(ticket, client := Client(), Distribution("itl", ""), [])
+    stream.head(200, b"text/event-stream", None)
+    stream.body(b"".join([ROLE, *usual, USAGE, DONE]))
+    stream.end()
+    assert client.got == b"".join([ROLE, *usual, DONE]) and len(said) == 4
+    assert ticket.uncharged == ticket.tokens == 5, "the engine's own count"
+    assert stream.received is not None and stream.received.events() == b"".join([ROLE, *usual, USAGE, DONE])
 
 
 @pytest.mark.parametrize("framed", [True, False])
