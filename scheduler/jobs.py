@@ -7,14 +7,14 @@ from enum import Enum, IntEnum
 class Tier(IntEnum):
     """What a request is promised beside others; the smaller goes first. `scheduler/tiers.py` says how."""
 
+    label: str  # as OpenAI's `service_tier` names it
+
     PRIORITY = 0
     DEFAULT = 1
     FLEX = 2
 
-    @property
-    def label(self) -> str:
-        """The tier as OpenAI's `service_tier` names it."""
-        return self.name.lower()
+    def __init__(self, value: int) -> None:
+        self.label = self._name_.lower()
 
 
 class Outcome(Enum):

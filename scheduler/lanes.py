@@ -160,12 +160,15 @@ class Lanes:
         prompt_tokens: the prompt's true length where the job came with an estimate; what was charged is corrected.
         """
         place = self._places[job.id]
-        if prompt_tokens is not None:
-            job.prompt_tokens = prompt_tokens
-        job.cached_tokens = min(cached_tokens, job.prompt_tokens)
+        self._tell(place, job.prompt_tokens if prompt_tokens is None else prompt_tokens, cached_tokens)
+        self._reconsider(place)
+
+    def _tell(self, place: JobPlace, prompt_tokens: int, cached_tokens: int) -> None:
+        job = place.job
+        job.prompt_tokens = prompt_tokens
+        job.cached_tokens = min(cached_tokens, prompt_tokens)
         if self._shares is not None and place.bill is not None:
             self._shares.correct(place.account, job, place.bill)
-        self._reconsider(place)
 
     def read(self, job: Job, read_tokens: int) -> None:
         """So much of a running job's prompt is in KV by now. KeyError if the job is unknown."""
@@ -188,6 +191,15 @@ class Lanes:
         self._next = None
         if made >= place.until:
             self._cross(place)
+
+    def _charge(self, place: JobPlace, tokens: int) -> None:
+        """As `serve`, for a job whose next lane does not matter."""
+        job, bill, account = place.job, place.bill, place.account
+        job.output_tokens += tokens
+        if place.price:
+            account.counter += tokens * place.price
+        elif bill is not None:
+            account.counter += max(0, job.output_tokens - bill.predicted_tokens) * bill.price
 
     def displacement(self, now: float, can_yield: Callable[[Job], bool] = _anyone) -> tuple[Job, Job] | None:
         """The waiting head and the running job it should replace while the batch is full, or None.
@@ -278,9 +290,27 @@ class Lanes:
             lines.remove(line)
         return None
 
-    def finish(self, job: Job, outcome: Outcome, now: float) -> None:
-        """The job leaves from wherever it is. KeyError if it is unknown."""
+    def finish(
+        self,
+        job: Job,
+        outcome: Outcome,
+        now: float,
+        *,
+        tokens: int = 0,
+        prompt_tokens: int | None = None,
+        cached_tokens: int = 0,
+    ) -> None:
+        """The job leaves from wherever it is. KeyError if it is unknown.
+
+        What is known only at its end is charged as by `computed` and `serve`, but no lane is looked for any more.
+        tokens: output tokens beyond those served. prompt_tokens: the prompt's true length, of which `cached_tokens`
+        were found in the prefix cache.
+        """
         place = self._places.pop(job.id)
+        if prompt_tokens is not None:
+            self._tell(place, prompt_tokens, cached_tokens)
+        if tokens:
+            self._charge(place, tokens)
         if place.state is JobState.WAITING:
             self._quit(place)
         else:
@@ -472,17 +502,16 @@ class Lanes:
 
     def _sweep(self) -> None:
         """Forgets idle tenants whom the lift would put, on their return, at least as high as they are now."""
-        level = self._level()
+        level = self._level(self._front())
         self._lines = {
             name: line for name, line in self._lines.items() if not line.idle or line.account.counter > level
         }
         self._sweep_at = max(_TENANTS_KEPT, 2 * len(self._lines))
 
-    def _level(self) -> float:
-        """The lowest counter of those that wait; if none does, that of the last tenant that did."""
-        line = self._front()
-        if line is not None:
-            return line.account.counter
+    def _level(self, front: Line | None) -> float:
+        """The counter of `front`, the lowest of those that wait; if none does, that of the last tenant that did."""
+        if front is not None:
+            return front.account.counter
         return 0.0 if self._last_left is None else self._last_left.counter
 
     @staticmethod
@@ -499,8 +528,8 @@ class Lanes:
     def _lift(self, account: Account) -> None:
         """A tenant is back that has nothing in line."""
         if self._shares is not None and not account.elsewhere:
-            before = account.counter
-            self._shares.lift(account, self._level(), contended=self._front() is not None)
+            before, front = account.counter, self._front() if self.waiting else None
+            self._shares.lift(account, self._level(front), contended=front is not None)
             account.lifted += account.counter - before
 
     def _wait(self, place: JobPlace, *, front: bool) -> None:

@@ -187,11 +187,22 @@ class TieredLanes:
         self._paid.pop(job, None)
         self._tiers[job.tier].preempt(job, now)
 
-    def finish(self, job: Job, outcome: Outcome, now: float) -> None:
+    def finish(
+        self,
+        job: Job,
+        outcome: Outcome,
+        now: float,
+        *,
+        tokens: int = 0,
+        prompt_tokens: int | None = None,
+        cached_tokens: int = 0,
+    ) -> None:
         """As `Lanes.finish`."""
         self._reserved.discard(job)
         self._paid.pop(job, None)
-        self._tiers[job.tier].finish(job, outcome, now)
+        self._tiers[job.tier].finish(
+            job, outcome, now, tokens=tokens, prompt_tokens=prompt_tokens, cached_tokens=cached_tokens
+        )
 
     # what was done
     def serve(self, job: Job, tokens: int, now: float) -> None:

@@ -506,15 +506,19 @@ class Dispatcher:
             return
         now = self.clock()
         self._vacate(member, ticket)
-        self.settle(now)
+        if self.charge:
+            self.settle(now)
         if outcome is Outcome.ABORTED:
             ticket.tokens += self.sizes.made_unseen(ticket, now)
-        if ticket.exact:
-            self._tell_prompt(ticket, now)
-        missing = ticket.tokens - ticket.job.output_tokens
-        if missing:  # tokens that were not seen one by one; less than none where an estimate was too high
-            self.lanes.serve(ticket.job, missing, now)
-        self.lanes.finish(ticket.job, outcome, now)
+        self.lanes.finish(
+            ticket.job,
+            outcome,
+            now,
+            # Tokens that were not seen one by one; less than none where an estimate was too high.
+            tokens=ticket.tokens - ticket.job.output_tokens,
+            prompt_tokens=ticket.prompt_tokens if ticket.exact else None,
+            cached_tokens=ticket.cached_tokens,
+        )
         if outcome in _COMPLETE:
             self.sizes.learn(ticket, now)
         self.pace.freed(now)

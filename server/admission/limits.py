@@ -17,6 +17,7 @@ from typing import ClassVar, Protocol
 
 import msgspec
 
+from scheduler.jobs import Tier
 from server.request.call import Call, Ticket
 from server.request.errors import BadRequest, RateLimited, UnknownModel
 from server.request.schemas import raw_members, splice
@@ -123,6 +124,12 @@ class Bucket:
 _LINES = b"x-ratelimit-limit-%b: %%d\r\nx-ratelimit-remaining-%b: %%d\r\nx-ratelimit-reset-%b: %%b\r\n"
 _REQUEST_LINES = _LINES % ((b"requests",) * 3)
 _TOKEN_LINES = _LINES % ((b"tokens",) * 3)
+_BUDGETS = (  # in the order of `Gate._periods`
+    ("tokens_per_day", 1),
+    ("tokens_per_month", 1),
+    ("cost_per_day", MONEY_UNITS),
+    ("cost_per_month", MONEY_UNITS),
+)
 
 
 class LimitStanding:
@@ -130,16 +137,18 @@ class LimitStanding:
 
     spent_requests, spent_tokens: by this replica since it started. in_flight: here. elsewhere: at other replicas.
     free_round, free: how many more may be in flight here in this round.
+    budgets: (which of `Gate._periods`, the most that may be used in it).
     """
 
     __slots__ = (
-        "elsewhere", "free", "free_round", "in_flight", "limits", "name", "prefix", "requests", "spent_requests",
-        "spent_tokens", "tokens", "used",
+        "budgets", "elsewhere", "free", "free_round", "in_flight", "limits", "name", "prefix", "requests",
+        "spent_requests", "spent_tokens", "tokens", "used",
     )  # fmt: skip
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.limits = Limits()
+        self.budgets: list[tuple[int, float]] = []
         self.requests: Bucket | None = None
         self.tokens: Bucket | None = None
         self.in_flight = 0
@@ -153,6 +162,11 @@ class LimitStanding:
     def set_limits(self, limits: Limits, now: float) -> None:
         """The limits that hold from now on."""
         self.limits = limits
+        self.budgets = [
+            (number, most * unit)
+            for number, (name, unit) in enumerate(_BUDGETS)
+            if (most := getattr(limits, name)) is not None
+        ]
         self.requests = _resized(self.requests, limits.requests_per_minute, now)
         self.tokens = _resized(self.tokens, limits.tokens_per_minute, now)
 
@@ -162,7 +176,8 @@ class LimitStanding:
         for lines_for, bucket in ((_REQUEST_LINES, self.requests), (_TOKEN_LINES, self.tokens)):
             if bucket is not None:
                 left, most = bucket.level, bucket.burst
-                full = span((most - left) / bucket.per_s)
+                full_s = (most - left) / bucket.per_s
+                full = b"%dms" % ceil(full_s * 1000) if 0.0 <= full_s < 1.0 else span(full_s)
                 lines += lines_for % (most, left if 0 < left < most else max(0.0, min(left, most)), full)
         return lines
 
@@ -264,18 +279,23 @@ class Gate:
         self._over: set[str] = set()
         self._day_ends_at = 0.0
         self._day = self._month = self._cost_day = self._cost_month = ""
+        self._periods: tuple[str, ...] = ()
 
     # calls
     def admit(self, ticket: Ticket, out: Headed) -> None:
         """Books a call of a tenant that has limits. AtLimit, and nothing booked, if the tenant is at one of them."""
-        booked = self.costs.of(estimate(ticket.call), ticket.call.tier)
+        booked = estimate(ticket.call)
+        if ticket.call.tier is not Tier.DEFAULT:
+            booked = self.costs.of(booked, ticket.call.tier)
         ticket.standing = self.enter(ticket.call.tenant, booked, out)
         ticket.booked_tokens = booked
 
     def settle(self, ticket: Ticket) -> None:
         """A call is over: what was booked for it becomes what it used. A tenant's use is counted with limits and
         without."""
-        used = self.costs.of(ticket.used_tokens(), ticket.call.tier)
+        used = ticket.used_tokens()
+        if ticket.call.tier is not Tier.DEFAULT:
+            used = self.costs.of(used, ticket.call.tier)
         if ticket.standing is None:
             self.count(ticket.call.tenant.name, used)
         else:
@@ -305,16 +325,17 @@ class Gate:
     def count(self, name: str, used: int) -> None:
         """A tenant used so many tokens, today and in this month."""
         if used:
-            self._turn_page()
-            self._count(name, used, (self._day, self._month))
+            if self._wall() >= self._day_ends_at:
+                self._turn_page()
+            self._count(name, used, self._periods[:2])
 
     def spend(self, name: str, cost: float) -> None:
         """A tenant's request cost so much money."""
         if amount := round(cost * MONEY_UNITS):
             self._turn_page()
-            self._count(name, amount, (self._cost_day, self._cost_month))
+            self._count(name, amount, self._periods[2:])
 
-    def _count(self, name: str, used: int, periods: tuple[str, str]) -> None:
+    def _count(self, name: str, used: int, periods: tuple[str, ...]) -> None:
         standing = self._standings.get(name)
         for period in periods:
             row = (period, name, self._replica)
@@ -328,7 +349,7 @@ class Gate:
         standing.spent_tokens += tokens
         if standing.requests is not None and requests:
             standing.requests.take(requests)
-        if standing.tokens is not None:
+        if standing.tokens is not None and tokens:
             standing.tokens.take(tokens)
         self._changed.add(standing.name)
 
@@ -348,24 +369,24 @@ class Gate:
         return standing
 
     def _refusal(self, standing: LimitStanding, tokens: int, now: float) -> AtLimit | None:
-        refusal = self._over_budget(standing) or self._crowded(standing) or self._too_fast(standing, tokens)
+        refusal = (
+            (self._over_budget(standing) if standing.budgets else None)
+            or self._crowded(standing)
+            or self._too_fast(standing, tokens)
+        )
         if refusal is not None:
             self.refusals[refusal.reason] += 1
         return refusal
 
     def _over_budget(self, standing: LimitStanding) -> AtLimit | None:
-        limits = standing.limits
-        if not limits.has_budget:
-            return None
-        self._turn_page()
-        for period, most, unit in (
-            (self._day, limits.tokens_per_day, 1),
-            (self._month, limits.tokens_per_month, 1),
-            (self._cost_day, limits.cost_per_day, MONEY_UNITS),
-            (self._cost_month, limits.cost_per_month, MONEY_UNITS),
-        ):
-            if most is not None and standing.used.get(period, 0) >= most * unit:
-                return self._spent(period, f"{most:.12g}" if unit == MONEY_UNITS else f"{most} tokens")
+        if self._wall() >= self._day_ends_at:
+            self._turn_page()
+        periods, used = self._periods, standing.used
+        for number, most in standing.budgets:
+            if used.get(periods[number], 0) >= most:
+                name, unit = _BUDGETS[number]
+                given = getattr(standing.limits, name)
+                return self._spent(periods[number], f"{given} tokens" if unit == 1 else f"{given:.12g}")
         return None
 
     def _spent(self, period: str, most: str) -> QuotaExceeded:
@@ -390,13 +411,17 @@ class Gate:
 
     def _too_fast(self, standing: LimitStanding, tokens: int) -> AtLimit | None:
         requests, bucket = standing.requests, standing.tokens
-        if requests is not None and (wait_s := requests.lacks(1)) > 0:
+        if (
+            requests is not None
+            and not (requests.level >= 1 and requests.share > 0)
+            and (wait_s := requests.lacks(1)) > 0
+        ):
             return TooManyRequests(
                 f"Rate limit reached for requests per min (RPM): Limit {requests.burst:g}. "
                 f"Please try again in {span(wait_s).decode()}.",
                 retry_after_s=wait_s,
             )
-        if bucket is None:
+        if bucket is None or (tokens <= bucket.level and bucket.share > 0):
             return None
         if tokens > bucket.burst:
             return TooManyTokens(
@@ -421,6 +446,7 @@ class Gate:
         self._day_ends_at = (day + timedelta(days=1)).timestamp()
         self._day, self._month = f"day:{day:%Y-%m-%d}", f"month:{day:%Y-%m}"
         self._cost_day, self._cost_month = f"cost_{self._day}", f"cost_{self._month}"
+        self._periods = (self._day, self._month, self._cost_day, self._cost_month)
         present = self._present()
         # A replica whose clock is behind may still write into the day that has just ended: it is kept a little longer.
         self._over |= {period for period, _, _ in self._kept if period not in present}
@@ -430,7 +456,7 @@ class Gate:
             standing.used = {period: used for period, used in standing.used.items() if period in present}
 
     def _present(self) -> set[str]:
-        return {self._day, self._month, self._cost_day, self._cost_month}
+        return set(self._periods)
 
     # replicas
     def changed(self, *, everything: bool) -> dict[str, str]:

@@ -58,12 +58,15 @@ class Connections:
 
     When there are more, the one that has been without an accepted request for longest is closed. Connections whose
     request was accepted (its head is complete, its key valid) are never closed for others.
+
+    spare: those that wait for a request, in the order in which they became so. A connection takes itself out when its
+    request is accepted, and comes back when its answer is complete.
     """
 
     def __init__(self, most: int, clock: Callable[[], float]) -> None:
         self.most = most
         self.count = 0
-        self.spare: dict[Spare, None] = {}  # in the order in which they became so
+        self.spare: dict[Spare, None] = {}
         self._clock = clock
         self._warned_at: float | None = None
 
@@ -83,14 +86,6 @@ class Connections:
     def closed(self, connection: Spare) -> None:
         self.count -= 1
         self.spare.pop(connection, None)
-
-    def busy(self, connection: Spare) -> None:
-        """Its request was accepted."""
-        self.spare.pop(connection, None)
-
-    def idle(self, connection: Spare) -> None:
-        """It waits for a request."""
-        self.spare[connection] = None
 
     def _warn(self) -> None:
         now = self._clock()

@@ -181,25 +181,24 @@ class ClientExchange:
         """Writes the head. Without a length the body is chunked (HTTP/1.0: ended by closing)."""
         self.begun = True
         self.events = content_type.startswith(b"text/event-stream")
-        head = [
-            _STATUS.get(status) or b"HTTP/1.1 %d \r\n" % status,
-            b"content-type: ", content_type,
-            b"\r\nx-request-id: ", self.request_id.encode(), b"\r\n",
-            b"request-id: %b\r\n" % self.request_id.encode() if self.route.anthropic else b"", self.extra_headers,
-        ]  # fmt: skip
+        name = self.request_id.encode()
         if length is not None:
-            head.append(b"content-length: %d\r\n" % length)
+            framing = b"content-length: %d\r\n" % length
         elif self.http10:
-            self.keep_alive = False
+            framing, self.keep_alive = b"", False
         else:
-            self.chunked = True
-            head.append(b"transfer-encoding: chunked\r\ncache-control: no-cache\r\n")
+            framing, self.chunked = b"transfer-encoding: chunked\r\ncache-control: no-cache\r\n", True
         if self.edge.parting:
             self.keep_alive = False
-        if not self.keep_alive:
-            head.append(b"connection: close\r\n")
-        head.append(b"\r\n")
-        self.edge.hold = b"".join(head)
+        self.edge.hold = b"%bcontent-type: %b\r\nx-request-id: %b\r\n%b%b%b%b\r\n" % (
+            _STATUS.get(status) or b"HTTP/1.1 %d \r\n" % status,
+            content_type,
+            name,
+            b"request-id: %b\r\n" % name if self.route.anthropic else b"",
+            self.extra_headers,
+            framing,
+            b"" if self.keep_alive else b"connection: close\r\n",
+        )
 
     def write(self, data: bytes) -> None:
         """A piece of the body, sent at once, together with the head if that still waits."""
@@ -428,7 +427,7 @@ class GatewayProtocol(HttpToolsProtocol):
         exchange.held_bytes = len(body)
         exchange.received = body
         exchange.complete = True
-        self.open.busy(self)
+        self.open.spare.pop(self, None)
         self._start(exchange)
         return True
 
@@ -544,7 +543,7 @@ class GatewayProtocol(HttpToolsProtocol):
         if self.transport.can_write_eof():
             self.transport.write_eof()  # over TLS it cannot be said that no more comes
         self.flow.resume_reading()
-        self.open.idle(self)
+        self.open.spare[self] = None
         self.deadline = self.loop.call_later(_LINGER_S, self.transport.close)
 
     # httptools callbacks
@@ -598,7 +597,7 @@ class GatewayProtocol(HttpToolsProtocol):
             return
         self.in_head = False
         if route is None:
-            self.open.busy(self)
+            self.open.spare.pop(self, None)
             self._hand_on()
         else:
             self._expect_body(route, http10=http10)
@@ -621,7 +620,7 @@ class GatewayProtocol(HttpToolsProtocol):
             if self.declared_size > _SMALL_BODY_BYTES or exchange.expects_continue:
                 self._refuse(exchange.refusal)
             return
-        self.open.busy(self)
+        self.open.spare.pop(self, None)
         if exchange.expects_continue and not exchange.queued:
             self.transport.write(_CONTINUE)
 
@@ -789,12 +788,13 @@ class GatewayProtocol(HttpToolsProtocol):
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
-        self.flow.resume_reading()
+        if self.flow.read_paused:
+            self.flow.resume_reading()
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
         else:
             self.idle_since = self.loop.time()
-            self.open.idle(self)
+            self.open.spare[self] = None
             if not isinstance(self.cycle, ClientExchange):
                 self.cycle.body = bytearray()  # what the application has not read of it
             if self.timeout_keep_alive_task is None:

@@ -7,7 +7,7 @@ import orjson
 from scheduler.jobs import Tier
 from scheduler.workers import Worker
 from server.request.call import Ticket
-from server.request.schemas import CHAT, COMPLETIONS, raw_members, splice
+from server.request.schemas import CHAT, COMPLETIONS, raw_members
 
 # One token, in one piece: nothing that is changed here may change the prompt, whose KV another engine will take over.
 _ONE_TOKEN = (
@@ -49,7 +49,7 @@ class EngineBody:
             ours.append(b'"cache_salt":' + orjson.dumps(call.tenant.cache_salt))
         if more:  # last: a member that comes twice counts as its last
             ours.append(more)
-        return splice(body, b",".join(ours)) if ours else body
+        return body[: body.rindex(b"}")] + b",%b}" % b",".join(ours) if ours else body
 
     def _words(self, ticket: Ticket) -> bytes:
         call = ticket.call

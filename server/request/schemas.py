@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from operator import attrgetter
 from typing import cast
 
 import msgspec
@@ -117,7 +118,8 @@ _SAFE_MEMBERS = 20_000
 _read_members = msgspec.json.Decoder(Members).decode
 _read_listed = {path: _reader(path) for path in ALLOWED}
 _read_fields = msgspec.json.Decoder(Fields).decode
-_PROMPT_FIELDS = {path: tuple(sorted(listed & PROMPT)) for path, listed in ALLOWED.items()}
+# Of one name alone `attrgetter` would give no tuple, so two that every body has stand before them.
+_prompt_fields = {path: attrgetter("model", "stream", *sorted(listed & PROMPT)) for path, listed in ALLOWED.items()}
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _UNLISTED = "Object contains unknown field"  # what msgspec says of it
 _encode = msgspec.json.Encoder().encode
@@ -306,8 +308,7 @@ def prompt_estimate(route: Route, fields: Fields, unlisted: Members, bytes_per_t
     """Prompt tokens before any tokenizer saw them: of every field whose text becomes part of the prompt, and of every
     field that is not on the list of those that are open to all."""
     total = 0
-    for name in _PROMPT_FIELDS[route.path]:
-        raw = getattr(fields, name)
+    for raw in _prompt_fields[route.path](fields)[2:]:
         if raw is not _ABSENT:
             total += estimate_tokens(bytes(raw), bytes_per_token)
     for name, raw in unlisted.items():

@@ -41,10 +41,6 @@ class Limits:
     cost_per_day: float | None = None
     cost_per_month: float | None = None
 
-    @property
-    def has_budget(self) -> bool:
-        return not (self.tokens_per_day is self.tokens_per_month is self.cost_per_day is self.cost_per_month is None)
-
 
 Above0 = Annotated[float, Meta(gt=0)]
 

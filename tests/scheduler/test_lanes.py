@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -344,6 +344,38 @@ def test_an_estimated_prompt_is_charged_as_it_was(charge: str, charged: int) -> 
     lanes, job = vtc_with_job(charge=charge)
     lanes.computed(job, 100, 0.0, prompt_tokens=140)
     assert lanes.service("t") == charged
+
+
+@given(
+    name=NAMES,
+    served=st.lists(st.integers(1, 30), max_size=3),
+    tokens=st.integers(0, 200),
+    cached=st.integers(0, 200),
+    outcome=st.sampled_from(Outcome),
+)
+def test_what_is_told_at_a_jobs_end_is_charged_as_if_it_had_been_told_before(
+    name: str, served: list[int], tokens: int, cached: int, outcome: Outcome
+) -> None:
+    at_once, before = Lanes(build(*POLICIES[name])), Lanes(build(*POLICIES[name]))
+    for lanes in (at_once, before):
+        for number in range(6):  # of its tenant some have ended, so that there is something to predict
+            job = Job(f"{number}", "t", 100, 0.0, max_tokens=300, weight=2.0)
+            lanes.push(job, 0.0)
+            lanes.pop(0.0)
+            if number < 5:
+                lanes.serve(job, 20 + number, 0.0)
+                lanes.finish(job, Outcome.DONE, 0.0)
+        for some in served:
+            lanes.serve(job, some, 0.0)
+        if lanes is at_once:
+            lanes.finish(job, outcome, 1.0, tokens=tokens, prompt_tokens=140, cached_tokens=cached)
+        else:
+            lanes.computed(job, cached, 1.0, prompt_tokens=140)
+            lanes.serve(job, tokens, 1.0)
+            lanes.finish(job, outcome, 1.0)
+        assert (job.prompt_tokens, job.output_tokens) == (140, sum(served) + tokens)
+    assert at_once.service("t") == pytest.approx(before.service("t"))
+    assert at_once.running() == before.running() == len(at_once) == 0
 
 
 def test_who_cannot_yield_is_passed_over() -> None:

@@ -313,8 +313,8 @@ def test_who_was_idle_again_last_stays_longest() -> None:
     open = Connections(2, lambda: 0.0)
     first, second, third = _Spare(), _Spare(), _Spare()
     assert open.opened(first) and open.opened(second)
-    open.busy(first)
-    open.idle(first)
+    open.spare.pop(first)
+    open.spare[first] = None
     assert open.opened(third)
     assert second.gone and not first.gone
 
