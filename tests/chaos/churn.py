@@ -26,6 +26,7 @@ from tests.chaos.site import Program, metrics, redis, running, summed, until
 from tests.chaos.soak import SETTLE_S, Soak
 
 DIES = 8
+FORGOTTEN_S = 3 * WORKER_TTL_S  # one that died is in the store for one of these, at gateways for another
 READY_SHARE = 0.8  # of the workers; the rest may have just come or be about to go
 SLOTS = 32
 PROBE = "Rounds._once"
@@ -180,12 +181,14 @@ class Churn(Soak):
 
     async def _figures(self) -> list[Figure]:
         figures = await super()._figures()
-        gone = await self._after_a_while(self._strangers, "gateways and the store know only workers that are there")
+        gone = await self._after_a_while(
+            self._strangers, "gateways and the store know only workers that are there", max(self.settle_s, FORGOTTEN_S)
+        )
         left = await self._after_a_while(self._tasks_left, "no task is left over")
         first, last = (value / 1e6 for value in self.redis_bytes)
         return [
             *figures,
-            none("workers that are gone and still known", gone),
+            none(f"workers that are known although they have been gone for {FORGOTTEN_S:.0f} s", gone),
             none("asyncio tasks left over in the gateway that stays", left),
             Figure("memory of Redis, MB at the begin and at the end", f"{first:.2f} → {last:.2f}"),
         ]

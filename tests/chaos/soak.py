@@ -277,14 +277,16 @@ class Soak:
             Figure("files that it had open, at most and at the end", f"{max(self.files)}, {self.files[-1]}"),
         ]
 
-    async def _after_a_while(self, wrong: Callable[[], Awaitable[list[str]]], what: str) -> list[str]:
+    async def _after_a_while(
+        self, wrong: Callable[[], Awaitable[list[str]]], what: str, settle_s: float | None = None
+    ) -> list[str]:
         """What is wrong still once there was time for nothing to be."""
 
         async def right() -> bool:
             return not await wrong()
 
         with suppress(TimeoutError):
-            await until(right, what, self.settle_s)
+            await until(right, what, settle_s or self.settle_s)
         return await wrong()
 
     async def _held(self) -> list[str]:

@@ -1,5 +1,9 @@
 """Metrics: names, and values after traffic that is known."""
 
+import json
+import re
+from pathlib import Path
+
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.observe.telemetry import SECONDS, Distribution
@@ -80,3 +84,23 @@ async def test_refusals_by_an_engine_do_not_become_new_labels() -> None:
         await gateway.ask(CHAT, chat(messages=[{"role": "user", "content": "word " * 20_000}]))
         metrics = await gateway.metrics()
         assert metrics["evenhand_requests_total", (("outcome", "engine_400"), ("route", CHAT))] == 1
+
+
+async def test_metrics_stay_as_long_as_they_are_however_many_tenants_come(tmp_path: Path) -> None:
+    keys = [f"key-of-tenant-{number:06d}" for number in range(24)]
+    rows = [{"name": f"t{number}", "keys": [key], "requests_per_minute": 5} for number, key in enumerate(keys)]
+    (tmp_path / "tenants.json").write_text(json.dumps({"tenants": rows}))
+    cost = {"meter": True, "models": {"*": {"input": 1, "output": 1}}}
+    async with over_fake(tenants=tmp_path / "tenants.json", policy="vtc", tenant_labels=3, cost=cost) as (gateway, _):
+
+        async def series(asking: list[str]) -> int:
+            for key in asking:
+                headers = {"authorization": f"Bearer {key}"}
+                assert (await gateway.ask("/v1/chat/completions", chat(), headers=headers)).status == 200
+            await eventually(gateway.at_rest)
+            return len((await gateway.ask("/metrics", method="GET")).body.splitlines())
+
+        few = await series(keys[:6])
+        assert await series(keys[6:]) == few
+        told = (await gateway.ask("/metrics", method="GET")).body.decode()
+        assert 'tenant="other"' in told and len(set(re.findall(r'tenant="(t\d+)"', told))) <= 2 * 3
