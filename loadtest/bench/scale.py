@@ -23,6 +23,7 @@ import orjson
 from rich.console import Console
 
 from loadtest.bench.bench_target import free_port
+from loadtest.bench.exchange_cost import exchange_cost
 from loadtest.bench.relay_load import BenchmarkError, LoadPhase, RelayBench, cpu_s, open_files, pss_bytes
 from loadtest.bench.replicas import redis_server
 from loadtest.bench.table import machine, markdown, spread
@@ -32,6 +33,7 @@ WORKERS = (1, 16, 64, 256, 1000)
 TENANTS = (1, 1_000, 100_000)
 WAITING = (64, 1_024, 8_192)
 GATEWAYS = (1, 4, 8)
+CHANGES = (10, 100, 1_000)  # tenants that changed between two exchanges
 SLOTS = 64  # of a worker
 ACTIVE = 1_000  # tenants whose requests come, at most
 ADDRESSES = 250  # in each 127.0.n.0/24
@@ -58,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repetitions", type=int, default=3, metavar="N", help="of all, in turns (default 3)")
     parser.add_argument(
         "--only",
-        choices=["workers", "tenants", "tenants-yaml", "waiting", "gateways"],
+        choices=["workers", "tenants", "tenants-yaml", "waiting", "gateways", "changes"],
         action="append",
         help="one of the tables; may be repeated (default: all)",
     )
@@ -242,6 +244,12 @@ def with_gateways(site: Site, gateways: int) -> Row:
     }
 
 
+def with_changes(site: Site, tenants: int) -> Row:
+    """Two gateways that share a Redis, one of which has served so many tenants since the last exchange."""
+    with redis_server(site.folder) as url:
+        return exchange_cost(url, tenants)
+
+
 def _bytes(counts: Mapping[str, int]) -> int:
     return counts["total_net_input_bytes"] + counts["total_net_output_bytes"]
 
@@ -309,6 +317,11 @@ TABLES: Mapping[str, tuple[Sequence[int], Callable[[Site, int], Row], Sequence[C
             ("CPU of all, cores", "cores", 2, True),
             ("TTFB p99, ms", "p99_ms", 2, True),
         ),
+    ),
+    "changes": (
+        CHANGES,
+        with_changes,
+        (("telling holds the loop, ms of CPU", "tell_ms", 1, False), ("hearing", "hear_ms", 1, False)),
     ),
 }
 
