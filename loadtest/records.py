@@ -144,7 +144,9 @@ class Sample(msgspec.Struct, frozen=True, omit_defaults=True):
     """What the server said of itself at one moment; None where it does not say.
 
     at_s: since the start of the run. waiting, running: requests. kv_usage: share of the KV cache, 0 to 1.
-    preemptions: since the server's start.
+    preemptions: since the server's start. slots: sequences that the engines run at once. joules: that each device has
+    drawn since a moment of its own. gpu_use: share of time in which GPUs computed. compression: 16 bits over the bits
+    that a parameter of the model takes.
     """
 
     at_s: float
@@ -152,6 +154,10 @@ class Sample(msgspec.Struct, frozen=True, omit_defaults=True):
     running: float | None = None
     kv_usage: float | None = None
     preemptions: float | None = None
+    slots: float | None = None
+    joules: dict[str, float] = {}
+    gpu_use: float | None = None
+    compression: float | None = None
 
 
 class _Line(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -1,6 +1,7 @@
 """What a server says of itself while a run goes on: its `/metrics`, read once a second."""
 
 import asyncio
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import httpx2
@@ -18,8 +19,12 @@ _FIELDS: Mapping[str, str] = {
     "vllm:num_preemptions_total": "preemptions",
     "evenhand_queue_depth": "waiting",
     "evenhand_worker_in_flight": "running",
+    "evenhand_engine_slots": "slots",
+    "evenhand_engine_gpu_use": "gpu_use",
+    "evenhand_engine_weight_compression": "compression",
 }
-_SHARES = frozenset({"kv_usage"})
+_SHARES = frozenset({"kv_usage", "gpu_use", "compression"})
+_ENERGY = re.compile(r'^evenhand_engine_energy_joules\{[^}]*device="([^"]{1,100})"[^}]*\} (\S+)$', re.MULTILINE)
 
 
 def sample_of(pages: Sequence[str], at_s: float) -> Sample:
@@ -31,7 +36,15 @@ def sample_of(pages: Sequence[str], at_s: float) -> Sample:
             if field is not None:
                 seen.setdefault(field, []).append(float(line.rpartition(" ")[2]))
     values = {field: sum(all_) / (len(all_) if field in _SHARES else 1) for field, all_ in seen.items()}
-    return Sample(round(at_s, 3), **values)
+    return Sample(round(at_s, 3), joules=_joules(pages), **values)
+
+
+def _joules(pages: Sequence[str]) -> dict[str, float]:
+    """By device. Engines of one machine tell of the same CPU, and those that share a GPU of the same GPU."""
+    joules: dict[str, float] = {}
+    for device, value in (found for page in pages for found in _ENERGY.findall(page)):
+        joules[device] = max(float(value), joules.get(device, 0.0))
+    return joules
 
 
 class Sampler:

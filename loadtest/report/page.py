@@ -1,6 +1,6 @@
 """Runs → one HTML page that stands alone: no script, nothing fetched, light and dark, for a desk and for a phone."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 from math import isfinite
 from statistics import median
@@ -21,6 +21,7 @@ from loadtest.report.comparison import (
     ratio,
     times,
 )
+from loadtest.report.efficiency import Efficiency
 from loadtest.report.page_style import STYLE
 from loadtest.report.pictures import colour
 from loadtest.report.trust import trust
@@ -88,7 +89,9 @@ _READ_TENANTS = (
 )
 _READ_EFFICIENT = (
     "As EfficientLLM (2025) defines them: AL in seconds per request, AT as output tokens per second of wall time. "
-    "Memory, compute, power and compression are facts of the engine’s machine that a client over HTTP does not see."
+    "Memory, compute, power and compression are what the engines told meanwhile in their own metrics (evenhand replay "
+    "--metrics ENGINE): the share of the KV cache, how busy NVML says the GPUs were, the power of GPUs (NVML) or CPU "
+    "packages (RAPL), and 16 bits over the bits that a parameter takes, without the paper’s weighing by quality."
 )
 
 
@@ -273,27 +276,51 @@ def _tenant_cell(side: Side, tenant: str) -> str:
 # EfficientLLM, and where it all comes from
 
 
+NOT_TOLD = "not measured"
+
+
 def _efficient(sides: Sequence[Side]) -> str:
     names = "".join(f'<th class="{colour(at, len(sides))}">{escape(side.name)}</th>' for at, side in enumerate(sides))
     rows = [f"<tr><th></th>{names}</tr>"]
     for name, cells in (
-        ("AMU, memory in use, mean", [_kv_use(side) for side in sides]),
-        ("PCU, compute utilisation", ["not measured"] * len(sides)),
+        ("AMU, memory in use, mean", [_memory(side) for side in sides]),
+        ("PCU, compute utilisation", [_compute(side) for side in sides]),
         ("AL, latency", [exact(median(one.e2e.mean for one in side.summaries)) for side in sides]),
         ("AT, throughput", [f"{median(one.output_tokens_per_s for one in side.summaries):,.0f}/s" for side in sides]),
-        ("AEC, power, mean", ["not measured"] * len(sides)),
-        ("MCR, compression", ["not measured"] * len(sides)),
+        ("AEC, power, mean", [_power(side) for side in sides]),
+        ("MCR, compression", [_compression(side) for side in sides]),
     ):
         row = "".join(f'<td class="{"none" if "not" in cell else ""}">{cell}</td>' for cell in cells)
         rows.append(f"<tr><td>{name}</td>{row}</tr>")
     return f"<table>{''.join(rows)}</table>"
 
 
-def _kv_use(side: Side) -> str:
-    used = [one.kv_usage for run in side.runs for one in run.samples if one.kv_usage is not None]
-    if not used:
-        return "not measured"
-    return f"not measured<small>KV cache: {sum(used) / len(used):.0%} of its room</small>"
+def _told(side: Side, pick: Callable[[Efficiency], float | None]) -> float | None:
+    """The median of a side's repetitions, None where no engine told it."""
+    known = [value for one in side.summaries if (value := pick(one.efficiency)) is not None]
+    return median(known) if known else None
+
+
+def _memory(side: Side) -> str:
+    used = _told(side, lambda one: one.memory)
+    return NOT_TOLD if used is None else f"{used:.0%}<small>of the KV cache</small>"
+
+
+def _compute(side: Side) -> str:
+    """How busy the GPUs say that they were; else how full the batch was, which is another thing and so in small."""
+    busy, batch = _told(side, lambda one: one.compute), _told(side, lambda one: one.batch)
+    full = "" if batch is None else f"<small>{batch:.0%} of the batch</small>"
+    return f"{NOT_TOLD if busy is None else f'{busy:.0%}'}{full}"
+
+
+def _power(side: Side) -> str:
+    watts = _told(side, lambda one: one.watts)
+    return NOT_TOLD if watts is None else f"{watts:,.1f} W"
+
+
+def _compression(side: Side) -> str:
+    times = _told(side, lambda one: one.compression)
+    return NOT_TOLD if times is None else f"{times:.2f}<small>of 16 bits a parameter</small>"
 
 
 def _provenance(sides: Sequence[Side], command: str) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from loadtest.records import Record, Recorded, Run
+from loadtest.report.efficiency import Efficiency, efficiency
 from loadtest.report.fairness import Fairness, ServiceDifference, fairness
 
 PERCENTILES = (50, 90, 95, 99)
@@ -82,6 +83,7 @@ class Summary:
     fairness: Fairness | None
     attainment: Attainment | None
     by_tenant: Mapping[str, "TenantSummary"]
+    efficiency: Efficiency = Efficiency()
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,7 @@ def summarize_run(run: Recorded, objective: Objective | None = None) -> Summary:
         fairness=even,
         attainment=_attainment(records, objective, _per_s(totals.requests, duration_s)) if objective else None,
         by_tenant=_by_tenant(records, even, run.every),
+        efficiency=efficiency(run.samples),
     )
 
 
@@ -208,7 +211,9 @@ def compare(summaries: Mapping[str, Summary]) -> Rows:
     shared = any(len(summary.by_tenant) > 1 for summary in summaries.values())
     rows: Rows = [["", *summaries]]
     judged = any(summary.attainment for summary in summaries.values())
-    for name, measure in (*_MEASURES, *(_OBJECTIVE if judged else ()), *(_FAIRNESS if shared else ())):
+    told = any(summary.efficiency != Efficiency() for summary in summaries.values())
+    optional = ((_OBJECTIVE, judged), (_FAIRNESS, shared), (_EFFICIENCY, told))
+    for name, measure in (*_MEASURES, *(row for rows_, shown in optional if shown for row in rows_)):
         rows.append([name, *(measure(summary) for summary in summaries.values())])
     return rows
 
@@ -280,6 +285,21 @@ def _even(pick: Callable[[Fairness], float], form: str) -> Callable[[Summary], s
     return lambda summary: format(pick(summary.fairness), form) if summary.fairness else "-"
 
 
+def share_of(value: float | None) -> str:
+    """A share for people, "-" where nobody told it."""
+    return _told(value, ".0%", "")
+
+
+def tokens_per_joule(summary: Summary) -> float | None:
+    """Output tokens over the energy of the same time, None where that is not known."""
+    watts = summary.efficiency.watts
+    return summary.output_tokens_per_s / watts if watts else None
+
+
+def _told(value: float | None, form: str, unit: str) -> str:
+    return "-" if value is None else f"{format(value, form)}{unit}"
+
+
 def _inside(summary: Summary) -> str:
     return f"{summary.attainment.share:.1%}" if summary.attainment else "-"
 
@@ -318,4 +338,12 @@ _FAIRNESS: Sequence[tuple[str, Callable[[Summary], str]]] = (
     ("service difference avg", _even(lambda even: even.difference.average, ",.1f")),
     ("accumulated service gap", _even(lambda even: even.accumulated_gap, ",.0f")),
     ("Jain of served share", _even(lambda even: even.jain, ".3f")),
+)
+_EFFICIENCY: Sequence[tuple[str, Callable[[Summary], str]]] = (
+    ("KV cache in use, mean", lambda summary: share_of(summary.efficiency.memory)),
+    ("batch in use, mean", lambda summary: share_of(summary.efficiency.batch)),
+    ("GPU computing, mean", lambda summary: share_of(summary.efficiency.compute)),
+    ("power, mean", lambda summary: _told(summary.efficiency.watts, ",.1f", " W")),
+    ("output tokens per joule", lambda summary: _told(tokens_per_joule(summary), ",.2f", "")),
+    ("weights, times smaller than 16 bits", lambda summary: _told(summary.efficiency.compression, ".2f", "")),
 )

@@ -22,6 +22,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from types import MethodType
 from typing import Any, Final, NamedTuple
 
@@ -44,12 +45,14 @@ from vllm.version import __version_tuple__ as vllm_version
 
 from scheduler.batching import prompt_cap
 from scheduler.catalog import build, options_from
+from scheduler.energy import meters
 from scheduler.fairness import FairnessTally
 from scheduler.jobs import Job, Outcome, Tier
 from scheduler.kept_blocks import Kept
 from scheduler.policy import Policy
 from scheduler.slack import Slack, StepLoad
 from scheduler.tiers import BY_NAME, DEFAULT_RESERVE, TieredLanes
+from scheduler.weights import packed_bits_of, weights_of
 
 logger = init_logger("vllm.evenhand")  # below "vllm", or the engine's log would not show it
 
@@ -474,6 +477,13 @@ class EngineMetrics:
         self.adapters = self._gauge(registry, "adapters", "LoRA adapters that it keeps, 0 without LoRA", (), "livemax")
         self.slots = self._gauge(registry, "slots", "Requests that run at once, all ranks together", (), "livesum")
         self.info = self._gauge(registry, "info", "1, with the number format of the weights", ("dtype",), "livemax")
+        self.energy = self._gauge(
+            registry, "energy_joules", "Energy, by device, since its own start", ("device",), "livemax"
+        )
+        self.gpu_use = self._gauge(registry, "gpu_use", "Share of time in which a GPU computed", ("device",), "livemax")
+        self.compression = self._gauge(
+            registry, "weight_compression", "16 bits over the bits that a parameter takes", (), "livemax"
+        )
         self.steps = self._counter(registry, "steps_total", "Scheduling passes, counted once a second", ())
 
     @staticmethod
@@ -545,7 +555,12 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         self._metrics.step_tokens.set(self.max_num_scheduled_tokens)
         lora = self.lora_config
         self._metrics.adapters.set(0 if lora is None else lora.max_cpu_loras or lora.max_loras)
-        self._metrics.info.labels(str(self.vllm_config.model_config.dtype).removeprefix("torch.")).set(1)
+        model = self.vllm_config.model_config
+        self._metrics.info.labels(str(model.dtype).removeprefix("torch.")).set(1)
+        weights = weights_of(Path(model.model), 8 * model.dtype.itemsize, packed_bits_of(model.hf_config))
+        if weights is not None:
+            self._metrics.compression.set(weights.compression)
+        self._meters = meters(gpu=not current_platform.is_cpu(), environ=os.environ)
         logger.info("evenhand: policy %s, %d slots", policy.name, self._slots)
         self._warn_of_recomputation(policy)
         if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
@@ -962,6 +977,10 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         self._report_at = now + REPORT_INTERVAL_S
         self._metrics.steps.inc(self._steps)
         self._steps = 0
+        for device, joules in self._meters.joules().items():
+            self._metrics.energy.labels(device).set(joules)
+        for device, share in self._meters.use().items():
+            self._metrics.gpu_use.labels(device).set(share)
         depth = self._lanes.depth()
         for lane in self._lanes_shown - depth.keys():
             self._metrics.waiting.labels(lane).set(0)

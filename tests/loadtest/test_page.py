@@ -67,7 +67,7 @@ def side(name: str, factor: float = 1.0, *, repetitions: int = 1, tenants: int =
             command=f"evenhand replay C --policy {name}", machine="2 × A Fast One", versions={"python": "3.11"}, late=4,
         )  # fmt: skip
         runs.append(Recorded(run, records, samples))
-    return Side(name, runs, [report.summarize(run.records, OBJECTIVE) for run in runs])
+    return Side(name, runs, [report.summarize_run(run, OBJECTIVE) for run in runs])
 
 
 def test_one_run_is_told_in_numbers_and_pictures() -> None:
@@ -136,8 +136,19 @@ def test_what_was_not_measured_is_said_to_be_so() -> None:
     said = " ".join(Reader(page([side("x", tenants=1)])).text)
     assert "Inside the objective" not in said, "no section for what was not asked"
     assert "Between tenants" not in said
-    assert said.count("not measured") == 4  # AMU, PCU, AEC, MCR
-    assert "KV cache: 25% of its room" in said
+    assert said.count("not measured") == 3  # PCU, AEC, MCR
+    assert "of the KV cache" in said
+
+
+def test_what_engines_told_of_their_machine_is_shown() -> None:
+    one = side("x", tenants=1)
+    told = [
+        Sample(float(at), 0.0, 8.0, 0.25, slots=16.0, joules={"GPU-1": 90.0 * at}, gpu_use=0.5, compression=3.2)
+        for at in range(20)
+    ]
+    run = Recorded(one.runs[0].run, one.runs[0].records, told)
+    said = " ".join(Reader(page([Side("x", [run], [report.summarize_run(run)])])).text)
+    assert "not measured" not in said and "90.0 W" in said and "50% of the batch" in said and "3.20" in said
 
 
 def test_the_page_of_a_few_thousand_requests_stays_small() -> None:
