@@ -16,6 +16,7 @@ from server.background import Background
 from server.engine.access import Access
 from server.engine.client import EngineClient
 from server.fleet.adapters import AdapterSite, adapters_in
+from server.fleet.hardware import Hardware, hardware_in
 from server.fleet.health import NUMBER, Breaker, Output, told_in, trial_answer
 from server.fleet.rounds import Rounds
 from server.request.errors import (
@@ -38,6 +39,12 @@ _RANKS = re.compile(r'^vllm:num_requests_running\{[^}]*\bengine="(\d{1,4})"', re
 _AWAKE = re.compile(r'^vllm:engine_sleep_state\{[^}]*sleep_state="awake"[^}]*\}\s+([01])', re.MULTILINE)
 _SLOTS = re.compile(r"^evenhand_engine_slots" + NUMBER, re.MULTILINE)
 _ADAPTERS = re.compile(r"^evenhand_engine_adapters" + NUMBER, re.MULTILINE)
+_JOULES = re.compile(
+    r'^evenhand_engine_energy_joules\{[^}]*device="([^"]{1,100})"[^}]*\}\s+(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)$',
+    re.MULTILINE,
+)
+_GPU_USE = re.compile(r"^evenhand_engine_gpu_use" + NUMBER, re.MULTILINE)
+_COMPRESSION = re.compile(r"^evenhand_engine_weight_compression" + NUMBER, re.MULTILINE)
 _STEP_TOKENS = re.compile(r"^evenhand_engine_step_tokens" + NUMBER, re.MULTILINE)
 _BLOCKS = re.compile(
     r'^vllm:cache_config_info\{(?=.*\bblock_size="(\d{1,6})")(?=.*\bnum_gpu_blocks="(\d{1,9})")', re.MULTILINE
@@ -97,7 +104,7 @@ class Member:
     heard_at: when an answer of it last went through here.
     kv_received_bytes: KV that it has fetched from other workers, as it counts itself.
     leaned_at: when it last changed the side to which it leans.
-    site: the LoRA adapters that it has.
+    site: the LoRA adapters that it has. hardware: what its engine tells of its devices and weights.
     """
 
     worker: Worker
@@ -121,6 +128,7 @@ class Member:
     legs: set["RunningAnswer"] = field(default_factory=set)
     heard_at: float = -inf
     site: AdapterSite = field(default_factory=AdapterSite)
+    hardware: Hardware = field(default_factory=Hardware)
     load: WorkerLoad = field(init=False)
 
     def __post_init__(self) -> None:
@@ -497,6 +505,7 @@ class Fleet:
             self._learn_slots(member, int(float(slots.group(1))))
         if (adapters := _ADAPTERS.search(metrics)) is not None and float(adapters.group(1)) < _MOST_SEQUENCES:
             member.site.most = int(float(adapters.group(1)))
+        member.hardware = hardware_in(metrics)
         if (step := _STEP_TOKENS.search(metrics)) is not None and 1 <= float(step.group(1)) < _MOST_SEQUENCES:
             if (tokens := int(float(step.group(1)))) != member.worker.step_tokens:
                 self._learned(member, replace(member.worker, step_tokens=tokens))

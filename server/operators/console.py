@@ -156,6 +156,7 @@ def summary(members: Collection[Member], busy: Mapping[str, int], flex: Mapping[
         "flex": flexible,
         "slack": slots - used + flexible,
         "models": sorted({model for member in members for model in member.models}),
+        "efficiency": efficiency(members),
     }
 
 
@@ -192,6 +193,29 @@ def seen(member: Member) -> View:
     """A worker as operators see it: as /ready tells, and how full it is."""
     load = member.load
     return {**described([member])[0], "flex": load.flex, "kv_usage": load.kv_usage, "plugin": member.worker.plugin}
+
+
+def efficiency(members: Iterable[Member]) -> View:
+    """Means over workers, and the energy that their devices have drawn since a moment of their own; None where no
+    engine tells. Engines that share a device tell the same of it. batch: share of the slots in use."""
+    ready = [member for member in members if member.state is WorkerState.READY]
+    joules: dict[str, float] = {}
+    for device, value in (pair for member in ready for pair in member.hardware.joules.items()):
+        joules[device] = max(value, joules.get(device, 0.0))
+    in_use = (min(1.0, (one.load.in_flight + one.load.others) / one.worker.slots) for one in ready)
+    return {
+        "kv_usage": _mean(member.load.kv_usage for member in ready),
+        "batch": _mean(in_use),
+        "gpu_use": _mean(use for member in ready if (use := member.hardware.gpu_use) is not None),
+        "compression": _mean(times for member in ready if (times := member.hardware.compression)),
+        "joules": sum(joules.values()) if joules else None,
+        "devices": len(joules),
+    }
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    known = list(values)
+    return sum(known) / len(known) if known else None
 
 
 def tiers(telemetry: Telemetry) -> View:

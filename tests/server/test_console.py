@@ -14,7 +14,8 @@ from scheduler.catalog import POLICIES
 from scheduler.workers import Worker
 from server.engine.client import EngineClient
 from server.fleet.fleet import Member, WorkerState
-from server.operators.console import choices, joined, page
+from server.fleet.hardware import Hardware, hardware_in
+from server.operators.console import choices, efficiency, joined, page
 from tests.server.conftest import SLOW, chat, eventually, over_fake, request
 from tests.server.test_admin import ADMIN_KEY, admin
 from tests.server.test_tenants import KEY, OTHER
@@ -179,3 +180,31 @@ async def test_of_a_large_fleet_a_part_is_told_and_of_many_tenants_the_weights_o
         assert told["states"] == {"ready": 298, "down": 3} and told["slots"] == 256 + 297 * 4
         assert await names("limit=50&state=down") == (["w007", "w107", "w207"], told | {"total": 3, "next_after": None})
         assert await names("search=29&limit=1") == (["w029"], told | {"total": 13, "next_after": "w029"})
+
+
+def test_what_an_engine_tells_of_its_hardware() -> None:
+    page = "\n".join(
+        (
+            'evenhand_engine_energy_joules{device="GPU-1",pid="7"} 1.5e3',
+            'evenhand_engine_energy_joules{device="package-0"} 12.0',
+            'evenhand_engine_energy_joules{device="bad"} NaN',
+            'evenhand_engine_gpu_use{device="GPU-1"} 0.5',
+            'evenhand_engine_gpu_use{device="GPU-2"} 1.0',
+            "evenhand_engine_weight_compression 3.5",
+        )
+    )
+    assert hardware_in(page) == Hardware({"GPU-1": 1500.0, "package-0": 12.0}, 0.75, 3.5)
+    assert hardware_in("nothing 1") == Hardware()
+
+
+def test_the_fleet_s_efficiency_counts_a_shared_device_once() -> None:
+    assert efficiency([]) == dict.fromkeys(("kv_usage", "batch", "gpu_use", "compression", "joules")) | {"devices": 0}
+    members = []
+    for number, (joules, use) in enumerate((({"GPU-1": 10.0}, 0.5), ({"GPU-1": 11.0, "GPU-2": 4.0}, None))):
+        member = Member(Worker(f"w{number}", "http://127.0.0.1:9", slots=4), EngineClient("http://127.0.0.1:9"))
+        member.state, member.hardware = WorkerState.READY, Hardware(joules, use, 2.0 * number)
+        member.load.kv_usage, member.load.others = 0.5, 4 * number
+        members.append(member)
+    told = efficiency(members)
+    assert told["joules"] == 15.0 and told["devices"] == 2
+    assert (told["kv_usage"], told["batch"], told["gpu_use"], told["compression"]) == (0.5, 0.5, 0.5, 2.0)

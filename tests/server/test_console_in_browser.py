@@ -123,6 +123,8 @@ async def test_an_operator_sees_who_waits_changes_the_policy_and_leaves_nothing_
         await console.says("#wait-sum", "2 requests wait")
         await console.says("#policy-now", "in force: vtc")
         await console.says("#kpis", "tokens/s")
+        await console.says("#kpis", "no engine tells of energy")
+        await console.says("#kpis", "KV cache in use")
         await console.picture("console-light")
 
         await page.check("[name=policy][value=mlfq]")
