@@ -100,6 +100,8 @@ async def test_live_tells_who_waits_who_is_served_and_how_fast(tmp_path: Path) -
     assert (worker["id"], worker["role"], worker["state"], worker["in_flight"]) == ("worker-0", "both", "ready", 1)
     summary = {"states": {"ready": 1}, "slots": 1, "in_flight": 1, "beyond_slots": 0, "models": ["fake"]}
     summary |= {"flex": 0, "slack": 0}
+    used = live["fleet"].pop("efficiency")
+    assert used["batch"] == 1.0 and used["joules"] is used["gpu_use"] is used["compression"] is None
     assert live["fleet"] == summary | {"total": 1, "next_after": None}
     assert live["service"]["acme"] > 0 and live["weights"] == {"acme": 2.0}
     assert live["policy"] == {"name": "mlfq", "options": {}} and live["store"] == {"up": True, "replicas": 1}
