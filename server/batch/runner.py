@@ -103,6 +103,7 @@ class Runner(Collector):
         self.in_flight = 0
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._works: dict[str, _Work] = {}
+        self._unserved: dict[str, str] = {}  # batches whose lines are left to others, and the model that they need
         self._swept_at = float("-inf")
 
     async def run(self) -> None:
@@ -128,13 +129,23 @@ class Runner(Collector):
 
     async def _look(self) -> None:
         for batch in await self.batches.running():
-            if batch.id not in self._tasks:
+            if batch.id not in self._tasks and not self._is_unserved(batch):
                 task = self._tasks[batch.id] = asyncio.create_task(self._drive(batch.id), name=f"run {batch.id}")
                 task.add_done_callback(partial(self._ended, batch.id))
         if self.clock() - self._swept_at > SWEEP_S:
             self._swept_at = self.clock()
             if removed := await self.batches.sweep():
                 log.info("removed %d files past their expiry", removed)
+
+    def _is_unserved(self, batch: Batch) -> bool:
+        """Whether all that is to be done is to run lines for which no worker is known here."""
+        model = self._unserved.get(batch.id)
+        if model is None:
+            return False
+        if batch.status is Status.IN_PROGRESS and not self._late(batch) and self.engines.room(model, 0) <= 0:
+            return True
+        del self._unserved[batch.id]
+        return False
 
     def _ended(self, batch_id: str, task: asyncio.Task[None]) -> None:
         del self._tasks[batch_id]
@@ -164,7 +175,7 @@ class Runner(Collector):
         """What is to be done now. False if another gateway does it."""
         if batch.status is Status.IN_PROGRESS and not self._late(batch):
             await self._work(batch)
-            return True
+            return batch.id not in self._unserved
         if not await self._lease(batch.id):
             return False
         steps = {
@@ -228,6 +239,8 @@ class Runner(Collector):
                     self._answers(work, error)
                 if not work.away:
                     await self._start(work)
+                if self._nobody_serves(work):
+                    return
                 await self._wait(work)
             if work.complete:
                 moved = batch.moved(Status.FINALIZING, int(self.batches.wall()), total=batch.total)
@@ -298,11 +311,20 @@ class Runner(Collector):
             await asyncio.sleep(0)
             await asyncio.sleep(0)
 
+    def _nobody_serves(self, work: _Work) -> bool:
+        """Whether the lines that are claimed had better be left to a gateway that has a worker for them."""
+        if work.running or work.results or not work.ready:
+            return False
+        model = work.ready[-1].model
+        if self.engines.room(model, 0) > 0:
+            return False
+        log.info("no worker serves %r: batch %s waits for one, or for another gateway", model, work.batch.id)
+        self._unserved[work.batch.id] = model
+        return True
+
     async def _wait(self, work: _Work) -> None:
         if not work.running:
-            if not work.complete and not (
-                not work.away and work.ready and self.engines.room(work.ready[-1].model, 0) > 0
-            ):
+            if not work.complete and (work.away or not work.ready):
                 await asyncio.sleep(TICK_S)
             return
         await asyncio.wait(work.running, timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED)

@@ -15,6 +15,8 @@ from tests.chaos.figures import Figure
 from tests.chaos.site import HEALTH, Program, engine, gateway, metrics, redis, running, summed, until
 
 MODEL = "fake"
+SLOTS = 8  # of all gateways together: few, so that the batch outlasts the kills
+ENDS_S = 1800.0
 BETWEEN_S = (0.05, 1.0)  # a gateway lives so long once it serves again
 OVER = ("completed", "failed", "expired", "cancelled")
 
@@ -22,11 +24,14 @@ OVER = ("completed", "failed", "expired", "cancelled")
 @dataclass
 class Report:
     """missing, doubled: lines without an answer in the output, and with more than one. extra: requests that the engine
-    computed beyond one a line. by_gateway: lines that each answered since it was started last."""
+    computed beyond one a line.
+
+    during: kills after which the batch was not yet over. by_gateway: lines that each answered since its last start."""
 
     lines: int
     gateways: int = 1
     kills: int = 0
+    during: int = 0
     away_s: float = 0.0
     status: str = ""
     missing: int = 0
@@ -38,6 +43,7 @@ class Report:
     def figures(self) -> list[Figure]:
         return [
             Figure(f"lines of a batch, {self.gateways} gateways, killed {self.kills} times", str(self.lines)),
+            Figure("kills while the batch was running", str(self.during), f"{self.kills}", self.during == self.kills),
             Figure("Redis away, s", f"{self.away_s:g}"),
             Figure("batch ends as", self.status, "completed", self.status == "completed"),
             Figure("lines without an answer", str(self.missing), "0", not self.missing),
@@ -68,7 +74,7 @@ class BatchChaos:
     async def run(self) -> Report:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            worker = engine(folder, 0, "--cost", "quick")
+            worker = engine(folder, 0, "--cost", "gpu-7b")
             shared = self.report.gateways > 1
             settings: dict[str, Any] = {
                 "batch": {"folder": str(folder / "batch"), "shared": shared},
@@ -77,7 +83,7 @@ class BatchChaos:
             if shared:
                 self.redis = redis(folder, kept=True)
                 settings["redis_url"] = f"redis://127.0.0.1:{self.redis.port}/0"
-            workers = [f"{worker.url},slots=64"]
+            workers = [f"{worker.url},slots={SLOTS // self.report.gateways}"]
             fronts = [gateway(folder, number, workers, settings) for number in range(self.report.gateways)]
             client = AsyncOpenAI(base_url=f"{fronts[0].url}/v1", api_key="any", max_retries=20)
             stores = [self.redis] if self.redis is not None else []
@@ -102,6 +108,7 @@ class BatchChaos:
             await front.kill()
             self.report.kills += 1
             await front.start()
+            self.report.during += await self._status(client, batch_id) not in OVER
         await self._judge(client, await self._ended(client, batch_id))
 
     @staticmethod
@@ -130,15 +137,18 @@ class BatchChaos:
         return batch.id
 
     @staticmethod
-    async def _ended(client: AsyncOpenAI, batch_id: str) -> Any:
-        while True:
-            try:
-                batch = await client.batches.retrieve(batch_id)
-                if batch.status in OVER:
-                    return batch
-            except (APIConnectionError, APIStatusError):
-                pass  # it is on its way back
-            await asyncio.sleep(0.1)  # between two questions
+    async def _status(client: AsyncOpenAI, batch_id: str) -> str:
+        try:
+            return (await client.batches.retrieve(batch_id)).status
+        except (APIConnectionError, APIStatusError):
+            return "unknown"  # it is on its way back
+
+    async def _ended(self, client: AsyncOpenAI, batch_id: str) -> Any:
+        async def over() -> bool:
+            return await self._status(client, batch_id) in OVER
+
+        await until(over, "the batch is over", ENDS_S)
+        return await client.batches.retrieve(batch_id)
 
     async def _judge(self, client: AsyncOpenAI, batch: Any) -> None:
         self.report.status = batch.status

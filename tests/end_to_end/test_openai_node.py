@@ -41,3 +41,26 @@ def test_the_node_client_chats_streams_aborts_and_sees_errors(stack: Stack, node
     assert seen["models"] == [stack.model]
     until(lambda: stack.engine_running() == 0, LIMIT_S, "the aborted stream is gone from the engine")
     assert stack.engine_made() - made < 1000, "the aborted stream was not made to its end, which is 2,000 tokens"
+
+
+def test_the_node_client_runs_a_batch_from_upload_to_download(stack: Stack, node: str) -> None:
+    done = subprocess.run(
+        [node, "batch.mjs", f"{stack.url}/v1", stack.model], cwd=FOLDER, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert seen["states"][0] == "validating" and seen["status"] == "completed"
+    assert (seen["counts"], seen["metadata"]) == ({"total": 2, "completed": 1, "failed": 1}, {"job": "node"})
+    (answer,), (error,) = seen["output"], seen["errors"]
+    body = answer["response"]["body"]
+    assert answer["custom_id"] == "paris" and answer["response"]["status_code"] == 200 and answer["error"] is None
+    assert (body["choices"][0]["message"]["content"], body["service_tier"]) == (
+        "The capital of France is Paris.",
+        "flex",
+    )
+    assert error["custom_id"] == "wrong" and error["response"]["status_code"] == 400
+    assert True in seen["listed"] and seen["files"].count("batch_output") == 2 and seen["deleted"]
+    assert (seen["cancelling"], seen["cancelled"]) == ("cancelling", "cancelled")
+    assert seen["failed"] == ["failed", [[1, "invalid_json_line"]]]
+    assert seen["error"] == {"status": 404, "code": "batch_not_found", "name": "NotFoundError"}
+    until(lambda: stack.engine_running() == 0, LIMIT_S, "the lines of the cancelled batch are gone from the engine")
