@@ -99,6 +99,7 @@ class Runner(Collector):
         self.owner = owner
         self.clock = clock
         self.read_ahead = READ_AHEAD
+        self.pause_s = PAUSE_S
         self.lines: Counter[str] = Counter()
         self.in_flight = 0
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -115,7 +116,7 @@ class Runner(Collector):
                     await self._look()
                 except AWAY as error:
                     log.error("batches pause: %s", error)
-                    await asyncio.sleep(PAUSE_S)
+                    await asyncio.sleep(self.pause_s)
                 try:
                     async with asyncio.timeout(LOOK_S):
                         await self.batches.changed.wait()
@@ -162,7 +163,7 @@ class Runner(Collector):
                         return
                 except AWAY as error:
                     log.error("batch %s pauses: %s", batch_id, error)
-                    await asyncio.sleep(PAUSE_S)
+                    await asyncio.sleep(self.pause_s)
                 except LeaseLost:
                     log.warning("other gateways have taken over what this one had of batch %s", batch_id)
         except AWAY as error:

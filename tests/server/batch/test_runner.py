@@ -2,19 +2,26 @@
 
 import asyncio
 import io
+import json
 import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import BinaryIO
+
+import openai
+import pytest
 
 from server.batch.batches import Batches, BatchRequest
 from server.batch.content import Reply
-from server.batch.files import FileFolder
+from server.batch.files import FileFolder, room_on_disk
 from server.batch.objects import Batch, Result, Status
 from server.batch.runner import Runner
 from server.batch.store import SqliteBatchStore
 from server.request.tenants import Tenant
 from server.settings import BatchSettings
-from tests.server.batch.test_batches import OVER, jsonl
-from tests.server.conftest import LIMIT_S
+from tests.server.batch.test_batches import OVER, client_of, jsonl
+from tests.server.conftest import INSTANT, LIMIT_S, eventually, over_fake
 
 
 class Broken:
@@ -41,6 +48,55 @@ def over_sqlite(folder: Path) -> Batches:
     return Batches(FileFolder(folder / "files"), store, BatchSettings(), time.monotonic)
 
 
+@asynccontextmanager
+async def running(runner: Runner) -> AsyncIterator[None]:
+    runner.pause_s = 0.02
+    task = asyncio.create_task(runner.run())
+    yield
+    task.cancel()
+    await asyncio.wait([task])
+
+
+async def ended(batches: Batches, batch_id: str) -> Batch:
+    async with asyncio.timeout(LIMIT_S):
+        while True:
+            batch = await batches.batch("acme", batch_id)
+            if batch.status in OVER:
+                return batch
+            await asyncio.sleep(0.01)  # between two looks
+
+
+def answers(batches: Batches, batch: Batch) -> list[str]:
+    """The ids of the requests in a batch's output file, in its order."""
+    assert batch.output_file_id is not None
+    lines = b"".join(batches.files.pieces(batch.output_file_id)).splitlines()
+    return [json.loads(line)["custom_id"] for line in lines]
+
+
+class Good(Broken):
+    """Engines that answer."""
+
+    async def ask(self, tenant: str, endpoint: str, body: bytes, request_id: str) -> Reply:
+        self.asked += 1
+        return Reply(200, b'{"text": "%s"}' % (b"x" * 500), request_id)
+
+
+class FullFolder(FileFolder):
+    """A folder on a disk without room, until there is some."""
+
+    full = True
+
+    @contextmanager
+    def writing(self, file_id: str) -> Iterator[BinaryIO]:
+        if not self.full:
+            with super().writing(file_id) as file:
+                yield file
+            return
+        with room_on_disk(), open("/dev/full", "wb") as file:  # noqa: PTH123 - it is no file of the folder
+            yield file
+            file.flush()
+
+
 async def submitted(batches: Batches, lines: int) -> Batch:
     file = await batches.add_file("acme", "in.jsonl", "batch", io.BytesIO(jsonl(lines)))
     return await batches.create(Tenant("acme"), BatchRequest(file.id, "/v1/completions", "24h"))
@@ -49,15 +105,8 @@ async def submitted(batches: Batches, lines: int) -> Batch:
 async def test_a_line_that_fails_inside_the_gateway_is_in_the_error_file(tmp_path: Path) -> None:
     batches = over_sqlite(tmp_path)
     batch = await submitted(batches, 10)
-    running = asyncio.create_task(Runner(batches, Broken(), "one", time.monotonic).run())
-    async with asyncio.timeout(LIMIT_S):
-        while True:
-            batch = await batches.batch("acme", batch.id)
-            if batch.status in OVER:
-                break
-            await asyncio.sleep(0.01)  # between two looks
-    running.cancel()
-    await asyncio.wait([running])
+    async with running(Runner(batches, Broken(), "one", time.monotonic)):
+        batch = await ended(batches, batch.id)
     assert (batch.status, batch.completed, batch.failed) == (Status.COMPLETED, 5, 5)
     assert batch.error_file_id is not None
     assert b"".join(batches.files.pieces(batch.error_file_id)).count(b"internal_error") == 5
@@ -81,4 +130,68 @@ async def test_a_batch_that_is_cancelled_in_the_moment_it_expires_keeps_its_resu
     await runner._close(cancelling, "batch_cancelled", "cancelled")
     over = await batches.batch("acme", batch.id)
     assert over.status is Status.CANCELLED and over.output_file_id is not None and over.error_file_id is not None
+    batches.close()
+
+
+async def test_a_batch_pauses_while_the_disk_is_full_and_loses_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = SqliteBatchStore(tmp_path / "batches.sqlite", time.monotonic)
+    files = FullFolder(tmp_path / "files")
+    batches, engines = Batches(files, store, BatchSettings(), time.monotonic), Good()
+    files.full = False
+    batch = await submitted(batches, 300)
+    files.full = True
+    (pages,) = store._db.execute("PRAGMA page_count").fetchone()
+    store._db.execute(f"PRAGMA max_page_count = {pages + 25}")  # room for the lines, and not for all results
+    async with running(Runner(batches, engines, "one", time.monotonic)), asyncio.timeout(LIMIT_S):
+        await eventually(lambda: any("disk is full" in each.message for each in caplog.records), "it pauses")
+        now = await batches.batch("acme", batch.id)
+        assert now.status is Status.IN_PROGRESS and now.completed < 300
+        store._db.execute("PRAGMA max_page_count = 100000")  # somebody has made room for results, not yet for files
+        while now.status is not Status.FINALIZING:
+            now = await batches.batch("acme", batch.id)
+            await asyncio.sleep(0.01)  # between two looks
+        files.full = False
+        batch = await ended(batches, batch.id)
+    assert (batch.status, batch.completed) == (Status.COMPLETED, 300)
+    assert answers(batches, batch) == [f"id-{number}" for number in range(300)]
+    assert engines.asked == 300
+    batches.close()
+
+
+async def test_an_upload_to_a_full_disk_is_refused_and_counts_nothing(tmp_path: Path) -> None:
+    async with over_fake(INSTANT, batch={"folder": tmp_path}) as (gateway, _), client_of(gateway) as client:
+        assert gateway.server.batches is not None
+        gateway.server.batches.batches.files = FullFolder(tmp_path / "files")
+        with pytest.raises(openai.InternalServerError, match="disk is full") as full:
+            await client.files.create(file=("in.jsonl", jsonl(3)), purpose="batch")
+        assert full.value.status_code == 507 and full.value.code == "insufficient_storage"
+        assert full.value.response.headers["retry-after"] == "60"
+        assert not (await client.files.list()).data
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["while it writes", "before it says so"])
+async def test_a_gateway_that_is_killed_in_finalizing_leaves_it_to_the_next(tmp_path: Path, written: bool) -> None:
+    batches = over_sqlite(tmp_path)
+    batch = await submitted(batches, 5)
+    dead = Runner(batches, Good(), "dead", time.monotonic)
+    assert batches.store.lease(batch.id, "dead", 0.0)
+    await dead._validate(batch)
+    await dead._work(await batches.batch("acme", batch.id))
+    finalizing = await batches.batch("acme", batch.id)
+    assert finalizing.status is Status.FINALIZING and batches.store.lease(batch.id, "dead", 0.0)
+    if written:
+        await dead._write_results(finalizing, ok=True)
+        assert batches.store.lease(batch.id, "dead", 0.0)
+    else:
+        (tmp_path / "files" / f"file-{batch.id[6:]}-output.12345678.part").write_bytes(b'{"id": "half')
+    async with running(Runner(batches, Broken(), "next", time.monotonic)):
+        batch = await ended(batches, batch.id)
+    assert (batch.status, batch.completed, batch.failed) == (Status.COMPLETED, 5, 0)
+    assert answers(batches, batch) == [f"id-{number}" for number in range(5)]
+    outputs = [file for file in await batches.list_files("acme", None, 9) if file.purpose == "batch_output"]
+    assert [file.id for file in outputs] == [batch.output_file_id]
+    batches.files.remove_parts(2.0**33)
+    assert sorted(path.name for path in (tmp_path / "files").iterdir()) == sorted([batch.input_file_id, outputs[0].id])
     batches.close()
