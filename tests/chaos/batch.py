@@ -43,7 +43,7 @@ class Report:
     def figures(self) -> list[Figure]:
         return [
             Figure(f"lines of a batch, {self.gateways} gateways, killed {self.kills} times", str(self.lines)),
-            Figure("kills while the batch was running", str(self.during), f"{self.kills}", self.during == self.kills),
+            Figure("kills while the batch was running", str(self.during)),
             Figure("Redis away, s", f"{self.away_s:g}"),
             Figure("batch ends as", self.status, "completed", self.status == "completed"),
             Figure("lines without an answer", str(self.missing), "0", not self.missing),

@@ -59,7 +59,7 @@ def test_the_node_client_runs_a_batch_from_upload_to_download(stack: Stack, node
         "flex",
     )
     assert error["custom_id"] == "wrong" and error["response"]["status_code"] == 400
-    assert True in seen["listed"] and seen["files"].count("batch_output") == 2 and seen["deleted"]
+    assert seen["listed"] == 1 and seen["files"] == ["batch", "batch_output", "batch_output"] and seen["deleted"]
     assert (seen["cancelling"], seen["cancelled"]) == ("cancelling", "cancelled")
     assert seen["failed"] == ["failed", [[1, "invalid_json_line"]]]
     assert seen["error"] == {"status": 404, "code": "batch_not_found", "name": "NotFoundError"}

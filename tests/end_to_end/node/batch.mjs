@@ -29,9 +29,10 @@ seen.counts = batch.request_counts;
 seen.metadata = batch.metadata;
 seen.output = (await (await client.files.content(batch.output_file_id)).text()).trim().split("\n").map(JSON.parse);
 seen.errors = (await (await client.files.content(batch.error_file_id)).text()).trim().split("\n").map(JSON.parse);
-seen.listed = [];
-for await (const each of client.batches.list({ limit: 1 })) seen.listed.push(each.id === batch.id);
-seen.files = (await client.files.list()).data.map((file) => file.purpose).sort();
+seen.listed = 0;
+for await (const each of client.batches.list({ limit: 1 })) seen.listed += each.id === batch.id; // page by page
+const own = [batch.input_file_id, batch.output_file_id, batch.error_file_id];
+seen.files = (await client.files.list()).data.filter((file) => own.includes(file.id)).map((file) => file.purpose).sort();
 seen.deleted = (await client.files.delete(batch.output_file_id)).deleted;
 
 batch = await start(Array.from({ length: 200 }, (_, at) => line(`long-${at}`, { max_tokens: 1000, ignore_eos: true })));
