@@ -585,6 +585,7 @@ async def test_nothing_of_a_refused_request_waits_for_the_garbage_collector(tmp_
             for refused, body in ((429, chat()), (404, chat(model="another"))):
                 assert (await gateway.ask("/v1/chat/completions", body, headers=asked)).status == refused
             await eventually(gateway.at_rest)
-            assert not [left for left in gc.get_objects() if isinstance(left, Ticket | ServiceError)]
+            # By their types: some objects of other packages warn when they are asked for their class.
+            assert not [left for left in gc.get_objects() if issubclass(type(left), Ticket | ServiceError)]
         finally:
             gc.enable()
