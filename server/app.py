@@ -36,6 +36,7 @@ from server.batch.store import BatchStore, SqliteBatchStore, StoreUnavailable
 from server.cluster.local_sync import LocalSync, Process
 from server.cluster.state import ClusterState
 from server.cluster.usage import UsageBook
+from server.failover.failover import Failover
 from server.fleet.balancer import Balancer
 from server.fleet.fleet import Fleet
 from server.fleet.named import fleet_tls, named_worker
@@ -53,7 +54,6 @@ from server.operators.console import Console, console_routes
 from server.operators.logs import Pseudonyms, RequestLog, log_routes
 from server.operators.usage import usage_routes
 from server.relay.engine_body import EngineBody
-from server.relay.failover import Failover
 from server.relay.prefill_leg import PrefillLeg
 from server.relay.relay import Relay
 from server.settings import Settings, admin_address, scheme_of

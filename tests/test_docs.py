@@ -14,13 +14,13 @@ from deploy.settings import ServeSettings
 from server.admission.live_adapters import LiveAdapters
 from server.admission.sleeper import Sleeper
 from server.batch.runner import Runner
+from server.failover.failover import Failover
 from server.fleet.balancer import Balancer
 from server.fleet.fleet import Fleet
 from server.observe.cost import CostMeter
 from server.observe.fairness_metrics import FairnessMetrics
 from server.observe.slo import SloMetrics, SloTargets
 from server.observe.telemetry import Telemetry
-from server.relay.failover import Failover
 from server.relay.prefill_leg import PrefillLeg
 from server.request.fields import ALLOWED
 from server.request.tenant_files import read_file

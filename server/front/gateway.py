@@ -12,9 +12,9 @@ from server.admission.dispatch import Dispatcher, Lines
 from server.admission.limits import Gate, permitted
 from server.admission.live_adapters import LiveAdapters
 from server.admission.live_names import may_fall_back
+from server.failover.failover import Failover
 from server.observe.observer import Observers
 from server.observe.telemetry import Telemetry
-from server.relay.failover import Failover
 from server.relay.prefill_leg import PrefillLeg
 from server.relay.relay import ClientAnswer
 from server.relay.renamed import RenamedAnswer

@@ -1,1 +1,1 @@
-"""One request at a worker: the relayed answer, the prefill leg, and continuing at another worker."""
+"""One request at a worker: the relayed answer, its changes on the way, and the prefill leg."""

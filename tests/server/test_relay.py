@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from server.engine.answers import Said
+from server.failover.resume import Resumed, continuation
 from server.observe.telemetry import Distribution
 from server.relay.relay import Stream, Whole
-from server.relay.resume import Resumed, continuation
 from server.request.call import Phase, Ticket
 from server.request.errors import EngineGone, Refused, ServiceError
 from server.request.schemas import CHAT, COMPLETIONS, MESSAGES

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from server.relay.resume import CannotResume, clean_length, closing, continuation, fit_to_resume
+from server.failover.resume import CannotResume, clean_length, closing, continuation, fit_to_resume
 from server.request.schemas import CHAT, COMPLETIONS
 from server.request.transcript import Chunk, TranscriptProgress
 from tests.server.calls import call_of

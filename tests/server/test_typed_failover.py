@@ -10,10 +10,10 @@ import pytest
 
 from loadtest.fake.engine import FakeEngine
 from loadtest.fake.faults import Faults
-from server.relay.resume import CannotResume
-from server.relay.typed_answers import typed_answer
-from server.relay.typed_prompt import chat_of
-from server.relay.typed_resume import Continued, TypedContinuation
+from server.failover.resume import CannotResume
+from server.failover.typed_answers import typed_answer
+from server.failover.typed_prompt import chat_of
+from server.failover.typed_resume import Continued, TypedContinuation
 from server.request import schemas
 from server.request.transcript import Transcript
 from tests.server.calls import call_of, ticket_of

@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from server.relay.resume import CannotResume
+from server.failover.resume import CannotResume
 from server.request.call import Call
 from server.request.schemas import raw_members
 

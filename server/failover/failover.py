@@ -14,10 +14,7 @@ from prometheus_client.registry import Collector
 
 from server.admission.dispatch import Dispatcher
 from server.engine.answers import Usage
-from server.fleet.fleet import Member, RunningAnswer
-from server.relay.engine_body import EngineBody
-from server.relay.relay import ClientAnswer, Pipe, Relay, answered
-from server.relay.resume import (
+from server.failover.resume import (
     CannotResume,
     Continuation,
     Resumed,
@@ -31,8 +28,8 @@ from server.relay.resume import (
     restart,
     stop_texts,
 )
-from server.relay.typed_answers import AnswerEnd
-from server.relay.typed_resume import (
+from server.failover.typed_answers import AnswerEnd
+from server.failover.typed_resume import (
     BegunAnew,
     Continued,
     Retold,
@@ -41,6 +38,9 @@ from server.relay.typed_resume import (
     continuation_at,
     fit_to_continue,
 )
+from server.fleet.fleet import Member, RunningAnswer
+from server.relay.engine_body import EngineBody
+from server.relay.relay import ClientAnswer, Pipe, Relay, answered
 from server.request.call import Ticket
 from server.request.errors import ServiceError, is_engine_failure, is_same_refusal, may_be_the_request, outcome_of
 from server.request.schemas import COMPLETIONS

@@ -12,12 +12,12 @@ from typing import Any, Protocol
 import orjson
 
 from server.engine.answers import Said, Usage, as_incomplete, data_of, read_event
+from server.failover.resume import GO_ALONG, SPENT, CannotResume, Rest, check_fields, ends_within, kept_of, stop_texts
+from server.failover.typed_answers import AnswerEnd, Json, TypedAnswer, typed_answer
+from server.failover.typed_prompt import chat_of
 from server.fleet.fleet import Member
 from server.observe.telemetry import Distribution
 from server.relay.relay import ClientAnswer
-from server.relay.resume import GO_ALONG, SPENT, CannotResume, Rest, check_fields, ends_within, kept_of, stop_texts
-from server.relay.typed_answers import AnswerEnd, Json, TypedAnswer, typed_answer
-from server.relay.typed_prompt import chat_of
 from server.request.call import Call, Dialect, Ticket
 from server.request.errors import EngineGone
 from server.request.schemas import COMPLETIONS, raw_members
