@@ -149,7 +149,7 @@ POLICIES: Mapping[str, CatalogEntry] = {
             PolicyOption(
                 "max_tokens", _one_of("use", "ignore"), "use", "", "ignore: max_tokens says nothing about the length"
             ),
-            replace(_TAIL, default="0.85"),
+            replace(_TAIL, default="0.8"),
         ),
         Gittins,
     ),

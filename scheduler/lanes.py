@@ -14,6 +14,7 @@ from scheduler.shadow import Recent, Shadow
 _BOOSTS_AT_ONCE = 64  # bounds the pause when thousands lose patience in the same moment
 _TENANTS_KEPT = 4096  # below this many, idle tenants are not looked at
 _PROMISED = 0.99  # of the jobs of first come, first served are no worse off than what is promised
+_LATER = 1.2  # times the latest end that is promised: the longest jobs pay for what all others gain
 _GROWING = 1.25  # a line that is longer than it ever was grows on while a job waits in it
 _OPEN = 0.95  # of the promised wait: from here on fewer and fewer may overtake
 _RANKS = 500  # of the latest arrivals, to know which rank so many of them are below
@@ -328,7 +329,7 @@ class Lanes:
         Who has waited, before its first token, for as long as 99 of 100 would have under first come, first served
         (times `tail`) is served next, and as that time draws near, fewer and fewer may overtake whoever has waited
         longest: only those of the best ranks. Who was displaced is served to its own end when it would else end later
-        than 99 of 100 would have (times `tail`, if that is above 1). While jobs end later, in the mean, than they
+        than 99 of 100 would have, times 1.2 (or `tail`, if that is more). While jobs end later, in the mean, than they
         would have, nobody is displaced for a newcomer.
         """
         shadow = self.shadow
@@ -337,7 +338,7 @@ class Lanes:
         shadow.stepped(now, tokens)
         waited_s = max(shadow.waits.quantile(_PROMISED), _GROWING * shadow.first_wait_s(now))
         self._fresh_s = self._order.tail * waited_s
-        self._end_s = max(1.0, self._order.tail) * shadow.ends.quantile(_PROMISED)
+        self._end_s = max(_LATER, self._order.tail) * shadow.ends.quantile(_PROMISED)
         self._set_gate(now)
         if now >= self._compare_at:
             self._compare_at = now + _COMPARE_S

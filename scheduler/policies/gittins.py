@@ -61,7 +61,7 @@ class Gittins:
         min_samples: int = 50,
         window: int = 2000,
         max_tokens: str = "use",
-        tail: float = 0.85,
+        tail: float = 0.8,
     ) -> None:
         self.patience_s = patience_s
         self.tail = tail

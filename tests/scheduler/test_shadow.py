@@ -54,7 +54,7 @@ CASES = [
 
 @pytest.mark.parametrize(("lengths", "load"), CASES)
 def test_gittins_with_its_defaults_makes_nobody_regret_it(lengths: str, load: float) -> None:
-    jobs = work(lengths, 600, 1)
+    jobs = work(lengths, 1000, 1)
     times = arrivals(jobs, load, 2)
     fcfs, gittins = live("fcfs", {}, jobs, times), live("gittins", {}, jobs, times, taught=shuffled(jobs, 3))
     assert mean(gittins.end_s.values()) <= mean(fcfs.end_s.values()) / 0.98
