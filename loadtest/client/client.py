@@ -9,6 +9,7 @@ import ssl
 from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from time import perf_counter
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -341,7 +342,9 @@ class Client:
 
         Calls come in order of `at_s`. Returns the records in the order in which they ended.
         """
-        await self._run(self._open_loop(calls), drain_s)
+        prepared = self._prepared(calls)
+        first = next(prepared, None)  # before the run's time begins: to make up a prompt and its request is no lag
+        await self._run(self._open_loop(prepared if first is None else chain([first], prepared)), drain_s)
         return self.records
 
     async def closed_loop(
@@ -370,14 +373,18 @@ class Client:
                     raise
             await self._drain(drain_s)
 
-    async def _open_loop(self, calls: Iterable[TraceCall]) -> None:
+    def _prepared(self, calls: Iterable[TraceCall]) -> Iterator[tuple[TraceCall, bytes | None]]:
+        """Each call with its request; without one if it may depend on an answer."""
         for call in calls:
+            yield call, None if call.waits else self.target.request(call)
+
+    async def _open_loop(self, prepared: Iterable[tuple[TraceCall, bytes | None]]) -> None:
+        for call, request in prepared:
             if call.at_s >= self._manner.duration_s:
                 return
-            # Before it is due: to build a request is no lag. What waits for an answer may depend on it.
-            request = None if call.waits else self.target.request(call)
             await self._until(call.at_s)
             self._offer(call, request)
+            await asyncio.sleep(0)  # it goes out before the next request is built
 
     async def _closed_loop(self, pending: Iterator[TraceCall], concurrency: int) -> None:
         self._freed = asyncio.Event()

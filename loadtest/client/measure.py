@@ -115,7 +115,13 @@ async def _send(client: Client, prepared: Prepared, screen: Console, writer: Wri
         if writer is not None and prepared.metrics
         else None
     )
-    with progress.bar(client, screen) if show else nullcontext() as bar:
+    async with sampler or nullcontext():
+        await _send_beside(client, prepared, sampler, screen if show else None)
+
+
+async def _send_beside(client: Client, prepared: Prepared, sampler: Sampler | None, screen: Console | None) -> None:
+    """screen: where progress is shown, None for nowhere."""
+    with progress.bar(client, screen) if screen is not None else nullcontext() as bar:
         beside = [asyncio.create_task(progress.watch(client, bar, prepared.total))] if bar else []
         if sampler is not None:
             beside.append(asyncio.create_task(sampler.run()))

@@ -3,6 +3,7 @@
 import asyncio
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Self
 
 import httpx2
 
@@ -48,7 +49,10 @@ def _joules(pages: Sequence[str]) -> dict[str, float]:
 
 
 class Sampler:
-    """Asks the servers at `urls` for their metrics once a second, and tells `note`. Who does not answer is left out."""
+    """Asks the servers at `urls` for their metrics once a second, and tells `note`. Who does not answer is left out.
+
+    Entering it asks once for nothing: the first question takes tens of milliseconds, in which a run would send nothing.
+    """
 
     def __init__(
         self,
@@ -66,20 +70,26 @@ class Sampler:
         self._clock = clock
         self._period_s = period_s
         self._begin_s = begin_s
-        # Made here, for it takes tens of milliseconds, in which a run that has begun would send nothing.
         self._client = httpx2.AsyncClient(timeout=_ANSWER_S, headers=dict(headers or {}))
+
+    async def __aenter__(self) -> Self:
+        for url in self._urls:
+            await _page(self._client, url)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.aclose()
 
     async def run(self) -> None:
         """Until cancelled."""
         began = self._clock() - self._begin_s
-        async with self._client:
-            while True:
-                at_s = self._clock() - began
-                pages = [page for url in self._urls if (page := await _page(self._client, url))]
-                sample = sample_of(pages, at_s)
-                if sample != Sample(sample.at_s):
-                    self._note(sample)
-                await asyncio.sleep(max(0.0, self._period_s - (self._clock() - began - at_s)))
+        while True:
+            at_s = self._clock() - began
+            pages = [page for url in self._urls if (page := await _page(self._client, url))]
+            sample = sample_of(pages, at_s)
+            if sample != Sample(sample.at_s):
+                self._note(sample)
+            await asyncio.sleep(max(0.0, self._period_s - (self._clock() - began - at_s)))
 
 
 async def _page(client: httpx2.AsyncClient, url: str) -> str:

@@ -175,6 +175,7 @@ class FakeEngine:
         self.stalled = False
         self.accepted = 0
         self.unauthorised = 0
+        self.scraped = 0  # times that its metrics were asked for
         self.adapters = Adapters(self.setup)
         self._posts: Mapping[str, Callable[[ServedExchange], None]] = {
             **dict.fromkeys(_APIS, self._generate),
@@ -594,6 +595,7 @@ class FakeEngine:
         exchange.respond(200, orjson.dumps({"object": "list", "data": cards}), _JSON)
 
     def _metrics(self, exchange: ServedExchange) -> None:
+        self.scraped += 1
         body = exposition(self.batch, self.setup.model, plugin=self.setup.plugin)
         if self.setup.plugin:
             body += b"evenhand_engine_adapters %d\n" % self.setup.adapters

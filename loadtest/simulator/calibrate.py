@@ -299,14 +299,15 @@ class ProbedEngine:
         seen: list[Sample] = []
 
         async def flood() -> None:
-            sampler = Sampler([self._args.url], seen.append, perf_counter, period_s=0.1)
-            task = asyncio.create_task(sampler.run())
             calls = [
                 TraceCall(f"flood-{at}", 0.0, "default", self._probes.prompt(8), 8, _FLOOD_TOKENS)
                 for at in range(_MOST_SLOTS)
             ]
-            await Client(self._target).closed_loop(calls, _MOST_SLOTS)
-            task.cancel()
+            async with Sampler([self._args.url], seen.append, perf_counter, period_s=0.1) as sampler:
+                task = asyncio.create_task(sampler.run())
+                await Client(self._target).closed_loop(calls, _MOST_SLOTS)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
 
         asyncio.run(flood())
         most = max((int(sample.running) for sample in seen if sample.running), default=0)

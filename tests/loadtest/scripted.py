@@ -175,6 +175,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return 1000.0 + self._selected.skipped_s
 
+    def pass_(self, seconds: float) -> None:
+        """Something takes so long, and nothing else happens meanwhile."""
+        self._selected.skipped_s += seconds
+
     async def create_connection(self, factory: Any, *_: Any, **__: Any) -> Any:
         protocol = factory()
         transport = _Transport(self, protocol)

@@ -1,3 +1,5 @@
+import asyncio
+
 from loadtest.client.samples import Sampler, sample_of
 from loadtest.fake.engine import EngineSetup, FakeEngine
 from loadtest.records import Sample
@@ -24,12 +26,19 @@ def test_what_a_server_does_not_say_stays_unknown() -> None:
 
 
 async def test_a_fake_engine_is_sampled_and_a_dead_one_is_left_out() -> None:
-    import asyncio
-
     seen: asyncio.Queue[Sample] = asyncio.Queue()
     async with FakeEngine(EngineSetup(cost=PRESETS["instant"])) as engine:
         sampler = Sampler([engine.url, "http://127.0.0.1:1"], seen.put_nowait, asyncio.get_running_loop().time)
-        task = asyncio.create_task(sampler.run())
-        sample = await asyncio.wait_for(seen.get(), 20)
-        task.cancel()
+        async with sampler:
+            task = asyncio.create_task(sampler.run())
+            sample = await asyncio.wait_for(seen.get(), 20)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
     assert (sample.waiting, sample.running, sample.preemptions) == (0.0, 0.0, 0.0)
+
+
+async def test_what_the_first_question_takes_is_over_before_a_run_begins() -> None:
+    seen: list[Sample] = []
+    async with FakeEngine(EngineSetup(cost=PRESETS["instant"])) as engine:
+        async with Sampler([engine.url], seen.append, asyncio.get_running_loop().time):
+            assert engine.scraped == 1 and not seen

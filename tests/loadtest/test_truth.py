@@ -378,3 +378,18 @@ def test_what_is_stopped_marks_what_is_on_its_way_as_unfinished() -> None:
     assert {record.ending for record in client.records} == {Ending.UNFINISHED}
     assert len(client.records) == 5 + 11
     assert replace(calls[0], id="x") != calls[0]
+
+
+def test_making_up_the_first_prompt_makes_no_request_late() -> None:
+    loop = VirtualLoop(lambda _path, _body: Script(SEVERAL))
+
+    class Slow(Target):
+        def request(self, *call: Any, **how: Any) -> bytes:
+            loop.pass_(0.05)
+            return super().request(*call, **how)
+
+    client = Client(Slow("http://h", "m", api="chat"), clock=loop.time)
+    loop.run(
+        client.open_loop([TraceCall("first", 0.0, "t", "Hello", 1, 0), TraceCall("next", 0.25, "t", "Hello", 1, 0)])
+    )
+    assert sorted(record.sent_s for record in client.records) == pytest.approx([0.0, 0.25], **NEAR)
