@@ -77,8 +77,11 @@ class Session:
     def run(self, source: Path, window: str) -> int:
         batch_id = self.note.read_text().strip() if self.note.exists() else self.submit(source, window)
         batch = self.wait(batch_id)
+        if batch["status"] == "failed":
+            self.note.unlink(missing_ok=True)  # nothing to fetch
+        code = self.fetch(batch)
         self.note.unlink(missing_ok=True)
-        return self.fetch(batch)
+        return code
 
     def submit(self, source: Path, window: str) -> str:
         """Uploads the file and starts the batch; returns its id."""

@@ -27,7 +27,7 @@ from server.admission.predictor import Predictor
 from server.admission.sleeper import Sleeper
 from server.background import Background
 from server.batch.batches import Batches
-from server.batch.files import FileFolder
+from server.batch.files import FileFolder, NoSpace
 from server.batch.lines import GatewayEngines
 from server.batch.redis_store import RedisBatchStore
 from server.batch.routes import batch_routes, operator_routes
@@ -286,7 +286,7 @@ class GatewayServer:
             return None
         try:
             batches = Batches(FileFolder(batch.folder / "files"), self._batch_store(batch.folder), batch, wall_clock)
-            with suppress(StoreUnavailable):  # then the runner checks, once it answers
+            with suppress(NoSpace, StoreUnavailable):  # then the runner checks, once it answers
                 batches.check()
         except OSError as error:
             raise ValueError(f"the batch folder {batch.folder} cannot be used: {error.strerror}") from None

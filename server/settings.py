@@ -233,10 +233,13 @@ class LoraSettings(BaseModel):
     per_worker: int | None = Field(
         None,
         ge=1,
-        description="LoRA adapters that a worker has at a time, at most; default: its engine's --max-cpu-loras where "
-        "our scheduler is inside, else 1",
+        description="most LoRA adapters at a worker; default: the engine's --max-cpu-loras if it runs our scheduler, "
+        "otherwise 1",
     )
-    load_timeout_s: Positive = Field(120.0, description="a worker may take to load an adapter, seconds")
+    load_timeout_s: Positive = Field(120.0, description="timeout of loading an adapter, seconds")
+    unmanaged: bool = Field(
+        True, description="serve adapters that engines have by themselves as models, to every tenant"
+    )
 
 
 class TracingSettings(BaseModel):

@@ -134,9 +134,11 @@ def hub_weights(name: str) -> HubWeights:
 
 
 def _in_cache(name: str) -> bool:
+    """Whether some of its weights are there; its config alone may be from a look at how large it is."""
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    config = try_to_load_from_cache(name, "config.json")
+    return isinstance(config, str) and any(file.suffix in _WEIGHTS for file in Path(config).parent.iterdir())
 
 
 def _check_room(name: str, needed: int, cache: Path) -> None:

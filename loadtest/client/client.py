@@ -366,6 +366,8 @@ class Client:
         async with Watch(self.progress.loop_s, self._clock):
             self._started_at = self._clock() - self._begin_s
             self._sending = asyncio.ensure_future(sending)
+            if self.stopped:  # before the run had begun
+                self._sending.cancel()
             try:
                 await self._sending
             except asyncio.CancelledError:

@@ -286,6 +286,12 @@ class Dispatcher:
                 self.lanes.finish(ticket.job, Outcome.ABORTED, self.clock())
                 self.advance()  # who stood behind it may fit where it did not
 
+    def turn_away(self, error: ServiceError) -> None:
+        """Ends the wait of everybody in this line, which is given up."""
+        for future, _ in list(self._waiters.values()):
+            if not future.done():
+                future.set_exception(error)
+
     def _patience_s(self, ticket: Ticket) -> float | None:
         """How much longer a call waits, None for ever. Its client's deadline counts from its arrival, and no more once
         its answer has begun."""
@@ -591,7 +597,8 @@ class Lines:
     def _give_up(self) -> None:
         """What was a model of its own is an adapter now, and waits in its model's line."""
         for name in self.adapters.records:
-            self.by_model.pop(name, None)
+            if (line := self.by_model.pop(name, None)) is not None:
+                line.turn_away(NoWorker(f"'{name}' has become an adapter: ask again.", retry_after_s=1.0))
 
     def of_call(self, call: Call) -> Dispatcher:
         """The line for a call: that of its model, or of the model of its adapter. UnknownModel, NoWorker."""

@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from math import inf
 from time import monotonic
 from typing import Any
@@ -70,7 +70,9 @@ class LiveAdapters(Collector):
         self._look = asyncio.Event()
         self._refresh_at = -inf
         self._where: dict[str, set[str]] = {}  # workers that may have an adapter
+        self._replacing: dict[str, str] = {}  # paths that operators are bringing in force
         fleet.manages, fleet.has_adapters = self.records.__contains__, self._note
+        fleet.serves_unmanaged = settings.unmanaged
         fleet.changed.append(self._look.set)
         self._in_force(self.configured)
 
@@ -172,7 +174,11 @@ class LiveAdapters(Collector):
         return self._fleet.members[load.worker.id].site
 
     def _has(self, load: WorkerLoad, name: str) -> bool:
-        return self._site(load).loaded.get(name) == self.records[name].path if name in self.records else False
+        """Whether a worker has it, from the path that is in force or is about to be."""
+        if name not in self.records:
+            return False
+        path = self._site(load).loaded.get(name)
+        return path is not None and path in (self.records[name].path, self._replacing.get(name))
 
     def _may_load(self, load: WorkerLoad, name: str) -> bool:
         site = self._site(load)
@@ -207,15 +213,22 @@ class LiveAdapters(Collector):
         if record is None:
             raise AdapterUnavailable(f"The adapter '{name[:100]}' is not served here any more.", code="model_not_found")
         site = member.site
-        if site.loaded.get(name) == record.path:
+        if self._has(member.load, name):
             return
         if (why := self._reason(site, name)) is not None:
             raise AdapterRefused(why)
         task = site.loading.get(name)
         if task is None:
-            task = site.loading[name] = asyncio.get_running_loop().create_task(self._load(member, name, record))
+            task = site.loading[name] = asyncio.get_running_loop().create_task(self._load_for(member, name, record))
             task.add_done_callback(lambda done: _over(site, name, done))
         await asyncio.shield(task)
+
+    async def _load_for(self, member: Member, name: str, record: AdapterRecord) -> None:
+        """For requests: one that was taken out meanwhile leaves the worker again."""
+        await self._load(member, name, record)
+        if name not in self.records:
+            await self.unload(member, name)
+            raise AdapterUnavailable(f"The adapter '{name[:100]}' is not served here any more.", code="model_not_found")
 
     async def _load(self, member: Member, name: str, record: AdapterRecord) -> None:
         site, began = member.site, self._clock()
@@ -223,9 +236,10 @@ class LiveAdapters(Collector):
             await self._ask(member)  # other gateways load and unload, too
             try:
                 if site.loaded.get(name) != record.path:
+                    if name in site.loaded:  # from another path
+                        await self.unload(member, name)
                     await self._make_room(member, name)
-                    again = name in site.loaded
-                    await load(member.engine, name, record, self._settings.load_timeout_s, again=again)
+                    await load(member.engine, name, record, self._settings.load_timeout_s)
             except AdapterRefused as error:
                 self.loads["refused"] += 1
                 site.refused[name] = (self._clock() + REFUSED_S, str(error))
@@ -246,10 +260,14 @@ class LiveAdapters(Collector):
         self._note(member)
 
     async def _make_room(self, member: Member, name: str) -> None:
-        if name in member.site.loaded:
-            return
-        for other in member.site.leaving(self._most(member.site), self.records, self.pinned):
+        """Unloads what leaves for one more. AdapterRefused if all are pinned or in use."""
+        site, most = member.site, self._most(member.site)
+        for other in site.leaving(most, self.records, self.pinned):
             await self.unload(member, other)
+        if sum(each in self.records for each in site.loaded) >= most:
+            raise AdapterRefused(
+                f"all its {most} places for adapters are pinned or in use: try later, or raise --max-cpu-loras"
+            )
 
     async def unload(self, member: Member, name: str) -> None:
         """A worker has an adapter no more; what it runs with it goes on. AdapterRefused, EngineGone."""
@@ -296,6 +314,15 @@ class LiveAdapters(Collector):
                 raise result
             said[member.worker.id] = LOADED if result is None else str(result)
         return said
+
+    @contextmanager
+    def replacing(self, name: str, record: AdapterRecord) -> Iterator[None]:
+        """While the block runs, workers may have the adapter from its old path or from this one."""
+        self._replacing[name] = record.path
+        try:
+            yield
+        finally:
+            self._replacing.pop(name, None)
 
     async def unloaded_everywhere(self, name: str) -> None:
         """Nobody needs this adapter any more. Workers that do not answer keep it until they are restarted."""

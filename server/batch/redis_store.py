@@ -56,7 +56,7 @@ end
 _LEASE = """
 -- ARGV: owner, ttl in ms.
 local until_ms = tonumber(redis.call('HGET', state, 'lease_until') or '')
-if not until_ms then return 0 end
+if not until_ms or redis.call('HEXISTS', state, 'over') == 1 then return 0 end
 if redis.call('HGET', state, 'owner') ~= ARGV[1] and until_ms > now then return 0 end
 redis.call('HSET', state, 'owner', ARGV[1], 'lease_until', now + ARGV[2])
 return 1
@@ -70,6 +70,7 @@ if ARGV[3] ~= '' and redis.call('HGET', state, 'owner') ~= ARGV[3] then return 0
 redis.call('HSET', state, 'status', ARGV[4], 'total', ARGV[5])
 redis.call('HSET', KEYS[9], ARGV[1], ARGV[6])
 if ARGV[7] == '1' then
+  redis.call('HSET', state, 'over', '1')
   redis.call('ZREM', KEYS[10], ARGV[1])
   redis.call('UNLINK', owners, claims, open, lines, texts, answered, refused)
 end
@@ -219,7 +220,7 @@ class RedisBatchStore:
         try:
             return command()
         except OutOfMemoryError:
-            raise NoSpace("Redis is full: delete batches or give it more memory.", retry_after_s=60) from None
+            raise NoSpace("Redis is full: give it more memory (maxmemory).", retry_after_s=60) from None
         except (RedisError, OSError) as error:
             said = str(error) or type(error).__name__
             raise StoreUnavailable(f"The Redis of batches does not answer: {said}.", retry_after_s=5) from None
@@ -235,8 +236,11 @@ class RedisBatchStore:
 
     def check(self, folder_id: str) -> None:
         key = self._key("folder")
-        self._asked(lambda: self._redis.setnx(key, folder_id))  # the first one to ask says which it is
-        if self._asked(lambda: self._redis.get(key)) != folder_id.encode():
+        known = self._asked(lambda: self._redis.get(key))
+        if known is None:  # the first one to ask says which it is
+            self._asked(lambda: self._redis.setnx(key, folder_id))
+            known = self._asked(lambda: self._redis.get(key))
+        if known != folder_id.encode():
             raise ValueError(
                 "the batch folder is not the one of the other gateways that share this Redis: mount the same folder "
                 f"at all of them, or, if it is to be another one from now on, delete the key '{key}'"

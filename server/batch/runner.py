@@ -9,12 +9,12 @@ writes its files.
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -404,19 +404,38 @@ class Runner(Collector):
 
     async def _write_results(self, batch: Batch, *, ok: bool) -> str | None:
         """The file's id; None if there is nothing to write."""
-        store, files = self.batches.store, self.batches.files
+        store = self.batches.store
         page = await self.batches.call(store.results, batch.id, ok=ok, after=0, limit=RESULTS)
         if not page:
             return None
         kind = "output" if ok else "error"
         file_id = f"file-{batch.id.removeprefix('batch_')}-{kind}"
-        with files.writing(file_id) as file:
+        async with self._writing(file_id) as file:
+            written = 0
             while page:
                 await self._keep_lease(batch.id)
                 await self.batches.call(file.writelines, [result.text + b"\n" for result in page])
+                written += len(page)
                 page = await self.batches.call(store.results, batch.id, ok=ok, after=page[-1].number, limit=RESULTS)
+            # Another gateway may have ended the batch while this one stood still: its results are gone then.
+            now = await self.batches.call(store.batch, batch.id)
+            if now is None or now.status not in RUNNING or written != (now.completed if ok else now.failed):
+                raise LeaseLost(batch.id)
         await self.batches.call(self._keep, batch, file_id, f"{batch.id}_{kind}.jsonl")
         return file_id
+
+    @asynccontextmanager
+    async def _writing(self, file_id: str) -> AsyncIterator[BinaryIO]:
+        """As `FileFolder.writing`, off the event loop: a disk, or a shared folder, may take its time."""
+        writing = self.batches.files.writing(file_id)
+        file = await self.batches.call(writing.__enter__)
+        try:
+            yield file
+        except BaseException as error:
+            if not writing.__exit__(type(error), error, error.__traceback__):
+                raise
+        else:
+            await self.batches.call(writing.__exit__, None, None, None)
 
     def _keep(self, batch: Batch, file_id: str, filename: str) -> None:
         size = self.batches.files.path(file_id).stat().st_size

@@ -60,7 +60,8 @@ class BatchStore(Protocol):
         """Every tenant's batches, the newest first."""
 
     def lease(self, batch_id: str, owner: str, lease_s: float) -> bool:
-        """Takes or renews the right to check a batch's input and to end it; False while another owner has it."""
+        """Takes or renews the right to check a batch's input and to end it; False while another owner has it, and once
+        the batch is over."""
 
     def update(self, batch: Batch, before: Status, owner: str | None = None) -> bool:
         """Replaces a batch's record if its status still is `before`; with an owner, only if that one has the lease.
@@ -218,8 +219,9 @@ class SqliteBatchStore:
         now = self._wall()
         with self._transaction() as db:
             done = db.execute(
-                "UPDATE batches SET owner = ?, lease_until = ? WHERE id = ? AND (owner = ? OR lease_until <= ?)",
-                (owner, now + lease_s, batch_id, owner, now),
+                "UPDATE batches SET owner = ?, lease_until = ? WHERE id = ? AND (owner = ? OR lease_until <= ?)"
+                f" AND status IN ({', '.join('?' * len(RUNNING))})",
+                (owner, now + lease_s, batch_id, owner, now, *(status.value for status in RUNNING)),
             )
         return done.rowcount == 1
 

@@ -93,9 +93,12 @@ async def list_adapters(engine: EngineClient) -> dict[str, str]:
         raise EngineGone(f"its /v1/models answers {answer.status_code} and is not a list of models") from None
 
 
-async def load(engine: EngineClient, name: str, record: AdapterRecord, timeout_s: float, *, again: bool) -> None:
-    """Has a worker load an adapter; `again`: in place of one of that name. AdapterRefused, EngineGone."""
-    body = {"lora_name": name, "lora_path": record.path, "load_inplace": again}
+async def load(engine: EngineClient, name: str, record: AdapterRecord, timeout_s: float) -> None:
+    """Has a worker load an adapter that it does not have. AdapterRefused, EngineGone.
+
+    vLLM 0.32 can also replace one (`load_inplace`), but then reads its files again in every step that uses it.
+    """
+    body = {"lora_name": name, "lora_path": record.path}
     answer = await engine.post("/v1/load_lora_adapter", body, timeout_s=timeout_s)
     if answer.status_code != 200:
         raise AdapterRefused(_reason(answer.status_code, answer.content, record.path))

@@ -186,6 +186,7 @@ class Fleet:
         self._rounds = Rounds(self._look, self._pause_s, clock=clock, background=self._background)
         self.manages: Callable[[str], bool] = lambda name: False  # adapters that are no models of their own
         self.has_adapters: Callable[[Member], None] = lambda member: None
+        self.serves_unmanaged = True  # whether other adapters that an engine lists are models of their own
         self.naps: dict[str, Nap] = {}  # how workers sleep that do not do so by themselves
         self.wakes = False  # whether requests wake what sleeps
         self.waking: set[str] = set()  # models that are about to be served again
@@ -574,7 +575,12 @@ class Fleet:
 
     def _list(self, member: Member, entries: list[dict[str, object]]) -> None:
         """The models that a worker serves: what it lists, without the adapters that are loaded and unloaded."""
-        own = [entry for entry in entries if not self.manages(str(entry["id"]))]
+        own = [
+            entry
+            for entry in entries
+            if not self.manages(str(entry["id"]))
+            and (self.serves_unmanaged or str(entry["id"]) not in member.site.loaded)
+        ]
         member.models_json, member.models = own, tuple(str(entry["id"]) for entry in own)
         self.pools.moved(member.load, member.models)
 

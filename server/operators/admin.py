@@ -166,13 +166,14 @@ class Admin:
             raise BadRequest(f"{error}.", param=name) from None
         self._check_adapter(name, record)
         adapters = self.lines.adapters
-        said = await adapters.loaded_everywhere(name, record)
-        if not said:
-            raise NoWorker(f"No worker serves {record.model!r} right now to load {name!r}.", retry_after_s=5.0)
-        if all(word != LOADED for word in said.values()):
-            worker, why = next(iter(said.items()))
-            raise BadRequest(f"adapter {name!r}: no worker loads it; {worker} says: {why}.", param=name)
-        await self.write(self.records.store.put(ADAPTER, name, orjson.dumps(record.described()).decode()))
+        with adapters.replacing(name, record):
+            said = await adapters.loaded_everywhere(name, record)
+            if not said:
+                raise NoWorker(f"No worker serves {record.model!r} right now to load {name!r}.", retry_after_s=5.0)
+            if all(word != LOADED for word in said.values()):
+                worker, why = next(iter(said.items()))
+                raise BadRequest(f"adapter {name!r}: no worker loads it; {worker} says: {why}.", param=name)
+            await self.write(self.records.store.put(ADAPTER, name, orjson.dumps(record.described()).decode()))
         return said
 
     def _check_adapter(self, name: str, record: AdapterRecord) -> None:

@@ -320,7 +320,7 @@ class Stream(Pipe):
             elif len(data) - at - _FRAME_BYTES <= self.longest and data.endswith(self.framed):
                 made = 1
         ticket, chunks = self.ticket, self.chunks
-        if not made or self.pieces or ticket.second_s is None:
+        if not made or self.pieces or self.finishing or ticket.second_s is None:
             self.body(data[at:-2])
             return
         # An ordinary event of a choice that goes on: what follows is done for each of them.
@@ -409,10 +409,13 @@ class Stream(Pipe):
 
         An event's beginning, up to its choices, and its end are the engine's: the choice's last members, and the
         brackets that close all. Where it tells token ids, they come last, behind a part that is always the same. Where
-        not, an event of one token ends always in the same way, and none is longer than the longest that counted as one.
+        not, an event of one token ends always in the same way, and none is longer than the longest that counted as one
+        (an escaped character is longer than it counts).
         """
         start, choices = event.rfind(b'"finish_reason":null'), event.find(_CHOICES)
-        if not event.startswith(b"data: {") or not 0 < choices < start or said.usage or said.finishes or b"\n" in event:
+        if not event.startswith(b"data: {") or not 0 < choices < start or b"\n" in event:
+            return
+        if said.usage or said.finishes or said.prompt_ids:
             return
         beginning = event[: choices + len(_CHOICES)]
         if said.exact:
@@ -420,7 +423,7 @@ class Stream(Pipe):
             mark = event[start:ids]
             if event.endswith(_IDS_END) and mark.endswith(b',"token_ids":[') and b'"' not in event[ids:]:
                 self.beginning, self.mark = beginning, mark
-        elif said.tokens == 1 and event.endswith(b"}") and b"}]" in event[start:]:
+        elif said.tokens == 1 and event.endswith(b"}") and b"}]" in event[start:] and b"\\u" not in event:
             suffix = event[start:]
             self.longest = max(self.longest if suffix == self.suffix else 0, len(event))
             self.beginning, self.suffix, self.framed = beginning, suffix, suffix + _FRAME

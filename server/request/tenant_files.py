@@ -48,6 +48,8 @@ def read_file(path: Path) -> tuple[TenantRecord, ...]:
         raise ValueError(f"tenant file {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ValueError(f"tenant file {path} is not UTF-8") from None
+    except RecursionError:
+        raise ValueError(f"tenant file {path}: it is nested too deeply") from None
     except msgspec.ValidationError as error:
         raise ValueError(f"tenant file {path}: {sentence(error)}") from None
     except yaml.YAMLError as error:
@@ -77,10 +79,15 @@ def _line_in_json(content: bytes, said: str) -> str:
     index = _INDEX.match(said)
     if index is None:
         return ""
-    at = content.index(b"[")
-    for row in msgspec.json.decode(content, type=_Rows).tenants[: int(index.group(1)) + 1]:
-        begin = content.index(row, at)
-        at = begin + len(bytes(row))
+    at, begin = content.index(b"["), -1
+    try:
+        for row in msgspec.json.decode(content, type=_Rows).tenants[: int(index.group(1)) + 1]:
+            begin = content.index(row, at)
+            at = begin + len(bytes(row))
+    except ValueError:  # the rest of the file is not JSON, or it says `tenants` twice
+        return ""
+    if begin < 0:
+        return ""
     line = content.count(b"\n", 0, begin) + 1
     return f"line {line}: "
 

@@ -380,6 +380,14 @@ def test_what_is_stopped_marks_what_is_on_its_way_as_unfinished() -> None:
     assert replace(calls[0], id="x") != calls[0]
 
 
+def test_a_run_that_was_stopped_before_it_began_sends_nothing() -> None:
+    loop = VirtualLoop(lambda _path, _body: Script(SEVERAL))
+    client = Client(Target("http://h", "m", api="chat"), clock=loop.time)
+    client.stop("by SIGINT")
+    loop.run(client.open_loop([TraceCall("c", 0.0, "t", "Hello", 1, 0)]))
+    assert client.progress.sent == 0
+
+
 def test_making_up_the_first_prompt_makes_no_request_late() -> None:
     loop = VirtualLoop(lambda _path, _body: Script(SEVERAL))
 

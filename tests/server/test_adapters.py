@@ -303,6 +303,7 @@ async def test_an_operator_loads_and_unloads_an_adapter_everywhere() -> None:
         assert "root" not in models[-1]
         moved = await admin(gateway, "PUT", "/adapters/sql", body | {"path": folder("sql-2")})
         assert moved.status == 200 and one.adapters.loaded == two.adapters.loaded == {"sql": folder("sql-2")}
+        assert not any(seen.body.get("load_inplace") for seen in (*one.seen, *two.seen)), "vLLM would read it each step"
         assert (await admin(gateway, "DELETE", "/adapters/sql")).status == 204
         assert not one.adapters.loaded and not two.adapters.loaded
         assert (await asked(gateway, "sql")).error["code"] == "model_not_found"
@@ -378,6 +379,22 @@ async def test_an_engine_s_own_adapter_is_a_model_until_it_is_managed() -> None:
             assert (await admin(gateway, "PUT", "/adapters/own", body)).status == 200
             assert (await asked(gateway, "own")).status == 200
             assert [model for model, _ in gateway.server.lines.depth()] == [MODEL] and not engine.adapters.loads
+
+
+async def test_where_adapters_belong_to_tenants_what_no_record_names_is_not_served() -> None:
+    async with FakeEngine(TWO) as engine:
+        engine.adapters.loaded["left"] = folder("left")
+        async with over(engine, lora={"unmanaged": False}) as gateway:
+            assert (await asked(gateway, "left")).error["code"] == "model_not_found"
+            assert (await asked(gateway, MODEL)).status == 200
+
+
+async def test_an_operator_cannot_load_more_than_a_worker_keeps() -> None:
+    async with FakeEngine(TWO) as engine, over(engine, adapters=configured("a", "b", pinned=True)) as gateway:
+        await eventually(lambda: len(engine.adapters.loaded) == 2, "both are loaded")
+        put = await admin(gateway, "PUT", "/adapters/c", {"model": MODEL, "path": folder("c")})
+        assert put.status == 400 and "all its 2 places for adapters are pinned or in use" in put.error["message"]
+        assert set(engine.adapters.loaded) == {"a", "b"}
 
 
 def test_the_command_line_names_adapters() -> None:

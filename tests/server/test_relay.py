@@ -171,6 +171,17 @@ async def test_what_an_ordinary_event_looks_like_is_learned_and_what_is_not_one_
     assert ticket.tokens == (10 + 1 + 3 + 1 if ids else 99 + 10 + 1)
 
 
+async def test_an_event_with_a_prompt_s_ids_is_no_pattern_for_others() -> None:
+    """vLLM tells the prompt's ids with the first event of each choice of a completion."""
+
+    def first(choice: int, text: str) -> bytes:
+        told = f'"index":{choice},"text":"{text}","finish_reason":null,"prompt_token_ids":[1,2,3],"token_ids":[7]'
+        return b'data: {"id":"c","choices":[{%b}]}\n\n' % told.encode()
+
+    client, ticket, _, _ = await streamed([first(0, "a"), first(1, "b")], framed=True, end=False)
+    assert client.got.count(b'"prompt_token_ids":null') == 2 and ticket.tokens == 2
+
+
 async def test_ordinary_events_of_several_tokens_are_counted_by_their_ids() -> None:
     """`stream_interval` and speculative decoding put many tokens into an event."""
     pieces = [event("x", ids=list(range(at, at + 50))) for at in range(0, 800, 50)]

@@ -294,6 +294,17 @@ def test_a_file_may_be_json(tmp_path: Path) -> None:
     assert record.name == "acme" and record.credentials[0].expires_at == NOON
 
 
+@pytest.mark.parametrize(
+    "text",
+    ['{"tenants": [{"name": 1}], "tenants": []}', '{"tenants": [{"name": 1}, {"na', '{"tenants": ' + "[" * 5000],
+)
+def test_what_is_wrong_in_two_ways_is_one_sentence_too(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "tenants.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="^tenant file .*tenants.json"):
+        read_file(path)
+
+
 def test_one_wrong_record_of_many_is_named_and_nothing_of_the_file_is_used(tmp_path: Path) -> None:
     path, found = tmp_path / "tenants.json", Tenants(lambda: NOON)
     records: list[dict[str, object]] = [{"name": f"t{number}"} for number in range(1000)]

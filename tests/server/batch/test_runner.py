@@ -17,7 +17,7 @@ from server.batch.content import Reply
 from server.batch.files import FileFolder, room_on_disk
 from server.batch.objects import Batch, Result, Status
 from server.batch.runner import Runner
-from server.batch.store import SqliteBatchStore
+from server.batch.store import LeaseLost, SqliteBatchStore
 from server.request.tenants import Tenant
 from server.settings import BatchSettings
 from tests.server.batch.test_batches import OVER, client_of, jsonl
@@ -194,4 +194,32 @@ async def test_a_gateway_that_is_killed_in_finalizing_leaves_it_to_the_next(tmp_
     assert [file.id for file in outputs] == [batch.output_file_id]
     batches.files.remove_parts(2.0**33)
     assert sorted(path.name for path in (tmp_path / "files").iterdir()) == sorted([batch.input_file_id, outputs[0].id])
+    batches.close()
+
+
+class Overtaken(SqliteBatchStore):
+    """Another gateway ends the batch while this one writes its files: the results are gone then."""
+
+    def results(self, batch_id: str, *, ok: bool, after: int, limit: int) -> list[Result]:
+        found = super().results(batch_id, ok=ok, after=after, limit=1)
+        if found and (batch := self.batch(batch_id)) is not None:
+            super().update(batch.moved(Status.COMPLETED, 1), batch.status)
+        return found
+
+
+async def test_a_file_that_another_gateway_has_written_is_not_replaced_by_a_part_of_it(tmp_path: Path) -> None:
+    store = Overtaken(tmp_path / "batches.sqlite", time.monotonic)
+    batches = Batches(FileFolder(tmp_path / "files"), store, BatchSettings(), time.monotonic)
+    runner = Runner(batches, Broken(), "one", time.monotonic)
+    batch = await submitted(batches, 3)
+    assert store.lease(batch.id, "one", 60.0)
+    await runner._validate(batch)
+    store.join(batch.id, "one", 60.0)
+    store.claim(batch.id, "one", 3)
+    store.record(batch.id, "one", [Result(number, True, b"{}") for number in (1, 2, 3)])
+    finalizing = (await batches.batch("acme", batch.id)).moved(Status.FINALIZING, 1)
+    assert store.update(finalizing, Status.IN_PROGRESS)
+    with pytest.raises(LeaseLost):
+        await runner._write_results(await batches.batch("acme", batch.id), ok=True)
+    assert not [file.name for file in (tmp_path / "files").rglob("*") if "output" in file.name]
     batches.close()

@@ -196,6 +196,7 @@ def test_a_batch_that_is_over_has_no_lines(store: BatchStore) -> None:
     assert store.update(failed, Status.VALIDATING, "one")
     assert not store.unfinished(batch.id) and not store.results(batch.id, ok=True, after=0, limit=10)
     assert store.running() == [] and [each.status for each in store.recent(5)] == [Status.FAILED]
+    assert not store.lease(batch.id, "one", 60.0), "there is nothing left to do"
 
 
 def test_adding_a_line_twice_keeps_its_result(store: BatchStore) -> None:
