@@ -4,6 +4,7 @@ import asyncio
 import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from io import SEEK_END
 from typing import BinaryIO, ParamSpec, TypeVar
 
 import msgspec
@@ -80,11 +81,19 @@ class Batches:
         self.changed = asyncio.Event()
         self._checked = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch store")
+        # Files have a thread of their own: an upload to a slow folder must hold up no lease.
+        self._contents = ThreadPoolExecutor(1, thread_name_prefix="batch files")
+        self._one_upload = asyncio.Lock()
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Runs a blocking function in the store's thread."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, lambda: function(*args, **kwargs))
+
+    async def content(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Runs a blocking function that reads or writes files' contents, in the files' thread."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._contents, lambda: function(*args, **kwargs))
 
     def check(self) -> None:
         """ValueError if gateways share the store, but not this folder."""
@@ -101,17 +110,18 @@ class Batches:
         """Keeps an upload. BadRequest for a purpose that there is not, RateLimited past the tenant's quota."""
         if purpose not in PURPOSES:
             raise BadRequest(f"purpose must be 'batch', not '{purpose[:30]}'.", param="purpose")
-        return await self.call(self._add_file, tenant, filename[:255], purpose, source)
-
-    def _add_file(self, tenant: str, filename: str, purpose: str, source: BinaryIO) -> StoredFile:
-        size = source.seek(0, 2)
-        source.seek(0)
-        self._within_quota(tenant, size)
         file_id = self.new_id("file-")
+        size = await self.content(source.seek, 0, SEEK_END)
+        async with self._one_upload:  # or two at once might exceed the quota
+            await self.call(self._within_quota, tenant, size)
+            await self.content(self._copy, file_id, source)
+            return await self.call(self.keep, file_id, tenant, filename[:255], purpose, size)
+
+    def _copy(self, file_id: str, source: BinaryIO) -> None:
+        source.seek(0)
         with self.files.writing(file_id) as file:
             while piece := source.read(1024 * 1024):
                 file.write(piece)
-        return self.keep(file_id, tenant, filename, purpose, size)
 
     def keep(self, file_id: str, tenant: str, filename: str, purpose: str, size: int) -> StoredFile:
         """Records a content that is on disk."""
@@ -172,7 +182,7 @@ class Batches:
             )
         await self.file(tenant.name, asked.input_file_id)
         if tenant.models is not None:
-            model = await self.call(self._first_model, asked.input_file_id)
+            model = await self.content(self._first_model, asked.input_file_id)
             if model is not None and model not in tenant.models:
                 raise UnknownModel(
                     f"Your tenant may not use the model '{model[:100]}' of the input file's first request.",
@@ -233,6 +243,7 @@ class Batches:
         return await self.call(self.store.running)
 
     def close(self) -> None:
-        """Waits for what the thread is doing."""
+        """Waits for what the threads are doing."""
+        self._contents.shutdown(wait=True)
         self._thread.shutdown(wait=True)
         self.store.close()

@@ -209,14 +209,14 @@ class Runner(Collector):
             batch.endpoint, self.batches.settings.max_requests, partial(self.engines.served, batch.tenant)
         )
         try:
-            file = self.batches.files.open(batch.input_file_id)
+            file = await self.batches.content(self.batches.files.open, batch.input_file_id)
         except FileNotFoundError:
             gone = LineError("file_not_found", f"The input file {batch.input_file_id} was deleted.")
             await self._moved(batch, Status.FAILED, errors=(gone,))
             return
         with file:
             lines = checker.lines(file)
-            while page := await self.batches.call(_page, lines):
+            while page := await self.batches.content(_page, lines):
                 await self.batches.call(self.batches.store.add_lines, batch.id, self.owner, page)
                 await self._keep_lease(batch.id)
         if checker.errors:
@@ -287,16 +287,25 @@ class Runner(Collector):
         work.ready += due
         if work.ready or now - work.claimed_at < TICK_S:
             return
-        store, files = self.batches.store, self.batches.files
+        store = self.batches.store
         known = work.numbers()
         claimed = await self.batches.call(store.claim, work.batch.id, self.owner, len(known) + self.read_ahead)
         if lines := [line for line in claimed if line.number not in known]:
-            with files.open(work.batch.input_file_id) as file:
-                work.ready = await self.batches.call(read, file.fileno(), lines)
+            work.ready = await self.batches.content(self._requests, work.batch.input_file_id, lines)
             return
         work.claimed_at = now
         if not work.held:
             work.complete = not await self.batches.call(store.unfinished, work.batch.id)
+
+    def _requests(self, file_id: str, lines: list[BatchLine]) -> list[Ready]:
+        """StoreUnavailable while the folder cannot be read: a shared one may be away, and come back."""
+        try:
+            with self.batches.files.open(file_id) as file:
+                return read(file.fileno(), lines)
+        except OSError as error:
+            raise StoreUnavailable(
+                f"The batch folder cannot be read: {error.strerror}. See that it is mounted.", retry_after_s=5
+            ) from None
 
     async def _start(self, work: _Work) -> None:
         """Starts as many lines as there is room for, in bursts, so that each sees what the ones before have taken."""
@@ -414,7 +423,7 @@ class Runner(Collector):
             written = 0
             while page:
                 await self._keep_lease(batch.id)
-                await self.batches.call(file.writelines, [result.text + b"\n" for result in page])
+                await self.batches.content(file.writelines, [result.text + b"\n" for result in page])
                 written += len(page)
                 page = await self.batches.call(store.results, batch.id, ok=ok, after=page[-1].number, limit=RESULTS)
             # Another gateway may have ended the batch while this one stood still: its results are gone then.
@@ -428,14 +437,14 @@ class Runner(Collector):
     async def _writing(self, file_id: str) -> AsyncIterator[BinaryIO]:
         """As `FileFolder.writing`, off the event loop: a disk, or a shared folder, may take its time."""
         writing = self.batches.files.writing(file_id)
-        file = await self.batches.call(writing.__enter__)
+        file = await self.batches.content(writing.__enter__)
         try:
             yield file
         except BaseException as error:
             if not writing.__exit__(type(error), error, error.__traceback__):
                 raise
         else:
-            await self.batches.call(writing.__exit__, None, None, None)
+            await self.batches.content(writing.__exit__, None, None, None)
 
     def _keep(self, batch: Batch, file_id: str, filename: str) -> None:
         size = self.batches.files.path(file_id).stat().st_size
