@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager
@@ -139,6 +140,27 @@ async def test_six_adapters_move_between_two_engines_and_each_answers_as_itself(
         assert most <= KEPT and gateway.server.adapters.unloads
         listed = (await gateway.ask("/v1/models", method="GET")).json()["data"]
         assert {entry["id"]: entry.get("parent") for entry in listed} == {BASE: None, **dict.fromkeys(NAMES, BASE)}
+
+
+async def test_an_adapter_that_moves_answers_from_its_new_files_which_are_read_once(
+    engines: list[str], folder: Path, tmp_path: Path
+) -> None:
+    async with over(engines, folder) as gateway:
+
+        async def said(name: str) -> str:
+            reply = await gateway.ask("/v1/completions", question(name, 1))
+            assert reply.status == 200, reply.body
+            return str(reply.json()["choices"][0]["text"])
+
+        before, other = await said(NAMES[0]), await said(NAMES[1])
+        assert before != other
+        moved = tmp_path / "moved"
+        shutil.copytree(folder / NAMES[1], moved)
+        put = await admin(gateway, "PUT", f"/adapters/{NAMES[0]}", {"model": BASE, "path": str(moved)})
+        assert put.status == 200 and "loaded" in put.json()["asked"].values(), put.body
+        assert await said(NAMES[0]) == other
+        shutil.rmtree(moved)
+        assert [await said(NAMES[0]) for _ in range(2)] == [other, other]
 
 
 async def test_what_vllm_says_of_one_that_does_not_fit_is_one_sentence(engines: list[str], folder: Path) -> None:
