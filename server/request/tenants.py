@@ -276,6 +276,15 @@ def index_of(records: Iterable[TenantRecord]) -> dict[bytes, TenantRecord]:
 def digest_of_all(records: Iterable[TenantRecord]) -> str:
     """The same for the same tenants, in whatever order and notation they were written; another for any others."""
     digest = hashlib.sha256()
-    for text in sorted(map(_encode_in_order, records)):
+    for text in sorted(_encode_in_order(_in_one_notation(record)) for record in records):
         digest.update(text)
     return digest.hexdigest()
+
+
+def _in_one_notation(record: TenantRecord) -> TenantRecord | tuple[TenantRecord, list[tuple[str, float | None]]]:
+    """A record with one plain key as it is; of any other its keys in order, with moments rather than dates in
+    somebody's time zone."""
+    if len(record.keys) <= 1 and all(isinstance(key, str) for key in record.keys):
+        return record
+    keys = sorted((key.key, key.expires_at) for key in record.credentials)
+    return msgspec.structs.replace(record, keys=()), keys

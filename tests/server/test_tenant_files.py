@@ -123,6 +123,11 @@ def test_the_digest_of_tenants_is_that_of_what_they_say(tmp_path: Path) -> None:
         {"name": "a", "keys": [KEY], "models": ["x", "y", "z"], "weight": 2},
         {"name": "b", "grants": ["seed", "bad_words"]},
     )
+    two_keys = [{"key": KEY, "expires": "2030-01-01T00:00:00"}, OTHER]
+    swapped = [OTHER, {"key": KEY, "expires": "2030-01-01T01:00:00+01:00"}]
+    assert digest_of_all([read_record({**one, "keys": two_keys})]) == digest_of_all(
+        [read_record({**one, "keys": swapped})]
+    )
     said = digest_of_all(map(read_record, (one, other)))
     again = [other, {**one, "weight": 2.0, "models": ["z", "y", "x"]}]
     assert digest_of_all(map(read_record, again)) == said
