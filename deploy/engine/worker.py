@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from random import SystemRandom
 from typing import Protocol
 
 import httpx2
@@ -48,6 +49,10 @@ MOVES: Mapping[EngineState, frozenset[EngineState]] = {
     EngineState.DEAD: frozenset({EngineState.STARTING, EngineState.STOPPED}),
     EngineState.STOPPED: frozenset(),
 }
+
+
+# Below those that Linux gives to outgoing connections (ip_local_port_range) and Kubernetes to services.
+PORTS = range(20_000, 30_000)
 
 
 class WorkerError(Exception):
@@ -396,13 +401,15 @@ def _now_s() -> float:
 
 
 def usable_ports(last: Ports | None) -> Ports:
-    """The ports of the last start if they are free, else others."""
+    """The ports of the last start if they are free, else others.
+
+    An engine listens seconds after its ports were chosen. A port that the kernel might have given to an outgoing
+    connection meanwhile would not do: vLLM waits for ever for a side channel that it could not open.
+    """
     if last is not None and is_free("127.0.0.1", last.http) and is_free("127.0.0.1", last.side_channel):
         return last
-    with socket.socket() as http, socket.socket() as side_channel:
-        for one in (http, side_channel):
-            one.bind(("127.0.0.1", 0))
-        return Ports(http.getsockname()[1], side_channel.getsockname()[1])
+    free = (port for port in SystemRandom().sample(PORTS, len(PORTS)) if is_free("127.0.0.1", port))
+    return Ports(next(free), next(free))
 
 
 def is_free(host: str, port: int) -> bool:
