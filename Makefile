@@ -37,9 +37,9 @@ soak:  ## hours of what `make test` does for seconds: hostile bytes, dying worke
 	@$(BIN)/python -m tests.chaos soak
 	@$(BIN)/python -m tests.chaos churn
 
-chaos:  ## every figure of docs/reliability.md but the soak's, one after the other
+chaos:  ## every figure of docs/reliability.md but those of the soaks, one after the other
 	@$(INSTALL) --tests
-	@missed=0; for run in workers engines seeds redis rolling overload hostile memory; do \
+	@missed=0; for run in workers engines seeds redis rolling overload hostile memory batch; do \
 		$(BIN)/python -m tests.chaos $$run || missed=1; done; exit $$missed
 
 lint:  ## style, types and import rules
@@ -48,7 +48,7 @@ lint:  ## style, types and import rules
 	@$(BIN)/mypy --no-error-summary
 	@said="$$($(BIN)/lint-imports --no-logo)" || { echo "$$said"; exit 1; }
 
-bench: bench-start bench-ttft bench-laptop bench-schedule bench-policies bench-iterations bench-simulator bench-replay bench-compare bench-fresh bench-gateway bench-scale bench-placement bench-replicas bench-disaggregation bench-salt bench-slack bench-batch  ## every figure in docs/benchmarks, one after the other
+bench: bench-start bench-ttft bench-laptop bench-schedule bench-policies bench-iterations bench-simulator bench-replay bench-compare bench-fresh bench-gateway bench-gateway-cost bench-scale bench-placement bench-replicas bench-disaggregation bench-salt bench-slack bench-batch  ## every figure in docs/benchmarks, one after the other
 
 bench-%: install
 	@exec $(BIN)/evenhand bench $* $(ARGS)

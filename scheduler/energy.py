@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 POWERCAP = Path("/sys/class/powercap")
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # of a machine, in all of its containers
 
 
 class Nvml(Protocol):
@@ -44,15 +45,18 @@ class RaplZone:
         return self.joules
 
 
-def rapl_zones(root: Path = POWERCAP) -> dict[str, RaplZone]:
-    """The CPU packages by name; none where this process may not read them. Their parts (cores, memory) are in them."""
+def rapl_zones(root: Path = POWERCAP, boot_id: Path = BOOT_ID) -> dict[str, RaplZone]:
+    """The CPU packages by name and machine; none where this process may not read them. Their parts (cores, memory) are
+    in them."""
     zones = {}
+    machine = boot_id.read_text()[:8] if boot_id.is_file() else ""  # packages have the same names everywhere
     for folder in sorted(root.glob("intel-rapl:[0-9]*")) if root.is_dir() else ():
         with suppress(OSError, ValueError):
             name = (folder / "name").read_text().strip()
             span = int((folder / "max_energy_range_uj").read_text()) + 1
             if name.startswith("package"):
-                zones[name] = RaplZone(folder / "energy_uj", span, int((folder / "energy_uj").read_text()))
+                counter = folder / "energy_uj"
+                zones[f"{name}-{machine}"] = RaplZone(counter, span, int(counter.read_text()))
     return zones
 
 
@@ -86,16 +90,21 @@ class Meters:
         return read
 
 
-def meters(*, gpu: bool, environ: Mapping[str, str], root: Path = POWERCAP, nvml: Nvml | None = None) -> Meters:
-    """The meters of an engine: of its GPUs, or of the CPU packages. nvml: None for this machine's own."""
-    if not gpu:
+def meters(*, gpus: int, environ: Mapping[str, str], root: Path = POWERCAP, nvml: Nvml | None = None) -> Meters:
+    """The meters of an engine: of the first so many GPUs that it sees, or, if it has none, of the CPU packages.
+
+    nvml: None for this machine's own.
+    """
+    if not gpus:
         return Meters(zones=rapl_zones(root))
     nvml = nvml or installed_nvml()
     if nvml is None:
         return Meters()
     with suppress(nvml.NVMLError):
         nvml.nvmlInit()
-        return Meters(gpus=_visible(nvml, environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")), nvml=nvml)
+        seen = environ.get("CUDA_VISIBLE_DEVICES")
+        names = map(str, range(gpus)) if seen is None else seen.split(",")[:gpus]
+        return Meters(gpus=_visible(nvml, names), nvml=nvml)
     return Meters()
 
 
@@ -110,9 +119,8 @@ def _visible(nvml: Nvml, names: Iterable[str]) -> dict[str, Any]:
     return gpus
 
 
-def installed_nvml() -> Nvml | None:
+def installed_nvml() -> Any | None:
     """NVML's Python binding, None where it is not installed."""
     with suppress(ImportError):
-        binding: Nvml = import_module("pynvml")
-        return binding
+        return import_module("pynvml")
     return None

@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "I8": 8, "U8": 8, "I32": 32}
+BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "I8": 8, "U8": 8, "I32": 32, "I64": 64}
+EXTRAS = (
+    "scales", "scale", "scale_2", "scale_inv", "zeros", "zero_point", "g_idx", "weight_shape",
+    "absmax", "quant_map",
+)  # fmt: skip
 _MOST_HEAD_BYTES = 100 << 20
 
 
@@ -58,18 +62,22 @@ def _tensor(name: str, tensor: Mapping[str, Any], loaded_bits: int, packed_bits:
     """Parameters and bits. Scales and zero points take room and are no parameters."""
     kind, numbers = tensor["dtype"], prod(tensor["shape"])
     stored = BITS[kind] * numbers
-    extra = name.endswith(("scales", "scale", "zeros", "zero_point", "g_idx", "scale_inv", "weight_shape"))
-    if extra or "inv_freq" in name:
+    if name.endswith(EXTRAS) or "inv_freq" in name or ".quant_state." in name:
         return 0, stored
-    if kind == "I32":  # packed
-        return (stored // packed_bits if packed_bits else numbers), stored
+    if kind == "I32" and not packed_bits:
+        raise ValueError(f"{name} packs several parameters into each integer, and nothing says how many")
+    if packed_bits and kind in ("I32", "U8"):
+        return stored // packed_bits, stored
     return numbers, numbers * loaded_bits if kind in FLOATS else stored
 
 
 def packed_bits_of(config: Any) -> int | None:
     """Bits of a packed parameter as a Hugging Face configuration says, None if it does not."""
-    quantised = getattr(config, "quantization_config", None)
-    bits = quantised.get("bits") if isinstance(quantised, Mapping) else None
-    with suppress(TypeError, ValueError):
-        return int(bits) if bits is not None and int(bits) > 0 else None
+    told = getattr(config, "quantization_config", None)
+    if not isinstance(told, Mapping):
+        return None
+    with suppress(AttributeError, KeyError, TypeError, ValueError):
+        groups = [group["weights"]["num_bits"] for group in told.get("config_groups", {}).values()]
+        bits = int(told.get("bits") or max(groups, default=0) or (4 if told.get("load_in_4bit") else 0))
+        return bits if bits > 0 else None
     return None

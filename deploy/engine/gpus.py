@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from scheduler.energy import installed_nvml
+
 # CUDA 13, which vLLM's wheels are built for, needs the driver 580 or newer, and Turing or newer (NVIDIA, CUDA Toolkit
 # 13.0 release notes). NVIDIA's package cuda-compat-13-0 lets some older data center drivers run it, too.
 OLDEST_DRIVER = 580
@@ -94,15 +96,6 @@ def find_gpus(
     nvml = nvml or installed_nvml()
     found = (from_nvml(nvml) if nvml is not None else None) or from_smi(smi or smi_of(root)) or from_devices(root)
     return Accelerators(visible(found.gpus, environ.get("CUDA_VISIBLE_DEVICES")), found.driver)
-
-
-def installed_nvml() -> Nvml | None:
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    nvml: Nvml = pynvml
-    return nvml
 
 
 def from_nvml(nvml: Nvml) -> Accelerators | None:

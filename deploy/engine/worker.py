@@ -51,7 +51,7 @@ MOVES: Mapping[EngineState, frozenset[EngineState]] = {
 }
 
 
-# Below those that Linux gives to outgoing connections (ip_local_port_range) and Kubernetes to services.
+# Below those that Linux, by default, gives to outgoing connections (ip_local_port_range) and Kubernetes to services.
 PORTS = range(20_000, 30_000)
 
 

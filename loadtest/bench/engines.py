@@ -18,10 +18,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from deploy.engine.engine_args import EngineCommand, EnginePlan, Ports, cpu_dtype, engine_command
+from deploy.engine.engine_args import EngineCommand, EnginePlan, cpu_dtype, engine_command
 from deploy.engine.gpu_plan import Share
 from deploy.engine.machine import look
 from deploy.engine.model import cache_folder, obtain, stored_dtype
+from deploy.engine.worker import usable_ports
 from loadtest.bench.bench_target import free_port
 
 START_S = 400.0
@@ -58,10 +59,11 @@ def running(argv: Sequence[str], env: dict[str, str], health: str, limit_s: floa
                 if process.poll() is not None or time.monotonic() - began > limit_s:
                     raise RuntimeError(f"{' '.join(argv[:6])} … did not start:\n{log.read_text()[-3000:]}")
                 time.sleep(0.05)
-            yield log
-        except Exception:
-            sys.stderr.write(log.read_text(errors="replace")[-2000:])
-            raise
+            try:
+                yield log
+            except Exception:
+                sys.stderr.write(log.read_text(errors="replace")[-2000:])
+                raise
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGINT)
@@ -94,7 +96,7 @@ def engine_program(model: str, policy: str | None, port: int, args: Sequence[str
         model_args=source.engine_args,
         user_args=tuple(args),
     )
-    command = engine_command(plan, Ports(port, free_port()), sys.executable)
+    command = engine_command(plan, replace(usable_ports(None), http=port), sys.executable)
     argv = list(command.argv)
     if policy is None:
         for option in ("--scheduler-cls", "--additional-config", "--distributed-executor-backend"):

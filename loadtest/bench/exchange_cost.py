@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import count
+from statistics import median
 
 import uvloop
 
@@ -58,8 +59,7 @@ async def _measured(url: str, tenants: int) -> Mapping[str, float]:
         heard.append(await other.cpu_ms())
     await one.store.close()
     await other.store.close()
-    middle = ROUNDS // 2
-    return {"tell_ms": sorted(told[1:])[middle - 1], "hear_ms": sorted(heard[1:])[middle - 1]}
+    return {"tell_ms": median(told[1:]), "hear_ms": median(heard[1:])}
 
 
 def exchange_cost(url: str, tenants: int) -> Mapping[str, float]:

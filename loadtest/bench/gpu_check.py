@@ -23,10 +23,10 @@ from typing import Any
 
 import httpx2
 
-from deploy.engine.gpus import installed_nvml
 from deploy.engine.model import BUNDLED
 from loadtest.bench.bench_target import free_port
 from loadtest.bench.engines import engine, running
+from scheduler.energy import installed_nvml
 
 MOST_TOKENS = (16, 16, 16, 256)  # of requests in turn: a long answer among short ones gives mlfq something to displace
 LEAST_RATIO = 0.95  # of stock's tokens a second

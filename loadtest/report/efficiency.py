@@ -51,8 +51,8 @@ def _drawn(samples: Sequence[Sample]) -> tuple[float | None, float]:
     told = [one for one in samples if one.joules]
     if len(told) < 2:
         return None, 0.0
-    drawn = 0.0
-    for before, after in zip(told, told[1:], strict=False):
-        steps = (after.joules[device] - was for device, was in before.joules.items() if device in after.joules)
-        drawn += sum(max(0.0, step) for step in steps)
+    last, drawn = dict(told[0].joules), 0.0  # a device that did not answer once is told of by its next sample
+    for one in told[1:]:
+        drawn += sum(max(0.0, now - last[device]) for device, now in one.joules.items() if device in last)
+        last |= one.joules
     return drawn, told[-1].at_s - told[0].at_s

@@ -19,6 +19,7 @@ streaming-input session is one job per turn; a turn that starts with its KV bloc
 import inspect
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
@@ -45,7 +46,7 @@ from vllm.version import __version_tuple__ as vllm_version
 
 from scheduler.batching import prompt_cap
 from scheduler.catalog import build, options_from
-from scheduler.energy import meters
+from scheduler.energy import Meters, meters
 from scheduler.fairness import FairnessTally
 from scheduler.jobs import Job, Outcome, Tier
 from scheduler.kept_blocks import Kept
@@ -427,6 +428,22 @@ def blocks_for(spec: Any, tokens: int) -> int:  # noqa: ANN401
     return -(-min(tokens, int(window)) // int(spec.block_size))
 
 
+def watch_meters(found: Meters, metrics: "EngineMetrics") -> None:
+    """Keeps energy and GPU use up to date in a thread: an engine that idles takes no steps in which to read them."""
+    if not (found.zones or found.gpus):
+        return
+
+    def watch() -> None:
+        while True:
+            for device, joules in found.joules().items():
+                metrics.energy.labels(device).set(joules)
+            for device, share in found.use().items():
+                metrics.gpu_use.labels(device).set(share)
+            time.sleep(REPORT_INTERVAL_S)
+
+    threading.Thread(target=watch, name="evenhand meters", daemon=True).start()
+
+
 class EngineMetrics:
     """What the plug-in exports. vLLM's API server shows it if PROMETHEUS_MULTIPROC_DIR was set before the start."""
 
@@ -560,7 +577,8 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         weights = weights_of(Path(model.model), 8 * model.dtype.itemsize, packed_bits_of(model.hf_config))
         if weights is not None:
             self._metrics.compression.set(weights.compression)
-        self._meters = meters(gpu=not current_platform.is_cpu(), environ=os.environ)
+        gpus = 0 if current_platform.is_cpu() else self.vllm_config.parallel_config.world_size
+        watch_meters(meters(gpus=gpus, environ=os.environ), self._metrics)
         logger.info("evenhand: policy %s, %d slots", policy.name, self._slots)
         self._warn_of_recomputation(policy)
         if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
@@ -977,10 +995,6 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         self._report_at = now + REPORT_INTERVAL_S
         self._metrics.steps.inc(self._steps)
         self._steps = 0
-        for device, joules in self._meters.joules().items():
-            self._metrics.energy.labels(device).set(joules)
-        for device, share in self._meters.use().items():
-            self._metrics.gpu_use.labels(device).set(share)
         depth = self._lanes.depth()
         for lane in self._lanes_shown - depth.keys():
             self._metrics.waiting.labels(lane).set(0)

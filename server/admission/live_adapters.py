@@ -182,7 +182,8 @@ class LiveAdapters(Collector):
 
     def _may_load(self, load: WorkerLoad, name: str) -> bool:
         site = self._site(load)
-        return self._reason(site, name) is None and site.has_room(name, self._most(site), self.pinned)
+        kept = {each for each in site.loaded if each in self.pinned or each not in self.records}
+        return self._reason(site, name) is None and site.has_room(name, self._most(site), kept)
 
     def _reason(self, site: AdapterSite, name: str) -> str | None:
         """Why a worker has not loaded an adapter lately."""
@@ -209,9 +210,8 @@ class LiveAdapters(Collector):
         AdapterRefused if the worker does not load it, EngineGone if it does not answer, AdapterUnavailable if there is
         no such adapter any more.
         """
-        record = self.records.get(name)
-        if record is None:
-            raise AdapterUnavailable(f"The adapter '{name[:100]}' is not served here any more.", code="model_not_found")
+        if name not in self.records:
+            raise _gone(name)
         site = member.site
         if self._has(member.load, name):
             return
@@ -219,52 +219,57 @@ class LiveAdapters(Collector):
             raise AdapterRefused(why)
         task = site.loading.get(name)
         if task is None:
-            task = site.loading[name] = asyncio.get_running_loop().create_task(self._load_for(member, name, record))
+            task = site.loading[name] = asyncio.get_running_loop().create_task(self._load(member, name))
             task.add_done_callback(lambda done: _over(site, name, done))
         await asyncio.shield(task)
 
-    async def _load_for(self, member: Member, name: str, record: AdapterRecord) -> None:
-        """For requests: one that was taken out meanwhile leaves the worker again."""
-        await self._load(member, name, record)
-        if name not in self.records:
-            await self.unload(member, name)
-            raise AdapterUnavailable(f"The adapter '{name[:100]}' is not served here any more.", code="model_not_found")
-
-    async def _load(self, member: Member, name: str, record: AdapterRecord) -> None:
+    async def _load(self, member: Member, name: str, wanted: AdapterRecord | None = None) -> None:
+        """wanted: what an operator is bringing; None for the one that is in force when it is this load's turn."""
         site, began = member.site, self._clock()
         async with site.one_at_a_time:
             await self._ask(member)  # other gateways load and unload, too
+            record = wanted or self.records.get(name)
+            if record is None:
+                raise _gone(name)
+            if site.loaded.get(name) == record.path or (wanted is None and self._has(member.load, name)):
+                return
             try:
-                if site.loaded.get(name) != record.path:
-                    if name in site.loaded:  # from another path
-                        await self.unload(member, name)
-                    await self._make_room(member, name)
-                    await load(member.engine, name, record, self._settings.load_timeout_s)
+                await self._replace(member, name, record)
             except AdapterRefused as error:
                 self.loads["refused"] += 1
-                site.refused[name] = (self._clock() + REFUSED_S, str(error))
+                if self.records.get(name) == record:  # of a path that is only tried it says nothing
+                    site.refused[name] = (self._clock() + REFUSED_S, str(error))
                 log.error("worker %s does not load adapter %s: %s", member.worker.id, name, error)
                 raise
             except EngineGone:
                 self.loads["failed"] += 1
                 raise
             site.loaded[name] = record.path
+            if wanted is None and name not in self.records:  # taken out meanwhile
+                await self.unload(member, name)
+                raise _gone(name)
             self._note(member)
             site.refused.pop(name, None)
         self.loads["loaded"] += 1
         self.load_s.observe(self._clock() - began)
         log.info("worker %s has loaded adapter %s", member.worker.id, name)
 
+    async def _replace(self, member: Member, name: str, record: AdapterRecord) -> None:
+        if name in member.site.loaded:  # from another path
+            await self.unload(member, name)
+        await self._make_room(member)
+        await load(member.engine, name, record, self._settings.load_timeout_s)
+
     async def _ask(self, member: Member) -> None:
         member.site.found(await list_adapters(member.engine))
         self._note(member)
 
-    async def _make_room(self, member: Member, name: str) -> None:
+    async def _make_room(self, member: Member) -> None:
         """Unloads what leaves for one more. AdapterRefused if all are pinned or in use."""
         site, most = member.site, self._most(member.site)
         for other in site.leaving(most, self.records, self.pinned):
             await self.unload(member, other)
-        if sum(each in self.records for each in site.loaded) >= most:
+        if len(site.loaded) >= most:
             raise AdapterRefused(
                 f"all its {most} places for adapters are pinned or in use: try later, or raise --max-cpu-loras"
             )
@@ -418,6 +423,10 @@ class LiveAdapters(Collector):
         yield from (there, loads)
         yield CounterMetricFamily("evenhand_adapter_unloads", "LoRA adapters that left a worker.", value=self.unloads)
         yield self.load_s.family()
+
+
+def _gone(name: str) -> AdapterUnavailable:
+    return AdapterUnavailable(f"The adapter '{name[:100]}' is not served here any more.", code="model_not_found")
 
 
 def _over(site: AdapterSite, name: str, done: "asyncio.Task[None]") -> None:

@@ -81,8 +81,8 @@ class Batches:
         self.changed = asyncio.Event()
         self._checked = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch store")
-        # Files have a thread of their own: an upload to a slow folder must hold up no lease.
-        self._contents = ThreadPoolExecutor(1, thread_name_prefix="batch files")
+        # Files have threads of their own, of which uploads take one: a slow folder must hold up no lease.
+        self._contents = ThreadPoolExecutor(4, thread_name_prefix="batch files")
         self._one_upload = asyncio.Lock()
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -91,7 +91,7 @@ class Batches:
         return await loop.run_in_executor(self._thread, lambda: function(*args, **kwargs))
 
     async def content(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Runs a blocking function that reads or writes files' contents, in the files' thread."""
+        """Runs a blocking function that looks at the folder, in a thread for that."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._contents, lambda: function(*args, **kwargs))
 
@@ -115,7 +115,11 @@ class Batches:
         async with self._one_upload:  # or two at once might exceed the quota
             await self.call(self._within_quota, tenant, size)
             await self.content(self._copy, file_id, source)
-            return await self.call(self.keep, file_id, tenant, filename[:255], purpose, size)
+            try:
+                return await self.call(self.keep, file_id, tenant, filename[:255], purpose, size)
+            except BaseException:
+                await self.content(self.files.remove, file_id)  # nothing would know of it
+                raise
 
     def _copy(self, file_id: str, source: BinaryIO) -> None:
         source.seek(0)
@@ -154,18 +158,18 @@ class Batches:
         await self.file(tenant, file_id)
         if any(batch.input_file_id == file_id for batch in await self.call(self.store.running)):
             raise BadRequest(f"The file '{file_id}' is the input of a running batch: cancel it first.", param="file_id")
-        await self.call(self._remove, file_id)
+        await self._remove(file_id)
 
-    def _remove(self, file_id: str) -> None:
-        self.files.remove(file_id)
-        self.store.remove_file(file_id)
+    async def _remove(self, file_id: str) -> None:
+        await self.content(self.files.remove, file_id)
+        await self.call(self.store.remove_file, file_id)
 
     async def sweep(self) -> int:
         """Removes files past their expiry; returns how many."""
         expired = await self.call(self.store.expired_files, self.wall())
         for file in expired:
-            await self.call(self._remove, file.id)
-        await self.call(self.files.remove_parts, self.wall() - UNITS_S["d"])
+            await self._remove(file.id)
+        await self.content(self.files.remove_parts, self.wall() - UNITS_S["d"])
         return len(expired)
 
     # batches

@@ -54,9 +54,9 @@ end
 """
 
 _LEASE = """
--- ARGV: owner, ttl in ms.
+-- KEYS[9]: ids of running batches. ARGV: owner, ttl in ms, id.
 local until_ms = tonumber(redis.call('HGET', state, 'lease_until') or '')
-if not until_ms or redis.call('HEXISTS', state, 'over') == 1 then return 0 end
+if not until_ms or not redis.call('ZSCORE', KEYS[9], ARGV[3]) then return 0 end
 if redis.call('HGET', state, 'owner') ~= ARGV[1] and until_ms > now then return 0 end
 redis.call('HSET', state, 'owner', ARGV[1], 'lease_until', now + ARGV[2])
 return 1
@@ -70,7 +70,6 @@ if ARGV[3] ~= '' and redis.call('HGET', state, 'owner') ~= ARGV[3] then return 0
 redis.call('HSET', state, 'status', ARGV[4], 'total', ARGV[5])
 redis.call('HSET', KEYS[9], ARGV[1], ARGV[6])
 if ARGV[7] == '1' then
-  redis.call('HSET', state, 'over', '1')
   redis.call('ZREM', KEYS[10], ARGV[1])
   redis.call('UNLINK', owners, claims, open, lines, texts, answered, refused)
 end
@@ -335,7 +334,8 @@ class RedisBatchStore:
         return self._counted(self._page(self._key("all"), self._key("batches"), None, limit, _read_batch))
 
     def lease(self, batch_id: str, owner: str, lease_s: float) -> bool:
-        return bool(self._run(self._lease, self._of(batch_id), owner, _ms(lease_s)))
+        keys = [*self._of(batch_id), self._key("running")]
+        return bool(self._run(self._lease, keys, owner, _ms(lease_s), batch_id))
 
     def update(self, batch: Batch, before: Status, owner: str | None = None) -> bool:
         keys = [*self._of(batch.id), self._key("batches"), self._key("running")]

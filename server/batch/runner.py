@@ -166,6 +166,7 @@ class Runner(Collector):
                     await asyncio.sleep(self.pause_s)
                 except LeaseLost:
                     log.warning("other gateways have taken over what this one had of batch %s", batch_id)
+                    return  # it is looked at again soon
         except AWAY as error:
             log.error("batch %s pauses: %s", batch_id, error)
         finally:
@@ -430,7 +431,8 @@ class Runner(Collector):
             now = await self.batches.call(store.batch, batch.id)
             if now is None or now.status not in RUNNING or written != (now.completed if ok else now.failed):
                 raise LeaseLost(batch.id)
-        await self.batches.call(self._keep, batch, file_id, f"{batch.id}_{kind}.jsonl")
+        size = (await self.batches.content(self.batches.files.path(file_id).stat)).st_size
+        await self.batches.call(self._keep, batch, file_id, f"{batch.id}_{kind}.jsonl", size)
         return file_id
 
     @asynccontextmanager
@@ -441,13 +443,12 @@ class Runner(Collector):
         try:
             yield file
         except BaseException as error:
-            if not writing.__exit__(type(error), error, error.__traceback__):
-                raise
+            await self.batches.content(writing.__exit__, type(error), error, error.__traceback__)
+            raise
         else:
             await self.batches.content(writing.__exit__, None, None, None)
 
-    def _keep(self, batch: Batch, file_id: str, filename: str) -> None:
-        size = self.batches.files.path(file_id).stat().st_size
+    def _keep(self, batch: Batch, file_id: str, filename: str, size: int) -> None:
         self.batches.store.remove_file(file_id)
         self.batches.keep(file_id, batch.tenant, filename, "batch_output", size)
 

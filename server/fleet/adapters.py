@@ -72,16 +72,16 @@ class AdapterSite:
             del self.running[name]
 
     def has_room(self, name: str, most: int, kept: Collection[str]) -> bool:
-        """Whether `name` is loaded and in use, or can be without more than `most` in use. kept: those that stay loaded
+        """Whether `name` is loaded and in use, or can be without more than `most` in use. kept: loaded ones that stay,
         whether they are in use or not."""
-        busy = self.running.keys() | (self.loaded.keys() & kept)
+        busy = self.running.keys() | set(kept)
         return name in busy or len(busy) < most
 
     def leaving(self, most: int, managed: Collection[str], kept: Collection[str]) -> list[str]:
-        """The adapters to unload before one more is loaded, least recently used first. managed: those that count."""
-        ours = [name for name in self.loaded if name in managed]
-        idle = [name for name in ours if name not in kept and name not in self.running and name not in self.loading]
-        return idle[: max(0, len(ours) + 1 - most)]
+        """The adapters to unload before one more is loaded, least recently used first. managed: those that may go."""
+        stay = self.running.keys() | self.loading.keys() | set(kept)
+        idle = [name for name in self.loaded if name in managed and name not in stay]
+        return idle[: max(0, len(self.loaded) + 1 - most)]
 
 
 async def list_adapters(engine: EngineClient) -> dict[str, str]:

@@ -39,12 +39,6 @@ _RANKS = re.compile(r'^vllm:num_requests_running\{[^}]*\bengine="(\d{1,4})"', re
 _AWAKE = re.compile(r'^vllm:engine_sleep_state\{[^}]*sleep_state="awake"[^}]*\}\s+([01])', re.MULTILINE)
 _SLOTS = re.compile(r"^evenhand_engine_slots" + NUMBER, re.MULTILINE)
 _ADAPTERS = re.compile(r"^evenhand_engine_adapters" + NUMBER, re.MULTILINE)
-_JOULES = re.compile(
-    r'^evenhand_engine_energy_joules\{[^}]*device="([^"]{1,100})"[^}]*\}\s+(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)$',
-    re.MULTILINE,
-)
-_GPU_USE = re.compile(r"^evenhand_engine_gpu_use" + NUMBER, re.MULTILINE)
-_COMPRESSION = re.compile(r"^evenhand_engine_weight_compression" + NUMBER, re.MULTILINE)
 _STEP_TOKENS = re.compile(r"^evenhand_engine_step_tokens" + NUMBER, re.MULTILINE)
 _BLOCKS = re.compile(
     r'^vllm:cache_config_info\{(?=.*\bblock_size="(\d{1,6})")(?=.*\bnum_gpu_blocks="(\d{1,9})")', re.MULTILINE
@@ -500,7 +494,10 @@ class Fleet:
 
     def _read_plugin(self, member: Member, metrics: str) -> None:
         """What our scheduler says of its engine, if it is inside."""
-        if not member.worker.plugin and _PLUGIN in metrics:
+        if _PLUGIN not in metrics:
+            return
+        metrics = "\n".join(line for line in metrics.split("\n") if line.startswith("evenhand_"))  # a few of hundreds
+        if not member.worker.plugin:
             self._learned(member, replace(member.worker, plugin=True))
         if (slots := _SLOTS.search(metrics)) is not None and 1 <= float(slots.group(1)) < _MOST_SEQUENCES:
             self._learn_slots(member, int(float(slots.group(1))))

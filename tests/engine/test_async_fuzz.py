@@ -229,6 +229,17 @@ def test_with_steps_in_flight_no_token_is_lost_and_no_block_leaks(hollow_model: 
     assert found.total() > 0, found
 
 
+def test_requests_were_displaced_and_memory_was_short_in_these_runs(hollow_model: Path) -> None:
+    """Or else they show little."""
+    found: Counter[str] = Counter()
+    for setup in SETUPS[:3]:
+        run = Run(hollow_model, setup, seed=2)
+        run.run()
+        run.check()
+        found += run.preemptions()
+    assert found["policy"] > 20 and found["memory"] > 0, found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_many_more_of_them(hollow_model: Path, seed: int) -> None:

@@ -23,16 +23,19 @@ def test_packages_count_from_when_they_were_found_and_over_the_end_of_their_coun
     zone(tmp_path, "intel-rapl:1", "package-1", 5)
     zone(tmp_path, "intel-rapl:0:0", "core", 7)
     zone(tmp_path, "intel-rapl:2", "psys", 7)
-    found = meters(gpu=False, environ={}, root=tmp_path)
-    assert found.joules() == {"package-0": 0.0, "package-1": 0.0} and found.use() == {}
+    (boot_id := tmp_path / "boot_id").write_text("0123456789abcdef\n")
+    found = Meters(zones=rapl_zones(tmp_path, boot_id))
+    one, other = "package-0-01234567", "package-1-01234567"
+    assert found.joules() == {one: 0.0, other: 0.0} and found.use() == {}
+    assert len(meters(gpus=0, environ={}, root=tmp_path).zones) == 2
     counter.write_text("1000000\n")
-    assert found.joules()["package-0"] == pytest.approx(2.0)
+    assert found.joules()[one] == pytest.approx(2.0)
     counter.unlink()
-    assert found.joules() == {"package-1": 0.0}
+    assert found.joules() == {other: 0.0}
 
 
 def test_what_a_machine_does_not_tell_is_left_out(tmp_path: Path) -> None:
-    assert rapl_zones(tmp_path / "none") == {} and meters(gpu=False, environ={}, root=tmp_path) == Meters()
+    assert rapl_zones(tmp_path / "none") == {} and meters(gpus=0, environ={}, root=tmp_path) == Meters()
     zone(tmp_path, "intel-rapl:0", "package-0", 1).unlink()
     assert rapl_zones(tmp_path) == {}
 
@@ -73,7 +76,12 @@ class FakeNvml:
 
 def test_gpus_go_by_their_uuid_however_they_were_named() -> None:
     for visible, use in (("0,1", {"GPU-0": 0.4, "GPU-1": 0.41}), ("GPU-1", {"GPU-1": 0.41}), ("7", {})):
-        found = meters(gpu=True, environ={"CUDA_VISIBLE_DEVICES": visible}, nvml=FakeNvml())
+        found = meters(gpus=2, environ={"CUDA_VISIBLE_DEVICES": visible}, nvml=FakeNvml())
         assert found.use() == use
         assert found.joules() == ({"GPU-0": 5.0} if "GPU-0" in use else {})
-    assert meters(gpu=True, environ={}, nvml=FakeNvml(broken=True)) == Meters()
+    assert meters(gpus=1, environ={}, nvml=FakeNvml(broken=True)) == Meters()
+
+
+def test_an_engine_on_some_of_the_visible_gpus_counts_those() -> None:
+    assert set(meters(gpus=2, environ={}, nvml=FakeNvml()).gpus) == {"GPU-0", "GPU-1"}
+    assert set(meters(gpus=1, environ={"CUDA_VISIBLE_DEVICES": "1,0"}, nvml=FakeNvml()).gpus) == {"GPU-1"}

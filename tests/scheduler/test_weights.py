@@ -46,3 +46,27 @@ def test_what_is_no_such_file_tells_nothing(tmp_path: Path, content: bytes | Non
     assert (
         packed_bits_of(SimpleNamespace()) is packed_bits_of(SimpleNamespace(quantization_config={"bits": "?"})) is None
     )
+
+
+PACKED = [
+    ({"config_groups": {"group_0": {"weights": {"num_bits": 4}}}}, ("I32", [64, 16]), "weight_scale", "weight_shape"),
+    ({"config_groups": {"group_0": {"weights": {"num_bits": 4}}}}, ("U8", [64, 64]), "weight_scale", "weight_scale_2"),
+    ({"load_in_4bit": True}, ("U8", [4096, 1]), "weight.absmax", "weight.quant_map"),
+]
+
+
+@pytest.mark.parametrize(("config", "packed", "scales", "extra"), PACKED)
+def test_however_four_bits_are_packed(
+    tmp_path: Path, config: dict[str, Any], packed: tuple[str, list[int]], scales: str, extra: str
+) -> None:
+    tensors = {"weight_packed": packed, scales: ("F16", [64, 1]), extra: ("I64", [2])}
+    write(tmp_path / "a.safetensors", **tensors)
+    found = weights_of(tmp_path, 16, packed_bits_of(SimpleNamespace(quantization_config=config)))
+    stored = 4096 * 8 if packed[0] == "U8" else 1024 * 32
+    assert found is not None and found.parameters == stored // 4
+    assert 3.5 < found.compression < 4.0
+
+
+def test_integers_that_nobody_explains_tell_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "a.safetensors", qweight=("I32", [16, 128]))
+    assert weights_of(tmp_path, 16) is None

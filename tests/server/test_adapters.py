@@ -301,6 +301,8 @@ async def test_an_operator_loads_and_unloads_an_adapter_everywhere() -> None:
         models = (await gateway.ask("/v1/models", method="GET")).json()["data"]
         assert {entry["id"]: entry.get("parent") for entry in models} == {MODEL: None, "sql": MODEL}
         assert "root" not in models[-1]
+        missing = await admin(gateway, "PUT", "/adapters/sql", body | {"path": "/adapters/missing"})
+        assert missing.status == 400 and (await asked(gateway, "sql")).status == 200, "it is served as before"
         moved = await admin(gateway, "PUT", "/adapters/sql", body | {"path": folder("sql-2")})
         assert moved.status == 200 and one.adapters.loaded == two.adapters.loaded == {"sql": folder("sql-2")}
         assert not any(seen.body.get("load_inplace") for seen in (*one.seen, *two.seen)), "vLLM would read it each step"

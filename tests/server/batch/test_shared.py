@@ -1,6 +1,5 @@
 """Gateways that share batches through Redis and one folder."""
 
-import asyncio
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from server.app import GatewayServer
 from server.settings import Settings
 from tests.chaos.site import redis
 from tests.server.batch.test_batches import client_of, ended, jsonl, lines_of, once, part_done, submit
-from tests.server.conftest import INSTANT, SLOW, serving
+from tests.server.conftest import INSTANT, SLOW, eventually, serving
 
 DATABASES = count(1)  # a Redis remembers its folder, so each test has a database of its own
 
@@ -102,7 +101,7 @@ async def test_redis_may_go_and_come_back(tmp_path: Path) -> None:
             assert away.value.status_code == 503 and away.value.code == "batch_store_unavailable"
             with pytest.raises(InternalServerError):
                 await submit(client, jsonl(1))
-            await asyncio.sleep(0.5)  # lines in flight end meanwhile
+            await eventually(lambda: not engine.running and not engine.waiting, "lines in flight have ended")
             await store.start()
             batch = await ended(client.with_options(max_retries=20), batch.id)  # Redis still reads its file
             assert batch.request_counts.completed == 2000
