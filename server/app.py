@@ -364,7 +364,7 @@ class GatewayServer:
         tasks = self._tasks()
         metered = nullcontext() if self.usage is None else self.usage.running(self.background)
         try:
-            async with self.shared.running(), self.siblings.running(alone=self.process is None), metered:
+            async with self.shared.running(), self.siblings.running(self.process), metered:
                 yield
         finally:
             await Background.stop(*tasks)

@@ -26,16 +26,20 @@ log = logging.getLogger("evenhand.siblings")
 
 FOLLOW_S = 0.25
 PUBLISH_S = 1.0
+ASK_S = 10.0  # for how long a process waits for words of workers before it serves beside others
+ASKED_S = 0.02  # between two looks
 # Kinds of records. A worker's is its registration, empty once it was taken out; the others are by process number.
 WORKER, STARTING, READY, METRICS, VIEW = "worker", "starting", "ready", "metrics", "view"
 
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """One of the processes that are a gateway. socket: where their stores are served."""
+    """One of the processes that are a gateway. socket: where their stores are served. again: it takes the place of one
+    that has ended, while the others serve."""
 
     number: int
     socket: Path
+    again: bool = False
 
 
 class LocalSync:
@@ -61,13 +65,18 @@ class LocalSync:
         self._view = view
 
     @asynccontextmanager
-    async def running(self, *, alone: bool) -> AsyncIterator[None]:
-        """Follows the others while the block runs; what they did is known before it begins, if their store answers."""
-        if alone:
+    async def running(self, process: Process | None) -> AsyncIterator[None]:
+        """Follows the others while the block runs; what they did is known before it begins, if their store answers.
+
+        process: this one, None if it is alone.
+        """
+        if process is None:
             yield
             return
         await self._inherit()
         await self.follow()
+        if process.again:
+            await self._ask_workers()
         tasks = [
             self._background.start("follow the other processes", lambda: self._repeat(self.follow, FOLLOW_S)),
             self._background.start("publish metrics", lambda: self._repeat(self.publish, PUBLISH_S)),
@@ -78,6 +87,13 @@ class LocalSync:
             await Background.stop(*tasks)
             await self.publish()
             await self._store.close()
+
+    async def _ask_workers(self) -> None:
+        """Waits until every worker was asked how it is. The others know, and serve; this one would refuse requests."""
+        for _ in range(round(ASK_S / ASKED_S)):
+            if self._fleet.has_asked_all():
+                return
+            await asyncio.sleep(ASKED_S)
 
     async def _repeat(self, step: Callable[[], Awaitable[None]], pause_s: float) -> None:
         while True:

@@ -120,8 +120,10 @@ class ClusterState:
     async def running(self) -> AsyncIterator[None]:
         """Keeps everything fresh while the block runs. What the store has is known before it begins, if it answers."""
         if self._ring:
-            await self._meet()
+            await self.replicas.exchange()
         await self.records.follow()
+        if self._hosted:
+            await self._learn_tenants()
         if self._speaks and self.tenants.open and self.tenants.learned:
             log.warning(
                 "no tenant is configured: this gateway is OPEN, anybody who reaches it may use it without a key"
@@ -138,17 +140,15 @@ class ClusterState:
                 await self.replicas.exchange()  # what was used last is told, too
             await self.store.close()
 
-    async def _meet(self) -> None:
-        """The first exchange. A store of this gateway that is being started anew is waited for: the other processes
-        serve meanwhile, and this one would refuse every key."""
-        await self.replicas.exchange()
-        if not self._hosted:
-            return
+    async def _learn_tenants(self) -> None:
+        """Waits for a store of this gateway that is being started anew: the other processes serve meanwhile, and this
+        one would refuse every key."""
         with suppress(TimeoutError):
             async with asyncio.timeout(STORE_START_S):
-                while not self.replicas.up:
+                while not self.tenants.learned:
                     await asyncio.sleep(AWAY_S)
                     await self.replicas.exchange()
+                    await self.records.follow()
 
     async def _follow(self) -> None:
         while True:

@@ -581,6 +581,10 @@ class Fleet:
         member.models_json, member.models = own, tuple(str(entry["id"]) for entry in own)
         self.pools.moved(member.load, member.models)
 
+    def has_asked_all(self) -> bool:
+        """Whether every worker was asked how it is, and has answered or failed to."""
+        return all(member.state is not WorkerState.STARTING or member.misses for member in self.members.values())
+
     def list_anew(self) -> None:
         """Other adapters are managed from here on."""
         for member in self.members.values():

@@ -13,6 +13,7 @@ import socket
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -104,7 +105,7 @@ def _gateway(settings: Settings, process: Process, post: Post) -> int:
         _speak(process.number, starting=False)
         post.ready()
 
-    server = GatewayServer(settings, process, started)
+    server = GatewayServer(settings, replace(process, again=post.again), started)
     calm_collector()
     uvloop.run(_obeying(server.serve(server.listen()), post, server.stop))
     return 0

@@ -32,11 +32,13 @@ class ChildCommand(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Post:
-    """A process' side: where its orders come from, and how it says that it is ready."""
+    """A process' side: where its orders come from, and how it says that it is ready. again: it takes the place of one
+    that had been ready."""
 
     orders: int
     status: int
     name: bytes
+    again: bool
 
     def ready(self) -> None:
         """It serves."""
@@ -110,10 +112,10 @@ class Supervisor:
         sys.stderr.flush()
         child.pid = os.fork()
         if child.pid == 0:
-            self._become(child.program, read_end)
+            self._become(child.program, read_end, again=child.ready)
         os.close(read_end)
 
-    def _become(self, program: Program, orders: int) -> None:
+    def _become(self, program: Program, orders: int, *, again: bool) -> None:
         """In the new process: lets go of what is the parent's, and never returns."""
         code = 1
         try:
@@ -123,7 +125,7 @@ class Supervisor:
                 signal.signal(number, signal.SIG_IGN)
             for end in (self._status, self._wake, self._wake_end, *(c.orders for c in self._children if c.orders >= 0)):
                 os.close(end)
-            code = program.main(Post(orders, self._status_end, program.name.encode()))
+            code = program.main(Post(orders, self._status_end, program.name.encode(), again))
         except BaseException:  # noqa: BLE001 - the outermost border of this process: the stack of the parent ends here
             traceback.print_exc()
         finally:

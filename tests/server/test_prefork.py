@@ -83,6 +83,13 @@ class Program:
         body = {"model": "fake", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2} | fields
         return call(self.port, "POST", "/v1/chat/completions", body, key)[0]
 
+    def chat_or_reset(self) -> int | None:
+        """None: the connection was one of a process that died."""
+        try:
+            return self.chat()
+        except ConnectionError:
+            return None
+
     def admin(self, method: str, path: str, body: object = None) -> Any:
         """What /admin says. Where its store does not answer in time it says so, and operators ask once more."""
         told: list[tuple[int, bytes]] = []
@@ -170,7 +177,10 @@ def test_a_process_that_dies_is_replaced_and_nothing_is_forgotten(gateway: Progr
     *_, victim = gateway.children()
     os.kill(victim, signal.SIGKILL)
     until(lambda: gateway.said("process gateway-"), "it is said")
+    statuses = {gateway.chat_or_reset() for _ in range(50)}
     until(lambda: victim not in gateway.children() and len(gateway.children()) == PROCESSES + 1, "it is replaced")
+    statuses |= {gateway.chat_or_reset() for _ in range(50)}
+    assert statuses <= {200, None}, "a process served before it knew its workers"
     gateway.everywhere(lambda: gateway.chat() == 200, "all serve")
     until(lambda: gateway.metric("evenhand_requests_total") > counted, "nothing that was counted is lost")
 

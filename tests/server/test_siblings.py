@@ -1,18 +1,21 @@
 """Processes of one gateway, over one store: workers that come and go, and what was counted."""
 
+import asyncio
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from scheduler.workers import Role, Worker
 from server.background import Background
-from server.cluster.local_sync import READY, STARTING, WORKER, LocalSync
+from server.cluster.local_sync import READY, STARTING, WORKER, LocalSync, Process
 from server.fleet.fleet import Fleet
 from server.observe.telemetry import Telemetry
 from server.store.store import MemoryStore, StoreAway
 
 NOWHERE = "http://127.0.0.1:9"
+LIMIT_S = 30.0
 
 
 class Away(MemoryStore):
@@ -167,17 +170,41 @@ async def test_a_process_that_is_started_anew_goes_on_counting_where_it_ended(st
         before.telemetry.refused("/v1/x", "overloaded")
     await before.siblings.publish()
     after = One(store, 1)
-    async with after.siblings.running(alone=False):
+    async with after.siblings.running(Process(1, Path())):
         after.telemetry.refused("/v1/x", "overloaded")
         assert (await after.metrics())["evenhand_requests_total"] == 6
     assert (await one.metrics())["evenhand_requests_total"] == 6
     assert (await one.metrics())["evenhand_queue_depth"] == 1 + 2
 
 
+async def test_a_process_that_replaces_another_serves_once_it_has_asked_its_workers(store: Away) -> None:
+    asked, answer, serving = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def engine(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.set()
+        await answer.wait()
+        writer.close()
+
+    async def serve(process: Process) -> None:
+        async with one.siblings.running(process):
+            serving.set()
+
+    async with await asyncio.start_server(engine, "127.0.0.1", 0) as server:
+        one = One(store, 1)
+        one.fleet.add(Worker("w", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"))
+        task = asyncio.create_task(serve(Process(1, Path(), again=True)))
+        await asyncio.wait_for(asked.wait(), LIMIT_S)
+        assert not serving.is_set()
+        answer.set()
+        await asyncio.wait_for(task, LIMIT_S)
+        assert serving.is_set() and one.fleet.has_asked_all()
+        await one.fleet.close()
+
+
 async def test_a_gateway_of_one_process_asks_nobody(store: Away) -> None:
     store.away = True
     one = One(store, 0)
-    async with one.siblings.running(alone=True):
+    async with one.siblings.running(None):
         assert (await one.metrics())["evenhand_queue_depth"] == 1
 
 
