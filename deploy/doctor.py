@@ -21,11 +21,12 @@ from rich.text import Text
 
 from deploy.engine.engine_args import EngineArgsError, build_in_use, cpu_dtype
 from deploy.engine.engine_needs import Asking, ask_vllm
-from deploy.engine.gpu_plan import GpuPlanError
-from deploy.engine.gpus import OLDEST_CAPABILITY, OLDEST_DRIVER, Gpu, driver_is_too_old
-from deploy.engine.hub import Weighing, weigh
-from deploy.engine.machine import GIB, Machine, cpu_flags, look
-from deploy.engine.model import (
+from deploy.engine.worker import is_free
+from deploy.machine.gpu_plan import GpuPlanError
+from deploy.machine.gpus import OLDEST_CAPABILITY, OLDEST_DRIVER, Gpu, driver_is_too_old
+from deploy.machine.machine import GIB, Machine, cpu_flags, look
+from deploy.model.hub import Weighing, weigh
+from deploy.model.model import (
     BUNDLED,
     BUNDLED_BYTES,
     MADE_HERE,
@@ -35,7 +36,6 @@ from deploy.engine.model import (
     resolve,
     stored_dtype,
 )
-from deploy.engine.worker import is_free
 from deploy.serve import preflight
 from deploy.serve.preflight import (
     MIB,

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator
 from pydantic_settings import NoDecode
 
-from deploy.engine.model import BUNDLED
+from deploy.model.model import BUNDLED
 from server.settings import Positive, Settings
 
 _LABEL = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,40}$"

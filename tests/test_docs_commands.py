@@ -55,7 +55,7 @@ NOT_RUN = {
     "PROMETHEUS_MULTIPROC_DIR=$(mktemp -d) python -m vllm": REAL,
     "evenhand compare TRACE": REAL,
     "evenhand compare  ": "takes two minutes; tests/deploy/test_compare.py runs a shorter one",
-    "loadtest/bench/peers/run.sh": "installs other people's gateways",
+    "loadtest/bench/gateway/peers/run.sh": "installs other people's gateways",
     "evenhand bench gateway --add": "adds a program of the reader's",
     "evenhand bench gateway --quick": "tests/loadtest/bench/test_gateway.py runs it",
 }

@@ -1,1 +1,1 @@
-"""Starting one vLLM engine: its model, arguments, machine resources, process and log."""
+"""One vLLM engine as a child process: its command line, its log, its tests and its restarts."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx2
 
-from deploy.engine.model import BUNDLED
+from deploy.model.model import BUNDLED
 
 # Along this answer the bundled model's second-best token is never closer than 0.65 logits, so that honest bfloat16 on a
 # GPU says the same; on many other questions two tokens are so near that rounding decides.

@@ -5,8 +5,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from deploy.engine.gpu_plan import Share
-from deploy.engine.machine import GIB, Build, Machine
+from deploy.machine.gpu_plan import Share
+from deploy.machine.machine import GIB, Build, Machine
 from scheduler.workers import Role, Worker
 from server.fleet.adapters import RUNTIME_UPDATES
 

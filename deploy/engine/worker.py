@@ -17,10 +17,10 @@ import httpx2
 
 from deploy.engine.canary import CanaryError
 from deploy.engine.child import ChildEnded, ChildProcess, running
-from deploy.engine.cores import stray_threads
 from deploy.engine.engine_args import KEY_NAME, EngineCommand, Ports
 from deploy.engine.engine_log import STAGES, LogFile, LogLine, cause, parse, stage
 from deploy.engine.pulse import Pulse
+from deploy.machine.cores import stray_threads
 
 KEPT_LINES = 1000  # enough for the stacks of all of vLLM's processes, root cause included
 STRAYED = (

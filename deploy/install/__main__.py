@@ -279,7 +279,7 @@ def choose_engine(wanted: str, place: InstallFolder, root: Path = Path("/")) -> 
         if has(place, distribution):
             return engine
     # Not at the top: an older Python, which must be told so first, cannot read it.
-    from deploy.engine.gpus import OLDEST_DRIVER, driver_is_too_old, find_gpus
+    from deploy.machine.gpus import OLDEST_DRIVER, driver_is_too_old, find_gpus
 
     found = find_gpus({}, root)
     if driver_is_too_old(found.driver):

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from rich.console import Console
 
 from deploy.engine.engine_args import EngineArgsError
-from deploy.engine.gpu_plan import GpuPlanError
-from deploy.engine.model import ModelError
 from deploy.engine.worker import WorkerError
+from deploy.machine.gpu_plan import GpuPlanError
+from deploy.model.model import ModelError
 from deploy.serve.preflight import PreflightError
 
 

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.text import Text
 
 from deploy.engine.engine_args import KEY_NAME, EngineCommand
-from deploy.engine.model import ENGINE_ARGS, MADE_HERE, ModelSource, cache_folder, is_complete, resolve
 from deploy.engine.worker import usable_ports
+from deploy.model.model import ENGINE_ARGS, MADE_HERE, ModelSource, cache_folder, is_complete, resolve
 from deploy.serve.preflight import check_all, driver_remarks, gpu_plan, in_words, plan_workers
 from deploy.serve.serving import Surroundings, check_names, shown_source
 from deploy.settings import ServeSettings

@@ -27,9 +27,9 @@ from rich.console import Console
 from deploy.engine.canary import Canary
 from deploy.engine.engine_args import EnginePlan, Ports, worker_of
 from deploy.engine.engine_log import LogFile
-from deploy.engine.gpu_lock import GpuLocks
-from deploy.engine.model import cache_folder, resolve
 from deploy.engine.worker import EngineState, Listeners, WorkerEvent, WorkerProcess, is_free
+from deploy.machine.gpu_lock import GpuLocks
+from deploy.model.model import cache_folder, resolve
 from deploy.serve.command import exit_code
 from deploy.serve.preflight import PreflightError, check, check_transfer, driver_remarks, in_words, plan_workers
 from deploy.serve.preparing import prepared

@@ -20,11 +20,11 @@ from deploy.engine.engine_args import (
     spreads,
 )
 from deploy.engine.engine_needs import Asking, ask_vllm, needs_of
-from deploy.engine.gpu_plan import GpuPlan, GpuPlanError, Need, Share, check_crowding, plan_gpus
-from deploy.engine.gpus import OLDEST_DRIVER, Gpu, driver_is_too_old, named
-from deploy.engine.hub import HubWeights, Weighing, fetched_here, weigh
-from deploy.engine.machine import GIB, Build, Machine
-from deploy.engine.model import BUNDLED, BUNDLED_BYTES, MADE_HERE, TINY, ModelSource, resolve, stored_dtype
+from deploy.machine.gpu_plan import GpuPlan, GpuPlanError, Need, Share, check_crowding, plan_gpus
+from deploy.machine.gpus import OLDEST_DRIVER, Gpu, driver_is_too_old, named
+from deploy.machine.machine import GIB, Build, Machine
+from deploy.model.hub import HubWeights, Weighing, fetched_here, weigh
+from deploy.model.model import BUNDLED, BUNDLED_BYTES, MADE_HERE, TINY, ModelSource, resolve, stored_dtype
 from deploy.settings import ServeSettings
 from scheduler.workers import Role
 

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from deploy.engine.child import ChildEnded, running
-from deploy.engine.hub import fetched_here
-from deploy.engine.model import MADE_HERE, ModelError, ModelSource, cache_folder, is_at_hub, is_complete, resolve
+from deploy.model.hub import fetched_here
+from deploy.model.model import MADE_HERE, ModelError, ModelSource, cache_folder, is_at_hub, is_complete, resolve
 
 # Nothing that it imports stays with the gateway.
 PROGRAM = (

@@ -13,7 +13,7 @@ import time
 import uvloop
 from rich.console import Console
 
-from deploy.engine.model import cache_folder
+from deploy.model.model import cache_folder
 from deploy.serve.command import exit_code
 from deploy.serve.dry_run import dry_run
 from deploy.serve.gateway import GatewayRunner, front_for

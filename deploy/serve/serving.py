@@ -21,12 +21,12 @@ from deploy.engine.canary import Canary
 from deploy.engine.engine_args import EngineCommand, EnginePlan, Ports, engine_command, worker_of
 from deploy.engine.engine_log import LogFile
 from deploy.engine.engine_needs import Asking, ask_vllm
-from deploy.engine.gpu_lock import GpuLocks
-from deploy.engine.gpu_plan import GpuPlanError
-from deploy.engine.hub import Weighing, weigh
-from deploy.engine.machine import Machine, look
-from deploy.engine.model import ModelSource
 from deploy.engine.worker import EngineState, Listeners, Timing, WorkerError, WorkerEvent, WorkerProcess
+from deploy.machine.gpu_lock import GpuLocks
+from deploy.machine.gpu_plan import GpuPlanError
+from deploy.machine.machine import Machine, look
+from deploy.model.hub import Weighing, weigh
+from deploy.model.model import ModelSource
 from deploy.serve.gateway import GatewayRunner
 from deploy.serve.preflight import Checked, PreflightError, driver_remarks, gpu_plan, in_words, plan_workers
 from deploy.serve.preparing import prepared

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from loadtest.bench.bench_target import free_port
 from loadtest.bench.engines import running
-from loadtest.bench.relay_load import BenchmarkError, cpu_s
+from loadtest.bench.gateway.relay_load import BenchmarkError, cpu_s
 from loadtest.bench.table import machine, markdown, quantile
 from loadtest.call import TraceCall
 from loadtest.client.client import Client, Target

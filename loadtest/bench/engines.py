@@ -19,10 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from deploy.engine.engine_args import EngineCommand, EnginePlan, cpu_dtype, engine_command
-from deploy.engine.gpu_plan import Share
-from deploy.engine.machine import look
-from deploy.engine.model import cache_folder, obtain, stored_dtype
 from deploy.engine.worker import usable_ports
+from deploy.machine.gpu_plan import Share
+from deploy.machine.machine import look
+from deploy.model.model import cache_folder, obtain, stored_dtype
 from loadtest.bench.bench_target import free_port
 
 START_S = 400.0

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
-from deploy.engine.model import cache_folder, prepare_tiny
+from deploy.model.model import cache_folder, prepare_tiny
 
 Weights = npt.NDArray[np.float32]
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from deploy.engine.model import cache_folder, obtain
+from deploy.model.model import cache_folder, obtain
 from loadtest.bench.bench_target import free_port
 from loadtest.bench.engines import cores, running
-from loadtest.bench.relay_load import cpu_s
+from loadtest.bench.gateway.relay_load import cpu_s
 from loadtest.bench.table import machine, markdown, spread
 from loadtest.records import load
 

@@ -1,1 +1,1 @@
-"""The replay client."""
+"""The load generator: sends calls on time, reads streamed answers, and notes when each token arrived."""

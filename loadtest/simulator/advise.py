@@ -14,8 +14,8 @@ import numpy as np
 from rich.console import Console
 
 from loadtest import provenance
-from loadtest.client import options
-from loadtest.client.prepare import CannotReplay
+from loadtest.replay import options
+from loadtest.replay.prepare import CannotReplay
 from loadtest.report import report
 from loadtest.report.charts import Panel, Series, linear
 from loadtest.report.comparison import Side

@@ -24,9 +24,9 @@ from rich.console import Console
 
 from loadtest.call import TraceCall
 from loadtest.client.client import Client, Target
-from loadtest.client.replay import CannotReplay, served
 from loadtest.client.samples import Sampler
 from loadtest.records import Record, Sample
+from loadtest.replay.replay import CannotReplay, served
 from loadtest.simulator.costmodel import CostModel
 from loadtest.simulator.kv_blocks import block_hashes
 from loadtest.simulator.simulate import Plan, Simulation

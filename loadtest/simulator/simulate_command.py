@@ -13,9 +13,9 @@ from rich.console import Console
 
 from loadtest import provenance
 from loadtest.call import TraceCall
-from loadtest.client import options, prepare
-from loadtest.client.prepare import CannotReplay
 from loadtest.records import Fidelity, Recorded, Run, Writer
+from loadtest.replay import options, prepare
+from loadtest.replay.prepare import CannotReplay
 from loadtest.report import report
 from loadtest.report.comparison import Side, rows, side_of
 from loadtest.report.page import page

@@ -1,1 +1,1 @@
-"""Where requests arrive: the HTTP protocol, the life of a request, the routes."""
+"""The life of a request from its parsed head to its last byte, the routes, and the server that listens."""

@@ -14,12 +14,12 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.types import ASGIApp
 
-from server.front.address_limit import AddressLimit, LimitedProtocol
+from server.connection.address_limit import AddressLimit, LimitedProtocol
+from server.connection.exchanges import EXPOSED, GZIP_LEVEL, exchange_type
+from server.connection.forwarded import networks
+from server.connection.intake import BodyBudget, Connections, connections_allowed
+from server.connection.protocol import GatewayProtocol, ProtocolBounds, Serves, protocol_for
 from server.front.certificate import ServerCertificate
-from server.front.exchanges import EXPOSED, GZIP_LEVEL, exchange_type
-from server.front.forwarded import networks
-from server.front.intake import BodyBudget, Connections, connections_allowed
-from server.front.protocol import GatewayProtocol, ProtocolBounds, Serves, protocol_for
 from server.settings import Settings
 
 PREFLIGHT_AGE_S = 600

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deploy.serve.join import HEARD_S
-from loadtest.bench.scale import redis_counts
+from loadtest.bench.scale.scale import redis_counts
 from loadtest.fake.engine import EngineSetup, FakeEngine
 from loadtest.simulator.costmodel import PRESETS
 from scheduler.workers import Worker

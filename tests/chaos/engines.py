@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from deploy.engine.engine_args import EXECUTOR, SHUTDOWN_S
-from deploy.engine.model import TINY_CONFIG, cache_folder, prepare_tiny
+from deploy.model.model import TINY_CONFIG, cache_folder, prepare_tiny
 from loadtest.bench.bench_target import free_port
 from loadtest.bench.random_model import write
 from tests.chaos.greedy import Judge

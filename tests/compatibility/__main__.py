@@ -13,8 +13,8 @@ import venv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from deploy.engine.model import cache_folder, obtain
 from deploy.install.lock import UV
+from deploy.model.model import cache_folder, obtain
 from loadtest.bench.bench_target import free_port
 from loadtest.bench.engines import running
 from loadtest.bench.table import machine, markdown
@@ -37,7 +37,7 @@ def over_llama_cpp() -> Iterator[str]:
     engine_port, port = free_port(), free_port()
     env = {**os.environ, "LLAMA_API_KEY": secrets.token_urlsafe(24)}
     file = full_precision(cache_folder() / "smollm2-f32.gguf")
-    argv = [sys.executable, "-m", "loadtest.bench.llama_server", str(engine_port), "4", "2048", str(file)]
+    argv = [sys.executable, "-m", "loadtest.bench.policies.llama_server", str(engine_port), "4", "2048", str(file)]
     worker = f"http://127.0.0.1:{engine_port},slots=4,key=LLAMA_API_KEY"
     gateway = [
         sys.executable,

@@ -8,7 +8,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from deploy.engine.model import wheel_file
+from deploy.model.model import wheel_file
 
 _WRITERS_OWN = ("general.architecture", "general.file_type")
 

@@ -18,7 +18,7 @@ import yaml
 from openai import OpenAI
 from playwright.async_api import expect
 
-from deploy.engine.cores import cpu_list
+from deploy.machine.cores import cpu_list
 from tests.containers.conftest import MARKS, NewSite
 from tests.containers.site import LIMIT_S, QUESTION, ROOT, START_S, Site, until
 from tests.server.test_console_in_browser import PATIENCE_MS, chromium

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
-from deploy.engine.gpus import Gpu
-from deploy.engine.machine import GIB, Engine, Machine
+from deploy.machine.gpus import Gpu
+from deploy.machine.machine import GIB, Engine, Machine
 
 L4 = Gpu("GPU-a", 0, "NVIDIA L4", 22 * GIB, 22 * GIB, (8, 9))
 H100 = Gpu("GPU-h0", 0, "NVIDIA H100 80GB HBM3", 80 * GIB, 79 * GIB, (9, 0))

@@ -17,7 +17,7 @@ from deploy import cli
 
 if TYPE_CHECKING:
     from deploy.engine.engine_args import EngineCommand, EnginePlan, Ports
-    from deploy.engine.machine import Machine
+    from deploy.machine.machine import Machine
     from deploy.serve.serving import Surroundings
 
 FAKE_ENGINE = "{python} -m loadtest.fake.engine --port {port} --model {model} --cost instant"
@@ -32,7 +32,7 @@ def engine(plan: "EnginePlan", ports: "Ports", python: str) -> "EngineCommand":
 
 
 def machine() -> "Machine":
-    from deploy.engine.machine import Engine, look
+    from deploy.machine.machine import Engine, look
     from tests.deploy.fake_gpus import h100s
 
     seen = look(os.environ)

@@ -137,9 +137,9 @@ def test_the_gateway_s_image_starts_from_what_the_dockerfile_copies(tmp_path: Pa
 def test_the_model_is_made_from_the_files_that_its_stage_copies(tmp_path: Path) -> None:
     """Few of them, so that a change elsewhere does not convert it anew."""
     source = copy_of(STAGES["model"], tmp_path)
-    imports = "import deploy.engine.model as model, deploy.engine.gguf_folder; print(model.__file__)"
+    imports = "import deploy.model.model as model, deploy.model.gguf_folder; print(model.__file__)"
     run = subprocess.run([sys.executable, "-c", imports], cwd=source, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == str(source / "deploy" / "engine" / "model.py")
+    assert run.stdout.strip() == str(source / "deploy" / "model" / "model.py")
     (step,) = STAGES["model"].of("RUN")
     assert json.loads(step)[:2] == ["/opt/evenhand/bin/python", "-c"]
     compile(json.loads(step)[2], "Dockerfile", "exec")

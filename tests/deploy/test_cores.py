@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.engine.cores import cpu_list, stray_threads
+from deploy.machine.cores import cpu_list, stray_threads
 
 SESSION = 40
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from deploy import cli, doctor
 from deploy.doctor import Finding
-from deploy.engine.machine import GIB, Engine, Machine
+from deploy.machine.machine import GIB, Engine, Machine
 from deploy.settings import ServeSettings
 from tests.deploy.fake_gpus import L4
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from deploy.engine.gpu_plan import GpuPlanError
-from deploy.engine.machine import GIB, Engine, Machine
+from deploy.machine.gpu_plan import GpuPlanError
+from deploy.machine.machine import GIB, Engine, Machine
 from deploy.serve import serve
 from deploy.serve.dry_run import dry_run
 from deploy.serve.serving import Surroundings

@@ -22,8 +22,8 @@ from deploy.engine.engine_args import (
     slots,
     worker_of,
 )
-from deploy.engine.gpu_plan import Share
-from deploy.engine.machine import GIB, Build, Engine, Machine
+from deploy.machine.gpu_plan import Share
+from deploy.machine.machine import GIB, Build, Engine, Machine
 from scheduler.workers import Role
 from tests.deploy.fake_gpus import L4
 

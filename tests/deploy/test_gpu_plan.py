@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from deploy.engine.engine_args import EngineArgsError
 from deploy.engine.engine_needs import EngineNeeds, needs_of
-from deploy.engine.gpu_lock import GpuLocks
-from deploy.engine.gpu_plan import GpuPlanError, Need, plan_gpus, tensor_parallel
-from deploy.engine.hub import HubWeights
-from deploy.engine.machine import GIB
+from deploy.machine.gpu_lock import GpuLocks
+from deploy.machine.gpu_plan import GpuPlanError, Need, plan_gpus, tensor_parallel
+from deploy.machine.machine import GIB
+from deploy.model.hub import HubWeights
 from deploy.serve.preflight import Checked, PreflightError, check, gpu_plan
 from deploy.serve.serving import claimed
 from deploy.settings import ServeSettings
@@ -208,7 +208,7 @@ def test_without_arguments_vllm_is_not_asked() -> None:
 HOLD = """
 import sys
 from pathlib import Path
-from deploy.engine.gpu_lock import GpuLocks
+from deploy.machine.gpu_lock import GpuLocks
 from tests.deploy.fake_gpus import h100s
 locks = GpuLocks(Path(sys.argv[1]))
 print(len(locks.free(h100s(int(sys.argv[2])), shared=sys.argv[3] == "shared")), flush=True)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy.engine.gpus import Accelerators, Gpu, driver_is_too_old, find_gpus, smi_of
-from deploy.engine.machine import GIB
+from deploy.machine.gpus import Accelerators, Gpu, driver_is_too_old, find_gpus, smi_of
+from deploy.machine.machine import GIB
 from tests.deploy.fake_gpus import FakeNvml, h100s
 
 UUIDS = ["GPU-c0ffee00-1111", "GPU-c0ffee01-2222"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.engine.hub import HubWeights, fetched_here, wanted, weigh
+from deploy.model.hub import HubWeights, fetched_here, wanted, weigh
 from tests.deploy.fake_hub import NAME, NEEDED, Hub, running, there
 
 pytestmark = pytest.mark.timeout(240)
@@ -87,7 +87,7 @@ def test_without_its_hub_a_model_is_taken_from_the_cache_or_missed_in_one_senten
 
 def test_weights_are_weighed_before_they_are_fetched_and_from_the_cache_without_the_hub(tmp_path: Path) -> None:
     def told(hub: Hub) -> dict[str, object]:
-        command = [sys.executable, "-P", "-m", "deploy.engine.hub", NAME]
+        command = [sys.executable, "-P", "-m", "deploy.model.hub", NAME]
         environ = {**os.environ, **hub.environ(tmp_path)}
         done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=200, check=True)
         said = json.loads(done.stdout)

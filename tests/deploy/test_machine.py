@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.engine.machine import (
+from deploy.machine.machine import (
     are_own,
     available_bytes,
     cpu_flags,

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy.engine import model
-from deploy.engine.model import ModelError, ModelSource
+from deploy.model import model
+from deploy.model.model import ModelError, ModelSource
 
 # Greedy continuations of `<chat template of the prompt>`, as token ids. Two independent readers of the same file agree
 # on them: llama.cpp (xllamacpp 2026.10) on the GGUF with its tensors dequantised to float32, and transformers 5.19's
@@ -211,6 +211,6 @@ def test_the_cache_folder_follows_the_users_settings(tmp_path: Path) -> None:
 
 def test_choosing_a_model_imports_nothing_heavy() -> None:
     script = (
-        "import sys, deploy.engine.model; print(sorted({'torch', 'transformers', 'numpy', 'gguf'} & set(sys.modules)))"
+        "import sys, deploy.model.model; print(sorted({'torch', 'transformers', 'numpy', 'gguf'} & set(sys.modules)))"
     )
     assert last_line_of(script) == "[]"

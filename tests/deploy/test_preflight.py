@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 
 from deploy.engine.engine_args import EngineArgsError
-from deploy.engine.gpus import Gpu
-from deploy.engine.machine import GIB, Engine, Machine
-from deploy.engine.model import ModelError, ModelSource
+from deploy.machine.gpus import Gpu
+from deploy.machine.machine import GIB, Engine, Machine
+from deploy.model.model import ModelError, ModelSource
 from deploy.serve.preflight import (
     Checked,
     PreflightError,

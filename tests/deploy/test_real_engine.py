@@ -17,9 +17,9 @@ import pytest
 from deploy.engine.canary import QUESTION, Canary
 from deploy.engine.engine_args import EngineCommand, EnginePlan, Ports, cpu_dtype, divide_cores, engine_command
 from deploy.engine.engine_log import LogFile
-from deploy.engine.machine import look
-from deploy.engine.model import BUNDLED, STORED_DTYPE, cache_folder, obtain
 from deploy.engine.worker import EngineState, Listeners, Timing, WorkerEvent, WorkerProcess
+from deploy.machine.machine import look
+from deploy.model.model import BUNDLED, STORED_DTYPE, cache_folder, obtain
 from scheduler.workers import Worker
 from server.engine.access import Access
 from server.fleet.fleet import Fleet, WorkerState

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from deploy.engine.gpu_plan import GpuPlanError
-from deploy.engine.machine import GIB, Engine, Machine
-from deploy.engine.model import resolve
+from deploy.machine.gpu_plan import GpuPlanError
+from deploy.machine.machine import GIB, Engine, Machine
+from deploy.model.model import resolve
 from deploy.serve.join import JoinSettings
 from deploy.serve.preflight import PreflightError, check_all, plan_workers, worker_roles
 from deploy.serve.serving import check_names

@@ -16,8 +16,8 @@ from vllm import LLMEngine, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-from deploy.engine.model import TINY_CONFIG
-from loadtest.bench.in_process_engine import engine, preemptions, switch
+from deploy.model.model import TINY_CONFIG
+from loadtest.bench.iterations.in_process_engine import engine, preemptions, switch
 
 _RANK = 8
 

@@ -16,7 +16,7 @@ if importlib.util.find_spec("vllm") is not None:
 @pytest.fixture(scope="session")
 def hollow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that describes a tiny Llama and holds no weights."""
-    from loadtest.bench.driven import model_folder, seed_block_hashes
+    from loadtest.bench.plugin.driven import model_folder, seed_block_hashes
 
     seed_block_hashes()
     return model_folder(tmp_path_factory.mktemp("hollow"))

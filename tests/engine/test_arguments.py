@@ -23,8 +23,8 @@ with warnings.catch_warnings():
 
 from deploy.engine.engine_args import GPU_SLOTS, EngineArgsError, EnginePlan, Ports, engine_command
 from deploy.engine.engine_needs import EngineNeeds, needs_of
-from deploy.engine.gpu_plan import UTILIZATION, GpuPlanError, Share
-from deploy.engine.gpus import Gpu, find_gpus
+from deploy.machine.gpu_plan import UTILIZATION, GpuPlanError, Share
+from deploy.machine.gpus import Gpu, find_gpus
 from deploy.serve.preflight import check, gpu_plan, worker_roles
 from deploy.settings import ServeSettings
 from scheduler.vllm.arguments import needs, parsed

@@ -23,7 +23,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output.request import StructuredOutputRequest
 
-from loadtest.bench.driven import StepClock, build_scheduler, expected, request, token
+from loadtest.bench.plugin.driven import StepClock, build_scheduler, expected, request, token
 
 pytestmark = pytest.mark.engine
 

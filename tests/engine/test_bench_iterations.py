@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.bench import isolation, iterations
-from loadtest.bench.policies_bench import Draws, add_workload_arguments
+from loadtest.bench.iterations import isolation, iterations
+from loadtest.bench.policies.policies_bench import Draws, add_workload_arguments
 from loadtest.records import Record, read
 
 

@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from loadtest.bench.policies_bench import Setting
-from loadtest.bench.simulator_error import Foretold, chance, error, p99_error, ranking
+from loadtest.bench.iterations.simulator_error import Foretold, chance, error, p99_error, ranking
+from loadtest.bench.policies.policies_bench import Setting
 
 pytestmark = pytest.mark.engine
 

@@ -9,8 +9,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 pytest.importorskip("nixl", reason="NIXL is not installed")
 
 from deploy.engine.engine_args import divide_cores
-from deploy.engine.machine import look
-from loadtest.bench.in_process_engine import chaotic_model
+from deploy.machine.machine import look
+from loadtest.bench.iterations.in_process_engine import chaotic_model
 from tests.engine.halves import CHAT, serving
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]

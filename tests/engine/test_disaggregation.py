@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytest.importorskip("nixl", reason="NIXL is not installed")
 
-from loadtest.bench.in_process_engine import chaotic_model
+from loadtest.bench.iterations.in_process_engine import chaotic_model
 from tests.engine.halves import (
     CHAT,
     CONTEXT_TOKENS,

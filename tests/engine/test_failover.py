@@ -13,10 +13,10 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from deploy.engine.engine_args import EXECUTOR
-from deploy.engine.model import cache_folder, prepare_tiny
+from deploy.model.model import cache_folder, prepare_tiny
 from loadtest.bench.bench_target import free_port
 from loadtest.bench.engines import running
-from loadtest.bench.in_process_engine import chaotic_model
+from loadtest.bench.iterations.in_process_engine import chaotic_model
 from tests.chaos.engines import in_other_dialects, told_in_any_dialect
 from tests.chaos.greedy import TIE, Judge, Verdict
 from tests.chaos.load import Question, told_by_a_model

@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import save_file
 
 from deploy.engine.engine_args import EXECUTOR, SCHEDULER
-from deploy.engine.model import TINY_CONFIG
+from deploy.model.model import TINY_CONFIG
 from loadtest.bench.bench_target import free_port
 from loadtest.bench.engines import running
-from loadtest.bench.in_process_engine import chaotic_model
+from loadtest.bench.iterations.in_process_engine import chaotic_model
 from server.fleet.adapters import RUNTIME_UPDATES
 from tests.server.conftest import Running, eventually, serving
 from tests.server.test_admin import ADMIN_KEY, admin

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from loadtest.bench.in_process_engine import ENVIRONMENT, chaotic_model
+from loadtest.bench.iterations.in_process_engine import ENVIRONMENT, chaotic_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from loadtest.bench.driven import BLOCK_TOKENS, DrivenEngine, StepClock, build_scheduler, request
+from loadtest.bench.plugin.driven import BLOCK_TOKENS, DrivenEngine, StepClock, build_scheduler, request
 from loadtest.simulator.batch import ContinuousBatch
 from loadtest.simulator.costmodel import CostModel
 from scheduler.catalog import build

@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from loadtest.bench.driven import DrivenEngine, StepClock, build_scheduler, expected, request
-from loadtest.bench.slack_runs import Scenario, Way
+from loadtest.bench.plugin.driven import DrivenEngine, StepClock, build_scheduler, expected, request
+from loadtest.bench.plugin.slack_runs import Scenario, Way
 from loadtest.call import TraceCall
 from loadtest.simulator.costmodel import PRESETS
 

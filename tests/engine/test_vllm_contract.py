@@ -16,7 +16,7 @@ from vllm.v1.core.sched import scheduler as scheduler_source
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import Request, RequestStatus
 
-from loadtest.bench.driven import DrivenEngine, StepClock, build_scheduler, expected, request
+from loadtest.bench.plugin.driven import DrivenEngine, StepClock, build_scheduler, expected, request
 from scheduler.jobs import Job, Outcome
 from tests.engine.test_vllm_plugin import ArrivingBlocks, metric
 

@@ -11,7 +11,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from vllm import PoolingParams
 from vllm.v1.request import Request, RequestStatus
 
-from loadtest.bench.driven import DrivenEngine, StepClock, build_scheduler, expected, request, token
+from loadtest.bench.plugin.driven import DrivenEngine, StepClock, build_scheduler, expected, request, token
 from scheduler.fairness import FairnessTally
 from scheduler.jobs import Job, Outcome
 from scheduler.kept_blocks import Kept

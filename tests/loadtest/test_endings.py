@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.client import measure, replay
 from loadtest.fake.engine import FakeEngine
 from loadtest.fake.faults import Faults
 from loadtest.records import Ending, Record, Run, Writer, load, read, write
+from loadtest.replay import measure, replay
 from loadtest.report import report_command
 from tests.loadtest.engines import engine_in_a_thread
 from tests.loadtest.test_replay import parsed

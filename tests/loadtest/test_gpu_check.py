@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from loadtest.bench.gpu_check import SPLIT, TWO, Round, attempted, bodies, faults, table
+from loadtest.bench.policies.gpu_check import SPLIT, TWO, Round, attempted, bodies, faults, table
 
 STOCK = Round("stock", ("a", "b", "c", "d"), tokens=400, seconds=2.0, memory_bytes=8 * 1024**3, energy_j=800.0)
 GOOD = replace(STOCK, name="vtc", seconds=2.05, has_plugin=True)

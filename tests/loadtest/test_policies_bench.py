@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.bench import policies_bench
 from loadtest.bench.bench_target import BenchTarget, CannotStart, running
-from loadtest.bench.policies_bench import MEASURES, Setting, page_of, ratio_rows, saturation_per_s
+from loadtest.bench.policies import policies_bench
+from loadtest.bench.policies.policies_bench import MEASURES, Setting, page_of, ratio_rows, saturation_per_s
 from loadtest.records import Record, read
 from loadtest.report.report import Summary, summarize
 

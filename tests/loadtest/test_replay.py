@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.client import replay
 from loadtest.fake.engine import FakeEngine
 from loadtest.fake.faults import Faults
 from loadtest.records import read
+from loadtest.replay import replay
 from loadtest.report import report_command
 from tests.loadtest.engines import engine_in_a_thread
 

@@ -12,8 +12,8 @@ from backports import zstd
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.front.coding import MOST_MEMBERS, STEP_BYTES, BadCoding, GzipDecoder, ZstdDecoder
-from server.front.intake import BodyBudget
+from server.connection.coding import MOST_MEMBERS, STEP_BYTES, BadCoding, GzipDecoder, ZstdDecoder
+from server.connection.intake import BodyBudget
 from tests.server.conftest import MODEL, Running, Wire, chat, over_fake, over_script, plain, request, says, serving
 
 PACKED = {"gzip": gzip.compress, "zstd": zstd.compress}

@@ -14,8 +14,8 @@ import pytest
 import trustme
 
 from server.app import GatewayServer
-from server.front.address_limit import MOST_ADDRESSES, AddressLimit
-from server.front.forwarded import client_of, networks
+from server.connection.address_limit import MOST_ADDRESSES, AddressLimit
+from server.connection.forwarded import client_of, networks
 from server.settings import Settings
 from tests.server.conftest import LIMIT_S, Running, Wire, chat, eventually, over_fake, request
 

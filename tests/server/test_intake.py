@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.front.intake import BodyBudget, Connections, connections_allowed
-from server.front.protocol import ClientExchange, GatewayProtocol
+from server.connection.intake import BodyBudget, Connections, connections_allowed
+from server.connection.protocol import ClientExchange, GatewayProtocol
 from server.settings import EdgeSettings
 from tests.server.conftest import (
     SLOW,

@@ -13,7 +13,7 @@ def traces() -> dict[str, Trace]:
 @pytest.mark.parametrize(("name", "calls"), [("request", 70), ("request with a head seen before", 52)])
 def test_a_request_reaches_its_engine_in_a_few_calls(traces: dict[str, Trace], name: str, calls: int) -> None:
     trace = traces[name]
-    assert trace.files[0] == "server/front/protocol.py" and trace.files[-1] == "server/engine/client.py"
+    assert trace.files[0] == "server/connection/protocol.py" and trace.files[-1] == "server/engine/client.py"
     assert len(trace.calls) <= calls and len(set(trace.files)) <= 15 and trace.changes <= 30, trace.page()
 
 

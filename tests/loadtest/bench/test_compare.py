@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.bench import compare
+from loadtest.bench.policies import compare
 
 
 def test_without_the_browser_there_is_a_sentence_and_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

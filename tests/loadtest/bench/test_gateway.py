@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.bench import gateway
-from loadtest.bench.gateway import OURS, PHASES, add_arguments, phases
-from loadtest.bench.gateway_table import STREAMS, YARDSTICK
-from loadtest.bench.relay_load import BenchmarkError, LoadPhase, program
+from loadtest.bench.gateway import gateway
+from loadtest.bench.gateway.gateway import OURS, PHASES, add_arguments, phases
+from loadtest.bench.gateway.gateway_table import STREAMS, YARDSTICK
+from loadtest.bench.gateway.relay_load import BenchmarkError, LoadPhase, program
 
 RELAY = "import sys; sys.exit('this one never relays')"
 

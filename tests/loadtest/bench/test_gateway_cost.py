@@ -7,9 +7,9 @@ from typing import cast
 
 import pytest
 
-from loadtest.bench.gateway import OURS
-from loadtest.bench.gateway_cost import FIGURES, checkouts, table
-from loadtest.bench.relay_load import BenchmarkError, RelayBench
+from loadtest.bench.gateway.gateway import OURS
+from loadtest.bench.gateway.gateway_cost import FIGURES, checkouts, table
+from loadtest.bench.gateway.relay_load import BenchmarkError, RelayBench
 
 ROOT = Path(__file__).resolve().parents[3]
 

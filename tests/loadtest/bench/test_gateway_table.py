@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from loadtest.bench.gateway_table import HEAD, Runs, TableRun, notes, table
-from loadtest.bench.relay_load import Observed
+from loadtest.bench.gateway.gateway_table import HEAD, Runs, TableRun, notes, table
+from loadtest.bench.gateway.relay_load import Observed
 
 
 def seen(*, cpu_s: float = 0.0, pss_bytes: int = 0, others: float = 0.0, **load: Any) -> Observed:

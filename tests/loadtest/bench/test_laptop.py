@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from random import Random
 
-from loadtest.bench import laptop
-from loadtest.bench.laptop import LLAMA, OURS, STOCK, Side, measure, memory_gib, table
+from loadtest.bench.policies import laptop
+from loadtest.bench.policies.laptop import LLAMA, OURS, STOCK, Side, measure, memory_gib, table
 from loadtest.fake.engine import EngineSetup, FakeEngine
 from loadtest.simulator.costmodel import PRESETS
 from tests.deploy.processes import eventually

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from loadtest.bench.replicas import (
+from loadtest.bench.scale.replicas import (
     TENANTS,
     add_arguments,
     calls,

@@ -2,7 +2,7 @@
 
 import argparse
 
-from loadtest.bench.salt import SaltFigures, add_arguments, calls, table
+from loadtest.bench.gateway.salt import SaltFigures, add_arguments, calls, table
 
 
 def test_all_prompts_of_a_round_begin_alike_and_of_the_next_round_otherwise() -> None:

@@ -3,10 +3,10 @@
 from argparse import Namespace
 from random import Random
 
-from loadtest.bench import placement
 from loadtest.bench.full_scan import FullScan
-from loadtest.bench.replicas import made_up
-from loadtest.bench.scale import TABLES, table
+from loadtest.bench.scale import placement
+from loadtest.bench.scale.replicas import made_up
+from loadtest.bench.scale.scale import TABLES, table
 from scheduler.routing import Choice
 
 

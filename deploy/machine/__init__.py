@@ -1,0 +1,1 @@
+"""What this machine offers to engines: cores, memory, GPUs, and which engine gets which of them."""

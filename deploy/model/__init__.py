@@ -1,0 +1,1 @@
+"""The model to serve: chosen, fetched, and made ready for vLLM."""

@@ -1,0 +1,1 @@
+"""Real engines over HTTP, beside stock vLLM and llama.cpp."""

@@ -1,0 +1,909 @@
+"""Where clients' bytes come in: relayed routes are answered right here, below ASGI; all else goes on to FastAPI.
+
+uvicorn's own protocol does the connection's housekeeping (keep-alive, pipelining, shutdown); a relayed request
+takes the place of its ASGI cycle.
+"""
+
+import asyncio
+import fcntl
+import http
+import logging
+import os
+import re
+import termios
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from ipaddress import ip_address
+from itertools import count
+from typing import Any, NamedTuple, Protocol
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from server.connection.coding import DECODERS, BadCoding, BodyDecoder
+from server.connection.forwarded import Network, client_of
+from server.connection.intake import BodyBudget, Connections
+from server.engine.client import MOST_HEADS, EngineConnection, keyed
+from server.request.call import Route
+from server.request.directory import credential
+from server.request.errors import (
+    BadRequest,
+    HeadTooLarge,
+    NotAllowed,
+    Overloaded,
+    ServiceError,
+    Stopping,
+    TooLarge,
+    TooManyConnections,
+    TooSlow,
+    UnsupportedMediaType,
+    WrongMethod,
+    error_event,
+    error_object,
+    status_of,
+)
+from server.request.schemas import ROUTES
+from server.request.tenants import Tenant
+
+log = logging.getLogger("evenhand.edge")
+
+_SAFE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_STATUS = {
+    code: b"HTTP/1.1 %d %b\r\n" % (code, http.HTTPStatus(code).phrase.encode()) for code in map(int, http.HTTPStatus)
+}
+_UPLOADS = b"/v1/files"
+# Headers that make a head different every time, or say how its body comes: such a head is read anew.
+_ONE_OF_ITS_OWN = frozenset(
+    (b"x-request-id", b"traceparent", b"transfer-encoding", b"upgrade", b"expect", b"content-encoding")
+)
+_LISTS = (b"forwarded", b"x-forwarded-for")  # of these every line counts: some proxies add one of their own
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_COMMENT = b":\n\n"
+_ANTHROPIC = b"/v1/messages"  # whose clients read the request's id from another header
+_KNOCKS_S = (0.25, 1.0, 4.0, 16.0)  # pauses between the signs of life that a half-closed connection gets
+_LINGER_S = 2.0  # a refused client may go on sending for so long: closing at once would reset its connection, and with
+# it the refusal that it has not read yet (RFC 9112, 9.6)
+_MOST_HEADERS = 128  # as objects, headers of a few bytes each take much more memory than as bytes
+_MOST_QUEUED = 16
+_NO_MEMORY = "The gateway has no memory left for this request's body."
+_SMALL_BODY_BYTES = 64 * 1024  # a refused request's body up to here is passed over, and its connection is kept
+
+
+@dataclass(frozen=True, slots=True)
+class ProtocolBounds:
+    """What a client may send, and how long it may take.
+
+    head_bytes: of request line and headers together. body_bytes: of a body. upload_bytes: of a batch's input file.
+    head_s: seconds for a connection's first byte and for a head to be complete. body_s: for a body.
+    stall_s: seconds that a client may read nothing of its answer; after that its place goes to somebody else.
+    local_names: while no key is needed, a request must name this machine as no web site can; see `is_local_name`.
+    """
+
+    head_bytes: int = 32 * 1024
+    body_bytes: int = 32 * 1024 * 1024
+    upload_bytes: int = 200 * 1024 * 1024 + 64 * 1024  # the file, and the rest of its form
+    head_s: float = 15.0
+    body_s: float = 60.0
+    stall_s: float = 120.0
+    local_names: bool = False
+
+
+class Head(NamedTuple):
+    """What the parser said of a head that clients send again and again. The key is not kept, only its digest."""
+
+    route: Route
+    headers: dict[bytes, bytes]
+    credential: bytes
+
+
+class Serves(Protocol):
+    """What the edge hands a complete request to."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether anybody may ask, without a key."""
+
+    def tenant_with(self, credential: bytes) -> Tenant: ...
+    async def answer(self, exchange: "ClientExchange") -> None: ...
+    def refused(self, path: str, error: ServiceError) -> None: ...
+
+
+class ClientExchange:
+    """One relayed request on its connection: what came, and the way back. Stands where uvicorn keeps a cycle.
+
+    headers: by lower-case name, without those that hold a key; of a header that comes twice the first one counts.
+    received: the body, until the gateway takes it.
+    credential: the digest of the key that it came with, empty without one.
+    tenant: who asks, known when the head is complete. refusal: why it is not served; its body is passed over then.
+    held_bytes: what it has booked of the budget for bodies, until its answer is complete.
+    flowing: the head and a first chunk of the body have been written.
+    """
+
+    __slots__ = (
+        "edge", "route", "headers", "credential", "received", "complete", "task", "begun", "chunked", "events",
+        "keep_alive", "engine_side", "disconnected", "response_complete", "message_event", "request_id", "http10",
+        "extra_headers", "queued", "expects_continue", "transport", "flowing", "tenant", "refusal", "held_bytes",
+    )  # fmt: skip
+
+    _unused_event = asyncio.Event()  # uvicorn sets its cycle's event when a connection is lost; nobody waits on ours
+
+    def __init__(self, edge: "GatewayProtocol", head: Head, *, keep_alive: bool, http10: bool) -> None:
+        self.edge = edge
+        self.transport = edge.transport
+        self.route, self.headers, self.credential = head
+        self.received: bytes | bytearray = b""
+        self.queued = False
+        self.complete = False
+        self.task: asyncio.Task[None] | None = None
+        self.begun = False
+        self.chunked = False
+        self.flowing = False
+        self.events = False
+        self.keep_alive = keep_alive
+        self.http10 = http10
+        self.expects_continue = edge.expect_100_continue
+        self.engine_side: EngineConnection | None = None
+        self.disconnected = False
+        self.response_complete = False
+        self.message_event = self._unused_event
+        self.request_id = request_id_in(self.headers)
+        self.extra_headers = b""
+        self.tenant: Tenant | None = None
+        self.refusal: ServiceError | None = None
+        self.held_bytes = 0
+
+    @property
+    def client(self) -> str:
+        """The client's address, as far as proxies that are trusted tell it."""
+        peer = self.edge.client
+        return client_of(peer[0] if peer else "", self.headers, self.edge.trusted)
+
+    # what came
+    def add(self, data: bytes) -> None:
+        """A further piece of the body. Pieces become one buffer: a list of them could weigh ten times the body."""
+        if isinstance(self.received, bytearray):
+            self.received += data
+        else:
+            self.received = bytearray(self.received) + data
+
+    def release(self) -> None:
+        """Its body is not needed any more."""
+        self.received = b""
+        if self.held_bytes and self.tenant is not None:
+            self.edge.bodies.give_back(self.tenant.name, self.held_bytes)
+            self.held_bytes = 0
+
+    # the answer
+    def begin(self, status: int, content_type: bytes, length: int | None) -> None:
+        """Writes the head. Without a length the body is chunked (HTTP/1.0: ended by closing)."""
+        self.begun = True
+        self.events = content_type.startswith(b"text/event-stream")
+        name = self.request_id.encode()
+        if length is not None:
+            framing = b"content-length: %d\r\n" % length
+        elif self.http10:
+            framing, self.keep_alive = b"", False
+        else:
+            framing, self.chunked = b"transfer-encoding: chunked\r\ncache-control: no-cache\r\n", True
+        if self.edge.parting:
+            self.keep_alive = False
+        self.edge.hold = b"%bcontent-type: %b\r\nx-request-id: %b\r\n%b%b%b%b\r\n" % (
+            _STATUS.get(status) or b"HTTP/1.1 %d \r\n" % status,
+            content_type,
+            name,
+            b"request-id: %b\r\n" % name if self.route.anthropic else b"",
+            self.extra_headers,
+            framing,
+            b"" if self.keep_alive else b"connection: close\r\n",
+        )
+
+    def write(self, data: bytes) -> None:
+        """A piece of the body, sent at once, together with the head if that still waits."""
+        edge = self.edge
+        if edge.transport.is_closing():  # the client is gone and `connection_lost` on its way: it will cancel the task
+            return
+        if self.chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        if edge.hold:
+            data = edge.hold + data
+            edge.hold = b""
+            self.flowing = self.chunked
+        edge.transport.write(data)
+
+    def forward(self, chunk: bytes, at: int) -> None:
+        """A piece of the body that is framed already: `chunk[at:-2]` in an HTTP chunk."""
+        if not self.flowing:
+            self.write(chunk[at:-2])
+        elif not self.transport.is_closing():
+            self.transport.write(chunk)
+
+    def end(self) -> None:
+        """The answer is complete."""
+        edge = self.edge
+        self.engine_side = None  # its connection may carry somebody else's answer from here on
+        if edge.transport.is_closing():
+            return
+        last = edge.hold + (b"0\r\n\r\n" if self.chunked else b"")
+        edge.hold = b""
+        if last:
+            edge.transport.write(last)
+        self.response_complete = True
+        if not self.keep_alive:
+            edge.transport.close()
+        edge.on_response_complete()
+
+    def fail(self, error: ServiceError) -> None:
+        """Says what went wrong: with its status, as the last event of a stream, or by closing once a body has begun."""
+        if self.disconnected or self.response_complete:
+            return
+        if self.begun:
+            self._break_off(error)
+            return
+        if error.retry_after is not None:
+            self.extra_headers += b"retry-after: %d\r\n" % error.retry_after
+        body = error_object(error, anthropic=self.route.anthropic)
+        self.begin(status_of(error), b"application/json", len(body))
+        self.write(body)
+        self.end()
+
+    def _break_off(self, error: ServiceError) -> None:
+        if self.chunked and self.events:
+            self.write(error_event(error, self.route.dialect))
+            self.end()
+            return
+        self.edge.transport.abort()  # a body cut short must not look like a whole one
+
+    def settled(self, task: asyncio.Task[None]) -> None:
+        """The task has ended. Whatever happened in it, a client that is still there has its answer."""
+        self.edge.tasks.discard(task)
+        self.task = None
+        self.release()
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            log.error("request %s failed inside the gateway", self.request_id, exc_info=error)
+        if self.disconnected or self.response_complete or self.edge.transport.is_closing():
+            return
+        if error is None:
+            self.fail(Stopping("The gateway is shutting down: retry the request.", retry_after_s=5.0))
+        else:
+            self.fail(ServiceError("The gateway failed on this request; see its log for the reason."))
+
+    def flows_from(self, connection: EngineConnection | None) -> None:
+        """Which engine connection feeds the answer: it is paused while the client does not keep up."""
+        self.engine_side = connection
+        if connection is not None and self.edge.flow.write_paused:
+            connection.pause()
+
+
+class GatewayProtocol(HttpToolsProtocol):
+    """One client connection.
+
+    in_message: a request has begun to arrive and is not complete; in_head: nor is its head.
+    current: what is being answered; uvicorn's `cycle` is the newest, which may still be arriving or wait behind it.
+    last_words: the refusal of bytes that made no request, while answers before it are on their way.
+    bodies, open, heads: what all connections share; heads by their digest.
+    exchange_type: what answers requests here. trusted: proxies whose word on addresses counts.
+    decoder: of the body that arrives, None for one that comes as it is.
+    parting: for all connections, too: each closes with its next answer, for the gateway is about to stop.
+    unread: bytes of its answer that a client that does not keep up had not read when it was last looked at.
+    idle_since: when the last answer was complete, on the loop's clock.
+    """
+
+    gateway: Serves
+    bounds: ProtocolBounds
+    bodies: BodyBudget
+    open: Connections
+    heads: dict[bytes, Head]
+    parting = False
+    exchange_type: type[ClientExchange] = ClientExchange
+    trusted: Sequence[Network] = ()
+    cycle: Any  # uvicorn's RequestResponseCycle, or an Exchange in its place
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # uvicorn's own arguments, handed through
+        super().__init__(*args, **kwargs)
+        self.hold = b""
+        self.in_message = False
+        self.in_head = False
+        self.head_size = 0
+        self.unread_size = 0
+        self.body_size = 0
+        self.most_body = 0
+        self.declared_size = 0
+        self.hosts = 0
+        self.host = b""
+        self.chunked_body = False
+        self.decoder: BodyDecoder | None = None
+        self.current: Any = None
+        self.last_words = b""
+        self.deadline: asyncio.TimerHandle | None = None
+        self.deadline_s = 0.0
+        self.stall: asyncio.TimerHandle | None = None
+        self.unread = 0
+        self.idle_since = 0.0
+
+    # the connection
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)  # type: ignore[arg-type]  # uvicorn's protocol narrows it as well
+        if self.open.opened(self):
+            self._await_rest()
+        else:
+            error = TooManyConnections("All connections of this gateway are in use.", retry_after_s=1.0)
+            self.gateway.refused("", error)
+            self.transport.write(_refusal(error, request_id_in({}), anthropic=False))
+            self.transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Ends what is under way, and takes the connection's objects apart: they refer to one another, and as long as
+        the collector has not looked they would keep what the client had sent."""
+        self._no_deadline()
+        if self.stall is not None:
+            self.stall.cancel()
+        self._unset_keepalive_if_required()
+        self.open.closed(self)
+        super().connection_lost(exc)
+        exchange = self.current
+        if isinstance(exchange, ClientExchange) and not exchange.response_complete:
+            exchange.disconnected = True
+            if exchange.task is not None:
+                exchange.task.cancel()
+        for cycle in (self.cycle, *(waiting for waiting, _ in self.pipeline)):
+            if isinstance(cycle, ClientExchange) and cycle.task is None:
+                cycle.release()
+        self.pipeline.clear()
+        self.current = self.cycle = None
+        self.headers = []
+        del self.parser  # it holds this object's callbacks
+
+    def give_way(self) -> None:
+        """Closes this connection, which waits for a request, for a new one."""
+        self.transport.abort()
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]  # uvicorn's own narrows asyncio's
+        """The client sends no more. Some shut down their side and still want their answer, most are gone: only what is
+        written to them tells one from the other (RFC 9110, 15.2: any answer may have interim ones before it)."""
+        cycle = self.cycle
+        if self.in_message or self._idle() or getattr(cycle, "http10", False) or self.scheme == "https":
+            return None  # TLS has no half of a connection
+        cycle.keep_alive = False
+        self._knock(0)
+        return True
+
+    def _knock(self, count: int) -> None:
+        """Writes what means nothing. A client that is gone answers with a reset, which the next write meets."""
+        self.deadline = None
+        exchange = self.current
+        if not isinstance(exchange, ClientExchange) or exchange.response_complete or self.transport.is_closing():
+            return
+        if not exchange.begun:
+            self.transport.write(_CONTINUE)
+        elif exchange.events:
+            exchange.write(_COMMENT)
+        if count < len(_KNOCKS_S):
+            self.deadline = self.loop.call_later(_KNOCKS_S[count], self._knock, count + 1)
+
+    def data_received(self, data: bytes) -> None:
+        if self.last_words:
+            self._pass_over(len(data))
+            return
+        was_in_head = self.in_head
+        expects_head = not self.in_message and (self.cycle is None or self.cycle.response_complete)
+        key, length, at = keyed(data) if expects_head and not self.transport.is_closing() else (b"", 0, 0)
+        if key and len(data) == at + length <= self.bounds.body_bytes:
+            digest = blake2b(key, digest_size=16, key=_DIGEST_KEY).digest()
+            head = self.heads.get(digest)
+            if head is not None and self._start_known(head, data[at:]):
+                return
+            self._feed(data)
+            self._remember(digest, length)
+        else:
+            self._feed(data)
+        if self.in_message or self._idle():
+            if was_in_head and self.in_head:  # a header without an end shows only in the bytes that arrive
+                self.unread_size += len(data)
+                self._bound_head(self.unread_size)
+            self._await_rest()
+        elif self.deadline is not None:
+            self._no_deadline()
+
+    def _idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _start_known(self, head: Head, body: bytes) -> bool:
+        """A whole request whose head has been read before. The parser stands between two messages, and stays there.
+        False for one that is refused: the parser may have it."""
+        try:
+            tenant = self.gateway.tenant_with(head.credential)
+        except ServiceError:  # the key is not valid any more
+            return False
+        if not self.bodies.take(tenant.name, len(body)):
+            return False
+        if self.deadline is not None:
+            self._no_deadline()
+        self.cycle = exchange = self.exchange_type(self, head, keep_alive=True, http10=False)
+        exchange.tenant = tenant
+        exchange.held_bytes = len(body)
+        exchange.received = body
+        exchange.complete = True
+        self.open.spare.pop(self, None)
+        self._start(exchange)
+        return True
+
+    def _remember(self, digest: bytes, length: int) -> None:
+        """Keeps what the parser said of this head, if it said of it all that matters."""
+        exchange = self.cycle
+        if (
+            not isinstance(exchange, ClientExchange)
+            or not (exchange.complete and exchange.keep_alive)
+            or exchange.refusal is not None
+            or exchange.expects_continue
+            or not self.declared_size == self.body_size == length
+            or not _ONE_OF_ITS_OWN.isdisjoint(exchange.headers)
+        ):
+            return
+        if len(self.heads) >= MOST_HEADS:
+            self.heads.clear()
+        self.heads[digest] = Head(exchange.route, exchange.headers, exchange.credential)
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as stopped:
+            self._pass_over_upgrade(data[stopped.args[0] :])
+        except httptools.HttpParserError:
+            self._refuse(BadRequest("The request is not valid HTTP/1.1."))
+
+    def _pass_over_upgrade(self, rest: bytes) -> None:
+        """An offer of HTTP/2 or WebSocket, which some clients make with every request. The parser stops at it, and with
+        it the body would be lost: the head is read again without the offer."""
+        method = self.parser.get_method()
+        if method == b"CONNECT" or not self.in_message:
+            self._refuse(WrongMethod("There is no CONNECT here."))
+            return
+        head = [b"%b %b HTTP/1.1\r\n" % (method, self.url)]
+        head += [b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade"]
+        self.parser = httptools.HttpRequestParser(self)
+        self._feed(b"".join(head) + b"\r\n" + rest)
+
+    # time
+    def _await_rest(self) -> None:
+        """Sees to it that what is missing of a request comes in time. One limit for the head, one for the body."""
+        if self.last_words:
+            return
+        if self.pipeline or self.transport.is_closing():  # behind a queued request it is us who do not read
+            self._no_deadline()
+            return
+        limit_s = self.bounds.body_s if self.in_message and not self.in_head else self.bounds.head_s
+        if self.deadline is not None:
+            if self.deadline_s == limit_s and not self._uploads():
+                return  # an upload may take its time as long as it goes on
+            self.deadline.cancel()
+        self.deadline_s = limit_s
+        self.deadline = self.loop.call_later(limit_s, self._too_slow)
+
+    def _uploads(self) -> bool:
+        """Whether what arrives is a file, which goes to disk and not to memory."""
+        return self.most_body > self.bounds.body_bytes
+
+    def _no_deadline(self) -> None:
+        if self.deadline is not None:
+            self.deadline.cancel()
+            self.deadline = None
+
+    def _too_slow(self) -> None:
+        self.deadline = None
+        if self.transport.is_closing():
+            return
+        if self.in_message:
+            self._refuse(TooSlow("The request did not arrive in time."))
+        else:
+            self.transport.close()
+
+    # what is no request
+    def _refuse(self, error: ServiceError) -> None:
+        """Answers bytes that do not become a request (not HTTP, too much, too slow) and closes."""
+        if self.transport.is_closing() or self.last_words:
+            return
+        self.gateway.refused("", error)
+        request_id = request_id_in(dict(reversed(self.headers or ())))
+        if self.in_message and not self.in_head:
+            request_id = getattr(self.cycle, "request_id", request_id)  # whose headers are not kept here
+            self._forget_newest()
+        self.in_message = self.in_head = False
+        self.last_words = _refusal(error, request_id, anthropic=self.url.startswith(_ANTHROPIC))
+        self._no_deadline()
+        if self.current is None or self.current.response_complete:
+            self._say_last()
+
+    def _forget_newest(self) -> None:
+        """The request whose body cannot be had: its place in the pipeline goes, an application that waits is told."""
+        cycle = self.cycle
+        if self.pipeline and self.pipeline[0][0] is cycle:
+            self.pipeline.popleft()
+        if isinstance(cycle, ClientExchange):
+            cycle.response_complete = True
+            cycle.release()
+        elif cycle is self.current:
+            if cycle.response_started:
+                return
+            cycle.disconnected = cycle.response_complete = True
+            cycle.message_event.set()
+
+    def _pass_over(self, size: int) -> None:
+        """What a refused client still sends, up to a body's length."""
+        self.unread_size += size
+        if self.unread_size > self.bounds.body_bytes:
+            self.transport.abort()
+
+    def _say_last(self) -> None:
+        self.unread_size = 0
+        self.transport.write(self.last_words)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()  # over TLS it cannot be said that no more comes
+        self.flow.resume_reading()
+        self.open.spare[self] = None
+        self.deadline = self.loop.call_later(_LINGER_S, self.transport.close)
+
+    # httptools callbacks
+    def on_message_begin(self) -> None:
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
+        self.head_size = self.unread_size = self.body_size = self.declared_size = self.hosts = 0
+        self.host = b""
+        self.chunked_body = False
+        self.in_message = self.in_head = not (self.last_words or self.transport.is_closing())
+
+    def on_url(self, url: bytes) -> None:
+        self.url += url
+        if len(self.url) > self.bounds.head_bytes:
+            self._bound_head(len(self.url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.head_size += len(name) + len(value) + 4
+        if self.in_head:
+            name = name.lower()
+            if name == b"content-length":
+                self.declared_size = int(value)
+            elif name == b"host":
+                self.hosts += 1
+                self.host = value
+            elif name == b"transfer-encoding":
+                self.chunked_body = True
+            elif name == b"expect":
+                self.expect_100_continue = value.lower() == b"100-continue"
+            self.headers.append((name, value))
+        # else it is a trailer: it came too late to say who asks, or anything else (RFC 9110, 6.5.1)
+        if self.head_size > self.bounds.head_bytes:
+            self._bound_head(self.head_size)
+        elif len(self.headers) > _MOST_HEADERS:
+            self._refuse(HeadTooLarge(f"The request has more than {_MOST_HEADERS} headers."))
+
+    def _bound_head(self, size: int) -> None:
+        if size > self.bounds.head_bytes and self.in_message:
+            self._refuse(HeadTooLarge(f"Request line and headers exceed {self.bounds.head_bytes} bytes."))
+
+    def on_headers_complete(self) -> None:
+        if not self.in_message or self.parser.should_upgrade():
+            return
+        http10 = self.parser.get_http_version() == "1.0"
+        upload = self.url == _UPLOADS and self.parser.get_method() == b"POST"
+        self.most_body = self.bounds.upload_bytes if upload else self.bounds.body_bytes
+        route = self._route()
+        if error := self._wrong_head(http10=http10) or (self._wrong_coding() if route is None else None):
+            self._refuse(error)
+            return
+        self.in_head = False
+        if route is None:
+            self.open.spare.pop(self, None)
+            self._hand_on()
+        else:
+            self._expect_body(route, http10=http10)
+
+    def _expect_body(self, route: Route, *, http10: bool) -> None:
+        """The head of a relayed request is complete: here it is decided whether its body is taken in at all."""
+        headers = dict(reversed(self.headers))
+        if self.trusted:
+            headers |= self._joined(_LISTS)
+        self.headers = []  # there may be a key among them
+        keep_alive = not http10 and self.parser.should_keep_alive()
+        exchange = self.exchange_type(self, Head(route, headers, b""), keep_alive=keep_alive, http10=http10)
+        exchange.queued = self.cycle is not None and not self.cycle.response_complete
+        self.cycle = exchange
+        if exchange.queued:  # pipelined: its turn comes when the answer before it is complete
+            self.flow.pause_reading()
+            self.pipeline.appendleft((exchange, None))  # type: ignore[arg-type]  # an exchange stands for a cycle
+        exchange.refusal = self._objection(exchange)
+        if exchange.refusal is not None:
+            if self.declared_size > _SMALL_BODY_BYTES or exchange.expects_continue:
+                self._refuse(exchange.refusal)
+            return
+        self.open.spare.pop(self, None)
+        if exchange.expects_continue and not exchange.queued:
+            self.transport.write(_CONTINUE)
+
+    def _wrong_head(self, *, http10: bool) -> ServiceError | None:
+        """What is wrong with a head that the parser lets pass (RFC 9112, 3.2 and 6.1), or with its place."""
+        if self.hosts != 1 and not (http10 and self.hosts == 0):
+            return BadRequest("The request must have exactly one Host header.")
+        if self.bounds.local_names and not is_local_name(self.host) and self.gateway.is_open:
+            return NotAllowed(
+                "Without tenants this gateway serves its own machine only, under the name localhost or an IP address, "
+                "not under the name in the request's Host header. Use one of those, set up tenants, or start it with "
+                "--allow-open."
+            )
+        if http10 and self.chunked_body:
+            return BadRequest("HTTP/1.0 has no Transfer-Encoding.")
+        if self.declared_size > self.most_body:
+            return TooLarge(f"The body has {self.declared_size} bytes; {self.most_body} are allowed.")
+        if len(self.pipeline) >= _MOST_QUEUED:
+            return Overloaded(f"More than {_MOST_QUEUED} requests wait on this connection.")
+        return None
+
+    def _wrong_coding(self) -> ServiceError | None:
+        """A body that is not relayed must come as it is."""
+        if all(name != b"content-encoding" or value == b"identity" for name, value in self.headers):
+            return None
+        return UnsupportedMediaType("Send this body as it is: only requests to a model may be compressed.")
+
+    def _joined(self, names: Sequence[bytes]) -> dict[bytes, bytes]:
+        """All lines of these headers, each header's in one."""
+        lines = {name: [value for key, value in self.headers if key == name] for name in names}
+        return {name: b", ".join(values) for name, values in lines.items() if values}
+
+    def _objection(self, exchange: ClientExchange) -> ServiceError | None:
+        """Why a request is not served, as far as its head says: an unknown key, or a body that is no JSON.
+
+        A web page can make a browser send any other type to a gateway without a key, which reaches no farther than
+        the reader's own machine; for this one the browser asks first (the Fetch standard's CORS-safelisted types).
+        """
+        headers = exchange.headers
+        exchange.credential = credential(headers.pop(b"authorization", None), headers.pop(b"x-api-key", None))
+        try:
+            exchange.tenant = self.gateway.tenant_with(exchange.credential)
+        except ServiceError as error:
+            return error
+        coding = headers.get(b"content-encoding", b"identity").lower()
+        self.decoder = None
+        if coding != b"identity":
+            if coding not in DECODERS:
+                return UnsupportedMediaType("Send the body as it is, or with 'Content-Encoding: gzip' or 'zstd'.")
+            self.decoder = DECODERS[coding]()
+        kind = headers.get(b"content-type", b"")
+        if kind == b"application/json" or kind.partition(b";")[0].strip().lower() == b"application/json":
+            return None
+        return UnsupportedMediaType("Send JSON, with the header 'Content-Type: application/json'.")
+
+    def _route(self) -> Route | None:
+        if self.parser.get_method() != b"POST":
+            return None
+        route = ROUTES.get(self.url)
+        if (
+            route is None
+        ):  # a query, a whole URL, or a slash at its end: clients join a base URL and a path in many ways
+            path = httptools.parse_url(self.url).path or b""
+            route = ROUTES.get(path.removesuffix(b"/"))
+        return route
+
+    def _hand_on(self) -> None:
+        """To FastAPI. uvicorn makes the scope when a message begins; only here it is known to be needed."""
+        url, headers, expects = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()
+        self.url, self.expect_100_continue = url, expects
+        self.headers.extend(headers)
+        super().on_headers_complete()
+        request_id = request_id_in(dict(reversed(headers))).encode()
+        names = (b"x-request-id", b"request-id") if self.url.startswith(_ANTHROPIC) else (b"x-request-id",)
+        self.cycle.default_headers = [*self.cycle.default_headers, *((name, request_id) for name in names)]
+
+    def on_body(self, body: bytes) -> None:
+        if not self.in_message:
+            return
+        self.body_size += len(body)
+        if self.body_size > self.most_body:
+            self._refuse(TooLarge(f"The body exceeds {self.most_body} bytes."))
+        elif isinstance(self.cycle, ClientExchange):
+            self._take_in(self.cycle, body)
+        else:
+            super().on_body(body)
+
+    def _take_in(self, exchange: ClientExchange, body: bytes) -> None:
+        if exchange.refusal is not None or exchange.tenant is None:
+            if self.body_size > _SMALL_BODY_BYTES and exchange.refusal is not None:
+                self._refuse(exchange.refusal)
+        elif self.decoder is not None:
+            self._expand(self.decoder, exchange, exchange.tenant.name, body)
+        elif not self._hold(exchange, exchange.tenant.name, body):
+            self._refuse(Overloaded(_NO_MEMORY, retry_after_s=1.0))
+
+    def _hold(self, exchange: ClientExchange, tenant: str, piece: bytes) -> bool:
+        if not self.bodies.take(tenant, len(piece)):
+            return False
+        exchange.held_bytes += len(piece)
+        if exchange.received:
+            exchange.add(piece)
+        else:
+            exchange.received = piece
+        return True
+
+    def _expand(self, decoder: BodyDecoder, exchange: ClientExchange, tenant: str, body: bytes) -> None:
+        """A part of a compressed body. What it expands to is bounded and booked piece by piece."""
+        try:
+            for piece in decoder.pieces(body):
+                if exchange.held_bytes + len(piece) > self.bounds.body_bytes:
+                    self._refuse(TooLarge(f"The body exceeds {self.bounds.body_bytes} bytes when it is expanded."))
+                    return
+                if not self._hold(exchange, tenant, piece):
+                    self._refuse(Overloaded(_NO_MEMORY, retry_after_s=1.0))
+                    return
+        except BadCoding as error:
+            self._refuse(BadRequest(str(error)))
+
+    def on_message_complete(self) -> None:
+        if not self.in_message or self.in_head:
+            return
+        if self.decoder is not None and not self.decoder.whole and self.cycle.refusal is None:
+            self._refuse(BadRequest("The compressed body ends before its data does."))
+            return
+        self.decoder = None
+        self.in_message = False
+        exchange = self.cycle
+        if not isinstance(exchange, ClientExchange):
+            super().on_message_complete()
+            return
+        exchange.complete = True
+        if not exchange.queued:
+            self._start(exchange)
+
+    # answers
+    def _start(self, exchange: ClientExchange) -> None:
+        self.current = exchange
+        if exchange.refusal is not None:
+            self.gateway.refused(exchange.route.path, exchange.refusal)
+            exchange.fail(exchange.refusal)
+            return
+        task = exchange.task = self.loop.create_task(self.gateway.answer(exchange))
+        task.add_done_callback(exchange.settled)
+        self.tasks.add(task)
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        """uvicorn calls this for the next one in a pipeline too: `app` is an ASGI application, or None."""
+        if not isinstance(cycle, ClientExchange):
+            self.current = cycle
+            super()._start_asgi_task(cycle, app)
+            return
+        cycle.queued = False
+        if cycle.complete:
+            self._start(cycle)
+        elif cycle.expects_continue and cycle.refusal is None:
+            self.transport.write(_CONTINUE)
+
+    def on_response_complete(self) -> None:
+        """As uvicorn's own, but for its timer, which is set anew for every request there."""
+        if self.last_words and not self.pipeline and not self.transport.is_closing():
+            self._say_last()
+            return
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        if self.flow.read_paused:
+            self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        else:
+            self.idle_since = self.loop.time()
+            self.open.spare[self] = None
+            if not isinstance(self.cycle, ClientExchange):
+                self.cycle.body = bytearray()  # what the application has not read of it
+            if self.timeout_keep_alive_task is None:
+                self._await_next(self.timeout_keep_alive)
+        if self.in_message:
+            self._await_rest()
+
+    def _await_next(self, limit_s: float) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(limit_s, self.timeout_keep_alive_handler)
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Closes a connection that has been idle for long; the timer of one that was used meanwhile goes on."""
+        self.timeout_keep_alive_task = None
+        if self.in_message or not self._idle():
+            return  # set again when the answer is complete
+        left_s = self.idle_since + self.timeout_keep_alive - self.loop.time()
+        if left_s > 0:
+            self._await_next(left_s)
+        else:
+            super().timeout_keep_alive_handler()
+
+    # a client that does not keep up
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader()
+        if isinstance(self.current, ClientExchange) and self.current.engine_side is not None:
+            self.current.engine_side.pause()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.stall is not None:
+            self.stall.cancel()
+            self.stall = None
+        if isinstance(self.current, ClientExchange) and self.current.engine_side is not None:
+            self.current.engine_side.resume()
+
+    def _unread(self) -> int:
+        """Bytes that the client's machine has not taken: here, and in the kernel, which tells us that there is room
+        only once a third of its buffer is free. For a slow reader that is too seldom."""
+        count = array("i", [0])
+        connection = self.transport.get_extra_info("socket")
+        if connection is not None:
+            fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, count)
+        return self.transport.get_write_buffer_size() + count[0]
+
+    def _watch_reader(self) -> None:
+        self.unread = self._unread()
+        self.stall = self.loop.call_later(self.bounds.stall_s, self._look_at_reader)
+
+    def _look_at_reader(self) -> None:
+        """Nothing is added while a client does not keep up, so whatever is less than before it has read."""
+        if self._unread() < self.unread:
+            self._watch_reader()
+            return
+        log.info("a client has not read its answer for %g s: its connection is closed", self.bounds.stall_s)
+        self.transport.abort()
+
+
+def _refusal(error: ServiceError, request_id: str, *, anthropic: bool) -> bytes:
+    """A whole answer that says why, after which the connection closes."""
+    body, name = error_object(error, anthropic=anthropic), request_id.encode()
+    lines = [_STATUS[status_of(error)], b"content-type: application/json\r\nx-request-id: ", name, b"\r\n"]
+    if anthropic:
+        lines += [b"request-id: ", name, b"\r\n"]
+    if error.retry_after is not None:
+        lines.append(b"retry-after: %d\r\n" % error.retry_after)
+    return b"".join([*lines, b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(body), body])
+
+
+_DIGEST_KEY = os.urandom(32)  # so that nobody can make two heads of one digest
+_PROCESS = os.urandom(10).hex()  # so that the ids of two gateways differ
+_serial = count()
+
+
+def request_id_in(headers: Mapping[bytes, bytes]) -> str:
+    """The id that a request goes by: its own x-request-id if that is harmless, else one that no other request has."""
+    own = headers.get(b"x-request-id")
+    if own is not None and _SAFE_ID.fullmatch(own):
+        return own.decode()
+    return f"{_PROCESS}{next(_serial):012x}"
+
+
+@lru_cache(maxsize=256)
+def is_local_name(host: bytes) -> bool:
+    """Whether a Host header cannot be a web site's: an IP address, `localhost`, or another name without a dot.
+
+    A page can have its own domain resolve to 127.0.0.1 once it is loaded, and the browser then takes a gateway there
+    for a part of that site (DNS rebinding). The Host header still names the domain.
+    """
+    name = host.decode("latin-1").rpartition("@")[2].lower()
+    name = name[1 : name.find("]")] if name.startswith("[") else name.partition(":")[0]
+    if "." not in name or name.endswith(".localhost"):
+        return True
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def protocol_for(
+    gateway: Serves,
+    bounds: ProtocolBounds,
+    bodies: BodyBudget,
+    connections: Connections,
+    kind: type[GatewayProtocol] = GatewayProtocol,
+    **more: object,
+) -> type[GatewayProtocol]:
+    """The protocol class for uvicorn, with the gateway it serves and what its connections share; `more` as named in the
+    class."""
+    shared = {"gateway": gateway, "bounds": bounds, "bodies": bodies, "open": connections, "heads": {}}
+    return type("GatewayProtocol", (kind,), shared | more)
