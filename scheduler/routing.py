@@ -6,7 +6,9 @@ a conversation's next turn costs least where its last one was. Nothing of a prom
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache
 from itertools import islice
+from math import inf
 from types import MappingProxyType
 
 from scheduler.pools import TYPICAL_TOKENS, Pool, WorkerLoad
@@ -36,8 +38,35 @@ def score(load: WorkerLoad, typical_tokens: float, known_tokens: int) -> float:
     so that a short system prompt, which everybody has, does not bring everybody to one worker.
     """
     work_tokens = load.pending_tokens + load.others * typical_tokens
-    busy = max(work_tokens / (load.worker.slots * typical_tokens), load.kv_usage)
+    busy = work_tokens / (load.worker.slots * typical_tokens)
+    if load.kv_usage > busy:
+        busy = load.kv_usage
     return busy - AFFINITY * known_tokens / (known_tokens + typical_tokens)
+
+
+def cheapest_of_all(pools: Sequence[Pool], typical_tokens: float, known: Mapping[str, int]) -> WorkerLoad | None:
+    """`Choice.cheapest` for a request of one answer that any worker may be given; None while none has room."""
+    found: list[WorkerLoad] = []
+    for pool in pools:
+        pool.typical_tokens = typical_tokens
+        if (first := pool.first()) is not None:
+            found.append(first)
+        for worker_id in known:
+            if (owner := pool.workers.get(worker_id)) is not None and owner.free > 0:
+                found.append(owner)
+    return _cheapest(found, typical_tokens, known)
+
+
+def _cheapest(found: Sequence[WorkerLoad], typical_tokens: float, known: Mapping[str, int]) -> WorkerLoad | None:
+    """The one with the lowest score; of equals the one that has been there longest."""
+    if len(found) < 2:
+        return found[0] if found else None
+    best, lowest = found[0], inf
+    for load in found:
+        cost = score(load, typical_tokens, known.get(load.worker.id, 0))
+        if cost < lowest or (cost == lowest and load.number < best.number):
+            best, lowest = load, cost
+    return best
 
 
 class Choice:
@@ -95,15 +124,15 @@ class Choice:
         first that fits: whoever comes behind it has more to do, and remembers nothing of this prompt.
         """
         if self._sequences == 1 and fits is self._admits is None and not self._avoided:
+            if roles is ANY_ROLE:
+                return cheapest_of_all(self._pools, self._typical_tokens, self.known)
             found = [load for load in self._owners if load.free > 0 and load.role in roles]
             for pool in self._pools:
                 if pool.role in roles and (first := pool.first()) is not None:
                     found.append(first)
         else:
-            found = list(self._looked_at(roles, fits))
-        if len(found) > 1:
-            return min(found, key=lambda load: (self.cost(load), load.number))
-        return found[0] if found else None
+            found = self._looked_at(roles, fits)
+        return _cheapest(found, self._typical_tokens, self.known)
 
     def _looked_at(self, roles: Collection[Role], fits: Callable[[WorkerLoad], bool] | None) -> list[WorkerLoad]:
         """Those with room for all sequences; if there are none, those with the most room."""
@@ -124,17 +153,23 @@ class Choice:
         return fits is None or fits(load)
 
 
+@cache
+def _member_name(content_field: str) -> bytes:
+    return b'"%b"' % content_field.encode()
+
+
 def beginnings(body: bytes, content_field: str, prompt_tokens: int) -> list[Beginning]:
     """The beginnings of a request's prompt, shortest first, each twice as long as the one before.
 
     Taken from the body's bytes behind the name of the field that holds the prompt: a conversation's next turn repeats
     them. What follows the prompt in the body may be part of the longest, which then matches nothing.
     """
-    start = max(0, body.find(b'"%b"' % content_field.encode()))
+    start = max(0, body.find(_member_name(content_field)))
     size = len(body) - start
+    longest = min(size, LONGEST_BYTES)
     found: list[Beginning] = []
     length = SHORTEST_BYTES
-    while length <= min(size, LONGEST_BYTES):
+    while length <= longest:
         found.append((hash(body[start : start + length]), prompt_tokens * length // size))
         length *= 2
     return found
@@ -185,8 +220,15 @@ class Affinity:
 
     def note(self, prompt: Sequence[Beginning], worker_id: str) -> None:
         """A worker is going to read this prompt."""
+        readers = self._readers
+        alone = (worker_id,)
         for key, _ in prompt:
-            others = [other for other in self._readers.pop(key, ()) if other != worker_id]
-            self._readers[key] = (worker_id, *others[: WORKERS_EACH - 1])
-        while len(self._readers) > self._most:
-            self._readers.popitem(last=False)
+            before = readers.pop(key, None)
+            if before is None or before == alone:
+                readers[key] = alone
+            elif worker_id in before:
+                readers[key] = (worker_id, *(other for other in before if other != worker_id))
+            else:
+                readers[key] = (worker_id, *before[: WORKERS_EACH - 1])
+        while len(readers) > self._most:
+            readers.popitem(last=False)

@@ -12,7 +12,7 @@ from scheduler.hybrid import Visit
 from scheduler.jobs import Job, Outcome, Tier
 from scheduler.placement import Aggregated, Disaggregated, Rules, place
 from scheduler.pools import Pool, WorkerLoad
-from scheduler.routing import LEARN_SHARE, Affinity, Choice, TypicalRequest, beginnings
+from scheduler.routing import LEARN_SHARE, Affinity, Choice, TypicalRequest, beginnings, cheapest_of_all
 from scheduler.tiers import TieredLanes
 from scheduler.workers import Role, Worker
 from server.admission.live_adapters import AdapterUnavailable, LiveAdapters
@@ -373,15 +373,20 @@ class Dispatcher:
     def _room_of_several(
         self, ticket: Ticket, pools: Sequence[Pool], admits: Callable[[WorkerLoad], bool] | None
     ) -> "Room | None":
-        whole = all(pool.role is Role.BOTH for pool in pools)
-        idlest = [first for pool in pools if (first := pool.first()) is not None]
-        if not idlest:
+        whole, idlest = True, None
+        for pool in pools:
+            whole = whole and pool.role is Role.BOTH
+            idlest = idlest or pool.first()
+        if idlest is None:
             return None
         call = ticket.call
         prompt = beginnings(call.body, call.route.content_field, call.prompt_tokens)
         known = self.affinity.known(prompt)
-        if self.predictor is not None and admits is None and (not whole or idlest[0].worker.hands_over):
+        if self.predictor is not None and admits is None and (not whole or idlest.worker.hands_over):
             room = self._room_predicted(self.predictor, ticket, pools, known)
+        elif whole and call.sequences == 1 and admits is None and not ticket.avoid:
+            load = cheapest_of_all(pools, self.sizes.typical.tokens, known)
+            room = None if load is None else Room(self.fleet.members[load.worker.id])
         else:
             choice = Choice(
                 pools,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from loadtest.bench.full_scan import FullScan
 from scheduler.placement import Aggregated, Disaggregated, Rules, place
 from scheduler.pools import Pools, WorkerLoad
-from scheduler.routing import ANY_ROLE, LOOKS, Choice
+from scheduler.routing import ANY_ROLE, LOOKS, Choice, cheapest_of_all
 from scheduler.workers import Role, Worker
 
 MODELS = [("base",), ("base", "adapter"), ("other",)]
@@ -88,6 +88,8 @@ class Site:
                 choice = kind(pools, TYPICAL, known=known, sequences=sequences, avoid=avoid)
                 roles = random.choice([ANY_ROLE, {Role.BOTH}, {Role.PREFILL}])
                 load = choice.cheapest(roles)
+                if sequences == 1 and not avoid and roles is ANY_ROLE:
+                    assert cheapest_of_all(pools, TYPICAL, known) is load
                 given.append(None if load is None else (load.worker.id, choice.cost(load)))
                 placed = place(500, choice, RULES, splittable=sequences == 1)
                 match placed:
@@ -120,7 +122,7 @@ def test_in_a_large_fleet_a_request_of_one_answer_goes_where_a_full_scan_sends_i
     for _ in range(400):
         known = {f"w{random.randrange(300)}": random.choice([100, 4000]) for _ in range(random.randrange(4))}
         index, scan = (kind(pools.of("m"), TYPICAL, known=known).cheapest() for kind in (Choice, FullScan))
-        assert index is scan
+        assert index is scan is cheapest_of_all(pools.of("m"), TYPICAL, known)
         if index is not None:
             held.append((index, random.randint(10, 2000)))
             index.reserve(1, held[-1][1])
