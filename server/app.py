@@ -331,6 +331,7 @@ class GatewayServer:
             queue_timeout_s=admission.queue_timeout_s,
             clock=monotonic,
             rules=Rules(apart.min_prompt_tokens, apart.busy_tokens, apart.max_arriving_tokens),
+            freed=self.lines.freed,
         )
         dispatcher.max_sequences = admission.max_sequences
         dispatcher.flex = self._flex_rules()

@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from math import exp2, log
 from typing import NamedTuple
@@ -125,6 +126,8 @@ class Dispatcher:
     predictor: places by prediction where workers hand prompts over; None: as `rules` say.
     placed: requests by how they were placed ("apart", or why not), where there are prefill or decode workers.
     adapters: set once somebody has asked for an adapter of this model.
+    freed: called with the models of a worker that serves several when one of its places is free; lets their lines look.
+    None: this is the only line.
     """
 
     def __init__(
@@ -137,8 +140,10 @@ class Dispatcher:
         queue_timeout_s: float | None,
         clock: Callable[[], float],
         rules: Rules = Rules(),  # noqa: B008 - frozen
+        freed: Callable[[str, Sequence[str]], None] | None = None,
     ) -> None:
         self.model = model
+        self._freed = freed
         self.lanes = lanes
         self.fleet = fleet
         self.max_waiting = max_waiting
@@ -238,8 +243,9 @@ class Dispatcher:
         self.settle(now)
         if alone:
             self.lanes.finish(ticket.job, Outcome.FAILED, now)
-            self.advance()
+            self._pass_on(failed.load)
             raise error
+        self._pass_on(failed.load)
         self.lanes.preempt(ticket.job, now)
         return await self._wait_in_line(ticket)
 
@@ -476,7 +482,8 @@ class Dispatcher:
         member = room.member
         ticket.visit = room.visit
         if room.prefill is not None:
-            ticket.split = Split(room.prefill, member, ticket.call.prompt_tokens, self.advance)
+            wake = partial(self._pass_on, room.prefill.load)
+            ticket.split = Split(room.prefill, member, ticket.call.prompt_tokens, wake)
         if room.placed:
             self.placed[room.placed] += 1
             ticket.placed = room.placed
@@ -533,7 +540,14 @@ class Dispatcher:
         if outcome in _COMPLETE:
             self.sizes.learn(ticket, now)
         self.pace.freed(now)
-        if len(self.lanes):
+        self._pass_on(member.load)
+
+    def _pass_on(self, load: WorkerLoad) -> None:
+        """A worker has room again: for this line, and for those of the other models that it serves."""
+        pool = load.pool
+        if self._freed is not None and pool is not None and len(pool.models) > 1:
+            self._freed(self.model, pool.models)
+        elif len(self.lanes):
             self.advance()
 
     def settle(self, now: float) -> None:
@@ -631,6 +645,14 @@ class Lines:
                 )
             dispatcher = self.by_model[model] = self._build(model)
         return dispatcher
+
+    def freed(self, model: str, models: Sequence[str]) -> None:
+        """A place of a worker that serves these models is free again, which a request for one of them had. Their lines
+        look at it in turn, that one's last: so none takes what another waits for longer than one request runs."""
+        at = 1 + models.index(model) if model in models else 0
+        for name in (*models[at:], *models[:at]):
+            if (line := self.by_model.get(name)) is not None:
+                line.advance()
 
     def advance(self) -> None:
         """A worker has come or gone: every line looks again."""

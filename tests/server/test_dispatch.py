@@ -132,6 +132,32 @@ def test_vtc_shares_between_tenants_whatever_their_numbers() -> None:
     in_virtual_time(run())
 
 
+def test_lines_of_models_on_one_worker_take_turns_in_its_places() -> None:
+    async def run() -> None:
+        clock = asyncio.get_running_loop().time
+        fleet = Fleet(pools=Pools())
+        url, models = "http://127.0.0.1:9", ("a", "b", "c")
+        member = Member(Worker("w", url, slots=1), EngineClient(url), WorkerState.READY, models)
+        member.models_json = [{"id": model} for model in models]
+        fleet.enroll(member)
+        served: list[str] = []
+
+        def line(model: str) -> Dispatcher:
+            lanes = TieredLanes(build("fcfs", {}))
+            return Dispatcher(model, lanes, fleet, max_waiting=9, queue_timeout_s=None, clock=clock, freed=lines.freed)
+
+        async def visit(model: str, number: int) -> None:
+            async with placed(lines.of(model), ticket_of(clock, number=number)):
+                served.append(model)
+                await asyncio.sleep(1.0)
+
+        lines = Lines(line, fleet)
+        await asyncio.gather(*(visit(model, number) for number, model in enumerate("aaaabbbc")))
+        assert "".join(served) == "abcababa"
+
+    in_virtual_time(run())
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_who_leaves_while_waiting_is_forgotten_and_the_next_goes(policy: str) -> None:
     async def run() -> None:
