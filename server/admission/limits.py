@@ -10,7 +10,7 @@ rounds of exchanges gives out at most its share of what is left. So, with R repl
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from math import ceil
 from typing import ClassVar, Protocol
@@ -23,7 +23,7 @@ from server.request.errors import BadRequest, RateLimited, UnknownModel
 from server.request.schemas import raw_members, splice
 from server.request.tenants import Limits, Tenant
 from server.request.tiers import TierCosts
-from server.store.store import Kept
+from server.store.store import SLICE, Kept
 
 
 class AtLimit(RateLimited):
@@ -459,16 +459,19 @@ class Gate:
         return set(self._periods)
 
     # replicas
-    def changed(self, *, everything: bool) -> dict[str, str]:
-        names = self._standings if everything else self._changed
-        rows = {name: self._standings[name].row() for name in names}
+    def changed(self, *, everything: bool) -> Iterator[tuple[str, str]]:
+        names = list(self._standings if everything else self._changed)
         self._changed.clear()
-        return rows
+        for name in names:
+            if (standing := self._standings.get(name)) is not None:
+                yield name, standing.row()
 
-    def heard(self, rows: Mapping[str, Mapping[str, str]], from_zero: Collection[str]) -> None:
+    def heard(self, rows: Mapping[str, Mapping[str, str]], from_zero: Collection[str]) -> Iterator[None]:
         now = self._clock()
         for replica, told in rows.items():
-            for name, row in told.items():
+            for number, (name, row) in enumerate(told.items(), 1):
+                if number % SLICE == 0:
+                    yield
                 tenant = self._named(name)
                 if tenant is not None and tenant.limits is not None:
                     requests, tokens, in_flight = map(int, row.split())

@@ -1,11 +1,12 @@
 """Fairness over replicas: what tenants got from other gateways counts in this one's lanes too."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from scheduler.policy import Account
 from scheduler.tiers import TieredLanes
+from server.store.store import SLICE
 
 REPEAT_S = 1.0
 
@@ -60,18 +61,16 @@ class AccountSync:
     _heard: dict[str, dict[str, _Reported]] = field(default_factory=dict)  # by key, then replica
     _known: dict[str, TieredLanes] = field(default_factory=dict)
 
-    def changed(self, *, everything: bool) -> dict[str, str]:
-        rows: dict[str, str] = {}
+    def changed(self, *, everything: bool) -> Iterator[tuple[str, str]]:
         now = self.clock()
-        for model, queue in self.queues().items():
+        for model, queue in list(self.queues().items()):
             queue.settle(now)
             if self._known.get(model) is not queue.lanes:
                 self._catch_up(model, queue.lanes)
-            for name, account, waits in queue.lanes.standings():
+            for name, account, waits in list(queue.lanes.standings()):
                 key = f"{name} {model}"
                 if self._note(key, account, waits, now) or everything:
-                    rows[key] = f"{self._told[key].charged!r} {account.counter!r} {int(waits)}"
-        return rows
+                    yield key, f"{self._told[key].charged!r} {account.counter!r} {int(waits)}"
 
     def _note(self, key: str, account: Account, waits: bool, now: float) -> bool:
         """Whether others should be told: at once of what happened here, now and then of what was heard.
@@ -99,11 +98,13 @@ class AccountSync:
             if key.partition(" ")[2] == model:
                 self._merge(queues, key, 0.0, max(word.counter for word in by_replica.values()))
 
-    def heard(self, rows: Mapping[str, Mapping[str, str]], from_zero: Collection[str]) -> None:
+    def heard(self, rows: Mapping[str, Mapping[str, str]], from_zero: Collection[str]) -> Iterator[None]:
         more: dict[str, float] = {}
         floors: dict[str, float] = {}
         for replica, told in rows.items():
-            for key, row in told.items():
+            for number, (key, row) in enumerate(told.items(), 1):
+                if number % SLICE == 0:
+                    yield
                 charged, counter, waits = row.split()
                 word = _Reported(float(charged), float(counter), waits == "1")
                 by_replica = self._heard.setdefault(key, {})
@@ -114,8 +115,10 @@ class AccountSync:
                 floors[key] = max(floors.get(key, 0.0), word.counter)
         # All charges before any counter: one replica's counter may hold what another one charged.
         queues = self.queues()
-        for key, amount in more.items():
+        for number, (key, amount) in enumerate(more.items(), 1):
             self._merge(queues, key, amount, floors[key])
+            if number % SLICE == 0:
+                yield
 
     def gone(self, replica: str) -> None:
         queues = self.queues()

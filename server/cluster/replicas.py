@@ -6,11 +6,12 @@ was last known, and when it is back everybody tells everything again.
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
-from server.store.store import Kept, News, Offer, Store, StoreAway
+from server.store.store import SLICE, Kept, News, Offer, Store, StoreAway
 
 log = logging.getLogger("evenhand.replicas")
 
@@ -26,11 +27,14 @@ class Part(Protocol):
 
     prefix: str
 
-    def changed(self, *, everything: bool) -> dict[str, str]:
-        """Own rows that are not the same as when this was last called; all of them if `everything`."""
+    def changed(self, *, everything: bool) -> Iterator[tuple[str, str]]:
+        """Own rows, key and value, that are not the same as when this was last called; all of them if `everything`.
 
-    def heard(self, rows: Mapping[str, Mapping[str, str]], from_zero: Collection[str]) -> None:
-        """Others' rows by replica and key, all seen at one moment.
+        Requests may go on between two rows.
+        """
+
+    def heard(self, rows: Mapping[str, Mapping[str, str]], from_zero: Collection[str]) -> Iterator[None]:
+        """Takes over others' rows by replica and key, all seen at one moment; yields where requests may go on.
 
         from_zero: replicas whose new rows count from zero, for this one has followed them all along; of any other the
         first value of a row is where it begins, for what was before is in others' state already.
@@ -134,11 +138,11 @@ class Replicas:
             await self._exchange()
 
     async def _exchange(self) -> None:
-        offer = self._offer()
+        everything, self._everything = self._everything, True  # until what follows is known to be written
+        offer = await self._offer(everything=everything)
         try:
             news = await self.store.exchange(offer)
         except StoreAway as error:
-            self._everything = True  # whether it was written is not known, and writing it again does no harm
             if self.up or self._news is None:
                 said = str(error).rstrip(".")
                 log.error("%s. Serving on what is known; %d replicas share the limits.", said, self.count)
@@ -149,25 +153,27 @@ class Replicas:
             return
         if not self.up:
             log.info("the shared store answers; %d replicas", len(news.alive))
-        self._hear(news)
+        await self._hear(news)
         self.up, self.problem = True, ""
         self.exchanges += 1
         await self._forget()
 
-    def _offer(self) -> Offer:
+    async def _offer(self, *, everything: bool) -> Offer:
         live = {_ROUND: f"{self.ring.round} {self._born}"}
         for part in self._parts:
-            for key, value in part.changed(everything=self._everything).items():
+            for key, value in part.changed(everything=everything):
                 live[part.prefix + key] = value
+                if len(live) % SLICE == 0:
+                    await asyncio.sleep(0)
         kept: dict[Kept, int] = {}
         for keeper in self._kept:
-            kept |= keeper.kept_changed(everything=self._restore or self._everything)
+            kept |= keeper.kept_changed(everything=self._restore or everything)
         news = self._news
         return Offer(
             self.name, self._ttl_s, news.cursor if news else 0, news.generation if news else "", live=live, kept=kept
         )
 
-    def _hear(self, news: News) -> None:
+    async def _hear(self, news: News) -> None:
         before, self._news = self._news, news
         self._heard_at = self._clock()
         lost = before is not None and before.generation != news.generation
@@ -176,9 +182,12 @@ class Replicas:
             self._born = news.cursor
         self.ring.count = max(1, len(news.alive | {self.name}))
         self._part_from(news.alive)
-        self._hear_rows(news)
-        for keeper in self._kept:
-            keeper.kept_heard(dict(news.kept))
+        await self._hear_rows(news)
+        for first in range(0, len(news.kept), SLICE):
+            rows = dict(islice(news.kept.items(), first, first + SLICE))
+            for keeper in self._kept:
+                keeper.kept_heard(dict(rows))
+            await asyncio.sleep(0)
         self._next_round(news.alive - {self.name})
         changed = news.version != self._version or lost
         self._version = news.version
@@ -200,7 +209,7 @@ class Replicas:
                 for part in self._parts:
                     part.forget(replica)
 
-    def _hear_rows(self, news: News) -> None:
+    async def _hear_rows(self, news: News) -> None:
         live = {replica: dict(rows) for replica, rows in news.live.items() if replica in news.alive}
         from_zero = self._met & live.keys()
         for replica, rows in live.items():
@@ -217,7 +226,8 @@ class Replicas:
                 replica: {key[size:]: value for key, value in rows.items() if key.startswith(part.prefix)}
                 for replica, rows in live.items()
             }
-            part.heard(own, from_zero)
+            for _ in part.heard(own, from_zero):
+                await asyncio.sleep(0)
 
     def _next_round(self, others: frozenset[str]) -> None:
         rounds = [self._rounds.get(replica, -1) for replica in others]

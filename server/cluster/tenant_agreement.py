@@ -1,7 +1,7 @@
 """Whether the gateways of one store were given the same tenant file; a difference is told, and service goes on."""
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 log = logging.getLogger("evenhand.tenants")
 
@@ -26,14 +26,14 @@ class TenantAgreement:
         self._since: float | None = None
         self._logged = False
 
-    def changed(self, *, everything: bool) -> dict[str, str]:
+    def changed(self, *, everything: bool) -> Iterator[tuple[str, str]]:
         digest = self._digest()
-        if digest == self._told and not everything:
-            return {}
-        self._told = digest
-        return {_ROW: digest}
+        if digest != self._told or everything:
+            self._told = digest
+            yield _ROW, digest
 
-    def heard(self, rows: Mapping[str, Mapping[str, str]], from_zero: Collection[str]) -> None:
+    def heard(self, rows: Mapping[str, Mapping[str, str]], from_zero: Collection[str]) -> Iterator[None]:
+        yield
         self._theirs.update({replica: own[_ROW] for replica, own in rows.items() if _ROW in own})
         others = self._others()
         if not others:

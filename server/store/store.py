@@ -10,6 +10,7 @@ from secrets import token_hex
 from typing import Protocol
 
 Kept = tuple[str, str, str]  # period, name, replica
+SLICE = 100  # rows after which others get their turn: some 0.4 ms
 
 
 class StoreAway(Exception):

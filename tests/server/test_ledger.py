@@ -1,5 +1,7 @@
 """Fairness over several gateways: tenants get the shares that one gateway would give them."""
 
+import asyncio
+import contextlib
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from scheduler.jobs import Job, Outcome
 from scheduler.tiers import TieredLanes
 from server.cluster.account_sync import AccountSync
 from server.cluster.replicas import KnownRing, Replicas
+from server.store.store import SLICE
 from tests.server.replicated import Store
 
 STEP_S = 0.02
@@ -315,11 +318,45 @@ async def test_a_tenant_whose_gateway_died_is_back_when_it_comes_back() -> None:
     assert lines[0].lanes.service("light") == 1000.0  # lifted, as one who returns
 
 
+async def test_others_get_their_turn_while_many_tenants_are_told_and_heard() -> None:
+    lines, _ = gateways()
+    await sync(lines)
+    for number in range(10 * SLICE):
+        charge(lines[0], f"t{number}", 1)
+    turns = Counter[str]()
+
+    async def count(line: Gateway) -> None:
+        exchange = asyncio.create_task(line.replicas.exchange())
+        while not exchange.done():
+            turns[line.name] += 1
+            await asyncio.sleep(0)
+
+    for line in lines:
+        await count(line)
+    assert turns[lines[0].name] >= 10 and turns[lines[1].name] >= 20
+    here, there = counters(lines, f"t{10 * SLICE - 1}")
+    assert here == there > 0
+
+
+async def test_what_an_ended_exchange_may_not_have_told_is_told_again() -> None:
+    lines, _ = gateways()
+    await sync(lines)
+    for number in range(2 * SLICE):
+        charge(lines[0], f"t{number}", 1)
+    ended = asyncio.create_task(lines[0].replicas.exchange())
+    await asyncio.sleep(0)
+    ended.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await ended
+    await sync(lines)
+    assert counters(lines, "t0") == [1.0] * 2
+
+
 async def test_a_policy_without_shares_has_nothing_to_tell() -> None:
     line = Gateway("one", 4, Store(CLOCK), CLOCK, policy="fcfs")
     line.lanes.push(Job("1", "a", 10, 0.0), 0.0)
-    assert line.ledger.changed(everything=True) == {}
-    line.ledger.heard({"two": {f"a {MODEL}": "5.0 5.0 1"}}, {"two"})
+    assert not list(line.ledger.changed(everything=True))
+    list(line.ledger.heard({"two": {f"a {MODEL}": "5.0 5.0 1"}}, {"two"}))
     assert len(line.lanes) == 1
 
 

@@ -321,7 +321,12 @@ TABLES: Mapping[str, tuple[Sequence[int], Callable[[Site, int], Row], Sequence[C
     "changes": (
         CHANGES,
         with_changes,
-        (("telling holds the loop, ms of CPU", "tell_ms", 1, False), ("hearing", "hear_ms", 1, False)),
+        (
+            ("sending, ms of CPU", "tell_ms", 2, False),
+            ("holds the loop for, ms", "tell_hold_ms", 2, False),
+            ("receiving, ms of CPU", "hear_ms", 2, False),
+            ("holds the loop for, ms ", "hear_hold_ms", 2, False),
+        ),
     ),
 }
 
