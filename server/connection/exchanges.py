@@ -5,7 +5,7 @@ Each is a subclass, so that a gateway without the setting does nothing for it.
 
 import zlib
 
-from server.connection.protocol import ClientExchange
+from server.connection.protocol import ClientExchange, Stage
 
 GZIP_LEVEL = 1  # this runs between other clients' tokens: some 100 MB/s
 MOST_GZIP_BYTES = 1024 * 1024  # a longer answer would hold them up for longer
@@ -48,7 +48,7 @@ class GzipExchange(ClientExchange):
             and content_type.startswith(b"application/json")
             and accepts_gzip(self.headers.get(b"accept-encoding", b""))
         ):
-            self.begun = True
+            self.stage = Stage.BEGUN
             self.awaits = status, content_type, length
         else:
             super().begin(status, content_type, length)

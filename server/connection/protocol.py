@@ -14,6 +14,7 @@ import termios
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum, IntEnum, auto
 from functools import lru_cache
 from hashlib import blake2b
 from ipaddress import ip_address
@@ -111,44 +112,53 @@ class Serves(Protocol):
     def refused(self, path: str, error: ServiceError) -> None: ...
 
 
+class Stage(IntEnum):
+    """How far a relayed request and its answer are, in this order."""
+
+    ARRIVING_IN_LINE = auto()  # pipelined behind a request that is being answered; its own body is incomplete
+    ARRIVING = auto()  # its body is incomplete
+    IN_LINE = auto()  # complete, behind a request that is being answered
+    WAITING = auto()  # complete; its answer has not begun
+    BEGUN = auto()  # the head of the answer is written, or held until the first piece of the body
+    STREAMING = auto()  # the head and a first HTTP chunk are written
+    OVER = auto()  # the answer is complete, or nobody is there to read it
+
+
+_STREAMING = Stage.STREAMING  # looked up for every token
+
+
 class ClientExchange:
-    """One relayed request on its connection: what came, and the way back. Stands where uvicorn keeps a cycle.
+    """One relayed request on its connection, and its answer. Takes the place of uvicorn's request-response cycle.
 
     headers: by lower-case name, without those that hold a key; of a header that comes twice the first one counts.
     received: the body, until the gateway takes it.
     credential: the digest of the key that it came with, empty without one.
     tenant: who asks, known when the head is complete. refusal: why it is not served; its body is passed over then.
     held_bytes: what it has booked of the budget for bodies, until its answer is complete.
-    flowing: the head and a first chunk of the body have been written.
+    chunked, events: the answer's body is chunked; it consists of server-sent events.
     """
 
     __slots__ = (
-        "edge", "route", "headers", "credential", "received", "complete", "task", "begun", "chunked", "events",
-        "keep_alive", "engine_side", "disconnected", "response_complete", "message_event", "request_id", "http10",
-        "extra_headers", "queued", "expects_continue", "transport", "flowing", "tenant", "refusal", "held_bytes",
+        "edge", "route", "headers", "credential", "received", "stage", "task", "chunked", "events", "keep_alive",
+        "engine_side", "request_id", "http10", "extra_headers", "expects_continue", "transport", "tenant", "refusal",
+        "held_bytes",
     )  # fmt: skip
 
-    _unused_event = asyncio.Event()  # uvicorn sets its cycle's event when a connection is lost; nobody waits on ours
+    response_complete = False  # uvicorn asks the connection's cycle; an exchange that is over is not its cycle any more
 
     def __init__(self, edge: "GatewayProtocol", head: Head, *, keep_alive: bool, http10: bool) -> None:
         self.edge = edge
         self.transport = edge.transport
         self.route, self.headers, self.credential = head
         self.received: bytes | bytearray = b""
-        self.queued = False
-        self.complete = False
+        self.stage = Stage.ARRIVING
         self.task: asyncio.Task[None] | None = None
-        self.begun = False
         self.chunked = False
-        self.flowing = False
         self.events = False
         self.keep_alive = keep_alive
         self.http10 = http10
         self.expects_continue = edge.expect_100_continue
         self.engine_side: EngineConnection | None = None
-        self.disconnected = False
-        self.response_complete = False
-        self.message_event = self._unused_event
         self.request_id = request_id_in(self.headers)
         self.extra_headers = b""
         self.tenant: Tenant | None = None
@@ -161,7 +171,12 @@ class ClientExchange:
         peer = self.edge.client
         return client_of(peer[0] if peer else "", self.headers, self.edge.trusted)
 
-    # what came
+    @property
+    def begun(self) -> bool:
+        """Whether the answer has begun: from then on its status cannot change."""
+        return self.stage >= Stage.BEGUN
+
+    # the request
     def add(self, data: bytes) -> None:
         """A further piece of the body. Pieces become one buffer: a list of them could weigh ten times the body."""
         if isinstance(self.received, bytearray):
@@ -179,7 +194,7 @@ class ClientExchange:
     # the answer
     def begin(self, status: int, content_type: bytes, length: int | None) -> None:
         """Writes the head. Without a length the body is chunked (HTTP/1.0: ended by closing)."""
-        self.begun = True
+        self.stage = Stage.BEGUN
         self.events = content_type.startswith(b"text/event-stream")
         name = self.request_id.encode()
         if length is not None:
@@ -210,12 +225,13 @@ class ClientExchange:
         if edge.hold:
             data = edge.hold + data
             edge.hold = b""
-            self.flowing = self.chunked
+            if self.chunked:
+                self.stage = _STREAMING
         edge.transport.write(data)
 
     def forward(self, chunk: bytes, at: int) -> None:
         """A piece of the body that is framed already: `chunk[at:-2]` in an HTTP chunk."""
-        if not self.flowing:
+        if self.stage is not _STREAMING:
             self.write(chunk[at:-2])
         elif not self.transport.is_closing():
             self.transport.write(chunk)
@@ -230,14 +246,14 @@ class ClientExchange:
         edge.hold = b""
         if last:
             edge.transport.write(last)
-        self.response_complete = True
+        self.stage = Stage.OVER
         if not self.keep_alive:
             edge.transport.close()
         edge.on_response_complete()
 
     def fail(self, error: ServiceError) -> None:
         """Says what went wrong: with its status, as the last event of a stream, or by closing once a body has begun."""
-        if self.disconnected or self.response_complete:
+        if self.stage is Stage.OVER:
             return
         if self.begun:
             self._break_off(error)
@@ -264,7 +280,7 @@ class ClientExchange:
         error = None if task.cancelled() else task.exception()
         if error is not None:
             log.error("request %s failed inside the gateway", self.request_id, exc_info=error)
-        if self.disconnected or self.response_complete or self.edge.transport.is_closing():
+        if self.stage is Stage.OVER or self.edge.transport.is_closing():
             return
         if error is None:
             self.fail(Stopping("The gateway is shutting down: retry the request.", retry_after_s=5.0))
@@ -278,11 +294,19 @@ class ClientExchange:
             connection.pause()
 
 
+class Arriving(Enum):
+    """Which part of a request is arriving on a connection."""
+
+    NOTHING = auto()  # the last one is complete, or what comes is passed over
+    HEAD = auto()
+    BODY = auto()
+
+
 class GatewayProtocol(HttpToolsProtocol):
     """One client connection.
 
-    in_message: a request has begun to arrive and is not complete; in_head: nor is its head.
-    current: what is being answered; uvicorn's `cycle` is the newest, which may still be arriving or wait behind it.
+    current: what is being answered. cycle (uvicorn's name): the newest, which may still be arriving or wait behind it.
+    Both are None as soon as their answer is complete.
     last_words: the refusal of bytes that made no request, while answers before it are on their way.
     bodies, open, heads: what all connections share; heads by their digest.
     exchange_type: what answers requests here. trusted: proxies whose word on addresses counts.
@@ -300,13 +324,12 @@ class GatewayProtocol(HttpToolsProtocol):
     parting = False
     exchange_type: type[ClientExchange] = ClientExchange
     trusted: Sequence[Network] = ()
-    cycle: Any  # uvicorn's RequestResponseCycle, or an Exchange in its place
+    cycle: Any  # uvicorn's RequestResponseCycle, or a ClientExchange in its place
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # uvicorn's own arguments, handed through
         super().__init__(*args, **kwargs)
         self.hold = b""
-        self.in_message = False
-        self.in_head = False
+        self.arriving = Arriving.NOTHING
         self.head_size = 0
         self.unread_size = 0
         self.body_size = 0
@@ -343,13 +366,15 @@ class GatewayProtocol(HttpToolsProtocol):
             self.stall.cancel()
         self._unset_keepalive_if_required()
         self.open.closed(self)
+        exchange, newest = self.current, self.cycle
+        if isinstance(newest, ClientExchange):
+            self.cycle = None  # uvicorn wakes its own application, which waits for the rest of a body
         super().connection_lost(exc)
-        exchange = self.current
-        if isinstance(exchange, ClientExchange) and not exchange.response_complete:
-            exchange.disconnected = True
+        if isinstance(exchange, ClientExchange):
+            exchange.stage = Stage.OVER
             if exchange.task is not None:
                 exchange.task.cancel()
-        for cycle in (self.cycle, *(waiting for waiting, _ in self.pipeline)):
+        for cycle in (newest, *(waiting for waiting, _ in self.pipeline)):
             if isinstance(cycle, ClientExchange) and cycle.task is None:
                 cycle.release()
         self.pipeline.clear()
@@ -365,7 +390,8 @@ class GatewayProtocol(HttpToolsProtocol):
         """The client sends no more. Some shut down their side and still want their answer, most are gone: only what is
         written to them tells one from the other (RFC 9110, 15.2: any answer may have interim ones before it)."""
         cycle = self.cycle
-        if self.in_message or self._idle() or getattr(cycle, "http10", False) or self.scheme == "https":
+        arriving = self.arriving is not Arriving.NOTHING
+        if arriving or cycle is None or getattr(cycle, "http10", False) or self.scheme == "https":
             return None  # TLS has no half of a connection
         cycle.keep_alive = False
         self._knock(0)
@@ -375,7 +401,7 @@ class GatewayProtocol(HttpToolsProtocol):
         """Writes what means nothing. A client that is gone answers with a reset, which the next write meets."""
         self.deadline = None
         exchange = self.current
-        if not isinstance(exchange, ClientExchange) or exchange.response_complete or self.transport.is_closing():
+        if not isinstance(exchange, ClientExchange) or self.transport.is_closing():
             return
         if not exchange.begun:
             self.transport.write(_CONTINUE)
@@ -388,8 +414,8 @@ class GatewayProtocol(HttpToolsProtocol):
         if self.last_words:
             self._pass_over(len(data))
             return
-        was_in_head = self.in_head
-        expects_head = not self.in_message and (self.cycle is None or self.cycle.response_complete)
+        before = self.arriving
+        expects_head = self.cycle is None and before is Arriving.NOTHING
         key, length, at = keyed(data) if expects_head and not self.transport.is_closing() else (b"", 0, 0)
         if key and len(data) == at + length <= self.bounds.body_bytes:
             digest = blake2b(key, digest_size=16, key=_DIGEST_KEY).digest()
@@ -400,16 +426,13 @@ class GatewayProtocol(HttpToolsProtocol):
             self._remember(digest, length)
         else:
             self._feed(data)
-        if self.in_message or self._idle():
-            if was_in_head and self.in_head:  # a header without an end shows only in the bytes that arrive
+        if self.arriving is not Arriving.NOTHING or self.cycle is None:
+            if before is self.arriving is Arriving.HEAD:  # a header without an end shows only in the bytes that arrive
                 self.unread_size += len(data)
                 self._bound_head(self.unread_size)
             self._await_rest()
         elif self.deadline is not None:
             self._no_deadline()
-
-    def _idle(self) -> bool:
-        return self.cycle is None or self.cycle.response_complete
 
     def _start_known(self, head: Head, body: bytes) -> bool:
         """A whole request whose head has been read before. The parser stands between two messages, and stays there.
@@ -426,7 +449,6 @@ class GatewayProtocol(HttpToolsProtocol):
         exchange.tenant = tenant
         exchange.held_bytes = len(body)
         exchange.received = body
-        exchange.complete = True
         self.open.spare.pop(self, None)
         self._start(exchange)
         return True
@@ -436,7 +458,7 @@ class GatewayProtocol(HttpToolsProtocol):
         exchange = self.cycle
         if (
             not isinstance(exchange, ClientExchange)
-            or not (exchange.complete and exchange.keep_alive)
+            or not (exchange.stage is Stage.WAITING and exchange.keep_alive)
             or exchange.refusal is not None
             or exchange.expects_continue
             or not self.declared_size == self.body_size == length
@@ -459,7 +481,7 @@ class GatewayProtocol(HttpToolsProtocol):
         """An offer of HTTP/2 or WebSocket, which some clients make with every request. The parser stops at it, and with
         it the body would be lost: the head is read again without the offer."""
         method = self.parser.get_method()
-        if method == b"CONNECT" or not self.in_message:
+        if method == b"CONNECT" or self.arriving is Arriving.NOTHING:
             self._refuse(WrongMethod("There is no CONNECT here."))
             return
         head = [b"%b %b HTTP/1.1\r\n" % (method, self.url)]
@@ -475,7 +497,7 @@ class GatewayProtocol(HttpToolsProtocol):
         if self.pipeline or self.transport.is_closing():  # behind a queued request it is us who do not read
             self._no_deadline()
             return
-        limit_s = self.bounds.body_s if self.in_message and not self.in_head else self.bounds.head_s
+        limit_s = self.bounds.body_s if self.arriving is Arriving.BODY else self.bounds.head_s
         if self.deadline is not None:
             if self.deadline_s == limit_s and not self._uploads():
                 return  # an upload may take its time as long as it goes on
@@ -496,7 +518,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self.deadline = None
         if self.transport.is_closing():
             return
-        if self.in_message:
+        if self.arriving is not Arriving.NOTHING:
             self._refuse(TooSlow("The request did not arrive in time."))
         else:
             self.transport.close()
@@ -508,13 +530,13 @@ class GatewayProtocol(HttpToolsProtocol):
             return
         self.gateway.refused("", error)
         request_id = request_id_in(dict(reversed(self.headers or ())))
-        if self.in_message and not self.in_head:
+        if self.arriving is Arriving.BODY:
             request_id = getattr(self.cycle, "request_id", request_id)  # whose headers are not kept here
             self._forget_newest()
-        self.in_message = self.in_head = False
+        self.arriving = Arriving.NOTHING
         self.last_words = _refusal(error, request_id, anthropic=self.url.startswith(_ANTHROPIC))
         self._no_deadline()
-        if self.current is None or self.current.response_complete:
+        if self.current is None:
             self._say_last()
 
     def _forget_newest(self) -> None:
@@ -523,13 +545,15 @@ class GatewayProtocol(HttpToolsProtocol):
         if self.pipeline and self.pipeline[0][0] is cycle:
             self.pipeline.popleft()
         if isinstance(cycle, ClientExchange):
-            cycle.response_complete = True
+            cycle.stage = Stage.OVER
             cycle.release()
-        elif cycle is self.current:
+        elif cycle is not None and cycle is self.current:
             if cycle.response_started:
                 return
             cycle.disconnected = cycle.response_complete = True
             cycle.message_event.set()
+            self.current = None
+        self.cycle = self.current
 
     def _pass_over(self, size: int) -> None:
         """What a refused client still sends, up to a body's length."""
@@ -554,7 +578,8 @@ class GatewayProtocol(HttpToolsProtocol):
         self.head_size = self.unread_size = self.body_size = self.declared_size = self.hosts = 0
         self.host = b""
         self.chunked_body = False
-        self.in_message = self.in_head = not (self.last_words or self.transport.is_closing())
+        ignored = self.last_words or self.transport.is_closing()
+        self.arriving = Arriving.NOTHING if ignored else Arriving.HEAD
 
     def on_url(self, url: bytes) -> None:
         self.url += url
@@ -563,7 +588,7 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self.head_size += len(name) + len(value) + 4
-        if self.in_head:
+        if self.arriving is Arriving.HEAD:
             name = name.lower()
             if name == b"content-length":
                 self.declared_size = int(value)
@@ -582,11 +607,11 @@ class GatewayProtocol(HttpToolsProtocol):
             self._refuse(HeadTooLarge(f"The request has more than {_MOST_HEADERS} headers."))
 
     def _bound_head(self, size: int) -> None:
-        if size > self.bounds.head_bytes and self.in_message:
+        if size > self.bounds.head_bytes and self.arriving is not Arriving.NOTHING:
             self._refuse(HeadTooLarge(f"Request line and headers exceed {self.bounds.head_bytes} bytes."))
 
     def on_headers_complete(self) -> None:
-        if not self.in_message or self.parser.should_upgrade():
+        if self.arriving is Arriving.NOTHING or self.parser.should_upgrade():
             return
         http10 = self.parser.get_http_version() == "1.0"
         upload = self.url == _UPLOADS and self.parser.get_method() == b"POST"
@@ -595,7 +620,7 @@ class GatewayProtocol(HttpToolsProtocol):
         if error := self._wrong_head(http10=http10) or (self._wrong_coding() if route is None else None):
             self._refuse(error)
             return
-        self.in_head = False
+        self.arriving = Arriving.BODY
         if route is None:
             self.open.spare.pop(self, None)
             self._hand_on()
@@ -610,9 +635,10 @@ class GatewayProtocol(HttpToolsProtocol):
         self.headers = []  # there may be a key among them
         keep_alive = not http10 and self.parser.should_keep_alive()
         exchange = self.exchange_type(self, Head(route, headers, b""), keep_alive=keep_alive, http10=http10)
-        exchange.queued = self.cycle is not None and not self.cycle.response_complete
+        pipelined = self.cycle is not None
         self.cycle = exchange
-        if exchange.queued:  # pipelined: its turn comes when the answer before it is complete
+        if pipelined:  # its turn comes when the answer before it is complete
+            exchange.stage = Stage.ARRIVING_IN_LINE
             self.flow.pause_reading()
             self.pipeline.appendleft((exchange, None))  # type: ignore[arg-type]  # an exchange stands for a cycle
         exchange.refusal = self._objection(exchange)
@@ -621,7 +647,7 @@ class GatewayProtocol(HttpToolsProtocol):
                 self._refuse(exchange.refusal)
             return
         self.open.spare.pop(self, None)
-        if exchange.expects_continue and not exchange.queued:
+        if exchange.expects_continue and not pipelined:
             self.transport.write(_CONTINUE)
 
     def _wrong_head(self, *, http10: bool) -> ServiceError | None:
@@ -699,14 +725,14 @@ class GatewayProtocol(HttpToolsProtocol):
         self.cycle.default_headers = [*self.cycle.default_headers, *((name, request_id) for name in names)]
 
     def on_body(self, body: bytes) -> None:
-        if not self.in_message:
+        if self.arriving is not Arriving.BODY:
             return
         self.body_size += len(body)
         if self.body_size > self.most_body:
             self._refuse(TooLarge(f"The body exceeds {self.most_body} bytes."))
         elif isinstance(self.cycle, ClientExchange):
             self._take_in(self.cycle, body)
-        else:
+        elif self.cycle is not None:  # else it was answered before its body came
             super().on_body(body)
 
     def _take_in(self, exchange: ClientExchange, body: bytes) -> None:
@@ -742,24 +768,27 @@ class GatewayProtocol(HttpToolsProtocol):
             self._refuse(BadRequest(str(error)))
 
     def on_message_complete(self) -> None:
-        if not self.in_message or self.in_head:
+        if self.arriving is not Arriving.BODY:
             return
         if self.decoder is not None and not self.decoder.whole and self.cycle.refusal is None:
             self._refuse(BadRequest("The compressed body ends before its data does."))
             return
         self.decoder = None
-        self.in_message = False
+        self.arriving = Arriving.NOTHING
         exchange = self.cycle
+        if exchange is None:
+            return
         if not isinstance(exchange, ClientExchange):
             super().on_message_complete()
-            return
-        exchange.complete = True
-        if not exchange.queued:
+        elif exchange.stage is Stage.ARRIVING:
             self._start(exchange)
+        else:
+            exchange.stage = Stage.IN_LINE
 
     # answers
     def _start(self, exchange: ClientExchange) -> None:
         self.current = exchange
+        exchange.stage = Stage.WAITING
         if exchange.refusal is not None:
             self.gateway.refused(exchange.route.path, exchange.refusal)
             exchange.fail(exchange.refusal)
@@ -774,14 +803,18 @@ class GatewayProtocol(HttpToolsProtocol):
             self.current = cycle
             super()._start_asgi_task(cycle, app)
             return
-        cycle.queued = False
-        if cycle.complete:
+        if cycle.stage is Stage.IN_LINE:
             self._start(cycle)
-        elif cycle.expects_continue and cycle.refusal is None:
+            return
+        cycle.stage = Stage.ARRIVING
+        if cycle.expects_continue and cycle.refusal is None:
             self.transport.write(_CONTINUE)
 
     def on_response_complete(self) -> None:
-        """As uvicorn's own, but for its timer, which is set anew for every request there."""
+        """As uvicorn's own, except for its timer, which uvicorn sets again for every request."""
+        self.current = None
+        if not self.pipeline:
+            self.cycle = None
         if self.last_words and not self.pipeline and not self.transport.is_closing():
             self._say_last()
             return
@@ -795,11 +828,9 @@ class GatewayProtocol(HttpToolsProtocol):
         else:
             self.idle_since = self.loop.time()
             self.open.spare[self] = None
-            if not isinstance(self.cycle, ClientExchange):
-                self.cycle.body = bytearray()  # what the application has not read of it
             if self.timeout_keep_alive_task is None:
                 self._await_next(self.timeout_keep_alive)
-        if self.in_message:
+        if self.arriving is not Arriving.NOTHING:
             self._await_rest()
 
     def _await_next(self, limit_s: float) -> None:
@@ -808,7 +839,7 @@ class GatewayProtocol(HttpToolsProtocol):
     def timeout_keep_alive_handler(self) -> None:
         """Closes a connection that has been idle for long; the timer of one that was used meanwhile goes on."""
         self.timeout_keep_alive_task = None
-        if self.in_message or not self._idle():
+        if self.arriving is not Arriving.NOTHING or self.cycle is not None:
             return  # set again when the answer is complete
         left_s = self.idle_since + self.timeout_keep_alive - self.loop.time()
         if left_s > 0:

@@ -11,6 +11,7 @@ import re
 import ssl
 from collections import deque
 from collections.abc import Mapping
+from enum import IntEnum, auto
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
@@ -100,23 +101,38 @@ class Head(NamedTuple):
     content_type: bytes
 
 
+class Received(IntEnum):
+    """How much of the current answer has arrived on a connection, in this order; the last two are ends."""
+
+    NOTHING = auto()
+    PART_OF_HEAD = auto()
+    PART_OF_BODY = auto()
+    WHOLE_CHUNKS = auto()  # the parser expects a chunk's size next: a whole chunk may bypass it
+    ALL = auto()
+    ALL_AND_CLOSE = auto()  # the connection carries no further answer
+
+
+_NOTHING, _WHOLE_CHUNKS = Received.NOTHING, Received.WHOLE_CHUNKS  # looked up for every token
+
+
 class EngineConnection(asyncio.Protocol):
     """One keep-alive connection to a worker; it carries one answer at a time.
 
-    begun: bytes of the present answer have come; headed: its whole head. reused: it has carried an answer before.
-    between: the parser stands before a chunk's size, so that a whole chunk may pass without it.
+    received: how much of the current answer has arrived. reused: the connection has carried an answer before.
+    chunked: the current answer's body is chunked; `length` is its Content-Length, if it has one.
+    paused: nothing is read, because the client does not keep up.
     """
 
     __slots__ = (
-        "engine", "transport", "sink", "parser", "pieces", "complete", "length", "content_type", "begun", "reused",
-        "keep", "paused", "headed", "chunked", "between",
+        "engine", "transport", "sink", "parser", "pieces", "length", "content_type", "received", "reused", "paused",
+        "chunked",
     )  # fmt: skip
 
     def __init__(self, engine: "EngineClient") -> None:
         self.engine = engine
         self.sink: Sink | None = None
+        self.received = Received.NOTHING
         self.reused = False
-        self.begun = False
         self.paused = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -126,11 +142,8 @@ class EngineConnection(asyncio.Protocol):
     def ask(self, request: bytes, sink: Sink) -> None:
         """Sends a whole request. The answer goes to `sink`."""
         self.sink = sink
-        self.begun = False
-        self.complete = False
-        self.headed = False
+        self.received = _NOTHING
         self.chunked = False
-        self.between = False
         self.pieces: list[bytes] = []
         self.length: int | None = None
         self.content_type = b"application/json"
@@ -141,27 +154,28 @@ class EngineConnection(asyncio.Protocol):
         if sink is None:  # bytes that nobody asked for: the connection cannot be trusted any more
             self.transport.abort()
             return
-        if self.between:
+        if self.received is _WHOLE_CHUNKS:
             if at := content_at(data):  # one more token of a stream: nearly all that comes
                 sink.chunk(data, at)
                 return
             if content := contents(data):
                 sink.body(content)
                 return
-        if not self.begun and self._whole(data, sink):
+        if self.received is _NOTHING and self._whole(data, sink):
             return
         self._parse(data, sink)
 
     def _parse(self, data: bytes, sink: Sink) -> None:
-        first = not self.begun
-        self.begun = True
+        first = self.received is _NOTHING
+        if first:
+            self.received = Received.PART_OF_HEAD
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError as error:
             self._drop(EngineGone(f"The engine's answer is not HTTP: {error}."))
             return
-        if self.between and not data.endswith(b"\r\n"):  # it has begun to read a size
-            self.between = False
+        if self.received is _WHOLE_CHUNKS and not data.endswith(b"\r\n"):  # it has begun to read a size
+            self.received = Received.PART_OF_BODY
         pieces = self.pieces
         if pieces:
             if len(pieces) == 1:
@@ -169,7 +183,7 @@ class EngineConnection(asyncio.Protocol):
             else:
                 sink.body(b"".join(pieces))
             self.pieces = []
-        if self.complete and self.sink is not None:
+        if self.received >= Received.ALL and self.sink is not None:
             if first:
                 self._remember(data)
             self._finish(sink)
@@ -181,7 +195,7 @@ class EngineConnection(asyncio.Protocol):
         head = self.engine.heads.get(key) if key else None
         if head is None or len(data) != at + length:
             return False
-        self.begun = self.headed = self.complete = self.keep = True
+        self.received = Received.ALL
         sink.head(head.status, head.content_type, length)
         if length:
             sink.body(data[at:])
@@ -190,7 +204,8 @@ class EngineConnection(asyncio.Protocol):
 
     def _remember(self, data: bytes) -> None:
         key, length, at = keyed(data)
-        if key and len(data) == at + length and self.keep and not self.chunked and self.length == length:
+        whole = len(data) == at + length and self.length == length and not self.chunked
+        if key and whole and self.received is Received.ALL:
             heads = self.engine.heads
             if len(heads) >= MOST_HEADS:
                 heads.clear()
@@ -200,7 +215,7 @@ class EngineConnection(asyncio.Protocol):
         self.sink = None
         if self.paused:
             self.resume()
-        if self.keep and not self.transport.is_closing():
+        if self.received is Received.ALL and not self.transport.is_closing():
             self.reused = True
             self.engine.idle.append(self)
         else:
@@ -218,23 +233,22 @@ class EngineConnection(asyncio.Protocol):
             self.chunked = True
 
     def on_headers_complete(self) -> None:
-        if self.complete or self.sink is None:
-            raise ValueError("more than one answer came to one request")
-        self.headed = True
+        if self.received >= Received.ALL or self.sink is None:
+            raise ValueError("the engine sent more than one answer to one request")
+        self.received = Received.PART_OF_BODY
         self.sink.head(self.parser.get_status_code(), self.content_type, self.length)
 
     def on_body(self, data: bytes) -> None:
         self.pieces.append(data)
 
     def on_chunk_header(self) -> None:
-        self.between = False
+        self.received = Received.PART_OF_BODY
 
     def on_chunk_complete(self) -> None:
-        self.between = True
+        self.received = _WHOLE_CHUNKS
 
     def on_message_complete(self) -> None:
-        self.complete = True
-        self.keep = self.parser.should_keep_alive()
+        self.received = Received.ALL if self.parser.should_keep_alive() else Received.ALL_AND_CLOSE
 
     def connection_lost(self, error: Exception | None) -> None:
         self.engine.forget(self)
@@ -242,10 +256,11 @@ class EngineConnection(asyncio.Protocol):
         sink = self.sink
         if sink is None:
             return
-        if error is None and self.headed and self.length is None and not self.chunked:
+        headed = self.received > Received.PART_OF_HEAD
+        if error is None and headed and self.length is None and not self.chunked:
             self.sink = None
             sink.end()  # neither length nor chunks: closing the connection is how such an answer ends
-        elif not self.headed and (wrong := untrusted(error)) is not None:
+        elif not headed and (wrong := untrusted(error)) is not None:
             self._drop(wrong)  # TLS 1.3 refuses a client's certificate only after the client has sent its request
         else:
             self._drop(EngineHungUp("The engine closed the connection before its answer was complete."))

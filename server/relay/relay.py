@@ -22,7 +22,7 @@ from server.engine.answers import (
     with_fingerprint,
     without_prompt_ids,
 )
-from server.engine.client import MAX_ERROR_BODY_BYTES, EngineConnection
+from server.engine.client import MAX_ERROR_BODY_BYTES, EngineConnection, Received
 from server.fleet.fleet import Member
 from server.observe.telemetry import Distribution
 from server.request.call import Phase, Ticket
@@ -131,7 +131,7 @@ async def answered(receiver: EngineExchange, ticket: Ticket, member: Member, pat
             await receiver.done
             return
         except EngineHungUp:
-            if not may_be_stale or connection.begun:
+            if not may_be_stale or connection.received is not Received.NOTHING:
                 raise
         finally:
             member.legs.discard(receiver)
