@@ -48,7 +48,7 @@ lint:  ## style, types and import rules
 	@$(BIN)/mypy --no-error-summary
 	@said="$$($(BIN)/lint-imports --no-logo)" || { echo "$$said"; exit 1; }
 
-bench: bench-start bench-ttft bench-laptop bench-schedule bench-policies bench-iterations bench-simulator bench-replay bench-compare bench-fresh bench-gateway bench-gateway-cost bench-scale bench-placement bench-replicas bench-disaggregation bench-salt bench-slack bench-batch  ## every figure in docs/benchmarks, one after the other
+bench: bench-start bench-ttft bench-laptop bench-schedule bench-policies bench-iterations bench-simulator bench-replay bench-compare bench-fresh bench-gateway bench-gateway-cost bench-scale bench-placement bench-replicas bench-disaggregation bench-salt bench-batch  ## every figure in docs/benchmarks, one after the other
 
 bench-%: install
 	@exec $(BIN)/evenhand bench $* $(ARGS)

@@ -9,7 +9,7 @@ writes its files.
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -63,8 +63,9 @@ class _Work:
     """A batch that is being run.
 
     ready: lines that may start, the next one last. later: when lines that are to be tried again are due.
-    results: answered, not yet recorded. claimed_at: when lines were last claimed in vain. complete: no line of the
-    batch is without a result, here or at another gateway. away: the store does not answer.
+    results: answered, not yet recorded. claimed_at: when lines were last claimed in vain. looked_at: when the batch's
+    status was last read. complete: no line of the batch is without a result, here or at another gateway. away: the
+    store does not answer.
     """
 
     batch: Batch
@@ -74,7 +75,7 @@ class _Work:
     results: list[Result] = field(default_factory=list)
     tries: dict[int, int] = field(default_factory=dict)
     claimed_at: float = float("-inf")
-    renewed_at: float = float("-inf")
+    looked_at: float = float("-inf")
     complete: bool = False
     away: bool = False
     pace: Pace = field(default_factory=Pace)
@@ -100,6 +101,7 @@ class Runner(Collector):
         self.clock = clock
         self.read_ahead = READ_AHEAD
         self.pause_s = PAUSE_S
+        self.tick_s = TICK_S
         self.lines: Counter[str] = Counter()
         self.in_flight = 0
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -186,7 +188,8 @@ class Runner(Collector):
             Status.CANCELLING: self._cancel,
             Status.FINALIZING: self._finalize,
         }
-        await steps[batch.status](batch)
+        async with self._renewing(partial(self._keep_lease, batch.id)):
+            await steps[batch.status](batch)
         return True
 
     def _late(self, batch: Batch) -> bool:
@@ -194,6 +197,24 @@ class Runner(Collector):
 
     async def _lease(self, batch_id: str) -> bool:
         return await self.batches.call(self.batches.store.lease, batch_id, self.owner, LEASE_S)
+
+    @asynccontextmanager
+    async def _renewing(self, renew: Callable[[], Awaitable[None]]) -> AsyncIterator["asyncio.Task[None]"]:
+        """Renews what the store grants for `LEASE_S`, in a task beside the block: waiting for a slow disk must not lose
+        it. The task ends only when it is lost."""
+
+        async def renewal() -> None:
+            while True:
+                await asyncio.sleep(self.tick_s)
+                with suppress(*AWAY):  # nobody can renew then, and the store gives everybody more time
+                    await renew()
+
+        task = asyncio.create_task(renewal(), name="renew a lease")
+        try:
+            yield task
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
     async def _keep_lease(self, batch_id: str) -> None:
         if not await self._lease(batch_id):
@@ -231,25 +252,35 @@ class Runner(Collector):
         work, store = _Work(batch), self.batches.store
         self._works[batch.id] = work
         await self.batches.call(store.join, batch.id, self.owner, LEASE_S)
+        renew = partial(self.batches.call, store.renew, batch.id, self.owner, LEASE_S)
         try:
-            while not work.complete and not self._late(batch):
-                try:
-                    if not await self._refresh(work):
-                        return
-                    self._answers(work)
-                except AWAY as error:
-                    self._answers(work, error)
-                if not work.away:
-                    await self._start(work)
-                if self._nobody_serves(work):
+            async with self._renewing(renew) as renewal:
+                if not await self._run_lines(work, renewal):
                     return
-                await self._wait(work)
             if work.complete:
                 moved = batch.moved(Status.FINALIZING, int(self.batches.wall()), total=batch.total)
                 await self.batches.call(store.update, moved, batch.status)
         finally:
             del self._works[batch.id]
             await self._give_up(work)
+
+    async def _run_lines(self, work: _Work, renewal: "asyncio.Task[None]") -> bool:
+        """Until no line is left or the window ends. False once the lines are not to run here any more."""
+        while not work.complete and not self._late(work.batch):
+            try:
+                if not await self._refresh(work):
+                    return False
+                self._answers(work)
+            except AWAY as error:
+                self._answers(work, error)
+            if renewal.done():
+                renewal.result()  # raises LeaseLost
+            if not work.away:
+                await self._start(work)
+            if self._nobody_serves(work):
+                return False
+            await self._wait(work)
+        return True
 
     @staticmethod
     def _answers(work: _Work, error: Exception | None = None) -> None:
@@ -264,12 +295,11 @@ class Runner(Collector):
     async def _refresh(self, work: _Work) -> bool:
         """Tells the store what was answered, and gets lines from it. False once the batch is not in progress."""
         await self._flush(work)
-        if self.clock() - work.renewed_at >= TICK_S:
-            await self.batches.call(self.batches.store.renew, work.batch.id, self.owner, LEASE_S)
+        if self.clock() - work.looked_at >= self.tick_s:
             now = await self.batches.call(self.batches.store.batch, work.batch.id)
             if now is None or now.status is not Status.IN_PROGRESS:
                 return False
-            work.renewed_at = self.clock()
+            work.looked_at = self.clock()
             self._measure(work, now)
         await self._read_ahead(work)
         return True
@@ -286,7 +316,7 @@ class Runner(Collector):
         due = [ready for at, ready in work.later if at <= now]
         work.later = [(at, ready) for at, ready in work.later if at > now]
         work.ready += due
-        if work.ready or now - work.claimed_at < TICK_S:
+        if work.ready or now - work.claimed_at < self.tick_s:
             return
         store = self.batches.store
         known = work.numbers()
@@ -336,9 +366,9 @@ class Runner(Collector):
     async def _wait(self, work: _Work) -> None:
         if not work.running:
             if not work.complete and (work.away or not work.ready):
-                await asyncio.sleep(TICK_S)
+                await asyncio.sleep(self.tick_s)
             return
-        await asyncio.wait(work.running, timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(work.running, timeout=self.tick_s, return_when=asyncio.FIRST_COMPLETED)
 
     async def _line(self, work: _Work, ready: Ready) -> None:
         """One request, and what becomes of its answer."""
@@ -398,7 +428,7 @@ class Runner(Collector):
             missed = [Result(line.number, False, not_run(line, code, message)) for line in lines]
             await self.batches.call(store.record, batch.id, self.owner, missed)
             if not lines:
-                await asyncio.sleep(TICK_S)
+                await asyncio.sleep(self.tick_s)
         over = Status.CANCELLED if batch.status is Status.CANCELLING else Status.EXPIRED
         await self._write(batch, over)
 

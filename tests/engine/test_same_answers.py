@@ -11,7 +11,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from loadtest.bench.iterations.in_process_engine import ENVIRONMENT, chaotic_model
+from loadtest.bench.iterations.environment import ENVIRONMENT
+from loadtest.bench.iterations.in_process_engine import chaotic_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

@@ -8,9 +8,10 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
+from loadtest.bench.batch.loads import Size, bursts, short
+from loadtest.bench.batch.scheduler_only import ModelFreeEngine
+from loadtest.bench.batch.work import ALONE, TIERS, Outcome, Scenario, Way
 from loadtest.bench.plugin.driven import DrivenEngine, StepClock, build_scheduler, expected, request
-from loadtest.bench.plugin.slack_runs import Scenario, Way
-from loadtest.call import TraceCall
 from loadtest.simulator.costmodel import PRESETS
 
 pytestmark = pytest.mark.engine
@@ -106,14 +107,16 @@ def test_the_reserve_keeps_flex_moving_under_saturation(hollow_model: Path) -> N
 
 @pytest.mark.slow
 def test_interactive_requests_keep_their_first_tokens_beside_a_batch(hollow_model: Path) -> None:
-    """On the work clock of `evenhand bench slack`, with a short burst."""
-    rng, at, arrivals = random.Random(5), 0.0, []
-    while at < 6.0:
-        at += rng.expovariate(15.0)
-        arrivals.append(TraceCall(f"i{len(arrivals)}", at, "people", [], 512, rng.randint(16, 200)))
-    cost = PRESETS["gpu-7b"]
-    alone = Scenario(hollow_model, Way("alone", batch=False), cost, arrivals, 16.0).run()
-    both = Scenario(hollow_model, Way("tiers", policy="fcfs"), cost, arrivals, 16.0).run()
+    """On the work clock of `evenhand bench batch`, with a short burst."""
+    size, rng = Size(6.0, 1), random.Random(5)
+    people = [call for call in bursts(rng, size) if call.at_s < 6.0]
+
+    def ran(way: Way) -> Outcome:
+        engine = ModelFreeEngine(hollow_model, way, PRESETS["gpu-7b"])
+        return Scenario(engine, way, people, short(random.Random(6), size), 16.0).run()
+
+    alone, both = ran(ALONE), ran(TIERS)
     assert both.ttft_p99_s <= 1.4 * alone.ttft_p99_s
-    assert both.people_tokens == alone.people_tokens  # all have ended
+    assert len(both.firsts) == len(alone.firsts) and len(both.gaps) == len(alone.gaps)  # all have ended
     assert both.batch_tokens > 0.3 * alone.people_tokens
+    assert both.again < 0.05

@@ -13,14 +13,6 @@ from vllm.sampling_params import RequestOutputKind
 from deploy.model.model import TINY_CONFIG
 from loadtest.bench.random_model import write
 
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",  # the model is tiny, and other work may need the cores
-}
-
 
 def chaotic_model(folder: Path) -> Path:
     """The tiny model with large seeded weights; returns the folder."""

@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from loadtest.bench.iterations import isolation, iterations
-from loadtest.bench.iterations.in_process_engine import ENVIRONMENT, chaotic_model
+from loadtest.bench.iterations.environment import ENVIRONMENT
+from loadtest.bench.iterations.in_process_engine import chaotic_model
 from loadtest.bench.iterations.iterated import CorePace, IteratedEngine
 from loadtest.bench.policies.policies_bench import MEASURES, Draws, Results, Setting, page_of, parse_load
 from loadtest.call import TraceCall

@@ -29,7 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loadtest.bench.iterations import simulator
-from loadtest.bench.iterations.in_process_engine import ENVIRONMENT, chaotic_model
+from loadtest.bench.iterations.environment import ENVIRONMENT
+from loadtest.bench.iterations.in_process_engine import chaotic_model
 from loadtest.bench.iterations.iterated import CorePace, IteratedEngine, Steadied
 from loadtest.bench.policies.policies_bench import Draws, Setting, label, parse_load
 from loadtest.bench.table import machine

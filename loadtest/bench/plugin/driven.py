@@ -7,6 +7,7 @@ puts in the wrong place shows up in the output.
 import json
 import zlib
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,15 +124,18 @@ def seed_block_hashes() -> None:
     init_none_hash(get_hash_fn_by_name("sha256"))
 
 
-def request(name: str, prompt_tokens: int, max_tokens: int, stop_token: int | None = None, **xargs: Any) -> Request:
-    """A request with a prompt of its own, and `xargs` as `vllm_xargs` with the prefix `evenhand_`."""
+def request(
+    name: str, prompt: int | Sequence[int], max_tokens: int, stop_token: int | None = None, **xargs: Any
+) -> Request:
+    """A request with this prompt, or with one of its own of so many tokens, and `xargs` as `vllm_xargs` with the prefix
+    `evenhand_`."""
     stops = None if stop_token is None else [stop_token]
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, stop_token_ids=stops)
     params.extra_args = {f"evenhand_{key}": value for key, value in xargs.items()}
     params.update_from_generation_config({}, EOS)
     return Request(
         request_id=name,
-        prompt_token_ids=[token(name, -1 - position) for position in range(prompt_tokens)],
+        prompt_token_ids=[token(name, -1 - at) for at in range(prompt)] if isinstance(prompt, int) else list(prompt),
         sampling_params=params,
         pooling_params=None,
         block_hasher=get_request_block_hasher(BLOCK_TOKENS, get_hash_fn_by_name("sha256")),

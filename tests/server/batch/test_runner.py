@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -50,7 +51,7 @@ def over_sqlite(folder: Path) -> Batches:
 
 @asynccontextmanager
 async def running(runner: Runner) -> AsyncIterator[None]:
-    runner.pause_s = 0.02
+    runner.pause_s, runner.tick_s = 0.02, 0.02
     task = asyncio.create_task(runner.run())
     yield
     task.cancel()
@@ -95,6 +96,33 @@ class FullFolder(FileFolder):
         with room_on_disk(), open("/dev/full", "wb") as file:  # noqa: PTH123 - it is no file of the folder
             yield file
             file.flush()
+
+
+class SlowFolder(FileFolder):
+    """A folder on a disk that hangs in one of the things that a batch does with it, until it is told to go on."""
+
+    def __init__(self, folder: Path, hangs: str) -> None:
+        super().__init__(folder)
+        self.hangs = hangs
+        self.opened = 0
+        self.reached, self.goes_on = threading.Event(), threading.Event()
+
+    def _hang(self, at: str) -> None:
+        if self.hangs == at:
+            self.reached.set()
+            assert self.goes_on.wait(LIMIT_S)
+
+    def open(self, file_id: str) -> BinaryIO:
+        self.opened += 1
+        self._hang("checking" if self.opened == 1 else "reading lines")
+        return super().open(file_id)
+
+    @contextmanager
+    def writing(self, file_id: str) -> Iterator[BinaryIO]:
+        with super().writing(file_id) as file:
+            if file_id.endswith("output"):
+                self._hang("writing")
+            yield file
 
 
 async def submitted(batches: Batches, lines: int) -> Batch:
@@ -223,3 +251,62 @@ async def test_a_file_that_another_gateway_has_written_is_not_replaced_by_a_part
         await runner._write_results(await batches.batch("acme", batch.id), ok=True)
     assert not [file.name for file in (tmp_path / "files").rglob("*") if "output" in file.name]
     batches.close()
+
+
+class Wall:
+    """A clock that is moved by hand."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("hangs", ["checking", "reading lines", "writing"])
+async def test_a_disk_that_hangs_loses_no_lease(tmp_path: Path, hangs: str) -> None:
+    wall, files, engines = Wall(), SlowFolder(tmp_path / "files", hangs), Good()
+    store, others = (SqliteBatchStore(tmp_path / "batches.sqlite", wall) for _ in range(2))
+    batches = Batches(files, store, BatchSettings(), wall)
+    batch = await submitted(batches, 20)
+    until = "MAX(until) FROM owners" if hangs == "reading lines" else "lease_until FROM batches"
+    async with running(Runner(batches, engines, "one", time.monotonic)), asyncio.timeout(LIMIT_S):
+        assert await asyncio.to_thread(files.reached.wait, LIMIT_S)
+        for _ in range(4):
+            wall.now += 2.0
+            due = wall.now + 4.0
+            await eventually(lambda due=due: others._db.execute(f"SELECT {until}").fetchone()[0] > due, "it is renewed")
+        assert not others.lease(batch.id, "two", 5.0) or hangs == "reading lines"
+        if hangs == "reading lines":
+            others.join(batch.id, "two", 5.0)
+            assert others.claim(batch.id, "two", 100) == []
+            others.leave(batch.id, "two")
+        files.goes_on.set()
+        batch = await ended(batches, batch.id)
+    assert (batch.status, batch.completed, engines.asked) == (Status.COMPLETED, 20, 20)
+    batches.close()
+    others.close()
+
+
+async def test_a_gateway_that_has_lost_its_lines_starts_no_more_of_them(tmp_path: Path) -> None:
+    wall, files, engines = Wall(), SlowFolder(tmp_path / "files", "reading lines"), Good()
+    store, others = (SqliteBatchStore(tmp_path / "batches.sqlite", wall) for _ in range(2))
+    batches = Batches(files, store, BatchSettings(), wall)
+    batch = await submitted(batches, 20)
+    runner = Runner(batches, engines, "one", time.monotonic)
+    async with running(runner), asyncio.timeout(LIMIT_S):
+        assert await asyncio.to_thread(files.reached.wait, LIMIT_S)
+        others._db.execute("DELETE FROM owners")  # it stood still for so long that the others gave its lines away
+        others._db.execute("DELETE FROM claims")
+        others.join(batch.id, "two", 60.0)
+        assert len(others.claim(batch.id, "two", 100)) == 20
+        await eventually(lambda: not renews(), "it knows")
+        files.goes_on.set()
+        await eventually(lambda: batch.id not in runner._works, "it has given up")
+        assert engines.asked == 0
+    batches.close()
+    others.close()
+
+
+def renews() -> bool:
+    """Whether a lease is renewed in this loop."""
+    return any(task.get_name() == "renew a lease" for task in asyncio.all_tasks())

@@ -1,0 +1,1 @@
+"""`evenhand bench batch`: batch work beside interactive traffic."""

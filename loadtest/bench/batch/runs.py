@@ -1,0 +1,91 @@
+"""Runs of `evenhand bench batch` on clocks that an engine's work moves, several processes at a time."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import chain, repeat
+from multiprocessing import get_context
+from pathlib import Path
+from random import Random
+
+from loadtest.bench.batch.loads import BURST_PER_S, JOBS, OUTPUT_TOKENS, PEOPLE, Load, Size, azure
+from loadtest.bench.batch.work import BATCH_ONLY, Outcome, Scenario, Way
+from loadtest.bench.iterations.environment import ENVIRONMENT
+from loadtest.call import TraceCall
+from loadtest.simulator.costmodel import PRESETS
+
+# Of a real engine: as large a part of what it can do as the bursts are of the engine that the cost model describes.
+BURST_LOAD = 0.785
+CPU_LENGTH = 0.25  # of prompts and answers on a CPU, whose steps are that much smaller
+
+
+def _azure_without_end(rng: Random, size: Size) -> Iterator[TraceCall]:
+    return chain.from_iterable(azure(rng, size) for _ in repeat(None))
+
+
+_LOADS: Mapping[str, Load] = {**JOBS, "azure": _azure_without_end}
+# Jobs that are as these interactive requests: with them an engine shows how many of those it could do.
+WITHOUT_END: Mapping[str, str] = {"bursts": "short", "azure": "azure"}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One way, with interactive requests and jobs by name. cost: preset of the cost model; "" for a real engine."""
+
+    people: str
+    jobs: str
+    way: Way
+    seed: int
+    size: Size
+    cost: str = "gpu-7b"
+
+    @property
+    def key(self) -> "Run":
+        """What the outcome depends on."""
+        people = self.people if self.way.people else ""
+        return replace(self, people=people, jobs=self.jobs if self.way.batch else "")
+
+
+def outcome(run: Run) -> Outcome:
+    """Runs it, in this process."""
+    people = list(PEOPLE[run.people](Random(f"{run.seed}:people"), run.size)) if run.way.people else []
+    jobs = _LOADS[run.jobs](Random(f"{run.seed}:jobs"), run.size) if run.way.batch else iter(())
+    sys.stderr.write(f"{run.way.name}, {run.people or 'nobody'}, {run.jobs or 'no'} jobs, seed {run.seed}\n")
+    with tempfile.TemporaryDirectory() as folder:
+        if not run.cost:
+            from loadtest.bench.batch.cpu_engine import CpuEngine
+            from loadtest.bench.iterations.in_process_engine import chaotic_model
+
+            with CpuEngine.started(chaotic_model(Path(folder)), run.way) as engine:
+                return Scenario(engine, run.way, people, jobs, run.size.whole_s).run()
+        from loadtest.bench.batch.scheduler_only import ModelFreeEngine
+        from loadtest.bench.plugin.driven import model_folder, seed_block_hashes
+
+        seed_block_hashes()
+        free = ModelFreeEngine(model_folder(Path(folder)), run.way, PRESETS[run.cost])
+        return Scenario(free, run.way, people, jobs, run.size.whole_s).run()
+
+
+def _prepare() -> None:
+    """In each process, before it imports anything heavy."""
+    os.environ.update(ENVIRONMENT)
+
+
+def outcomes(runs: Iterable[Run], processes: int, *, fresh: bool = False) -> Mapping[Run, Outcome]:
+    """Of each run by its key. fresh: each in a process of its own, since a real engine leaves much behind."""
+    wanted = list(dict.fromkeys(run.key for run in runs))
+    with ProcessPoolExecutor(
+        processes, get_context("spawn"), _prepare, max_tasks_per_child=1 if fresh else None
+    ) as pool:
+        return dict(zip(wanted, pool.map(outcome, wanted), strict=True))
+
+
+def scaled_to_engine(size: Size) -> Size:
+    """Lengths and rates for a real engine: from what it does with jobs alone."""
+    small = replace(size, length=CPU_LENGTH)
+    (alone,) = outcomes([Run("", "short", BATCH_ONLY, 0, small, "")], 1, fresh=True).values()
+    per_s = alone.batch_per_s / (OUTPUT_TOKENS * CPU_LENGTH)
+    return replace(small, rate=BURST_LOAD * per_s / BURST_PER_S)
