@@ -96,53 +96,19 @@ class GatewayServer:
         self.sleeper = self._sleeper()
         self.lines = Lines(self._dispatcher, self.fleet, self._names())
         self.process = process
-        self.shared = ClusterState(
-            settings,
-            self.fleet,
-            self.lines,
-            self.policy,
-            clock=monotonic,
-            wall=wall_clock,
-            process=process,
-            background=self.background,
-        )
-        gate, tenants = self.shared.gate, self.shared.tenants
+        self.shared = self._shared()
         self.telemetry = Telemetry(self.lines.depth, self.lines.placed, self.fleet.rows, self.lines.by_tier)
-        steering = EngineBody(salt_cache=settings.salt_cache)
-        relay = Relay(self.telemetry.itl, self.telemetry.flex_itl, steering.body_for)
-        handover = PrefillLeg(
-            steering.to_prefill, self.fleet, timeout_s=settings.disaggregation.prefill_timeout_s, clock=monotonic
-        )
-        sharing = FairnessMetrics(
-            self.lines.present, gate.refusals, self.shared.store_state, monotonic, settings.tenant_labels
-        )
         self.balancer = Balancer(self.fleet, settings.disaggregation.busy_tokens, clock=monotonic)
         self.pseudonyms = Pseudonyms(settings.admin_key.get_secret_value() if settings.admin_key is not None else None)
         self.recorder, self.tracing = self._recorder(), self._tracing()
-        observers = self._observers(sharing)
-        self.failover = Failover(relay, steering, settings.health.attempts, observers.got_place)
-        for collector in (sharing, handover, self.balancer, self.failover, self.adapters):
+        sharing = self._fairness_metrics()
+        self.gateway = self._gateway(self._observers(sharing))
+        for collector in (sharing, self.gateway.handover, self.balancer, self.failover, self.adapters):
             self.telemetry.registry.register(collector)
-        self.gateway = Gateway(
-            tenants,
-            gate,
-            self.lines,
-            handover,
-            self.failover,
-            self.telemetry,
-            observers,
-            monotonic,
+        self.siblings = self._siblings()
+        self.app = public_app(
+            self.fleet, self.lines.names, self.siblings.metrics, self.shared.tenants, self._notes, self._lifespan
         )
-        number = process.number if process is not None else 0
-        self.siblings = LocalSync(
-            self.shared.local,
-            number,
-            self.fleet,
-            self.telemetry.registry,
-            self.background,
-            lambda: self.console.published(),
-        )
-        self.app = public_app(self.fleet, self.lines.names, self.siblings.metrics, tenants, self._notes, self._lifespan)
         self._for_operators(sharing)
         self.uvicorn = self._listener(on_start)
 
@@ -167,8 +133,58 @@ class GatewayServer:
         self.policy.on_switch.append(fleet.pools.refresh)
         return fleet
 
+    def _shared(self) -> ClusterState:
+        return ClusterState(
+            self.settings,
+            self.fleet,
+            self.lines,
+            self.policy,
+            clock=monotonic,
+            wall=wall_clock,
+            process=self.process,
+            background=self.background,
+        )
+
+    def _siblings(self) -> LocalSync:
+        """What this process and the other processes of the same gateway exchange."""
+        number = self.process.number if self.process is not None else 0
+        return LocalSync(
+            self.shared.local,
+            number,
+            self.fleet,
+            self.telemetry.registry,
+            self.background,
+            lambda: self.console.published(),
+        )
+
+    def _gateway(self, observers: Observers) -> Gateway:
+        """The path of a request: limits, queue, prefill leg, relay, failover."""
+        settings, shared = self.settings, self.shared
+        steering = EngineBody(salt_cache=settings.salt_cache)
+        relay = Relay(self.telemetry.itl, self.telemetry.flex_itl, steering.body_for)
+        handover = PrefillLeg(
+            steering.to_prefill, self.fleet, timeout_s=settings.disaggregation.prefill_timeout_s, clock=monotonic
+        )
+        self.failover = Failover(relay, steering, settings.health.attempts, observers.got_place)
+        return Gateway(
+            shared.tenants,
+            shared.gate,
+            self.lines,
+            handover,
+            self.failover,
+            self.telemetry,
+            observers,
+            monotonic,
+        )
+
+    def _fairness_metrics(self) -> FairnessMetrics:
+        shared = self.shared
+        return FairnessMetrics(
+            self.lines.present, shared.gate.refusals, shared.store_state, monotonic, self.settings.tenant_labels
+        )
+
     def _observers(self, sharing: FairnessMetrics) -> Observers:
-        """Who hears of each call."""
+        """Everything that observes calls."""
         judging = SloMetrics(SloTargets(self.settings.slo))
         self.telemetry.registry.register(judging)
         if self.sleeper is not None:

@@ -143,6 +143,9 @@ _APIS: Mapping[str, Api] = {
 }
 
 
+Routes = Mapping[str, Callable[[ServedExchange], None]]
+
+
 class FakeEngine:
     """The engine: listens on 127.0.0.1 while it is entered. `faults` may be set at any time."""
 
@@ -177,7 +180,12 @@ class FakeEngine:
         self.unauthorised = 0
         self.scraped = 0  # times that its metrics were asked for
         self.adapters = Adapters(self.setup)
-        self._posts: Mapping[str, Callable[[ServedExchange], None]] = {
+        self.asleep = False
+        self.naps = self.woken = 0
+        self._posts, self._gets = self._post_routes(), self._get_routes()
+
+    def _post_routes(self) -> Routes:
+        return {
             **dict.fromkeys(_APIS, self._generate),
             "/v1/embeddings": self._embed,
             "/tokenize": self._tokenize,
@@ -189,9 +197,9 @@ class FakeEngine:
             "/sleep": self._sleep,
             "/wake_up": self._wake_up,
         }
-        self.asleep = False
-        self.naps = self.woken = 0
-        self._gets: Mapping[str, Callable[[ServedExchange], None]] = {
+
+    def _get_routes(self) -> Routes:
+        return {
             "/health": self._health,
             "/v1/models": self._models,
             "/metrics": self._metrics,

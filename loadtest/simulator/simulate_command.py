@@ -32,6 +32,33 @@ _OPEN_ANSWER_TOKENS = 256  # of an answer whose length the trace does not say
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("trace", metavar="TRACE", help=options.TRACE_HELP)
+    _add_servers(parser)
+    parser.add_argument(
+        "--limit", type=options.at_least(1), help="number of requests (default: all of a trace, 200 of a workload)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="folder for the records, POLICY.jsonl, in the format of `evenhand replay`",
+    )
+    parser.add_argument("--html", type=Path, metavar="PAGE", help="write the report as an HTML page")
+    options.add_when(parser.add_argument_group("when"))
+    what = parser.add_argument_group("what")
+    options.add_form(what)
+    what.add_argument(
+        "--context", type=options.at_least(2),
+        help="context length of the model, tokens (default: the size of the cost model's KV cache)",
+    )  # fmt: skip
+    judged = parser.add_argument_group("objectives")
+    judged.add_argument("--ttft", type=options.positive, help="TTFT objective, seconds")
+    judged.add_argument("--tpot", type=options.positive, help="TPOT objective, seconds")
+    parser.epilog = describe()
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+
+
+def _add_servers(parser: argparse.ArgumentParser) -> None:
+    """The gateway and the engines that are simulated."""
     parser.add_argument(
         "--policy", default="fcfs", metavar="NAME[:KEY=VALUE…],…",
         help="policies to compare, the first is the baseline (default: %(default)s)",
@@ -67,28 +94,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cost-file", type=Path, metavar="JSON", help="cost model from `evenhand calibrate`")
     parser.add_argument("--slots", type=int, help="batch slots of an engine, instead of the cost model's")
-    parser.add_argument(
-        "--limit", type=options.at_least(1), help="number of requests (default: all of a trace, 200 of a workload)"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FOLDER",
-        help="folder for the records, POLICY.jsonl, in the format of `evenhand replay`",
-    )
-    parser.add_argument("--html", type=Path, metavar="PAGE", help="write the report as an HTML page")
-    options.add_when(parser.add_argument_group("when"))
-    what = parser.add_argument_group("what")
-    options.add_form(what)
-    what.add_argument(
-        "--context", type=options.at_least(2),
-        help="context length of the model, tokens (default: the size of the cost model's KV cache)",
-    )  # fmt: skip
-    judged = parser.add_argument_group("objectives")
-    judged.add_argument("--ttft", type=options.positive, help="TTFT objective, seconds")
-    judged.add_argument("--tpot", type=options.positive, help="TPOT objective, seconds")
-    parser.epilog = describe()
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
 
 def run(args: argparse.Namespace) -> int:

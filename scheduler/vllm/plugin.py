@@ -1,6 +1,6 @@
-"""Our policies at every iteration of an unpatched vLLM: the one file that touches vLLM.
+"""Our policies at every iteration of an unpatched vLLM.
 
-vLLM loads it with `--scheduler-cls scheduler.vllm_plugin.PolicyScheduler`; the policy comes with
+vLLM loads it with `--scheduler-cls scheduler.vllm.plugin.PolicyScheduler`; the policy comes with
 `--additional-config '{"evenhand": {"policy": "mlfq", "options": {"quantum_steps": "32"}}}'` (FCFS if absent).
 
 A request tells whose it is through `vllm_xargs`: `evenhand_tenant`, `evenhand_weight` (the tenant's share),
@@ -19,165 +19,50 @@ streaming-input session is one job per turn; a turn that starts with its KV bloc
 import inspect
 import math
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from types import MethodType
 from typing import Any, Final, NamedTuple
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
-from vllm.config import SchedulerConfig
+from prometheus_client import REGISTRY, CollectorRegistry
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
-from vllm.version import __version_tuple__ as vllm_version
 
 from scheduler.batching import prompt_cap
 from scheduler.catalog import build, options_from
-from scheduler.energy import Meters, meters
+from scheduler.energy import meters
 from scheduler.fairness import FairnessTally
 from scheduler.jobs import Job, Outcome, Tier
 from scheduler.kept_blocks import Kept
 from scheduler.policy import Policy
 from scheduler.slack import Slack, StepLoad
 from scheduler.tiers import BY_NAME, DEFAULT_RESERVE, TieredLanes
+from scheduler.vllm.contract import require_supported_vllm
+from scheduler.vllm.metrics import REPORT_INTERVAL_S, engine_metrics, watch_meters
 from scheduler.weights import packed_bits_of, weights_of
 
 logger = init_logger("vllm.evenhand")  # below "vllm", or the engine's log would not show it
 
-OLDEST_VLLM: Final = (0, 26)
-FIRST_UNTRIED_VLLM: Final = (0, 34)
-REPORT_INTERVAL_S: Final = 1.0
 HELD_LOOK_S: Final = 0.005
 MOST_UNDER_WAY: Final = 64  # steps whose end was not told
 YIELDS_FIRST: Final = 2**31  # above any priority that a client may send
-
-# Everything below is what we rely on and vLLM does not promise; `missing_members` checks it when the engine starts.
-METHODS: Final[Mapping[type, Mapping[str, tuple[str, ...]]]] = {
-    Scheduler: {
-        "__init__": ("vllm_config",),
-        "schedule": (),
-        "update_from_output": ("scheduler_output", "model_runner_output"),
-        "add_request": ("request",),
-        "has_requests": (),
-        "has_unfinished_requests": (),
-        "get_request_counts": (),
-        "_preempt_request": ("request", "timestamp"),
-        "_free_request": ("request",),
-        "_handle_stopped_request": ("request",),
-        "_is_blocked_waiting_status": ("status",),
-        "_update_after_schedule": ("scheduler_output",),
-        "_update_request_with_output": ("request", "new_token_ids"),
-    },
-    RequestQueue: {
-        "add_request": ("request",),
-        "pop_request": (),
-        "peek_request": (),
-        "prepend_request": ("request",),
-        "prepend_requests": ("requests",),
-        "remove_request": ("request",),
-        "remove_requests": ("requests",),
-    },
-    KVCacheManager: {"get_blocks": ("request_id",), "get_computed_blocks": ("request",)},
-    BlockPool: {"touch": ("blocks",), "free_blocks": ("ordered_blocks",), "get_num_free_blocks": ()},
-}
-ATTRIBUTES: Final[Mapping[type, tuple[str, ...]]] = {
-    Scheduler: (
-        "vllm_config", "scheduler_config", "policy", "waiting", "running", "finished_req_ids_dict",
-        "max_num_running_reqs", "max_num_scheduled_tokens", "num_waiting_for_streaming_input", "kv_cache_manager",
-        "connector", "requests", "kv_cache_config", "num_spec_tokens", "_inflight_prefills",
-    ),
-    SchedulerConfig: ("long_prefill_token_threshold",),
-    KVCacheManager: ("block_pool",),
-    KVCacheBlocks: ("blocks",),
-    KVCacheBlock: ("block_hash", "ref_cnt", "is_null"),
-    BlockPool: ("num_gpu_blocks",),
-    Request: (
-        "request_id", "client_index", "priority", "sampling_params", "pooling_params", "structured_output_request",
-        "num_prompt_tokens", "num_output_tokens", "num_tokens", "num_computed_tokens", "num_output_placeholders",
-        "max_tokens", "status", "num_preemptions", "resumable",
-    ),
-    RequestStatus: (
-        "RUNNING", "PREEMPTED", "FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED", "FINISHED_ABORTED",
-    ),
-    SchedulingPolicy: ("FCFS", "PRIORITY"),
-    SchedulerOutput: ("scheduled_new_reqs", "total_num_scheduled_tokens", "num_scheduled_tokens"),
-    NewRequestData: ("req_id", "num_computed_tokens"),
-    EngineCoreOutput: ("request_id", "new_token_ids", "finish_reason", "kv_transfer_params"),
-    EngineCoreOutputs: ("outputs",),
-    FinishReason: ("STOP",),
-}  # fmt: skip
-# The last is `Scheduler`'s own from vLLM 0.33 on.
-ASYNC_OVERRIDES: Final = frozenset({"__init__", "_update_after_schedule", "_update_request_with_output"})
-ASYNC_ALWAYS_OVERRIDES: Final = frozenset({"__init__", "_update_after_schedule"})
 
 OUTCOMES: Final = {
     RequestStatus.FINISHED_STOPPED: Outcome.DONE,
     RequestStatus.FINISHED_LENGTH_CAPPED: Outcome.LENGTH,
     RequestStatus.FINISHED_ABORTED: Outcome.ABORTED,
 }
-
-
-def missing_members(
-    methods: Mapping[type, Mapping[str, tuple[str, ...]]] = METHODS,
-    attributes: Mapping[type, tuple[str, ...]] = ATTRIBUTES,
-) -> list[str]:
-    """What we rely on and this vLLM does not have, by name; empty if all is there."""
-    missing = [
-        f"{owner.__name__}.{name}({', '.join(parameters)})"
-        for owner, members in methods.items()
-        for name, parameters in members.items()
-        if not _accepts(getattr(owner, name, None), parameters)
-    ]
-    missing += [
-        f"{owner.__name__}.{name}" for owner, names in attributes.items() for name in names if not _has(owner, name)
-    ]
-    overrides = {name for name, member in vars(AsyncScheduler).items() if callable(member)}
-    strange = (overrides - ASYNC_OVERRIDES) | (ASYNC_ALWAYS_OVERRIDES - overrides)
-    return missing + [f"AsyncScheduler overrides other methods than we know of: {name}" for name in sorted(strange)]
-
-
-def _accepts(method: object, parameters: tuple[str, ...]) -> bool:
-    return callable(method) and set(parameters) <= set(inspect.signature(method).parameters)
-
-
-def _has(owner: type, name: str) -> bool:
-    """Whether instances have it: defined on the class, a field of it, or set by its constructor."""
-    constructor = vars(owner).get("__init__")
-    sets = getattr(constructor, "__code__", None)
-    return hasattr(owner, name) or name in inspect.signature(owner).parameters or name in getattr(sets, "co_names", ())
-
-
-def require_supported_vllm(version: tuple[int | str, ...] = vllm_version) -> None:
-    """RuntimeError, in one sentence, unless this vLLM is one that the plug-in can work with."""
-    release = tuple(version[:2])
-    wanted = f">={_dotted(OLDEST_VLLM)},<{_dotted(FIRST_UNTRIED_VLLM)}"
-    if not (all(isinstance(part, int) for part in release) and OLDEST_VLLM <= release < FIRST_UNTRIED_VLLM):
-        raise RuntimeError(
-            f"vLLM {_dotted(version)} is not supported by scheduler/vllm/plugin.py: install vllm{wanted}, "
-            "or start the engine without --scheduler-cls"
-        )
-    if missing := missing_members():
-        raise RuntimeError(
-            f"vLLM {_dotted(version)} lacks what scheduler/vllm/plugin.py relies on ({'; '.join(missing)}): "
-            f"install another vllm{wanted}, or start the engine without --scheduler-cls"
-        )
-
-
-def _dotted(version: Iterable[int | str]) -> str:
-    return ".".join(str(part) for part in version)
 
 
 def policy_from(config: object) -> Policy:
@@ -426,96 +311,6 @@ def blocks_for(spec: Any, tokens: int) -> int:  # noqa: ANN401
         return 1
     window = getattr(spec, "sliding_window", None) or tokens
     return -(-min(tokens, int(window)) // int(spec.block_size))
-
-
-def watch_meters(found: Meters, metrics: "EngineMetrics") -> None:
-    """Keeps energy and GPU use up to date in a thread: an engine that idles takes no steps in which to read them."""
-    if not (found.zones or found.gpus):
-        return
-
-    def watch() -> None:
-        while True:
-            for device, joules in found.joules().items():
-                metrics.energy.labels(device).set(joules)
-            for device, share in found.use().items():
-                metrics.gpu_use.labels(device).set(share)
-            time.sleep(REPORT_INTERVAL_S)
-
-    threading.Thread(target=watch, name="evenhand meters", daemon=True).start()
-
-
-class EngineMetrics:
-    """What the plug-in exports. vLLM's API server shows it if PROMETHEUS_MULTIPROC_DIR was set before the start."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self.policy = self._gauge(registry, "policy_info", "1 for the policy in force", ("policy",), "livemax")
-        self.switches = self._counter(
-            registry, "policy_switches_total", "Orders to change the policy: done or refused", ("outcome",)
-        )
-        self.preemptions = self._counter(
-            registry,
-            "preemptions_total",
-            "Running requests stopped: for a waiting one (policy), for KV memory (memory), by order (reset)",
-            ("policy", "reason"),
-        )
-        self.flex_tokens = self._counter(
-            registry, "flex_tokens_total", "Tokens of flex requests that steps computed", ()
-        )
-        self.flex_displaced = self._counter(
-            registry, "flex_displaced_tokens_total", "Tokens that flex requests had in the KV cache when displaced", ()
-        )
-        self.flex_recomputed = self._counter(
-            registry, "flex_recomputed_tokens_total", "Of those, tokens that they had to compute again", ()
-        )
-        self.waiting = self._gauge(registry, "waiting", "Requests in line, by lane", ("lane",), "livesum")
-        self.service = self._counter(
-            registry,
-            "tenant_service_total",
-            "Service in weighted tokens (prompt computed 1, output 2); tenants beyond the largest are 'other'",
-            ("tenant",),
-        )
-        self.gap = self._gauge(
-            registry, "service_gap", "Weighted tokens between the most and least served waiting tenant", (), "livemax"
-        )
-        self.completion_s = self._gauge(
-            registry,
-            "mean_completion_seconds",
-            "Arrival to end of the latest requests: as they went (policy), and first come, first served (fcfs)",
-            ("of",),
-            "livemax",
-        )
-        self.promised_s = self._gauge(
-            registry, "promised_wait_seconds", "Longest wait for a first token that `tail` allows now", (), "livemax"
-        )
-        self.stall_s = self._gauge(
-            registry, "longest_stall_seconds", "Longest that a started request went without its slot", (), "livemax"
-        )
-        self.step_tokens = self._gauge(registry, "step_tokens", "Tokens that a step computes at most", (), "livemax")
-        self.adapters = self._gauge(registry, "adapters", "LoRA adapters that it keeps, 0 without LoRA", (), "livemax")
-        self.slots = self._gauge(registry, "slots", "Requests that run at once, all ranks together", (), "livesum")
-        self.info = self._gauge(registry, "info", "1, with the number format of the weights", ("dtype",), "livemax")
-        self.energy = self._gauge(
-            registry, "energy_joules", "Energy, by device, since its own start", ("device",), "livemax"
-        )
-        self.gpu_use = self._gauge(registry, "gpu_use", "Share of time in which a GPU computed", ("device",), "livemax")
-        self.compression = self._gauge(
-            registry, "weight_compression", "16 bits over the bits that a parameter takes", (), "livemax"
-        )
-        self.steps = self._counter(registry, "steps_total", "Scheduling passes, counted once a second", ())
-
-    @staticmethod
-    def _counter(registry: CollectorRegistry, name: str, text: str, labels: tuple[str, ...]) -> Counter:
-        return Counter(f"evenhand_engine_{name}", text, labels, registry=registry)
-
-    @staticmethod
-    def _gauge(registry: CollectorRegistry, name: str, text: str, labels: tuple[str, ...], mode: Any) -> Gauge:  # noqa: ANN401
-        return Gauge(f"evenhand_engine_{name}", text, labels, registry=registry, multiprocess_mode=mode)
-
-
-@cache
-def engine_metrics(registry: CollectorRegistry) -> EngineMetrics:
-    """The metrics of a registry: it takes each name once, and one process may build several schedulers."""
-    return EngineMetrics(registry)
 
 
 class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]

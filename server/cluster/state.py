@@ -69,14 +69,9 @@ class ClusterState:
         self._ring = settings.redis_url is not None or process is not None  # there may be other replicas
         self._hosted = settings.redis_url is None and process is not None  # the store is a process of this gateway
         self._speaks = process is None or process.number == 0
-        if not (settings.redis_url or settings.tenants or settings.allow_open or is_private(settings)):
-            reached = settings.admin_host if is_loopback(settings.host) else settings.host
-            raise ValueError(
-                f"without tenants anybody who reaches {reached} could use this gateway: use --tenants FILE, "
-                "listen on 127.0.0.1, or pass --allow-open if you want that"
-            )
-        self._may_be_open = settings.allow_open or is_private(settings)
-        self.tenants = Tenants(wall, open=self._may_be_open, learned=not self._ring)
+        _refuse_strangers(settings)
+        may_be_open = settings.allow_open or is_private(settings)
+        self.tenants = Tenants(wall, open=may_be_open, learned=not self._ring)
         self.file = self._tenant_file(settings)
         self.store: Store = _store(settings, clock, process)
         self.local: Store = MemoryStore(clock) if process is None else SocketStore(process.socket, LOCAL)
@@ -84,19 +79,8 @@ class ClusterState:
         ring = KnownRing()
         costs = TierCosts(settings.tiers.flex_cost, settings.tiers.priority_cost)
         self.gate = Gate(name, self.tenants.named, clock=clock, wall=wall, ring=ring, costs=costs)
-        ledger = AccountSync(lambda: lines.by_model, clock)
-        file = self.file
-        self.agreement = TenantAgreement(lambda: "" if file is None else file.digest, clock)
-        self.replicas = Replicas(
-            name,
-            self.store,
-            ring,
-            (self.gate, ledger, self.agreement),
-            (self.gate,),
-            clock=clock,
-            sync_s=settings.sync_s,
-        )
-        self.replicas.on_silence.append(ledger.silence)
+        self.agreement = TenantAgreement(self._file_digest, clock)
+        self.replicas = self._replicas(name, ring, AccountSync(lambda: lines.by_model, clock), clock, settings.sync_s)
         self.records = Records(
             self.store,
             self.tenants,
@@ -110,6 +94,19 @@ class ClusterState:
         self.replicas.on_loss.append(self.records.are_lost)
         self._names = lines.names
         self._registry = Registry(self.store, fleet, clock)
+
+    def _replicas(
+        self, name: str, ring: KnownRing, ledger: AccountSync, clock: Callable[[], float], sync_s: float
+    ) -> Replicas:
+        """This gateway among its replicas, and what it exchanges with them: limits, accounts, the tenant file."""
+        parts = (self.gate, ledger, self.agreement)
+        replicas = Replicas(name, self.store, ring, parts, (self.gate,), clock=clock, sync_s=sync_s)
+        replicas.on_silence.append(ledger.silence)
+        return replicas
+
+    def _file_digest(self) -> str:
+        """Of the tenant file; empty without one."""
+        return "" if self.file is None else self.file.digest
 
     def _tenant_file(self, settings: Settings) -> TenantFile | None:
         if settings.tenants is None:
@@ -183,6 +180,17 @@ class ClusterState:
         if problems := self._names.adapters.problems():
             notes["adapters"] = {"problems": problems}
         return notes
+
+
+def _refuse_strangers(settings: Settings) -> None:
+    """ValueError for a gateway without tenants that other machines can reach, unless that is allowed."""
+    if settings.redis_url or settings.tenants or settings.allow_open or is_private(settings):
+        return
+    reached = settings.admin_host if is_loopback(settings.host) else settings.host
+    raise ValueError(
+        f"without tenants anybody who reaches {reached} could use this gateway: use --tenants FILE, "
+        "listen on 127.0.0.1, or pass --allow-open if you want that"
+    )
 
 
 def _store(settings: Settings, clock: Callable[[], float], process: Process | None) -> Store:

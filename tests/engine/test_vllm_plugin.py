@@ -18,16 +18,8 @@ from scheduler.kept_blocks import Kept
 from scheduler.policies.fcfs import Fcfs
 from scheduler.policy import Policy
 from scheduler.tiers import TieredLanes
-from scheduler.vllm.plugin import (
-    METHODS,
-    Filled,
-    PolicyQueue,
-    job_from,
-    missing_members,
-    options_from,
-    policy_from,
-    require_supported_vllm,
-)
+from scheduler.vllm.contract import METHODS, missing_members, require_supported_vllm
+from scheduler.vllm.plugin import Filled, PolicyQueue, job_from, options_from, policy_from
 
 pytestmark = pytest.mark.engine
 
