@@ -11,7 +11,7 @@ from deploy.model.model import MADE_HERE, ModelError, ModelSource, cache_folder,
 
 # Nothing that it imports stays with the gateway.
 PROGRAM = (
-    "import argparse, sys; from deploy.engine import model; parser = argparse.ArgumentParser(); "
+    "import argparse, sys; from deploy.model import model; parser = argparse.ArgumentParser(); "
     "model.add_arguments(parser); sys.exit(model.run(parser.parse_args()))"
 )
 
