@@ -35,7 +35,7 @@ COMMANDS: Mapping[str, Command] = {
     "calibrate": Command("loadtest.simulator.calibrate", "fit a cost model to an engine, for simulations"),
     "advise": Command("loadtest.simulator.advise", "find the policy and the number of workers that a trace needs"),
     "bench": Command("loadtest.bench", "measure the figures of docs/benchmarks on this machine"),
-    "doctor": Command("deploy.doctor", "check this machine for what would go wrong, and say what to do"),
+    "doctor": Command("deploy.doctor", "check this machine for problems, and say how to fix them"),
 }
 
 

@@ -156,7 +156,7 @@ def check_gpus(machine: Machine) -> Iterator[Finding]:
 def without_bfloat16(gpu: Gpu) -> Finding:
     """A finding of an old GPU that can be used. Those that cannot are told with the plan, which leaves them out."""
     found = f"{gpu}: compute capability {'.'.join(map(str, gpu.capability))}, no bfloat16"
-    return Finding("warn", "GPU", found, "models made for bfloat16 run in float16 there, and a few overflow in it")
+    return Finding("warn", "GPU", found, "models trained in bfloat16 run in float16 there, and a few of them overflow")
 
 
 def check_gpu_plan(
@@ -186,7 +186,7 @@ def check_compiler(machine: Machine, compiler: str | None, header: Path) -> Iter
         return
     if compiler is None or not header.is_file():
         lacks = "a C compiler" if compiler is None else f"Python's header files ({header})"
-        yield Finding("bad", "compiler", f"Triton needs {lacks}", "apt-get install gcc python3-dev, or what is like it")
+        yield Finding("bad", "compiler", f"Triton needs {lacks}", "apt-get install gcc python3-dev, or the equivalent")
     else:
         yield Finding("ok", "compiler", compiler)
 
@@ -200,7 +200,7 @@ def check_workers(settings: ServeSettings, machine: Machine) -> Finding:
     workers = len(roles)
     if machine.engine and machine.engine.build == "cpu" and workers > len(machine.cores):
         found = f"{workers} workers on {len(machine.cores)} cores"
-        return Finding("warn", "workers", found, "each takes a core for itself; more only slow each other down")
+        return Finding("warn", "workers", found, "each needs a core of its own; more only slow each other down")
     return Finding("ok", "workers", f"{workers}")
 
 
@@ -212,12 +212,12 @@ def check_memory(settings: ServeSettings, machine: Machine, cache: Path, ask: As
     try:
         checked = check_all(settings, machine, cache, ask)
     except (TransferError, SharedMemoryError):
-        return Finding("warn", "memory", f"{free}; the need is unknown", "fix the other problems first")
+        return Finding("warn", "memory", f"{free}; the amount needed is unknown", "fix the other problems first")
     except PreflightError as error:
         found, _, advice = str(error).rpartition(": ")
         return Finding("bad", "memory", found, advice)
     except (EngineArgsError, GpuPlanError, ModelError, ValueError):
-        return Finding("warn", "memory", f"{free}; the need is unknown", "fix the other problems first")
+        return Finding("warn", "memory", f"{free}; the amount needed is unknown", "fix the other problems first")
     kv_cache = " and ".join(dict.fromkeys(f"{one.kv_cache_gib}" for one in checked))
     return Finding("ok", "memory", f"{free}, enough with {kv_cache} GiB KV cache for each worker")
 
@@ -262,7 +262,7 @@ def check_port(host: str, port: int, free: Callable[[str, int], bool]) -> Findin
 def check_redis(url: str | None, ping: Callable[[str], str]) -> Finding:
     """`ping` returns what the server says of itself, or raises OSError or ValueError."""
     if not url:
-        return Finding("ok", "Redis", "not configured: the gateway keeps its state to itself")
+        return Finding("ok", "Redis", "not configured: the gateway shares no state")
     try:
         return Finding("ok", "Redis", f"{without_password(url)}: {ping(url)}")
     except (OSError, ValueError) as error:
@@ -357,7 +357,7 @@ def verdict(findings: list[Finding]) -> str:
     warnings = sum(finding.level == "warn" for finding in findings)
     if bad:
         return f"Fix {bad} problem{'s' if bad > 1 else ''} (✗) before `evenhand serve` can work."
-    return "`evenhand serve` should work here" + (", with a remark above." if warnings else ".")
+    return "`evenhand serve` should work here" + (", with the remarks above." if warnings else ".")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

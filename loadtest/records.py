@@ -27,7 +27,7 @@ class Ending(Enum):
     UNREACHABLE = "unreachable"  # no connection
     TRUNCATED = "truncated"  # the stream ended before its end
     ERROR_EVENT = "error_event"  # the stream said that it failed
-    TIMEOUT = "timeout"  # the client gave up
+    TIMEOUT = "timeout"  # the request timed out at the client
     UNFINISHED = "unfinished"  # the run was over first
 
 

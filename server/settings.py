@@ -238,7 +238,7 @@ class LoraSettings(BaseModel):
     )
     load_timeout_s: Positive = Field(120.0, description="timeout of loading an adapter, seconds")
     unmanaged: bool = Field(
-        True, description="serve adapters that engines have by themselves as models, to every tenant"
+        True, description="serve adapters that engines loaded on their own as models, to every tenant"
     )
 
 
@@ -288,7 +288,7 @@ class Settings(BaseSettings):
     )
     adapters: dict[str, Any] = Field(
         default_factory=dict,
-        description="a LoRA adapter that is loaded when somebody asks for it, e.g. sql=smollm2:/adapters/sql",
+        description="a LoRA adapter that is loaded on the first request for it, e.g. sql=smollm2:/adapters/sql",
     )
     worker_ca: Path | None = Field(
         None, description="PEM file with the CA of the workers' certificates, for workers without `ca`"
@@ -327,7 +327,7 @@ class Settings(BaseSettings):
     sync_s: Positive = Field(0.1, le=5.0, description="interval of the exchange with the replicas, seconds")
     salt_cache: bool = Field(
         False,
-        description="separate prefix caches per tenant, so that response times tell nothing about others' prompts",
+        description="separate prefix caches per tenant, so that response times reveal nothing about others' prompts",
     )
     tenant_labels: int = Field(20, ge=1, le=1000, description="most tenants named in metrics; the rest is `other`")
     log_format: LogFormat = Field("text", description="log format: text, or json with one line per request")

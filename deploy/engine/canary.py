@@ -103,17 +103,17 @@ class Canary:
             return said(answer.json(), task.is_text)
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise CanaryError(
-                f"the engine's answer to the canary is none of OpenAI's shapes: {answer.text[:200]}"
+                f"the engine's answer to the canary is not in a format of OpenAI's API: {answer.text[:200]}"
             ) from error
 
     def _judge(self, task: Task, first: str, again: str) -> None:
         if not first.strip():
-            raise CanaryError(f"the engine answered {QUESTION!r} with nothing; {WHAT_TO_DO}")
+            raise CanaryError(f"the engine answered {QUESTION!r} with an empty text; {WHAT_TO_DO}")
         if first != again:
             raise CanaryError(f"the engine answered {QUESTION!r} with {first!r} and then with {again!r}; {WHAT_TO_DO}")
         wanted = self.recorded.get(self.model)
         if task.is_text and wanted and not first.strip().startswith(wanted):
-            raise CanaryError(f"the engine answered {QUESTION!r} with {first!r} in place of {wanted!r}; {WHAT_TO_DO}")
+            raise CanaryError(f"the engine answered {QUESTION!r} with {first!r} instead of {wanted!r}; {WHAT_TO_DO}")
 
 
 def said(answer: Mapping[str, Any], is_text: bool) -> str:

@@ -40,8 +40,8 @@ RESERVED = {
     "--port": "a free port is chosen for each engine",
     "--model": "use --model",
     "--served-model-name": "the model is served under the name of its folder",
-    "--uds": "the gateway asks the engine over TCP",
-    "--config": "it would lose against our own options: give each of its options as an --engine-arg",
+    "--uds": "the gateway talks to the engine over TCP",
+    "--config": "Evenhand's own options would override it: give each of its options as an --engine-arg",
     "--device-ids": "use --gpus, which other workers on this machine respect",
     "--api-key": "each engine gets a key of its own; EVENHAND_ENGINE_KEY sets it",
 }

@@ -144,8 +144,8 @@ CAUSES: tuple[Cause, ...] = (
     (
         re.compile(r"CUDA out of memory|OutOfMemoryError|Free memory on device"),
         lambda _: (
-            "the GPU has too little free memory: end what else uses it (`nvidia-smi`), spread the model over more GPUs "
-            "with --engine-arg=--tensor-parallel-size=2, or use a smaller or quantized model"
+            "the GPU has too little free memory: stop the other programs that use it (`nvidia-smi`), spread "
+            "the model over more GPUs with --engine-arg=--tensor-parallel-size=2, or use a smaller or quantized model"
         ),
     ),
     (
@@ -157,7 +157,7 @@ CAUSES: tuple[Cause, ...] = (
     ),
     (
         re.compile(r"Address already in use"),
-        lambda _: "its port was taken by another program in the moment it started: try again",
+        lambda _: "another program took its port during the start: try again",
     ),
     (
         re.compile(r"has model type `([^`]+)` but Transformers does not recognize"),
@@ -222,7 +222,7 @@ def cause(lines: Sequence[str], exit_code: int | None) -> str:
     if raised:
         return f"it failed with {raised[0][1]}: {shortened(raised[0][2])}"
     if exit_code == 137 or any(CORE_GONE.search(text) for text in texts):
-        return "one of its processes was killed, most often by the system for want of memory"
+        return "one of its processes was killed, usually because the system ran out of memory"
     return f"it ended with exit code {exit_code}" if exit_code is not None else "it stopped answering"
 
 

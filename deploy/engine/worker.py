@@ -178,7 +178,7 @@ class WorkerProcess:
             while True:
                 life = await self._one_life()
                 if self._sleepy.is_set() and life.ready_s is not None:
-                    self._move(EngineState.ASLEEP, "asleep: it starts again when somebody asks")
+                    self._move(EngineState.ASLEEP, "asleep: the next request starts it again")
                     await self._woken.wait()
                     self._move(EngineState.STARTING, "waking up")
                     continue
@@ -236,7 +236,7 @@ class WorkerProcess:
         try:
             async with asyncio.timeout(self._timing.start_s) as self._deadline:
                 await child.or_end(self._answering(client))
-                self._move(EngineState.CANARY, "asking it a question whose answer is known")
+                self._move(EngineState.CANARY, "testing it with a prompt whose answer is known")
                 said = await child.or_end(self._canary.check(client, self._url))
         except ChildEnded as end:
             raise WorkerError(cause(self._lines, end.exit_code)) from end
@@ -245,7 +245,7 @@ class WorkerProcess:
         except TimeoutError as error:
             limit_s = self._timing.start_s
             raise WorkerError(
-                f"it was not ready after {limit_s:.0f} s without news in its log: allow more with --start-timeout"
+                f"it logged nothing for {limit_s:.0f} s and is not ready: allow more with --start-timeout"
             ) from error
         finally:
             self._deadline = None
@@ -268,7 +268,7 @@ class WorkerProcess:
         try:
             await asyncio.wait({unhealthy, hung, sleepy}, return_when=asyncio.FIRST_COMPLETED)
             if sleepy.done():
-                return "it goes to sleep"
+                return "going to sleep"
             if unhealthy.done():
                 return unhealthy.result()
             why = hung.result()
@@ -293,7 +293,7 @@ class WorkerProcess:
             responded = await self._canary.responds(client, self._url, timing.hung_s)
             # Others may have come while it was asked, and be served first.
             if not await self._look(client, pulse) and not responded:
-                return f"it did not answer a question within {_now_s() - asked_at_s:.0f} s: it hangs"
+                return f"it did not answer a test prompt within {_now_s() - asked_at_s:.0f} s: it hangs"
             pulse.moved_at = _now_s()
 
     async def _look(self, client: httpx2.AsyncClient, pulse: Pulse) -> bool:

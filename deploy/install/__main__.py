@@ -114,7 +114,7 @@ def stages(engine: str, with_tests: bool) -> list[Stage]:
     if engine == "cuda":
         chosen.append(Stage("engine", "vLLM and PyTorch for CUDA", f"cuda\n{_text('engine-cuda')}", _engine("cuda")))
     if with_tests:
-        chosen.append(_locked("test", "what the tests need"))
+        chosen.append(_locked("test", "test packages"))
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     return [*chosen, Stage("project", "evenhand itself", f"{ROOT}\n{project}", install_project)]
 
@@ -144,14 +144,14 @@ def make_environment(place: InstallFolder, line: ProgressLine) -> None:
     """A virtual environment; one of another Python is made anew, for its packages would not load."""
     if importlib.util.find_spec("ensurepip") is None:
         raise InstallError(
-            "this Python cannot make virtual environments: install its venv package "
+            "this Python cannot create virtual environments: install its venv package "
             "(on Debian and Ubuntu: apt install python{}.{}-venv)".format(*sys.version_info[:2])
         )
     clear = ["--clear"] if place.folder.exists() and not _is_usable(place) else []
     command = [sys.executable, "-m", "venv", *clear, str(place.folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise InstallError(f"making {place.folder} failed: {(done.stderr or done.stdout).strip()}")
+        raise InstallError(f"cannot create {place.folder}: {(done.stderr or done.stdout).strip()}")
 
 
 def _is_usable(place: InstallFolder) -> bool:
@@ -178,7 +178,7 @@ def install_torch_cpu(place: InstallFolder, line: ProgressLine) -> None:
     On PyPI that is the CUDA build: it runs without a GPU too, but not without its CUDA packages, so no `--no-deps`.
     """
     wanted = ["install", *RAW[True], "-r", str(LOCKS / "torch-cpu.txt")]
-    line.tell = lambda: "asking PyTorch's own index"
+    line.tell = lambda: "querying PyTorch's package index"
     if answers(f"{TORCH_CPU_INDEX}/torch/", INDEX_PATIENCE_S):
         with contextlib.suppress(InstallError):
             pip(place, line, *wanted, "--index-url", TORCH_CPU_INDEX)
@@ -221,7 +221,7 @@ def pip(place: InstallFolder, line: ProgressLine, *arguments: str) -> None:
     if returncode:
         raise InstallError(
             f"pip stopped: {complaint(said)}\n"
-            f"What it fetched is kept, so `make install` goes on from here. All that it said is in {place.log}"
+            f"Its downloads are kept, so `make install` continues from here. Its full output is in {place.log}"
         )
 
 
@@ -286,7 +286,7 @@ def choose_engine(wanted: str, place: InstallFolder, root: Path = Path("/")) -> 
         raise InstallError(
             f"the NVIDIA driver {found.driver} is too old for CUDA 13, which vLLM needs ({OLDEST_DRIVER} or newer): "
             "update it, or install the CPU build with `make install ENGINE=cpu`; where NVIDIA's cuda-compat-13-0 is "
-            "installed, `make install ENGINE=cuda` goes ahead"
+            "installed, `make install ENGINE=cuda` installs anyway"
         )
     return "cuda" if found.gpus or any((root / "proc/driver/nvidia/gpus").glob("*")) else "cpu"
 
@@ -299,7 +299,7 @@ def only_one(folder: Path, out: TextIO) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            out.write("another install is under way here: waiting for it\n")
+            out.write("another `make install` is running: waiting for it\n")
             out.flush()
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -353,7 +353,7 @@ def main() -> int:
     parser.add_argument(
         "--engine", default="auto", choices=("auto", "cpu", "cuda", "none"), help="default: %(default)s"
     )
-    parser.add_argument("--tests", action="store_true", help="also what the tests need")
+    parser.add_argument("--tests", action="store_true", help="also install the test packages")
     parser.add_argument("--folder", type=Path, default=ROOT / ".venv", help="default: %(default)s")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, _stop)
@@ -370,7 +370,7 @@ def main() -> int:
         sys.stderr.write(f"{error}\n")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted: `make install` goes on from here\n")
+        sys.stderr.write("interrupted: run `make install` again to continue\n")
         return 130
     return 0
 

@@ -97,7 +97,7 @@ def _shared(gpus: Sequence[Gpu], engines: Sequence[str], need: Need) -> dict[str
         utilization = need.utilization or (int(90 / sharers) / 100 if sharers > 1 else None)
         if (need.utilization or 0) * sharers > 1:
             raise GpuPlanError(
-                f"{sharers} engines share {gpu}, and each is told to take {need.utilization:.0%} of its memory: lower "
+                f"{sharers} engines share {gpu}, and each is set to take {need.utilization:.0%} of its memory: lower "
                 f"that to --engine-arg=--gpu-memory-utilization={int(90 / sharers) / 100:.2f}, or leave it out"
             )
         shares[name] = Share((gpu,), utilization, sharers)

@@ -70,9 +70,9 @@ def fetch(name: str, say: Say) -> Path | None:
         if missing or not _in_cache(name):
             raise ModelError(
                 f"the model {name} is not on this machine, and its hub, {constants.ENDPOINT}, cannot be reached or "
-                "broke off: start again to go on from there, or give --model the path of a folder"
+                "stopped answering: start again to resume the download, or give --model the path of a folder"
             ) from error
-        say(f"the model hub cannot be reached: going on with what the cache has of {name}")
+        say(f"the model hub cannot be reached: using what the cache holds of {name}")
         return None
 
 
@@ -83,7 +83,7 @@ def _refusal(name: str, error: BaseException | None, cache: Path) -> str:
 
     if isinstance(error, GatedRepoError):
         return (
-            f"the model {name} asks for its terms to be accepted: do so at {constants.ENDPOINT}/{name}, then set "
+            f"the model {name} requires its terms to be accepted: do so at {constants.ENDPOINT}/{name}, then set "
             "HF_TOKEN to a token of that account"
         )
     if isinstance(error, RepositoryNotFoundError):

@@ -121,7 +121,7 @@ def dtype_in(folder: Path) -> str:
 def _checked(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
         raise ModelError(
-            f"{folder} is no model folder, for it has no config.json: give a folder in Hugging Face format"
+            f"{folder} is not a model folder, because it has no config.json: give a folder in Hugging Face format"
         )
     return folder
 

@@ -102,7 +102,7 @@ QUEUE = DashboardPanel(
 OVERVIEW = Board(
     "evenhand-overview",
     "Evenhand / Overview",
-    "Is everybody served, and how fast?",
+    "Are requests served, and how fast?",
     (
         PanelRow(
             "Now",
@@ -206,14 +206,14 @@ TENANTS = Board(
                     "Requests by model name",
                     "short",
                     (Query(rate("evenhand_model_requests_total", "name, model"), "{{name}} ({{model}})"),),
-                    "Per second, by the name that was asked and the model that answered.",
+                    "Per second, by requested name and answering model.",
                     stacked=True,
                 ),
                 DashboardPanel(
                     "Fallbacks",
                     "short",
                     (Query(rate("evenhand_fallbacks_total", "model, fallback"), "{{model}} → {{fallback}}"),),
-                    "Requests per second that went on to another model.",
+                    "Requests per second that fell back to another model.",
                 ),
             ),
         ),
@@ -272,7 +272,7 @@ POLICIES = Board(
                     "Longest stall",
                     "s",
                     (Query("max by (worker) (evenhand_engine_longest_stall_seconds)", "{{worker}}"),),
-                    "The longest that a request that had begun went without its slot.",
+                    "Longest time that a started request went without its slot.",
                 ),
                 DashboardPanel(
                     "Fairness gap in the engines",
@@ -306,7 +306,7 @@ POLICIES = Board(
 APART = Board(
     "evenhand-apart",
     "Evenhand / Prefill and decode",
-    "Prompts read by one worker and answered by another: who takes what, and does the KV cache arrive?",
+    "Prompts prefilled by one worker and answered by another: which requests are split, and does the KV cache arrive?",
     (
         PanelRow(
             "Where requests go",
@@ -315,7 +315,7 @@ APART = Board(
                     "Placements",
                     "reqps",
                     (Query(rate("evenhand_placements_total", "placement"), "{{placement}}"),),
-                    "`apart`, or why one worker took a request whole. Nothing here: there has been no prefill worker.",
+                    "`apart`, or why one worker took a request whole. Empty as long as there is no prefill worker.",
                     stacked=True,
                 ),
                 DashboardPanel(
@@ -333,7 +333,7 @@ APART = Board(
                     "Prompts at prefill workers",
                     "reqps",
                     (Query(rate("evenhand_prefills_total", "outcome"), "{{outcome}}"),),
-                    "All but `read` were read again where they are answered.",
+                    "All but `read` were prefilled again by the worker that answers.",
                     stacked=True,
                 ),
                 DashboardPanel(
@@ -388,7 +388,7 @@ BATCH = Board(
                     "Slack used",
                     "percentunit",
                     (Query("evenhand:slack_used:ratio", "slack used"),),
-                    "Of the slots that requests of other tiers leave, those in which flex requests run.",
+                    "Share of the slots left by other tiers in which flex requests run.",
                 ),
                 DashboardPanel(
                     "Output tokens by tier",
@@ -455,7 +455,7 @@ BATCH = Board(
                         Query("max(evenhand_batches_running)", "running"),
                         Query("max(evenhand_batches_late)", "will miss their window"),
                     ),
-                    "Late is a batch whose window ends first at the pace of the last ten minutes.",
+                    "A batch is late if, at the pace of the last ten minutes, its window ends first.",
                 ),
             ),
         ),
@@ -480,7 +480,7 @@ WORKERS = Board(
                     "In flight",
                     "short",
                     (Query("sum by (worker) (evenhand_worker_in_flight)", "{{worker}}"),),
-                    "Sequences that it has from the gateways.",
+                    "Sequences in flight from the gateways.",
                 ),
             ),
         ),
@@ -575,7 +575,7 @@ GATEWAY = Board(
                     "Requests by route",
                     "reqps",
                     (Query(rate("evenhand_requests_total", "route"), "{{route}}"),),
-                    "An empty route: bytes that made no request.",
+                    "An empty route stands for bytes that are not a valid request.",
                     stacked=True,
                 ),
             ),
@@ -584,13 +584,16 @@ GATEWAY = Board(
             "Shared state",
             (
                 DashboardPanel(
-                    "Redis answers", "short", (Query("evenhand_store_up", "{{instance}}"),), "1 too where none is used."
+                    "Redis answers",
+                    "short",
+                    (Query("evenhand_store_up", "{{instance}}"),),
+                    "Also 1 where no store is used.",
                 ),
                 DashboardPanel(
                     "Gateways that see each other",
                     "short",
                     (Query("evenhand_replicas", "{{instance}}"),),
-                    "Fewer than there are: they do not share limits and fairness.",
+                    "If fewer than are running, the others do not share limits and fairness.",
                 ),
             ),
         ),
@@ -604,17 +607,17 @@ GATEWAY = Board(
                     "About two for each request in flight.",
                 ),
                 DashboardPanel(
-                    "Answers that workers broke off",
+                    "Answers that workers did not finish",
                     "short",
                     (Query(rate("evenhand_failovers_total", "outcome"), "{{outcome}}"),),
-                    "Per second. `retried` and `resumed`: another worker went on and no client noticed.",
+                    "Per second. `retried` and `resumed`: another worker took over and no client noticed.",
                     stacked=True,
                 ),
                 DashboardPanel(
                     "Failed or refused",
                     "reqps",
                     (Query(rate('evenhand_requests_total{outcome!~"ok|cancelled"}', "outcome"), "{{outcome}}"),),
-                    "Nothing here means that nothing failed.",
+                    "Empty as long as nothing has failed.",
                 ),
             ),
         ),

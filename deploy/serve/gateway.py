@@ -170,7 +170,7 @@ class GatewayProcesses:
                     await self._child.or_end(self._stopped())
                 except ChildEnded as end:
                     raise WorkerError(
-                        f"the gateway ended with exit code {end.exit_code}; its last words: {self._said or 'none'}"
+                        f"the gateway ended with exit code {end.exit_code}; its last output: {self._said or 'none'}"
                     ) from None
 
     async def _stopped(self) -> None:

@@ -62,8 +62,8 @@ class JoinSettings(ServeSettings):
     role: Literal["prefill", "decode", "both"] = Field("both", description="which half of a request it takes")
     address: str = Field(
         "127.0.0.1",
-        description="where gateways reach it, or `auto` for this machine's address towards Redis; KV is handed over "
-        "without a key, so keep it private",
+        description="where gateways reach it, or `auto` for this machine's address towards Redis; "
+        "KV transfers need no key, so keep it private",
     )
     name: str = Field("", max_length=64, description="its name in the fleet; default: the host's, with the role")
     engine_port: int | None = Field(
@@ -137,7 +137,7 @@ def address_towards(redis_url: str) -> str:
                 return str(probe.getsockname()[0])
     except OSError as error:
         why = f" ({error.strerror})"
-    raise PreflightError(f"there is no way to the Redis server {server.hostname}{why}: correct --redis-url")
+    raise PreflightError(f"no route to the Redis server {server.hostname}{why}: correct --redis-url")
 
 
 def plan_of(settings: JoinSettings, around: Surroundings, locks: GpuLocks) -> EnginePlan:
@@ -293,7 +293,10 @@ class Joining:
                 await self._tell()
             except StoreAway as error:
                 if not self._away:
-                    log.error("%s; gateways that know this worker go on, others do not find it", str(error).rstrip("."))
+                    log.error(
+                        "%s; gateways that know this worker keep using it, others cannot find it",
+                        str(error).rstrip("."),
+                    )
                 self._away = True
             else:
                 self._away = False
@@ -312,7 +315,8 @@ class Joining:
         """Nothing new, and until what is there is finished; at most `shutdown_s`."""
         limit_s = self._settings.shutdown_s
         self._screen.say(
-            f"\nLeaving: running answers may finish (at most {limit_s:.0f} s). Again to stop at once.", "dim"
+            f"\nLeaving: running answers may finish (at most {limit_s:.0f} s). Interrupt again to stop immediately.",
+            "dim",
         )
         self._draining = True
         self._changed.set()

@@ -82,7 +82,7 @@ def _roles_of(settings: ServeSettings) -> dict[str, Role]:
     if both is None:
         both = 0 if prefill else 1
     if not (prefill or both):
-        raise ValueError("with no worker nothing can be served: give --workers 1 or more")
+        raise ValueError("no worker is left to serve requests: give --workers 1 or more")
     names = {"prefill": (Role.PREFILL, prefill), "decode": (Role.DECODE, decode), "worker": (Role.BOTH, both)}
     roles = {f"{name}-{index}": role for name, (role, count) in names.items() for index in range(count)}
     return {f"{label}-{name}": role for name, role in roles.items()} if label else roles
@@ -226,7 +226,7 @@ def check_transfer(roles: Iterable[Role], machine: Machine) -> None:
     """TransferError if engines are to hand over KV and cannot."""
     if not machine.nixl and any(role is not Role.BOTH for role in roles):
         raise TransferError(
-            "prefill and decode workers hand KV over with NIXL, which is not installed here: run `make install` "
+            "prefill and decode workers transfer KV with NIXL, which is not installed here: run `make install` "
             "(there is NIXL for Linux only), or use --workers N"
         )
 

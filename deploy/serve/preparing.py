@@ -45,5 +45,5 @@ async def _told(words: Sequence[str], grace_s: float, hear: Callable[[str], None
             await child.or_end(asyncio.Event().wait())
         except ChildEnded as end:
             if end.exit_code != 0:
-                why = last.removeprefix("evenhand: ") or f"`evenhand model {' '.join(words)}` failed without a word"
+                why = last.removeprefix("evenhand: ") or f"`evenhand model {' '.join(words)}` failed without a message"
                 raise ModelError(why) from None

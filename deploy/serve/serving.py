@@ -207,7 +207,8 @@ class Serving:
             if self._all_ready.is_set():
                 limit_s = self._settings.shutdown_s
                 self._screen.say(
-                    f"\nStopping: running answers may finish (at most {limit_s:.0f} s). Again to stop at once."
+                    f"\nStopping: running answers may finish (at most {limit_s:.0f} s). "
+                    "Interrupt again to stop immediately."
                 )
             self._front.stop(at_once=not self._all_ready.is_set())
             await asyncio.wait({gateway})
@@ -269,7 +270,7 @@ class Serving:
             self._screen.say(f"  {remark}", "yellow")
         if self._settings.slo.named and len(self._plans) > 1 and not any(p.connected for p in self._plans.values()):
             self._screen.say(
-                "  Objectives are only measured: without NIXL no engine can hand a prompt's KV over (`make install`).",
+                "  Objectives are only measured: without NIXL no engine can transfer a prompt's KV (`make install`).",
                 "yellow",
             )
         self._screen.say()
@@ -336,7 +337,7 @@ def claimed(settings: ServeSettings, machine: Machine, checked: Sequence[Checked
                 raise
             names = ", ".join(map(str, taken))
             raise GpuPlanError(
-                f"{error}. Another evenhand process has {names}: stop it, or let both say how much they take with "
+                f"{error}. Another evenhand process has {names}: stop it, or limit both with "
                 "--engine-arg=--gpu-memory-utilization=0.45"
             ) from error
         locks.keep([gpu.id for share in plan.shares.values() for gpu in share.gpus])

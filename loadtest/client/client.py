@@ -498,7 +498,7 @@ class Client:
     def _unsent(self, call: TraceCall) -> None:
         now = self._clock()
         exchange = ReplayExchange(call, b"", self._started_at, self._ended, sent_at=now)
-        exchange.error = "the run was over before its turn came"
+        exchange.error = "the run ended before it was sent"
         _end(exchange, Ending.UNFINISHED, now)
 
     # Connections
@@ -557,7 +557,7 @@ class Client:
             connection.drop()
         if exchange.whole:  # only the body's own end is missing
             ending = Ending.OK
-        exchange.error = exchange.error or "the client gave up"
+        exchange.error = exchange.error or "the request timed out at the client"
         _end(exchange, ending, self._clock())
 
     def _ended(self, exchange: ReplayExchange, record: Record) -> None:

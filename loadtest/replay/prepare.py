@@ -180,7 +180,7 @@ def served(url: str, key: str, model: str | None) -> tuple[str, int]:
         if model is not None:
             return model, 0
         raise CannotReplay(
-            f"{base} does not say what it serves ({error}). Is it running? Else give --model."
+            f"{base} does not list its models ({error}). Is it running? If it lists none, give --model."
         ) from error
     name = model or next(iter(cards), None)
     if name is None:
@@ -191,7 +191,7 @@ def served(url: str, key: str, model: str | None) -> tuple[str, int]:
 
 def _refused(base: str, status: int, key: str) -> str:
     if not key:
-        return f"{base} wants an API key (HTTP {status}): give --key KEY, or --tenants FILE."
+        return f"{base} requires an API key (HTTP {status}): give --key KEY, or --tenants FILE."
     return f"{base} does not accept the API key (HTTP {status}): check --key, or the first key in --tenants."
 
 

@@ -77,5 +77,5 @@ def _advice(failure: Record) -> str:
     if failure.status in (401, 403):
         return "\nThe server does not accept the API key: check --key, or the first key in --tenants."
     if failure.status in (400, 422) and "ignore_eos" in failure.error:
-        return "\nThe server does not know `ignore_eos`: give --free-length, and answers end by themselves."
+        return "\nThe server does not know `ignore_eos`: give --free-length, and answers end on their own."
     return ""

@@ -187,7 +187,7 @@ class Dispatcher:
             pace = self._pace(ticket.call.tier).per_s(now)
             retry_s = self.promises.make(tenant, PROMISED_SHARE * pace, now) if pace > 0 else UNKNOWN_RETRY_S
             ahead, asked = self.lanes.ahead(ticket.call.tier), ticket.call.asked or self.model
-            waiting = f"{ahead} requests already wait for '{asked}'"
+            waiting = f"{ahead} requests are already waiting for '{asked}'"
             raise Overloaded(f"{waiting}.", retry_after_s=min(LONGEST_RETRY_S, max(1.0, retry_s)))
         return await self._wait(ticket, now)
 
@@ -617,7 +617,7 @@ class Lines:
         """What was a model of its own is an adapter now, and waits in its model's line."""
         for name in self.adapters.records:
             if (line := self.by_model.pop(name, None)) is not None:
-                line.turn_away(NoWorker(f"'{name}' has become an adapter: ask again.", retry_after_s=1.0))
+                line.turn_away(NoWorker(f"'{name}' is now an adapter: retry the request.", retry_after_s=1.0))
 
     def of_call(self, call: Call) -> Dispatcher:
         """The line for a call: that of its model, or of the model of its adapter. UnknownModel, NoWorker."""

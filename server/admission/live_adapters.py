@@ -61,9 +61,7 @@ class LiveAdapters(Collector):
         self.changed: list[Callable[[], None]] = []
         self.loads: Counter[str] = Counter()
         self.unloads = 0
-        self.load_s = Distribution(
-            "evenhand_adapter_load_seconds", "From asking a worker to load an adapter to its word."
-        )
+        self.load_s = Distribution("evenhand_adapter_load_seconds", "Time a worker takes to load an adapter.")
         self._fleet = fleet
         self._settings = settings
         self._clock = clock
@@ -84,7 +82,7 @@ class LiveAdapters(Collector):
             try:
                 stored[name] = read_adapter(name, msgspec.json.decode(text))
             except ValueError as error:
-                log.error("an adapter of the store is not used: %s", error)
+                log.error("ignoring an adapter in the store: %s", error)
         if stored != self.stored:
             self.stored = stored
             self._in_force(self.configured | stored)
@@ -137,7 +135,7 @@ class LiveAdapters(Collector):
         for member in self._fleet.members.values():
             for name, (until, _) in member.site.refused.items():
                 if now < until and name in self.records:
-                    told.append(f"adapter {name!r}: worker {member.worker.id} does not load it, see /admin/adapters")
+                    told.append(f"adapter {name!r}: worker {member.worker.id} could not load it, see /admin/adapters")
         return told
 
     # placing
@@ -239,7 +237,7 @@ class LiveAdapters(Collector):
                 self.loads["refused"] += 1
                 if self.records.get(name) == record:  # of a path that is only tried it says nothing
                     site.refused[name] = (self._clock() + REFUSED_S, str(error))
-                log.error("worker %s does not load adapter %s: %s", member.worker.id, name, error)
+                log.error("worker %s cannot load adapter %s: %s", member.worker.id, name, error)
                 raise
             except EngineGone:
                 self.loads["failed"] += 1
@@ -271,7 +269,7 @@ class LiveAdapters(Collector):
             await self.unload(member, other)
         if len(site.loaded) >= most:
             raise AdapterRefused(
-                f"all its {most} places for adapters are pinned or in use: try later, or raise --max-cpu-loras"
+                f"all its {most} adapter slots are pinned or in use: retry later, or raise --max-cpu-loras"
             )
 
     async def unload(self, member: Member, name: str) -> None:
@@ -421,7 +419,9 @@ class LiveAdapters(Collector):
             for member in self._fleet.members.values():
                 there.add_metric((member.worker.id,), len(member.site.loaded))
         yield from (there, loads)
-        yield CounterMetricFamily("evenhand_adapter_unloads", "LoRA adapters that left a worker.", value=self.unloads)
+        yield CounterMetricFamily(
+            "evenhand_adapter_unloads", "LoRA adapters unloaded from a worker.", value=self.unloads
+        )
         yield self.load_s.family()
 
 

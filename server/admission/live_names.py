@@ -47,7 +47,7 @@ class LiveNames:
             self.table = table_of(self.configured | stored)
         except ValueError as error:
             if str(error) != self.problem:
-                log.error("the store's model names are not used: %s", error)
+                log.error("ignoring the model names in the store: %s", error)
             self.problem = str(error)
             return
         self.stored, self.problem = stored, ""

@@ -228,11 +228,11 @@ class Sleeper(Observer, Collector):
     async def _wake(self, model: str) -> None:
         began = self._clock()
         self.wakes[model] += 1
-        log.info("%s: somebody asks for it, waking up", model)
+        log.info("%s: a request arrived, waking up", model)
         members = [member for member in self._fleet.members.values() if model in member.models]
         asleep = [member for member in members if member.state is WorkerState.ASLEEP]
         if not await self._wake_up(asleep) and asleep:
-            raise CannotSleep("does not wake up")
+            raise CannotSleep("did not wake up")
         while not self._fleet.pools.of(model):
             self._awake.clear()
             await self._awake.wait()
@@ -244,15 +244,13 @@ class Sleeper(Observer, Collector):
         results = await asyncio.gather(*(self._nap(member).wake() for member in asleep), return_exceptions=True)
         for member, result in zip(asleep, results, strict=True):
             if isinstance(result, BaseException):
-                log.error("worker %s does not wake up: %s", member.worker.id, result)
+                log.error("worker %s did not wake up: %s", member.worker.id, result)
             elif member.worker.id not in self._fleet.naps:
                 self._rouse(member)
         return any(not isinstance(result, BaseException) for result in results)
 
     def collect(self) -> Iterator[Metric]:
-        asleep = GaugeMetricFamily(
-            "evenhand_worker_asleep", "Workers that sleep, for there is no traffic.", labels=("worker",)
-        )
+        asleep = GaugeMetricFamily("evenhand_worker_asleep", "Workers asleep for lack of traffic.", labels=("worker",))
         for member in self._fleet.members.values():
             asleep.add_metric((member.worker.id,), float(member.state is WorkerState.ASLEEP))
         yield asleep

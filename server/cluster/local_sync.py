@@ -147,7 +147,7 @@ class LocalSync:
             if said is not None:
                 self._fleet.add(said.worker(worker_id), said.access)
         except ValueError as error:  # of another version, written by hand, or with certificates that are not here
-            log.error("%s: it is not used", error)
+            log.error("ignoring a registered worker: %s", error)
 
     async def _tell_ready(self) -> None:
         ready = str(len(self._fleet.ready()))

@@ -104,7 +104,7 @@ class Records:
                 if name not in there:
                     await self.store.put(kind, name, text)
         self._lost = False
-        log.warning("the store had lost its records; what this gateway knew of them is back in it")
+        log.warning("the store had lost its records: this gateway has restored those that it knew")
 
     def _drain_newcomers(self) -> None:
         for worker_id, url in self.drained.items():
@@ -123,7 +123,7 @@ class Records:
             record = msgspec.json.decode(text, type=PolicyRecord)
             self._policy.switch(record.policy, record.options, self._lines())
         except (msgspec.ValidationError, ValueError) as error:
-            log.error("the store's policy is not used: %s", error)
+            log.error("ignoring the policy in the store: %s", error)
 
 
 def _tenants_in(texts: dict[str, str]) -> dict[str, TenantRecord]:
@@ -132,5 +132,5 @@ def _tenants_in(texts: dict[str, str]) -> dict[str, TenantRecord]:
         try:
             records[name] = read_record(msgspec.json.decode(text))
         except ValueError as error:
-            log.error("tenant %s of the store is not used: %s", name, error)
+            log.error("ignoring tenant %s in the store: %s", name, error)
     return records

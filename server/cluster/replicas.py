@@ -96,7 +96,7 @@ class Replicas:
         self.on_loss: list[Callable[[], None]] = []
         self.on_silence: list[Callable[[], None]] = []
         self.up = False
-        self.problem = "the store was not asked yet"
+        self.problem = "the store has not been contacted yet"
         self.exchanges = 0
         self._clock = clock
         self._sync_s = sync_s
@@ -145,7 +145,7 @@ class Replicas:
         except StoreAway as error:
             if self.up or self._news is None:
                 said = str(error).rstrip(".")
-                log.error("%s. Serving on what is known; %d replicas share the limits.", said, self.count)
+                log.error("%s. Serving from the last known state; %d replicas share the limits.", said, self.count)
             self.up, self.problem = False, str(error)
             if self._clock() - self._heard_at > self._ttl_s:
                 for callback in self.on_silence:

@@ -61,8 +61,8 @@ class TenantAgreement:
             return ""
         have = "1 other gateway has" if len(others) == 1 else f"{len(others)} other gateways have"
         return (
-            f"{have} another tenant file than this one, so a key or a limit may hold at one gateway and not at "
-            "another: give all gateways the same file."
+            f"{have} a different tenant file, so a key or a limit may be valid at one gateway and not at another: "
+            "give all gateways the same file."
         )
 
     def _others(self) -> list[str]:

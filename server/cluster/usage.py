@@ -129,9 +129,9 @@ def hours(begin: str, end: str, wall: float) -> tuple[int, int]:
         last += timedelta(days=1)
     first = last - timedelta(days=1) if not begin else _moment("from", begin)
     if first >= last:
-        raise ValueError(f"'from' ({first:%Y-%m-%d %H:%M}) must lie before 'to' ({last:%Y-%m-%d %H:%M})")
+        raise ValueError(f"'from' ({first:%Y-%m-%d %H:%M}) must be before 'to' ({last:%Y-%m-%d %H:%M})")
     if last - first > timedelta(days=MOST_DAYS):
-        raise ValueError(f"a range may have {MOST_DAYS} days")
+        raise ValueError(f"a range may span at most {MOST_DAYS} days")
     return int(first.timestamp() // HOUR_S), -int(-last.timestamp() // HOUR_S) if end else int(
         last.timestamp() // HOUR_S
     )

@@ -92,7 +92,7 @@ class Connections:
         if self._warned_at is None or now - self._warned_at >= WARN_EVERY_S:
             self._warned_at = now
             log.warning(
-                "%d client connections are open, the most allowed: idle ones are closed for new ones "
+                "the limit of %d client connections is reached: idle ones are closed for new ones "
                 "(setting edge.max_connections)",
                 self.most,
             )
@@ -112,7 +112,7 @@ def connections_allowed(wanted: int | None) -> int:
     allowed = min(most, max(1, (files - RESERVED_FILES) // 2))
     if wanted is not None and allowed < wanted:
         log.warning(
-            "this process may open %d files: it takes %d client connections, not %d. Raise the limit with `ulimit -n`",
+            "the limit of open files is %d: this process accepts %d client connections, not %d. Raise it: `ulimit -n`",
             hard, allowed, wanted,
         )  # fmt: skip
     return allowed

@@ -482,7 +482,7 @@ class GatewayProtocol(HttpToolsProtocol):
         it the body would be lost: the head is read again without the offer."""
         method = self.parser.get_method()
         if method == b"CONNECT" or self.arriving is Arriving.NOTHING:
-            self._refuse(WrongMethod("There is no CONNECT here."))
+            self._refuse(WrongMethod("CONNECT is not supported."))
             return
         head = [b"%b %b HTTP/1.1\r\n" % (method, self.url)]
         head += [b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade"]
@@ -656,14 +656,14 @@ class GatewayProtocol(HttpToolsProtocol):
             return BadRequest("The request must have exactly one Host header.")
         if self.bounds.local_names and not is_local_name(self.host) and self.gateway.is_open:
             return NotAllowed(
-                "Without tenants this gateway serves its own machine only, under the name localhost or an IP address, "
-                "not under the name in the request's Host header. Use one of those, set up tenants, or start it with "
+                "Without tenants this gateway accepts requests for localhost or an IP address only, not for the name "
+                "in the request's Host header. Use one of those, set up tenants, or start the gateway with "
                 "--allow-open."
             )
         if http10 and self.chunked_body:
             return BadRequest("HTTP/1.0 has no Transfer-Encoding.")
         if self.declared_size > self.most_body:
-            return TooLarge(f"The body has {self.declared_size} bytes; {self.most_body} are allowed.")
+            return TooLarge(f"The body has {self.declared_size} bytes; at most {self.most_body} are allowed.")
         if len(self.pipeline) >= _MOST_QUEUED:
             return Overloaded(f"More than {_MOST_QUEUED} requests wait on this connection.")
         return None
@@ -672,7 +672,7 @@ class GatewayProtocol(HttpToolsProtocol):
         """A body that is not relayed must come as it is."""
         if all(name != b"content-encoding" or value == b"identity" for name, value in self.headers):
             return None
-        return UnsupportedMediaType("Send this body as it is: only requests to a model may be compressed.")
+        return UnsupportedMediaType("Send this body uncompressed: only requests to a model may be compressed.")
 
     def _joined(self, names: Sequence[bytes]) -> dict[bytes, bytes]:
         """All lines of these headers, each header's in one."""
@@ -695,7 +695,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self.decoder = None
         if coding != b"identity":
             if coding not in DECODERS:
-                return UnsupportedMediaType("Send the body as it is, or with 'Content-Encoding: gzip' or 'zstd'.")
+                return UnsupportedMediaType("Send the body uncompressed, or with 'Content-Encoding: gzip' or 'zstd'.")
             self.decoder = DECODERS[coding]()
         kind = headers.get(b"content-type", b"")
         if kind == b"application/json" or kind.partition(b";")[0].strip().lower() == b"application/json":
@@ -759,7 +759,7 @@ class GatewayProtocol(HttpToolsProtocol):
         try:
             for piece in decoder.pieces(body):
                 if exchange.held_bytes + len(piece) > self.bounds.body_bytes:
-                    self._refuse(TooLarge(f"The body exceeds {self.bounds.body_bytes} bytes when it is expanded."))
+                    self._refuse(TooLarge(f"The body exceeds {self.bounds.body_bytes} bytes when decompressed."))
                     return
                 if not self._hold(exchange, tenant, piece):
                     self._refuse(Overloaded(_NO_MEMORY, retry_after_s=1.0))
@@ -771,7 +771,7 @@ class GatewayProtocol(HttpToolsProtocol):
         if self.arriving is not Arriving.BODY:
             return
         if self.decoder is not None and not self.decoder.whole and self.cycle.refusal is None:
-            self._refuse(BadRequest("The compressed body ends before its data does."))
+            self._refuse(BadRequest("The compressed body is truncated."))
             return
         self.decoder = None
         self.arriving = Arriving.NOTHING

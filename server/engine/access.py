@@ -35,7 +35,7 @@ class Access:
         if self.key and not _KEY.fullmatch(self.key):
             raise ValueError("its key has characters that no HTTP header can carry")
         if self.cert_key and not self.cert:
-            raise ValueError("cert_key is the key of a certificate: give cert, too")
+            raise ValueError("cert_key needs a certificate: give cert too")
 
     @property
     def for_tls(self) -> bool:
@@ -64,7 +64,7 @@ class ClientTls:
             try:
                 self._context = self._made()
             except ValueError as error:
-                log.error("%s; what was read before stays in use", error)
+                log.error("%s; the previous files stay in use", error)
         return self._context
 
     def _stamps(self) -> list[int]:
@@ -105,11 +105,11 @@ def _what_is_wrong(error: ssl.SSLError) -> str:
         return _unverified(error)
     reason = (error.reason or "").replace("_", " ").lower()
     if "certificate required" in reason or "handshake failure" in reason:
-        return "The worker asks for a client certificate: name one with cert=FILE."
+        return "The worker requires a client certificate: give one with cert=FILE."
     if "alert" in reason:
         return f"The worker does not accept the gateway's certificate ({reason}): check cert=FILE."
     if "wrong version number" in reason or "packet length too long" in reason or "record layer" in reason:
-        return "The worker speaks no TLS: write its URL with http://, or give it a certificate."
+        return "The worker does not speak TLS: write its URL with http://, or give the worker a certificate."
     return f"TLS with the worker fails: {reason or 'no reason given'}."
 
 
@@ -120,7 +120,7 @@ def _unverified(error: ssl.SSLCertVerificationError) -> str:
     if code == _NOT_YET_VALID:
         return "The worker's certificate is not valid yet: compare the two machines' clocks."
     if code in _OTHER_NAME:
-        return "The worker's certificate is for another host: use a name that it has in the worker's URL."
+        return "The worker's certificate is for another host: use one of its names in the worker's URL."
     if code in _UNKNOWN_ISSUER:
-        return "The worker's certificate is signed by nobody whom this gateway trusts: name its CA with ca=FILE."
+        return "The worker's certificate is signed by a CA that this gateway does not trust: give the CA with ca=FILE."
     return f"The worker's certificate is not accepted: {error.verify_message}."

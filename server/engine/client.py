@@ -26,7 +26,7 @@ log = logging.getLogger("evenhand.engine")
 
 CONNECT_TIMEOUT_S = 5.0
 # Servers on Python's TLS do not say why they end a connection; with TLS 1.3 that is after the handshake.
-NO_WORD = "The worker ends TLS connections without an answer: if it asks for a client certificate, give cert=FILE."
+NO_WORD = "The worker closes TLS connections without an answer: if it requires a client certificate, give cert=FILE."
 MAX_ERROR_BODY_BYTES = 64 * 1024
 _OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
 
@@ -300,7 +300,7 @@ def is_out_of_files(error: BaseException | None) -> bool:
 
 
 def _out_of_files() -> OutOfFiles:
-    log.error("no file descriptor is left for a connection to an engine: raise `ulimit -n`")
+    log.error("no file descriptor left for a connection to an engine: raise `ulimit -n`")
     return OutOfFiles("The gateway has no file descriptor left for a connection.", retry_after_s=1.0)
 
 
@@ -342,7 +342,7 @@ class EngineClient:
         try:
             return await self._send_on(request, sink, fresh=fresh)
         except EngineUnreachable as error:  # clients are told nothing of addresses behind the gateway
-            log.warning("the engine at %s cannot be asked: %s", self.url, error.message)
+            log.warning("no connection to the engine at %s: %s", self.url, error.message)
             raise
 
     def ask_kept(
@@ -376,7 +376,7 @@ class EngineClient:
                     lambda: EngineConnection(self), self.host, self.port, ssl=tls
                 )
         except TimeoutError:
-            raise EngineUnreachable("The engine did not take a connection in time.") from None
+            raise EngineUnreachable("The engine did not accept a connection in time.") from None
         except OSError as error:
             if error.errno in _OUT_OF_FILES:
                 raise _out_of_files() from None
@@ -405,7 +405,7 @@ class EngineClient:
         except EngineHungUp:
             if self.tls is not None:
                 raise EngineUntrusted(NO_WORD) from None
-            raise EngineGone(f"The engine at {self.url} hangs up when it is asked for {path}.") from None
+            raise EngineGone(f"The engine at {self.url} closes the connection without answering {path}.") from None
 
     def _drop_outdated(self, context: ssl.SSLContext) -> None:
         """Kept connections were made with the certificates of their time: new ones take their place."""

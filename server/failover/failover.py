@@ -68,7 +68,7 @@ class Failover(Collector):
 
     def collect(self) -> Iterator[Metric]:
         failovers = CounterMetricFamily(
-            "evenhand_failovers", "Answers that another worker had to bring to an end.", labels=("outcome",)
+            "evenhand_failovers", "Answers that another worker had to take over.", labels=("outcome",)
         )
         for outcome in ("retried", "resumed", "failed", "blamed"):
             failovers.add_metric((outcome,), self.outcomes[outcome])

@@ -293,7 +293,7 @@ class Resumed(Rest):
         """`ids` without those that the client has already: their text had not come."""
         again = min(len(ids), len(self.skip_ids))
         if ids[:again] != list(self.skip_ids[:again]) and self.ticket.call.wants_ids:
-            self.fail(Diverged("The engine broke off, and no other engine repeated the token ids that the client has."))
+            self.fail(Diverged("The engine failed, and no other engine reproduced the token ids that the client has."))
         self.skip_ids = self.skip_ids[again:]
         return ids[again:]
 
@@ -303,7 +303,7 @@ class Resumed(Rest):
             return text
         again = min(len(text), len(self.skip))
         if text[:again] != self.skip[:again] or (ends and again < len(self.skip)):
-            self.fail(Diverged("The engine broke off, and no other could continue the answer exactly."))
+            self.fail(Diverged("The engine failed, and no other could continue the answer exactly."))
             return ""
         self.skip = self.skip[again:]
         return text[again:]

@@ -73,7 +73,7 @@ class Balancer(Collector):
 
     def collect(self) -> Iterator[Metric]:
         changes = CounterMetricFamily(
-            "evenhand_role_changes", "Workers of role `both` that began to lean to a side, or to none.", labels=("to",)
+            "evenhand_role_changes", "Changes of the side that workers of role `both` prefer.", labels=("to",)
         )
         for role in Role:
             changes.add_metric((role.value,), self.changes[role])

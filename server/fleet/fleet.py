@@ -330,7 +330,7 @@ class Fleet:
         if member.state is not WorkerState.READY or self._is_last(member):
             return
         if member.breaker.opens(now, self.health.failures, several=several):
-            self._take_out(member, f"{member.breaker.failures} calls in a row failed there")
+            self._take_out(member, f"{member.breaker.failures} requests in a row failed there")
 
     def did_well(self, member: Member, tenant: str) -> None:
         """A tenant's request went through."""
@@ -345,7 +345,7 @@ class Fleet:
 
     def _take_out(self, member: Member, why: object) -> None:
         self.put(member, WorkerState.DOWN)
-        log.warning("worker %s is out until it answers again: %s", member.worker.id, why)
+        log.warning("worker %s gets no requests until it answers again: %s", member.worker.id, why)
 
     async def are_well(self, members: Iterable[Member]) -> bool:
         """Whether these workers say at this moment that they are healthy, all of them."""
@@ -474,7 +474,7 @@ class Fleet:
         model = member.models[0]
         said = await trial_answer(member.engine, model)
         if health.canary == "same" and said != self.trial_answers.setdefault(model, said):
-            member.note = "does not answer the trial question as the others do"
+            member.note = "does not answer the test prompt as the other workers do"
             raise EngineGone(f"it {member.note}: {said!r}")
         return member.state is not WorkerState.DRAINING  # it may have been told so while it answered
 
@@ -548,7 +548,7 @@ class Fleet:
                 told = {"error": f"it answered {answer.status_code}"}
             if "error" in told:
                 member.note = f"keeps its own policy: {told['error']}"
-                log.warning("worker %s does not take policy %s: %s", member.worker.id, policy, told["error"])
+                log.warning("worker %s refused policy %s: %s", member.worker.id, policy, told["error"])
         member.policy = (policy, options)
 
     async def _learn(self, member: Member) -> None:
@@ -599,7 +599,7 @@ class Fleet:
             self.put(member, WorkerState.DOWN)
             member.models = ()  # it may come back with another model, and a plug-in that knows nothing yet
             member.policy = None
-            log.warning("worker %s is out: %s", member.worker.id, error.message)
+            log.warning("worker %s is down: %s", member.worker.id, error.message)
 
     def _tell(self) -> None:
         for callback in self.changed:
@@ -615,8 +615,8 @@ class Fleet:
 def refuses_key(access: Access) -> EngineRefusesKey:
     """What is wrong with the key, or with there being none."""
     if access.key:
-        return EngineRefusesKey("The worker refuses the gateway's key: give the gateway the key that the worker has.")
-    return EngineRefusesKey("The worker asks for a key: name the variable that holds it with key=ENV_NAME.")
+        return EngineRefusesKey("The worker refuses the gateway's key: start the gateway with the worker's key.")
+    return EngineRefusesKey("The worker requires a key: name the variable that holds it with key=ENV_NAME.")
 
 
 def is_idle(metrics: str) -> bool:

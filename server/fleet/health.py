@@ -114,5 +114,5 @@ async def trial_answer(engine: EngineClient, model: str) -> str:
     except (ValueError, KeyError, IndexError, TypeError):
         text = ""
     if not text.strip():
-        raise EngineGone(f"it answers a trial question with status {answer.status_code} and no text")
+        raise EngineGone(f"it answers the test prompt with status {answer.status_code} and no text")
     return text

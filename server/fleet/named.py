@@ -28,7 +28,7 @@ def named_worker(text: str, number: int, environ: Mapping[str, str]) -> tuple[Wo
     if not slots.isdigit() or int(slots) < 1:
         raise ValueError(f"worker {shown!r}: slots must be the number of sequences in its batch, not {slots!r}")
     if not (gpus := options.get("gpus", "1")).isdigit() or int(gpus) < 1:
-        raise ValueError(f"worker {shown!r}: gpus must be the number it computes on, not {gpus!r}")
+        raise ValueError(f"worker {shown!r}: gpus must be the number of its GPUs, not {gpus!r}")
     if options.get("kv", "no") not in ("yes", "no"):
         raise ValueError(f"worker {shown!r}: kv must be yes (its engine can transfer KV caches) or no")
     worker_id, kv = options.get("id", f"worker-{number}"), options.get("kv") == "yes"

@@ -130,7 +130,7 @@ class Registry:
             if worker_id in listed:
                 self._missing_since.pop(worker_id, None)
             elif now - self._missing_since.setdefault(worker_id, now) >= WORKER_TTL_S:
-                await self._remove(worker_id, "it has not been heard")
+                await self._remove(worker_id, "its registration expired")
         for worker_id, text in listed.items():
             await self._take_in(worker_id, text)
 
@@ -141,15 +141,15 @@ class Registry:
             said = registration_from(worker_id, text)
             worker, access = said.worker(worker_id), said.access
             if self._joined.get(worker_id) not in (None, (worker, access)):
-                await self._remove(worker_id, "it is back as another")
+                await self._remove(worker_id, "another worker took its name")
             if worker_id not in self._joined:
                 self._fleet.add(worker, access)
         except ValueError as error:
             self._refused[worker_id] = text
-            log.error("%s: it is not used", error)
+            log.error("ignoring a registered worker: %s", error)
             return
         if worker_id not in self._joined:
-            log.info("worker %s joins: %s", worker_id, worker.url)
+            log.info("worker %s joined: %s", worker_id, worker.url)
         self._joined[worker_id] = worker, access
         self._let_leave(worker_id, said.draining)
 
@@ -158,7 +158,7 @@ class Registry:
         if worker_id not in self._fleet.members:  # deleted by hand
             return
         if draining and worker_id not in self._leaving:
-            log.info("worker %s is about to leave and gets nothing new", worker_id)
+            log.info("worker %s is about to leave: it gets no new requests", worker_id)
             self._leaving.add(worker_id)
             self._fleet.drain(worker_id)
         elif not draining and worker_id in self._leaving:
@@ -169,6 +169,6 @@ class Registry:
         del self._joined[worker_id]
         self._leaving.discard(worker_id)
         self._missing_since.pop(worker_id, None)
-        log.warning("worker %s leaves: %s", worker_id, why)
+        log.warning("worker %s left: %s", worker_id, why)
         if worker_id in self._fleet.members:
             await self._fleet.remove(worker_id)

@@ -32,9 +32,9 @@ class ServerCertificate:
             self._load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))  # certificate and key may be written one by one
             self._load(self.context)
         except ValueError as error:
-            log.error("%s; the certificate from before stays in use", error)
+            log.error("%s; the previous certificate stays in use", error)
         else:
-            log.info("the certificate in %s was read again", self._cert)
+            log.info("reloaded the certificate in %s", self._cert)
 
     async def watch(self) -> None:
         """Looks until it is cancelled."""

@@ -77,7 +77,9 @@ def edge_of(settings: Settings, gateway: Serves, clock: Callable[[], float]) -> 
     )
     for origin in settings.cors_origins:
         if not _ORIGIN.fullmatch(origin):
-            raise ValueError(f"setting 'cors_origins': {origin!r} is no origin: write it as https://HOST[:PORT], or *")
+            raise ValueError(
+                f"setting 'cors_origins': {origin!r} is not an origin: write it as https://HOST[:PORT], or *"
+            )
     try:
         trusted = networks(settings.trusted_proxies)
     except ValueError as error:
@@ -112,7 +114,7 @@ def certificate_of(settings: Settings) -> ServerCertificate | None:
     """The certificate that clients see, None for plain HTTP. ValueError for files that cannot be used."""
     if settings.tls_cert is None:
         if settings.tls_key is not None:
-            raise ValueError("setting 'tls_key' is the key of a certificate: give tls_cert, too")
+            raise ValueError("setting 'tls_key' needs a certificate: set 'tls_cert' too")
         return None
     return ServerCertificate(settings.tls_cert, settings.tls_key)
 

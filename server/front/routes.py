@@ -116,10 +116,10 @@ def stored_responses(tenants: Tenants) -> APIRouter:
         )
 
     for method, path, what in (
-        ("GET", "", "A kept response: always 404, for none is kept"),
-        ("DELETE", "", "Delete a kept response: always 404"),
-        ("GET", "/input_items", "What a kept response was asked: always 404"),
-        ("POST", "/cancel", "End a response in the background: always 404, for there are none"),
+        ("GET", "", "Retrieve a stored response: always 404, since none is stored"),
+        ("DELETE", "", "Delete a stored response: always 404"),
+        ("GET", "/input_items", "List the input of a stored response: always 404"),
+        ("POST", "/cancel", "Cancel a background response: always 404, since there are none"),
     ):
         router.add_api_route(path, refuse, methods=[method], summary=what, name=f"{method} {path or 'response'}")
     return router
@@ -211,7 +211,7 @@ def describe_relayed(app: FastAPI) -> None:
         document = native()
         for operation in (operation for path in document["paths"].values() for operation in path.values()):
             if operation["responses"].pop("422", None) is not None:
-                operation["responses"]["400"] = {"description": "The request is wrong"}
+                operation["responses"]["400"] = {"description": "The request is invalid"}
         for route in ROUTES.values():
             document["paths"].setdefault(route.path, {"post": _operation(route.content_field)})
         return document
@@ -232,12 +232,12 @@ def _operation(content_field: str) -> dict[str, Any]:
     }
     answers = {
         "200": "The engine's answer, or its stream of events",
-        "400": "The request is wrong",
+        "400": "The request is invalid",
         "401": "The API key is unknown",
         "404": "The model is not served",
         "413": "The body is too large",
-        "429": "A limit is reached, or the line is full: see Retry-After",
-        "502": "The engine went away",
+        "429": "A limit is reached, or the queue is full: see Retry-After",
+        "502": "The engine failed",
         "503": "No worker is ready: see Retry-After",
     }
     return {

@@ -66,11 +66,11 @@ class FairnessMetrics(Observer, Collector):
         yield service
         yield GaugeMetricFamily(
             "evenhand_fairness_max_service_gap",
-            "Weighted tokens per weight between the most and the least served tenant of those that wait.",
+            "Service gap between the most and the least served waiting tenant, in weighted tokens per weight.",
             standing.gap,
         )
         refused = CounterMetricFamily(
-            "evenhand_limit_refusals", "Requests refused at a limit of their tenant.", labels=("reason",)
+            "evenhand_limit_refusals", "Requests refused by a limit of their tenant.", labels=("reason",)
         )
         for reason in ("requests_per_minute", "tokens_per_minute", "concurrency", "budget"):
             refused.add_metric((reason,), self._refusals[reason])

@@ -65,7 +65,7 @@ class SloMetrics(Observer, Collector):
     def collect(self) -> Iterator[Metric]:
         judged = CounterMetricFamily(
             "evenhand_slo_streams",
-            "Streams that came to their end: `met` both objectives, or missed `ttft`, `tpot` or `both`.",
+            "Finished streams: `met` both objectives, or missed `ttft`, `tpot` or `both`.",
             labels=("model", "outcome"),
         )
         for model in {model for model, _ in self.outcomes}:
@@ -74,7 +74,7 @@ class SloMetrics(Observer, Collector):
         yield judged
         seconds = GaugeMetricFamily(
             "evenhand_slo_seconds",
-            "The objectives in force, of a model that has its own, and of all others under an empty name.",
+            "Objectives in force, by model; the empty name stands for models without their own.",
             labels=("model", "objective"),
         )
         for model, targets in self._targets.rows():

@@ -75,14 +75,14 @@ class Telemetry(Observer, Collector):
         self.e2e = Distribution("evenhand_request_e2e_seconds", "Arrival to the end of the answer.")
         self.kv_transfer = Distribution(
             "evenhand_kv_transfer_seconds",
-            "From a prompt read apart to its answer's first bytes.",
+            "From the end of a prefill at another worker to the answer's first bytes.",
         )
         self.predicted = Distribution(
             "evenhand_predicted_ttft_ratio",
             "Predicted over actual seconds from placement to first token, where placement is by prediction.",
             RATIOS,
         )
-        self.queue = Distribution("evenhand_request_queue_seconds", "Wait in line until a worker had room.")
+        self.queue = Distribution("evenhand_request_queue_seconds", "Time in the queue until a worker had room.")
         self.flex_queue = Distribution("evenhand_flex_queue_seconds", "Wait of flex requests until they started.")
         self.flex_itl = Distribution("evenhand_flex_itl_seconds", "Gap between two streamed chunks of a flex answer.")
         self.outcomes: Counter[tuple[str, str]] = Counter()
@@ -200,7 +200,7 @@ class Telemetry(Observer, Collector):
     def _of_models(self) -> Iterator[Metric]:
         requests = CounterMetricFamily(
             "evenhand_model_requests",
-            "Requests by the name that was asked (`*`: by the name that takes every other) and the model that was.",
+            "Requests by the requested name (`*`: the name that stands for every other) and the model it led to.",
             labels=("name", "model", "outcome"),
         )
         for labels, count in self.models.items():
@@ -208,7 +208,7 @@ class Telemetry(Observer, Collector):
         yield requests
         fallbacks = CounterMetricFamily(
             "evenhand_fallbacks",
-            "Requests that went on to another model, and how the first one had ended.",
+            "Requests that fell back to another model, by the outcome at the first.",
             labels=("name", "model", "fallback", "outcome"),
         )
         for steps, count in self.fallbacks.items():
@@ -218,18 +218,20 @@ class Telemetry(Observer, Collector):
     def _of_workers(self) -> Iterator[Metric]:
         up = GaugeMetricFamily("evenhand_worker_up", "Whether a worker takes requests.", labels=("worker", "role"))
         busy = GaugeMetricFamily(
-            "evenhand_worker_in_flight", "Sequences that a worker has from us.", labels=("worker", "role")
+            "evenhand_worker_in_flight", "Sequences in flight at a worker from this gateway.", labels=("worker", "role")
         )
         pending = GaugeMetricFamily(
             "evenhand_worker_pending_tokens",
-            "Tokens that it is expected to compute yet for us.",
+            "Tokens that a worker has yet to compute for this gateway, as expected.",
             labels=("worker", "role"),
         )
         slots = GaugeMetricFamily(
             "evenhand_worker_slots", "Sequences that a ready worker runs at once.", labels=("worker",)
         )
         flex = GaugeMetricFamily(
-            "evenhand_worker_flex_in_flight", "Of the sequences that it has from us, those of flex.", labels=("worker",)
+            "evenhand_worker_flex_in_flight",
+            "Sequences of flex requests in flight at a worker from this gateway.",
+            labels=("worker",),
         )
         for row in self.workers():
             labels = (row.worker, row.role.value)

@@ -74,12 +74,12 @@ class Admin:
     def authorize(self, request: Request) -> None:
         """Raises NotAllowed where no admin key is set, UnknownKey for another one."""
         if self.key is None:
-            raise NotAllowed("There is no admin key here: start the gateway with EVENHAND_ADMIN_KEY set to use /admin.")
+            raise NotAllowed("/admin is closed: start the gateway with EVENHAND_ADMIN_KEY set to use it.")
         authorization = request.headers.get("authorization")
         given = bearer(authorization.encode("latin-1")) if authorization is not None else None
         # Digests, so that not even the length of the key shows in the time this takes.
         if given is None or not hmac.compare_digest(digest_of(given), digest_of(self.key.encode())):
-            raise UnknownKey("This is not the admin key: send it as 'Authorization: Bearer KEY'.")
+            raise UnknownKey("The admin key is missing or wrong: send it as 'Authorization: Bearer KEY'.")
 
     # tenants
     def tenant(self, name: str) -> TenantRecord:
@@ -306,13 +306,13 @@ def _workers(admin: Admin) -> APIRouter:
         await admin.drop_worker(worker_id)
         return Response(status_code=204)
 
-    @router.post("/{worker_id}/drain", summary="No new requests for a worker, at any gateway")
+    @router.post("/{worker_id}/drain", summary="Drain a worker: no gateway sends it new requests")
     async def drain(worker_id: str) -> Response:
         known(worker_id)
         await admin.write(admin.records.store.put(DRAINED, worker_id, fleet.members[worker_id].worker.url))
         return JSONResponse(described([fleet.members[worker_id]])[0])
 
-    @router.post("/{worker_id}/resume", summary="A drained worker takes requests again")
+    @router.post("/{worker_id}/resume", summary="Return a drained worker to service")
     async def resume(worker_id: str) -> Response:
         known(worker_id)
         await admin.write(admin.records.store.drop(DRAINED, worker_id))
@@ -346,7 +346,7 @@ def _names(admin: Admin) -> APIRouter:
         await admin.put_name(name, body)
         return JSONResponse(admin.described_name(name))
 
-    @router.delete("/{name:path}", summary="Remove a name; one of the settings is as they have it again")
+    @router.delete("/{name:path}", summary="Remove a name; one from the settings returns to its configured value")
     async def delete(name: str) -> Response:
         if name not in admin.lines.names.stored:
             admin.described_name(name)
@@ -398,7 +398,10 @@ def _tenants(admin: Admin) -> APIRouter:
     async def one(name: str) -> Response:
         return JSONResponse(_plain(admin.described_tenant(admin.tenant(name))))
 
-    @router.put("/{name}", summary="Write a tenant, as the tenant file has them; without `keys` it keeps its keys")
+    @router.put(
+        "/{name}",
+        summary="Create or replace a tenant, in the form of the tenant file; without `keys` it keeps its keys",
+    )
     async def put(name: str, body: Body) -> Response:
         if body.setdefault("name", name) != name:
             raise BadRequest(f"The body names {body['name']!r}, the path {name!r}.", param="name")
@@ -411,7 +414,7 @@ def _tenants(admin: Admin) -> APIRouter:
         await admin.put_tenant(record)
         return JSONResponse(_plain(admin.described_tenant(admin.tenant(name))))
 
-    @router.delete("/{name}", summary="Delete a tenant: its keys open nothing from then on")
+    @router.delete("/{name}", summary="Delete a tenant: its keys stop working")
     async def delete(name: str) -> Response:
         await admin.drop_tenant(name)
         return Response(status_code=204)
@@ -422,7 +425,9 @@ def _tenants(admin: Admin) -> APIRouter:
 def _keys(admin: Admin) -> APIRouter:
     router = APIRouter(prefix="/tenants/{name}/keys")
 
-    @router.post("", summary="Make a key, shown this once; `retire_others_in_s` ends the older ones after that time")
+    @router.post(
+        "", summary="Create a key, shown only once; `retire_others_in_s` expires the older ones after that time"
+    )
     async def make(name: str, body: Body) -> Response:
         record, key = admin.tenant(name), new_key()
         keys = record.credentials
@@ -465,7 +470,7 @@ def _policy(admin: Admin) -> APIRouter:
         await admin.write(admin.records.store.put(POLICY, LIVE, msgspec.json.encode(record).decode()))
         return told()
 
-    @router.delete("", summary="Go back to the policy that each gateway was started with")
+    @router.delete("", summary="Return to the policy that each gateway was started with")
     async def back() -> Response:
         await admin.write(admin.records.store.drop(POLICY, LIVE))
         return told()

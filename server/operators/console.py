@@ -281,7 +281,7 @@ def console_routes(console: Console, authorize: Callable[[Request], None]) -> AP
 
     admins = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(authorize)])
 
-    @admins.get("/live", summary="What the console shows: workers, lines, shares, latencies, as totals")
+    @admins.get("/live", summary="What the console shows: workers, queues, shares, latencies, as totals")
     async def live(part: Paged, state: str = "") -> Response:
         return Response(orjson.dumps(await console.live(part, state)), media_type="application/json")
 

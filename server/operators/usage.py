@@ -22,9 +22,7 @@ def usage_routes(book: UsageBook | None, authorize: Callable[[Request], None]) -
     """book: None where nothing is metered."""
     router = APIRouter(prefix="/admin/usage", tags=["admin"], dependencies=[Depends(authorize)])
 
-    @router.get(
-        "", summary="What was used and what it cost, by hour, day, tenant, model or tier; format=csv for a table"
-    )
+    @router.get("", summary="Usage and cost by hour, day, tenant, model or tier; format=csv for a table")
     async def usage(
         begin: Annotated[str, Query(alias="from")] = "",
         end: Annotated[str, Query(alias="to")] = "",
@@ -32,10 +30,10 @@ def usage_routes(book: UsageBook | None, authorize: Callable[[Request], None]) -
         form: Annotated[str, Query(alias="format")] = "json",
     ) -> Response:
         if book is None:
-            raise NotMetered("Nothing is metered here: set `cost: {meter: true}`, or EVENHAND_COST__METER=true.")
+            raise NotMetered("Usage is not metered: set `cost: {meter: true}`, or EVENHAND_COST__METER=true.")
         groups = tuple(dict.fromkeys(part.strip() for part in by.split(",") if part.strip()))
         if not set(groups) <= set(GROUPS):
-            raise BadRequest(f"'by' is one or several of {', '.join(GROUPS)}, with commas between.", param="by")
+            raise BadRequest(f"'by' is one or several of {', '.join(GROUPS)}, separated by commas.", param="by")
         if form not in ("json", "csv"):
             raise BadRequest("'format' is json or csv.", param="format")
         try:

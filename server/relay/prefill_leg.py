@@ -95,7 +95,9 @@ class PrefillLeg(Collector):
         self.timeout_s = timeout_s
         self.clock = clock
         self.outcomes: Counter[str] = Counter()
-        self.seconds = Distribution("evenhand_prefill_seconds", "A prompt at a prefill worker, waiting included.")
+        self.seconds = Distribution(
+            "evenhand_prefill_seconds", "Time of a prompt at a prefill worker, including its wait."
+        )
 
     async def prefill(self, ticket: Ticket) -> None:
         """Returns when the prompt has been read, or will have to be read by the worker that answers."""
@@ -114,7 +116,7 @@ class PrefillLeg(Collector):
             self.outcomes[reason.outcome] += 1
             if ticket.visit is not None:
                 ticket.visit.gave_up(self.clock())
-            log.warning("worker %s did not read a prompt: %s", split.prefill.worker.id, reason)
+            log.warning("prefill at worker %s failed: %s", split.prefill.worker.id, reason)
         finally:
             split.read()
 
@@ -163,7 +165,7 @@ class PrefillLeg(Collector):
         yield self.seconds.family()
         handovers = CounterMetricFamily(
             "evenhand_prefills",
-            "Prompts sent to prefill workers; all but `read` are read again where they are answered.",
+            "Prompts sent to prefill workers; all but `read` are prefilled again by the worker that answers.",
             labels=("outcome",),
         )
         for outcome in OUTCOMES:

@@ -12,7 +12,7 @@ from server.request.tenants import OPEN, Tenant, TenantRecord, digest_of, digest
 
 log = logging.getLogger("evenhand.tenants")
 
-UNMETERED = "has a budget in money, and costs are not counted here: set `cost: {meter: true}`"
+UNMETERED = "has a budget in money, but costs are not metered: set `cost: {meter: true}`"
 
 
 @dataclass(slots=True)
@@ -177,7 +177,7 @@ class TenantFile:
         try:
             self._use(self._read())
         except ValueError as error:
-            self.problem = f"{error}. The tenants before stay in force."
+            self.problem = f"{error}. The previous tenants stay in force."
             log.error("%s", self.problem)
         else:
             self.problem = ""

@@ -170,6 +170,6 @@ def _models(name: str, records: Mapping[str, NameRecord], path: tuple[str, ...])
             yield target, share
             continue
         if target in path:
-            raise ValueError(f"model names refer to one another in a circle: {' → '.join((*path, target))}")
+            raise ValueError(f"model names form a cycle: {' → '.join((*path, target))}")
         for model, part in _models(target, records, (*path, target)):
             yield model, share * part

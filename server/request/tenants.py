@@ -194,7 +194,7 @@ class TenantRecord(_Strict, frozen=True, gc=False):
             if value is not None and not isfinite(value):
                 raise ValueError(f"{name} must be a finite number")
         if not self.tiers:
-            raise ValueError("tiers must name one tier or more")
+            raise ValueError("tiers must name at least one tier")
         keys = tuple(KeyRecord(key) if isinstance(key, str) else key for key in self.keys)
         msgspec.structs.force_setattr(self, "keys", keys)
         if self.budget == NO_BUDGET:

@@ -117,7 +117,7 @@ def test_more_workers_than_cores_is_worth_a_warning() -> None:
     assert doctor.check_workers(ServeSettings(worker_count=3), CUDA).level == "ok"
     assert doctor.check_workers(ServeSettings(prefill_workers=1), CPU).level == "bad"
     apart = ServeSettings(prefill_workers=1, decode_workers=1)
-    assert doctor.check_workers(apart, CPU).found.startswith("prefill and decode workers hand KV over with NIXL")
+    assert doctor.check_workers(apart, CPU).found.startswith("prefill and decode workers transfer KV with NIXL")
     assert doctor.check_workers(apart, replace(CPU, nixl=True)).level == "ok"
 
 
@@ -200,7 +200,7 @@ def test_the_exit_code_says_whether_something_is_bad(capsys: pytest.CaptureFixtu
     ("findings", "said"),
     [
         ([Finding("ok", "a", "b")], "`evenhand serve` should work here."),
-        ([Finding("warn", "a", "b")], "with a remark above"),
+        ([Finding("warn", "a", "b")], "with the remarks above"),
         ([Finding("bad", "a", "b"), Finding("bad", "c", "d")], "Fix 2 problems"),
     ],
 )

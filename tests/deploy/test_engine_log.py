@@ -72,7 +72,7 @@ def test_a_warning_shown_and_the_stack_behind_it_does_not() -> None:
             " cache allocation is less than requested memory for kv (4.0 GiB). Decrease it.",
             "KV cache of 4.0 GiB.*--kv-cache-gib",
         ),
-        ("OSError: [Errno 98] Address already in use", "taken by another program"),
+        ("OSError: [Errno 98] Address already in use", "another program took its port"),
         (
             "  Value error, The checkpoint you are trying to load has model type `foo` but Transformers does not "
             "recognize this architecture.",

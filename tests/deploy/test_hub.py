@@ -64,7 +64,7 @@ def test_a_download_that_broke_off_goes_on_from_there(hub: Hub, tmp_path: Path) 
     ("refused", "advice"),
     [
         ("RepoNotFound", "has no model owner/model, or it is private"),
-        ("GatedRepo", "asks for its terms to be accepted"),
+        ("GatedRepo", "requires its terms to be accepted"),
     ],
 )
 def test_a_refusal_is_one_sentence_that_says_what_to_do(hub: Hub, tmp_path: Path, refused: str, advice: str) -> None:
@@ -80,7 +80,7 @@ def test_without_its_hub_a_model_is_taken_from_the_cache_or_missed_in_one_senten
         assert download(hub, tmp_path / "full").returncode == 0
     cached, missed = download(hub, tmp_path / "full"), download(hub, tmp_path / "empty")
     assert (cached.returncode, missed.returncode) == (0, 1)
-    assert "going on with what the cache has" in cached.stdout
+    assert "using what the cache holds" in cached.stdout
     assert "is not on this machine" in missed.stderr.splitlines()[-1]
     assert "Traceback" not in missed.stderr
 

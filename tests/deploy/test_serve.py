@@ -343,7 +343,7 @@ def test_a_second_serve_says_that_the_port_is_taken_and_the_first_goes_on(progra
         (["--prefill-workers", "1"], "prefill and decode workers need each other"),
         (["--engine-arg=--port=1"], "--engine-arg=--port cannot be given"),
         (["--workers", "-1"], "worker_count"),
-        (["--workers", "0"], "with no worker nothing can be served"),
+        (["--workers", "0"], "no worker is left to serve requests"),
         (["--config", "/no/such/file.yaml"], "/no/such/file.yaml does not exist"),
         (["--host", "192.0.2.1"], "192.0.2.1"),
     ],

@@ -166,7 +166,7 @@ class _WantsKey(BaseHTTPRequestHandler):
 @pytest.mark.parametrize(
     ("key", "told"),
     [
-        ((), "wants an API key (HTTP 401): give --key KEY"),
+        ((), "requires an API key (HTTP 401): give --key KEY"),
         (("--key", "k", "--model", "m"), "does not accept the API key (HTTP 401): check --key"),
     ],
 )

@@ -198,7 +198,7 @@ async def test_one_that_cannot_be_loaded_fails_alone(path: str) -> None:
         assert all(worker["state"] == "refused" and why in worker["problem"] for worker in told.values()) and told
         ready = await gateway.ask("/ready", method="GET")
         assert ready.status == 200 and path not in ready.body.decode()
-        assert "adapter 'wrong': worker worker-0 does not load it" in ready.json()["adapters"]["problems"][0]
+        assert "adapter 'wrong': worker worker-0 could not load it" in ready.json()["adapters"]["problems"][0]
         metrics = await gateway.metrics()
         assert metrics["evenhand_adapter_loads_total", (("outcome", "refused"),)] == 2
 
@@ -395,7 +395,7 @@ async def test_an_operator_cannot_load_more_than_a_worker_keeps() -> None:
     async with FakeEngine(TWO) as engine, over(engine, adapters=configured("a", "b", pinned=True)) as gateway:
         await eventually(lambda: len(engine.adapters.loaded) == 2, "both are loaded")
         put = await admin(gateway, "PUT", "/adapters/c", {"model": MODEL, "path": folder("c")})
-        assert put.status == 400 and "all its 2 places for adapters are pinned or in use" in put.error["message"]
+        assert put.status == 400 and "all its 2 adapter slots are pinned or in use" in put.error["message"]
         assert set(engine.adapters.loaded) == {"a", "b"}
 
 

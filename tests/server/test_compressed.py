@@ -94,8 +94,8 @@ async def test_the_budget_for_bodies_counts_what_is_expanded(coding: str) -> Non
 async def test_what_is_not_as_it_says_is_refused_in_one_sentence(coding: str) -> None:
     whole = PACKED[coding](json.dumps(chat()).encode())
     async with over_fake() as (gateway, _):
-        assert await refused(gateway, coding, whole[:-3]) == (400, "The compressed body ends before its data does.")
-        assert await refused(gateway, coding, b"") == (400, "The compressed body ends before its data does.")
+        assert await refused(gateway, coding, whole[:-3]) == (400, "The compressed body is truncated.")
+        assert await refused(gateway, coding, b"") == (400, "The compressed body is truncated.")
         assert (await refused(gateway, coding, b"{}" * 20))[0] == 400
         assert (await refused(gateway, coding, whole + b"more"))[0] == 400
         assert (await refused(gateway, coding, PACKED[coding](b"{")))[1].startswith(

@@ -115,7 +115,7 @@ async def test_an_operator_sees_who_waits_changes_the_policy_and_leaves_nothing_
         await console.says("#fleet", "worker-0")
         assert "acme" not in await page.content()
         await console.log_in("not-the-admin-key")
-        await console.says("#key-status", "This is not the admin key")
+        await console.says("#key-status", "The admin key is missing or wrong")
 
         await console.log_in(ADMIN_KEY)
         await console.says("#lines", "acme")

@@ -154,8 +154,8 @@ def test_ranges_are_in_utc_and_a_date_is_its_whole_day() -> None:
     assert hours("2026-11-29T10:30", "2026-11-29T11:30+00:00", NOON) == (noon - 2, noon)
     for begin, end, sentence in (
         ("yesterday", "", "'from' is a date or a time, such as 2026-11-29"),
-        ("2026-11-30", "2026-11-29", "'from' .* must lie before 'to'"),
-        ("2020-01-01", "2026-01-01", "a range may have 366 days"),
+        ("2026-11-30", "2026-11-29", "'from' .* must be before 'to'"),
+        ("2020-01-01", "2026-01-01", "a range may span at most 366 days"),
     ):
         with pytest.raises(ValueError, match=sentence):
             hours(begin, end, NOON)
@@ -323,7 +323,7 @@ async def test_a_budget_in_money_ends_when_it_is_spent_and_is_shared(own_redis: 
 async def test_a_budget_in_money_is_refused_where_nothing_is_counted(tmp_path: Path) -> None:
     file = tmp_path / "tenants.yaml"
     file.write_text(f"tenants: [{{name: acme, keys: [{KEY}], budget: {{cost_per_month: 5}}}}]")
-    with pytest.raises(ValueError, match="tenant 'acme' has a budget in money, and costs are not counted here"):
+    with pytest.raises(ValueError, match="tenant 'acme' has a budget in money, but costs are not metered"):
         GatewayServer(Settings(tenants=file))
     GatewayServer(Settings(tenants=file, cost=CostSettings(meter=True)))
     async with over_fake(admin_key=ADMIN_KEY) as (gateway, _):

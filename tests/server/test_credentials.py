@@ -92,7 +92,7 @@ async def test_a_clients_own_key_never_reaches_a_worker(monkeypatch: pytest.Monk
                 assert "tenant" not in str(engine.seen[-1].headers)
 
 
-@pytest.mark.parametrize(("named", "says_what"), [("", "asks for a key"), (",key=WRONG", "refuses the gateway's key")])
+@pytest.mark.parametrize(("named", "says_what"), [("", "requires a key"), (",key=WRONG", "refuses the gateway's key")])
 async def test_a_worker_that_refuses_the_key_is_unauthorised_and_nothing_loops(
     named: str, says_what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -194,7 +194,7 @@ async def test_a_key_travels_with_a_registration_and_a_new_one_takes_its_place()
         ("http://h:1,ca=/x.pem", "https://"),
         ("https://h:1,ca=/nowhere.pem", "/nowhere.pem holds no CA certificates"),
         ("https://h:1,cert=/nowhere.pem", "not a certificate with its key"),
-        ("https://h:1,cert_key=/x.pem", "give cert, too"),
+        ("https://h:1,cert_key=/x.pem", "give cert too"),
         ("http://h:1,key=BAD", "no HTTP header can carry"),
         ("ftp://h:1", "write it as http"),
         ("http://h:1,keys=X", "unknown option 'keys'"),
@@ -246,7 +246,11 @@ async def test_the_fleets_own_ca_is_for_workers_that_name_none(ca: trustme.CA, c
 @pytest.mark.usefixtures("no_sockets_left")
 @pytest.mark.parametrize(
     ("kind", "says_what"),
-    [("expired", "has expired"), ("other host", "for another host"), ("unknown", "signed by nobody whom")],
+    [
+        ("expired", "has expired"),
+        ("other host", "for another host"),
+        ("unknown", "signed by a CA that this gateway does not trust"),
+    ],
 )
 async def test_a_certificate_that_is_wrong_is_said_in_one_sentence(
     kind: str, says_what: str, ca: trustme.CA, ca_file: str, caplog: pytest.LogCaptureFixture

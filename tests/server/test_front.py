@@ -133,7 +133,7 @@ async def test_a_handshake_that_does_not_come_is_ended(files: dict[str, Path]) -
         ({"tls_cert": "nowhere"}, "no certificate with its key.*No such file"),
         ({"tls_cert": "tls.crt"}, "tls.crt: no certificate with its key"),
         ({"tls_cert": "tls.crt", "tls_key": "other.key"}, "tls.crt and .*other.key: no certificate"),
-        ({"tls_key": "tls.key"}, "give tls_cert, too"),
+        ({"tls_key": "tls.key"}, "set 'tls_cert' too"),
     ],
 )
 def test_a_certificate_that_cannot_be_is_one_sentence(

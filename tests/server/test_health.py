@@ -202,7 +202,7 @@ async def test_a_worker_that_says_something_else_than_its_fellows_stays_out() ->
         await eventually(lambda: first.state is WorkerState.READY)
         second = fleet.add(Worker("other", other.url))
         await eventually(lambda: second.misses >= 2)
-        assert second.state is WorkerState.STARTING and "as the others do" in second.note
+        assert second.state is WorkerState.STARTING and "as the other workers do" in second.note
         other.faults = HEALTHY
         await eventually(lambda: second.state is WorkerState.READY)
         await fleet.close()

@@ -75,7 +75,7 @@ async def test_a_redis_that_answers_too_late_is_told_once_and_holds_nobody_up(
             await eventually(lambda: shared.replicas.exchanges > before + 2, "it answers in time again")
             assert (await gateway.ask("/v1/chat/completions", chat())).status in (200, 401)  # 401: it was written
     said = [record.getMessage() for record in caplog.records if record.name == "evenhand.replicas"]
-    assert sum("does not answer within 0.1 s. Serving on what is known" in line for line in said) == 1
+    assert sum("does not answer within 0.1 s. Serving from the last known state" in line for line in said) == 1
 
 
 @pytest.mark.slow
@@ -99,7 +99,7 @@ async def test_gateways_with_different_tenant_files_go_on_and_say_so(
             await eventually(lambda gateway=gateway: "tenants" in gateway.server.shared.notes(), "both say so")
             told = (await gateway.ask("/ready", method="GET")).json()
             assert told["status"] == "ready"
-            assert told["tenants"]["problem"].startswith("1 other gateway has another tenant file than this one")
+            assert told["tenants"]["problem"].startswith("1 other gateway has a different tenant file")
             assert await ask(gateway, KEY) == 200
         files[0].write_text(files[1].read_text().replace("tenants:", "# YAML as well\ntenants:"))
         for gateway in gateways:

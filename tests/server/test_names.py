@@ -266,10 +266,10 @@ async def test_a_request_that_is_wrong_is_not_asked_again_elsewhere() -> None:
 # ── what cannot be ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 WRONG = [
-    ({"a": "b", "b": "a"}, "model names refer to one another in a circle: a → b → a"),
+    ({"a": "b", "b": "a"}, "model names form a cycle: a → b → a"),
     (
         {"a": "b", "b": {"targets": {"c": 1, "x": 1}}, "c": "b"},
-        "model names refer to one another in a circle: a → b → c → b",
+        "model names form a cycle: a → b → c → b",
     ),
     ({"a": {"targets": "x", "fallbacks": ["a"]}}, "model name 'a': its fallback is itself"),
     ({"a": {"targets": "x", "fallbacks": ["*"]}}, "model name 'a': its fallback is '*'"),
@@ -372,7 +372,7 @@ async def test_an_operator_sets_changes_and_removes_names() -> None:
 
 
 REFUSED = [
-    ({"targets": "fixed"}, "model names refer to one another in a circle: fixed → a → fixed"),
+    ({"targets": "fixed"}, "model names form a cycle: fixed → a → fixed"),
     ({"targets": "gone"}, "model name 'a': no worker serves 'gone'; available: new, old."),
     ({"targets": "old", "fallbacks": ["lost"]}, "model name 'a': no worker serves 'lost'; available: new, old."),
     ({"targets": "old", "fallbacks": "new"}, "model name 'a': fallbacks: expected `array`, got `str`."),

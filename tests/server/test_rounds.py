@@ -152,7 +152,7 @@ async def test_a_thousand_workers_that_fail_at_once_are_out_with_a_sentence_each
     assert not fleet.serves("m") and not fleet.ready() and not fleet.pools.all()
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 1000 and len(set(said)) == 1000
-    assert "worker w7 is out until it answers again" in said[7]
+    assert "worker w7 gets no requests until it answers again" in said[7]
     for member in fleet.members.values():
         fleet.put(member, WorkerState.READY)
     assert len(fleet.pools.of("m")[0].workers) == 1000
