@@ -1,4 +1,4 @@
-"""`evenhand compare`: the same calls to an engine under each policy, in turns, and one page that says what it did.
+"""`evenhand compare`: sends the same requests to an engine under each policy in turn, and writes one page of results.
 
 The engines are fake ones by default (no model; as slow as a cost model says, on the wire like vLLM), the bundled model
 on real vLLM with --engine real, or simulated in virtual time, which takes seconds.

@@ -1,4 +1,4 @@
-"""`evenhand doctor`: what would go wrong on this machine, in plain words, and what to do; it starts nothing."""
+"""`evenhand doctor`: finds problems on this machine and says how to fix them; it starts nothing."""
 
 import argparse
 import json
@@ -78,7 +78,7 @@ REDIS_PATIENCE_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at: what was found, and what to do unless it is as it should be."""
+    """One check: what was found, and what to do unless all is well."""
 
     level: Level
     subject: str
@@ -162,7 +162,7 @@ def without_bfloat16(gpu: Gpu) -> Finding:
 def check_gpu_plan(
     settings: ServeSettings, machine: Machine, cache: Path, ask: Asking = ask_vllm, weighing: Weighing = weigh
 ) -> Iterator[Finding]:
-    """Which worker would run where; nothing on a CPU, or where other findings tell why it cannot be said."""
+    """Which worker would run where; nothing on a CPU, or where another finding explains why this is unknown."""
     if machine.engine is None or machine.engine.build == "cpu" or not machine.gpus:
         return
     try:
@@ -205,7 +205,8 @@ def check_workers(settings: ServeSettings, machine: Machine) -> Finding:
 
 
 def check_memory(settings: ServeSettings, machine: Machine, cache: Path, ask: Asking = ask_vllm) -> Finding:
-    """Weights, KV cache and engine of every worker against what is free. Other findings tell why it cannot be known."""
+    """Weights, KV cache and engine of every worker against the free memory, unless another finding explains why that is
+    unknown."""
     free = f"{machine.available_bytes / GIB:.1f} GiB free"
     if machine.engine is not None and machine.engine.build == "cuda":
         return Finding("ok", "memory", f"{free}; weights and KV cache go into GPU memory")
@@ -361,14 +362,15 @@ def verdict(findings: list[Finding]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What one would say to `evenhand serve`; what is not given comes from EVENHAND_…, file, default, as there."""
+    """The options of `evenhand serve`; what is not given comes from EVENHAND_…, the settings file, or the default, as
+    there."""
     add_options(parser, ServeSettings, OPTIONS)
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of the settings")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """1 if something must be mended, 2 for settings that cannot be."""
+    """1 if there is a problem to fix, 2 for invalid settings."""
     try:
         settings = read_settings(given(arguments, ServeSettings, OPTIONS), arguments.config, ServeSettings)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""`evenhand tenant`: API keys for the tenant file, made or hashed here so that no plain key needs to stand there."""
+"""`evenhand tenant`: generates and hashes API keys, so that the tenant file needs no plain keys."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""`evenhand why REQUEST_ID`: what a gateway's log says of one request, in sentences."""
+"""`evenhand why REQUEST_ID`: explains one request from a gateway's log, in sentences."""
 
 import argparse
 import sys
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints what is known. 1 if the log does not have the request, 2 for a file that cannot be read."""
+    """Prints what the log says. 1 if the request is not in the log, 2 for a file that cannot be read."""
     try:
         found = [line for line in _lines(args.log, sys.stdin) if line.get("request_id") == args.request_id]
     except OSError as error:

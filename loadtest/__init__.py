@@ -1,1 +1,1 @@
-"""What measures: traces, load client, records, reports, the engine without a model."""
+"""Load tests: traces, load generator, records, reports, simulator, and an engine without a model."""

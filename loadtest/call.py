@@ -1,4 +1,4 @@
-"""What a client asks for, before it is sent."""
+"""A request of a load test, before it is sent."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Where a measurement comes from: machine, commit, versions, the command that was typed."""
+"""The origin of a measurement: machine, commit, versions and command line."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""Sequences of any length in bounded memory: everything while it is little, every n-th element when it is much.
+"""Sequences in bounded memory: all elements while there are few, every n-th when there are many.
 
 Of a million elements every 16th is kept; percentiles of so many are nearly those of all (P99 of 50,000 lies between
 P98.9 and P99.1 of the whole with 95 % certainty).

@@ -1,1 +1,1 @@
-"""What decides: policies, lanes, placement. Pure, without dependencies, for it loads inside vLLM."""
+"""The scheduling decisions: policies, lanes, placement. Pure and without dependencies, because vLLM loads it."""

@@ -1,4 +1,4 @@
-"""Who shares one engine step: which running prompts are cut short for a better-ranked head, and how far."""
+"""How running prompts share one engine step: how far each is cut short for a better-ranked head."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""What the hardware says of itself: energy drawn by CPU packages (RAPL) and GPUs (NVML), and how busy GPUs are.
+"""Hardware meters: energy of CPU packages (RAPL) and GPUs (NVML), and GPU utilisation.
 
 RAPL's counters are files of the kernel that only root may read since Linux 5.10, and that most virtual machines lack;
 NVML counts energy from the Volta generation on. What a machine does not tell is left out.

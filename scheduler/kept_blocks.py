@@ -1,4 +1,4 @@
-"""Which KV blocks an engine should overwrite last: those of displaced requests, which will be back for them."""
+"""Chooses the KV blocks that an engine should overwrite last: those of displaced requests, which need them again."""
 
 from collections.abc import Callable, Sequence
 from typing import Final, Generic, TypeVar

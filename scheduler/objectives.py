@@ -1,4 +1,4 @@
-"""What clients are promised: bounds on the time to the first token, and on the time per later token."""
+"""Latency objectives: bounds on the time to the first token and on the time per later token."""
 
 from dataclasses import dataclass
 from math import inf

@@ -1,4 +1,4 @@
-"""What first come, first served would have done with the same arrivals on the same engine: a shadow account.
+"""A shadow account: what FCFS would have done with the same arrivals on the same engine.
 
 A policy that lets jobs overtake can keep its tails only if it knows what they would have been without. The shadow is a
 queue with the engine's slots, served in order of arrival, that does in virtual time as much work as the engine does in

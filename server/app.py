@@ -255,7 +255,7 @@ class GatewayServer:
         )
 
     def _sleeper(self) -> Sleeper | None:
-        """Who puts models to sleep and wakes them, where a setting asks for it."""
+        """Puts models to sleep and wakes them, if a setting asks for it."""
         sleep = self.settings.sleep
         wanted = sleep.after_s is not None or sleep.from_zero
         return Sleeper(self.fleet, sleep, monotonic, lambda: self.lines.depth()) if wanted else None
@@ -296,7 +296,7 @@ class GatewayServer:
         )
 
     def _batches(self) -> Runner | None:
-        """The Batch API, if there is a folder for it. ValueError for a folder that cannot be used."""
+        """The Batch API, if a folder is set. ValueError for a folder that cannot be used."""
         batch = self.settings.batch
         if batch.folder is None:
             return None
@@ -360,7 +360,7 @@ class GatewayServer:
         return dispatcher
 
     def _tasks(self) -> list[asyncio.Task[None]]:
-        """What goes on as long as it serves, where a setting asks for it."""
+        """The background tasks that the settings ask for."""
         wanted = (
             ("balance roles", self.balancer.run if self.settings.disaggregation.balance_roles else None),
             ("run batches", self.batches.run if self.batches is not None else None),

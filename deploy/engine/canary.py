@@ -1,4 +1,4 @@
-"""Asks a started engine a question with a known greedy answer, before any client may: a wrong one must not join.
+"""Tests a started engine with a prompt whose greedy answer is known, before it receives requests.
 
 An engine can compute nonsense and answer it with status 200 (seen with bfloat16, compiled, on a CPU without bfloat16
 instructions), and no health check sees that.
@@ -32,7 +32,7 @@ class CanaryError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One way to ask: the path, the body beside model and salt, and whether the answer is text."""
+    """One way to test an engine: the path, the body besides model and salt, and whether the answer is text."""
 
     path: str
     body: Mapping[str, Any]

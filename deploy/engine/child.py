@@ -1,4 +1,4 @@
-"""A child process on a leash (see reaper.py), and its output line by line."""
+"""A child process that ends with its parent (see reaper.py), and its output line by line."""
 
 import asyncio
 import contextlib

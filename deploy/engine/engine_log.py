@@ -1,4 +1,4 @@
-"""vLLM's log: its file, which stage of its start it is in, what deserves showing, and why the engine died."""
+"""vLLM's log: writes it to a file, follows the stages of the start, and finds out why an engine died."""
 
 import logging
 import re

@@ -1,4 +1,4 @@
-"""Runs a command so that neither it nor anything that it starts outlives whoever asked for it, even after a SIGKILL.
+"""Runs a command so that neither it nor its descendants outlive the process that asked for it, even after a SIGKILL.
 
 `python -I -S reaper.py GRACE_S CORES COMMAND…` starts the command with three knots:
 - standard input is the leash: when its other end closes, whoever held it is gone, and the command is stopped;

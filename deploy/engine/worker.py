@@ -1,4 +1,4 @@
-"""One engine as a child process: started, watched, tested, restarted when it dies, and stopped without a trace."""
+"""One engine as a child process: started, watched, tested, restarted when it dies, and stopped."""
 
 import asyncio
 import contextlib
@@ -125,7 +125,7 @@ class HealthCheck(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Listeners:
-    """Who hears of a worker: `tell` its moves and stages, `line` every line of its log."""
+    """Callbacks of a worker: `tell` gets its state changes and stages, `line` every line of its log."""
 
     tell: Callable[[WorkerEvent], None]
     line: Callable[[str, LogLine], None]
@@ -297,7 +297,8 @@ class WorkerProcess:
             pulse.moved_at = _now_s()
 
     async def _look(self, client: httpx2.AsyncClient, pulse: Pulse) -> bool:
-        """Whether something was done since the last look; one that cannot be looked at is another's business."""
+        """Whether the engine made progress since the last look; one that does not answer at all is handled
+        elsewhere."""
         try:
             answer = await client.get(self._url + "/metrics", timeout=self._timing.probe_timeout_s)
         except httpx2.HTTPError:

@@ -1,4 +1,4 @@
-"""Whether a CPU engine's threads keep to its cores, by what the kernel says of them."""
+"""Checks with the kernel whether a CPU engine's threads stay on its cores."""
 
 from collections.abc import Collection, Iterator
 from pathlib import Path

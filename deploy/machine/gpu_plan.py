@@ -61,7 +61,7 @@ class GpuPlan:
 
 
 def plan_gpus(gpus: Sequence[Gpu], engines: Sequence[str], need: Need, *, tell_idle: bool = True) -> GpuPlan:
-    """GPUs for each of `engines` (names), all of which need the same. tell_idle: nobody else gets what is left.
+    """GPUs for each of `engines` (names), all of which have the same needs. tell_idle: GPUs left over stay unused.
 
     Neighbours in nvidia-smi's order are given to one engine, for they are the best connected. An engine of one GPU
     shares it with others where there are too few; one of several GPUs never does. GpuPlanError if it cannot be.

@@ -1,4 +1,4 @@
-"""Fetches a model from its hub before an engine starts: says how large it is, how far it is, and can go on later."""
+"""Downloads a model from its hub before an engine starts: reports size and progress, and resumes when interrupted."""
 
 import functools
 import json

@@ -252,7 +252,7 @@ def _no_space(cache: Path, why: str) -> str:
 
 
 def _convert(gguf_file: Path, folder: Path, cache: Path, say: Say) -> None:
-    """Runs the conversion as a program of its own and tells how far it is."""
+    """Runs the conversion in a separate program and reports its progress."""
     command = [sys.executable, "-m", "deploy.model.gguf_folder", str(gguf_file), str(folder)]
     with tempfile.TemporaryFile("w+") as complaints:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True) as process:

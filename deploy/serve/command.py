@@ -1,4 +1,4 @@
-"""What `evenhand serve` and `evenhand worker` have in common: ends that say why."""
+"""The exit codes of `evenhand serve` and `evenhand worker`, each with its reason."""
 
 import signal
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The gateway as `evenhand serve` has it before its engines: in this process, or as a program of several."""
+"""The gateway of `evenhand serve`: in this process, or as a program with several processes."""
 
 import asyncio
 import os
@@ -47,7 +47,7 @@ class GatewayRunner(Protocol):
         """A worker is not there yet."""
 
     def join(self, worker: Worker, access: Access, nap: Nap | None = None) -> None:
-        """A worker is there; `access` is what it is asked with, `nap` how it sleeps if not by itself."""
+        """Adds a worker; `access` is its key and certificates, `nap` how it sleeps if the engine itself cannot."""
 
     def leave(self, worker_id: str) -> None:
         """A worker is gone. Harmless if it never was there."""
@@ -60,7 +60,7 @@ class GatewayRunner(Protocol):
 
 
 def front_for(settings: Settings, heard: Callable[[str], None]) -> GatewayRunner:
-    """The gateway that the settings ask for. heard: gets each line that a gateway of its own says.
+    """The gateway that the settings describe. heard: gets each output line of a gateway in a separate program.
 
     ValueError for settings that cannot be.
     """
@@ -134,7 +134,7 @@ class InProcessGateway:
 
 
 class GatewayProcesses:
-    """A gateway of several processes, a program of its own that hears of workers through a store served here."""
+    """A gateway of several processes, in a separate program that learns of workers through a store served here."""
 
     def __init__(self, settings: Settings, heard: Callable[[str], None]) -> None:
         self._settings = settings

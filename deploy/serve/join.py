@@ -1,4 +1,4 @@
-"""`evenhand worker`: one engine on this machine that joins the gateways of a Redis, and leaves them in good order.
+"""`evenhand worker`: one engine on this machine that joins the gateways of a Redis and leaves them gracefully.
 
 It says every `HEARTBEAT_S` that it is there. SIGTERM, Ctrl-C or SIGHUP: it says that it wants nothing new, finishes
 what it has, waits until its KV has been fetched, and goes; a second signal ends it at once. Exit codes as of
@@ -169,7 +169,7 @@ def plan_of(settings: JoinSettings, around: Surroundings, locks: GpuLocks) -> En
 
 
 def ports_of(settings: JoinSettings) -> Ports | None:
-    """The ports that were asked for. ValueError if one of them cannot be had."""
+    """The requested ports. ValueError if one of them is not available."""
     first = settings.engine_port
     if first is None:
         return None

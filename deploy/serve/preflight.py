@@ -1,4 +1,4 @@
-"""All that can be found wrong before anything is started, and the plan that follows when nothing is."""
+"""Checks everything that can be checked before the start, and plans the workers."""
 
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
@@ -197,8 +197,8 @@ def gpu_plan(settings: ServeSettings, machine: Machine, checked: Sequence[Checke
 
 
 def driver_remarks(machine: Machine) -> list[str]:
-    """What to know of a driver that is too old for the CUDA build: NVIDIA's compatibility package, which cannot be seen
-    from here, may make up for it."""
+    """A warning about a driver that is too old for the CUDA build: NVIDIA's compatibility package, which cannot be
+    detected from here, may make up for it."""
     if machine.engine is None or machine.engine.build == "cpu" or not driver_is_too_old(machine.driver):
         return []
     return [

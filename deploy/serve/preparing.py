@@ -1,4 +1,4 @@
-"""Makes a model ready before its engines start, in a program that tells its progress and that a stop ends."""
+"""Prepares a model before its engines start, in a separate program that reports progress and can be stopped."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""What a person sees of `evenhand serve`: aligned, coloured only on a terminal, never silent for long."""
+"""The terminal output of `evenhand serve`: aligned, coloured only on a terminal, never silent for long."""
 
 import logging
 from collections.abc import Callable, Mapping

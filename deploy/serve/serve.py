@@ -44,7 +44,8 @@ OPTIONS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The gateway's options and those of its local engines; what is not given comes from EVENHAND_…, file, default."""
+    """The gateway's options and those of its local engines; what is not given comes from EVENHAND_…, the settings file,
+    or the default."""
     add_options(parser, ServeSettings, OPTIONS)
     add_gateway_arguments(parser)
 

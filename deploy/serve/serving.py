@@ -59,7 +59,7 @@ class Surroundings:
 
 
 class Stop:
-    """The signals that ask for an end: `asked` is set by the first, `at_once` by the second."""
+    """The signals that request a stop: `asked` is set by the first, `at_once` by the second."""
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
@@ -277,7 +277,7 @@ class Serving:
 
 
 class ProcessNap:
-    """A worker sleeps by having its engine stopped; it is started when somebody asks."""
+    """A worker sleeps by stopping its engine; the next request starts it again."""
 
     def __init__(self, worker: WorkerProcess) -> None:
         self._worker = worker

@@ -1,4 +1,4 @@
-"""What a streamed answer says, event by event, in the four dialects: chat, completions, responses, and messages.
+"""Parses streamed answers, event by event, in four dialects: chat, completions, responses and messages.
 
 Content is text, reasoning, a part of a tool's call or a refusal, under any role. Empty deltas, roles alone, pings and
 usage are none. A stream that fails in good form says so in an event or in its finish reason.

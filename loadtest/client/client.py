@@ -1,4 +1,4 @@
-"""The load generator: sends a workload on time, whatever the server does, and notes when every token arrived.
+"""The load generator: sends a workload on schedule, whatever the server does, and records when each token arrived.
 
 One asyncio.Protocol per connection on httptools; nothing is awaited per token, so one core holds thousands of streams.
 It measures itself too: how late it sent, and how late its event loop woke.

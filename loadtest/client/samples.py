@@ -1,4 +1,4 @@
-"""What a server says of itself while a run goes on: its `/metrics`, read once a second."""
+"""Samples a server's `/metrics` once a second during a run."""
 
 import asyncio
 import re

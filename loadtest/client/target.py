@@ -1,4 +1,4 @@
-"""Where a workload goes, and how a call is put there: URL, key and body, for each of the four APIs."""
+"""The target of a workload: URL, key and request body, for each of the four APIs."""
 
 import re
 from collections.abc import Mapping, Sequence

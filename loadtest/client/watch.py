@@ -1,4 +1,4 @@
-"""How late the event loop is: what delays the loop delays every measurement made on it."""
+"""Measures how late the event loop runs: its delays distort every measurement made on it."""
 
 import asyncio
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What can go wrong in a fake engine, on demand: the failures that a gateway must survive."""
+"""Faults of a fake engine, on demand: the failures that a gateway must survive."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields

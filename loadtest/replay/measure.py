@@ -1,4 +1,4 @@
-"""One run: all is sent on time and answered, or a signal, too many errors or a full disk ends it in good order."""
+"""One run of a replay, which a signal, too many errors or a full disk ends gracefully."""
 
 import asyncio
 import gc

@@ -1,4 +1,4 @@
-"""The line to watch while a replay runs. It is drawn seldom: drawing happens on the loop that measures."""
+"""The progress line of a replay, drawn seldom because drawing happens on the loop that measures."""
 
 import asyncio
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""`evenhand replay --sweep`: the highest rate at which a server keeps its objectives: the knee, and how sure it is.
+"""`evenhand replay --sweep`: finds the highest rate at which a server meets its objectives, with a confidence interval.
 
 A run at each rate, doubled until 90 % of the requests are no longer inside the objective, then halved between. At each
 rate the share has an interval from resampling blocks of neighbouring requests; the knee's interval reaches from the

@@ -1,4 +1,4 @@
-"""What is put side by side: each a name and one or more repetitions of a run; and how many times better one is.
+"""Compares runs: named sides, each with one or more repetitions, and the ratios between them.
 
 With repetitions a ratio is taken within each, and its range is told. With one run each, the interval comes from
 resampling the run in blocks of neighbouring requests, for requests that queue together are not independent.

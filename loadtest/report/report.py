@@ -1,4 +1,4 @@
-"""Records → what they come to: latencies, throughput, goodput, fairness; as numbers, text, Markdown or JSON. Pure."""
+"""Summarises records: latencies, throughput, goodput, fairness; as numbers, text, Markdown or JSON. Pure."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""Traces of any other form: CSV columns and JSON keys, found by the names in use, or as `--columns` says.
+"""Traces of any other form: CSV columns and JSON keys, found by their usual names or by `--columns`.
 
 A JSON object may be one request with its lengths or its text, a request body of OpenAI's API (also wrapped, as batch
 files have it), a conversation, or several requests of one moment (AIBrix).

@@ -1,4 +1,4 @@
-"""Traces as rows, whatever their form: published ones, conversations, request bodies, CSV and JSON of one's own.
+"""Reads traces of any form as rows: published traces, conversations, request bodies, and your own CSV and JSON.
 
 A row that cannot be read is left out, and counted with its line number in `Skipped`: never silently.
 """

@@ -1,4 +1,4 @@
-"""Who asks what: lengths, tenants, prompts and times put together into calls.
+"""Workloads: combines lengths, tenants, prompts and times into calls.
 
 Named workloads, from the traces if they are there, else drawn from quantiles of the same traces:
 S, ShareGPT's first turns (answers alike in length, where preempting cannot win); C, 60 % of Azure's code and 40 % of

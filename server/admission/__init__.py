@@ -1,1 +1,1 @@
-"""Who may run, and when: limits, the waiting queue, reservations, the policy in force."""
+"""Limits, the queues, reservations, and the current policy and model names."""

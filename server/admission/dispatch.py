@@ -1,4 +1,4 @@
-"""Who goes next, and where to: the waiting line in policy order, until a worker has room."""
+"""The queue of each model: requests wait in policy order until a worker has room."""
 
 import asyncio
 from collections import Counter
@@ -250,7 +250,7 @@ class Dispatcher:
         return await self._wait_in_line(ticket)
 
     def _aside(self, ticket: Ticket, pools: Sequence[Pool]) -> Member:
-        """A request that needs no place in a batch: nobody waits for it, and it waits for nobody."""
+        """A request that needs no slot in a batch: it does not queue, and does not delay others."""
         choice = Choice(pools, self.sizes.typical.tokens, avoid=ticket.avoid)
         load = choice.cheapest()
         if self.adapters is not None and ticket.call.model != self.model:
@@ -321,8 +321,8 @@ class Dispatcher:
             future.set_exception(error)
 
     def advance(self) -> None:
-        """Lets in whom the policy names, as long as a worker has room. The first who does not fit stops it: nobody is
-        skipped, or the policies' bounds would not hold."""
+        """Admits requests in policy order while a worker has room. The first that does not fit stops it: skipping it
+        would break the policies' bounds."""
         if not len(self.lanes):
             return
         now = self.clock()

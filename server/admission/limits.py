@@ -111,7 +111,7 @@ class Bucket:
             self.share = min(self.burst / ring.count, self.share + gained / ring.count)
 
     def lacks(self, amount: float) -> float:
-        """Seconds until so much may be taken; 0 if it may be now."""
+        """Seconds until this amount may be taken; 0 if it may be now."""
         if self.level < amount:
             return (amount - self.level) / self.per_s
         return 0.0 if self.share > 0 else max(0.1, -self.share / self.per_s)
@@ -185,7 +185,7 @@ class LimitStanding:
         return f"{self.spent_requests} {self.spent_tokens} {self.in_flight}"
 
     def hear(self, requests: int, tokens: int, in_flight: int) -> None:
-        """Another replica did so much since it was last heard."""
+        """Adds what another replica has used since its last report."""
         if self.requests is not None:
             self.requests.level -= requests
         if self.tokens is not None:
@@ -291,8 +291,8 @@ class Gate:
         ticket.booked_tokens = booked
 
     def settle(self, ticket: Ticket) -> None:
-        """A call is over: what was booked for it becomes what it used. A tenant's use is counted with limits and
-        without."""
+        """A call is over: replaces what was booked for it by what it used. Usage is counted for tenants without limits
+        too."""
         used = ticket.used_tokens()
         if ticket.call.tier is not Tier.DEFAULT:
             used = self.costs.of(used, ticket.call.tier)
@@ -316,7 +316,7 @@ class Gate:
         return standing
 
     def leave(self, standing: LimitStanding, reserved: int, used: int) -> None:
-        """A call is over: what was booked becomes what was used."""
+        """A call is over: replaces what was booked by what was used."""
         standing.in_flight -= 1
         standing.free += 1
         self._book(standing, 0, used - reserved)

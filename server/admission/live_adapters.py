@@ -1,4 +1,4 @@
-"""The LoRA adapters that are in force: where each is loaded, and how it comes to the worker that a request gets.
+"""LoRA adapters: which worker has loaded which, and loading them where requests need them.
 
 A worker has a few adapters at a time, however many there are (S-LoRA, Sheng et al. 2023). An adapter is loaded when the
 first request for it has a place at a worker, once however many wait for it; the one that was used least recently, and
@@ -76,7 +76,7 @@ class LiveAdapters(Collector):
 
     # records
     def set_stored(self, texts: Mapping[str, str]) -> None:
-        """The store's adapters, in place of those before. One that cannot be read is left out."""
+        """Replaces the adapters from the store. Records that cannot be read are skipped."""
         stored: dict[str, AdapterRecord] = {}
         for name, text in texts.items():
             try:
@@ -203,7 +203,7 @@ class LiveAdapters(Collector):
 
     # loading
     async def ready(self, member: Member, name: str) -> None:
-        """Returns once the worker has the adapter; whoever comes meanwhile waits for the same load.
+        """Returns once the worker has the adapter; concurrent requests wait for the same load.
 
         AdapterRefused if the worker does not load it, EngineGone if it does not answer, AdapterUnavailable if there is
         no such adapter any more.
@@ -273,7 +273,7 @@ class LiveAdapters(Collector):
             )
 
     async def unload(self, member: Member, name: str) -> None:
-        """A worker has an adapter no more; what it runs with it goes on. AdapterRefused, EngineGone."""
+        """Unloads an adapter at a worker; requests that run with it continue. AdapterRefused, EngineGone."""
         member.site.loaded.pop(name, None)  # at once, so that nobody is sent there for it meanwhile
         await unload(member.engine, name, self._settings.load_timeout_s)
         self.unloads += 1
@@ -299,8 +299,8 @@ class LiveAdapters(Collector):
         return [member for member in ready if member.role is not Role.PREFILL]
 
     async def loaded_everywhere(self, name: str, record: AdapterRecord) -> dict[str, str]:
-        """Loads an adapter at the workers of its model that have a free place for it, and at one of the others if none
-        has; a worker that has it from another path loads it anew. `LOADED`, or why not, by worker."""
+        """Loads an adapter at the workers of its model that have a free slot for it, and at one of the others if none
+        has; a worker that has it from another path reloads it. `LOADED`, or the reason, by worker."""
         members = self.members_of(record.model)
         chosen = [
             member

@@ -1,4 +1,4 @@
-"""The names of models that are in force at present: those of the settings, and over them those of the shared store."""
+"""The current model names: those in the settings, overridden by those in the shared store."""
 
 import logging
 from collections.abc import Mapping
@@ -54,7 +54,7 @@ class LiveNames:
         log.info("model names: %s", ", ".join(sorted(self.records)) or "none")
 
     def checked(self, name: str, record: NameRecord) -> None:
-        """ValueError if this record cannot be in force beside the others, or points to what nobody serves."""
+        """ValueError if this record conflicts with the others, or points to a model that no worker serves."""
         table = table_of(self.records | {name: record})
         served = self._known()
         if (missing := table.missing_behind(table.names[name], served)) is not None:
@@ -65,7 +65,7 @@ class LiveNames:
         return ([self.problem] if self.problem else []) + self._missing()
 
     def _missing(self) -> list[str]:
-        """As long as a worker starts, nobody knows what it will serve."""
+        """Nothing while a worker is starting: its models are not known yet."""
         fleet = self.fleet
         if not self.table.names or fleet.is_starting():
             return []
@@ -135,12 +135,13 @@ class LiveNames:
         return [entry for name, entry in entries.items() if tenant.models is None or name in tenant.models]
 
     def _entry(self, model: str, served: Mapping[str, dict[str, object]]) -> dict[str, object] | None:
-        """How a model is listed under another name; an adapter as its model is, for `parent` would tell what it is."""
+        """The /v1/models entry of an alias; an adapter's is built like its model's, because `parent` would reveal what
+        it is."""
         return served.get(model) or served.get(self.adapters.base_of(model) or "")
 
 
 def may_fall_back(error: ServiceError) -> bool:
-    """Whether another model may be asked after this: nobody serves, all are busy, or the engine failed."""
+    """Whether a fallback may be tried after this error: no worker, all busy, or a failed engine."""
     return isinstance(error, NoWorker | Overloaded) or is_engine_failure(error)
 
 

@@ -1,4 +1,4 @@
-"""The policy that holds at present: it can be changed while requests wait and run."""
+"""The current policy, which can change while requests wait and run."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping

@@ -1,4 +1,4 @@
-"""Placement by prediction at the gateway: what the planner is told of a request."""
+"""Placement by prediction at the gateway: describes each request to the planner."""
 
 from collections.abc import Callable, Mapping, Sequence
 from math import inf

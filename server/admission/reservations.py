@@ -1,4 +1,4 @@
-"""Times at which those who were refused may come back, and then find a place: what makes a Retry-After true.
+"""Places reserved for refused requests, so that a client that honours its Retry-After finds room.
 
 Who is told a time has a place kept from then on for a while. Times are as far apart as places come free, so those who
 keep to them come no faster than they can be let in (the generic cell rate algorithm, ITU-T I.371).
@@ -24,9 +24,8 @@ class Reservations:
         self._total = 0
 
     def make(self, tenant: str, pace_per_s: float, now: float) -> float:
-        """Seconds after which this tenant may come back. A place is kept for it then, unless it holds so many already
-        that others would find none: more than are left (Choudhury and Hahne's dynamic threshold). One it always gets.
-        """
+        """Seconds after which this tenant may retry. A place is reserved for that time, unless the tenant holds more
+        reservations than places are left (Choudhury and Hahne's dynamic threshold); a tenant may always hold one."""
         self._settle(now)
         held = self._held[tenant]
         at = max(self._last, now) + 1.0 / pace_per_s
@@ -61,7 +60,7 @@ class Reservations:
             del self._due[tenant]
 
     def _settle(self, now: float) -> None:
-        """What is due from now on, and what nobody came for."""
+        """Activates reservations that are due and drops those that nobody used."""
         while self._coming and self._coming[0][0] <= now:
             at, tenant = self._coming.popleft()
             self._due.setdefault(tenant, deque()).append(at)

@@ -1,4 +1,4 @@
-"""Models without traffic are put to sleep, and woken by the next request: GPUs, or the processes, are free meanwhile.
+"""Puts models without traffic to sleep and wakes them on the next request, to free GPUs or processes meanwhile.
 
 A worker sleeps in the way that it can: an engine by itself (vLLM's sleep mode), or as whoever started it says (`serve`
 stops the engine). A model that nobody serves may be one that something else starts when requests wait for it, as
@@ -102,8 +102,8 @@ class Sleeper(Observer, Collector):
             await asyncio.sleep(LOOK_S)
 
     async def look(self) -> None:
-        """Puts to sleep what has had no traffic for long, and wakes what sleeps while requests are in line for it, as
-        when another gateway has put it to sleep."""
+        """Puts models without recent traffic to sleep, and wakes sleeping models that have requests in the queue, for
+        example after another gateway put them to sleep."""
         for model, waiting in self._depth():
             if waiting and not self._fleet.pools.of(model) and self._fleet.is_dormant(model):
                 self._begun(model)
@@ -182,7 +182,7 @@ class Sleeper(Observer, Collector):
 
     # waking
     async def woken(self, model: str, asked: str, patience_s: float | None) -> None:
-        """Returns once a worker of this model takes requests; whoever comes meanwhile waits for the same.
+        """Returns once a worker of this model takes requests; concurrent requests wait for the same wake-up.
 
         NoWorker if nobody can be woken, or if that takes longer than somebody may wait.
         """

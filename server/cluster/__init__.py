@@ -1,1 +1,1 @@
-"""What gateways tell each other, over Redis or between the processes of one gateway."""
+"""State that gateways share, through Redis or between the processes of one gateway."""

@@ -1,4 +1,4 @@
-"""Fairness over replicas: what tenants got from other gateways counts in this one's lanes too."""
+"""Fairness across replicas: service that tenants got at other gateways counts in this one's queues too."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -73,7 +73,7 @@ class AccountSync:
                     yield key, f"{self._told[key].charged!r} {account.counter!r} {int(waits)}"
 
     def _note(self, key: str, account: Account, waits: bool, now: float) -> bool:
-        """Whether others should be told: at once of what happened here, now and then of what was heard.
+        """Whether to report an account to the others: local changes at once, received ones now and then.
 
         The second is for whoever joined between two words, or missed one: its counter must not stay behind for good.
         """
@@ -129,7 +129,8 @@ class AccountSync:
                 self._merge(queues, key, 0.0, 0.0)
 
     def silence(self) -> None:
-        """The store has been away for longer than a replica's word is good: nobody is known to wait elsewhere.
+        """The store has been unavailable for longer than reports of replicas stay valid: no tenant counts as waiting
+        elsewhere.
 
         Otherwise a tenant that did wait elsewhere would keep missing its lift here for as long as the outage lasts.
         Replicas tell everything anew when the store is back.

@@ -1,4 +1,4 @@
-"""What the processes of one gateway tell each other: workers that come and go here, and what each has counted.
+"""State that the processes of one gateway share: local workers that join and leave, and each process's metrics.
 
 They meet in a store of their own, that of this gateway alone: records that each writes and all read several times a
 second. A gateway of one process has it in its own memory.
@@ -121,7 +121,7 @@ class LocalSync:
         await self._fleet.remove(worker_id)
 
     async def follow(self) -> None:
-        """Does here what was done at the others. While the store is away nothing changes."""
+        """Applies changes made at the other processes. Nothing changes while the store is unavailable."""
         try:
             found = await self._store.records(WORKER)
             for worker_id, text in self._applied.items():
@@ -197,7 +197,7 @@ class LocalSync:
 
 
 def same_place(member: Member, said: Registration) -> bool:
-    """Whether two are the same, but for what was learned of them."""
+    """Whether two workers are the same, apart from what probes have learned of them."""
     worker, other = member.worker, said.worker(member.worker.id)
     same = (worker.url, worker.role, worker.slots) == (other.url, other.role, other.slots)
     return same and member.access == said.access

@@ -1,4 +1,4 @@
-"""One answer to /metrics for several processes: what each of them counted, put together family by family."""
+"""Merges the /metrics of several processes into one answer, family by family."""
 
 from collections.abc import Iterable, Iterator
 from math import isfinite

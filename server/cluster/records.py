@@ -1,4 +1,4 @@
-"""What operators change while gateways run, as records of the store: tenants, policy, names, adapters, drains."""
+"""Operators' changes while gateways run, as records in the store: tenants, policy, names, adapters, drains."""
 
 import logging
 from collections.abc import Awaitable, Callable, Iterable
@@ -26,7 +26,7 @@ class PolicyRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Records:
-    """Reads the store's records and puts them in force. `stale` is set by whoever knows that there are other ones.
+    """Reads the store's records and applies them. `stale` is set by whoever learns that they have changed.
 
     confirm: asks the store whether it is still the one that was known; calls `are_lost` if it is not, raises StoreAway
     if it does not answer. None for a store that cannot lose anything without us.
@@ -60,7 +60,7 @@ class Records:
         self.stale = True
 
     def are_lost(self) -> None:
-        """The store lost what it had: what is known here goes back into it, but for what it has anew."""
+        """The store lost its records: writes those known here back, except those that the store has again."""
         self._lost = True
 
     async def follow(self) -> None:

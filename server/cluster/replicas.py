@@ -1,4 +1,4 @@
-"""This gateway among its replicas: several times a second it tells them what it did and hears what they did.
+"""The exchange with this gateway's replicas, several times a second, through the store.
 
 Nobody waits for this. Between two exchanges everybody decides on what is known; when the store is away that is what
 was last known, and when it is back everybody tells everything again.
@@ -41,7 +41,7 @@ class Part(Protocol):
         """
 
     def gone(self, replica: str) -> None:
-        """A replica is not there: what it did stays done, what it is doing is over. It may come back."""
+        """A replica is gone: what it used still counts, what it had running does not. It may return."""
 
     def forget(self, replica: str) -> None:
         """A replica has been gone for so long that it will not come back."""
@@ -74,7 +74,7 @@ class KnownRing:
 
 
 class Replicas:
-    """The replicas as this one sees them. parts, kept: what they tell one another."""
+    """The replicas as this one sees them. parts, kept: the state that they exchange."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What outlives a request and may be shared with other gateways: tenants, limits, fairness, operators' changes."""
+"""State that outlives a request and that gateways may share: tenants, limits, fairness, operators' changes."""
 
 import asyncio
 import ipaddress
@@ -164,7 +164,8 @@ class ClusterState:
         return (self.replicas.up, self.replicas.count) if self._ring else (True, 1)
 
     def notes(self) -> dict[str, Any]:
-        """What /ready says: a gateway whose store is away or whose tenant file is broken serves on what it knows."""
+        """The part of /ready on shared state: a gateway without its store, or with a broken tenant file, serves from
+        its last known state."""
         notes: dict[str, Any] = {}
         if self._ring:
             notes["store"] = {

@@ -1,4 +1,4 @@
-"""Whether the gateways of one store were given the same tenant file; a difference is told, and service goes on."""
+"""Checks that all gateways of a store have the same tenant file; a difference is reported, and service continues."""
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping

@@ -1,4 +1,4 @@
-"""Hourly rows of what was used, in the store: each gateway writes its own, and every gateway can add them all up.
+"""Hourly usage in the store: each gateway writes its own rows, and every gateway can sum all of them.
 
 Rows of an hour are written as totals, so that writing them again changes nothing. A day's rows are one shelf of the
 store, which goes a year after it was last written to.

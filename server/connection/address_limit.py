@@ -1,4 +1,4 @@
-"""A bound on requests by the address they come from, for gateways that strangers can reach."""
+"""A rate limit by client address, for gateways on public networks."""
 
 from collections import OrderedDict
 from collections.abc import Callable

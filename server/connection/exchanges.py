@@ -1,4 +1,4 @@
-"""What an exchange does beyond the ordinary where a setting asks for it: CORS, compressed answers.
+"""Optional features of an exchange, each behind a setting: CORS and compressed answers.
 
 Each is a subclass, so that a gateway without the setting does nothing for it.
 """

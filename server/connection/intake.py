@@ -1,4 +1,4 @@
-"""What all clients together may take of this process: memory for request bodies, and connections."""
+"""Limits on what all clients together may use of this process: memory for request bodies, and connections."""
 
 import logging
 import resource

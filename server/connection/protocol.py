@@ -1,4 +1,4 @@
-"""Where clients' bytes come in: relayed routes are answered right here, below ASGI; all else goes on to FastAPI.
+"""HTTP from clients: relayed routes are handled here, below ASGI; everything else goes to FastAPI.
 
 uvicorn's own protocol does the connection's housekeeping (keep-alive, pipelining, shutdown); a relayed request
 takes the place of its ASGI cycle.
@@ -359,8 +359,8 @@ class GatewayProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Ends what is under way, and takes the connection's objects apart: they refer to one another, and as long as
-        the collector has not looked they would keep what the client had sent."""
+        """Cancels the request in progress and breaks the reference cycles of the connection's objects, which would
+        otherwise keep the client's data until the garbage collector runs."""
         self._no_deadline()
         if self.stall is not None:
             self.stall.cancel()
@@ -387,8 +387,8 @@ class GatewayProtocol(HttpToolsProtocol):
         self.transport.abort()
 
     def eof_received(self) -> bool | None:  # type: ignore[override]  # uvicorn's own narrows asyncio's
-        """The client sends no more. Some shut down their side and still want their answer, most are gone: only what is
-        written to them tells one from the other (RFC 9110, 15.2: any answer may have interim ones before it)."""
+        """The client sends no more. Some clients shut down their side and still want their answer, most are gone: only
+        writing to them tells which (RFC 9110, 15.2: interim responses may precede any answer)."""
         cycle = self.cycle
         arriving = self.arriving is not Arriving.NOTHING
         if arriving or cycle is None or getattr(cycle, "http10", False) or self.scheme == "https":
@@ -491,7 +491,7 @@ class GatewayProtocol(HttpToolsProtocol):
 
     # time
     def _await_rest(self) -> None:
-        """Sees to it that what is missing of a request comes in time. One limit for the head, one for the body."""
+        """Sets the deadline for the rest of a request. One limit for the head, one for the body."""
         if self.last_words:
             return
         if self.pipeline or self.transport.is_closing():  # behind a queued request it is us who do not read
@@ -540,7 +540,8 @@ class GatewayProtocol(HttpToolsProtocol):
             self._say_last()
 
     def _forget_newest(self) -> None:
-        """The request whose body cannot be had: its place in the pipeline goes, an application that waits is told."""
+        """Drops the request whose body cannot be received: removes it from the pipeline and wakes an application that
+        waits for it."""
         cycle = self.cycle
         if self.pipeline and self.pipeline[0][0] is cycle:
             self.pipeline.popleft()
@@ -863,8 +864,8 @@ class GatewayProtocol(HttpToolsProtocol):
             self.current.engine_side.resume()
 
     def _unread(self) -> int:
-        """Bytes that the client's machine has not taken: here, and in the kernel, which tells us that there is room
-        only once a third of its buffer is free. For a slow reader that is too seldom."""
+        """Bytes that the client's machine has not taken, here and in the kernel. The kernel reports room only once a
+        third of its buffer is free, which is too seldom for a slow reader."""
         count = array("i", [0])
         connection = self.transport.get_extra_info("socket")
         if connection is not None:

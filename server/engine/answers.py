@@ -192,7 +192,7 @@ def tokens_of_prompt(usage: object) -> int | None:
 
 
 def tokens_in(text_bytes: int) -> int:
-    """Output tokens that a text of so many bytes is taken for where the engine does not tell its token ids."""
+    """Estimated output tokens of a text of this many bytes, where the engine sends no token ids."""
     return 1 if text_bytes <= _ONE_TOKEN_BYTES else round(text_bytes / BYTES_PER_TOKEN)
 
 

@@ -50,7 +50,7 @@ class Diverged(ServiceError):
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """The rest of a stream, as another worker is asked for it.
+    """The request for the rest of a stream, as another worker gets it.
 
     kept: what of the progress it builds upon; the tokens of the last incomplete character, for one, are made again.
     skip, skip_ids: text and token ids that the client has and that this worker will say again. restart: the client's
@@ -111,9 +111,9 @@ def _text_only(call: Call) -> bool:
 
 
 def clean_length(chunks: Sequence[Chunk], *, stops: bool) -> int | None:
-    """How many chunks' tokens have said all their text: an engine holds back incomplete characters. None where that
-    cannot be told from the chunks: it also holds back what could become a stop text, and a chunk may be many tokens.
-    """
+    """The number of chunks whose tokens have produced all of their text: an engine holds back incomplete characters.
+    None if the chunks do not show it: an engine also holds back text that could become a stop string, and a chunk may
+    hold many tokens."""
     length = len(chunks)
     while length and not chunks[length - 1].text:
         length -= 1
@@ -186,8 +186,8 @@ def closing(call: Call, progress: TranscriptProgress) -> bytes:
 
 
 class Rest(Stream):
-    """The rest of a stream, told by another worker. Subclasses say what its events become, and keep what they need of
-    them."""
+    """The rest of a stream from another worker. Subclasses convert its events, and keep the state they need for
+    that."""
 
     keeps_events = False
     __slots__ = ("kept",)

@@ -1,4 +1,4 @@
-"""LoRA adapters at workers: what each has loaded, and how vLLM is told to load and to unload one."""
+"""LoRA adapters at workers: what each has loaded, and vLLM's requests to load and unload one."""
 
 import asyncio
 import re

@@ -1,4 +1,4 @@
-"""Who serves, in what state, how loaded: the gateway's picture of its workers, kept fresh by probes."""
+"""The gateway's view of its workers, their state and load, kept current by probes."""
 
 import asyncio
 import logging
@@ -187,7 +187,7 @@ class Fleet:
         self.from_zero: tuple[str, ...] = ()  # models that are started elsewhere once requests wait for them
 
     def add(self, worker: Worker, access: Access = Access(), *, note: str = "") -> Member:  # noqa: B008 - frozen
-        """A worker joins; it gets requests once a probe has found it healthy. ValueError if its id is taken, or for
+        """Adds a worker; it gets requests once a probe has found it healthy. ValueError if its id is taken, or for
         certificates that cannot be read."""
         if worker.id in self.members:
             raise ValueError(f"a worker named {worker.id!r} is already in the fleet")
@@ -229,7 +229,8 @@ class Fleet:
         self._tell()
 
     def drain(self, worker_id: str) -> None:
-        """A worker gets nothing new; what it has it finishes, or after `drain_s` another does. KeyError if unknown."""
+        """Drains a worker: it gets no new requests and finishes its running ones; after `drain_s` another worker
+        continues them. KeyError if unknown."""
         member = self.members[worker_id]
         if member.state is not WorkerState.DRAINING:
             self.put(member, WorkerState.DRAINING)
@@ -273,7 +274,7 @@ class Fleet:
         return any(model is None or model in member.models for member in asleep)
 
     def missing_roles(self) -> list[str]:
-        """The halves of a split deployment that nobody takes at present, so that requests are not split."""
+        """The roles of a disaggregated deployment that no worker has at present, so that requests are not split."""
         there = {pool.role for pool in self.pools.all()}
         halves = {Role.PREFILL, Role.DECODE}
         return sorted(role.value for role in halves - there) if there & halves else []
@@ -304,8 +305,8 @@ class Fleet:
             )
 
     def suspect(self, member: Member, error: BaseException) -> None:
-        """A relayed request failed at this worker, for whatever reason: it is looked at now. It is out at once if it
-        cannot be reached or is known to be lost; else one missed probe suffices."""
+        """A relayed request failed at this worker: probes it now. The worker is down at once if it cannot be reached or
+        is known to be lost; otherwise after one failed probe."""
         if member.state is WorkerState.DRAINING:
             return
         member.suspected = True
@@ -359,7 +360,7 @@ class Fleet:
         self._say(member, error)
 
     def _say(self, member: Member, error: EngineGone) -> None:
-        """Shows what somebody has to see to, and logs it once."""
+        """Shows a problem that an operator must solve, and logs it once."""
         if member.problem != error.message:
             member.problem = error.message
             log.error("worker %s: %s", member.worker.id, error.message)
@@ -376,8 +377,8 @@ class Fleet:
         self._rounds.soon(member.worker.id)
 
     def _pause_s(self, worker_id: str) -> float:
-        """From one probe of a worker to the next. Where there are so many that probes would take a noticeable part of
-        a core, those come less often, first of workers that have nothing to do."""
+        """Seconds between two probes of a worker. With so many workers that probes would take a noticeable part of a
+        core, they are less frequent, first at idle workers."""
         member = self.members.get(worker_id)
         if member is None or member.state is WorkerState.STARTING:
             return min(self.probe_s, 0.25)
@@ -406,7 +407,7 @@ class Fleet:
         self._rescue(member)
 
     def _rescue(self, member: Member) -> None:
-        """Takes answers away from a worker that will not finish them; whoever relays them asks another one."""
+        """Takes answers away from a worker that will not finish them; the relay then tries another worker."""
         others_ready = len(self.pools.workers) - (member.load.pool is not None)
         if not member.legs or not others_ready:
             return
@@ -454,7 +455,7 @@ class Fleet:
         return sound and self.clock() - member.heard_at < self.probe_s
 
     async def _ask_health(self, member: Member) -> None:
-        """EngineGone if a worker is not well. One that has not told its models is asked for them."""
+        """EngineGone if a worker is unhealthy. Also asks for the worker's models if they are unknown."""
         health = (await member.engine.get("/health", self.health.probe_timeout_s)).status_code
         if health in LOCKED_OUT:
             raise refuses_key(member.access)

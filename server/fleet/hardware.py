@@ -1,4 +1,4 @@
-"""What an engine with our scheduler tells of the hardware that it computes on, and of its weights."""
+"""What an engine with our scheduler reports about its hardware and its weights."""
 
 import re
 from collections.abc import Mapping

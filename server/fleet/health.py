@@ -1,4 +1,4 @@
-"""What a worker's health is judged by beside its probes: failures in a row, tokens that do not come, a trial answer."""
+"""Judges a worker's health beyond its probes: consecutive failures, stalled streams, a test prompt."""
 
 import re
 from dataclasses import dataclass, field

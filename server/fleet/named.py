@@ -1,4 +1,4 @@
-"""Workers that the settings name: `--worker URL[,role=…][,slots=N][,key=ENV_NAME][,ca=FILE]…`."""
+"""Workers listed in the settings: `--worker URL[,role=…][,slots=N][,key=ENV_NAME][,ca=FILE]…`."""
 
 import re
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ OPTIONS = ("role", "slots", "gpus", "id", "kv", "key", "ca", "cert", "cert_key")
 
 
 def named_worker(text: str, number: int, environ: Mapping[str, str]) -> tuple[Worker, Access]:
-    """The worker of one `--worker`, and what it is asked with. ValueError with what is wrong."""
+    """The worker of one `--worker` option, and its key and certificates. ValueError says what is wrong."""
     url, *pairs = text.split(",")
     shown = _KEY.sub(",key=…", text)  # somebody may write the key itself there
     if not url.startswith(("http://", "https://")):

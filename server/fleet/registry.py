@@ -1,4 +1,4 @@
-"""Workers that join through the store: what they say of themselves, and a fleet that follows it."""
+"""Workers that join through the store: their registrations, and a fleet that follows these."""
 
 import logging
 from collections.abc import Callable
@@ -18,7 +18,7 @@ WORKER_TTL_S = 10.0
 
 
 class Registration(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
-    """A worker's word on itself, as JSON in the store. draining: it finishes what it has, and wants nothing new.
+    """A worker's registration, as JSON in the store. draining: it finishes its requests and wants no new ones.
 
     key: what it wants to be asked with. Whoever reads the store has it, so no log, answer or metric may hold this text.
     ca, cert, cert_key: files of the gateway, for a worker that an operator names.
@@ -119,7 +119,7 @@ class Registry:
         self._leaving: set[str] = set()
 
     async def follow(self) -> None:
-        """Adds who is new, removes who is gone. While the store is away nothing changes."""
+        """Adds new workers and removes those that are gone. Nothing changes while the store is unavailable."""
         try:
             listed = await self._store.workers()
         except StoreAway:

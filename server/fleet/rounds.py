@@ -1,4 +1,4 @@
-"""When each worker is looked at: one timer for all, and looks that are spread over time."""
+"""The schedule of worker probes: one timer for all workers, with their probes spread over time."""
 
 import asyncio
 import logging
@@ -49,7 +49,7 @@ class Rounds:
         self._woken.set()
 
     def soon(self, name: str) -> None:
-        """A thing is looked at now; if that is going on already, once more when it is over."""
+        """Checks an item now; if a check is running already, once more after it."""
         if name in self._looking:
             self._again.add(name)
         elif name in self._due:

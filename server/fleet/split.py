@@ -1,4 +1,4 @@
-"""What a split request holds at its prefill worker and at its decode worker."""
+"""The reservations of a split request at its prefill worker and at its decode worker."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The story of a request, from its last body byte to its last token. Everything below is called from here."""
+"""The lifecycle of a request, from the last byte of its body to its last token."""
 
 import asyncio
 import logging

@@ -1,4 +1,4 @@
-"""Where clients come in: the server, its protocol with what the settings ask of it, and TLS."""
+"""The server that listens: uvicorn, its protocol as the settings configure it, and TLS."""
 
 import asyncio
 import re

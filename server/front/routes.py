@@ -43,7 +43,7 @@ def public_app(
     notes: Callable[[], dict[str, Any]],
     lifespan: Lifespan,
 ) -> FastAPI:
-    """The ASGI application beside the relayed routes. notes: what /ready says beside the workers."""
+    """The ASGI application for all routes that are not relayed. notes: what /ready says besides the workers."""
     app = FastAPI(title="Evenhand", summary="OpenAI-compatible serving, fairly shared.", lifespan=lifespan)
     app.include_router(operations(fleet, metrics, notes))
     app.include_router(models(names, tenants))
@@ -75,7 +75,7 @@ def public_app(
 
 
 class AdminPortFilter:
-    """The application as each address shows it: what is the operators' is not there where clients come in.
+    """The application as each address shows it: operators' routes do not exist on the public address.
 
     port: the operators' own; 0 as long as they have none, and everything is everywhere.
     """

@@ -1,4 +1,4 @@
-"""Who hears of each call: metrics, fairness, traces, recordings and the request log share one interface."""
+"""The observers of calls: metrics, fairness, traces, recordings and the request log share one interface."""
 
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -7,7 +7,7 @@ from server.request.call import Ticket
 
 
 class Asked(Protocol):
-    """A request as it came. headers: by lower-case name. client: whose address it came from."""
+    """A request as received. headers: by lower-case name. client: the address it came from."""
 
     @property
     def headers(self) -> Mapping[bytes, bytes]: ...

@@ -75,7 +75,8 @@ class Recorder(Observer):
     def __init__(
         self, folder: Path, bounds: RecordingBounds, clock: Callable[[], float], failed: Callable[[str], None] = _nobody
     ) -> None:
-        """ValueError if the folder cannot be written. failed: told why a request, or all from now on, is missing."""
+        """ValueError if the folder cannot be written. failed: called with the reason why a request, or everything from
+        now on, is not recorded."""
         self._failed = failed
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +97,7 @@ class Recorder(Observer):
         self._thread.start()
 
     def stop(self) -> None:
-        """Writes what was handed over; waits for it a few seconds at most."""
+        """Writes what is queued, and waits a few seconds for it at most."""
         self._queue.put(None)
         if self._thread is not None:
             self._thread.join(_STOP_S)

@@ -126,7 +126,7 @@ class Admin:
 
     # model names
     def described_name(self, name: str) -> dict[str, Any]:
-        """A name, what it comes to, and where it was set."""
+        """A model name, what it resolves to, and where it was set."""
         names = self.lines.names
         record = names.records.get(name)
         if record is None:

@@ -196,9 +196,9 @@ def seen(member: Member) -> View:
 
 
 def efficiency(members: Iterable[Member]) -> View:
-    """Means over workers, and the energy that their devices have drawn since a moment of their own; None where no
-    engine tells. Engines that share a device tell the same of it. batch: share of the slots in use. The KV cache of an
-    engine without that metric counts as empty."""
+    """Means over workers, and the energy of their devices, each counted from a start of its own; None where no engine
+    reports it. Engines that share a device report the same. batch: share of the slots in use. The KV cache of an engine
+    without that metric counts as empty."""
     ready = [member for member in members if member.state is WorkerState.READY]
     joules: dict[str, float] = {}
     for device, value in (pair for member in ready for pair in member.hardware.joules.items()):

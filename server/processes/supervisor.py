@@ -1,4 +1,4 @@
-"""Several processes behind one port: a small parent starts them, starts anew who dies, and stops all together.
+"""Several processes behind one port: a small parent starts them, restarts those that die, and stops all together.
 
 Each listens on a socket of its own (SO_REUSEPORT), and the kernel spreads new connections over them. The parent forks
 them; so that it can do that at any time it has no thread and no event loop, only a `select`.
@@ -134,7 +134,7 @@ class Supervisor:
             os._exit(code)
 
     def _wait(self) -> None:
-        """Returns when a signal came, somebody is ready, or something is due."""
+        """Returns on a signal, when a process is ready, or when something is due."""
         due = [child.due_at for child in self._children if child.due_at is not None]
         due += [self._kill_at] if self._kill_at is not None else []
         timeout = max(0.0, min(due) - self._clock()) if due else None

@@ -1,4 +1,4 @@
-"""The first of a split request's two legs: one worker reads the prompt and tells where its KV can be fetched.
+"""The prefill leg of a split request: one worker computes the prompt's KV and says where it can be fetched.
 
 Whatever goes wrong here costs time and no answer: the worker that is to answer then reads the prompt itself.
 """

@@ -102,7 +102,7 @@ class EngineExchange(ABC):
         self.fail(error)
 
     def ask_again(self, asked_at: float) -> None:
-        """Nothing came, and it is asked once more."""
+        """Resets the exchange for another attempt: nothing of an answer has arrived."""
         self.asked_at = asked_at
         self.done = asyncio.get_running_loop().create_future()
 
@@ -202,8 +202,8 @@ class Refusal:
 
 
 class Whole(Pipe):
-    """An answer in one piece. Held until it is complete, so that another worker can be asked if it breaks off; what is
-    longer than `MAX_HELD_BYTES` is forwarded as it comes, and its usage is picked out as it passes."""
+    """An answer in one piece. Held until it is complete, so that another worker can be tried if it breaks off; one
+    longer than `MAX_HELD_BYTES` is forwarded as it arrives, and its usage is read in passing."""
 
     __slots__ = ("held", "held_bytes", "finder")
 
@@ -448,7 +448,7 @@ class Stream(Pipe):
             self.out.write(events)
 
     def _stop(self, failure: ServiceError) -> None:
-        """The engine says that it failed: that is not the client's, and what may still come is not looked at."""
+        """The engine reports an error: that event is not for the client, and nothing after it is read."""
         self.beginning = b""
         self.fail(failure)
         self.instead = Refusal(self, 500)
@@ -471,12 +471,12 @@ class Stream(Pipe):
         return before + self._without_prompt(event, said) + b"\n\n"
 
     def _without_prompt(self, event: bytes, said: Said) -> bytes:
-        """Token ids of a prompt, which come with its first event, are for us alone unless the client asked for them."""
+        """Removes the prompt's token ids, which come with the first event, unless the client asked for them."""
         return event if self.ticket.call.wants_ids or not said.prompt_ids else without_prompt_ids(event, said)
 
     def _made(self, said: Said, before: int) -> int:
-        """Tokens that are new with this event; less than none where the engine's own count is below what was taken for
-        it. before: those of this read that are not in the ticket yet."""
+        """Tokens that are new with this event; negative where the engine's count is below the estimate so far. before:
+        tokens of this read that are not in the ticket yet."""
         ticket, usage = self.ticket, said.usage
         if said.prompts:
             self._learn_prompts(said)
@@ -492,7 +492,7 @@ class Stream(Pipe):
         return max(said.tokens, usage.output_tokens - ticket.tokens - before) if one and not said.exact else said.tokens
 
     def _learn_prompts(self, said: Said) -> None:
-        """The engine told token ids of a prompt. Of several prompts, those it has not told yet keep their estimate."""
+        """The engine sent token ids of a prompt. Of several prompts, those not seen yet keep their estimate."""
         call = self.ticket.call
         each = call.sequences // call.prompts
         for choice, tokens in said.prompts:

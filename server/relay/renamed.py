@@ -1,4 +1,4 @@
-"""An answer that goes by the name its client asked for, where an operator's table sent the request to another model.
+"""An answer under the model name that the client used, where an alias sent the request to another model.
 
 Whole answers are decoded and their `model` is set. Of a stream, one event is decoded to find where its `model` stands:
 JSON is read from left to right, so in every event that begins with the same bytes it stands in the same place.

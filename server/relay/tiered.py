@@ -1,4 +1,4 @@
-"""An answer that tells the service tier in which it was served, for a client that sent `service_tier`.
+"""An answer that contains its service tier, for a client that sent `service_tier`.
 
 OpenAI's answers and events have `service_tier` beside `model`; Anthropic's have it in `usage`.
 """
@@ -15,8 +15,8 @@ _encode = msgspec.json.Encoder().encode
 
 
 class TieredAnswer(RenamedAnswer):
-    """A client's answer with its tier, and with the name that was asked where that is another. What is too long to be
-    held does not tell its tier."""
+    """A client's answer with its tier, and with the requested model name where that differs. An answer too long to be
+    held does not contain its tier."""
 
     def __init__(self, out: ClientAnswer, call: Call) -> None:
         super().__init__(out, call.asked)

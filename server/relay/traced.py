@@ -1,4 +1,4 @@
-"""Decisions that an operator can ask about: an answer that tells why its request waited and where it went.
+"""An answer with a trace of the gateway's decisions: why the request waited and where it went.
 
 Only a request that carries `x-evenhand-trace: 1`, from a tenant that may ask, keeps its decisions.
 """

@@ -1,1 +1,1 @@
-"""A request as data: its body, its tenant, what was received for it, the errors it can meet."""
+"""A request as data: its body, its tenant, the transcript of its answer, and errors."""

@@ -1,4 +1,4 @@
-"""LoRA adapters by name: the model that each belongs to, where its files are, and who may ask for it."""
+"""Records of LoRA adapters: name, base model, path of the files, and the tenants that may use it."""
 
 from typing import Annotated, Any
 
@@ -27,7 +27,7 @@ class AdapterRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return told | {"tenants": None if self.tenants is None else sorted(self.tenants)}
 
     def visible_to(self, tenant: str) -> bool:
-        """Whether this tenant may ask for it."""
+        """Whether this tenant may use it."""
         return self.tenants is None or tenant in self.tenants
 
 

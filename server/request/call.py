@@ -1,4 +1,4 @@
-"""One request: `Call` is what was asked (frozen), `Ticket` how it went: a time for each phase it reached."""
+"""One request: `Call` is the parsed request (frozen), `Ticket` its progress, with a time for each phase."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -216,13 +216,13 @@ class Ticket:
         self.decide("failed", worker=worker, outcome=outcome)
 
     def decide(self, step: str, **facts: Any) -> None:
-        """Notes a decision, where somebody asks for them."""
+        """Records a decision, if the request is traced."""
         if self.decisions is not None:
             after_s = round(self.clock() - self.job.arrived_at, 6)
             self.decisions.append({"step": step, "after_s": after_s, **facts})
 
     def ask_another(self, call: Call) -> None:
-        """Another model is asked, as if nobody had been asked before; its times go on."""
+        """Switches to another model, as if no worker had been tried; the ticket's times continue."""
         self.call = call
         if self.phase is Phase.PREFILLING:
             self.move(Phase.WAITING)

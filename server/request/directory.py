@@ -1,4 +1,4 @@
-"""The tenants in force, found by their API keys: those of a file, and those of the shared store."""
+"""The current tenants by API key, from the tenant file and from the shared store."""
 
 import hmac
 import logging
@@ -133,10 +133,11 @@ def bearer(authorization: bytes) -> bytes | None:
 
 
 class TenantFile:
-    """The file, read anew when it changed. What cannot be read changes nothing: the tenants before stay in force."""
+    """The tenant file, reread when it changes. A file that cannot be read changes nothing: the previous tenants stay in
+    force."""
 
     def __init__(self, path: Path, tenants: Tenants, *, metered: bool = True) -> None:
-        """Reads it. ValueError if that cannot be: a gateway does not start with tenants that nobody meant.
+        """Reads the file. ValueError if it is invalid: a gateway must not start with unintended tenants.
 
         metered: costs are counted here, so that a budget in money can be kept.
         """

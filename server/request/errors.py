@@ -1,4 +1,4 @@
-"""What can go wrong with a request, and how each dialect says it: one answer shape, written in one place."""
+"""The errors of a request, and their form in each API dialect."""
 
 from math import ceil
 from typing import TYPE_CHECKING, ClassVar
@@ -121,7 +121,7 @@ class EngineUnreachable(EngineGone):
 
 
 class EngineUntrusted(EngineUnreachable):
-    """Certificates stand between gateway and worker; the message says what is wrong with them, and no address."""
+    """A certificate problem between gateway and worker; the message says what is wrong, without an address."""
 
 
 class EngineRefusesKey(EngineGone):

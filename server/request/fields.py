@@ -1,4 +1,4 @@
-"""The request fields that clients may send, route by route. Any other is refused unless a tenant is granted it.
+"""The allow-list of request fields, by route. Other fields are refused unless a tenant is granted them.
 
 A list of what is allowed, because an engine's next version may read a field that nobody here has heard of: one that
 fetches from an address of the client's, that names another tenant's data, or that makes the engine work uncounted.

@@ -1,4 +1,4 @@
-"""Pictures, sounds and videos inside a prompt: their bytes are not its tokens."""
+"""Finds images, audio and video inside a prompt, whose bytes do not count as text."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""The names that clients may ask for, and the models that answer to them: aliases, canaries, fallbacks, visibility.
+"""Model names that clients may use, and the models behind them: aliases, weighted targets, fallbacks, visibility.
 
 A name is resolved once, before its request waits. Which of several weighted models answers is decided by weighted
 rendezvous hashing (Thaler and Ravishankar 1998): a tenant stays with its model as long as the weights stay, and raising
@@ -94,7 +94,7 @@ class NameTable:
     _chosen: dict[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
 
     def chain(self, named: ServedName, tenant: str, request: str) -> tuple[str, ...]:
-        """The models to ask for this name, one after the other. request: the id, for what is not a tenant's."""
+        """The models to try for this name, in order. request: the id, which decides for requests without a tenant."""
         if named.by_request or not tenant:
             return self._chain(named, request)
         chain = self._chosen.get((named.name, tenant))

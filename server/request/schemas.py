@@ -1,4 +1,4 @@
-"""From a request body to a `Call`: only fields that we act on are read; all others that are allowed pass through."""
+"""Parses a request body into a `Call`: reads only the fields the gateway acts on; other allowed fields pass through."""
 
 import re
 from collections.abc import Callable
@@ -202,7 +202,7 @@ def _with_unlisted(route: Route, body: bytes, tenant: Tenant) -> tuple[Fields, M
 
 
 def _misfit(error: BaseException) -> BadRequest:
-    """What the client is told of a body that cannot be read."""
+    """The error message for a body that cannot be parsed."""
     if isinstance(error, RecursionError):
         return BadRequest("The request body is nested too deeply.", code="invalid_json")
     said = str(error)[:300]

@@ -1,4 +1,4 @@
-"""Tenants read from a file of YAML or JSON, a hundred thousand within a few seconds.
+"""Reads tenants from a YAML or JSON file, a hundred thousand within a few seconds.
 
 A wrong file is refused as a whole, with one sentence that says where it is wrong and quotes nothing: a line may hold a
 key.

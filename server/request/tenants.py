@@ -1,4 +1,4 @@
-"""Tenants as operators write them: in a file, or at `/admin`. There may be a hundred thousand: a record is small."""
+"""Tenant records as operators write them, in a file or at `/admin`; small, since there may be a hundred thousand."""
 
 import hashlib
 import hmac

@@ -1,4 +1,4 @@
-"""The service tier that a request asks for and its tenant is granted, and what a token of it costs.
+"""Service tiers of requests: which tier a tenant may use, and the cost of its tokens.
 
 OpenAI's `service_tier` is `auto`, `default`, `flex` or `priority`. On /v1/messages Anthropic's own values mean: `auto`
 is `priority` where that is granted, and `standard_only` is `default`.

@@ -1,4 +1,4 @@
-"""What a stream has said so far: kept as the bytes that passed, read only when somebody else must go on with it.
+"""The part of a stream that the client already has: kept as raw bytes, parsed only if another worker must continue it.
 
 Keeping costs a reference per chunk. Every `PACK_CHUNKS` chunks they are joined, and what all events of a stream have in
 common (nine tenths of their bytes) is written as one byte.
@@ -86,7 +86,7 @@ class Transcript:
 
 
 class Chunk(NamedTuple):
-    """Tokens and the text that came with them. ids: None where the engine did not tell them."""
+    """Tokens and the text that came with them. ids: None where the engine did not send them."""
 
     ids: list[int] | None
     text: str

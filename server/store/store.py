@@ -76,7 +76,7 @@ class Store(Protocol):
         """All records of a kind by name."""
 
     async def shelve(self, shelf: str, name: str, value: str, ttl_s: float) -> None:
-        """Writes a value that nobody is told of; the shelf goes when nothing was written to it for so long."""
+        """Writes a value without notifying anybody; the shelf is removed after `ttl_s` without a write."""
 
     async def shelved(self, shelf: str) -> dict[str, str]:
         """All values of a shelf by name."""
