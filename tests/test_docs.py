@@ -35,7 +35,7 @@ PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob
 WORD = re.compile(r"\bevenhand_[a-z0-9_]+")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 ROW = re.compile(r"^\| `([a-z_.]+)` \|(?:\\\||[^|])*\| (`[^`|]*`|none) \| ", re.MULTILINE)  # name, option, default
-IN_PLUGIN = re.compile(r'self\._(?:gauge|counter)\(\s*registry,\s*"(\w+)"')
+IN_PLUGIN = re.compile(r'self\._(?:gauge|counter)\(\s*"(\w+)"')
 OF_HISTOGRAMS = ("_bucket", "_count", "_sum")
 
 
@@ -76,7 +76,7 @@ def metrics() -> set[str]:
         for collector in collectors
         for family in collector.collect()
     }
-    plugin = (ROOT / "scheduler" / "vllm" / "plugin.py").read_text(encoding="utf-8")  # importing it needs vLLM
+    plugin = (ROOT / "scheduler" / "vllm" / "metrics.py").read_text(encoding="utf-8")  # importing it needs vLLM
     return names | {f"evenhand_engine_{name}" for name in IN_PLUGIN.findall(plugin)}
 
 

@@ -21,7 +21,7 @@ from server.settings import BatchSettings, CostSettings, Settings, SleepSettings
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RULES = ROOT / "deploy" / "observability" / "prometheus" / "rules.yml"
-OF_PLUGIN = re.compile(r'self\._(?:gauge|counter)\(\s*registry,\s*"(\w+)"')
+OF_PLUGIN = re.compile(r'self\._(?:gauge|counter)\(\s*"(\w+)"')
 OF_PROMETHEUS = {"up"}
 
 
@@ -68,7 +68,7 @@ def of_engine() -> set[str]:
 
 def of_plugin() -> set[str]:
     """Every metric of the scheduler plug-in, which cannot be imported without vLLM."""
-    source = (ROOT / "scheduler" / "vllm" / "plugin.py").read_text(encoding="utf-8")
+    source = (ROOT / "scheduler" / "vllm" / "metrics.py").read_text(encoding="utf-8")
     return {f"evenhand_engine_{name}" for name in OF_PLUGIN.findall(source)}
 
 

@@ -40,7 +40,7 @@ async def test_an_engine_that_says_the_same_twice_may_join_and_is_asked_greedily
 
 async def test_the_bundled_model_must_give_its_recorded_answer() -> None:
     assert await heard(lambda path, body: (200, chat(PRIMES)), "smollm2") == PRIMES
-    with pytest.raises(CanaryError, match=r"L'Étoile.*in place of.*enforce-eager.*dtype=float32"):
+    with pytest.raises(CanaryError, match=r"L'Étoile.*instead of.*enforce-eager.*dtype=float32"):
         await heard(lambda path, body: (200, chat("L'Étoile, la Marseillaise, la femme")), "smollm2")
 
 
@@ -58,7 +58,7 @@ async def test_a_near_tie_that_falls_either_way_is_no_fault() -> None:
 
 @pytest.mark.parametrize("silence", ["", "  \n", None])
 async def test_an_engine_that_says_nothing_must_not_join(silence: str | None) -> None:
-    with pytest.raises(CanaryError, match="with nothing"):
+    with pytest.raises(CanaryError, match="with an empty text"):
         await heard(lambda path, body: (200, chat(silence)))
 
 
@@ -90,7 +90,7 @@ async def test_a_model_that_only_embeds_is_asked_for_an_embedding() -> None:
     [
         (404, {}, "neither chat, completions nor embeddings"),
         (500, {"error": "boom"}, "status 500"),
-        (200, [], "shapes"),
+        (200, [], "format of OpenAI's API"),
     ],
 )
 async def test_what_is_no_answer_is_said(status: int, body: object, sentence: str) -> None:

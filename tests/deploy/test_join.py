@@ -166,7 +166,7 @@ async def test_a_second_signal_ends_it_at_once(model: Path, redis_url: str) -> N
 def test_of_several_addresses_it_takes_the_one_towards_redis() -> None:
     assert address_towards("redis://127.0.0.1:6379/0") == "127.0.0.1"
     assert address_towards("rediss://user:secret@[::ffff:127.0.0.1]") in {"127.0.0.1", "::ffff:127.0.0.1"}
-    with pytest.raises(PreflightError, match=r"no way to the Redis server nobody\.invalid"):
+    with pytest.raises(PreflightError, match=r"no route to the Redis server nobody\.invalid"):
         address_towards("redis://nobody.invalid:6379/0")
     with pytest.raises(ValueError, match="give --address HOST"):
         address_towards("unix:///run/redis.sock")

@@ -72,7 +72,7 @@ async def test_a_bomb_is_refused_before_it_is_expanded(coding: str) -> None:
     async with over_fake(edge={"max_body_bytes": bound}) as (gateway, _):
         gateway.server.edge.bodies = Watched(4 * bound)
         status, message = await refused(gateway, coding, bomb)
-        assert status == 413 and "when it is expanded" in message
+        assert status == 413 and "when decompressed" in message
         assert bound - STEP_BYTES <= sum(taken) <= bound and max(taken) <= STEP_BYTES
 
 

@@ -275,7 +275,7 @@ async def test_a_worker_that_speaks_no_tls_is_named(ca_file: str) -> None:
         url = engine.url.replace("http", "https")
         async with serving(f"{url},ca={ca_file}", ready=False) as gateway:
             await eventually(lambda: problem(gateway))
-            assert "speaks no TLS" in problem(gateway)
+            assert "does not speak TLS" in problem(gateway)
 
 
 @pytest.mark.usefixtures("no_sockets_left")
@@ -290,7 +290,7 @@ async def test_a_worker_may_ask_for_the_gateways_certificate(ca: trustme.CA, ca_
             assert (await gateway.ask("/v1/chat/completions", chat())).status == 200
     async with over_tls(server, f"ca={ca_file}", client_ca=ca, ready=False) as (gateway, _):
         await eventually(lambda: problem(gateway))
-        assert "if it asks for a client certificate" in problem(gateway)
+        assert "if it requires a client certificate" in problem(gateway)
 
 
 def test_tls_alerts_are_told_in_words() -> None:
@@ -303,9 +303,9 @@ def test_tls_alerts_are_told_in_words() -> None:
         assert found is not None
         return found.message
 
-    assert "asks for a client certificate" in said("TLSV13_ALERT_CERTIFICATE_REQUIRED")
+    assert "requires a client certificate" in said("TLSV13_ALERT_CERTIFICATE_REQUIRED")
     assert "does not accept the gateway's certificate (tlsv1 alert unknown ca)" in said("TLSV1_ALERT_UNKNOWN_CA")
-    assert "speaks no TLS" in said("WRONG_VERSION_NUMBER")
+    assert "does not speak TLS" in said("WRONG_VERSION_NUMBER")
     assert untrusted(OSError("refused")) is None
 
 

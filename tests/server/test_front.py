@@ -190,7 +190,7 @@ async def test_any_origin_and_compressed_answers_go_together() -> None:
 
 @pytest.mark.parametrize("origin", ["chat.example", "https://chat.example/", "https://a b", "ftp://x"])
 def test_what_is_no_origin_is_refused(origin: str) -> None:
-    with pytest.raises(ValueError, match="cors_origins.*is no origin"):
+    with pytest.raises(ValueError, match="cors_origins.*is not an origin"):
         GatewayServer(Settings(cors_origins=[origin]))
 
 

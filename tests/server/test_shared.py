@@ -263,7 +263,7 @@ async def test_a_fleet_follows_the_registry_with_patience(caplog: pytest.LogCapt
     await registry.follow()
     await registry.follow()
     assert set(fleet.members) == {"w", "static"}
-    assert len([record for record in caplog.records if "not used" in record.message]) == 2
+    assert len([record for record in caplog.records if "ignoring a registered worker" in record.message]) == 2
 
     now = 6.0  # its heartbeat is late, or the store was lost
     await registry.follow()

@@ -175,7 +175,7 @@ async def test_gateways_with_different_tenant_files_say_so_until_they_have_the_s
     await site.go_on(5)
     one, other, third = site.told()
     assert one == other and one.startswith("1 other gateway has a different tenant file")
-    assert third.startswith("2 other gateways have another tenant file")
+    assert third.startswith("2 other gateways have a different tenant file")
     said = [record.getMessage().partition("They are ")[2] for record in caplog.records]
     assert sorted(said) == ["a, b.", "c.", "c."]
     site.digests["c"] = "1"
