@@ -36,7 +36,7 @@ class Said(NamedTuple):
     prompts: (choice, tokens of its prompt) where prompt token ids came along; prompt_ids: those ids as JSON.
     failure: what the engine says went wrong. last: nothing comes after it. closing: it carries usage and no choice.
     finishes: it ends a choice. fingerprint: `system_fingerprint`.
-    cut: it says of an answer that reached its length that it is complete.
+    response: it carries the response object of /v1/responses; see `as_published`.
     """
 
     tokens: int = 0
@@ -50,10 +50,11 @@ class Said(NamedTuple):
     closing: bool = False
     finishes: bool = False
     fingerprint: str = ""
-    cut: bool = False
+    response: bool = False
 
 
 NOTHING = Said()
+_RESPONSE = Said(response=True)
 _ONE = Said(tokens=1)
 
 
@@ -295,12 +296,11 @@ def _response_event(data: bytes) -> Said:
     if response is not None and _made_nothing(response):
         return Said(failure=EngineGone("The engine ended the answer before its first token."))
     if response is not None and event.type in ("response.completed", "response.incomplete"):
-        cut = response.status == "incomplete" and event.type == "response.completed"
-        return Said(usage=usage_of(response.usage), total=True, last=True, cut=cut)
+        return Said(usage=usage_of(response.usage), total=True, last=True, response=True)
     if response is not None and event.type == "response.failed":
         error = bytes(response.error)
         return Said(failure=_error(b'{"error":%b}' % (error or b"null"), error))
-    return NOTHING
+    return NOTHING if response is None else _RESPONSE
 
 
 _EVENTS: Mapping[Dialect, Callable[[bytes], Said]] = {
@@ -347,7 +347,8 @@ def _whole_message(body: bytes) -> Said:
 
 def _whole_response(body: bytes) -> Said:
     answer = _read_response(body)
-    return _ended(answer.usage, answer.status in ("failed", "cancelled") or _made_nothing(answer))
+    broken_off = answer.status in ("failed", "cancelled") or _made_nothing(answer)
+    return _ended(answer.usage, broken_off)._replace(response=answer.status is not None)
 
 
 def _made_nothing(response: _Response) -> bool:
@@ -379,11 +380,53 @@ def without_prompt_ids(event: bytes, said: Said) -> bytes:
     return event
 
 
-def as_incomplete(event: bytes) -> bytes:
-    """The last event of a response that reached its length, by the name that OpenAI gives it; vLLM 0.32 calls each of
-    them `response.completed`."""
-    members = _read_members(data_of(event)) | {"type": msgspec.Raw(b'"response.incomplete"')}
-    return b"event: response.incomplete\ndata: " + msgspec.json.encode(members)
+# What the specifications of OpenAI and Open Responses want in every response: members that vLLM 0.32 leaves out, and
+# those that it sends as null although they may not be.
+_NULL = msgspec.Raw(b"null")
+_ABSENT_MEMBERS = {
+    "completed_at": _NULL,
+    "error": _NULL,
+    "incomplete_details": _NULL,
+    "instructions": _NULL,
+    "max_output_tokens": _NULL,
+    "max_tool_calls": _NULL,
+    "metadata": _NULL,
+    "previous_response_id": _NULL,
+    "prompt_cache_key": _NULL,
+    "reasoning": _NULL,
+    "safety_identifier": _NULL,
+    "store": msgspec.Raw(b"false"),
+    "usage": _NULL,
+}
+_NEVER_NULL = {
+    "frequency_penalty": msgspec.Raw(b"0.0"),
+    "presence_penalty": msgspec.Raw(b"0.0"),
+    "text": msgspec.Raw(b'{"format":{"type":"text"}}'),
+    "top_logprobs": msgspec.Raw(b"0"),
+}
+
+
+def published_response(response: bytes) -> bytes:
+    """A response object with all members that OpenAI's specification has. `response` is one JSON object."""
+    members = _read_members(response)
+    for name, value in _ABSENT_MEMBERS.items():
+        members.setdefault(name, value)
+    for name, value in _NEVER_NULL.items():
+        if bytes(members.get(name, _NULL)) == b"null":
+            members[name] = value
+    return msgspec.json.encode(members)
+
+
+def as_published(event: bytes) -> bytes:
+    """An event of /v1/responses with its whole response, and by its right name: vLLM 0.32 calls the end of an answer
+    that reached its length `response.completed`."""
+    members = _read_members(data_of(event))
+    kind = msgspec.json.decode(members["type"], type=str)
+    if kind == "response.completed" and _read_response(members["response"]).status == "incomplete":
+        kind = "response.incomplete"
+    members["type"] = msgspec.Raw(msgspec.json.encode(kind))
+    members["response"] = msgspec.Raw(published_response(members["response"]))
+    return b"event: " + kind.encode() + b"\ndata: " + msgspec.json.encode(members)
 
 
 def with_fingerprint(event: bytes, fingerprint: str) -> bytes:

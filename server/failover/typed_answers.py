@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from server.engine.answers import Usage, data_of, tokens_of_prompt
+from server.engine.answers import Usage, data_of, published_response, tokens_of_prompt
 from server.request.call import Dialect
 from server.request.transcript import Transcript
 
@@ -181,6 +181,7 @@ class Response(TypedAnswer):
             "output": [self.item] if self.announced else [],
             "usage": _response_usage(end.usage),
         }
+        response = orjson.loads(published_response(orjson.dumps(response)))
         return last + self._numbered(f"response.{response['status']}", {"response": response})
 
     def _close_item(self) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import orjson
 
-from server.engine.answers import Said, Usage, as_incomplete, data_of, read_event
+from server.engine.answers import Said, Usage, as_published, data_of, read_event
 from server.failover.resume import GO_ALONG, SPENT, CannotResume, Rest, check_fields, ends_within, kept_of, stop_texts
 from server.failover.typed_answers import AnswerEnd, Json, TypedAnswer, typed_answer
 from server.failover.typed_prompt import chat_of
@@ -174,7 +174,7 @@ class BegunAnew:
         return read_event(self._dialect, event)
 
     def told(self, event: bytes, said: Said) -> bytes:
-        data = data_of(as_incomplete(event) if said.cut else event)
+        data = data_of(as_published(event) if said.response else event)
         return self._answer.retold(orjson.loads(data)) if data else b""
 
 

@@ -16,7 +16,8 @@ from server.engine.answers import (
     Said,
     Usage,
     UsageFinder,
-    as_incomplete,
+    as_published,
+    published_response,
     read_event,
     read_whole,
     with_fingerprint,
@@ -246,6 +247,8 @@ class Whole(Pipe):
             if said is not None and said.failure is not None:
                 self.fail(said.failure)
                 return
+            if said is not None and said.response:
+                body = published_response(body)
             self.begin(len(body))
             if body:
                 self.out.write(body)
@@ -457,7 +460,7 @@ class Stream(Pipe):
         """What the client gets of an event."""
         call = self.ticket.call
         if not call.hide_usage:
-            return (as_incomplete(event) if said.cut else self._without_prompt(event, said)) + b"\n\n"
+            return (as_published(event) if said.response else self._without_prompt(event, said)) + b"\n\n"
         before, self.finishing = self.finishing, b""
         if said.closing:
             if before and said.fingerprint:

@@ -4,6 +4,7 @@ import asyncio
 import json
 
 import httpx2
+import orjson
 import pytest
 
 from loadtest.fake.engine import FakeEngine
@@ -123,11 +124,35 @@ async def test_other_dialects_stream_untouched_and_are_counted(
 ) -> None:
     async with over_script(says(streamed(*events))) as (gateway, engine):
         reply = await gateway.ask(path, body | {"stream": True})
-        assert reply.body == b"".join(events)
+        shown = reply.body.split(b"\n\n")[:-1]
+        assert len(shown) == len(events)
+        for event, sent in zip(shown, events, strict=True):
+            # A response gets the members that OpenAI's specification wants and vLLM leaves out.
+            assert event + b"\n\n" == sent or (
+                b'"response":{' in sent and sent.split(b"\n")[0] == event.split(b"\n")[0]
+            )
         assert json.loads(engine.asked[-1].body) == body | {"stream": True}
         metrics = await gateway.metrics()
         assert metrics["evenhand_tokens_total", (("kind", "prompt"),)] == tokens[0]
         assert metrics["evenhand_tokens_total", (("kind", "completion"),)] == tokens[1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_response_has_all_members_of_the_specification_and_keeps_its_own(stream: bool) -> None:
+    told: dict[str, object] = {"id": "r", "status": "completed", "top_logprobs": None}
+    told |= {"text": {"format": {"type": "json_object"}}}
+    told |= {"output": [{"type": "message", "content": '"é'}], "usage": {"input_tokens": 7, "output_tokens": 4}}
+    event = b'event: response.completed\ndata: {"type":"response.completed","response":%b}\n\n' % orjson.dumps(told)
+    engine_says = streamed(event) if stream else plain(orjson.dumps(told))
+    async with over_script(says(engine_says)) as (gateway, _):
+        reply = await gateway.ask("/v1/responses", {"model": "fake", "input": "hi", "stream": stream})
+    if stream:
+        assert reply.body.startswith(b"event: response.completed\ndata: {")
+        said = orjson.loads(reply.body.split(b"data: ")[1])["response"]
+    else:
+        said = reply.json()
+    assert said == told | {"top_logprobs": 0} | {name: said[name] for name in said.keys() - told.keys()}
+    assert {"completed_at", "error", "store", "safety_identifier", "presence_penalty"} <= said.keys()
 
 
 async def test_embeddings_and_tokenize_are_relayed_even_if_they_ask_to_stream() -> None:

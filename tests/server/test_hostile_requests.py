@@ -507,7 +507,7 @@ async def test_an_engine_that_is_ending_and_makes_nothing_has_not_answered(
         reply = await there.ask(path, ASKED[path] | {"stream": stream})
         assert reply.status == 200 and not answers
         assert (b'"Hi"' if stream else b'"ok"') in reply.body
-        assert b"error" not in reply.body
+        assert b"error" not in reply.body.replace(b'"error":null', b"")
 
 
 async def test_a_large_event_in_pieces_is_put_together_once(tmp_path: Path) -> None:
