@@ -5,6 +5,7 @@ the time to the first token of one more prompt, the time per token of what runs,
 """
 
 from dataclasses import astuple, dataclass
+from itertools import islice
 from math import exp, inf
 from typing import Final, NamedTuple
 
@@ -16,19 +17,22 @@ _FULL: Final = 0.9  # of the KV cache
 _LONG_STEPS: Final = 64  # an answer of as many tokens or more says how long a step takes; a shorter one says it roughly
 _LEAST_STEP_S: Final = 1e-5
 _SHORTEST_S: Final = 1e-3  # first tokens that come closer together were made by one step
+_LOOKED_AT: Final = 16  # answers of an engine; of more, each k-th
+_LEAST_ROOM: Final = 0.05  # of a limit: what an answer is taken to have left where steps alone take longer
 
 
 @dataclass(slots=True, eq=False)
 class Stay:
     """What a forecast notes of one request's answers, from `expects` to `ended`.
 
-    context_tokens: of its prompt and half of its answer, once for each of `answers`. began_at: None before its first
-    token.
+    context_tokens: of its prompt and half of its answer, once for each of `answers`. tpot_limit_s: objective for each.
+    began_at: None before its first token.
     prompts, sequences, contexts, fetched: the engine's sums when it began.
     """
 
     context_tokens: float
     answers: int = 1
+    tpot_limit_s: float = inf
     began_at: float | None = None
     prompts: float = 0.0
     sequences: float = 0.0
@@ -41,6 +45,15 @@ class Pace(NamedTuple):
 
     tpot_s: float
     deviation_s: float
+
+
+class Misses(NamedTuple):
+    """Answers of an engine that are expected to miss their limits if it also reads a prompt, writes an answer, or does
+    both, and would not miss them otherwise."""
+
+    reading: float
+    writing: float
+    both: float
 
 
 class EngineForecast:
@@ -59,6 +72,7 @@ class EngineForecast:
         self.others = 0
         self.running = 0
         self.coming = 0
+        self._limited: dict[Stay, None] = {}  # of those that run, the ones with a limit
         self._running_context = 0.0
         self._coming_context = 0.0
         self._unread: dict[object, int] = {}
@@ -119,11 +133,11 @@ class EngineForecast:
         self._silent.discard(key)
         return tokens
 
-    def expects(self, context_tokens: float, answers: int = 1) -> Stay:
+    def expects(self, context_tokens: float, answers: int = 1, tpot_limit_s: float = inf) -> Stay:
         """A request's answers will be written here. context_tokens: of all of them."""
         self.coming += answers
         self._coming_context += context_tokens
-        return Stay(context_tokens, answers)
+        return Stay(context_tokens, answers, tpot_limit_s)
 
     def begins(self, stay: Stay, now: float, *, fetched_tokens: int = 0) -> None:
         """Its first token came. Nothing if it has begun before. fetched_tokens: of its prompt, from another engine."""
@@ -135,6 +149,8 @@ class EngineForecast:
         self._coming_context -= stay.context_tokens
         self.running += stay.answers
         self._running_context += stay.context_tokens
+        if stay.tpot_limit_s < inf:
+            self._limited[stay] = None
         stay.began_at, stay.prompts, stay.fetched = now, self._computed(now), self._fetched_tokens
         stay.sequences, stay.contexts = self._sequence_s, self._context_s
 
@@ -147,6 +163,7 @@ class EngineForecast:
         self._sum(now)
         self.running -= stay.answers
         self._running_context -= stay.context_tokens
+        self._limited.pop(stay, None)
         seconds, stayed_s = last_at - stay.began_at, now - stay.began_at
         if tokens > 4 and seconds > 0.0:
             steps = tokens - 1
@@ -233,14 +250,13 @@ class EngineForecast:
         return self._stall_s * exp((self._stall_at - now) / life_s) if self._stall_s else 0.0
 
     def pace(
-        self, output_tokens: float, prompt_s: float, now: float, *, more: int = 0, context_tokens: float = 0.0,
-        prompt_tokens: float = 0.0,
-    ) -> Pace:  # fmt: skip
+        self, output_tokens: float, prompt_s: float, now: float, *, more: int = 0, context_tokens: float = 0.0
+    ) -> Pace:
         """Per token of an answer of `output_tokens` that runs here, if so much comes on top.
 
         Prompts hold answers up: those read within an answer's life, or as many as the engine's habit says, whichever
-        is more. They come at random, so the deviation is that of a Poisson process whose events take `prompt_s` each.
-        more, context_tokens: answers that join, and their context. prompt_tokens: to be read here.
+        is more, but none by more than a whole chunk for each token. They come at random, so the deviation is that of a
+        Poisson process whose events take `prompt_s` each. more, context_tokens: answers that join, and their context.
         """
         cost = self.cost
         held = self._running_context + self._coming_context + context_tokens
@@ -248,5 +264,61 @@ class EngineForecast:
         life_s = step_s * output_tokens
         share = min(_MOST_SHARE, self.read_share(now))
         usual_s = life_s * share / (1.0 - share)
-        stall_s = max(self._recent_stall_s(now, life_s), usual_s) + cost.prompt_token_s * prompt_tokens
+        stall_s = min(max(self._recent_stall_s(now, life_s), usual_s), self._chunk_s() * output_tokens)
         return Pace(step_s + stall_s / output_tokens, (usual_s * prompt_s) ** 0.5 / output_tokens)
+
+    def _chunk_s(self) -> float:
+        """What the largest chunk of a prompt adds to a step."""
+        return max(1, self.chunk_tokens - self.running) * self.cost.prompt_token_s
+
+    def misses(self, tokens: float, context_tokens: float, left: float, now: float) -> Misses:
+        """What one more prompt with so many tokens to compute, and one more answer with so much context, do to the
+        answers that run here.
+
+        Each is judged by how it stands: by the tokens that it has, as far as time tells, and by what has held it up.
+        One that will be late anyway has nothing to lose, and one that has got far can wait. How long they will be
+        is not known: the tokens that are left are exponential, `left` in the mean.
+        """
+        if not self._limited:
+            return Misses(0.0, 0.0, 0.0)
+        cost = self.cost
+        held = self._running_context + self._coming_context
+        step_s = cost.decode_s(self.answers + self.others, held)
+        slower_s = (cost.sequence_s + cost.context_token_s * context_tokens) * left
+        queue_s, read_s = self.unread_tokens(now) * cost.prompt_token_s, tokens * cost.prompt_token_s
+        chunk_s, computed = self._chunk_s(), self._computed(now)
+        each = -(-len(self._limited) // _LOOKED_AT)
+        reading = writing = both = 0.0
+        for stay in islice(self._limited, 0, None, each):
+            assert stay.began_at is not None
+            stalled_s = (computed - stay.prompts) * cost.prompt_token_s
+            room_s = max(_LEAST_ROOM * stay.tpot_limit_s, stay.tpot_limit_s - step_s)
+            behind_s = stalled_s - room_s * max(0.0, now - stay.began_at - stalled_s) / step_s
+            if behind_s + queue_s + read_s + slower_s <= 0.0:
+                continue
+            before = late(behind_s, queue_s, room_s, chunk_s, left)
+            answers = stay.answers * each
+            reading += answers * (late(behind_s, queue_s + read_s, room_s, chunk_s, left) - before)
+            writing += answers * (late(behind_s, queue_s + slower_s, room_s, chunk_s, left) - before)
+            both += answers * (late(behind_s, queue_s + read_s + slower_s, room_s, chunk_s, left) - before)
+        return Misses(reading, writing, both)
+
+
+def late(behind_s: float, stall_s: float, room_s: float, chunk_s: float, left: float) -> float:
+    """The probability that an answer misses its limit.
+
+    behind_s: what has held it up, less what it was allowed until now. stall_s: what will hold it up, by `chunk_s` per
+    token at most. room_s: what it is allowed for each token that is left. left: their number in the mean; it is taken
+    to be exponential.
+    """
+    most = (behind_s + stall_s) / room_s  # with more tokens left than these it makes up for everything
+    if most <= 0.0:
+        return 0.0
+    if chunk_s <= room_s:  # it loses nothing any more
+        if behind_s <= 0.0:
+            return 0.0
+        if chunk_s < room_s:
+            most = min(most, behind_s / (room_s - chunk_s))
+        return 1.0 - exp(-most / left)
+    least = max(0.0, -behind_s / (chunk_s - room_s))  # with fewer it ends before it is behind
+    return max(0.0, exp(-least / left) - exp(-most / left))

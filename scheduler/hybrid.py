@@ -121,7 +121,7 @@ class Planner:
         reader, writer = loads[choice.reader], loads[choice.writer]
         self.life_s = max(0.1, choice.tpot_s * asked.output_tokens)
         writes, reads = prospects[choice.writer].forecast, prospects[choice.reader]
-        stay = writes.expects(asked.context_tokens * asked.answers, asked.answers)
+        stay = writes.expects(asked.context_tokens * asked.answers, asked.answers, asked.objectives.tpot_s)
         if asked.silent:
             writes.begins(stay, now)
         visit = Visit(reader, writer, self, asked.prompt_tokens, choice.ttft_s, now, stay, asked.silent)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import erf, hypot, inf, sqrt
 from typing import Final, NamedTuple
 
-from scheduler.forecast import EngineForecast, Pace
+from scheduler.forecast import EngineForecast, Misses, Pace
 from scheduler.objectives import Objectives
 
 TTFT_ERROR: Final = 0.15  # of a predicted time to first token, one standard deviation
@@ -102,58 +102,47 @@ def _possible(asked: Asked, reader: Prospect, writer: Prospect, *, same: bool) -
 class _Seen(NamedTuple):
     """What one engine offers.
 
-    tokens: of the prompt, to be computed there. read_s: to the prompt's end. own_s: of that, for this prompt alone.
-    wait_s: for memory. write_risk: that the answer misses its TPOT there. hurt_…: how many more of the answers there do
-    if the engine reads the prompt, writes the answer, or does both.
+    tokens: of the prompt, to be computed there. ahead_s: until what is queued there has been read. read_s: to the
+    prompt's end. wait_s: for memory. write_risk: that the answer misses its TPOT there. misses: of the answers there.
     """
 
     answers: int
     tokens: float
+    ahead_s: float
     read_s: float
-    own_s: float
     wait_s: float
     pace: Pace
     write_risk: float
-    hurt_reading: float
-    hurt_writing: float
-    hurt_both: float
+    misses: Misses
 
     @classmethod
     def of(cls, asked: Asked, prospect: Prospect, now: float) -> "_Seen":
-        forecast, tpot_s = prospect.forecast, asked.objectives.tpot_s
+        forecast = prospect.forecast
         tokens = max(1.0, asked.prompt_tokens - prospect.cached_tokens)
         prompt_s = forecast.cost.prompt_token_s * asked.typical_prompt_tokens
         output, context = max(2.0, asked.output_tokens), asked.context_tokens
-
-        def pace(more: int, reads: float) -> Pace:
-            return forecast.pace(output, prompt_s, now, more=more, context_tokens=context * more, prompt_tokens=reads)
-
-        writing = pace(1, 0.0)
-        write_risk = _late(writing, tpot_s)
-        answers = forecast.answers
-        before = _late(pace(0, 0.0), tpot_s)
-        hurt = [answers * (_late(one, tpot_s) - before) for one in (pace(0, tokens), writing, pace(1, tokens))]
-        read_s = forecast.first_token_s(tokens, now)
+        pace = forecast.pace(output, prompt_s, now, more=1, context_tokens=context)
         return cls(
-            answers,
+            forecast.answers,
             tokens,
-            read_s,
-            read_s - forecast.first_token_s(0.0, now),
-            forecast.memory_wait_s(context, writing.tpot_s * output),
-            writing,
-            write_risk,
-            *hurt,
+            forecast.first_token_s(0.0, now),
+            forecast.first_token_s(tokens, now),
+            forecast.memory_wait_s(context, pace.tpot_s * output),
+            pace,
+            _late(pace, asked.objectives.tpot_s),
+            forecast.misses(tokens, context, output, now),
         )
 
 
 def _together(asked: Asked, seen: _Seen, at: int) -> Choice:
-    ttft_s = max(seen.read_s, seen.wait_s + seen.own_s)
-    return Choice(at, at, ttft_s, seen.pace.tpot_s, _own(asked, ttft_s, seen.write_risk) + seen.hurt_both)
+    ttft_s = max(seen.read_s, seen.wait_s + seen.read_s - seen.ahead_s)
+    return Choice(at, at, ttft_s, seen.pace.tpot_s, _own(asked, ttft_s, seen.write_risk) + seen.misses.both)
 
 
 def _apart(asked: Asked, reader: _Seen, writer: _Seen, at: tuple[int, int], handover_s: float) -> Choice:
-    ttft_s = max(reader.read_s, writer.wait_s) + handover_s
-    risk = _own(asked, ttft_s, writer.write_risk) + reader.hurt_reading + writer.hurt_writing
+    # What comes from elsewhere waits for the prompts that are being read where it is to be answered.
+    ttft_s = max(max(reader.read_s, writer.wait_s) + handover_s, writer.ahead_s)
+    risk = _own(asked, ttft_s, writer.write_risk) + reader.misses.reading + writer.misses.writing
     return Choice(*at, ttft_s, writer.pace.tpot_s, risk)
 
 

@@ -26,7 +26,7 @@ from loadtest.report.trust import trust
 from loadtest.simulator import simulate_command
 
 _MOST_WORKERS = 64
-_STEP_TOKENS = (512, 256)  # of engines that answer, beside the cost model's own
+_STEP_TOKENS = (1024, 512)  # of engines that answer, beside the cost model's own
 _ALIKE = 0.005  # shares that are nearer to each other are no reason to prefer one
 
 
@@ -111,7 +111,7 @@ def ways(workers: int, *, apart: bool) -> list[Way]:
         return both
     some = [readers for readers in divisions(workers) if readers]
     fixed = [Way(readers) for readers in some]
-    predicted = [Way(0, predicted=True), *(Way(readers, True, _STEP_TOKENS[0]) for readers in some)]
+    predicted = [Way(0, predicted=True), *(Way(readers, True, _STEP_TOKENS[-1]) for readers in some)]
     return [*both, *fixed, *predicted]
 
 

@@ -180,6 +180,7 @@ class Simulation:
         self._affinity = Affinity()
         self._typical = TypicalRequest()
         self.ttft_errors: list[float] = []  # predicted ÷ actual, of each request, where placement is by prediction
+        self.handed_over = 0  # requests whose prompt one worker read and another one answered
         self._planner = None if plan.objectives is None else Planner(self.ttft_errors.append)
         self._flights: dict[str, _Flight] = {}
         self._charge: list[_Flight] = []
@@ -364,6 +365,7 @@ class Simulation:
             worker.batch.add(flight.runs, now, blocks=blocks)
             self._step(worker, now)
             return
+        self.handed_over += 1
         flight.reads = _job(call, flight.runs.id, now)
         reader.load.reserve(1, call.prompt_tokens)
         reader.batch.add(flight.reads, now, blocks=blocks)

@@ -89,8 +89,8 @@ def test_what_is_tried_includes_tuned_engines_that_do_both() -> None:
     assert list(map(str, advise.ways(1, apart=False))) == ["all do both"]
     assert [str(way) for way in advise.ways(2, apart=True)] == [
         "all do both",
+        "all do both, steps of 1024 tokens",
         "all do both, steps of 512 tokens",
-        "all do both, steps of 256 tokens",
         "1 only read prompts",
         "all do both, placed by prediction",
         "1 prefer to read prompts, placed by prediction, steps of 512 tokens",

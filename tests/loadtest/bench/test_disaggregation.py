@@ -2,6 +2,7 @@
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from pathlib import Path
 from random import Random
@@ -10,22 +11,23 @@ from statistics import mean
 import pytest
 from rich.console import Console
 
-from loadtest.bench import disaggregation
-from loadtest.bench.disaggregation import (
+from loadtest.bench import disaggregation_simulated
+from loadtest.bench.disaggregation import ROLES, TOGETHER, stopping
+from loadtest.bench.disaggregation_load import (
     CONTEXT_TOKENS,
     MEAN_PROMPT_TOKENS,
-    SIDES,
     WORKERS,
     Idle,
     goodputs,
     mixes,
-    simulated,
-    stopping,
     until,
 )
+from loadtest.bench.disaggregation_simulated import LONGER, SimulatedSide, divided, simulated
 from loadtest.bench.random_model import write
 from loadtest.call import TraceCall
 from loadtest.records import Record
+from loadtest.simulator.costmodel import PRESETS
+from loadtest.traces.workload import Shape, mean_lengths
 
 IDLE = Idle(ttft_s=0.2, tpot_s=0.01)
 TINY = {
@@ -46,8 +48,8 @@ def test_made_up_lengths_have_the_mean_prompt_that_they_should() -> None:
     assert max(shape.prompt_tokens for shape in lengths) <= CONTEXT_TOKENS
 
 
-def test_both_sides_have_as_many_engines() -> None:
-    for options in SIDES.values():
+def test_all_sides_have_as_many_engines() -> None:
+    for options in (TOGETHER, *ROLES.values()):
         assert sum(int(count) for count in options[1::2]) == WORKERS
 
 
@@ -69,15 +71,34 @@ def test_times_and_calls_stop_when_they_should() -> None:
 
 @pytest.mark.slow
 def test_what_is_simulated_says_so_and_compares_with_the_better_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disaggregation, "REQUESTS", 20)
-    monkeypatch.setattr(disaggregation, "SIMULATED_LOADS", (0.02, 0.6, 1.2))
-    told = simulated(mixes(None, Random(1)), "gpu-7b", 2, Console(quiet=True))
+    monkeypatch.setattr(disaggregation_simulated, "REQUESTS", 20)
+    monkeypatch.setattr(disaggregation_simulated, "SIMULATED_LOADS", (0.02, 0.6, 1.2))
+    with ThreadPoolExecutor(1) as processes:
+        told = simulated(mixes(None, Random(1)), "gpu-7b", 2, Console(quiet=True), processes)
     assert told.startswith("Simulated, not measured")
     rows = [line.strip("| ").split(" | ") for line in told.splitlines() if "TPOT ≤" in line]
     assert len(rows) == 3
-    for _, both, apart, hybrid, ratio, _ in rows:
+    for _, both, apart, hybrid, ratio, *_ in rows:
         best = max(float(both.split()[0]), float(apart.split()[0]))
         assert float(ratio) == pytest.approx(float(hybrid) / best, rel=0.1) if best else float(ratio) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [0, 1, 2], ids=["tight", "middle", "loose"])
+def test_placement_by_prediction_is_as_good_as_any_fixed_choice(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The promise of `--slo-ttft` and `--slo-tpot`, in virtual time: within a few percent of the best of engines that
+    do both, with each step size, and of fixed roles, at whichever objective."""
+    monkeypatch.setattr(disaggregation_simulated, "SIMULATED_LOADS", tuple(at / 10 for at in range(1, 18)))
+    cost = PRESETS["gpu-7b"]
+    lengths = [
+        Shape(LONGER * one.prompt_tokens, LONGER * one.output_tokens) for one in mixes(None, Random(1))["made up (C)"]
+    ]
+    idle = Idle(cost.prefill_s_per_token * mean_lengths(lengths)[0], cost.iteration_s)
+    objective = idle.objectives()[at]
+    *fixed, predicted = [
+        SimulatedSide.of(lengths, idle, objective, plan).goodput for plan in divided(cost, WORKERS, objective)
+    ]
+    assert predicted >= 0.95 * max(fixed)
 
 
 def test_random_weights_have_the_shape_that_was_asked_for_and_follow_from_their_seed(tmp_path: Path) -> None:

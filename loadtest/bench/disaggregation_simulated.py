@@ -1,0 +1,132 @@
+"""The simulated part of `evenhand bench disaggregation`: engines that share no core, lengths and limits four times as
+long as measured. The simulator sends each request where the gateway's own code sends it."""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from math import inf
+from random import Random
+from statistics import geometric_mean, mean
+
+from rich.console import Console
+
+from loadtest.bench.disaggregation_load import WORKERS, Idle
+from loadtest.bench.table import markdown, quantile
+from loadtest.report.report import ATTAINMENT_GOAL, Objective, goodput
+from loadtest.simulator.costmodel import PRESETS, CostModel
+from loadtest.simulator.simulate import Plan, Simulation
+from loadtest.traces.arrivals import poisson
+from loadtest.traces.workload import Fit, Maker, Shape, mean_lengths
+from scheduler.objectives import Objectives
+from scheduler.placement import Rules
+
+LONGER = 4
+RULES = Rules(busy_tokens=LONGER * Rules().busy_tokens, max_arriving_tokens=LONGER * Rules().max_arriving_tokens)
+REQUESTS, WARM_UP = 500, 0.2  # of one run with two engines; the share of them that is not judged: the forecast learns
+STEP_TOKENS = (512, 1024, 2048)
+# Of what one engine reads of prompts of mean length, for two engines.
+SIMULATED_LOADS = tuple(at / 20 for at in range(1, 29)) + (1.5, 1.6, 1.7, 1.8, 2.0)
+
+
+@dataclass(frozen=True)
+class Run:
+    """share: of requests inside the objective. errors: of predicted times to first token. handed_over: share of those
+    whose prompt one engine read and another one answered. Beginnings are left out, but for the last."""
+
+    share: float
+    errors: Sequence[float]
+    handed_over: float
+
+
+@dataclass(frozen=True)
+class SimulatedSide:
+    """One division of the engines. goodput: requests a second for each. at_most: at the highest load that is inside."""
+
+    plan: Plan
+    goodput: float
+    at_most: Run | None
+
+    @classmethod
+    def of(cls, lengths: Sequence[Shape], idle: Idle, objective: Objective, plan: Plan) -> "SimulatedSide":
+        """By bisection over the loads."""
+        rates = [load * (plan.workers + plan.prefill_workers) / WORKERS / idle.ttft_s for load in SIMULATED_LOADS]
+        seen: dict[int, Run] = {}
+        low, high = -1, len(rates)
+        while high - low > 1:
+            middle = (low + high) // 2 if seen else len(rates) // 3
+            seen[middle] = offered(plan, lengths, rates[middle], objective)
+            low, high = (middle, high) if seen[middle].share >= ATTAINMENT_GOAL else (low, middle)
+        points = [(SIMULATED_LOADS[at] / WORKERS / idle.ttft_s, run.share) for at, run in seen.items()]
+        return cls(plan, goodput(points), seen.get(low))
+
+
+def offered(plan: Plan, lengths: Sequence[Shape], rate: float, objective: Objective) -> Run:
+    """Two runs at this many requests a second."""
+    judged: list[bool] = []
+    errors: list[float] = []
+    handed_over: list[float] = []
+    for seed in range(2):
+        rng = Random(f"simulated:{seed}")
+        drawn = [rng.choice(lengths) for _ in range(REQUESTS * (plan.workers + plan.prefill_workers) // WORKERS)]
+        times = list(islice(poisson(rate, rng), len(drawn)))
+        maker, simulation = Maker(lambda *_: [], Fit(context_tokens=1 << 17)), Simulation(plan)
+        records = simulation.run(maker.calls(drawn, times, rng)).records
+        first = int(WARM_UP * len(times))
+        judged += [objective.met(one) for one in records if one.sent_s >= times[first]]
+        errors += [abs(1 - ratio) for ratio in simulation.ttft_errors[first:]]
+        handed_over.append(simulation.handed_over / len(times))
+    return Run(mean(judged), errors, mean(handed_over))
+
+
+def divided(cost: CostModel, engines: int, objective: Objective) -> list[Plan]:
+    """All do both, with each step size; some only read, a quarter or half of them; all by prediction."""
+    readers = sorted({engines // 4, engines // 2} - {0})
+    asked = Objectives(objective.ttft_s, objective.tpot_s)
+    return [
+        *(Plan(replace(cost, max_batched_tokens=tokens), workers=engines) for tokens in STEP_TOKENS),
+        *(Plan(cost, workers=engines - number, prefill_workers=number, rules=RULES) for number in readers),
+        Plan(cost, workers=engines, objectives=asked),
+    ]
+
+
+def simulated(
+    drawn: Mapping[str, list[Shape]], cost_name: str, engines: int, progress: Console, processes: Executor
+) -> str:
+    """Goodput by the simulator, in each division of the engines."""
+    cost, rows, ratios = PRESETS[cost_name], [], []
+    for name, lengths in drawn.items():
+        of = [Shape(LONGER * shape.prompt_tokens, LONGER * shape.output_tokens) for shape in lengths]
+        idle = Idle(cost.prefill_s_per_token * mean_lengths(of)[0], cost.iteration_s)
+        for objective in idle.objectives():
+            plans = divided(cost, engines, objective)
+            *sides, hybrid = processes.map(partial(SimulatedSide.of, of, idle, objective), plans)
+            both = max(sides[: len(STEP_TOKENS)], key=lambda side: side.goodput)
+            apart = max(sides[len(STEP_TOKENS) :], key=lambda side: side.goodput)
+            best = max(both.goodput, apart.goodput)
+            ratios.append(hybrid.goodput / best if best else inf)
+            rows.append(
+                [
+                    f"{name}, TPOT ≤ {1e3 * objective.tpot_s:.0f} ms",
+                    f"{both.goodput:.2f} (steps of {both.plan.cost.max_batched_tokens})",
+                    f"{apart.goodput:.2f} ({apart.plan.prefill_workers} read)",
+                    f"{hybrid.goodput:.2f}",
+                    f"{ratios[-1]:.2f}",
+                    *_of_prediction(hybrid.at_most),
+                ]
+            )
+            progress.print(" | ".join(rows[-1]))
+    told = (
+        f"Simulated, not measured: cost model {cost_name}, {engines} engines; requests/s per engine with 90 % inside "
+        "TTFT and TPOT. By prediction ÷ the better of the others: "
+        f"geometric mean {geometric_mean(ratios) if min(ratios) else 0.0:.2f}, least {min(ratios):.2f}"
+    )
+    head = ["lengths, objective", "best that do both", "best apart", "by prediction", "÷ best", "handed over"]
+    return f"{told}\n\n" + markdown([*head, "error of predicted TTFT, %: p50, p90"], rows)
+
+
+def _of_prediction(run: Run | None) -> tuple[str, str]:
+    if run is None or not run.errors:
+        return "-", "-"
+    return f"{run.handed_over:.0%}", ", ".join(f"{100 * quantile(run.errors, at):.0f}" for at in (0.5, 0.9))
