@@ -3,8 +3,10 @@
 from math import inf
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from scheduler.forecast import EngineForecast
+from scheduler.forecast import EngineForecast, late
 from scheduler.objectives import Objectives
 from scheduler.prediction import Asked, Prospect, choose
 from scheduler.step_cost import StepCost
@@ -18,10 +20,10 @@ def engine(**how: float) -> EngineForecast:
 
 
 def answering(
-    forecast: EngineForecast, answers: int, context_tokens: float = 1000.0, now: float = 0.0
+    forecast: EngineForecast, answers: int, context_tokens: float = 1000.0, now: float = 0.0, limit_s: float = inf
 ) -> EngineForecast:
     for _ in range(answers):
-        forecast.begins(forecast.expects(context_tokens), now)
+        forecast.begins(forecast.expects(context_tokens, tpot_limit_s=limit_s), now)
     return forecast
 
 
@@ -101,6 +103,52 @@ def test_a_forecast_learns_how_fast_its_engine_reads_and_writes() -> None:
     assert forecast.first_token_s(512, now) == pytest.approx(512 * 4e-3 + 2 * 0.05, rel=0.05)
     now += 1000.0  # the habit of reading prompts is forgotten
     assert forecast.pace(100.0, 0.0, now, more=1).tpot_s == pytest.approx(true.decode_s(1, 0.0), rel=0.1)
+
+
+SECONDS = st.floats(0.0, 10.0)
+
+
+@given(st.floats(-10.0, 10.0), SECONDS, SECONDS, st.floats(1e-3, 1.0), st.floats(1e-3, 1.0), st.floats(1.0, 1000.0))
+def test_a_longer_stall_never_makes_it_likelier_that_an_answer_is_on_time(
+    behind_s: float, stall_s: float, more_s: float, room_s: float, chunk_s: float, left: float
+) -> None:
+    risk, higher = (late(behind_s, stall, room_s, chunk_s, left) for stall in (stall_s, stall_s + more_s))
+    assert 0.0 <= risk <= higher <= 1.0
+
+
+def test_an_answer_that_has_got_far_can_wait_and_one_that_is_late_has_nothing_to_lose() -> None:
+    now, prompt = 2.0, 4000.0  # of 0.24 s
+    far, fresh, stalled = (answering(engine(), 5, 0.0, at, 0.0135) for at in (0.0, 1.9, 1.9))
+    for number in range(20):
+        stalled.sends_prompt(number, 5000, 1.9, life_s=2.0)
+    costs = [one.misses(prompt, 0.0, 100.0, now).reading for one in (far, fresh, stalled)]
+    assert costs[0] < 0.1 * costs[1] and costs[2] < 0.1 * costs[1] and 1.0 < costs[1] < 5.0
+
+
+def test_steps_within_the_objective_make_no_answer_late() -> None:
+    small = answering(engine(chunk_tokens=256), 5, 0.0, limit_s=0.05)
+    assert small.misses(50_000.0, 0.0, 100.0, 0.1).reading == 0.0
+    assert answering(engine(), 5, 0.0, limit_s=0.05).misses(50_000.0, 0.0, 100.0, 0.1).reading > 2.0
+
+
+def test_each_answer_is_judged_by_its_own_objective_and_many_by_some_of_them() -> None:
+    mixed = answering(answering(engine(), 5, 0.0, limit_s=0.0135), 5, 0.0)
+    alike = answering(engine(), 5, 0.0, limit_s=0.0135)
+    assert mixed.misses(4000.0, 0.0, 100.0, 0.1).reading == pytest.approx(
+        alike.misses(4000.0, 0.0, 100.0, 0.1).reading, rel=0.15
+    )
+    many = answering(engine(), 64, 0.0, limit_s=0.03)
+    assert many.misses(20_000.0, 0.0, 100.0, 0.1).reading == pytest.approx(
+        64 * late(-0.1 * (0.03 / 0.01256 - 1), 1.2, 0.03 - 0.01256, (2048 - 64) * 60e-6, 100.0), rel=0.05
+    )
+
+
+def test_what_comes_from_another_engine_waits_for_the_prompts_that_are_read_where_it_goes() -> None:
+    writes = answering(engine(), 1)
+    writes.sends_prompt("long", 30_000, 0.0, life_s=2.0)
+    roles = [Prospect(engine(), whole=False, fetches=False), Prospect(writes, reads=False, whole=False)]
+    choice = choose(asked(1000, LOOSE), roles, (0.01, 1e-6), 0.0)
+    assert choice is not None and (choice.reader, choice.writer) == (0, 1) and choice.ttft_s > 1.8
 
 
 def test_a_prompt_that_will_not_be_read_leaves_no_trace_in_the_queue() -> None:
