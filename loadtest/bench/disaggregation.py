@@ -26,7 +26,7 @@ from statistics import geometric_mean, median
 import httpx2
 from rich.console import Console
 
-from deploy.engine.machine import look
+from deploy.machine.machine import look
 from loadtest.bench.bench_target import free_port
 from loadtest.bench.disaggregation_load import (
     CONTEXT_TOKENS,
