@@ -56,21 +56,22 @@ _STATUS = {
     code: b"HTTP/1.1 %d %b\r\n" % (code, http.HTTPStatus(code).phrase.encode()) for code in map(int, http.HTTPStatus)
 }
 _UPLOADS = b"/v1/files"
-# Headers that make a head different every time, or say how its body comes: such a head is read anew.
+# Heads with one of these are not cached: they differ for each request, or change how the body is read.
 _ONE_OF_ITS_OWN = frozenset(
     (b"x-request-id", b"traceparent", b"transfer-encoding", b"upgrade", b"expect", b"content-encoding")
 )
-_LISTS = (b"forwarded", b"x-forwarded-for")  # of these every line counts: some proxies add one of their own
+_LISTS = (b"forwarded", b"x-forwarded-for")  # every line of these counts: some proxies add their own
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _COMMENT = b":\n\n"
 _ANTHROPIC = b"/v1/messages"  # whose clients read the request's id from another header
-_KNOCKS_S = (0.25, 1.0, 4.0, 16.0)  # pauses between the signs of life that a half-closed connection gets
-_LINGER_S = 2.0  # a refused client may go on sending for so long: closing at once would reset its connection, and with
-# it the refusal that it has not read yet (RFC 9112, 9.6)
+_PROBES_S = (0.25, 1.0, 4.0, 16.0)  # pauses between writes that probe a half-closed connection
+# How long a refused client may keep sending: closing at once would reset the connection, and the client could lose the
+# refusal before it reads it (RFC 9112, 9.6).
+_LINGER_S = 2.0
 _MOST_HEADERS = 128  # as objects, headers of a few bytes each take much more memory than as bytes
 _MOST_QUEUED = 16
 _NO_MEMORY = "The gateway has no memory left for this request's body."
-_SMALL_BODY_BYTES = 64 * 1024  # a refused request's body up to here is passed over, and its connection is kept
+_SMALL_BODY_BYTES = 64 * 1024  # up to this size, a refused request's body is discarded and the connection kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +80,8 @@ class ProtocolBounds:
 
     head_bytes: of request line and headers together. body_bytes: of a body. upload_bytes: of a batch's input file.
     head_s: seconds for a connection's first byte and for a head to be complete. body_s: for a body.
-    stall_s: seconds that a client may read nothing of its answer; after that its place goes to somebody else.
-    local_names: while no key is needed, a request must name this machine as no web site can; see `is_local_name`.
+    stall_s: seconds for which a client may read nothing of its answer; then its connection is closed.
+    local_names: without tenants, the Host header must hold a name that no web site can have; see `is_local_name`.
     """
 
     head_bytes: int = 32 * 1024
@@ -93,7 +94,7 @@ class ProtocolBounds:
 
 
 class Head(NamedTuple):
-    """What the parser said of a head that clients send again and again. The key is not kept, only its digest."""
+    """A parsed head, cached because clients repeat it. Has the digest of the key, not the key."""
 
     route: Route
     headers: dict[bytes, bytes]
@@ -101,11 +102,11 @@ class Head(NamedTuple):
 
 
 class Serves(Protocol):
-    """What the edge hands a complete request to."""
+    """The gateway, as the protocol uses it."""
 
     @property
     def is_open(self) -> bool:
-        """Whether anybody may ask, without a key."""
+        """Whether requests need no key."""
 
     def tenant_with(self, credential: bytes) -> Tenant: ...
     async def answer(self, exchange: "ClientExchange") -> None: ...
@@ -130,11 +131,10 @@ _STREAMING = Stage.STREAMING  # looked up for every token
 class ClientExchange:
     """One relayed request on its connection, and its answer. Takes the place of uvicorn's request-response cycle.
 
-    headers: by lower-case name, without those that hold a key; of a header that comes twice the first one counts.
-    received: the body, until the gateway takes it.
-    credential: the digest of the key that it came with, empty without one.
-    tenant: who asks, known when the head is complete. refusal: why it is not served; its body is passed over then.
-    held_bytes: what it has booked of the budget for bodies, until its answer is complete.
+    headers: by lower-case name, without those that hold a key; of a repeated header, the first value.
+    received: the body, until the gateway takes it. held_bytes: memory booked for it, until the answer is complete.
+    credential: the digest of the request's key, empty without one. tenant: known when the head is complete.
+    refusal: why the request is not served; its body is then discarded.
     chunked, events: the answer's body is chunked; it consists of server-sent events.
     """
 
@@ -167,7 +167,7 @@ class ClientExchange:
 
     @property
     def client(self) -> str:
-        """The client's address, as far as proxies that are trusted tell it."""
+        """The client's address, from the headers of trusted proxies if there are any."""
         peer = self.edge.client
         return client_of(peer[0] if peer else "", self.headers, self.edge.trusted)
 
@@ -185,7 +185,7 @@ class ClientExchange:
             self.received = bytearray(self.received) + data
 
     def release(self) -> None:
-        """Its body is not needed any more."""
+        """Gives up the body and the memory booked for it."""
         self.received = b""
         if self.held_bytes and self.tenant is not None:
             self.edge.bodies.give_back(self.tenant.name, self.held_bytes)
@@ -218,7 +218,7 @@ class ClientExchange:
     def write(self, data: bytes) -> None:
         """A piece of the body, sent at once, together with the head if that still waits."""
         edge = self.edge
-        if edge.transport.is_closing():  # the client is gone and `connection_lost` on its way: it will cancel the task
+        if edge.transport.is_closing():  # the client is gone: `connection_lost` will cancel the task
             return
         if self.chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)
@@ -239,7 +239,7 @@ class ClientExchange:
     def end(self) -> None:
         """The answer is complete."""
         edge = self.edge
-        self.engine_side = None  # its connection may carry somebody else's answer from here on
+        self.engine_side = None  # its connection may carry another answer from here on
         if edge.transport.is_closing():
             return
         last = edge.hold + (b"0\r\n\r\n" if self.chunked else b"")
@@ -273,7 +273,7 @@ class ClientExchange:
         self.edge.transport.abort()  # a body cut short must not look like a whole one
 
     def settled(self, task: asyncio.Task[None]) -> None:
-        """The task has ended. Whatever happened in it, a client that is still there has its answer."""
+        """The task has ended: whatever happened in it, a client that is still connected gets an answer."""
         self.edge.tasks.discard(task)
         self.task = None
         self.release()
@@ -288,7 +288,7 @@ class ClientExchange:
             self.fail(ServiceError("The gateway failed on this request; see its log for the reason."))
 
     def flows_from(self, connection: EngineConnection | None) -> None:
-        """Which engine connection feeds the answer: it is paused while the client does not keep up."""
+        """Sets the engine connection that feeds the answer: it is paused while the client does not keep up."""
         self.engine_side = connection
         if connection is not None and self.edge.flow.write_paused:
             connection.pause()
@@ -305,15 +305,15 @@ class Arriving(Enum):
 class GatewayProtocol(HttpToolsProtocol):
     """One client connection.
 
-    current: what is being answered. cycle (uvicorn's name): the newest, which may still be arriving or wait behind it.
-    Both are None as soon as their answer is complete.
-    last_words: the refusal of bytes that made no request, while answers before it are on their way.
-    bodies, open, heads: what all connections share; heads by their digest.
-    exchange_type: what answers requests here. trusted: proxies whose word on addresses counts.
-    decoder: of the body that arrives, None for one that comes as it is.
-    parting: for all connections, too: each closes with its next answer, for the gateway is about to stop.
-    unread: bytes of its answer that a client that does not keep up had not read when it was last looked at.
+    current: what is being answered. cycle (uvicorn's name): the newest request, which may still be arriving or wait
+    behind it. Both are None as soon as their answer is complete.
+    last_words: the refusal of bytes that are not a request, until the answers before it are sent.
+    decoder: of the arriving body, None if it is not compressed.
+    unread: bytes of its answer that a slow client had not read at the last look.
     idle_since: when the last answer was complete, on the loop's clock.
+    Shared by all connections: bodies, open, heads (by their digest); exchange_type, the class of exchanges; trusted,
+    proxies whose address headers count; parting: each connection closes with its next answer, because the gateway is
+    about to stop.
     """
 
     gateway: Serves
@@ -383,7 +383,7 @@ class GatewayProtocol(HttpToolsProtocol):
         del self.parser  # it holds this object's callbacks
 
     def give_way(self) -> None:
-        """Closes this connection, which waits for a request, for a new one."""
+        """Closes this idle connection to make room for a new one."""
         self.transport.abort()
 
     def eof_received(self) -> bool | None:  # type: ignore[override]  # uvicorn's own narrows asyncio's
@@ -394,11 +394,11 @@ class GatewayProtocol(HttpToolsProtocol):
         if arriving or cycle is None or getattr(cycle, "http10", False) or self.scheme == "https":
             return None  # TLS has no half of a connection
         cycle.keep_alive = False
-        self._knock(0)
+        self._probe_client(0)
         return True
 
-    def _knock(self, count: int) -> None:
-        """Writes what means nothing. A client that is gone answers with a reset, which the next write meets."""
+    def _probe_client(self, count: int) -> None:
+        """Writes bytes without meaning. A client that is gone answers with a reset, which the next write meets."""
         self.deadline = None
         exchange = self.current
         if not isinstance(exchange, ClientExchange) or self.transport.is_closing():
@@ -407,8 +407,8 @@ class GatewayProtocol(HttpToolsProtocol):
             self.transport.write(_CONTINUE)
         elif exchange.events:
             exchange.write(_COMMENT)
-        if count < len(_KNOCKS_S):
-            self.deadline = self.loop.call_later(_KNOCKS_S[count], self._knock, count + 1)
+        if count < len(_PROBES_S):
+            self.deadline = self.loop.call_later(_PROBES_S[count], self._probe_client, count + 1)
 
     def data_received(self, data: bytes) -> None:
         if self.last_words:
@@ -435,8 +435,8 @@ class GatewayProtocol(HttpToolsProtocol):
             self._no_deadline()
 
     def _start_known(self, head: Head, body: bytes) -> bool:
-        """A whole request whose head has been read before. The parser stands between two messages, and stays there.
-        False for one that is refused: the parser may have it."""
+        """Starts a whole request with a cached head; the parser stays between two messages. False if the request is
+        refused: then the parser gets it."""
         try:
             tenant = self.gateway.tenant_with(head.credential)
         except ServiceError:  # the key is not valid any more
@@ -454,7 +454,7 @@ class GatewayProtocol(HttpToolsProtocol):
         return True
 
     def _remember(self, digest: bytes, length: int) -> None:
-        """Keeps what the parser said of this head, if it said of it all that matters."""
+        """Caches this head, if the head alone determines how the request is read."""
         exchange = self.cycle
         if (
             not isinstance(exchange, ClientExchange)
@@ -478,8 +478,8 @@ class GatewayProtocol(HttpToolsProtocol):
             self._refuse(BadRequest("The request is not valid HTTP/1.1."))
 
     def _pass_over_upgrade(self, rest: bytes) -> None:
-        """An offer of HTTP/2 or WebSocket, which some clients make with every request. The parser stops at it, and with
-        it the body would be lost: the head is read again without the offer."""
+        """Ignores an offer of HTTP/2 or WebSocket, which some clients make with every request. The parser stops there
+        and would lose the body, so it parses the head again without the offer."""
         method = self.parser.get_method()
         if method == b"CONNECT" or self.arriving is Arriving.NOTHING:
             self._refuse(WrongMethod("CONNECT is not supported."))
@@ -494,13 +494,13 @@ class GatewayProtocol(HttpToolsProtocol):
         """Sets the deadline for the rest of a request. One limit for the head, one for the body."""
         if self.last_words:
             return
-        if self.pipeline or self.transport.is_closing():  # behind a queued request it is us who do not read
+        if self.pipeline or self.transport.is_closing():  # behind a queued request, the gateway itself stops reading
             self._no_deadline()
             return
         limit_s = self.bounds.body_s if self.arriving is Arriving.BODY else self.bounds.head_s
         if self.deadline is not None:
             if self.deadline_s == limit_s and not self._uploads():
-                return  # an upload may take its time as long as it goes on
+                return  # an upload may take long as long as it makes progress
             self.deadline.cancel()
         self.deadline_s = limit_s
         self.deadline = self.loop.call_later(limit_s, self._too_slow)
@@ -523,7 +523,7 @@ class GatewayProtocol(HttpToolsProtocol):
         else:
             self.transport.close()
 
-    # what is no request
+    # bytes that are not a request
     def _refuse(self, error: ServiceError) -> None:
         """Answers bytes that do not become a request (not HTTP, too much, too slow) and closes."""
         if self.transport.is_closing() or self.last_words:
@@ -557,7 +557,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self.cycle = self.current
 
     def _pass_over(self, size: int) -> None:
-        """What a refused client still sends, up to a body's length."""
+        """Discards what a refused client still sends, up to a body's length."""
         self.unread_size += size
         if self.unread_size > self.bounds.body_bytes:
             self.transport.abort()
@@ -566,7 +566,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self.unread_size = 0
         self.transport.write(self.last_words)
         if self.transport.can_write_eof():
-            self.transport.write_eof()  # over TLS it cannot be said that no more comes
+            self.transport.write_eof()  # TLS cannot half-close
         self.flow.resume_reading()
         self.open.spare[self] = None
         self.deadline = self.loop.call_later(_LINGER_S, self.transport.close)
@@ -601,7 +601,7 @@ class GatewayProtocol(HttpToolsProtocol):
             elif name == b"expect":
                 self.expect_100_continue = value.lower() == b"100-continue"
             self.headers.append((name, value))
-        # else it is a trailer: it came too late to say who asks, or anything else (RFC 9110, 6.5.1)
+        # else it is a trailer, too late to authenticate or to change anything (RFC 9110, 6.5.1)
         if self.head_size > self.bounds.head_bytes:
             self._bound_head(self.head_size)
         elif len(self.headers) > _MOST_HEADERS:
@@ -629,11 +629,11 @@ class GatewayProtocol(HttpToolsProtocol):
             self._expect_body(route, http10=http10)
 
     def _expect_body(self, route: Route, *, http10: bool) -> None:
-        """The head of a relayed request is complete: here it is decided whether its body is taken in at all."""
+        """The head of a relayed request is complete: decides whether to accept its body."""
         headers = dict(reversed(self.headers))
         if self.trusted:
             headers |= self._joined(_LISTS)
-        self.headers = []  # there may be a key among them
+        self.headers = []  # one may hold a key
         keep_alive = not http10 and self.parser.should_keep_alive()
         exchange = self.exchange_type(self, Head(route, headers, b""), keep_alive=keep_alive, http10=http10)
         pipelined = self.cycle is not None
@@ -652,7 +652,7 @@ class GatewayProtocol(HttpToolsProtocol):
             self.transport.write(_CONTINUE)
 
     def _wrong_head(self, *, http10: bool) -> ServiceError | None:
-        """What is wrong with a head that the parser lets pass (RFC 9112, 3.2 and 6.1), or with its place."""
+        """The error in a head that the parser accepts (RFC 9112, 3.2 and 6.1), or in its position on the connection."""
         if self.hosts != 1 and not (http10 and self.hosts == 0):
             return BadRequest("The request must have exactly one Host header.")
         if self.bounds.local_names and not is_local_name(self.host) and self.gateway.is_open:
@@ -670,7 +670,7 @@ class GatewayProtocol(HttpToolsProtocol):
         return None
 
     def _wrong_coding(self) -> ServiceError | None:
-        """A body that is not relayed must come as it is."""
+        """A body that is not relayed must not be compressed."""
         if all(name != b"content-encoding" or value == b"identity" for name, value in self.headers):
             return None
         return UnsupportedMediaType("Send this body uncompressed: only requests to a model may be compressed.")
@@ -681,10 +681,10 @@ class GatewayProtocol(HttpToolsProtocol):
         return {name: b", ".join(values) for name, values in lines.items() if values}
 
     def _objection(self, exchange: ClientExchange) -> ServiceError | None:
-        """Why a request is not served, as far as its head says: an unknown key, or a body that is no JSON.
+        """Why the head alone rules a request out: an unknown key, or a body that is not JSON.
 
-        A web page can make a browser send any other type to a gateway without a key, which reaches no farther than
-        the reader's own machine; for this one the browser asks first (the Fetch standard's CORS-safelisted types).
+        A web page can make a browser send any other content type to a gateway without keys on the reader's own machine;
+        for JSON, the browser asks for permission first (the Fetch standard's CORS-safelisted types).
         """
         headers = exchange.headers
         exchange.credential = credential(headers.pop(b"authorization", None), headers.pop(b"x-api-key", None))
@@ -715,7 +715,8 @@ class GatewayProtocol(HttpToolsProtocol):
         return route
 
     def _hand_on(self) -> None:
-        """To FastAPI. uvicorn makes the scope when a message begins; only here it is known to be needed."""
+        """Hands a request to FastAPI. uvicorn builds the scope when a message begins; here that waits until it is
+        needed."""
         url, headers, expects = self.url, self.headers, self.expect_100_continue
         super().on_message_begin()
         self.url, self.expect_100_continue = url, expects
@@ -756,7 +757,7 @@ class GatewayProtocol(HttpToolsProtocol):
         return True
 
     def _expand(self, decoder: BodyDecoder, exchange: ClientExchange, tenant: str, body: bytes) -> None:
-        """A part of a compressed body. What it expands to is bounded and booked piece by piece."""
+        """Decompresses a part of a body. The result is limited and booked piece by piece."""
         try:
             for piece in decoder.pieces(body):
                 if exchange.held_bytes + len(piece) > self.bounds.body_bytes:
@@ -838,7 +839,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self.timeout_keep_alive_task = self.loop.call_later(limit_s, self.timeout_keep_alive_handler)
 
     def timeout_keep_alive_handler(self) -> None:
-        """Closes a connection that has been idle for long; the timer of one that was used meanwhile goes on."""
+        """Closes a connection that has been idle for long; restarts the timer of one that was used meanwhile."""
         self.timeout_keep_alive_task = None
         if self.arriving is not Arriving.NOTHING or self.cycle is not None:
             return  # set again when the answer is complete
@@ -848,7 +849,7 @@ class GatewayProtocol(HttpToolsProtocol):
         else:
             super().timeout_keep_alive_handler()
 
-    # a client that does not keep up
+    # clients that do not keep up
     def pause_writing(self) -> None:
         super().pause_writing()
         self._watch_reader()
@@ -877,7 +878,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self.stall = self.loop.call_later(self.bounds.stall_s, self._look_at_reader)
 
     def _look_at_reader(self) -> None:
-        """Nothing is added while a client does not keep up, so whatever is less than before it has read."""
+        """Nothing is written while a client lags, so any decrease means that it has read."""
         if self._unread() < self.unread:
             self._watch_reader()
             return
@@ -902,7 +903,7 @@ _serial = count()
 
 
 def request_id_in(headers: Mapping[bytes, bytes]) -> str:
-    """The id that a request goes by: its own x-request-id if that is harmless, else one that no other request has."""
+    """A request's id: its own x-request-id if that is safe to use, otherwise a unique one."""
     own = headers.get(b"x-request-id")
     if own is not None and _SAFE_ID.fullmatch(own):
         return own.decode()

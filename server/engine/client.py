@@ -1,7 +1,7 @@
-"""The only file that speaks HTTP to workers: a lean protocol for relayed answers, httpx2 for what may take its time.
+"""HTTP to workers, all of it: a lean protocol for relayed answers, httpx2 for requests that may take longer.
 
-Why not one client for both: a general client puts tasks, buffers and objects between a socket and its reader, for every
-chunk anew. Here the bytes of an answer reach their `Sink` in the call that received them.
+A general client puts tasks, buffers and objects between a socket and its reader, for every chunk. Here the bytes of an
+answer reach their `Sink` in the call that received them.
 """
 
 import asyncio
@@ -44,9 +44,9 @@ MOST_HEADS = 256  # forgotten all at once when there are more
 
 
 def keyed(data: bytes) -> tuple[bytes, int, int]:
-    """(a message's head without its length, that length, where its body begins); an empty key if it is not like that.
+    """(a message's head without its length, that length, where its body begins); an empty key for other messages.
 
-    A peer repeats its head: what a parser has said of one holds for another with the same key.
+    Peers repeat their heads: two heads with the same key differ in nothing but the length.
     """
     at = data.find(b"\r\n\r\n", 0, _LONGEST_HEAD_BYTES) + 4
     found = _LENGTH.search(data, 0, at) if at > 4 else None
@@ -95,7 +95,7 @@ class Sink(Protocol):
 
 
 class Head(NamedTuple):
-    """What a head of an answer says, its length apart."""
+    """A parsed head of an answer, except its length."""
 
     status: int
     content_type: bytes
@@ -151,11 +151,11 @@ class EngineConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         sink = self.sink
-        if sink is None:  # bytes that nobody asked for: the connection cannot be trusted any more
+        if sink is None:  # unrequested bytes: the connection cannot be trusted any more
             self.transport.abort()
             return
         if self.received is _WHOLE_CHUNKS:
-            if at := content_at(data):  # one more token of a stream: nearly all that comes
+            if at := content_at(data):  # one more token of a stream, by far the most frequent case
                 sink.chunk(data, at)
                 return
             if content := contents(data):
@@ -189,8 +189,8 @@ class EngineConnection(asyncio.Protocol):
             self._finish(sink)
 
     def _whole(self, data: bytes, sink: Sink) -> bool:
-        """An answer that came in one piece, with a head that the parser has read before: its length apart, an engine
-        says the same again and again (uvicorn's `date` changes every second)."""
+        """Handles an answer that arrived in one piece with a cached head: engines repeat their heads, except for the
+        length (and uvicorn's `date`, which changes every second)."""
         key, length, at = keyed(data)
         head = self.engine.heads.get(key) if key else None
         if head is None or len(data) != at + length:
@@ -259,7 +259,7 @@ class EngineConnection(asyncio.Protocol):
         headed = self.received > Received.PART_OF_HEAD
         if error is None and headed and self.length is None and not self.chunked:
             self.sink = None
-            sink.end()  # neither length nor chunks: closing the connection is how such an answer ends
+            sink.end()  # neither length nor chunks: such an answer ends by closing the connection
         elif not headed and (wrong := untrusted(error)) is not None:
             self._drop(wrong)  # TLS 1.3 refuses a client's certificate only after the client has sent its request
         else:
@@ -305,7 +305,7 @@ def _out_of_files() -> OutOfFiles:
 
 
 class EngineClient:
-    """A worker's HTTP server: a pool of connections for relayed answers, and small questions of our own."""
+    """A worker's HTTP server: a pool of connections for relayed answers, and small requests of the gateway itself."""
 
     def __init__(self, url: str, access: Access = Access()) -> None:  # noqa: B008 - frozen
         """ValueError with a sentence for an address or a certificate that cannot be used."""
@@ -341,7 +341,7 @@ class EngineClient:
         request = _REQUEST % (self.prefix, path, self._host_header, request_id.encode(), trace, len(body), body)
         try:
             return await self._send_on(request, sink, fresh=fresh)
-        except EngineUnreachable as error:  # clients are told nothing of addresses behind the gateway
+        except EngineUnreachable as error:  # clients must not learn addresses behind the gateway
             log.warning("no connection to the engine at %s: %s", self.url, error.message)
             raise
 
@@ -357,7 +357,7 @@ class EngineClient:
 
     def _kept(self) -> EngineConnection | None:
         while self.idle:
-            connection = self.idle.pop()  # the one used last: its path is warm, and the oldest may time out in peace
+            connection = self.idle.pop()  # the most recently used: its path is warm, and the oldest can time out
             if not connection.transport.is_closing():
                 return connection
         return None
@@ -391,14 +391,15 @@ class EngineClient:
             self.idle.remove(connection)
 
     async def get(self, path: str, timeout_s: float = 5.0) -> Answer:
-        """A small question of our own (health, metrics, models). EngineGone if there is no answer, OutOfFiles."""
+        """A small request of the gateway itself (health, metrics, models). EngineGone if there is no answer,
+        OutOfFiles."""
         if self.tls is not None:
             self._drop_outdated(self.tls.context())
         try:
             async with asyncio.timeout(timeout_s):
                 try:
                     return await self._got(path, fresh=False)
-                except EngineHungUp:  # it may have closed a kept connection just now
+                except EngineHungUp:  # it may have just closed a kept connection
                     return await self._got(path, fresh=True)
         except TimeoutError:
             raise EngineGone(f"The engine at {self.url} does not answer {path} within {timeout_s:g} s.") from None
@@ -408,7 +409,7 @@ class EngineClient:
             raise EngineGone(f"The engine at {self.url} closes the connection without answering {path}.") from None
 
     def _drop_outdated(self, context: ssl.SSLContext) -> None:
-        """Kept connections were made with the certificates of their time: new ones take their place."""
+        """Kept connections were made with earlier certificates: closes them, so that new ones take their place."""
         if context is not self._pool_tls:
             self._pool_tls = context
             for connection in list(self.idle):
@@ -426,7 +427,7 @@ class EngineClient:
     async def post(
         self, path: str, body: Any, timeout_s: float = 30.0, headers: Mapping[str, str] | None = None
     ) -> httpx2.Response:
-        """A small JSON question of our own. EngineGone if there is no answer, OutOfFiles."""
+        """A small JSON request of the gateway itself. EngineGone if there is no answer, OutOfFiles."""
         return await self._send("POST", path, body, timeout_s, headers)
 
     async def _send(
@@ -447,7 +448,7 @@ class EngineClient:
             ) from None
 
     async def _questions(self) -> httpx2.AsyncClient:
-        """The client for questions of our own, with the certificates of this moment."""
+        """The client for requests of the gateway itself, with the current certificates."""
         # Without `verify=False` for plain HTTP, 50 ms go into certificates that nobody will ask for.
         verify = False if self.tls is None else self.tls.context()
         if self._client is not None and self._client_tls is not verify:

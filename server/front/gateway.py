@@ -34,9 +34,9 @@ LEARN_SHARE = 0.1
 
 
 class Request(ClientAnswer, Protocol):
-    """A complete request at the edge, and the way back to its client.
+    """A complete request from the connection, and the way back to its client.
 
-    headers: by lower-case name. received: its body, until it is read: a large one must not be there twice.
+    headers: by lower-case name. received: its body, until it is read: a large one must not be in memory twice.
     """
 
     route: Route
@@ -50,7 +50,7 @@ class Request(ClientAnswer, Protocol):
 
     @property
     def tenant(self) -> Tenant | None:
-        """Who asks."""
+        """The tenant, once the head is complete."""
 
     @property
     def client(self) -> str:
@@ -89,7 +89,7 @@ class Gateway:
 
     @property
     def is_open(self) -> bool:
-        """Whether anybody may ask, without a key."""
+        """Whether requests need no key."""
         return self.tenants.open
 
     async def answer(self, request: Request) -> None:
@@ -116,7 +116,7 @@ class Gateway:
             request.fail(ServiceError("The gateway failed on this request; see its log for the reason."))
 
     def read(self, request: Request) -> Call:
-        """What is asked."""
+        """Parses the request."""
         tenant = request.tenant
         assert tenant is not None  # a request without one is refused with its head
         ratio = self.bytes_per_token.get(tenant.name, BYTES_PER_TOKEN)
@@ -130,7 +130,7 @@ class Gateway:
         return self.names.resolved(call) if self.names.table.names else call
 
     def line_for(self, call: Call) -> tuple[Call, Dispatcher]:
-        """The line of the model that is asked, or of its first fallback that is served."""
+        """The queue of the requested model, or of its first fallback that is served."""
         while True:
             try:
                 return call, self.lines.of_call(call)
@@ -142,7 +142,7 @@ class Gateway:
                 call = self.next_model(call, error)
 
     async def serve(self, call: Call, dispatcher: Dispatcher, out: Request) -> None:
-        """One call from admission to its last token: limits, a place in policy order, a worker, the answer's flow."""
+        """One call from admission to its last token: limits, queue, worker, answer."""
         ticket, outcome = self.ticket(call), "ok"
         for began in self.observers.began:
             began(ticket, out)
@@ -171,7 +171,7 @@ class Gateway:
                 tell_failure(ticket, out)
 
     def end(self, ticket: Ticket, outcome: str) -> None:
-        """A call is over, however it ended: what it holds is given back, and it is counted."""
+        """A call is over, however it ended: releases what it holds, and counts it."""
         try:
             if ticket.member is not None:
                 assert ticket.line is not None  # who has a place was given it by one
@@ -185,7 +185,7 @@ class Gateway:
                 ended(ticket, outcome)
 
     def dressed(self, ticket: Ticket, out: Request, *, traced: bool) -> ClientAnswer:
-        """The way back to the client, with what an operator wants of it: another name, a trace of the decisions."""
+        """The way back to the client, with an alias, a tier or a trace of decisions where they apply."""
         answer: ClientAnswer = out
         if traced:
             ticket.decisions = []
@@ -195,7 +195,7 @@ class Gateway:
         return RenamedAnswer(answer, ticket.call.asked) if ticket.call.asked else answer
 
     async def at_worker(self, ticket: Ticket, dispatcher: Dispatcher, out: ClientAnswer) -> None:
-        """The answer of one model: waits for a place, and returns when the client has it all."""
+        """The answer of one model: waits for a worker, and returns when the client has the whole answer."""
         member = await dispatcher.take(ticket)
         for got_place in self.observers.got_place:
             got_place(ticket)
@@ -214,7 +214,7 @@ class Gateway:
     async def with_adapter(
         self, ticket: Ticket, dispatcher: Dispatcher, adapters: LiveAdapters, out: ClientAnswer
     ) -> None:
-        """The answer of a worker that has the adapter, which is loaded there if it is not, or not any more."""
+        """The answer of a worker that has the adapter, which is loaded there if necessary."""
         member = await dispatcher.fit(ticket)
         try:
             await self.relay.pump(ticket, member, dispatcher.charge, out)
@@ -226,9 +226,9 @@ class Gateway:
             await self.relay.pump(ticket, member, dispatcher.charge, out)
 
     async def fall_back(self, ticket: Ticket, out: ClientAnswer, error: ServiceError) -> None:
-        """The answer of the first fallback that gives one, as long as the client has nothing. Raises what went wrong.
+        """The answer of the first fallback that gives one, while the client has nothing yet. Raises the last error.
 
-        A request that two workers failed on, both well, is not handed on: it would make others fail.
+        A request on which two healthy workers failed does not fall back: it would make other models fail too.
         """
         while ticket.call.fallbacks and not out.begun and may_fall_back(error):
             if ticket.at_fault > 1:
@@ -248,13 +248,13 @@ class Gateway:
         raise error
 
     def next_model(self, call: Call, error: ServiceError) -> Call:
-        """The call, asked of its next fallback."""
+        """The call, addressed to its next fallback."""
         following = self.names.next(call)
         self.telemetry.fell_back(call, following.model, outcome_of(error))
         return following
 
     def learn(self, ticket: Ticket) -> None:
-        """The engine has told how long the prompt was: the tenant's next estimate is nearer to it."""
+        """The engine reported the length of the prompt: improves the tenant's next estimate."""
         if ticket.prompt_tokens < LEARN_FROM_TOKENS:
             return
         tenant = ticket.call.tenant.name
@@ -263,7 +263,7 @@ class Gateway:
         self.bytes_per_token[tenant] = min(16.0, max(0.5, ratio + LEARN_SHARE * (seen - ratio)))
 
     def ticket(self, call: Call) -> Ticket:
-        """A call's record, with the job that the scheduler sees."""
+        """A call's record, with the job as the scheduler sees it."""
         self._count += 1
         job = Job(
             id=f"{self._count}",
@@ -293,6 +293,6 @@ def _job_outcome(ticket: Ticket) -> Outcome:
 
 
 def forget_way(error: ServiceError) -> None:
-    """Lets go of the functions that an error came through. One that raised it from a variable holds it, and is held by
-    it: the request, its connection and all would stay until the garbage collector looks, which is rare here."""
+    """Drops an error's traceback. A frame that holds the error in a variable is in turn held by it, and with it the
+    request and its connection, until the garbage collector runs, which is rare here."""
     error.__traceback__ = error.__context__ = error.__cause__ = None
