@@ -82,7 +82,7 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Fidelity(msgspec.Struct, omit_defaults=True):
-    """What the trace asked for, and what was sent in its place. Lengths are those after --length-scale.
+    """The difference between the trace and what was sent. Lengths are those after --length-scale.
 
     requests: of the trace. prompt_tokens, output_tokens: that they have in it; sent_…: in what was sent.
     prompts_cut, answers_cut: shortened to fit the context. dropped: not sent, for their text does not fit it.

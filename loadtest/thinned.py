@@ -13,7 +13,8 @@ Element = TypeVar("Element")
 
 
 class Thinned(Generic[Element]):
-    """Elements as they come. every: one in so many is in `kept`. count: all that came."""
+    """A sequence that thins out as it grows. every: one in `every` elements is in `kept`. count: all elements so
+    far."""
 
     def __init__(self, most: int = MOST) -> None:
         self._most = most

@@ -57,7 +57,7 @@ class FairnessTally:
             self._waiting[job.tenant] += 1
 
     def put_back(self, job: Job) -> None:
-        """The job was taken in this scheduling pass and could not start: a stall goes on as if it had not been."""
+        """The job was taken in this scheduling pass but could not start: its stall continues."""
         if job.tier is Tier.DEFAULT:
             self._waiting[job.tenant] += 1
         if job in self._resumed:

@@ -595,7 +595,7 @@ class Client:
             self.stop(f"the server is gone: {self._unreachable} requests in a row had no connection for {_GONE_S:g} s")
 
     async def _drain(self, drain_s: float | None) -> None:
-        """Wait for what is still on its way; what is not done in time is recorded as unfinished."""
+        """Waits for running requests; those not done in time are recorded as unfinished."""
         while (self._open or self._thinking) and not self.stopped:
             self._quiet.clear()
             try:

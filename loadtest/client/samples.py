@@ -49,7 +49,8 @@ def _joules(pages: Sequence[str]) -> dict[str, float]:
 
 
 class Sampler:
-    """Asks the servers at `urls` for their metrics once a second, and tells `note`. Who does not answer is left out.
+    """Reads the metrics of the servers at `urls` once a second, and passes them to `note`. Skips servers that do not
+    answer.
 
     Entering it asks once for nothing: the first question takes tens of milliseconds, in which a run would send nothing.
     """

@@ -134,7 +134,7 @@ class ServedExchange(asyncio.Protocol):
             self._transport.abort()
 
     def fail(self, status: HTTPStatus) -> None:
-        """The request itself cannot be read: say so and close."""
+        """Answers a request that cannot be parsed, and closes the connection."""
         self.write(_head(status, "text/plain", "content-length: 0\r\nconnection: close\r\n"))
         if self._transport is not None:
             self._transport.close()

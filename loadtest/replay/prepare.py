@@ -136,7 +136,7 @@ def _resumed(calls: Iterator[TraceCall], ids: set[str], end_s: float) -> Iterato
 
 
 def sends_text(args: argparse.Namespace) -> bool:
-    """Whether a trace's own text is sent. ValueError where it was asked for and cannot be."""
+    """Whether the trace's own text is sent. ValueError if that was requested and is impossible."""
     if args.prompts == "text" and args.length_scale != 1.0:
         raise ValueError("--length-scale cannot shorten text: leave one of --prompts text and --length-scale out.")
     return args.prompts == "text" or (args.prompts is None and args.length_scale == 1.0)

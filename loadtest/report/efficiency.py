@@ -46,8 +46,8 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def _drawn(samples: Sequence[Sample]) -> tuple[float | None, float]:
-    """Joules between the first and the last sample that tell of them, and the seconds between those. What a device
-    drew before it was started anew and its counter fell is left out."""
+    """Joules between the first and the last sample that report them, and the seconds between those. Leaves out what a
+    device drew before a restart reset its counter."""
     told = [one for one in samples if one.joules]
     if len(told) < 2:
         return None, 0.0

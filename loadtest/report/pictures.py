@@ -80,7 +80,7 @@ def better(value: float) -> str:
 
 
 def coinciding(lines: Sequence[Series]) -> Sequence[Series]:
-    """The lines, or one for all where they cannot be told apart."""
+    """The lines, or a single one where they coincide."""
     if len(lines) < 2:
         return lines
     first, *others = lines

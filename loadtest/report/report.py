@@ -286,7 +286,7 @@ def _even(pick: Callable[[Fairness], float], form: str) -> Callable[[Summary], s
 
 
 def share_of(value: float | None) -> str:
-    """A share for people, "-" where nobody told it."""
+    """A share as text, "-" where it is unknown."""
     return _told(value, ".0%", "")
 
 

@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0, or 2 when the engine cannot be asked."""
+    """0, or 2 when the engine does not answer."""
     screen = Console(stderr=True)
     try:
         engine = ProbedEngine(args)

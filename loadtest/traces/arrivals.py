@@ -63,7 +63,7 @@ class Stage:
         return (self.from_per_s + self.to_per_s) / 2 * self.seconds
 
     def at_s(self, requests: float) -> float:
-        """When so many of its requests are expected to have come, seconds since its beginning."""
+        """Seconds since the start by which this many requests are expected."""
         slope = (self.to_per_s - self.from_per_s) / self.seconds
         if abs(slope) < 1e-12:
             return requests / self.from_per_s

@@ -201,7 +201,7 @@ def _text(row: Mapping[str, Any], at: Mapping[str, str], meaning: str) -> str:
 
 
 def _is_transcript(messages: list[Any]) -> bool:
-    """Whether messages end with an answer, so that they are what was said, and not what is to be asked."""
+    """Whether messages end with an answer: then they are a transcript, not a prompt."""
     last = messages[-1] if messages else None
     return isinstance(last, dict) and last.get("role") == "assistant"
 

@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def named(added: Sequence[str]) -> dict[str, str]:
-    """NAME=COMMAND by name. BenchmarkError for what is none, or has a name that is taken."""
+    """NAME=COMMAND pairs by name. BenchmarkError for an invalid pair or a duplicate name."""
     commands: dict[str, str] = {}
     for text in added:
         name, equals, command = text.partition("=")
@@ -156,7 +156,7 @@ def added_command(bench: RelayBench, command: str, port: int) -> Sequence[str]:
 def measure(
     bench: RelayBench, known: Mapping[str, MeasuredGateway], args: argparse.Namespace, streams: int, progress: Console
 ) -> Runs:
-    """All gateways in turns, and the engine asked directly; an added one that fails is left out from then on."""
+    """Measures all gateways in turns, and the engine directly; an added gateway that fails is left out from then on."""
     runs: Runs = {name: [] for name in (DIRECT, *known)}
     for number in range(1 if args.quick else args.repetitions):
         names = list(runs)

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def checkouts(bench: RelayBench, named: Sequence[str]) -> dict[str, MeasuredGateway]:
-    """Our gateway as it stands in other folders. BenchmarkError for what is no NAME=FOLDER with one in it."""
+    """Our gateway as checked out in other folders. BenchmarkError unless each is NAME=FOLDER with a checkout in it."""
     found: dict[str, MeasuredGateway] = {}
     for text in named:
         name, _, folder = text.partition("=")

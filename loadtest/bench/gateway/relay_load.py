@@ -179,7 +179,7 @@ def wait_until_quiet() -> None:
 
 
 class RelayBench:
-    """The mock engine, and the load generator that asks what stands before it. `with` it."""
+    """The mock engine, and the load generator for the gateway in front of it. Use it in a `with` block."""
 
     def __init__(self, folder: Path, key: str) -> None:
         """BenchmarkError if its programs cannot be made."""
@@ -233,7 +233,7 @@ class RelayBench:
         return [str(self.loadgen), "-p", str(port), *who, *phase.arguments()]
 
     def observe(self, phase: LoadPhase, port: int, gateway_pid: int | None) -> Observed:
-        """Runs a phase against a port. gateway_pid: what is measured, None where the engine is asked directly."""
+        """Runs a phase against a port. gateway_pid: the measured process, None for the engine itself."""
         command = self.load_command(phase, port)
         mine = [pid for pid in (self._engine.pid, gateway_pid) if pid is not None]
         began, busy, used = time.monotonic(), busy_s(), {pid: cpu_s(pid) for pid in mine}

@@ -223,8 +223,8 @@ class IteratedEngine:
         }
 
     def serve(self, calls: Sequence[TraceCall], *, at_once: bool) -> tuple[list[Record], float]:
-        """All calls to their ends under the policy in force, from an empty prefix cache; and how many a second while
-        nobody had to wait for calls."""
+        """Runs all calls to completion under the current policy, from an empty prefix cache; also returns the calls per
+        second while calls were always available."""
         self._running.reset_prefix_cache()
         begun_s = self._clock()
         served, starved_s = self._serve(calls, at_once=at_once, begun_s=begun_s, watched="")

@@ -58,7 +58,7 @@ def _of(measure: Callable[[report.Summary], float]) -> Callable[[Iterated], floa
 
 
 class EngineChild:
-    """An engine in a process of its own, told what to run line by line."""
+    """An engine in a process of its own, which reads its runs from standard input, one per line."""
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self._process = process

@@ -59,7 +59,7 @@ class StepClock:
 
 
 def model_folder(folder: Path) -> Path:
-    """A folder that vLLM takes for a model as long as nobody loads the weights."""
+    """A folder that vLLM accepts as a model as long as its weights are not loaded."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(TINY_LLAMA))
     return folder
@@ -127,8 +127,8 @@ def seed_block_hashes() -> None:
 def request(
     name: str, prompt: int | Sequence[int], max_tokens: int, stop_token: int | None = None, **xargs: Any
 ) -> Request:
-    """A request with this prompt, or with one of its own of so many tokens, and `xargs` as `vllm_xargs` with the prefix
-    `evenhand_`."""
+    """A request with this prompt, or with a generated one of this many tokens, and `xargs` as `vllm_xargs` with the
+    prefix `evenhand_`."""
     stops = None if stop_token is None else [stop_token]
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, stop_token_ids=stops)
     params.extra_args = {f"evenhand_{key}": value for key, value in xargs.items()}

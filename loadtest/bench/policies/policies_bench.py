@@ -161,7 +161,7 @@ def add_saturating_rounds(group: "argparse._ActionsContainer") -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0, or 2 when a target cannot be started or asked."""
+    """0, or 2 when a target does not start or does not answer."""
     screen = Console(stderr=True)
     try:
         bench = PoliciesBench(args, [BenchTarget.parse(text) for text in args.target], screen)

@@ -118,7 +118,7 @@ class Site:
         return [sys.executable, "-m", "deploy.cli", "gateway", *options, *fleet]
 
     def tenants(self, number: int) -> Path:
-        """A file with so many tenants, each with a key and limits that nobody reaches."""
+        """A file with this many tenants, each with a key and limits that are never reached."""
         if number not in self._files:
             made = [self.bench.key, *(new_key() for _ in range(number - 1))]
             limits = {"requests_per_minute": 1e9, "tokens_per_minute": 1e12, "concurrency": 100_000}
