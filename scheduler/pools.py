@@ -11,6 +11,7 @@ from heapq import heapify, heappop, heappush, heapreplace
 from math import inf
 
 from scheduler.forecast import EngineForecast
+from scheduler.pacing import Pacing
 from scheduler.workers import Role, Worker
 
 TYPICAL_TOKENS = 512.0  # of one request, before any was seen
@@ -21,12 +22,13 @@ _SLACK = 64  # outdated entries of a heap that are not worth a clean-up
 class WorkerLoad:
     """What a worker has to do. Change it through its methods only: its pool's order follows them.
 
-    flex: of the sequences in flight, those of the flex tier.
+    flex, flex_tokens: of the sequences in flight those of the flex tier, and tokens that are expected of them.
     in_flight, pending_tokens: sequences that it has from its owner, and tokens that it has yet to compute for them.
     arriving_tokens: prompts of requests that it is to answer and whose KV another worker has yet.
     others: sequences that it has from elsewhere. kv_usage: share of its KV cache in use, 0 to 1.
     leans: the side to which a worker of role `both` leans; BOTH if to none.
-    kv_tokens: that its KV cache holds. forecast: set where placement is by prediction.
+    kv_tokens: that its KV cache holds. forecast: set where placement is by prediction. pacing: set once flex requests
+    want a place at a worker that cannot displace them.
     window: sequences that it is given at a time. free: those that it may be given beside these, of another tier than
     flex.
     tokens_per_slot: what its pool orders it by.
@@ -35,6 +37,7 @@ class WorkerLoad:
     worker: Worker
     in_flight: int = 0
     flex: int = 0
+    flex_tokens: int = 0
     pending_tokens: int = 0
     arriving_tokens: int = 0
     others: int = 0
@@ -45,6 +48,7 @@ class WorkerLoad:
     tokens_per_slot: float = 0.0
     kv_tokens: float = inf
     forecast: EngineForecast | None = None
+    pacing: Pacing | None = None
     pool: "Pool | None" = None
     number: int = 0  # its place among equals
     posted: float = inf  # its lowest entry in its pool's heap
@@ -59,6 +63,7 @@ class WorkerLoad:
         self.in_flight += sequences
         if flex:
             self.flex += sequences
+            self.flex_tokens += tokens
         self.pending_tokens += tokens
         if self.pool is not None:
             self.pool.file(self)

@@ -14,6 +14,7 @@ from scheduler.step_cost import LinearFit, StepCost
 _KNOWN: Final = 8  # steps after which a prediction counts
 _STRETCH: Final = 4.0  # the budget in empty steps, where there is no objective
 _LEAST_TOKENS: Final = 64  # of a prompt in one step of an engine that has nothing else to do
+_LATELY_S: Final = 30.0  # in which the memory that others do not need any more is given to flex
 
 
 @dataclass(slots=True)
@@ -112,3 +113,31 @@ class Slack:
         tokens = free if price <= 0.0 else int(max(0.0, left_s) / price)
         least = _LEAST_TOKENS if alone else 0
         return min(decoding, free), max(0, min(free - decoding, max(tokens, least)))
+
+
+class Headroom:
+    """KV memory that flex does not start in, because others had it lately and will probably want it again: what flex
+    then has to give back to them it computes twice."""
+
+    __slots__ = ("_at", "_now_tokens", "_peak_tokens")
+
+    def __init__(self) -> None:
+        self._peak_tokens = self._now_tokens = 0.0
+        self._at = 0.0
+
+    def note(self, tokens: int, now: float) -> None:
+        """Others hold so many tokens now."""
+        faded = min(1.0, max(0.0, now - self._at) / _LATELY_S)
+        self._at = now
+        self._now_tokens = tokens
+        self._peak_tokens = max(float(tokens), self._peak_tokens - faded * (self._peak_tokens - tokens))
+
+    @property
+    def are_there(self) -> bool:
+        """Whether there were others lately."""
+        return self._peak_tokens >= 1.0
+
+    @property
+    def tokens(self) -> float:
+        """More than they hold now."""
+        return self._peak_tokens - self._now_tokens

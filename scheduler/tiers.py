@@ -281,6 +281,10 @@ class TieredLanes:
         """How many wait."""
         return {tier: self._tiers[tier].waiting for tier in Tier}
 
+    def waiting(self, tier: Tier) -> int:
+        """How many of the tier wait."""
+        return self._tiers[tier].waiting
+
     def has(self, tier: Tier) -> bool:
         """Whether any job of the tier waits or runs."""
         lanes = self._tiers[tier]

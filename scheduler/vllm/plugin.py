@@ -46,7 +46,7 @@ from scheduler.fairness import FairnessTally
 from scheduler.jobs import Job, Outcome, Tier
 from scheduler.kept_blocks import Kept
 from scheduler.policy import Policy
-from scheduler.slack import Slack, StepLoad
+from scheduler.slack import Headroom, Slack, StepLoad
 from scheduler.tiers import BY_NAME, DEFAULT_RESERVE, TieredLanes
 from scheduler.vllm.contract import require_supported_vllm
 from scheduler.vllm.metrics import REPORT_INTERVAL_S, engine_metrics, watch_meters
@@ -57,6 +57,7 @@ logger = init_logger("vllm.evenhand")  # below "vllm", or the engine's log would
 HELD_LOOK_S: Final = 0.005
 MOST_UNDER_WAY: Final = 64  # steps whose end was not told
 YIELDS_FIRST: Final = 2**31  # above any priority that a client may send
+HEADROOM: Final = (0.05, 0.5)  # of the KV blocks, least and most that flex leaves to others who were there lately
 
 OUTCOMES: Final = {
     RequestStatus.FINISHED_STOPPED: Outcome.DONE,
@@ -145,6 +146,8 @@ class PolicyQueue(RequestQueue):  # type: ignore[misc]  # vLLM is not type-check
         that leaves and joins in one step. While one of them is first in line the queue says that it is empty.
     refused: the head that vLLM looked at last in this pass, and did not take.
     cached_tokens: how much of a request's prompt the prefix cache holds.
+    takes_flex: whether a flex request may start now; while it may not and is first in line, the queue says that it is
+        empty. flex_started: those that were popped in this pass.
     """
 
     def __init__(
@@ -160,6 +163,8 @@ class PolicyQueue(RequestQueue):  # type: ignore[misc]  # vLLM is not type-check
         self.now = clock()
         self.barred: set[Job] = set()
         self.refused: Request | None = None
+        self.takes_flex: Callable[[Request], bool] = lambda request: True
+        self.flex_started: list[Request] = []
         self._clock = clock
         self._cached_tokens = cached_tokens
 
@@ -185,7 +190,10 @@ class PolicyQueue(RequestQueue):  # type: ignore[misc]  # vLLM is not type-check
         self.refused = None
         job = self.lanes.pop(self.now)
         self.tally.started(job, self.now)
-        return self.entries[job.id].request
+        request = self.entries[job.id].request
+        if job.tier is Tier.FLEX:
+            self.flex_started.append(request)
+        return request
 
     def prepend_request(self, request: Request) -> None:
         entry = self.entries.get(request.request_id)
@@ -224,7 +232,15 @@ class PolicyQueue(RequestQueue):  # type: ignore[misc]  # vLLM is not type-check
         self.lanes.finish(job, outcome, now)
 
     def __bool__(self) -> bool:
-        return len(self.lanes) > 0 and (not self.barred or self.lanes.peek(self.now) not in self.barred)
+        lanes = self.lanes
+        if not len(lanes):
+            return False
+        if not self.barred and not lanes.waiting(Tier.FLEX):
+            return True
+        head = lanes.peek(self.now)
+        if head is None or head in self.barred:
+            return False
+        return head.tier is not Tier.FLEX or lanes.is_due(head) or self.takes_flex(self.entries[head.id].request)
 
     def __len__(self) -> int:
         return len(self.lanes)
@@ -355,6 +371,9 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
 
     def _prepare_for_flex(self) -> None:
         self._slack = slack_from(self.vllm_config.additional_config)
+        self._headroom = Headroom()
+        self._flex_room = 0  # tokens of flex prompts that the step has room for, those under way left out
+        self._queue.takes_flex = self._takes_flex
         self._held: list[Request] = []
         self._displaced_flex: dict[str, int] = {}  # tokens that they had computed, by request
         self._under_way: dict[int, tuple[StepLoad | None, float]] = {}
@@ -471,7 +490,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         """
         step_tokens, slots = self.max_num_scheduled_tokens, self.max_num_running_reqs
         active = getattr(self, "max_num_active_reqs", None)
-        tokens = self._hold_flex_back(step_tokens)
+        tokens = self._hold_flex_back(step_tokens, now)
         self.max_num_scheduled_tokens = min(step_tokens, tokens)
         self.max_num_running_reqs = slots - len(self._held)
         if active is not None:
@@ -489,7 +508,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         self._under_way[id(output)] = self._load_of(output), now
         return output
 
-    def _hold_flex_back(self, step_tokens: int) -> int:
+    def _hold_flex_back(self, step_tokens: int, now: float) -> int:
         """Takes out of the batch what sits the next step out; returns the most tokens that the step may compute."""
         entries, lanes = self._queue.entries, self._lanes
         others: list[Request] = []
@@ -513,13 +532,26 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         sequences, prompt_tokens = self._slack.room(load, contexts, step_tokens)
         going = decoding[:sequences]
         self._held = decoding[sequences:]
-        if wanted or not prompt_tokens:
-            self._held += reading
-        else:
-            going += reading
+        reads = not wanted and prompt_tokens > 0
+        (going if reads else self._held).extend(reading)
+        self._flex_room = prompt_tokens - sum(map(self._unread, reading)) if reads else 0
+        self._headroom.note(sum(request.num_tokens for request in others), now)
+        self._queue.flex_started.clear()
         self.running = others + kept + going
         made = (1 + int(self.num_spec_tokens)) * (load.sequences + sequences)
         return load.prompt_tokens + made + prompt_tokens
+
+    def _takes_flex(self, request: Request) -> bool:
+        """Whether a flex request may start in this step.
+
+        One prompt of flex at a time is read over several steps: of many that were begun each would hold memory, lose it
+        to whoever arrives, and be read again. And it starts only in memory that others have not needed lately.
+        """
+        if not self.running and not self._held:
+            return True
+        if sum(map(self._unread, self._queue.flex_started)) >= self._flex_room:
+            return False
+        return not self._headroom.are_there or not self._lacks_blocks(request, beside=self._headroom.tokens)
 
     @staticmethod
     def _unread(request: Request) -> int:
@@ -699,12 +731,20 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
             head = self._queue.peek_request()
         return head is not None and self._lacks_blocks(head)
 
-    def _lacks_blocks(self, request: Request) -> bool:
-        manager = self.kv_cache_manager
-        free = manager.block_pool.get_num_free_blocks() - getattr(manager, "watermark_blocks", 0)
-        whole = getattr(self, "scheduler_reserve_full_isl", False)
+    def _lacks_blocks(self, request: Request, *, beside: float | None = None) -> bool:
+        """Whether the KV blocks that are free are too few for a request to start. beside: tokens that flex leaves free
+        within the bounds of `HEADROOM`; the request is then looked at as a whole, and not for what one step computes.
+        """
+        manager, groups = self.kv_cache_manager, self.kv_cache_config.kv_cache_groups
+        pool = manager.block_pool
+        free = pool.get_num_free_blocks() - getattr(manager, "watermark_blocks", 0)
+        if beside is not None:
+            least, most = (int(share * pool.num_gpu_blocks) for share in HEADROOM)
+            kept = sum(blocks_for(group.kv_cache_spec, int(beside)) for group in groups)
+            free -= min(max(kept, least), most)
+        whole = beside is not None or getattr(self, "scheduler_reserve_full_isl", False)
         tokens = request.num_tokens if whole else min(request.num_tokens, self.max_num_scheduled_tokens)
-        wanted = sum(blocks_for(group.kv_cache_spec, tokens) for group in self.kv_cache_config.kv_cache_groups)
+        wanted = sum(blocks_for(group.kv_cache_spec, tokens) for group in groups)
         if wanted <= free:
             return False
         cached = manager.get_computed_blocks(request)[0].blocks if self._looks_up else ()

@@ -6,11 +6,12 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from math import exp2, log
+from math import exp2, inf, log
 from typing import NamedTuple
 
 from scheduler.hybrid import Visit
 from scheduler.jobs import Job, Outcome, Tier
+from scheduler.pacing import FirstToken, Pacing
 from scheduler.placement import Aggregated, Disaggregated, Rules, place
 from scheduler.pools import Pool, WorkerLoad
 from scheduler.routing import LEARN_SHARE, Affinity, Choice, TypicalRequest, beginnings, cheapest_of_all
@@ -101,20 +102,25 @@ class FlexRules:
     """How flex requests are let in.
 
     timeout_s: how long one waits for a start. share: of the slots of a worker without our scheduler, which cannot
-    displace a request that runs there.
+    displace a request that runs there. memory: of such a worker's KV cache, that flex requests may fill.
     """
 
     timeout_s: float = 600.0
     share: float = 0.25
+    memory: float = 0.5
 
     def capacity(self, worker: Worker) -> int:
         """The most flex sequences that a worker is given."""
         return worker.slots if worker.plugin else max(1, round(self.share * worker.slots))
 
-    def admits(self, load: WorkerLoad) -> bool:
-        """Whether a worker is given one more: only into a free slot, for a flex request waits cheapest in line."""
+    def admits(self, load: WorkerLoad, tokens: int) -> bool:
+        """Whether a worker is given one more, of so many tokens: only into a free slot, for a flex request waits
+        cheapest in line; and one without our scheduler only if it leaves others memory."""
         free = load.worker.slots - load.in_flight - load.others
-        return free > 0 and load.flex < self.capacity(load.worker)
+        if free <= 0 or load.flex >= self.capacity(load.worker):
+            return False
+        fills = load.flex_tokens + tokens > self.memory * load.kv_tokens
+        return not fills or not load.flex or load.worker.plugin
 
 
 class Dispatcher:
@@ -164,6 +170,7 @@ class Dispatcher:
         self.sizes = Sizes()
         self._waiters: dict[Job, tuple[asyncio.Future[Member], Ticket]] = {}
         self._waiting_of: Counter[str] = Counter()
+        self._looks_again: asyncio.TimerHandle | None = None
 
     async def take(self, ticket: Ticket) -> Member:
         """Waits for a place, which the ticket holds until `give_back`. Overloaded if the line is full or the wait too
@@ -366,7 +373,7 @@ class Dispatcher:
         """Where a request fits: one worker that has room, or two where prompts are read apart."""
         admits = None
         if ticket.job.tier is Tier.FLEX and not self.lanes.is_due(ticket.job):
-            admits = self.flex.admits
+            admits = partial(self._admits_flex, self.sizes.expected_tokens(ticket.call))
         if self.adapters is not None and ticket.call.model != self.model:
             return self._room_with_adapter(self.adapters, ticket, pools, admits)
         if len(pools) == len(pools[0].workers) == 1 and pools[0].role is Role.BOTH:  # nothing to choose
@@ -375,6 +382,23 @@ class Dispatcher:
                 return None
             return Room(self.fleet.members[only.worker.id])
         return self._room_of_several(ticket, pools, admits)
+
+    def _admits_flex(self, tokens: int, load: WorkerLoad) -> bool:
+        """Whether a worker is given one more flex request now. If it is only a matter of time, the line looks again."""
+        if not self.flex.admits(load, tokens):
+            return False
+        if load.worker.plugin:
+            return True  # its engine sees to the others
+        if load.pacing is None:
+            load.pacing = Pacing()
+        wait_s = load.pacing.wait_s(self.clock(), alone=load.in_flight == load.flex)
+        if 0.0 < wait_s < inf and self._looks_again is None:
+            self._looks_again = asyncio.get_running_loop().call_later(wait_s, self._look_again)
+        return wait_s <= 0.0
+
+    def _look_again(self) -> None:
+        self._looks_again = None
+        self.advance()
 
     def _room_of_several(
         self, ticket: Ticket, pools: Sequence[Pool], admits: Callable[[WorkerLoad], bool] | None
@@ -497,19 +521,34 @@ class Dispatcher:
         flex = ticket.job.tier is Tier.FLEX
         if flex:
             self.flex_pace.freed(self.clock())
+        if member.load.pacing is not None:
+            self._pace_reading(member.load.pacing, ticket)
         member.load.reserve(ticket.call.sequences, ticket.pending_tokens, flex=flex)
         ticket.member, ticket.worker, ticket.line = member, member.worker.id, self
         if self.adapters is not None and ticket.call.model != self.model:
             member.site.hold(ticket.call.model)
         return member
 
+    def _pace_reading(self, pacing: Pacing, ticket: Ticket) -> None:
+        """Notes that a prompt is sent to a worker on which flex requests wait for a moment without any."""
+        if ticket.job.tier is Tier.FLEX:
+            pacing.started(ticket.call.prompt_tokens, self.clock())
+        elif ticket.call.stream and ticket.times[Phase.DECODING] is None:
+            ticket.first = FirstToken(pacing, ticket.call.prompt_tokens, self.clock, self.advance)
+
     def _vacate(self, member: Member, ticket: Ticket) -> None:
+        if ticket.first is not None:
+            ticket.first.never()
+            ticket.first = None
         if ticket.split is not None:
             ticket.split.over()
         if ticket.visit is not None:
             ticket.visit.over(self.clock(), ticket.last_at, ticket.tokens)
             ticket.visit = None
-        member.load.release(ticket.call.sequences, ticket.pending_tokens, flex=ticket.job.tier is Tier.FLEX)
+        load, flex = member.load, ticket.job.tier is Tier.FLEX
+        load.release(ticket.call.sequences, ticket.pending_tokens, flex=flex)
+        if flex and load.pacing is not None:
+            load.pacing.freed(alone=load.in_flight == load.flex)
         ticket.pending_tokens = 0
         if self.adapters is not None and ticket.call.model != self.model:
             member.site.release(ticket.call.model)

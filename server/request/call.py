@@ -9,6 +9,7 @@ import msgspec
 
 from scheduler.hybrid import Visit
 from scheduler.jobs import Job, Tier
+from scheduler.pacing import FirstToken
 from server.request.tenants import Tenant
 from server.request.transcript import Transcript
 
@@ -136,6 +137,7 @@ class Ticket:
     pending_tokens: what the worker is taken to be busy with for it.
     split: set if prompt and answer are two workers' business; `worker` is then the one that answers.
     visit: what its engines' forecasts know of it, where placement is by prediction.
+    first: set while a worker that flex requests wait for has its first token to make.
     avoid: the worker that failed it last, which it should not be given again.
     at_fault: workers that failed because of it.
     told: the policy knows the prompt's length as the engine counts it.
@@ -165,6 +167,7 @@ class Ticket:
     pending_tokens: int = 0
     split: "Split | None" = None
     visit: Visit | None = None
+    first: FirstToken | None = None
     uncharged: int = 0
     avoid: str = ""
     at_fault: int = 0
@@ -209,6 +212,8 @@ class Ticket:
                 self.split.arrived()
             if self.visit is not None:
                 self.visit.begins(self.clock())
+            if self.first is not None:
+                self.first.here()
 
     def failed_at(self, worker: str, outcome: str) -> None:
         """A worker, or all of a model, could not answer."""

@@ -96,6 +96,45 @@ def test_memory_is_taken_from_flex_for_a_head_that_lacks_it(hollow_model: Path) 
     assert set(engine.finished) == {"d", "f0", "f1", "f2", "f3"}
 
 
+def test_one_flex_prompt_at_a_time_is_read_over_several_steps(hollow_model: Path) -> None:
+    engine = driven(hollow_model, slots=8, step_tokens=128)
+    engine.add(request("d", 20, 60), *(request(f"f{number}", 400, 5, tier="flex") for number in range(4)))
+    while engine.scheduler.has_requests():
+        engine.step()
+        unread = [live for live in engine.scheduler.running if live.num_computed_tokens < live.num_prompt_tokens]
+        assert len(unread) <= 1
+    assert [name for name in engine.finished if name != "d"] == ["f0", "f1", "f2", "f3"]
+
+
+def test_several_short_flex_prompts_start_in_one_step(hollow_model: Path) -> None:
+    engine = driven(hollow_model, slots=8, step_tokens=128)
+    engine.add(*(request(f"f{number}", 20, 5, tier="flex") for number in range(4)))
+    output = engine.step()
+    assert output is not None and scheduled(output) == {"f0", "f1", "f2", "f3"}
+
+
+def test_flex_does_not_start_in_memory_that_others_had_a_moment_ago(hollow_model: Path) -> None:
+    engine = driven(hollow_model, slots=8, step_tokens=2048, blocks=101)
+    engine.add(request("long", 1000, 3), request("short", 20, 400), request("f", 800, 3, tier="flex"))
+    while "long" not in engine.finished:
+        engine.step()
+    output = engine.step()
+    assert output is not None and scheduled(output) == {"short"}
+    before = engine.scheduler.clock.now
+    while "f" not in engine.finished:
+        engine.step()
+    assert 2.0 < engine.scheduler.clock.now - before < 60.0
+    engine.run()
+    assert told(engine)[1] == 0.0 or set(engine.finished) == {"long", "short", "f"}
+
+
+def test_flex_starts_in_an_empty_engine_whatever_others_had_lately(hollow_model: Path) -> None:
+    engine = driven(hollow_model, slots=8, step_tokens=2048, blocks=101)
+    engine.add(request("long", 1200, 3), request("f", 1200, 3, tier="flex"))
+    engine.run(60)
+    assert engine.finished == ["long", "f"]
+
+
 def test_the_reserve_keeps_flex_moving_under_saturation(hollow_model: Path) -> None:
     engine = driven(hollow_model, slots=2)
     engine.add(request("f", 10, 4, tier="flex"))

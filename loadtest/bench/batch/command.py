@@ -4,7 +4,8 @@ The scenario is llm-d-batch-gateway's (issue 491): interactive requests, 15 a se
 90 s; and Azure's chat requests at their own times. Sections:
 
 - scheduler: vLLM's own scheduler without a model. A step takes what a cost model says of what the scheduler has put
-  into it, so one command gives the same figures anywhere. Our service tiers beside vLLM's `priority`, and caps.
+  into it, so one command gives the same figures anywhere. Our service tiers, and the gateway's line before stock
+  vLLM, beside vLLM's `priority` and caps.
 - gateway: an engine without a model that cannot displace anybody, in real time.
 - lines: a long batch over an engine that takes no time. kills: the gateway is killed while it runs a batch.
 - cpu-engines (not by default): as `scheduler`, but real engines on a tiny model, on a clock of their own CPU time.
@@ -20,7 +21,7 @@ from loadtest.bench.batch import gateway, lines
 from loadtest.bench.batch.goals import WAY_HEAD, Figure, Scene, table, way_rows
 from loadtest.bench.batch.loads import JOBS, PEOPLE, Size
 from loadtest.bench.batch.runs import WITHOUT_END, Run, outcomes, scaled_to_engine
-from loadtest.bench.batch.work import ALONE, BATCH_ONLY, PRIORITY, TIERS, Outcome, Way, capped
+from loadtest.bench.batch.work import ALONE, BATCH_ONLY, PRIORITY, TIERS, Outcome, Way, behind_gateway, capped
 from loadtest.bench.gateway.relay_load import BenchmarkError
 from loadtest.bench.table import machine, markdown
 from loadtest.simulator.costmodel import PRESETS
@@ -47,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--caps", default="16,64", help="requests at a time of a batch without any help (default %(default)s)"
     )
-    parser.add_argument("--shares", default="", help="values of tiers.flex_share for `gateway` (default: its default)")
+    parser.add_argument(
+        "--shares", default="0.25", help="values of tiers.flex_share (default %(default)s, its default)"
+    )
     parser.add_argument("--cost", choices=sorted(PRESETS), default="gpu-7b", help="of a step (default %(default)s)")
     parser.add_argument("--lines", type=int, default=50_000, help="of the batch of `lines` (default %(default)s)")
     parser.add_argument("--kills", type=int, default=50, help="of `kills`, during 200 lines each (default %(default)s)")
@@ -81,13 +84,17 @@ def _size(args: argparse.Namespace) -> Size:
     return Size(args.seconds, args.rounds, traces=args.traces)
 
 
+def _shares(args: argparse.Namespace) -> list[float]:
+    return [float(share) for share in args.shares.split(",") if share]
+
+
 def _caps(args: argparse.Namespace) -> list[int]:
     return [int(cap) for cap in args.caps.split(",") if cap]
 
 
 # on an engine's own clock
 def _scheduler(args: argparse.Namespace, progress: Console) -> list[Figure]:
-    ways = [ALONE, BATCH_ONLY, TIERS, PRIORITY, *map(capped, _caps(args))]
+    ways = [ALONE, BATCH_ONLY, TIERS, PRIORITY, *map(behind_gateway, _shares(args)), *map(capped, _caps(args))]
     pairs = [(people, jobs) for people in args.people.split(",") for jobs in args.jobs.split(",")]
     return _on_work_clock("scheduler", pairs, ways, args, _size(args), args.cost)
 
@@ -124,26 +131,27 @@ def _on_work_clock(
     for people, jobs in pairs:
         of = {way.name: [made[runs[people, jobs, way, seed].key] for seed in seeds] for way in ways}
         full = [made[endless[people, seed].key] for seed in seeds]
-        figures += _scene(f"{where}, {people} and {jobs} jobs", TIERS.name, of, full)
+        ours = [way.name for way in ways if way.policy is not None or way.share is not None]
+        figures += _scene(f"{where}, {people} and {jobs} jobs", ours, of, full)
     return figures
 
 
 def _scene(
-    where: str, ours: str, of: Mapping[str, Sequence[Outcome]], endless: Sequence[Outcome] = ()
+    where: str, ours: Sequence[str], of: Mapping[str, Sequence[Outcome]], endless: Sequence[Outcome] = ()
 ) -> Sequence[Figure]:
     """Prints a line for each way; returns the figures of ours."""
     scene = Scene(of[ALONE.name], of.get(BATCH_ONLY.name, ()), endless)
     _print(f"{where}\n\n{markdown(WAY_HEAD, way_rows(of))}\n")
-    compared = {name: way for name, way in of.items() if name not in (ALONE.name, BATCH_ONLY.name)}
-    return scene.figures(where, ours, compared)
+    beside = {name: way for name, way in of.items() if name not in (ALONE.name, BATCH_ONLY.name, *ours)}
+    return [figure for name in ours for figure in scene.figures(f"{where}: {name}", name, {name: of[name], **beside})]
 
 
 # in real time
 def _gateway(args: argparse.Namespace, progress: Console) -> Sequence[Figure]:
-    shares = [float(share) for share in args.shares.split(",") if share]
-    compared = gateway.ways(shares, _caps(args))
+    compared = gateway.ways(_shares(args), _caps(args))
     found = gateway.outcomes(compared, _size(args), range(args.seeds), progress)
-    return _scene("gateway over stock vLLM's order", gateway.DEFAULT, found)
+    ours = [name for name, batch in compared.items() if batch is not None and batch.cap is None]
+    return _scene("through a gateway, engine without our scheduler", ours, found)
 
 
 def _lines(args: argparse.Namespace, progress: Console) -> Sequence[Figure]:

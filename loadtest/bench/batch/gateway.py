@@ -33,21 +33,18 @@ JOBS_PER_S = 25  # more than the engine can do beside others
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """share: of the slots, for a batch that runs by the Batch API (`tiers.flex_share`), None: the default. cap: in its
-    place a client sends so many ordinary requests at a time."""
+    """share: of the slots, for a batch that runs by the Batch API (`tiers.flex_share`). cap: in its place a client
+    sends so many ordinary requests at a time."""
 
     share: float | None = None
     cap: int | None = None
 
 
-DEFAULT = "batch API"
-
-
 def ways(shares: Iterable[float], caps: Iterable[int]) -> Mapping[str, Batch | None]:
     """What is compared, the interactive requests alone first."""
-    asked = {f"batch API, flex_share {share:g}": Batch(share=share) for share in shares}
+    lines = {f"batch API, flex_share {share:g}": Batch(share=share) for share in shares}
     clients = {f"a client that sends {cap} at a time": Batch(cap=cap) for cap in caps}
-    return {ALONE.name: None, DEFAULT: Batch()} | asked | clients
+    return {ALONE.name: None, **lines, **clients}
 
 
 def outcomes(

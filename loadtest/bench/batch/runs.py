@@ -66,6 +66,10 @@ def outcome(run: Run) -> Outcome:
 
         seed_block_hashes()
         free = ModelFreeEngine(model_folder(Path(folder)), run.way, PRESETS[run.cost])
+        if run.way.share is not None:
+            from loadtest.bench.batch.dispatched import dispatched
+
+            return dispatched(free, people, jobs if run.way.batch else None, run.way.share, run.size.whole_s)
         return Scenario(free, run.way, people, jobs, run.size.whole_s).run()
 
 

@@ -17,7 +17,8 @@ class Way:
     """One way to run a batch beside others. people, batch: what there is of the two.
 
     policy: of our scheduler, None for stock vLLM; priority: vLLM's own scheduling by priority. cap: most requests of
-    the batch at a time, waiting ones included; None: as many as find room, and a backlog.
+    the batch at a time, waiting ones included; None: as many as find room, and a backlog. share: the gateway's line
+    stands before the engine, and gives flex so much of the slots (`tiers.flex_share`).
     """
 
     name: str
@@ -26,12 +27,18 @@ class Way:
     people: bool = True
     batch: bool = True
     cap: int | None = None
+    share: float | None = None
 
 
 ALONE = Way("interactive alone", batch=False)
 BATCH_ONLY = Way("batch alone, stock vLLM", people=False)
 TIERS = Way("service tiers", policy="fcfs")
 PRIORITY = Way("vLLM `priority`", priority=True)
+
+
+def behind_gateway(share: float) -> Way:
+    """Lines of the Batch API, over an engine without our scheduler."""
+    return Way(f"gateway over stock vLLM, flex_share {share:g}", share=share)
 
 
 def capped(cap: int) -> Way:
@@ -138,6 +145,16 @@ class Outcome:
         return self.batch_tokens / self.seconds
 
 
+def outcome_of(
+    people: Sequence[Sent], people_tokens: int, batch_tokens: int, seconds: float, count: "StepCount", now: float
+) -> Outcome:
+    """Of a run that ends now. A request without a token has waited for one until now."""
+    firsts = [(sent.at[0] if sent.at else now) - sent.due_s for sent in people]
+    gaps = [b - a for sent in people for a, b in zip(sent.at, sent.at[1:], strict=False)]
+    again = count.again / count.computed if count.computed else 0.0
+    return Outcome(firsts, gaps, people_tokens, batch_tokens, seconds, again)
+
+
 class Scenario:
     """One way over one list of arrivals and endless jobs. Tokens count for `seconds`; then the interactive requests
     that are left are waited for beside the batch, so that none is left out because it was slow."""
@@ -198,12 +215,8 @@ class Scenario:
         self.unanswered -= made.over
 
     def _outcome(self) -> Outcome:
-        never = self.engine.now()  # a request without a token has waited for one until now, and still does
-        firsts = [(sent.at[0] if sent.at else never) - sent.due_s for sent in self.people.values()]
-        gaps = [b - a for sent in self.people.values() for a, b in zip(sent.at, sent.at[1:], strict=False)]
-        count = self.engine.count
-        again = count.again / count.computed if count.computed else 0.0
-        return Outcome(firsts, gaps, self.people_tokens, self.batch_tokens, self.seconds, again)
+        people, engine = list(self.people.values()), self.engine
+        return outcome_of(people, self.people_tokens, self.batch_tokens, self.seconds, engine.count, engine.now())
 
 
 def _renamed(calls: Iterable[TraceCall]) -> Iterator[TraceCall]:
