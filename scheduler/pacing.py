@@ -12,7 +12,7 @@ from typing import Final
 
 _FRESH: Final = 0.2  # weight of the latest first token
 _FIRST_S, _PROMPT_TOKENS = 0.1, 512.0  # until one was seen
-_READING: Final = 0.4  # of the time to a first token: for the rest of it the prompt waits for a step
+_READING: Final = 0.6  # of the time to a first token: for the rest of it the prompt waits for a step
 _FASTER: Final = 4.0  # flex starts so many times as fast where there is nobody else, who may come
 
 
