@@ -3,7 +3,7 @@
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain, repeat
@@ -79,12 +79,18 @@ def _prepare() -> None:
 
 
 def outcomes(runs: Iterable[Run], processes: int, *, fresh: bool = False) -> Mapping[Run, Outcome]:
-    """Of each run by its key. fresh: each in a process of its own, since a real engine leaves much behind."""
+    """Of each run by its key. fresh: each in a process of its own, since a real engine leaves much behind.
+
+    Processes are forked: this one has neither threads nor anything heavy."""
     wanted = list(dict.fromkeys(run.key for run in runs))
-    with ProcessPoolExecutor(
-        processes, get_context("spawn"), _prepare, max_tasks_per_child=1 if fresh else None
-    ) as pool:
-        return dict(zip(wanted, pool.map(outcome, wanted), strict=True))
+    if fresh:
+        return {run: one for run in wanted for one in _in_processes([run], 1)}
+    return dict(zip(wanted, _in_processes(wanted, processes), strict=True))
+
+
+def _in_processes(runs: Sequence[Run], processes: int) -> list[Outcome]:
+    with ProcessPoolExecutor(processes, get_context("fork"), _prepare) as pool:
+        return list(pool.map(outcome, runs))
 
 
 def scaled_to_engine(size: Size) -> Size:
