@@ -16,6 +16,7 @@ from scheduler.vllm.plugin import PolicyScheduler
 
 SLOTS, STEP_TOKENS, BLOCK_TOKENS = 32, 512, 32
 CONTEXT_TOKENS = 512
+WARM_UP = 12  # requests, each with a longer prompt
 KV_BLOCKS = 117  # as scarce as in the cost model of a GPU: a full batch wants a quarter more
 
 
@@ -44,7 +45,18 @@ class CpuEngine:
         if way.priority:
             settings["scheduling_policy"] = "priority"
         with engine(model, way.policy, **settings) as running:
-            yield cls(running, clock)
+            started = cls(running, clock)
+            started._warm_up()
+            yield started
+
+    def _warm_up(self) -> None:
+        """An engine's first batches are slower than all later ones."""
+        for number in range(WARM_UP):
+            prompt = [1000 + number] * (number + 1) * BLOCK_TOKENS
+            self.add(TraceCall(f"warm-{number}", 0.0, "people", prompt, len(prompt), 16), flex=False)
+        while self.is_busy():
+            self.step()
+        self._running.reset_prefix_cache()
 
     def now(self) -> float:
         return self._now
