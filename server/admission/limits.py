@@ -137,7 +137,7 @@ class LimitStanding:
 
     spent_requests, spent_tokens: by this replica since it started. in_flight: here. elsewhere: at other replicas.
     free_round, free: how many more may be in flight here in this round.
-    budgets: (which of `Gate._periods`, the most that may be used in it).
+    budgets: (which of `Gate._periods`, the most that may be used in it). used: in each period, at all replicas.
     """
 
     __slots__ = (
@@ -145,7 +145,7 @@ class LimitStanding:
         "spent_requests", "spent_tokens", "tokens", "used",
     )  # fmt: skip
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, used: dict[str, int]) -> None:
         self.name = name
         self.limits = Limits()
         self.budgets: list[tuple[int, float]] = []
@@ -157,7 +157,7 @@ class LimitStanding:
         self.free = 0
         self.spent_requests = 0
         self.spent_tokens = 0
-        self.used: dict[str, int] = {}
+        self.used = used
 
     def set_limits(self, limits: Limits, now: float) -> None:
         """The limits that hold from now on."""
@@ -275,6 +275,7 @@ class Gate:
         self._changed: set[str] = set()
         self._seen: dict[tuple[str, str], tuple[int, int, int]] = {}
         self._kept: dict[Kept, int] = {}
+        self._used: dict[str, dict[str, int]] = {}  # the sums of `_kept` over replicas, by tenant and period
         self._kept_changed: set[Kept] = set()
         self._over: set[str] = set()
         self._day_ends_at = 0.0
@@ -336,13 +337,19 @@ class Gate:
             self._count(name, amount, self._periods[2:])
 
     def _count(self, name: str, used: int, periods: tuple[str, ...]) -> None:
-        standing = self._standings.get(name)
+        totals = self._used_by(name)
         for period in periods:
             row = (period, name, self._replica)
             self._kept[row] = self._kept.get(row, 0) + used
             self._kept_changed.add(row)
-            if standing is not None:
-                standing.used[period] = standing.used.get(period, 0) + used
+            totals[period] = totals.get(period, 0) + used
+
+    def _used_by(self, name: str) -> dict[str, int]:
+        """What a tenant used in each period that is not over, at all replicas; the same object for good."""
+        used = self._used.get(name)
+        if used is None:
+            used = self._used[name] = {}
+        return used
 
     def _book(self, standing: LimitStanding, requests: int, tokens: int) -> None:
         standing.spent_requests += requests
@@ -356,11 +363,8 @@ class Gate:
     def _standing(self, tenant: Tenant, now: float) -> LimitStanding:
         standing = self._standings.get(tenant.name)
         if standing is None:
-            standing = self._standings[tenant.name] = LimitStanding(tenant.name)
             self._turn_page()
-            for (period, name, _), used in self._kept.items():
-                if name == tenant.name:
-                    standing.used[period] = standing.used.get(period, 0) + used
+            standing = self._standings[tenant.name] = LimitStanding(tenant.name, self._used_by(tenant.name))
         if standing.limits is not tenant.limits and tenant.limits is not None:
             standing.set_limits(tenant.limits, now)
         for bucket in (standing.requests, standing.tokens):
@@ -452,8 +456,9 @@ class Gate:
         self._over |= {period for period, _, _ in self._kept if period not in present}
         self._kept = {row: used for row, used in self._kept.items() if row[0] in present}
         self._kept_changed = {row for row in self._kept_changed if row[0] in present}
-        for standing in self._standings.values():
-            standing.used = {period: used for period, used in standing.used.items() if period in present}
+        for totals in self._used.values():
+            for period in totals.keys() - present:
+                del totals[period]
 
     def _present(self) -> set[str]:
         return set(self._periods)
@@ -517,9 +522,8 @@ class Gate:
             more = used - self._kept.get(row, 0)
             if more > 0:
                 self._kept[row] = used
-                standing = self._standings.get(name)
-                if standing is not None:
-                    standing.used[period] = standing.used.get(period, 0) + more
+                totals = self._used_by(name)
+                totals[period] = totals.get(period, 0) + more
 
     def _note_over(self, period: str) -> None:
         current = {name.partition(":")[0]: name for name in self._present()}
@@ -537,9 +541,7 @@ class Gate:
         """Tokens used in the present day and month, and what that cost where it is counted, for `/admin`."""
         self._turn_page()
         used: dict[str, float] = {self._day: 0, self._month: 0}
-        for (period, tenant, _), amount in self._kept.items():
-            if tenant == name:
-                used[period] = used.get(period, 0) + amount
+        used.update(self._used.get(name, {}))
         for period in used.keys() & {self._cost_day, self._cost_month}:
             used[period] /= MONEY_UNITS
         return used

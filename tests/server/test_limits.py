@@ -268,6 +268,20 @@ def test_admission_is_a_few_lines_however_many_tenants_there_are() -> None:
 
 
 # what a tenant may ask for at all
+def test_a_tenant_s_first_request_costs_the_same_however_many_others_have_used_tokens() -> None:
+    def lines(others: int) -> int:
+        world = World()
+        gate = world.gate()
+        for number in range(others):
+            gate.count(f"t{number}", 5)
+        newcomer = Tenant("new", limits=Limits(requests_per_minute=60))
+        return lines_executed(lambda: gate.admit(a_ticket(newcomer, world), Answer())) + lines_executed(
+            lambda: gate.usage("new")
+        )
+
+    assert lines(1000) == lines(1)
+
+
 def test_a_model_that_is_not_the_tenant_s_is_as_if_it_were_not_there() -> None:
     tenant = Tenant("acme", models=frozenset({"small"}))
     assert permitted(a_call(tenant, model="small"))
