@@ -123,7 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, simulates, prints the tables."""
-    console, progress = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
+    console, progress = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
     wanted = args.parts.split(",")
     if unknown := set(wanted) - set(ALL_PARTS):
         progress.print(f"evenhand bench disaggregation: no part {unknown.pop()!r}: choose of {', '.join(ALL_PARTS)}")
