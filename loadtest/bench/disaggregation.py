@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count, repeat
+from math import inf
 from pathlib import Path
 from random import Random
 from statistics import geometric_mean, median
@@ -352,16 +353,13 @@ class DisaggregationBench:
                 of = {side: [repetition[at] for repetition in runs] for side, runs in best.items()}
                 tuned = max(self.both, key=lambda side: median(of[side]))
                 other = max((tuned, APART), key=lambda side: median(of[side]))
-                ratio = [
-                    mine / others if others else float("inf")
-                    for mine, others in zip(of[PREDICTED], of[other], strict=True)
-                ]
+                ratio = [ratio_of(mine, others) for mine, others in zip(of[PREDICTED], of[other], strict=True)]
                 ratios.append(median(ratio))
                 asked = f"{name}, TPOT ≤ {1e3 * objective.tpot_s:.0f} ms"
                 row = [asked, f"{spread(of[tuned])} ({tuned.rpartition(', ')[2]})", spread(of[APART])]
                 rows.append([*row, spread(of[PREDICTED]), spread(ratio), met(median(ratio) >= GOODPUT_GOAL)])
         head = ["lengths, objective", "best that do both", APART, PREDICTED, "÷ best", f"goal ≥ {GOODPUT_GOAL}"]
-        mean = f"{geometric_mean(ratios):.2f}" if 0.0 < min(ratios) and max(ratios) < float("inf") else "not defined"
+        mean = f"{geometric_mean(ratios):.2f}" if 0.0 < min(ratios) and max(ratios) < inf else "not defined"
         told = (
             f"Requests/s per engine with {ATTAINMENT_GOAL:.0%} inside both objectives, TTFT ≤ "
             f"{objectives[0].ttft_s:.2f} s in every row. By prediction ÷ the better of the others: geometric mean "
@@ -398,6 +396,11 @@ class DisaggregationBench:
         alone = [said(self.urls[self.both[-1]], prompt) for prompt in asked]
         same = sum(said(self.urls[APART], prompt) == other for prompt, other in zip(asked, alone, strict=True))
         return f"Greedy answers of 32 tokens that are the same, token for token: {same} of {prompts}"
+
+
+def ratio_of(goodput: float, other: float) -> float:
+    """1 where nobody serves anybody in time."""
+    return goodput / other if other else inf if goodput else 1.0
 
 
 def in_ms(seconds: Sequence[float]) -> list[float]:
