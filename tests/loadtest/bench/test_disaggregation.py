@@ -88,6 +88,7 @@ def test_what_is_simulated_says_so_and_compares_with_the_better_of_the_others(mo
 def test_placement_by_prediction_is_as_good_as_any_fixed_choice(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The promise of `--slo-ttft` and `--slo-tpot`, in virtual time: within a few percent of the best of engines that
     do both, with each step size, and of fixed roles, at whichever objective."""
+    monkeypatch.setattr(disaggregation_simulated, "REQUESTS", 250)
     monkeypatch.setattr(disaggregation_simulated, "SIMULATED_LOADS", tuple(at / 10 for at in range(1, 18)))
     cost = PRESETS["gpu-7b"]
     lengths = [
