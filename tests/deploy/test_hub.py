@@ -49,7 +49,7 @@ def test_a_download_that_broke_off_goes_on_from_there(hub: Hub, tmp_path: Path) 
     hub.cut_after = 20_000  # the hub's own library goes on a few times, and then gives up
     broken = download(hub, tmp_path)
     assert broken.returncode == 1
-    assert "go on from there" in broken.stderr.splitlines()[-1]
+    assert "start again to resume the download" in broken.stderr.splitlines()[-1]
     got = there(tmp_path)
     assert got < NEEDED
     hub.cut_after = None
