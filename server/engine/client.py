@@ -59,8 +59,8 @@ def keyed(data: bytes) -> tuple[bytes, int, int]:
 def content_at(data: bytes) -> int:
     """Where the content of an HTTP chunk begins, if `data` is one whole chunk and no more; else 0."""
     at = data.find(b"\r\n", 1, _LONGEST_SIZE_BYTES) + 2
-    size = len(data) - at - 2
-    return at if at > 2 and size > 0 and data.startswith(b"%x\r\n" % size) and data.endswith(b"\r\n") else 0
+    size = len(data) - at - 2  # where no line ends, `at` is 1 and no size fits
+    return at if size > 0 and data.startswith(b"%x\r\n" % size) and data.endswith(b"\r\n") else 0
 
 
 def contents(data: bytes) -> bytes:
