@@ -79,6 +79,9 @@ _PREFILL = PolicyOption(
     "prefill_tokens_per_step", _whole(1), "256", "tokens", "prompt tokens that take as long as one decode step"
 )
 _TAIL = PolicyOption("tail", _number(0.0), "inf", "ratio", "bound on the P99 TTFT, as a multiple of that under FCFS")
+_STALL = PolicyOption(
+    "stall_s", _number(0.0), "inf", "s", "time after which an answer that was interrupted goes on; inf: patience_s"
+)
 _CAP = PolicyOption("preemptions_per_s", _whole(0), "100", "1/s", "most requests preempted per second")
 
 POLICIES: Mapping[str, CatalogEntry] = {
@@ -141,6 +144,7 @@ POLICIES: Mapping[str, CatalogEntry] = {
             PolicyOption(
                 "patience_s", _number(0.0), "60", "s", "waiting time after which a request goes first; inf for never"
             ),
+            _STALL,
             _CAP,
             PolicyOption(
                 "min_samples", _whole(20), "50", "jobs", "finished requests that a class needs before it counts"
@@ -163,6 +167,7 @@ POLICIES: Mapping[str, CatalogEntry] = {
             PolicyOption(
                 "patience_s", _number(0.0), "60", "s", "waiting time after which a request goes first; inf for never"
             ),
+            _STALL,
             _CAP,
             _TAIL,
         ),

@@ -16,6 +16,9 @@ _TENANTS_KEPT = 4096  # below this many, idle tenants are not looked at
 _PROMISED = 0.99  # of the jobs of first come, first served are no worse off than what is promised
 _LATER = 1.2  # times the latest end that is promised: the longest jobs pay for what all others gain
 _GROWING = 1.25  # a line that is longer than it ever was grows on while a job waits in it
+_UNPROMISED = 0.005  # of the jobs: those that ask for most work, when a promise to them comes due
+_MOST_UNPROMISED = 5.0  # at once, which is that share of the jobs whose ends are remembered
+_LONG = 0.9  # of the arrivals rank before a job that may be one of them
 _OPEN = 0.95  # of the promised wait: from here on fewer and fewer may overtake
 _RANKS = 500  # of the latest arrivals, to know which rank so many of them are below
 _COMPARE_S = 1.0
@@ -74,6 +77,8 @@ class Lanes:
         self._unserved = Overdue()  # by their latest stall
         self._fresh = Overdue()  # before their first token, by all that they have waited
         self._stalled = Overdue()  # from their first token on, by when they would have to start for the same end
+        self._interrupted = Overdue()  # from their first token on, by their latest stall
+        self._unpromised = 0.0
         self._fresh_s = self._end_s = inf
         self._gate = inf  # rank from which on a job may not overtake
         self._ranks = Recent(_RANKS)
@@ -97,6 +102,7 @@ class Lanes:
         self._arrive(place, front=False)
         if self.shadow is not None:
             self._ranks.add(self._order.rank(place.lane))
+            self._unpromised = min(_MOST_UNPROMISED, self._unpromised + _UNPROMISED)
 
     def admit(self, job: Job, now: float) -> None:
         """`push`, and the `pop` that would take this very job, in one: for a job that finds nobody waiting.
@@ -329,8 +335,9 @@ class Lanes:
         Who has waited, before its first token, for as long as 99 of 100 would have under first come, first served
         (times `tail`) is served next, and as that time draws near, fewer and fewer may overtake whoever has waited
         longest: only those of the best ranks. Who was displaced is served to its own end when it would else end later
-        than 99 of 100 would have, times 1.2 (or `tail`, if that is more). While jobs end later, in the mean, than they
-        would have, nobody is displaced for a newcomer.
+        than 99 of 100 would have, times 1.2 (or `tail`, if that is more). One job in 200, of those that ask for most
+        work, waits on when it would be its turn by either: under overload that keeps the gain of all others. While
+        jobs end later, in the mean, than they would have, nobody is displaced for a newcomer.
         """
         shadow = self.shadow
         if shadow is None:
@@ -360,7 +367,8 @@ class Lanes:
     @property
     def keeps_order(self) -> bool:
         """Whether who goes next stays the same while running jobs are served: first come, first served."""
-        return self._shares is None and not self._displaced_at.maxlen and not isfinite(self._order.patience_s)
+        patience_s = min(self._order.patience_s, self._order.stall_s)
+        return self._shares is None and not self._displaced_at.maxlen and not isfinite(patience_s)
 
     @property
     def promised_wait_s(self) -> float:
@@ -593,27 +601,41 @@ class Lanes:
 
     def _boost(self, now: float) -> None:
         """Moves forward those that have been unserved for too long, a bounded number of them at a time."""
-        left = self._boost_from(self._unserved, now - self._order.patience_s, _BOOSTS_AT_ONCE)
+        left = self._boost_from(self._interrupted, now - self._order.stall_s, _BOOSTS_AT_ONCE)
+        left = self._boost_from(self._unserved, now - self._order.patience_s, left)
         if self._fresh_s > 0.0:  # else first come, first served would let nobody wait, and neither does this
             left = self._boost_from(self._fresh, now - self._fresh_s, left)
             self._boost_from(self._stalled, now - self._end_s, left)
 
     def _boost_from(self, overdue: Overdue, before: float, most: int) -> int:
         """Returns how many more may be."""
+        promised = overdue is self._fresh or overdue is self._stalled
         while most and (place := overdue.pop(before)) is not None:
             most -= 1
             self._next = None
+            if promised and self._lets_wait(place):
+                continue
             if place.boosted_at != FOR_GOOD:
                 place.boosted_at = FOR_GOOD if overdue is self._stalled else place.job.output_tokens
-                place.is_due = overdue is not self._unserved
+                place.is_due = promised
                 place.line.move(place)
                 self._price(place)
         return most
 
+    def _lets_wait(self, place: JobPlace) -> bool:
+        """Whether the job is one of the few to whom nothing is promised, now that its promise is due."""
+        if self._unpromised < 1.0 or self._order.rank(place.lane) < self._ranks.quantile(_LONG):
+            return False
+        self._unpromised -= 1.0
+        place.is_promised = False
+        return True
+
     def _note_wait(self, place: JobPlace) -> None:
         if isfinite(self._order.patience_s):
             self._unserved.note(place, place.since, self.waiting)
-        if self.shadow is not None:
+        if isfinite(self._order.stall_s) and place.job.output_tokens:
+            self._interrupted.note(place, place.since, self.waiting)
+        if self.shadow is not None and place.is_promised:
             if place.job.output_tokens:
                 self._stalled.note(place, place.job.arrived_at - self.shadow.rest_s(place.job), self.waiting)
             else:
@@ -634,7 +656,7 @@ class Lanes:
         place.line = self._line(job.tenant)
         place.account = place.line.account
         place.account.weight = job.weight
-        place.boosted_at, place.is_due = None, False
+        place.boosted_at, place.is_due, place.is_promised = None, False, True
         if self.shadow is not None:
             self.shadow.arrived(job, job.arrived_at)
         place.bill = self._shares.adopt(job) if self._shares is not None and taken else None

@@ -23,14 +23,14 @@ class JobPlace:
     seq: order of arrival.
     since: unserved since then, in seconds. began_at: when it was popped last. waited_s: unserved before `since`.
     boosted_at: output tokens when its patience ended, or what it was promised.
-    is_due: it was boosted because of a promise.
+    is_due: it was boosted because of a promise. is_promised: False for one of the few that are promised nothing.
     until: output tokens at which lane or price must be looked at again.
     price: counter units per output token at present.
     """
 
     __slots__ = (
-        "account", "began_at", "bill", "boosted_at", "is_due", "job", "lane", "line", "price", "seq", "since", "state",
-        "until", "waited_s",
+        "account", "began_at", "bill", "boosted_at", "is_due", "is_promised", "job", "lane", "line", "price", "seq",
+        "since", "state", "until", "waited_s",
     )  # fmt: skip
 
     def __init__(self, job: Job, line: "Line", seq: int, since: float) -> None:
@@ -46,6 +46,7 @@ class JobPlace:
         self.until = NEVER
         self.boosted_at: int | None = None
         self.is_due = False
+        self.is_promised = True
         self.bill: Bill | None = None
         self.price = 0.0
 

@@ -41,6 +41,10 @@ class Order(Protocol):
         """A job unserved for so long is boosted to the front; infinity if never."""
 
     @property
+    def stall_s(self) -> float:
+        """A job that has begun to answer and is unserved for so long is boosted too; infinity if never."""
+
+    @property
     def preemptions_per_s(self) -> int:
         """Most running jobs displaced in any one second; 0 if the order never displaces."""
 

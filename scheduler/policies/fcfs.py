@@ -14,6 +14,7 @@ class Fcfs:
 
     name: Final = "fcfs"
     patience_s: Final = math.inf
+    stall_s: Final = math.inf
     preemptions_per_s: Final = 0
     tail: Final = math.inf
     tokens_per_step: Final = 256.0

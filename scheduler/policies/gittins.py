@@ -14,6 +14,8 @@ import math
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from scheduler.jobs import Job, Outcome
 from scheduler.policies.lengths import Lengths
@@ -30,6 +32,7 @@ _BY_PROMPT = 3  # so many of a job's classes, the first ones, look at its prompt
 _ClassKey = tuple[str | float, ...]
 
 
+@dataclass(eq=False)
 class Gittins:
     """Learns the lengths of each class of jobs; a job's lane is (class, outstanding prefill, age), both in buckets.
 
@@ -42,6 +45,7 @@ class Gittins:
     hysteresis: the head displaces a running job only if its index is this many times higher.
     patience_s: a job unserved for so long goes first, for 64 decode steps, and displaces one that came after it; under
         overload they take turns.
+    stall_s: the same for a displaced job whose answer has begun.
     preemptions_per_s: cap on displacements.
     min_samples: completed jobs that a class needs.
     window: how many of the latest jobs a class remembers.
@@ -50,31 +54,23 @@ class Gittins:
         this; see `Lanes.stepped`. Infinity promises nothing.
     """
 
-    name = "gittins"
+    prefill_tokens_per_step: int = 256
+    hysteresis: float = 1.6
+    patience_s: float = 60.0
+    stall_s: float = math.inf
+    preemptions_per_s: int = 100
+    min_samples: int = 50
+    window: int = 2000
+    max_tokens: Literal["use", "ignore"] = "use"
+    tail: float = 0.8
+    name: ClassVar[str] = "gittins"
 
-    def __init__(
-        self,
-        prefill_tokens_per_step: int = 256,
-        hysteresis: float = 1.6,
-        patience_s: float = 60.0,
-        preemptions_per_s: int = 100,
-        min_samples: int = 50,
-        window: int = 2000,
-        max_tokens: str = "use",
-        tail: float = 0.8,
-    ) -> None:
-        self.patience_s = patience_s
-        self.tail = tail
-        self.tokens_per_step = float(prefill_tokens_per_step)
-        self.preemptions_per_s = preemptions_per_s
+    def __post_init__(self) -> None:
+        self.tokens_per_step = float(self.prefill_tokens_per_step)
         self.epoch = 0
         self._prompt_tokens = self.tokens_per_step
-        self._hysteresis = hysteresis
-        self._min_samples = min_samples
-        self._window = window
-        self._by_max_tokens = max_tokens == "use"
         self._numbers = 1
-        self._all = Lengths(window, min_samples)
+        self._all = Lengths(self.window, self.min_samples)
         self._classes: OrderedDict[_ClassKey, int] = OrderedDict()
         self._lengths: dict[int, Lengths] = {0: self._all}
         self._unlike: set[int] = set()  # classes that differ from their parents
@@ -126,7 +122,7 @@ class Gittins:
             return False
         steps = self._steps(head.restart_tokens + victim.context_tokens)
         asked = (head_lane[0], _bucket(steps), head_lane[2])
-        return self._index(asked) > self._hysteresis * self._index(victim_lane)
+        return self._index(asked) > self.hysteresis * self._index(victim_lane)
 
     def learn(self, job: Job, outcome: Outcome) -> None:
         """Notes the length in the job's class and in all its parents."""
@@ -162,7 +158,7 @@ class Gittins:
             self._unlike.discard(forgotten)
         number = self._classes[key] = self._numbers
         self._numbers += 1
-        self._lengths[number] = Lengths(self._window, self._min_samples)
+        self._lengths[number] = Lengths(self.window, self.min_samples)
         return number
 
     def _class_of(self, job: Job) -> int:
@@ -183,7 +179,7 @@ class Gittins:
 
     def _chain(self, job: Job) -> tuple[_ClassKey, ...]:
         """The job's class and its parents, without the one of all."""
-        bound = job.max_tokens.bit_length() if self._by_max_tokens else -1
+        bound = job.max_tokens.bit_length() if self.max_tokens == "use" else -1
         parents: tuple[_ClassKey, ...] = ((job.tenant, job.kind, bound), (job.kind, bound), (bound,))
         octave = _half_octave(job.prompt_tokens)
         return (*((*key, octave) for key in parents), *parents)

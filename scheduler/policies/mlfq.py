@@ -29,6 +29,7 @@ class Mlfq:
     """
 
     name = "mlfq"
+    stall_s = math.inf
     epoch = 0
 
     def __init__(

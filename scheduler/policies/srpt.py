@@ -22,6 +22,7 @@ class Srpt:
     prefill_tokens_per_step: prompt tokens whose prefill takes as long as one decode step.
     hysteresis: the victim's rest must be this many times the head's work and its own recomputation.
     patience_s: a job unserved for so long goes first, for 64 decode steps, and displaces one that came after it.
+    stall_s: the same for a displaced job whose answer has begun.
     preemptions_per_s: cap on displacements.
     tail: as for Gittins.
     """
@@ -34,10 +35,12 @@ class Srpt:
         prefill_tokens_per_step: int = 256,
         hysteresis: float = 1.3,
         patience_s: float = 60.0,
+        stall_s: float = math.inf,
         preemptions_per_s: int = 100,
         tail: float = math.inf,
     ) -> None:
         self.patience_s = patience_s
+        self.stall_s = stall_s
         self.tail = tail
         self.tokens_per_step = float(prefill_tokens_per_step)
         self.preemptions_per_s = preemptions_per_s

@@ -27,6 +27,7 @@ class Oracle:
 
     name = "oracle"
     patience_s = float("inf")
+    stall_s = float("inf")
     preemptions_per_s = 1000
     tail = float("inf")
     tokens_per_step = 256.0
@@ -267,3 +268,22 @@ def test_patience_does_not_make_jobs_of_alike_lengths_take_turns() -> None:
     engine, lives = simulate(build("gittins", {"patience_s": "10"}), requests)
     assert max(life.first_token_at - life.request.at for life in lives) > 30
     assert engine.preemptions <= 6
+
+
+def test_an_answer_that_was_interrupted_goes_on_after_its_own_time_and_no_other_job_before() -> None:
+    policy = build("gittins", {"stall_s": "2", "patience_s": "60", "max_tokens": "ignore"})
+    for number in range(200):
+        policy.order.learn(Job("", "t", 30, 0.0, output_tokens=(5, 400)[number % 2]), Outcome.DONE)
+    lanes = Lanes(policy)
+    long, first, second = Job("long", "t", 30, 0.0), Job("first", "t", 30, 1.0), Job("second", "t", 30, 1.0)
+    lanes.push(long, 0.0)
+    lanes.pop(0.0)
+    lanes.serve(long, 100, 1.0)
+    lanes.push(first, 1.0)
+    lanes.push(second, 1.0)
+    assert lanes.displacement(1.0) == (first, long)
+    lanes.preempt(long, 1.0)
+    assert lanes.pop(1.0) is first
+    assert lanes.peek(2.9) is second
+    assert lanes.peek(3.1) is long
+    assert lanes.displacement(3.1) == (long, first)

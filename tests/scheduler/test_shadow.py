@@ -102,15 +102,42 @@ def test_under_overload_the_short_ones_gain_and_the_first_tokens_of_the_rest_kee
     assert p99(list(gittins.first_s.values())) <= p99(list(fcfs.first_s.values())) / 0.85
 
 
-def test_a_promise_takes_nobodys_slot() -> None:
-    """Who has waited for as long as is promised goes next, and displaces nobody whom its rank does not."""
-    policy = build("gittins", {"tail": "0.01", "max_tokens": "ignore"})
+def taught(**options: str) -> Lanes:
+    """One slot, and Gittins that knows: short prompts have short answers, and long ones long."""
+    policy = build("gittins", {"max_tokens": "ignore", **options})
     for number in range(200):
         policy.order.learn(
             Job("", "t", *((30, 0.0), (3000, 0.0))[number % 2], output_tokens=(5, 400)[number % 2]), Outcome.DONE
         )
     lanes = Lanes(policy)
     lanes.feed(1)
+    return lanes
+
+
+def test_one_in_200_of_the_longest_is_let_wait_and_no_more() -> None:
+    """With a promise of next to no wait, a long job is due before a short one comes, and goes first, but for those."""
+    lanes, let_wait = taught(tail="0.0001"), 0
+    running = Job("running", "t", 30, 0.0)
+    lanes.push(running, 0.0)
+    lanes.pop(0.0)
+    for number in range(1000):
+        now = number / 2
+        long, short = Job(f"long {number}", "t", 3000, now), Job(f"short {number}", "t", 30, now + 0.4)
+        lanes.push(long, now)
+        for step in range(10):
+            lanes.stepped(now + step / 20, 1)
+            lanes.serve(running, 2, now + step / 20)  # it never ends, so the others wait in the shadow too
+        lanes.push(short, now + 0.4)
+        first, second = lanes.pop(now + 0.49), lanes.pop(now + 0.49)
+        let_wait += first is short
+        for job in (first, second):
+            lanes.finish(job, Outcome.ABORTED, now + 0.49)
+    assert 5 <= let_wait <= 10
+
+
+def test_a_promise_takes_nobodys_slot() -> None:
+    """Who has waited for as long as is promised goes next, and displaces nobody whom its rank does not."""
+    lanes = taught(tail="0.01")
     running, long, short = Job("running", "t", 30, 0.1), Job("long", "t", 3000, 0.0), Job("short", "t", 30, 0.2)
     lanes.push(running, 0.1)
     lanes.pop(0.1)
