@@ -10,7 +10,7 @@ import shutil
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -260,15 +260,18 @@ def check_port(host: str, port: int, free: Callable[[str, int], bool]) -> Findin
     )
 
 
-def check_redis(url: str | None, ping: Callable[[str], str]) -> Finding:
-    """`ping` returns what the server says of itself, or raises OSError or ValueError."""
-    if not url:
-        return Finding("ok", "Redis", "not configured: the gateway shares no state")
-    try:
-        return Finding("ok", "Redis", f"{without_password(url)}: {ping(url)}")
-    except (OSError, ValueError) as error:
-        advice = "start it or correct --redis-url; without it each gateway keeps its own state"
-        return Finding("bad", "Redis", f"{without_password(url)}: {error}", advice)
+def check_redis(urls: Sequence[str], ping: Callable[[str], str]) -> Iterator[Finding]:
+    """`ping` returns what a server says of itself, or raises OSError or ValueError."""
+    if not urls:
+        yield Finding("ok", "Redis", "not configured: the gateway shares no state")
+    for url in urls:
+        try:
+            yield Finding("ok", "Redis", f"{without_password(url)}: {ping(url)}")
+        except (OSError, ValueError) as error:
+            advice = "start it or correct --redis-url; without it each gateway keeps its own state"
+            yield Finding("bad", "Redis", f"{without_password(url)}: {error}", advice)
+    if len(set(urls)) < len(urls):
+        yield Finding("bad", "Redis", "--redis-url names an address twice", "name each server once")
 
 
 def without_password(url: str) -> str:
@@ -299,16 +302,21 @@ def check_shared_memory(settings: ServeSettings, machine: Machine) -> Finding:
 
 
 def ping_redis(url: str) -> str:
-    """The server's version; OSError when it cannot be reached, ValueError for an address that is none."""
+    """The server's version; OSError when it cannot be reached, ValueError for one that cannot be used."""
     import redis
+
+    from server.store.redis_store import IN_CLUSTER
 
     try:
         with redis.Redis.from_url(
             url, socket_timeout=REDIS_PATIENCE_S, socket_connect_timeout=REDIS_PATIENCE_S
         ) as client:
-            return f"version {client.info('server')['redis_version']}"
+            said = client.info("server")
     except redis.RedisError as error:
         raise OSError(str(error)) from error
+    if said.get("redis_mode") == "cluster":
+        raise ValueError(IN_CLUSTER)
+    return f"version {said['redis_version']}"
 
 
 def existing(folder: Path) -> Path:
@@ -336,7 +344,7 @@ def examine(settings: ServeSettings) -> Iterator[Finding]:
         yield check_shared_memory(settings, machine)
     yield check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     yield check_port(settings.host, settings.port, is_free)
-    yield check_redis(settings.redis_url.get_secret_value() if settings.redis_url else None, ping_redis)
+    yield from check_redis([url.get_secret_value() for url in settings.redis_url], ping_redis)
 
 
 def render(findings: list[Finding]) -> Table:

@@ -316,9 +316,9 @@ class GatewayServer:
     def _batch_store(self, folder: Path) -> BatchStore:
         if not self.settings.batch.shared:
             return SqliteBatchStore(folder / "batches.sqlite", wall_clock)
-        if self.settings.redis_url is None:
+        if not self.settings.redis_url:
             raise ValueError("batch.shared needs a Redis that the gateways share: set --redis-url")
-        return RedisBatchStore(self.settings.redis_url.get_secret_value())
+        return RedisBatchStore(self.settings.redis_url[0].get_secret_value())
 
     def _notes(self) -> dict[str, Any]:
         """What /ready says beside the workers."""

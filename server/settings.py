@@ -1,14 +1,16 @@
 """All settings of the gateway in one typed tree: command line > EVENHAND_… > YAML file > default."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -18,6 +20,25 @@ from pydantic_settings import (
 Positive = Annotated[float, Field(gt=0)]
 
 
+def _addresses(value: Any) -> Any:
+    """A list of addresses, from one, a list, or a JSON list, as lists are written in the environment."""
+    if value is None:
+        return []
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise ValueError("it begins as a JSON list does, and is none") from None
+    addresses = [value] if isinstance(value, str) else value
+    if isinstance(addresses, list) and any(isinstance(one, str) and one.count("://") > 1 for one in addresses):
+        raise ValueError(
+            "an option names one address, and may be repeated; a setting names several in a list: "
+            '["redis://ONE:6379/0", "redis://OTHER:6379/0"]'
+        )
+    return addresses
+
+
+RedisUrls = Annotated[list[SecretStr], NoDecode, BeforeValidator(_addresses)]
 LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -317,9 +338,10 @@ class Settings(BaseSettings):
         le=65535,
         description="port of /admin and the console; default: `port` + 1000; the same as `port`: on the public address",
     )
-    redis_url: SecretStr | None = Field(
-        None,
-        description="Redis that replicas share, e.g. redis://HOST:6379/0; set EVENHAND_REDIS_URL if it has a password",
+    redis_url: RedisUrls = Field(
+        default_factory=list,
+        description="Redis that replicas share, e.g. redis://HOST:6379/0; several share the tenants out, in the same "
+        "order at every gateway; set EVENHAND_REDIS_URL if there is a password",
     )
     replica: str = Field(
         "", max_length=64, description="this gateway's name among its replicas; default: the host name"
@@ -422,6 +444,6 @@ def _check_file(config: Path) -> None:
 
 def _sentence(problem: dict[str, Any]) -> str:
     name = ".".join(str(part) for part in problem["loc"])
-    if name in ("admin_key", "redis_url", "engine_key"):
+    if problem["loc"][0] in ("admin_key", "redis_url", "engine_key"):
         return f"setting {name!r}: {problem['msg']}"
     return f"setting {name!r}: {problem['msg']} (got {problem.get('input')!r})"

@@ -1,5 +1,6 @@
 """What all tests share: a Redis of their own, and CI's rule that nothing is skipped."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -98,22 +99,54 @@ def redis_server() -> Path:
     return Path(REDIS_SERVER_PATH)
 
 
-@pytest.fixture(scope="session")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real Redis that keeps nothing on disk, on a free port of this machine, for the whole run."""
-    program, folder = redis_server(), tmp_path_factory.mktemp("redis")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    options = ["--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", str(folder)]
+def unused_port(*, also_above: int = 0) -> int:
+    """A port that nobody listens on; nor on the one so far above it."""
+    while True:
+        with socket.socket() as probe, socket.socket() as above, contextlib.suppress(OSError, OverflowError):
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+            if also_above:
+                above.bind(("127.0.0.1", port + also_above))
+            return port
+
+
+CLUSTER_BUS = 10_000  # so far above its own is the port for other nodes of its cluster
+
+
+@contextlib.contextmanager
+def running_redis(folder: Path, *more: str, port: int = 0) -> Iterator[str]:
+    """A real Redis that keeps nothing on disk, on a free port of this machine; yields its address."""
+    port = port or unused_port()
+    options = ["--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", str(folder), *more]
     with (folder / "log").open("wb") as log:
-        server = subprocess.Popen([program, "--port", str(port), *options], stdout=log, stderr=log)
+        server = subprocess.Popen([redis_server(), "--port", str(port), *options], stdout=log, stderr=log)
     try:
         wait_until_listening(port, server, folder / "log")
         yield f"redis://127.0.0.1:{port}/0"
     finally:
         server.terminate()
         server.wait(timeout=REDIS_START_S)
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Redis for the whole run."""
+    with running_redis(tmp_path_factory.mktemp("redis")) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def second_redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Another one."""
+    with running_redis(tmp_path_factory.mktemp("redis")) as url:
+        yield url
+
+
+@pytest.fixture
+def cluster_node(tmp_path: Path) -> Iterator[str]:
+    """A Redis in cluster mode that serves no slot."""
+    with running_redis(tmp_path, "--cluster-enabled", "yes", port=unused_port(also_above=CLUSTER_BUS)) as url:
+        yield url
 
 
 def wait_until_listening(port: int, server: subprocess.Popen[bytes], log: Path) -> None:

@@ -217,4 +217,6 @@ def plain(settings: Settings) -> dict[str, Any]:
         value = getattr(settings, name)
         if isinstance(value, SecretStr):
             known[name] = value.get_secret_value()
+        elif name == "redis_url":
+            known[name] = [url.get_secret_value() for url in value]
     return known

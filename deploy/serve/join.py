@@ -45,7 +45,8 @@ from server.fleet.registry import HEARTBEAT_S, WORKER_TTL_S, registration_of
 from server.options import CliOption, add_options, given
 from server.request.errors import EngineGone
 from server.settings import DisaggregationSettings, read_settings
-from server.store.redis_store import RedisStore
+from server.store.redis_store import REDIS_PORT
+from server.store.sharded import store_at
 from server.store.store import Store, StoreAway
 
 log = logging.getLogger("evenhand.worker")
@@ -53,7 +54,6 @@ log = logging.getLogger("evenhand.worker")
 HEARD_S = 2.5 * REGISTRY_S  # until every gateway has read that it wants nothing new
 LOOK_S = 0.25
 AUTO = "auto"
-REDIS_PORT = 6379
 
 
 class JoinSettings(ServeSettings):
@@ -106,9 +106,9 @@ def run(args: argparse.Namespace, surroundings: Surroundings | None = None) -> i
         settings = read_settings(given(args, JoinSettings, OPTIONS), args.config, JoinSettings)
         if len(settings.model) > 1:
             raise ValueError("a worker is one engine of one model: start one `evenhand worker` for each --model")
-        if settings.redis_url is None:
+        if not settings.redis_url:
             raise ValueError("a worker joins its gateways through Redis: give --redis-url URL, or EVENHAND_REDIS_URL")
-        redis_url = settings.redis_url.get_secret_value()
+        redis_url = settings.redis_url[0].get_secret_value()  # of several, the first has the workers
         if settings.address == AUTO:
             settings = settings.model_copy(update={"address": address_towards(redis_url)})
         with contextlib.closing(around.locks()) as locks:
@@ -183,10 +183,7 @@ def ports_of(settings: JoinSettings) -> Ports | None:
 
 
 async def _joined(settings: JoinSettings, plan: EnginePlan, redis_url: str, around: Surroundings) -> int:
-    try:
-        store = RedisStore(redis_url)
-    except ValueError:
-        raise ValueError("invalid Redis address: write it as redis://HOST:PORT/0, or rediss:// for TLS") from None
+    store = store_at([redis_url])
     try:
         return await Joining(settings, plan, store, around).run()
     finally:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
-from server.store.store import SLICE, Kept, News, Offer, Store, StoreAway
+from server.store.store import ROUND, SLICE, Kept, News, Offer, Store, StoreAway
 
 log = logging.getLogger("evenhand.replicas")
 
@@ -19,7 +19,6 @@ SYNC_S = 0.1
 TTL_S = 3.0
 AWAY_S = 0.5  # between two tries while the store is away
 FORGET_S = 24 * 3600.0
-_ROUND = "round"
 
 
 class Part(Protocol):
@@ -118,6 +117,11 @@ class Replicas:
         """How many there are, this one too."""
         return self.ring.count
 
+    @property
+    def generation(self) -> str:
+        """Of the store, as last heard; empty before that."""
+        return self._news.generation if self._news is not None else ""
+
     async def run(self) -> None:
         """Exchanges until it is cancelled."""
         while True:
@@ -159,7 +163,7 @@ class Replicas:
         await self._forget()
 
     async def _offer(self, *, everything: bool) -> Offer:
-        live = {_ROUND: f"{self.ring.round} {self._born}"}
+        live = {ROUND: f"{self.ring.round} {self._born}"}
         for part in self._parts:
             for key, value in part.changed(everything=everything):
                 live[part.prefix + key] = value
@@ -213,8 +217,9 @@ class Replicas:
         live = {replica: dict(rows) for replica, rows in news.live.items() if replica in news.alive}
         from_zero = self._met & live.keys()
         for replica, rows in live.items():
-            if _ROUND in rows:
-                number, born = rows.pop(_ROUND).split()
+            self._rounds.setdefault(replica, -1)
+            if ROUND in rows:
+                number, born = rows.pop(ROUND).split()
                 self._rounds[replica] = int(number)
                 if int(born) > self._born and replica not in self._forgotten:
                     from_zero.add(replica)

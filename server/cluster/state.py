@@ -14,16 +14,16 @@ from server.admission.limits import Gate
 from server.admission.live_policy import LivePolicy
 from server.background import Background
 from server.cluster.account_sync import AccountSync
+from server.cluster.agreement import REDIS_SERVERS, TENANT_FILE, Agreement
 from server.cluster.local_sync import Process
 from server.cluster.records import Records
 from server.cluster.replicas import AWAY_S, KnownRing, Replicas
-from server.cluster.tenant_agreement import TenantAgreement
 from server.fleet.fleet import Fleet
 from server.fleet.registry import Registry
 from server.request.directory import TenantFile, Tenants
 from server.request.tiers import TierCosts
 from server.settings import Settings, admin_address
-from server.store.redis_store import RedisStore
+from server.store.sharded import store_at
 from server.store.socket_store import LOCAL, SHARED, SocketStore
 from server.store.store import MemoryStore, Store
 
@@ -66,8 +66,8 @@ class ClusterState:
     ) -> None:
         """ValueError for a tenant file or an address that cannot be, and for an open gateway that others can reach."""
         self._background = background or Background(clock)
-        self._ring = settings.redis_url is not None or process is not None  # there may be other replicas
-        self._hosted = settings.redis_url is None and process is not None  # the store is a process of this gateway
+        self._ring = bool(settings.redis_url) or process is not None  # there may be other replicas
+        self._hosted = not settings.redis_url and process is not None  # the store is a process of this gateway
         self._speaks = process is None or process.number == 0
         _refuse_strangers(settings)
         may_be_open = settings.allow_open or is_private(settings)
@@ -79,7 +79,8 @@ class ClusterState:
         ring = KnownRing()
         costs = TierCosts(settings.tiers.flex_cost, settings.tiers.priority_cost)
         self.gate = Gate(name, self.tenants.named, clock=clock, wall=wall, ring=ring, costs=costs)
-        self.agreement = TenantAgreement(self._file_digest, clock)
+        self.same_tenants = Agreement(TENANT_FILE, self._file_digest, clock)
+        self.same_servers = Agreement(REDIS_SERVERS, lambda: self.replicas.generation, clock)
         self.replicas = self._replicas(name, ring, AccountSync(lambda: lines.by_model, clock), clock, settings.sync_s)
         self.records = Records(
             self.store,
@@ -98,8 +99,8 @@ class ClusterState:
     def _replicas(
         self, name: str, ring: KnownRing, ledger: AccountSync, clock: Callable[[], float], sync_s: float
     ) -> Replicas:
-        """This gateway among its replicas, and what it exchanges with them: limits, accounts, the tenant file."""
-        parts = (self.gate, ledger, self.agreement)
+        """This gateway among its replicas, and what it exchanges with them: limits, accounts, how it is configured."""
+        parts = (self.gate, ledger, self.same_tenants, self.same_servers)
         replicas = Replicas(name, self.store, ring, parts, (self.gate,), clock=clock, sync_s=sync_s)
         replicas.on_silence.append(ledger.silence)
         return replicas
@@ -171,9 +172,9 @@ class ClusterState:
             notes["store"] = {
                 "up": self.replicas.up,
                 "replicas": self.replicas.count,
-                **({} if self.replicas.up else {"problem": self.replicas.problem}),
+                **({"problem": problem} if (problem := self.replicas.problem or self.same_servers.problem()) else {}),
             }
-        wrong = (self.file.problem if self.file is not None else "", self.agreement.problem())
+        wrong = (self.file.problem if self.file is not None else "", self.same_tenants.problem())
         if any(wrong):
             notes["tenants"] = {"problem": " ".join(filter(None, wrong))}
         if problems := self._names.problems():
@@ -195,9 +196,6 @@ def _refuse_strangers(settings: Settings) -> None:
 
 
 def _store(settings: Settings, clock: Callable[[], float], process: Process | None) -> Store:
-    if settings.redis_url is None:
-        return MemoryStore(clock) if process is None else SocketStore(process.socket, SHARED)
-    try:
-        return RedisStore(settings.redis_url.get_secret_value())
-    except ValueError:
-        raise ValueError("invalid Redis address: write it as redis://HOST:PORT/0, or rediss:// for TLS") from None
+    if settings.redis_url:
+        return store_at([url.get_secret_value() for url in settings.redis_url])
+    return MemoryStore(clock) if process is None else SocketStore(process.socket, SHARED)

@@ -1,6 +1,6 @@
 """`Store` in Redis: one Lua script per exchange, so that a gateway writes and reads at one moment in one round trip.
 
-All keys share one hash tag, so a Redis Cluster keeps them together.
+The script reads what all replicas changed, so its keys must be in one Redis; `ShardedStore` divides rows among several.
 """
 
 import asyncio
@@ -12,11 +12,13 @@ import orjson
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import ClusterDownError, MovedError, RedisError
 
 from server.store.store import SLICE, Kept, News, Offer, StoreAway
 
 TIMEOUT_S = 1.0
+REDIS_PORT = 6379
+IN_CLUSTER = "is a node of a Redis Cluster, which is not supported: name one or several servers outside a cluster"
 SEPARATOR = "\x1f"  # between the parts of a row's name; no tenant, model or period has it
 
 _EXCHANGE = """
@@ -139,8 +141,10 @@ T = TypeVar("T")
 class RedisStore:
     """Gateways of many processes and machines. `prefix` keeps several systems apart in one Redis."""
 
-    def __init__(self, url: str, *, prefix: str = "evenhand", timeout_s: float = TIMEOUT_S) -> None:
-        """ValueError for an address that is none."""
+    def __init__(
+        self, url: str, *, prefix: str = "evenhand", timeout_s: float = TIMEOUT_S, named: bool = False
+    ) -> None:
+        """ValueError for an address that is none. named: problems say which Redis has them."""
         # Nobody waits for an exchange, and the next one repeats what a failed one should have written: no retries here.
         # No socket_timeout, the time is kept by `_asked`: redis-py's is asyncio.wait_for, which under Python 3.11 loses
         # a cancellation that comes in the moment in which a command was sent; whoever cancelled would wait for ever.
@@ -152,10 +156,20 @@ class RedisStore:
             retry=Retry(NoBackoff(), 0),
         )
         self._timeout_s = timeout_s
+        self._name = f"the Redis at {self.address}" if named else "Redis"
         self._tag = f"{{{prefix}}}"
         self._exchange = self._redis.register_script(_EXCHANGE)
         self._forget = self._redis.register_script(_FORGET)
         self._workers = self._redis.register_script(_WORKERS)
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT/DATABASE, or the path of a socket with its database; without a password."""
+        known = self._redis.connection_pool.connection_kwargs
+        database = known.get("db", 0)
+        if "path" in known:
+            return f"{known['path']}/{database}"
+        return f"{known.get('host', 'localhost')}:{known.get('port', REDIS_PORT)}/{database}"
 
     def _keys(self, *names: str) -> list[str]:
         return [f"{self._tag}:{name}" for name in names]
@@ -218,9 +232,11 @@ class RedisStore:
             async with asyncio.timeout(self._timeout_s):
                 return await answer
         except TimeoutError:
-            raise StoreAway(f"Redis does not answer within {self._timeout_s:g} s") from None
+            raise StoreAway(f"{self._name} does not answer within {self._timeout_s:g} s") from None
+        except (MovedError, ClusterDownError):
+            raise StoreAway(f"{self._name} {IN_CLUSTER}") from None
         except (RedisError, OSError) as error:
-            raise StoreAway(f"Redis does not answer: {str(error) or type(error).__name__}") from None
+            raise StoreAway(f"{self._name} does not answer: {str(error) or type(error).__name__}") from None
 
     async def close(self) -> None:
         await self._redis.aclose()

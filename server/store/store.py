@@ -10,6 +10,7 @@ from secrets import token_hex
 from typing import Protocol
 
 Kept = tuple[str, str, str]  # period, name, replica
+ROUND = "round"  # the live row "NUMBER BORN", two whole numbers, that says how far its replica has told everything
 SLICE = 100  # rows after which others get their turn: some 0.4 ms
 
 
@@ -24,7 +25,8 @@ class Offer:
     replica: who it is; a name that no other process ever had.
     ttl_s: it counts as gone if nothing was heard of it for so long.
     cursor, generation: from its last `News`; 0 and "" at first.
-    live: its own rows that changed, as they stand now; the store drops them when the replica is gone.
+    live: its own rows that changed, as they stand now; the store drops them when the replica is gone. The row `ROUND`
+    is heard as NUMBER only when everything that was offered up to then can be heard.
     kept: rows that outlive replicas, until their period is forgotten; of two values for one row the larger holds.
     """
 
@@ -41,7 +43,7 @@ class News:
     """What a gateway hears in one exchange: everything that changed since its cursor, all seen at one moment.
 
     generation: another one than before means that the store lost what it had.
-    cursor: to be given in the next offer.
+    cursor: to be given in the next offer, with the generation.
     known: the replica was alive for the store; if not, its live rows were dropped, and it must offer all of them.
     version: changes whenever a record does.
     alive: the replicas that are there, the asking one among them.

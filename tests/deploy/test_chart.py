@@ -216,8 +216,17 @@ def test_the_gateway_takes_its_settings_as_rendered(tmp_path: Path, monkeypatch:
     settings = read_settings({}, tmp_path / "gateway.yaml", Settings)
     assert settings.policy == "vtc" and settings.policy_options == {"within": "gittins", "min_samples": "100"}
     assert settings.admission.max_waiting == 500 and settings.shutdown_s == 120
-    assert settings.redis_url is not None
-    assert settings.redis_url.get_secret_value() == "redis://prod-evenhand-redis:6379/0"
+    assert [url.get_secret_value() for url in settings.redis_url] == ["redis://prod-evenhand-redis:6379/0"]
+
+
+def test_several_redis_servers_reach_gateways_and_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    urls = ["redis://one:6379/0", "redis://two:6379/0"]
+    for doc in rendered(KEY | {"redis": {"enabled": False, "url": urls}}):
+        given = environment(doc).get("EVENHAND_REDIS_URL") if templates(doc) else None
+        if given is not None:
+            monkeypatch.setenv("EVENHAND_REDIS_URL", given)
+            for kind in (Settings, JoinSettings):
+                assert [url.get_secret_value() for url in read_settings({}, None, kind).redis_url] == urls
 
 
 def test_tenants_are_a_file_that_the_gateway_reads(tmp_path: Path) -> None:
@@ -381,6 +390,7 @@ WRONG = [
     (KEY | {"gateway": {"settings": {"redis_url": "redis://x"}}}, "redis_url"),
     (KEY | {"redis": {"url": "redis://:secret@host"}}, "url"),
     (KEY | {"redis": {"url": "redis://host"}}, "redis.enabled"),
+    (KEY | {"redis": {"enabled": False, "url": ["redis://host", "redis://:secret@host"]}}, "url"),
     (KEY | {"redis": {"enabled": False}}, "redis"),
     (KEY | {"tenants": {"list": [{"name": "a"}], "existingSecret": "b"}}, "tenants"),
     (KEY | {"workers": {"main": {"role": "cook"}}}, "role"),

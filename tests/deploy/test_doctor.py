@@ -165,18 +165,30 @@ def test_a_port_that_is_taken_is_bad() -> None:
 
 
 def test_a_redis_that_answers_is_told_with_its_version(redis_url: str) -> None:
-    finding = doctor.check_redis(redis_url, doctor.ping_redis)
+    (finding,) = doctor.check_redis([redis_url], doctor.ping_redis)
     assert finding.level == "ok", finding
     assert "version" in finding.found
 
 
 def test_a_redis_that_is_not_there_is_bad_and_its_password_is_not_shown() -> None:
-    finding = doctor.check_redis("redis://:secret@127.0.0.1:1/0", doctor.ping_redis)
+    (finding,) = doctor.check_redis(["redis://:secret@127.0.0.1:1/0"], doctor.ping_redis)
     assert finding.level == "bad"
     assert finding.found.startswith("redis://127.0.0.1:1/0: ")
     assert "secret" not in str(finding)
-    assert doctor.check_redis("localhost", doctor.ping_redis).level == "bad"
-    assert doctor.check_redis(None, doctor.ping_redis).level == "ok"
+    assert [finding.level for finding in doctor.check_redis(["localhost"], doctor.ping_redis)] == ["bad"]
+    assert [finding.level for finding in doctor.check_redis([], doctor.ping_redis)] == ["ok"]
+
+
+def test_of_several_redis_servers_each_is_looked_at_and_none_is_named_twice(redis_url: str) -> None:
+    away = "redis://127.0.0.1:1/0"
+    findings = list(doctor.check_redis([redis_url, away, redis_url], doctor.ping_redis))
+    assert [finding.level for finding in findings] == ["ok", "bad", "ok", "bad"]
+    assert "twice" in findings[-1].found
+
+
+def test_a_node_of_a_redis_cluster_is_bad(cluster_node: str) -> None:
+    (finding,) = doctor.check_redis([cluster_node], doctor.ping_redis)
+    assert finding.level == "bad" and "node of a Redis Cluster" in finding.found
 
 
 def test_the_table_fits_eighty_columns_and_loses_nothing() -> None:

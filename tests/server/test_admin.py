@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from deploy.serve.gateway import plain
 from loadtest.bench.bench_target import free_port
 from loadtest.fake.engine import FakeEngine
 from server.app import GatewayServer
@@ -266,6 +267,23 @@ def test_an_address_that_is_no_redis_is_refused_without_its_password() -> None:
     with pytest.raises(ValueError, match="redis://") as refused:
         GatewayServer(Settings(redis_url="http://user:swordfish@host"))
     assert "swordfish" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["redis://a,redis://:swordfish@b", "[redis://:swordfish@b]", ["redis://a", {"b": "swordfish"}], [["a"]]]
+)
+def test_a_wrong_list_of_redis_servers_is_told_and_not_shown(wrong: object) -> None:
+    with pytest.raises(ValueError, match="setting 'redis_url") as refused:
+        read_settings({"redis_url": wrong}, None, Settings)
+    assert "swordfish" not in str(refused.value)
+
+
+@pytest.mark.parametrize("several", [["redis://a", "redis://b"], '["redis://a", "redis://b"]'])
+def test_several_redis_servers_are_a_list_or_json(several: object) -> None:
+    settings = read_settings({"redis_url": several}, None, Settings)
+    assert plain(settings)["redis_url"] == ["redis://a", "redis://b"]
+    assert plain(read_settings({"redis_url": "redis://a"}, None, Settings))["redis_url"] == ["redis://a"]
+    assert "redis://" not in repr(settings)
 
 
 async def test_prometheus_finds_the_engines_with_their_roles() -> None:

@@ -14,7 +14,9 @@ from scheduler.jobs import Job, Outcome
 from scheduler.tiers import TieredLanes
 from server.cluster.account_sync import AccountSync
 from server.cluster.replicas import KnownRing, Replicas
+from server.store.sharded import ShardedStore
 from server.store.store import SLICE
+from server.store.store import Store as SharedStore
 from tests.server.replicated import Store
 
 STEP_S = 0.02
@@ -28,7 +30,7 @@ class Gateway:
 
     name: str
     slots: int
-    store: Store
+    store: SharedStore
     clock: Callable[[], float]
     policy: str = "vtc"
     running: list[Job] = field(default_factory=list)
@@ -80,6 +82,7 @@ class Scene:
     gateways: int
     slots: int
     seed: int = 1
+    shards: int = 1
     now: float = 1000.0
     served: Counter[str] = field(default_factory=Counter)
     count: int = 0
@@ -87,8 +90,14 @@ class Scene:
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
         self.store = Store(self.clock)
+        others = [Store(self.clock) for _ in range(1, self.shards)]
         self.lines = [
-            Gateway(f"gateway-{number}", self.slots // self.gateways, self.store, self.clock)
+            Gateway(
+                f"gateway-{number}",
+                self.slots // self.gateways,
+                ShardedStore([self.store, *others]) if others else self.store,
+                self.clock,
+            )
             for number in range(self.gateways)
         ]
         self.by_name = {client.tenant: client for client in self.clients}

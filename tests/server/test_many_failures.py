@@ -12,7 +12,7 @@ import pytest
 
 from loadtest.fake.engine import FakeEngine
 from scheduler.workers import Worker
-from server.cluster import tenant_agreement
+from server.cluster import agreement
 from tests.server.conftest import INSTANT, LIMIT_S, chat, eventually, serving
 from tests.server.test_admin import ADMIN_KEY, admin, ask
 from tests.server.test_shared import OwnRedis, own_redis, replicas, store_of
@@ -82,7 +82,7 @@ async def test_a_redis_that_answers_too_late_is_told_once_and_holds_nobody_up(
 async def test_gateways_with_different_tenant_files_go_on_and_say_so(
     own_redis: OwnRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tenant_agreement, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(agreement, "PATIENCE_S", 0.1)
     files = [tmp_path / "one.json", tmp_path / "other.yaml"]
     files[0].write_text(json.dumps({"tenants": [{"name": "acme", "keys": [KEY]}]}))
     files[1].write_text(f"tenants: [{{name: acme, keys: [{KEY}]}}]")

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from redis.asyncio import Redis
 
 from loadtest.fake.engine import FakeEngine
 from scheduler.workers import Role, Worker
@@ -18,8 +19,10 @@ from server.cluster.local_sync import Process
 from server.cluster.records import TENANT
 from server.fleet.fleet import Fleet, WorkerState
 from server.fleet.registry import WORKER_TTL_S, Registry, registration_of
+from server.request.tenants import new_key
 from server.settings import Settings
 from server.store.redis_store import RedisStore
+from server.store.sharded import ShardedStore
 from server.store.socket_store import SHARED, listen_at, serving_stores
 from server.store.store import MemoryStore
 from tests.conftest import redis_server, wait_until_listening
@@ -63,14 +66,15 @@ def own_redis(tmp_path: Path) -> Iterator[OwnRedis]:
 
 
 @contextlib.asynccontextmanager
-async def two_gateways(url: str, **settings: object) -> AsyncIterator[tuple[Running, Running]]:
+async def two_gateways(url: str | list[str], **settings: object) -> AsyncIterator[tuple[Running, Running]]:
     async with (
         FakeEngine(INSTANT) as engine,
         serving(engine.url, redis_url=url, admin_key=ADMIN_KEY, sync_s=0.05, **settings) as one,
         serving(engine.url, redis_url=url, admin_key=ADMIN_KEY, sync_s=0.05, **settings) as other,
     ):
         for gateway in (one, other):  # a machine that stands still for seconds takes neither Redis nor a replica away
-            store_of(gateway)._timeout_s = LIMIT_S
+            for redis in redis_of(gateway):
+                redis._timeout_s = LIMIT_S
             gateway.server.shared.replicas._ttl_s = LIMIT_S
         await eventually(lambda: replicas(one) == replicas(other) == 2, "they know each other")
         yield one, other
@@ -80,6 +84,13 @@ def store_of(gateway: Running) -> RedisStore:
     store = gateway.server.shared.store
     assert isinstance(store, RedisStore)
     return store
+
+
+def redis_of(gateway: Running) -> list[RedisStore]:
+    """Its only Redis, or the shards."""
+    store = gateway.server.shared.store
+    found = store._shards if isinstance(store, ShardedStore) else [store]
+    return [redis for redis in found if isinstance(redis, RedisStore)]
 
 
 def replicas(gateway: Running) -> int:
@@ -165,6 +176,48 @@ async def test_tenants_of_the_store_survive_its_loss_in_the_gateways_that_know_t
         assert await ask(other, KEY) == 200
         assert one.server.policy.name == other.server.policy.name == "vtc"
         await put_back(own_redis.url, {"acme"})  # a gateway that starts now knows it too
+
+
+async def test_two_redis_servers_carry_one_account_and_one_that_is_killed_comes_back_empty(tmp_path: Path) -> None:
+    names, keys = ["acme", "zenith", "beta", "gamma"], [new_key() for _ in range(4)]
+    (tmp_path / "second").mkdir()
+    servers = [OwnRedis(tmp_path), OwnRedis(tmp_path / "second")]
+    for server in servers:
+        server.start()
+    tenants = tmp_path / "tenants.json"
+    rows = [
+        {"name": name, "keys": [key], "budget": {"tokens_per_day": 10**6}}
+        for name, key in zip(names, keys, strict=True)
+    ]
+    tenants.write_text(json.dumps({"tenants": rows}))
+
+    def used(gateway: Running) -> list[int]:
+        return [max(gateway.server.shared.gate.usage(name).values(), default=0) for name in names]
+
+    try:
+        async with two_gateways([server.url for server in servers], tenants=tenants) as (one, other):
+            for gateway in (one, other):
+                assert [await ask(gateway, key) for key in keys] == [200] * 4
+            await eventually(lambda: used(one) == used(other) and min(used(one)) > 0, "it is one account")
+            before = used(one)
+            assert all([await own_rows(server) for server in servers]), "both servers have tenants"
+            servers[1].kill()
+            await eventually(lambda: not one.server.shared.replicas.up and not other.server.shared.replicas.up)
+            told = (await one.ask("/ready", method="GET")).json()
+            assert f"the Redis at 127.0.0.1:{servers[1].port}/0 does not answer" in told["store"]["problem"]
+            assert [await ask(gateway, key) for key in keys for gateway in (one, other)] == [200] * 8
+            servers[1].start()  # empty
+            await eventually(lambda: used(one) == used(other) == [2 * use for use in before], "they agree again")
+            assert replicas(one) == replicas(other) == 2
+    finally:
+        for server in servers:
+            server.kill()
+
+
+async def own_rows(server: OwnRedis) -> list[str]:
+    """The rows of tenants in a Redis."""
+    async with Redis.from_url(server.url, decode_responses=True) as client:
+        return [name for name in await client.hkeys("{evenhand}:rows") if "limit:" in name or name.startswith("K")]
 
 
 async def put_back(url: str, tenants: set[str]) -> None:

@@ -1,4 +1,4 @@
-"""One contract over all stores: in memory, over a Unix socket, and a real Redis."""
+"""One contract over all stores: in memory, over a Unix socket, a real Redis, and shards in memory and in Redis."""
 
 import asyncio
 import time
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from server.store.redis_store import RedisStore
+from server.store.sharded import ShardedStore
 from server.store.socket_store import LOCAL, SHARED, SocketStore, listen_at, serving_stores
 from server.store.store import MemoryStore, News, Offer, Store, StoreAway
 from tests.server.conftest import LIMIT_S
@@ -38,7 +39,7 @@ async def over_socket(path: Path) -> AsyncIterator[OverSocket]:
         await store.close()
 
 
-@pytest.fixture(params=["memory", "socket", "redis"])
+@pytest.fixture(params=["memory", "socket", "redis", "shards", "two Redis"])
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
     if request.param == "memory":
         yield MemoryStore(time.monotonic)
@@ -47,7 +48,13 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
         async with over_socket(tmp_path / "store") as store:
             yield store
         return
-    redis = RedisStore(request.getfixturevalue("redis_url"), prefix=f"test-{next(NAMES)}", timeout_s=LIMIT_S)
+    if request.param == "shards":
+        yield ShardedStore([MemoryStore(time.monotonic) for _ in range(3)])
+        return
+    names = ("redis_url", "second_redis_url") if request.param == "two Redis" else ("redis_url",)
+    prefix = f"test-{next(NAMES)}"
+    servers = [RedisStore(request.getfixturevalue(name), prefix=prefix, timeout_s=LIMIT_S) for name in names]
+    redis = servers[0] if len(servers) == 1 else ShardedStore(servers)
     yield redis
     await redis.close()
 
@@ -59,6 +66,10 @@ async def lose_everything(store: Store) -> None:
         return
     if isinstance(store, OverSocket):
         store.memory.clear()
+        return
+    if isinstance(store, ShardedStore):
+        for shard in store._shards:
+            await lose_everything(shard)
         return
     assert isinstance(store, RedisStore)
     keys = [key async for key in store._redis.scan_iter(f"{store._tag}:*")]
@@ -245,12 +256,13 @@ async def test_all_stores_say_the_same_in_any_order_of_exchanges(
     redis_url: str, tmp_path: Path, steps: list[tuple[str, str, int, bool]]
 ) -> None:
     redis = RedisStore(redis_url, prefix=f"both-{next(NAMES)}", timeout_s=LIMIT_S)
+    shards = ShardedStore([MemoryStore(time.monotonic) for _ in range(3)])
     heard: list[list[object]] = []
     async with over_socket(tmp_path / "store") as socket:
-        for store in (MemoryStore(time.monotonic), socket, redis):
+        for store in (MemoryStore(time.monotonic), socket, redis, shards):
             heard.append(await said_by(store, steps))
     await redis.close()
-    assert heard[0] == heard[1] == heard[2]
+    assert heard[0] == heard[1] == heard[2] == heard[3]
 
 
 async def said_by(store: Store, steps: list[tuple[str, str, int, bool]]) -> list[object]:
@@ -270,6 +282,13 @@ async def test_a_redis_that_is_not_there_is_one_kind_of_error() -> None:
         await store.exchange(Offer("one", 1.0))
     with pytest.raises(StoreAway):
         await store.records("tenant")
+    await store.close()
+
+
+async def test_a_node_of_a_redis_cluster_says_what_it_is(cluster_node: str) -> None:
+    store = RedisStore(cluster_node, timeout_s=LIMIT_S)
+    with pytest.raises(StoreAway, match="Redis is a node of a Redis Cluster, which is not supported"):
+        await store.exchange(Offer("one", 1.0))
     await store.close()
 
 

@@ -12,8 +12,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.cluster.agreement import PATIENCE_S, TENANT_FILE, Agreement
 from server.cluster.replicas import KnownRing, Replicas
-from server.cluster.tenant_agreement import PATIENCE_S, TenantAgreement
 from server.request.directory import TenantFile, Tenants
 from server.request.tenant_files import read_file
 from server.request.tenants import TenantRecord, digest_of_all, read_record
@@ -143,7 +143,7 @@ class Site:
         self.digests = digests
         store = MemoryStore(lambda: self.now)
         self.agreements = {
-            name: TenantAgreement(lambda name=name: self.digests[name], lambda: self.now)  # type: ignore[misc]
+            name: Agreement(TENANT_FILE, lambda name=name: self.digests[name], lambda: self.now)  # type: ignore[misc]
             for name in digests
         }
         self.replicas = {
@@ -165,7 +165,7 @@ class Site:
 async def test_gateways_with_different_tenant_files_say_so_until_they_have_the_same(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level(logging.INFO, "evenhand.tenants")
+    caplog.set_level(logging.INFO, "evenhand.agreement")
     site = Site({"a": "1", "b": "1", "c": "1"})
     await site.go_on(2 * PATIENCE_S)
     assert not any(site.told()) and not caplog.records

@@ -36,7 +36,7 @@ app.kubernetes.io/component: {{ .component }}
   valueFrom:
     secretKeyRef: {name: {{ .Values.redis.existingSecret }}, key: redis-url}
   {{- else if .Values.redis.url }}
-  value: {{ .Values.redis.url | quote }}
+  value: {{ kindIs "slice" .Values.redis.url | ternary (toJson .Values.redis.url) .Values.redis.url | quote }}
   {{- else }}
   value: redis://{{ include "evenhand.name" . }}-redis:6379/0
   {{- end }}

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repetitions", type=int, default=3, metavar="N", help="of all, in turns (default 3)")
     parser.add_argument(
         "--only",
-        choices=["workers", "tenants", "tenants-yaml", "waiting", "gateways", "changes"],
+        choices=["workers", "tenants", "tenants-yaml", "waiting", "gateways", "gateways-2-redis", "changes"],
         action="append",
         help="one of the tables; may be repeated (default: all)",
     )
@@ -207,38 +208,43 @@ def with_waiting(site: Site, waiting: int) -> Row:
         return site.observe(site.phase(waiting + room, 1_000), port, pid)
 
 
-def with_gateways(site: Site, gateways: int) -> Row:
-    """So many gateways that share a Redis and a thousand active tenants, a thousand requests a second in all."""
+def with_gateways(site: Site, gateways: int, *, servers: int = 1) -> Row:
+    """So many gateways that share Redis servers and a thousand active tenants, a thousand requests a second in all."""
     with ExitStack() as stack:
-        url = stack.enter_context(redis_server(site.folder))
+        folders = [Path(stack.enter_context(tempfile.TemporaryDirectory(dir=site.folder))) for _ in range(servers)]
+        urls = [stack.enter_context(redis_server(folder)) for folder in folders]
+        redis = [part for url in urls for part in ("--redis-url", url)]
         site.tenants(ACTIVE)
         running: list[tuple[int, int]] = []
         for at in range(gateways):
             port = free_port()
-            more = ["--redis-url", url, "--replica", f"g{at}"]
+            more = [*redis, "--replica", f"g{at}"]
             command = site.command(port, workers=16, tenants=ACTIVE, more=more)
             running.append(
                 (port, stack.enter_context(site.bench.gateway(f"gateway-{at}", command, port, dict(os.environ))))
             )
         phase = site.phase(64, ACTIVE, rate=RATE / gateways)
         time.sleep(site.spans.warm_up_s)
-        idle, began = redis_counts(url), time.monotonic()
+        idle, began = counts_of(urls), time.monotonic()
         time.sleep(site.spans.idle_s / 3)
-        idle_kb = (_bytes(redis_counts(url)) - _bytes(idle)) / 1e3 / (time.monotonic() - began)
-        before, used, began = redis_counts(url), sum(cpu_s(pid) for _, pid in running), time.monotonic()
+        idle_kb = (_bytes(counts_of(urls)) - _bytes(idle)) / 1e3 / (time.monotonic() - began)
+        before, used, began = counts_of(urls), sum(cpu_s(pid) for _, pid in running), time.monotonic()
         loads = [site.load(phase, port) for port, _ in running]
         seen = [orjson.loads(load.communicate()[0]) for load in loads]
-        took_s, after = time.monotonic() - began, redis_counts(url)
+        took_s, after = time.monotonic() - began, counts_of(urls)
         cores = (sum(cpu_s(pid) for _, pid in running) - used) / took_s
     for one in seen:
         site.judge(one)
     kb = (_bytes(after) - _bytes(before)) / 1e3 / took_s
     requests = sum(int(one["requests"]) for one in seen) / phase.seconds
+    commands = (after["total_commands_processed"] - before["total_commands_processed"]) / took_s
     return {
         "idle_kb": idle_kb / gateways,
         "bytes": 1e3 * max(0.0, kb - idle_kb) / gateways / max(1.0, requests),
-        "commands": (after["total_commands_processed"] - before["total_commands_processed"]) / took_s / gateways,
+        "commands": commands / gateways,
         "kb": kb / gateways,
+        "redis_commands": commands / servers,
+        "redis_kb": kb / servers,
         "cores": cores,
         "p99_ms": max(float(one["first_byte_us"]["p99"]) for one in seen) / 1e3,
     }
@@ -252,6 +258,11 @@ def with_changes(site: Site, tenants: int) -> Row:
 
 def _bytes(counts: Mapping[str, int]) -> int:
     return counts["total_net_input_bytes"] + counts["total_net_output_bytes"]
+
+
+def counts_of(urls: Sequence[str]) -> Counter[str]:
+    """What these Redis servers have counted, together."""
+    return sum((Counter(redis_counts(url)) for url in urls), Counter())
 
 
 def redis_counts(url: str, section: str = "stats") -> dict[str, int]:
@@ -287,6 +298,16 @@ OF_TENANTS: Sequence[Column] = (
     ("CPU of it, s", "start_cpu_s", 2, False),
     ("memory, MB", "mb", 0, False),
 )
+OF_GATEWAYS: Sequence[Column] = (
+    ("Redis commands/s, each", "commands", 0, False),
+    ("kB/s, each", "kb", 0, False),
+    ("kB/s when idle, each", "idle_kb", 1, False),
+    ("bytes per request, each", "bytes", 0, False),
+    ("commands/s at each Redis", "redis_commands", 0, False),
+    ("kB/s at each Redis", "redis_kb", 0, False),
+    ("CPU of all, cores", "cores", 2, True),
+    ("TTFB p99, ms", "p99_ms", 2, True),
+)
 # name: (sizes, how one is measured, its columns)
 TABLES: Mapping[str, tuple[Sequence[int], Callable[[Site, int], Row], Sequence[Column]]] = {
     "workers": (
@@ -306,18 +327,8 @@ TABLES: Mapping[str, tuple[Sequence[int], Callable[[Site, int], Row], Sequence[C
         with_waiting,
         (("CPU per request, µs", "cpu_us", 1, True), ("requests/s", "per_s", 0, False)),
     ),
-    "gateways": (
-        GATEWAYS,
-        with_gateways,
-        (
-            ("Redis commands/s, each", "commands", 0, False),
-            ("kB/s, each", "kb", 0, False),
-            ("kB/s when idle, each", "idle_kb", 1, False),
-            ("bytes per request, each", "bytes", 0, False),
-            ("CPU of all, cores", "cores", 2, True),
-            ("TTFB p99, ms", "p99_ms", 2, True),
-        ),
-    ),
+    "gateways": (GATEWAYS, with_gateways, OF_GATEWAYS),
+    "gateways-2-redis": (GATEWAYS, partial(with_gateways, servers=2), OF_GATEWAYS),
     "changes": (
         CHANGES,
         with_changes,
