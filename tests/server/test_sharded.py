@@ -285,9 +285,7 @@ async def test_gateways_with_other_servers_or_another_order_say_so_and_still_hea
         for member in members.values():
             await member.sync()
     assert [member.replicas.count for member in members.values()] == [3] * 3
-    assert (
-        told["turned"].problem().startswith("2 other gateways have a different list of Redis servers, so")
-    )
+    assert told["turned"].problem().startswith("2 other gateways have a different list of Redis servers, so")
     assert told["a"].problem().startswith("1 other gateway has a different list")
 
 
