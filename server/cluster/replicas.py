@@ -111,6 +111,7 @@ class Replicas:
         self._heard_at = clock()
         self._born = 0
         self._one_at_a_time = asyncio.Lock()
+        self._running: set[asyncio.Future[None]] = set()  # so that none is collected while it runs
 
     @property
     def count(self) -> int:
@@ -137,7 +138,16 @@ class Replicas:
             raise StoreAway(self.problem)
 
     async def exchange(self) -> None:
-        """Tells and hears once, one at a time. Never raises StoreAway: `up` says how it went."""
+        """Tells and hears once, one at a time. Never raises StoreAway: `up` says how it went.
+
+        Goes on if whoever asked for it is cancelled: what a half-heard exchange has left out is not said again.
+        """
+        running = asyncio.ensure_future(self._alone())
+        self._running.add(running)
+        running.add_done_callback(self._running.discard)
+        await asyncio.shield(running)
+
+    async def _alone(self) -> None:
         async with self._one_at_a_time:
             await self._exchange()
 

@@ -5,7 +5,7 @@ import ipaddress
 import logging
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from secrets import token_hex
 from typing import Any
 
@@ -141,12 +141,12 @@ class ClusterState:
     async def _learn_tenants(self) -> None:
         """Waits for a store of this gateway that is being started anew: the other processes serve meanwhile, and this
         one would refuse every key."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(STORE_START_S):
-                while not self.tenants.learned:
-                    await asyncio.sleep(AWAY_S)
-                    await self.replicas.exchange()
-                    await self.records.follow()
+        for _ in range(round(STORE_START_S / AWAY_S)):
+            if self.tenants.learned:
+                return
+            await asyncio.sleep(AWAY_S)
+            await self.replicas.exchange()
+            await self.records.follow()
 
     async def _follow(self) -> None:
         while True:

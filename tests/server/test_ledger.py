@@ -347,18 +347,30 @@ async def test_others_get_their_turn_while_many_tenants_are_told_and_heard() -> 
     assert here == there > 0
 
 
-async def test_what_an_ended_exchange_may_not_have_told_is_told_again() -> None:
+async def counters_after(at: int, turns: int | None) -> list[list[float]]:
+    """Of 300 tenants that both gateways served. One gateway's exchange is left alone after so many turns, if any."""
     lines, _ = gateways()
     await sync(lines)
-    for number in range(2 * SLICE):
-        charge(lines[0], f"t{number}", 1)
-    ended = asyncio.create_task(lines[0].replicas.exchange())
-    await asyncio.sleep(0)
-    ended.cancel()
+    names = [f"t{number}" for number in range(3 * SLICE)]
+    for line in lines:
+        for name in names:
+            charge(line, name, 1)
+    await lines[1 - at].replicas.exchange()
+    asked = asyncio.create_task(lines[at].replicas.exchange())
+    for _ in range(turns or 0):
+        await asyncio.sleep(0)
+    if turns is not None:
+        asked.cancel()
     with contextlib.suppress(asyncio.CancelledError):
-        await ended
+        await asked
     await sync(lines)
-    assert counters(lines, "t0") == [1.0] * 2
+    return [counters(lines, name) for name in names]
+
+
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("turns", range(1, 9))
+async def test_an_exchange_that_nobody_waits_for_any_more_tells_and_hears_everything(at: int, turns: int) -> None:
+    assert await counters_after(at, turns) == await counters_after(at, None)
 
 
 async def test_a_policy_without_shares_has_nothing_to_tell() -> None:

@@ -10,7 +10,7 @@ from server.cluster.agreement import PATIENCE_S, REDIS_SERVERS, Agreement
 from server.cluster.replicas import TTL_S
 from server.store.sharded import ShardedStore, store_at
 from server.store.store import ROUND, MemoryStore, News, Offer, StoreAway
-from tests.server.conftest import LIMIT_S
+from tests.server.conftest import LIMIT_S, eventually
 from tests.server.replicated import Member, Store, World
 from tests.server.test_ledger import CLOCK, SCENES, Gateway, Scene, charge, counters, sync, waits_elsewhere
 
@@ -104,9 +104,9 @@ async def test_a_round_counts_when_its_rows_are_there_in_every_shard() -> None:
         site.serve("one")
         held = site.shards[late].late["one"] = asyncio.Event()
         writes = asyncio.create_task(one.sync())
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        assert [bool(shard.offers[-1].replica == "one") for shard in site.shards] == [late == 1, late == 0]
+        told = site.shards[1 - late].offers
+        await eventually(lambda told=told: told[-1].replica == "one", "one shard is told")
+        assert site.shards[late].offers[-1].replica == "two"
         for _ in range(3):
             assert await round_after(two) == two_at, "it waits for what is late"
         heard = [use > 0 for use in site.used("two")]
