@@ -291,7 +291,7 @@ class EngineForecast:
         reading = writing = both = 0.0
         for stay in islice(self._limited, 0, None, each):
             assert stay.began_at is not None
-            stalled_s = (computed - stay.prompts) * cost.prompt_token_s
+            stalled_s = max(0.0, computed - stay.prompts) * cost.prompt_token_s  # an aborted prompt counts no more
             room_s = max(_LEAST_ROOM * stay.tpot_limit_s, stay.tpot_limit_s - step_s)
             behind_s = stalled_s - room_s * max(0.0, now - stay.began_at - stalled_s) / step_s
             if behind_s + queue_s + read_s + slower_s <= 0.0:

@@ -16,7 +16,7 @@ _TENANTS_KEPT = 4096  # below this many, idle tenants are not looked at
 _PROMISED = 0.99  # of the jobs of first come, first served are no worse off than what is promised
 _LATER = 1.2  # times the latest end that is promised: the longest jobs pay for what all others gain
 _GROWING = 1.25  # a line that is longer than it ever was grows on while a job waits in it
-_UNPROMISED = 0.005  # of the jobs: those that ask for most work, when a promise to them comes due
+_UNPROMISED = 0.005  # of the jobs: of those that ask for most work, whoever's promise is due first
 _MOST_UNPROMISED = 5.0  # at once, which is that share of the jobs whose ends are remembered
 _LONG = 0.9  # of the arrivals rank before a job that may be one of them
 _OPEN = 0.95  # of the promised wait: from here on fewer and fewer may overtake
@@ -615,9 +615,12 @@ class Lanes:
             self._next = None
             if promised and self._lets_wait(place):
                 continue
+            if overdue is self._interrupted:
+                place.is_due = False  # it may displace, even if a promise has brought it forward before
             if place.boosted_at != FOR_GOOD:
+                displaces = place.boosted_at == place.job.output_tokens and not place.is_due
                 place.boosted_at = FOR_GOOD if overdue is self._stalled else place.job.output_tokens
-                place.is_due = promised
+                place.is_due = promised and not (displaces and isfinite(self._order.stall_s))
                 place.line.move(place)
                 self._price(place)
         return most

@@ -117,27 +117,30 @@ class Slack:
 
 class Headroom:
     """KV memory that flex does not start in, because others had it lately and will probably want it again: what flex
-    then has to give back to them it computes twice."""
+    then has to give back to them it computes twice.
 
-    __slots__ = ("_at", "_now_tokens", "_peak_tokens")
+    Counted in KV blocks, and only in steps in which there is flex: what others had before the first is not known.
+    """
+
+    __slots__ = ("_at", "_now", "_peak")
 
     def __init__(self) -> None:
-        self._peak_tokens = self._now_tokens = 0.0
+        self._peak = self._now = 0.0
         self._at = 0.0
 
-    def note(self, tokens: int, now: float) -> None:
-        """Others hold so many tokens now."""
+    def note(self, blocks: int, now: float) -> None:
+        """Others hold so many blocks now."""
         faded = min(1.0, max(0.0, now - self._at) / _LATELY_S)
         self._at = now
-        self._now_tokens = tokens
-        self._peak_tokens = max(float(tokens), self._peak_tokens - faded * (self._peak_tokens - tokens))
+        self._now = blocks
+        self._peak = max(float(blocks), self._peak - faded * (self._peak - blocks))
 
     @property
     def are_there(self) -> bool:
         """Whether there were others lately."""
-        return self._peak_tokens >= 1.0
+        return self._peak >= 1.0
 
     @property
-    def tokens(self) -> float:
+    def blocks(self) -> float:
         """More than they hold now."""
-        return self._peak_tokens - self._now_tokens
+        return self._peak - self._now

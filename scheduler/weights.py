@@ -64,7 +64,7 @@ def _tensor(name: str, tensor: Mapping[str, Any], loaded_bits: int, packed_bits:
     stored = BITS[kind] * numbers
     if name.endswith(EXTRAS) or "inv_freq" in name or ".quant_state." in name:
         return 0, stored
-    if kind == "I32" and not packed_bits:
+    if kind in ("I32", "U8") and not packed_bits:
         raise ValueError(f"{name} packs several parameters into each integer, and nothing says how many")
     if packed_bits and kind in ("I32", "U8"):
         return stored // packed_bits, stored
@@ -77,6 +77,8 @@ def packed_bits_of(config: Any) -> int | None:
     if not isinstance(told, Mapping):
         return None
     with suppress(AttributeError, KeyError, TypeError, ValueError):
+        if told.get("quant_method") == "mxfp4":
+            return 4
         groups = [group["weights"]["num_bits"] for group in told.get("config_groups", {}).values()]
         bits = int(told.get("bits") or max(groups, default=0) or (4 if told.get("load_in_4bit") else 0))
         return bits if bits > 0 else None

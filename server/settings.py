@@ -444,6 +444,6 @@ def _check_file(config: Path) -> None:
 
 def _sentence(problem: dict[str, Any]) -> str:
     name = ".".join(str(part) for part in problem["loc"])
-    if problem["loc"][0] in ("admin_key", "redis_url", "engine_key"):
+    if name.partition(".")[0] in ("admin_key", "redis_url", "engine_key"):
         return f"setting {name!r}: {problem['msg']}"
     return f"setting {name!r}: {problem['msg']} (got {problem.get('input')!r})"

@@ -16,6 +16,8 @@ from hypothesis import HealthCheck, settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
+from loadtest.bench.bench_target import free_port
+
 # A shell starts what it puts in the background with SIGINT ignored, and programs inherit that. What the tests start
 # is to be as in a terminal, where Ctrl-C counts from the first moment.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -99,29 +101,24 @@ def redis_server() -> Path:
     return Path(REDIS_SERVER_PATH)
 
 
-def unused_port(*, also_above: int = 0) -> int:
-    """A port that nobody listens on; nor on the one so far above it."""
-    while True:
-        with socket.socket() as probe, socket.socket() as above, contextlib.suppress(OSError, OverflowError):
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-            if also_above:
-                above.bind(("127.0.0.1", port + also_above))
-            return port
-
-
 CLUSTER_BUS = 10_000  # so far above its own is the port for other nodes of its cluster
+
+
+def start_redis(folder: Path, port: int, *more: str) -> "subprocess.Popen[bytes]":
+    """A real Redis that keeps nothing on disk, and listens."""
+    options = ["--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", str(folder), *more]
+    with (folder / "log").open("ab") as log:
+        server = subprocess.Popen([redis_server(), "--port", str(port), *options], stdout=log, stderr=log)
+    wait_until_listening(port, server, folder / "log")
+    return server
 
 
 @contextlib.contextmanager
 def running_redis(folder: Path, *more: str, port: int = 0) -> Iterator[str]:
     """A real Redis that keeps nothing on disk, on a free port of this machine; yields its address."""
-    port = port or unused_port()
-    options = ["--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", str(folder), *more]
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen([redis_server(), "--port", str(port), *options], stdout=log, stderr=log)
+    port = port or free_port()
+    server = start_redis(folder, port, *more)
     try:
-        wait_until_listening(port, server, folder / "log")
         yield f"redis://127.0.0.1:{port}/0"
     finally:
         server.terminate()
@@ -145,7 +142,10 @@ def second_redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def cluster_node(tmp_path: Path) -> Iterator[str]:
     """A Redis in cluster mode that serves no slot."""
-    with running_redis(tmp_path, "--cluster-enabled", "yes", port=unused_port(also_above=CLUSTER_BUS)) as url:
+    port = free_port()
+    while port + CLUSTER_BUS >= 1 << 16:
+        port = free_port()
+    with running_redis(tmp_path, "--cluster-enabled", "yes", port=port) as url:
         yield url
 
 

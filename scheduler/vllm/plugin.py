@@ -535,7 +535,8 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         reads = not wanted and prompt_tokens > 0
         (going if reads else self._held).extend(reading)
         self._flex_room = prompt_tokens - sum(map(self._unread, reading)) if reads else 0
-        self._headroom.note(sum(request.num_tokens for request in others), now)
+        specs = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]
+        self._headroom.note(sum(blocks_for(spec, one.num_tokens) for one in others for spec in specs), now)
         self._queue.flex_started.clear()
         self.running = others + kept + going
         made = (1 + int(self.num_spec_tokens)) * (load.sequences + sequences)
@@ -551,7 +552,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
             return True
         if sum(map(self._unread, self._queue.flex_started)) >= self._flex_room:
             return False
-        return not self._headroom.are_there or not self._lacks_blocks(request, beside=self._headroom.tokens)
+        return not self._headroom.are_there or not self._lacks_blocks(request, beside=self._headroom.blocks)
 
     @staticmethod
     def _unread(request: Request) -> int:
@@ -619,8 +620,11 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         while tokens > 0 and (swap := self._lanes.displacement(now, self._can_yield)) is not None:
             head, victim = swap
             across = victim.tier > head.tier
-            if self._is_blocked_waiting_status(self._queue.entries[head.id].request.status):
+            request = self._queue.entries[head.id].request
+            if self._is_blocked_waiting_status(request.status):
                 break
+            if head.tier is Tier.FLEX and not self._lanes.is_due(head) and (heads or not self._takes_flex(request)):
+                break  # it would not be taken, and the slot would stay empty
             if across and not self._needs_room(head, len(heads)):
                 break
             self._send_back(victim, now)
@@ -732,7 +736,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         return head is not None and self._lacks_blocks(head)
 
     def _lacks_blocks(self, request: Request, *, beside: float | None = None) -> bool:
-        """Whether the KV blocks that are free are too few for a request to start. beside: tokens that flex leaves free
+        """Whether the KV blocks that are free are too few for a request to start. beside: blocks that flex leaves free
         within the bounds of `HEADROOM`; the request is then looked at as a whole, and not for what one step computes.
         """
         manager, groups = self.kv_cache_manager, self.kv_cache_config.kv_cache_groups
@@ -740,8 +744,9 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         free = pool.get_num_free_blocks() - getattr(manager, "watermark_blocks", 0)
         if beside is not None:
             least, most = (int(share * pool.num_gpu_blocks) for share in HEADROOM)
-            kept = sum(blocks_for(group.kv_cache_spec, int(beside)) for group in groups)
-            free -= min(max(kept, least), most)
+            free -= min(max(int(beside), least), most)
+            if free <= 0:  # whatever is cached of it: its last token is computed anew
+                return True
         whole = beside is not None or getattr(self, "scheduler_reserve_full_isl", False)
         tokens = request.num_tokens if whole else min(request.num_tokens, self.max_num_scheduled_tokens)
         wanted = sum(blocks_for(group.kv_cache_spec, tokens) for group in groups)

@@ -392,9 +392,19 @@ class Dispatcher:
         if load.pacing is None:
             load.pacing = Pacing()
         wait_s = load.pacing.wait_s(self.clock(), alone=load.in_flight == load.flex)
-        if 0.0 < wait_s < inf and self._looks_again is None:
-            self._looks_again = asyncio.get_running_loop().call_later(wait_s, self._look_again)
+        if 0.0 < wait_s < inf:
+            self._look_within(wait_s)
         return wait_s <= 0.0
+
+    def _look_within(self, wait_s: float) -> None:
+        """The line looks again in so many seconds, or sooner if another worker is ready for flex before."""
+        loop = asyncio.get_running_loop()
+        at = loop.time() + wait_s
+        if self._looks_again is not None:
+            if self._looks_again.when() <= at:
+                return
+            self._looks_again.cancel()
+        self._looks_again = loop.call_at(at, self._look_again)
 
     def _look_again(self) -> None:
         self._looks_again = None
@@ -521,20 +531,21 @@ class Dispatcher:
         flex = ticket.job.tier is Tier.FLEX
         if flex:
             self.flex_pace.freed(self.clock())
-        if member.load.pacing is not None:
-            self._pace_reading(member.load.pacing, ticket)
+        reads = member if room.prefill is None else room.prefill
+        if reads.load.pacing is not None:
+            self._pace_reading(reads.load, reads.load.pacing, ticket)
         member.load.reserve(ticket.call.sequences, ticket.pending_tokens, flex=flex)
         ticket.member, ticket.worker, ticket.line = member, member.worker.id, self
         if self.adapters is not None and ticket.call.model != self.model:
             member.site.hold(ticket.call.model)
         return member
 
-    def _pace_reading(self, pacing: Pacing, ticket: Ticket) -> None:
+    def _pace_reading(self, load: WorkerLoad, pacing: Pacing, ticket: Ticket) -> None:
         """Notes that a prompt is sent to a worker on which flex requests wait for a moment without any."""
         if ticket.job.tier is Tier.FLEX:
             pacing.started(ticket.call.prompt_tokens, self.clock())
         elif ticket.call.stream and ticket.times[Phase.DECODING] is None:
-            ticket.first = FirstToken(pacing, ticket.call.prompt_tokens, self.clock, self.advance)
+            ticket.first = FirstToken(pacing, ticket.call.prompt_tokens, self.clock, partial(self._pass_on, load))
 
     def _vacate(self, member: Member, ticket: Ticket) -> None:
         if ticket.first is not None:

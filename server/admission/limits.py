@@ -473,10 +473,13 @@ class Gate:
 
     def heard(self, rows: Mapping[str, Mapping[str, str]], from_zero: Collection[str]) -> Iterator[None]:
         now = self._clock()
+        number = 0
         for replica, told in rows.items():
-            for number, (name, row) in enumerate(told.items(), 1):
+            for name, row in told.items():
+                number += 1
                 if number % SLICE == 0:
                     yield
+                    now = self._clock()
                 tenant = self._named(name)
                 if tenant is not None and tenant.limits is not None:
                     requests, tokens, in_flight = map(int, row.split())

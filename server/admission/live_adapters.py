@@ -325,7 +325,8 @@ class LiveAdapters(Collector):
         try:
             yield
         finally:
-            self._replacing.pop(name, None)
+            if self._replacing.get(name) == record.path:  # else another one is being brought in force since
+                del self._replacing[name]
 
     async def unloaded_everywhere(self, name: str) -> None:
         """Nobody needs this adapter any more. Workers that do not answer keep it until they are restarted."""

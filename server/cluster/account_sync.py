@@ -9,6 +9,7 @@ from scheduler.tiers import TieredLanes
 from server.store.store import SLICE
 
 REPEAT_S = 1.0
+_UNCHANGED = 10 * SLICE  # accounts that are looked at between two turns, where few of them have changed
 
 
 class Queue(Protocol):
@@ -61,13 +62,15 @@ class AccountSync:
     _heard: dict[str, dict[str, _Reported]] = field(default_factory=dict)  # by key, then replica
     _known: dict[str, TieredLanes] = field(default_factory=dict)
 
-    def changed(self, *, everything: bool) -> Iterator[tuple[str, str]]:
+    def changed(self, *, everything: bool) -> Iterator[tuple[str, str] | None]:
         now = self.clock()
         for model, queue in list(self.queues().items()):
             queue.settle(now)
             if self._known.get(model) is not queue.lanes:
                 self._catch_up(model, queue.lanes)
-            for name, account, waits in list(queue.lanes.standings()):
+            for number, (name, account, waits) in enumerate(list(queue.lanes.standings()), 1):
+                if number % _UNCHANGED == 0:
+                    yield None
                 key = f"{name} {model}"
                 if self._note(key, account, waits, now) or everything:
                     yield key, f"{self._told[key].charged!r} {account.counter!r} {int(waits)}"
@@ -101,8 +104,10 @@ class AccountSync:
     def heard(self, rows: Mapping[str, Mapping[str, str]], from_zero: Collection[str]) -> Iterator[None]:
         more: dict[str, float] = {}
         floors: dict[str, float] = {}
+        number = 0
         for replica, told in rows.items():
-            for number, (key, row) in enumerate(told.items(), 1):
+            for key, row in told.items():
+                number += 1
                 if number % SLICE == 0:
                     yield
                 charged, counter, waits = row.split()

@@ -89,7 +89,8 @@ class LocalSync:
             await self._store.close()
 
     async def _ask_workers(self) -> None:
-        """Waits until every worker was asked how it is. The others know, and serve; this one would refuse requests."""
+        """Waits until every worker was asked how it is: before that, this process would refuse requests that the other
+        processes, if they still serve, would answer."""
         for _ in range(round(ASK_S / ASKED_S)):
             if self._fleet.has_asked_all():
                 return

@@ -26,10 +26,10 @@ class Part(Protocol):
 
     prefix: str
 
-    def changed(self, *, everything: bool) -> Iterator[tuple[str, str]]:
+    def changed(self, *, everything: bool) -> Iterator[tuple[str, str] | None]:
         """Own rows, key and value, that are not the same as when this was last called; all of them if `everything`.
 
-        Requests may go on between two rows.
+        Requests may go on between two rows, and where it yields None, which it does while it looks at many others.
         """
 
     def heard(self, rows: Mapping[str, Mapping[str, str]], from_zero: Collection[str]) -> Iterator[None]:
@@ -102,6 +102,7 @@ class Replicas:
         self._ttl_s = max(TTL_S, 10 * sync_s)
         self._news: News | None = None
         self._version: int | None = None
+        self._records = ""  # the generation of what holds the records
         self._everything = True
         self._restore = False
         self._rounds: dict[str, int] = {}
@@ -175,9 +176,10 @@ class Replicas:
     async def _offer(self, *, everything: bool) -> Offer:
         live = {ROUND: f"{self.ring.round} {self._born}"}
         for part in self._parts:
-            for key, value in part.changed(everything=everything):
-                live[part.prefix + key] = value
-                if len(live) % SLICE == 0:
+            for row in part.changed(everything=everything):
+                if row is not None:
+                    live[part.prefix + row[0]] = row[1]
+                if row is None or len(live) % SLICE == 0:
                     await asyncio.sleep(0)
         kept: dict[Kept, int] = {}
         for keeper in self._kept:
@@ -197,15 +199,17 @@ class Replicas:
         self.ring.count = max(1, len(news.alive | {self.name}))
         self._part_from(news.alive)
         await self._hear_rows(news)
-        for first in range(0, len(news.kept), SLICE):
-            rows = dict(islice(news.kept.items(), first, first + SLICE))
+        coming = iter(news.kept.items())
+        while rows := dict(islice(coming, SLICE)):
             for keeper in self._kept:
-                keeper.kept_heard(dict(rows))
+                keeper.kept_heard(rows)
             await asyncio.sleep(0)
         self._next_round(news.alive - {self.name})
-        changed = news.version != self._version or lost
-        self._version = news.version
-        for callback in [*(self.on_loss if lost else ()), *(self.on_records if changed else ())]:
+        holds_records = news.records or news.generation
+        records_lost = self._records not in ("", holds_records)
+        changed = news.version != self._version or records_lost
+        self._version, self._records = news.version, holds_records
+        for callback in [*(self.on_loss if records_lost else ()), *(self.on_records if changed else ())]:
             callback()
 
     def _part_from(self, alive: frozenset[str]) -> None:
@@ -235,14 +239,24 @@ class Replicas:
                     from_zero.add(replica)
         self._met |= live.keys()
         self._forgotten -= live.keys()
+        own = await self._by_part(live)
         for part in self._parts:
-            size = len(part.prefix)
-            own = {
-                replica: {key[size:]: value for key, value in rows.items() if key.startswith(part.prefix)}
-                for replica, rows in live.items()
-            }
-            for _ in part.heard(own, from_zero):
+            for _ in part.heard(own[part.prefix], from_zero):
                 await asyncio.sleep(0)
+
+    async def _by_part(self, live: Mapping[str, Mapping[str, str]]) -> Mapping[str, dict[str, dict[str, str]]]:
+        """The rows by the prefix of their part, then by replica and key."""
+        own: dict[str, dict[str, dict[str, str]]] = {part.prefix: {name: {} for name in live} for part in self._parts}
+        number = 0
+        for replica, rows in live.items():
+            for name, value in rows.items():
+                prefix, colon, key = name.partition(":")
+                if (part := own.get(prefix + colon)) is not None:  # newer gateways may tell more
+                    part[replica][key] = value
+                number += 1
+                if number % SLICE == 0:
+                    await asyncio.sleep(0)
+        return own
 
     def _next_round(self, others: frozenset[str]) -> None:
         rounds = [self._rounds.get(replica, -1) for replica in others]

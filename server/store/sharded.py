@@ -50,7 +50,7 @@ class ShardedStore:
             before = [_Heard() for _ in self._shards]
         news = await self._exchange_all(await self._divided(offer, before))
         heard = [_Heard(one.cursor, one.generation, _rounds(old, one)) for old, one in zip(before, news, strict=True)]
-        merged = _merged(news, heard)
+        merged = await _merged(news, heard)
         self._heard[offer.replica] = (merged.cursor, merged.generation), heard
         return merged
 
@@ -146,15 +146,17 @@ def _rounds(before: _Heard, news: News) -> dict[str, tuple[int, int]]:
     return {replica: at for replica, at in rounds.items() if replica in news.alive} | told
 
 
-def _merged(news: Sequence[News], heard: Sequence[_Heard]) -> News:
+async def _merged(news: Sequence[News], heard: Sequence[_Heard]) -> News:
     live: dict[str, dict[str, str]] = {}
     kept: dict[Kept, int] = {}
     for one in news:
         for replica, rows in one.live.items():
             live.setdefault(replica, {}).update(rows)
-        for row, amount in one.kept.items():
+        for number, (row, amount) in enumerate(one.kept.items(), 1):
             if amount > kept.get(row, -1):  # it is in two shards after the number of shards has changed
                 kept[row] = amount
+            if number % SLICE == 0:
+                await asyncio.sleep(0)
     for replica, rows in live.items():
         if rows.pop(ROUND, None) is not None and all(replica in shard.rounds for shard in heard):
             numbers, births = zip(*(shard.rounds[replica] for shard in heard), strict=True)
@@ -167,6 +169,7 @@ def _merged(news: Sequence[News], heard: Sequence[_Heard]) -> News:
         alive=frozenset().union(*(one.alive for one in news)),
         live={replica: rows for replica, rows in live.items() if rows},
         kept=kept,
+        records=news[0].generation,
     )
 
 

@@ -44,6 +44,7 @@ class News:
 
     generation: another one than before means that the store lost what it had.
     cursor: to be given in the next offer, with the generation.
+    records: the generation of what holds the records, where that is only a part of the store; "" is all of it.
     known: the replica was alive for the store; if not, its live rows were dropped, and it must offer all of them.
     version: changes whenever a record does.
     alive: the replicas that are there, the asking one among them.
@@ -57,6 +58,7 @@ class News:
     alive: frozenset[str]
     live: Mapping[str, Mapping[str, str]]
     kept: Mapping[Kept, int]
+    records: str = ""
 
 
 class Store(Protocol):

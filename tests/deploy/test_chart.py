@@ -221,12 +221,14 @@ def test_the_gateway_takes_its_settings_as_rendered(tmp_path: Path, monkeypatch:
 
 def test_several_redis_servers_reach_gateways_and_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     urls = ["redis://one:6379/0", "redis://two:6379/0"]
-    for doc in rendered(KEY | {"redis": {"enabled": False, "url": urls}}):
-        given = environment(doc).get("EVENHAND_REDIS_URL") if templates(doc) else None
-        if given is not None:
-            monkeypatch.setenv("EVENHAND_REDIS_URL", given)
-            for kind in (Settings, JoinSettings):
-                assert [url.get_secret_value() for url in read_settings({}, None, kind).redis_url] == urls
+    docs = rendered(KEY | {"redis": {"enabled": False, "url": urls}})
+    given = [environment(doc)["EVENHAND_REDIS_URL"] for doc in docs if templates(doc)]
+    assert len(given) == 2  # the gateway, and the one kind of workers
+    for text in given:
+        assert text is not None
+        monkeypatch.setenv("EVENHAND_REDIS_URL", text)
+        for kind in (Settings, JoinSettings):
+            assert [url.get_secret_value() for url in read_settings({}, None, kind).redis_url] == urls
 
 
 def test_tenants_are_a_file_that_the_gateway_reads(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +27,7 @@ import yaml
 from deploy.cli import COMMANDS
 from deploy.serve.join import JoinSettings
 from deploy.serve.preflight import SHARED_BYTES
+from loadtest.bench.bench_target import free_port
 from server.settings import Settings
 from tests.deploy.dockerfile import Stage, stages
 
@@ -160,12 +160,6 @@ def test_sources_are_copied_after_every_package_is_installed() -> None:
 def test_nothing_is_fetched_to_read_the_dockerfile() -> None:
     """A `# syntax=` line makes the builder ask a registry for its own front end."""
     assert not re.search(r"^#\s*syntax=", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def answers(url: str) -> bool:

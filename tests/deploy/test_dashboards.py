@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import shutil
-import socket
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -15,6 +14,7 @@ import pytest
 import yaml
 
 from deploy.observability.dashboards import BOARDS, FOLDER, WIDTH, Query, built, panels
+from loadtest.bench.bench_target import free_port
 from loadtest.fake.engine import EngineSetup, FakeEngine
 from loadtest.simulator.costmodel import PRESETS
 from tests.deploy.queries import ROOT, RULES, known, only_real, plain, selectors
@@ -55,12 +55,6 @@ def test_panels_fill_their_rows_and_do_not_overlap(name: str) -> None:
         assert not cells & taken and max(x for x, _ in cells) < WIDTH
         taken |= cells
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def config_for(gateway: Running, folder: Path) -> Path:

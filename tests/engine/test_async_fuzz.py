@@ -229,11 +229,11 @@ def test_with_steps_in_flight_no_token_is_lost_and_no_block_leaks(hollow_model: 
     assert found.total() > 0, found
 
 
-def test_requests_were_displaced_and_memory_was_short_in_these_runs(hollow_model: Path) -> None:
+def test_requests_were_displaced_and_memory_was_short_in_the_first_of_these_runs(hollow_model: Path) -> None:
     """Or else they show little."""
     found: Counter[str] = Counter()
     for setup in SETUPS[:3]:
-        run = Run(hollow_model, setup, seed=2)
+        run = Run(hollow_model, setup, seed=1)
         run.run()
         run.check()
         found += run.preemptions()

@@ -1,6 +1,7 @@
 """Gittins is first come, first served where lengths are alike, near shortest-first where they are not."""
 
 import random
+from math import inf
 
 import pytest
 
@@ -270,11 +271,14 @@ def test_patience_does_not_make_jobs_of_alike_lengths_take_turns() -> None:
     assert engine.preemptions <= 6
 
 
-def test_an_answer_that_was_interrupted_goes_on_after_its_own_time_and_no_other_job_before() -> None:
+@pytest.mark.parametrize("promised_s", [inf, 2.5, 0.5])
+def test_an_answer_that_was_interrupted_goes_on_after_its_own_time_and_no_other_job_before(promised_s: float) -> None:
+    """Whether a promise to it comes due before that, after it, or never."""
     policy = build("gittins", {"stall_s": "2", "patience_s": "60", "max_tokens": "ignore"})
     for number in range(200):
         policy.order.learn(Job("", "t", 30, 0.0, output_tokens=(5, 400)[number % 2]), Outcome.DONE)
     lanes = Lanes(policy)
+    lanes.feed(1)
     long, first, second = Job("long", "t", 30, 0.0), Job("first", "t", 30, 1.0), Job("second", "t", 30, 1.0)
     lanes.push(long, 0.0)
     lanes.pop(0.0)
@@ -284,6 +288,7 @@ def test_an_answer_that_was_interrupted_goes_on_after_its_own_time_and_no_other_
     assert lanes.displacement(1.0) == (first, long)
     lanes.preempt(long, 1.0)
     assert lanes.pop(1.0) is first
-    assert lanes.peek(2.9) is second
+    lanes._fresh_s, lanes._end_s = inf, promised_s
+    assert lanes.peek(2.9) is (second if promised_s == inf else long)
     assert lanes.peek(3.1) is long
     assert lanes.displacement(3.1) == (long, first)

@@ -75,15 +75,15 @@ def test_before_anything_is_known_the_step_s_tokens_are_the_only_bound() -> None
 
 def test_memory_that_others_had_lately_is_left_to_them_for_a_while() -> None:
     headroom = Headroom()
-    assert headroom.tokens == 0.0
+    assert headroom.blocks == 0.0
     headroom.note(1000, 0.0)
-    assert headroom.tokens == 0.0
+    assert headroom.blocks == 0.0
     headroom.note(200, 1.0)
-    assert 700.0 < headroom.tokens < 800.0
+    assert 700.0 < headroom.blocks < 800.0
     left = []
     for step in range(2, 2000):
         headroom.note(200, step * 0.1)
-        left.append(headroom.tokens)
+        left.append(headroom.blocks)
     assert left == sorted(left, reverse=True) and left[-1] < 10.0
 
 
@@ -91,4 +91,4 @@ def test_headroom_is_never_negative_whatever_the_clock_does() -> None:
     rng, headroom = random.Random(4), Headroom()
     for _ in range(1000):
         headroom.note(rng.randrange(10_000), rng.uniform(-50.0, 50.0))
-        assert headroom.tokens >= 0.0
+        assert headroom.blocks >= 0.0

@@ -267,7 +267,6 @@ def test_admission_is_a_few_lines_however_many_tenants_there_are() -> None:
     assert lines[0] == lines[1] < 200, lines
 
 
-# what a tenant may ask for at all
 def test_a_tenant_s_first_request_costs_the_same_however_many_others_have_used_tokens() -> None:
     def lines(others: int) -> int:
         world = World()
@@ -282,6 +281,7 @@ def test_a_tenant_s_first_request_costs_the_same_however_many_others_have_used_t
     assert lines(1000) == lines(1)
 
 
+# what a tenant may ask for at all
 def test_a_model_that_is_not_the_tenant_s_is_as_if_it_were_not_there() -> None:
     tenant = Tenant("acme", models=frozenset({"small"}))
     assert permitted(a_call(tenant, model="small"))

@@ -4,7 +4,6 @@ import http.client
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,19 +16,13 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from loadtest.bench.bench_target import free_port
 from tests.server.test_admin import ADMIN_KEY
 from tests.server.test_processes import LIMIT_S, is_alive, until
 from tests.server.test_tenants import KEY, OTHER
 
 PROCESSES = 3
 ENGINE = ["-m", "loadtest.fake.engine", "--model", "fake", "--cost", "quick"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def call(port: int, method: str, path: str, body: object = None, key: str = KEY) -> tuple[int, bytes]:
@@ -82,13 +75,6 @@ class Program:
     def chat(self, key: str = KEY, **fields: object) -> int:
         body = {"model": "fake", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2} | fields
         return call(self.port, "POST", "/v1/chat/completions", body, key)[0]
-
-    def chat_or_reset(self) -> int | None:
-        """None: the connection was one of a process that died."""
-        try:
-            return self.chat()
-        except ConnectionError:
-            return None
 
     def admin(self, method: str, path: str, body: object = None) -> Any:
         """What /admin says. Where its store does not answer in time it says so, and operators ask once more."""
@@ -177,10 +163,7 @@ def test_a_process_that_dies_is_replaced_and_nothing_is_forgotten(gateway: Progr
     *_, victim = gateway.children()
     os.kill(victim, signal.SIGKILL)
     until(lambda: gateway.said("process gateway-"), "it is said")
-    statuses = {gateway.chat_or_reset() for _ in range(50)}
     until(lambda: victim not in gateway.children() and len(gateway.children()) == PROCESSES + 1, "it is replaced")
-    statuses |= {gateway.chat_or_reset() for _ in range(50)}
-    assert statuses <= {200, None}, "a process served before it knew its workers"
     gateway.everywhere(lambda: gateway.chat() == 200, "all serve")
     until(lambda: gateway.metric("evenhand_requests_total") > counted, "nothing that was counted is lost")
 

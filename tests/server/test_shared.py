@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
+from loadtest.bench.bench_target import free_port
 from loadtest.fake.engine import FakeEngine
 from scheduler.workers import Role, Worker
 from server.app import GatewayServer
@@ -25,7 +25,7 @@ from server.store.redis_store import RedisStore
 from server.store.sharded import ShardedStore
 from server.store.socket_store import SHARED, listen_at, serving_stores
 from server.store.store import MemoryStore
-from tests.conftest import redis_server, wait_until_listening
+from tests.conftest import start_redis
 from tests.server.conftest import INSTANT, LIMIT_S, Running, chat, eventually, serving
 from tests.server.test_admin import ADMIN_KEY, admin, ask
 from tests.server.test_tenants import KEY, OTHER
@@ -35,21 +35,13 @@ class OwnRedis:
     """A Redis that a test may kill. It keeps nothing on disk."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
         self.folder = folder
+        self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        options = ["--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", str(self.folder)]
-        log = self.folder / "log"
-        with log.open("ab") as out:
-            self.process = subprocess.Popen(
-                [redis_server(), "--port", str(self.port), *options], stdout=out, stderr=out
-            )
-        wait_until_listening(self.port, self.process, log)
+        self.process = start_redis(self.folder, self.port)
 
     def kill(self) -> None:
         assert self.process is not None

@@ -13,9 +13,9 @@ from server.cluster.local_sync import READY, STARTING, WORKER, LocalSync, Proces
 from server.fleet.fleet import Fleet
 from server.observe.telemetry import Telemetry
 from server.store.store import MemoryStore, StoreAway
+from tests.server.conftest import LIMIT_S
 
 NOWHERE = "http://127.0.0.1:9"
-LIMIT_S = 30.0
 
 
 class Away(MemoryStore):

@@ -26,6 +26,7 @@ from loadtest.call import TraceCall
 from loadtest.client.client import Client, Target
 
 POLL_S = 0.2
+FIRST_LINE_S = 120.0  # until a batch has answered something
 MODEL = "fake"
 SLOTS = 256
 JOBS_PER_S = 25  # more than the engine can do beside others
@@ -123,9 +124,14 @@ def submit(url: str, jobs: Iterable[TraceCall]) -> str:
     text = "".join(json.dumps(line) + "\n" for line in lines)
     form: dict[str, Any] = {"file": ("in.jsonl", text.encode()), "purpose": (None, "batch")}
     with httpx2.Client(base_url=url, timeout=300) as client:
-        file = client.post("/v1/files", files=form).json()
-        asked = {"input_file_id": file["id"], "endpoint": "/v1/completions", "completion_window": "24h"}
-        return str(client.post("/v1/batches", json=asked).json()["id"])
+        file = client.post("/v1/files", files=form)
+        if file.is_error:
+            raise BenchmarkError(f"the gateway refused the batch's file: {file.text}")
+        asked = {"input_file_id": file.json()["id"], "endpoint": "/v1/completions", "completion_window": "24h"}
+        batch = client.post("/v1/batches", json=asked)
+        if batch.is_error:
+            raise BenchmarkError(f"the gateway refused the batch: {batch.text}")
+        return str(batch.json()["id"])
 
 
 def _sample(url: str, name: str) -> float:
@@ -140,5 +146,8 @@ def _output_tokens(url: str) -> float:
 
 def _wait_for_lines(url: str) -> None:
     """Returns once lines of the batch have been answered."""
+    end = time.monotonic() + FIRST_LINE_S
     while not _sample(url, 'evenhand_batch_lines_total{outcome="answered"}'):
+        if time.monotonic() > end:
+            raise BenchmarkError(f"no line of the batch was answered within {FIRST_LINE_S:.0f} s")
         time.sleep(POLL_S)

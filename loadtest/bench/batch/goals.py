@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from loadtest.bench.batch.work import Outcome
+from loadtest.bench.gateway.relay_load import BenchmarkError
 from loadtest.bench.table import markdown, spread
 
 # llm-d-batch-gateway, issue 491, one engine: a concurrency cap, and priority order. HyGen: NeurIPS 2025, on an engine
@@ -81,6 +82,10 @@ class Scene:
     batch_only: Sequence[Outcome]
     endless: Sequence[Outcome]
 
+    def __post_init__(self) -> None:
+        if not all(alone.firsts and alone.gaps for alone in self.alone):
+            raise BenchmarkError("no interactive request was answered in the time that is measured: make it longer")
+
     def ttft(self, way: Sequence[Outcome]) -> list[float]:
         """P99, as a ratio to the interactive requests alone."""
         return [one.ttft_p99_s / alone.ttft_p99_s for one, alone in zip(way, self.alone, strict=True)]
@@ -93,6 +98,10 @@ class Scene:
 
         That part is what is left of 1 when the engine's output with such requests alone, as many as it can do, is 1.
         """
+        if any(
+            alone.people_per_s >= endless.batch_per_s for alone, endless in zip(self.alone, self.endless, strict=True)
+        ):
+            raise BenchmarkError("the interactive requests fill the engine by themselves: nothing is left for a batch")
         return [
             one.batch_per_s / (full.batch_per_s * (1.0 - alone.people_per_s / endless.batch_per_s))
             for one, alone, full, endless in zip(way, self.alone, self.batch_only, self.endless, strict=True)

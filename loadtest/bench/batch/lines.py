@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx2
 
@@ -54,10 +55,14 @@ def line_cost(lines: int) -> LineCost:
             before, began = cpu_s(pid), time.monotonic()
             peak = Peak(pid)
             batch_id = submit(url, jobs)
+            batch: dict[str, Any] = {"status": ""}
             with httpx2.Client(base_url=url, timeout=60) as client:
-                while client.get(f"/v1/batches/{batch_id}").json()["status"] not in OVER:
+                while batch["status"] not in OVER:
                     time.sleep(POLL_S)
+                    batch = client.get(f"/v1/batches/{batch_id}").json()
             peak.stop.set()
+            if batch["status"] != "completed" or batch["request_counts"]["completed"] != lines:
+                raise BenchmarkError(f"the batch ended as {batch['status']}: {batch['request_counts']}")
             return LineCost(lines, cpu_s(pid) - before, peak.bytes, time.monotonic() - began)
 
 

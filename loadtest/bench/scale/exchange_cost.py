@@ -51,6 +51,7 @@ class Teller:
         watch = asyncio.create_task(_turns(spans))
         await asyncio.sleep(0)
         await self.replicas.exchange()
+        await asyncio.sleep(0)  # its last turn counts, too
         watch.cancel()
         return 1e3 * sum(span for span in spans if span > _TURN_S), 1e3 * max(spans)
 
