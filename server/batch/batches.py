@@ -4,6 +4,7 @@ import asyncio
 import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from io import SEEK_END
 from typing import BinaryIO, ParamSpec, TypeVar
 
@@ -12,7 +13,7 @@ import msgspec
 from scheduler.jobs import Tier
 from server.batch.files import FileFolder
 from server.batch.objects import NEXT, Batch, Status, StoredFile
-from server.batch.store import BatchStore
+from server.batch.store import BatchStore, StoreUnavailable
 from server.batch.validation import first_model
 from server.request.errors import BadRequest, NotAllowed, NotFound, RateLimited, UnknownModel
 from server.request.schemas import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES
@@ -114,11 +115,13 @@ class Batches:
         size = await self.content(source.seek, 0, SEEK_END)
         async with self._one_upload:  # or two at once might exceed the quota
             await self.call(self._within_quota, tenant, size)
-            await self.content(self._copy, file_id, source)
             try:
+                await self.content(self._copy, file_id, source)
                 return await self.call(self.keep, file_id, tenant, filename[:255], purpose, size)
             except BaseException:
-                await self.content(self.files.remove, file_id)  # nothing would know of it
+                # Nothing would know of the content. A record that was written, though nobody said so, goes with it.
+                with suppress(StoreUnavailable):
+                    await self._remove(file_id)
                 raise
 
     def _copy(self, file_id: str, source: BinaryIO) -> None:

@@ -122,7 +122,7 @@ class Stage(IntEnum):
     WAITING = auto()  # complete; its answer has not begun
     BEGUN = auto()  # the head of the answer is written, or held until the first piece of the body
     STREAMING = auto()  # the head and a first HTTP chunk are written
-    OVER = auto()  # the answer is complete, or nobody is there to read it
+    OVER = auto()  # the answer is complete, or the request was dropped
 
 
 _STREAMING = Stage.STREAMING  # looked up for every token
@@ -253,7 +253,7 @@ class ClientExchange:
 
     def fail(self, error: ServiceError) -> None:
         """Says what went wrong: with its status, as the last event of a stream, or by closing once a body has begun."""
-        if self.stage is Stage.OVER:
+        if self.stage is Stage.OVER or self.edge.transport.is_closing():
             return
         if self.begun:
             self._break_off(error)
@@ -367,13 +367,11 @@ class GatewayProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self.open.closed(self)
         exchange, newest = self.current, self.cycle
-        if isinstance(newest, ClientExchange):
-            self.cycle = None  # uvicorn wakes its own application, which waits for the rest of a body
+        # uvicorn wakes its own application, if that is what runs; what came behind it has not been started.
+        self.cycle = None if isinstance(exchange, ClientExchange) else exchange
         super().connection_lost(exc)
-        if isinstance(exchange, ClientExchange):
-            exchange.stage = Stage.OVER
-            if exchange.task is not None:
-                exchange.task.cancel()
+        if isinstance(exchange, ClientExchange) and exchange.task is not None:
+            exchange.task.cancel()
         for cycle in (newest, *(waiting for waiting, _ in self.pipeline)):
             if isinstance(cycle, ClientExchange) and cycle.task is None:
                 cycle.release()

@@ -300,7 +300,7 @@ def _response_event(data: bytes) -> Said:
     if response is not None and event.type == "response.failed":
         error = bytes(response.error)
         return Said(failure=_error(b'{"error":%b}' % (error or b"null"), error))
-    return NOTHING if response is None else _RESPONSE
+    return _RESPONSE if response is not None and event.type else NOTHING
 
 
 _EVENTS: Mapping[Dialect, Callable[[bytes], Said]] = {

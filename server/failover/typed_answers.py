@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from server.engine.answers import Usage, data_of, published_response, tokens_of_prompt
+from server.engine.answers import Usage, as_published, data_of, tokens_of_prompt
 from server.request.call import Dialect
 from server.request.transcript import Transcript
 
@@ -181,8 +181,8 @@ class Response(TypedAnswer):
             "output": [self.item] if self.announced else [],
             "usage": _response_usage(end.usage),
         }
-        response = orjson.loads(published_response(orjson.dumps(response)))
-        return last + self._numbered(f"response.{response['status']}", {"response": response})
+        end_event = self._numbered(f"response.{response['status']}", {"response": response})
+        return last + as_published(end_event.rstrip()) + b"\n\n"
 
     def _close_item(self) -> bytes:
         text = self.text

@@ -496,6 +496,7 @@ class Fleet:
     def _read_plugin(self, member: Member, metrics: str) -> None:
         """What our scheduler says of its engine, if it is inside."""
         if _PLUGIN not in metrics:
+            member.hardware = Hardware()  # an engine that was restarted without it says nothing of it
             return
         metrics = "\n".join(line for line in metrics.split("\n") if line.startswith("evenhand_"))  # a few of hundreds
         if not member.worker.plugin:

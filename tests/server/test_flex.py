@@ -6,8 +6,13 @@ from dataclasses import replace as with_fields
 
 from msgspec.structs import replace
 
+from scheduler.catalog import build
 from scheduler.jobs import Tier
-from server.admission.dispatch import FlexRules
+from scheduler.tiers import TieredLanes
+from scheduler.workers import Worker
+from server.admission.dispatch import Dispatcher, FlexRules, Lines
+from server.engine.client import EngineClient
+from server.fleet.fleet import Member, WorkerState
 from server.request.call import Phase, Ticket
 from tests.server.calls import placed, ticket_of
 from tests.server.conftest import in_virtual_time
@@ -25,14 +30,14 @@ def ticket(hall: Hall, tier: Tier = Tier.DEFAULT, *, stream: bool = True, prompt
 class Held:
     """A request that holds its place until it is told to leave. started_at: when it got it."""
 
-    def __init__(self, hall: Hall, asked: Ticket) -> None:
-        self.hall, self.ticket = hall, asked
+    def __init__(self, hall: Hall, asked: Ticket, line: Dispatcher | None = None) -> None:
+        self.hall, self.ticket, self.line = hall, asked, line or hall.dispatcher
         self.started_at: float | None = None
         self.leaves = asyncio.Event()
         self.task = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
-        async with placed(self.hall.dispatcher, self.ticket):
+        async with placed(self.line, self.ticket):
             self.started_at = self.hall.clock()
             self.ticket.move(Phase.PREFILLING)
             await self.leaves.wait()
@@ -162,3 +167,64 @@ def test_flex_leaves_others_half_of_the_memory_but_is_not_kept_out() -> None:
         assert member.load.flex_tokens == 0
 
     virtual(run)
+
+
+def test_a_worker_that_is_soon_ready_is_not_kept_waiting_by_another_that_reads_a_long_prompt() -> None:
+    async def run() -> None:
+        hall = Hall(slots=(16, 16))
+        hall.dispatcher.flex = FlexRules(share=0.5)
+        loads = [member.load for member in hall.fleet.members.values()]
+        people = [Held(hall, ticket(hall)) for _ in range(2)]  # one at each, that has its first token
+        await settle()
+        assert [load.in_flight for load in loads] == [1, 1]
+        for held in people:
+            held.ticket.move(Phase.DECODING)
+        first = [Held(hall, ticket(hall, Tier.FLEX, prompt_tokens=tokens)) for tokens in (100_000, 512)]
+        await settle()
+        assert [load.flex for load in loads] == [1, 1]
+        people.append(Held(hall, ticket(hall)))
+        await settle()
+        assert [load.in_flight for load in loads] == [2, 3]
+        third = Held(hall, ticket(hall, Tier.FLEX, prompt_tokens=512))
+        await settle()  # one worker awaits a first token, the other reads for seconds
+        people[-1].ticket.move(Phase.DECODING)
+        await asyncio.sleep(1.0)
+        assert third.started_at is not None, "it waits for the worker that reads 100,000 tokens"
+        for held in (*people, *first, third):
+            await held.end()
+
+    in_virtual_time(run())
+
+
+def test_a_first_token_lets_flex_of_the_worker_s_other_models_start() -> None:
+    async def run() -> None:
+        hall = Hall(slots=())
+        url, models = "http://127.0.0.1:9", ("a", "b")
+        worker = Worker("w", url, slots=16)
+        hall.fleet.enroll(
+            Member(
+                worker, EngineClient(url), WorkerState.READY, models, models_json=[{"id": model} for model in models]
+            )
+        )
+
+        def line(model: str) -> Dispatcher:
+            lanes = TieredLanes(build("fcfs", {}))
+            return Dispatcher(
+                model, lanes, hall.fleet, max_waiting=9, queue_timeout_s=None, clock=hall.clock, freed=lines.freed
+            )
+
+        lines = Lines(line, hall.fleet)
+        begun = Held(hall, ticket(hall, Tier.FLEX), lines.of("b"))  # from here on the worker is paced
+        await settle()
+        person = Held(hall, ticket(hall), lines.of("a"))
+        await settle()
+        flex = Held(hall, ticket(hall, Tier.FLEX), lines.of("b"))
+        await asyncio.sleep(5.0)
+        assert flex.started_at is None
+        person.ticket.move(Phase.DECODING)
+        await settle()
+        assert flex.started_at is not None
+        for held in (begun, person, flex):
+            await held.end()
+
+    in_virtual_time(run())

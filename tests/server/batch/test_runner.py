@@ -16,9 +16,9 @@ import pytest
 from server.batch.batches import Batches, BatchRequest
 from server.batch.content import Reply
 from server.batch.files import FileFolder, room_on_disk
-from server.batch.objects import Batch, Result, Status
+from server.batch.objects import Batch, Result, Status, StoredFile
 from server.batch.runner import Runner
-from server.batch.store import LeaseLost, SqliteBatchStore
+from server.batch.store import LeaseLost, SqliteBatchStore, StoreUnavailable
 from server.request.tenants import Tenant
 from server.settings import BatchSettings
 from tests.server.batch.test_batches import OVER, client_of, jsonl
@@ -128,6 +128,28 @@ class SlowFolder(FileFolder):
 async def submitted(batches: Batches, lines: int) -> Batch:
     file = await batches.add_file("acme", "in.jsonl", "batch", io.BytesIO(jsonl(lines)))
     return await batches.create(Tenant("acme"), BatchRequest(file.id, "/v1/completions", "24h"))
+
+
+class Silent(SqliteBatchStore):
+    """It writes what it is told, and does not say so once."""
+
+    silent = False
+
+    def add_file(self, file: StoredFile) -> None:
+        super().add_file(file)
+        if self.silent:
+            raise StoreUnavailable("it does not answer")
+
+
+async def test_an_upload_that_failed_leaves_neither_a_record_nor_a_content(tmp_path: Path) -> None:
+    store = Silent(tmp_path / "batches.sqlite", time.monotonic)
+    batches = Batches(FileFolder(tmp_path / "files"), store, BatchSettings(), time.monotonic)
+    store.silent = True
+    with pytest.raises(StoreUnavailable):
+        await batches.add_file("acme", "in.jsonl", "batch", io.BytesIO(b"{}\n"))
+    assert await batches.list_files("acme", None, 10) == [] and store.stored_bytes("acme") == 0
+    assert not [path for path in (tmp_path / "files").iterdir() if path.name.startswith("file-")]
+    batches.close()
 
 
 async def test_a_line_that_fails_inside_the_gateway_is_in_the_error_file(tmp_path: Path) -> None:
