@@ -37,7 +37,7 @@ soak:  ## hours of what `make test` does for seconds: hostile bytes, dying worke
 	@$(BIN)/python -m tests.chaos soak
 	@$(BIN)/python -m tests.chaos churn
 
-chaos:  ## every figure of docs/reliability.md but those of the soaks, one after the other
+chaos:  ## each chaos run of docs/reliability.md once, with its defaults, but not the soaks
 	@$(INSTALL) --tests
 	@missed=0; for run in workers engines seeds redis rolling overload hostile memory batch; do \
 		$(BIN)/python -m tests.chaos $$run || missed=1; done; exit $$missed
@@ -48,7 +48,7 @@ lint:  ## style, types and import rules
 	@$(BIN)/mypy --no-error-summary
 	@said="$$($(BIN)/lint-imports --no-logo)" || { echo "$$said"; exit 1; }
 
-bench: bench-start bench-ttft bench-laptop bench-schedule bench-policies bench-iterations bench-simulator bench-replay bench-compare bench-fresh bench-gateway bench-gateway-cost bench-scale bench-placement bench-replicas bench-disaggregation bench-salt bench-batch  ## every figure in docs/benchmarks, one after the other
+bench: bench-start bench-ttft bench-laptop bench-schedule bench-policies bench-iterations bench-simulator bench-replay bench-compare bench-fresh bench-gateway bench-gateway-cost bench-scale bench-placement bench-replicas bench-disaggregation bench-salt bench-tls bench-batch  ## each benchmark once, with its defaults
 
 bench-%: install
 	@exec $(BIN)/evenhand bench $* $(ARGS)

@@ -18,11 +18,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import count, repeat
-from math import inf
+from itertools import count, repeat, takewhile
 from pathlib import Path
 from random import Random
-from statistics import geometric_mean, median
+from statistics import median
 
 import httpx2
 from rich.console import Console
@@ -36,8 +35,9 @@ from loadtest.bench.disaggregation_load import (
     WORKERS,
     Idle,
     goodputs,
+    means_of,
     mixes,
-    until,
+    ratio_of,
 )
 from loadtest.bench.disaggregation_simulated import simulated
 from loadtest.bench.engines import running
@@ -332,7 +332,7 @@ class DisaggregationBench:
         rng = Random(f"{self.args.seed}:{repetition}")
         end = time.monotonic() + self.args.seconds
         streams = stopping(self.maker().calls(repeat(STREAM), repeat(0.0), rng), end)
-        times = list(until(poisson(self.args.load * self.rate, rng), self.args.seconds))
+        times = list(takewhile(lambda at_s: at_s < self.args.seconds, poisson(self.args.load * self.rate, rng)))
         prompts = self.maker().calls((replace(rng.choice(lengths), output_tokens=2) for _ in times), times, rng)
         ran, _ = await asyncio.gather(
             self.client(side).closed_loop(streams, STREAMS), self.client(side).open_loop(prompts)
@@ -359,11 +359,9 @@ class DisaggregationBench:
                 row = [asked, f"{spread(of[tuned])} ({tuned.rpartition(', ')[2]})", spread(of[APART])]
                 rows.append([*row, spread(of[PREDICTED]), spread(ratio), met(median(ratio) >= GOODPUT_GOAL)])
         head = ["lengths, objective", "best that do both", APART, PREDICTED, "÷ best", f"goal ≥ {GOODPUT_GOAL}"]
-        mean = f"{geometric_mean(ratios):.2f}" if 0.0 < min(ratios) and max(ratios) < inf else "not defined"
         told = (
             f"Requests/s per engine with {ATTAINMENT_GOAL:.0%} inside both objectives, TTFT ≤ "
-            f"{objectives[0].ttft_s:.2f} s in every row. By prediction ÷ the better of the others: geometric mean "
-            f"{mean}, least {min(ratios):.2f}"
+            f"{objectives[0].ttft_s:.2f} s in every row. By prediction ÷ the better of the others: {means_of(ratios)}"
         )
         return f"{told}\n\n" + markdown(head, rows)
 
@@ -381,7 +379,7 @@ class DisaggregationBench:
         self, side: str, lengths: Sequence[Shape], load: float, repetition: int, level: str = LEVELS[1]
     ) -> tuple[float, Sequence[Record]]:
         rng = Random(f"{self.args.seed}:{load}:{repetition}")
-        times = list(until(poisson(load * self.rate, rng), self.args.seconds))
+        times = list(takewhile(lambda at_s: at_s < self.args.seconds, poisson(load * self.rate, rng)))
         calls = self.maker().calls((rng.choice(lengths) for _ in times), times, rng)
         return load * self.rate, checked(asyncio.run(self.client(side, level).open_loop(calls)))
 
@@ -396,11 +394,6 @@ class DisaggregationBench:
         alone = [said(self.urls[self.both[-1]], prompt) for prompt in asked]
         same = sum(said(self.urls[APART], prompt) == other for prompt, other in zip(asked, alone, strict=True))
         return f"Greedy answers of 32 tokens that are the same, token for token: {same} of {prompts}"
-
-
-def ratio_of(goodput: float, other: float) -> float:
-    """1 where nobody serves anybody in time."""
-    return goodput / other if other else inf if goodput else 1.0
 
 
 def in_ms(seconds: Sequence[float]) -> list[float]:

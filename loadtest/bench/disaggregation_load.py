@@ -1,11 +1,12 @@
 """What `evenhand bench disaggregation` asks, measured and simulated, and what counts as served."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from math import inf
 from pathlib import Path
 from random import Random
-from statistics import mean
+from statistics import geometric_mean, mean
 
 from loadtest.records import Record
 from loadtest.report.report import Objective, goodput
@@ -59,9 +60,12 @@ def scaled(drawn: Sequence[Shape]) -> list[Shape]:
     return [fit(shape) for shape in drawn]
 
 
-def until(times_s: Iterator[float], end_s: float) -> Iterator[float]:
-    """Those before the end."""
-    for at_s in times_s:
-        if at_s >= end_s:
-            return
-        yield at_s
+def ratio_of(goodput: float, other: float) -> float:
+    """1 where nobody serves anybody in time."""
+    return goodput / other if other else inf if goodput else 1.0
+
+
+def means_of(ratios: Sequence[float]) -> str:
+    """What is said of several ratios: a mean that a zero or an infinity would make is none."""
+    mean = f"{geometric_mean(ratios):.2f}" if 0.0 < min(ratios) and max(ratios) < inf else "not defined"
+    return f"geometric mean {mean}, least {min(ratios):.2f}"

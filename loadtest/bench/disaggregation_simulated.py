@@ -6,13 +6,12 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from math import inf
 from random import Random
-from statistics import geometric_mean, mean
+from statistics import mean
 
 from rich.console import Console
 
-from loadtest.bench.disaggregation_load import WORKERS, Idle
+from loadtest.bench.disaggregation_load import WORKERS, Idle, means_of, ratio_of
 from loadtest.bench.table import markdown, quantile
 from loadtest.report.report import ATTAINMENT_GOAL, Objective, goodput
 from loadtest.simulator.costmodel import PRESETS, CostModel
@@ -105,7 +104,7 @@ def simulated(
             both = max(sides[: len(STEP_TOKENS)], key=lambda side: side.goodput)
             apart = max(sides[len(STEP_TOKENS) :], key=lambda side: side.goodput)
             best = max(both.goodput, apart.goodput)
-            ratios.append(hybrid.goodput / best if best else inf)
+            ratios.append(ratio_of(hybrid.goodput, best))
             rows.append(
                 [
                     f"{name}, TPOT ≤ {1e3 * objective.tpot_s:.0f} ms",
@@ -118,9 +117,8 @@ def simulated(
             )
             progress.print(" | ".join(rows[-1]))
     told = (
-        f"Simulated, not measured: cost model {cost_name}, {engines} engines; requests/s per engine with 90 % inside "
-        "TTFT and TPOT. By prediction ÷ the better of the others: "
-        f"geometric mean {geometric_mean(ratios) if min(ratios) else 0.0:.2f}, least {min(ratios):.2f}"
+        f"Simulated, not measured: cost model {cost_name}, {engines} engines; requests/s per engine with "
+        f"{ATTAINMENT_GOAL:.0%} inside TTFT and TPOT. By prediction ÷ the better of the others: {means_of(ratios)}"
     )
     head = ["lengths, objective", "best that do both", "best apart", "by prediction", "÷ best", "handed over"]
     return f"{told}\n\n" + markdown([*head, "error of predicted TTFT, %: p50, p90"], rows)

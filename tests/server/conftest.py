@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from loadtest.fake.engine import EngineSetup, FakeEngine
 from loadtest.simulator.costmodel import PRESETS
+from loadtest.virtual_loop import VirtualLoop
 from server.app import GatewayServer
 from server.settings import Settings
 
@@ -412,22 +413,3 @@ def virtual_loop() -> Iterator[asyncio.Runner]:
 def in_virtual_time(test: Coroutine[Any, Any, None]) -> None:
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         runner.run(test)
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """A loop whose seconds pass only while it would sleep, and then at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 1000.0
-        select = self._selector.select  # type: ignore[attr-defined]
-
-        def skip(timeout: float | None = None) -> Any:
-            if timeout:
-                self.now += timeout
-            return select(0)
-
-        self._selector.select = skip  # type: ignore[attr-defined]
-
-    def time(self) -> float:
-        return self.now

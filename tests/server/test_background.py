@@ -4,8 +4,9 @@ import asyncio
 
 import pytest
 
+from loadtest.virtual_loop import VirtualLoop
 from server.background import LONGEST_PAUSE_S, STEADY_S, Background
-from tests.server.conftest import VirtualLoop, eventually, over_fake
+from tests.server.conftest import eventually, over_fake
 
 
 def test_a_task_that_fails_is_told_and_started_again_with_growing_pauses(

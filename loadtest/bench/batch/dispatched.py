@@ -7,11 +7,11 @@ Imports vLLM, which takes seconds.
 import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from loadtest.bench.batch.scheduler_only import ModelFreeEngine
 from loadtest.bench.batch.work import DRAIN_S, Made, Outcome, Sent, outcome_of
 from loadtest.call import TraceCall
+from loadtest.virtual_loop import VirtualLoop
 from scheduler.catalog import build
 from scheduler.jobs import Job, Tier
 from scheduler.jobs import Outcome as Ending
@@ -26,24 +26,6 @@ from server.request.schemas import COMPLETIONS
 from server.request.tenants import Tenant
 
 MODEL = "model"
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """A loop whose seconds pass only while it would sleep, and then at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 1000.0
-        select = self._selector.select  # type: ignore[attr-defined]
-
-        def skip(timeout: float | None = None) -> Any:  # noqa: ANN401
-            self.now += timeout or 0.0
-            return select(0)
-
-        self._selector.select = skip  # type: ignore[attr-defined]
-
-    def time(self) -> float:
-        return self.now
 
 
 @dataclass(slots=True)
@@ -145,9 +127,8 @@ class Site:
             del self.way[made.name]
             one.done.set_result(None)
 
-    async def send(self, people: Sequence[TraceCall], jobs: Iterable[TraceCall] | None) -> None:
-        """The interactive requests, all to their ends, beside the jobs."""
-        asking = [asyncio.create_task(self._batch(jobs))] if jobs is not None else []
+    async def send(self, people: Sequence[TraceCall]) -> None:
+        """The interactive requests, all to their ends."""
         async with asyncio.TaskGroup() as group:
             for call in people:
                 await asyncio.sleep(self.begun + call.at_s - self.clock())
@@ -155,30 +136,33 @@ class Site:
                 self.people.append(sent)
                 group.create_task(self.ask(call, Tier.DEFAULT, sent))
         await asyncio.sleep(max(0.0, self.begun + self.seconds - self.clock()))
-        for task in asking:
-            task.cancel()
 
-    async def _batch(self, jobs: Iterable[TraceCall]) -> None:
+    async def batch(self, jobs: Iterable[TraceCall]) -> None:
         """As many lines as the gateway's runner has on their way: what the worker may be given, and some in line."""
         coming, running = iter(jobs), set[asyncio.Task[None]]()
         most = self.line.flex.capacity(self.member.worker) + LINES_AHEAD
         while True:
             while len(running) < most:
                 running.add(asyncio.create_task(self.ask(next(coming), Tier.FLEX, None)))
-            _, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for one in done:
+                one.result()
 
 
 def dispatched(
-    engine: ModelFreeEngine, people: Sequence[TraceCall], jobs: Iterable[TraceCall] | None, share: float, seconds: float
+    engine: ModelFreeEngine, people: Sequence[TraceCall], jobs: Iterable[TraceCall], share: float, seconds: float
 ) -> Outcome:
-    """What interactive requests and jobs get from stock vLLM behind a gateway. jobs: None for no batch."""
+    """What interactive requests and jobs get from stock vLLM behind a gateway. A request without a token when the time
+    for it is over has waited until then."""
 
     async def run() -> Outcome:
         site = Site(engine, share, seconds)
-        serving = asyncio.create_task(site.serve())
-        async with asyncio.timeout(seconds + DRAIN_S):
-            await site.send(people, jobs)
-        serving.cancel()
+        tasks = [asyncio.create_task(each) for each in (site.send(people), site.serve(), site.batch(jobs))]
+        done, _ = await asyncio.wait(tasks, timeout=seconds + DRAIN_S, return_when=asyncio.FIRST_COMPLETED)
+        for one in done:
+            one.result()  # the first ends; the others only by an error
+        for task in tasks:
+            task.cancel()
         return outcome_of(site.people, site.people_tokens, site.batch_tokens, seconds, engine.count, site.clock())
 
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:

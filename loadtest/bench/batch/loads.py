@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import cycle, islice, takewhile
 from pathlib import Path
 from random import Random
 
@@ -75,19 +75,16 @@ def azure(rng: Random, size: Size) -> Iterator[TraceCall]:
     maker = Maker(_prompts(rng), size.fit, {"people": 1}, "interactive")
     if size.traces is None:
         drawn = (shape for shape in shapes("C", rng) if shape.kind == "chat")
-        return _until(size.whole_s, maker.calls(drawn, poisson(CHAT_PER_S * rate, rng), rng))
+        return _within(size, maker.calls(drawn, poisson(CHAT_PER_S * rate, rng), rng))
     timed = [(row.at_s, row) for row in read(size.traces / CHAT) if row.at_s is not None]
     first_s, last_s = timed[0][0], timed[-1][0]
     begun_s = rng.uniform(first_s, max(first_s, last_s - size.whole_s * rate))
     timed = [((at_s - begun_s) / rate, row) for at_s, row in timed if at_s >= begun_s]
-    return _until(size.whole_s, maker.replay((row for _, row in timed), (at_s for at_s, _ in timed), rng))
+    return _within(size, maker.replay((row for _, row in timed), (at_s for at_s, _ in timed), rng))
 
 
-def _until(seconds: float, calls: Iterable[TraceCall]) -> Iterator[TraceCall]:
-    for call in calls:
-        if call.at_s >= seconds:
-            return
-        yield call
+def _within(size: Size, calls: Iterable[TraceCall]) -> Iterator[TraceCall]:
+    return takewhile(lambda call: call.at_s < size.whole_s, calls)
 
 
 def short(rng: Random, size: Size) -> Iterator[TraceCall]:

@@ -69,7 +69,7 @@ def outcome(run: Run) -> Outcome:
         if run.way.share is not None:
             from loadtest.bench.batch.dispatched import dispatched
 
-            return dispatched(free, people, jobs if run.way.batch else None, run.way.share, run.size.whole_s)
+            return dispatched(free, people, jobs, run.way.share, run.size.whole_s)
         return Scenario(free, run.way, people, jobs, run.size.whole_s).run()
 
 

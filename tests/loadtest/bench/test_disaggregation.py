@@ -4,6 +4,7 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
+from math import inf
 from pathlib import Path
 from random import Random
 from statistics import mean
@@ -19,8 +20,9 @@ from loadtest.bench.disaggregation_load import (
     WORKERS,
     Idle,
     goodputs,
+    means_of,
     mixes,
-    until,
+    ratio_of,
 )
 from loadtest.bench.disaggregation_simulated import LONGER, SimulatedSide, divided, simulated
 from loadtest.bench.random_model import write
@@ -62,8 +64,13 @@ def test_goodput_is_for_each_worker_and_grows_as_the_objective_loosens() -> None
     assert tight == 1.0 < middle <= loose < 4.0, "2/s is 1/s for each of two; late ones count under no objective"
 
 
-def test_times_and_calls_stop_when_they_should() -> None:
-    assert list(until(iter((0.0, 0.4, 0.8, 1.2)), 1.0)) == [0.0, 0.4, 0.8]
+def test_means_that_a_zero_would_make_are_not_given() -> None:
+    assert means_of([0.5, 2.0]) == "geometric mean 1.00, least 0.50"
+    assert means_of([0.0, 2.0]) == "geometric mean not defined, least 0.00"
+    assert (ratio_of(1.0, 2.0), ratio_of(0.0, 0.0), ratio_of(1.0, 0.0)) == (0.5, 1.0, inf)
+
+
+def test_calls_stop_when_they_should() -> None:
     call = TraceCall("c", 0.0, "t", [1], 1, 1)
     assert list(stopping(repeat(call), time.monotonic() - 1)) == []
     assert next(stopping(repeat(call), time.monotonic() + 60)) is call
