@@ -1,11 +1,9 @@
 """What a line of a batch costs the gateway, and whether lines are lost when it is killed."""
 
-import os
 import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,17 +51,15 @@ def line_cost(lines: int) -> LineCost:
         with served("instant", SLOTS, Path(folder), 0.5) as url:
             pid = _pid(url)
             before, began = cpu_s(pid), time.monotonic()
-            peak = Peak(pid)
             batch_id = submit(url, jobs)
             batch: dict[str, Any] = {"status": ""}
             with httpx2.Client(base_url=url, timeout=60) as client:
                 while batch["status"] not in OVER:
                     time.sleep(POLL_S)
                     batch = client.get(f"/v1/batches/{batch_id}").json()
-            peak.stop.set()
             if batch["status"] != "completed" or batch["request_counts"]["completed"] != lines:
                 raise BenchmarkError(f"the batch ended as {batch['status']}: {batch['request_counts']}")
-            return LineCost(lines, cpu_s(pid) - before, peak.bytes, time.monotonic() - began)
+            return LineCost(lines, cpu_s(pid) - before, _peak_bytes(pid), time.monotonic() - began)
 
 
 def _pid(url: str) -> int:
@@ -76,18 +72,10 @@ def _pid(url: str) -> int:
     raise BenchmarkError("the gateway's process was not found")
 
 
-class Peak:
-    """The most memory that a process holds while this looks, five times a second."""
-
-    def __init__(self, pid: int) -> None:
-        self.bytes = 0
-        self.stop = threading.Event()
-        self._statm = Path(f"/proc/{pid}/statm")
-        threading.Thread(target=self._look, daemon=True).start()
-
-    def _look(self) -> None:
-        while not self.stop.wait(POLL_S):
-            self.bytes = max(self.bytes, int(self._statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+def _peak_bytes(pid: int) -> int:
+    """The most memory that a process has held so far."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 def killed(kills: int, lines: int) -> Sequence[Figure]:
