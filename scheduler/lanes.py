@@ -284,18 +284,28 @@ class Lanes:
         self._arrive(place, front=True)
 
     def victim(self, now: float, can_yield: Callable[[Job], bool] = _anyone) -> Job | None:
-        """The running job that yields first when KV memory is short: O(tenants that run) under VTC, else O(1).
+        """The running job that yields first when KV memory is short: O(tenants that run) under VTC, O(jobs that run)
+        where promises are made, else O(1).
 
-        can_yield: as for `displacement`; those that cannot are passed over.
+        can_yield: as for `displacement`; those that cannot are passed over. A promise is a place in the line, so it
+        protects no job here: who started by it would else make others yield that have much more to compute again.
         """
         lines = list(self._busy)
         while lines:
             line = max(lines, key=lambda line: line.account.counter)
             place = line.worst(can_yield)
             if place is not None:
-                return place.job
+                return (place if self.shadow is None else self._first_to_yield(line, place, can_yield)).job
             lines.remove(line)
         return None
+
+    def _first_to_yield(self, line: Line, worst: JobPlace, can_yield: Callable[[Job], bool]) -> JobPlace:
+        """Of the worst and those that run by a promise, whoever ranks last without it; of equals the newest."""
+        spot, rank = self._order.spot, self._order.rank
+        due = [place for place in line.running_places() if place.is_due and can_yield(place.job)]
+        return max(
+            (worst, *due), key=lambda place: (rank(spot(place.job, running=True, boosted_at=None).lane), place.seq)
+        )
 
     def finish(
         self,
@@ -342,7 +352,7 @@ class Lanes:
         shadow = self.shadow
         if shadow is None:
             return
-        shadow.stepped(now, tokens)
+        shadow.stepped(now, tokens, running=self.running(), waiting=self.waiting)
         waited_s = max(shadow.waits.quantile(_PROMISED), _GROWING * shadow.first_wait_s(now))
         self._fresh_s = self._order.tail * waited_s
         self._end_s = max(_LATER, self._order.tail) * shadow.ends.quantile(_PROMISED)

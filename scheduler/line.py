@@ -1,7 +1,7 @@
 """One line of jobs under one order: the lanes that wait and the lanes that run (a tenant's own, or the only one)."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 
 from scheduler.jobs import Job
@@ -149,6 +149,10 @@ class Line:
         self._refresh()
         entry = self._ranking.first()
         return None if entry is None else next(iter(self._waiting[entry.item].values()))
+
+    def running_places(self) -> Iterator[JobPlace]:
+        """All that run."""
+        return (place for places in self._running.values() for place in places.values())
 
     def worst(self, can_yield: Callable[[Job], bool]) -> JobPlace | None:
         """The running job that yields first: the newest of the worst lane, passing over those that cannot."""

@@ -72,13 +72,16 @@ class Shadow:
     """First come, first served on an engine with `slots`, one of whose steps takes as long again for every
     `tokens_per_step` tokens that it computes.
 
+    Where memory, or the tokens of a step, allow fewer jobs at once than there are slots, its batch is as small as the
+    real one is while somebody waits.
+
     rest_tokens: how many more output tokens a job is expected to make, 0 where nothing is known.
     waits: seconds until a job's first start in the shadow. completions, real_completions: seconds from arrival to end,
     of the same jobs in both worlds, in the same order. ends: those of the shadow, as soon as they are known.
     """
 
     def __init__(self, slots: int, tokens_per_step: float, rest_tokens: Callable[[Job], float]) -> None:
-        self._slots = slots
+        self._slots = float(slots)
         self._tokens_per_step = tokens_per_step
         self._rest_tokens = rest_tokens
         self._queue: deque[_Twin] = deque()
@@ -121,8 +124,13 @@ class Shadow:
             self._owe(min(0.0, ends - self._made))
             self._post(twin, ends)
 
-    def stepped(self, now: float, tokens: int) -> None:
-        """A real step that computes so many tokens begins, and the one before it has ended."""
+    def stepped(self, now: float, tokens: int, *, running: int, waiting: int) -> None:
+        """A real step that computes so many tokens begins, and the one before it has ended. Of the jobs so many run
+        in it, and so many wait."""
+        if waiting:
+            self._slots += _FRESH * (max(1, running) - self._slots)
+        else:
+            self._slots = max(self._slots, running)
         passed_s = max(0.0, now - self._at)
         if self._steps:
             share = _FRESH if self._step_s else 1.0

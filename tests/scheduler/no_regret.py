@@ -2,25 +2,28 @@
 
 Each trace and each law of lengths at three loads: 1,000 jobs on 8 slots, Poisson arrivals, a step of 9 ms that takes as
 long again for every 256 tokens. Gittins knows the lengths of 1,000 others of the same kind. Stock is first come, first
-served in the same simulator.
+served in the same simulator. With `--memory 12` there are 64 slots, and KV memory for 12 requests of mean size.
 """
 
 import argparse
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from statistics import mean, median
 
+from loadtest.simulator.costmodel import CostModel
 from loadtest.traces.formats import read
 from loadtest.traces.workload import shapes
 from scheduler.catalog import choose
-from tests.scheduler.simulated import LENGTHS, Lived, Size, arrivals, live, p99, work
+from tests.scheduler.simulated import LENGTHS, Lived, Size, arrivals, cost, live, p99, work
 
 JOBS = 1000
 LOADS = (0.7, 0.9, 1.2)
 STEP_S = 0.009
+SHORT_SLOTS = 64
 MIXES: Mapping[str, float] = {"S": 0.1, "C": 0.2, "R": 0.15}  # and by how much their lengths are scaled
 FILES: Mapping[str, str] = {
     "Azure chat": "AzureLLMInferenceTrace_conv.csv",
@@ -62,22 +65,37 @@ def measures(lived: Lived) -> tuple[float, float, float]:
     return mean(lived.end_s.values()), p99(lived.first_s.values()), p99(lived.end_s.values())
 
 
-def ratios(name: str, load: float, seed: int, policy: str, traces: Path) -> list[float]:
+def short_of_memory(jobs: Sequence[Size], requests: int) -> CostModel:
+    """Many slots, and memory for so many requests of mean size, or for the largest one."""
+    tokens = [prompt + made for prompt, made in jobs]
+    kv_tokens = max(round(requests * mean(tokens)), round(1.1 * max(tokens)))
+    return replace(cost(STEP_S), max_seqs=SHORT_SLOTS, kv_capacity_tokens=kv_tokens)
+
+
+def ratios(name: str, load: float, seed: int, policy: str, traces: Path, memory: int | None = None) -> list[float]:
     """Stock's by the policy's."""
     jobs, others = sizes(name, traces, seed)
-    times = arrivals(jobs, load, seed + 77, STEP_S)
-    stock = measures(live("fcfs", {}, jobs, times, step_s=STEP_S))
-    ours = measures(live(*choose(policy), jobs, times, others, STEP_S))
+    if memory is None:
+        engine, times = cost(STEP_S), arrivals(jobs, load, seed + 77, STEP_S)
+    else:
+        engine = short_of_memory(jobs, memory)
+        full_s = max(live("fcfs", {}, jobs, [0.0] * len(jobs), engine=engine).end_s.values())
+        unit = arrivals(jobs, 1.0, seed + 77, STEP_S)
+        times = [at * full_s / (load * unit[-1]) for at in unit]
+    stock = measures(live("fcfs", {}, jobs, times, engine=engine))
+    ours = measures(live(*choose(policy), jobs, times, others, engine=engine))
     return [one / other for one, other in zip(stock, ours, strict=True)]
 
 
-def lines(names: Sequence[str], policy: str, seeds: Sequence[int], traces: Path) -> Iterator[str]:
+def lines(
+    names: Sequence[str], policy: str, seeds: Sequence[int], traces: Path, memory: int | None = None
+) -> Iterator[str]:
     """The table as Markdown."""
     yield "| lengths | load | mean JCT | P99 TTFT | P99 JCT |"
     yield "| --- | --- | --- | --- | --- |"
     for name in names:
         for load in LOADS:
-            seen = zip(*(ratios(name, load, seed, policy, traces) for seed in seeds), strict=True)
+            seen = zip(*(ratios(name, load, seed, policy, traces, memory) for seed in seeds), strict=True)
             cells = (f"{median(each):.2f} ({min(each):.2f} to {max(each):.2f})" for each in seen)
             yield f"| {name} | {load:g} | {' | '.join(cells)} |"
 
@@ -88,10 +106,11 @@ def main() -> None:
     parser.add_argument("--traces", type=Path, required=True, help="folder of the trace files")
     parser.add_argument("--policy", default="gittins", help="NAME[:KEY=VALUE…] (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="how many draws of each (default: %(default)s)")
+    parser.add_argument("--memory", type=int, help="KV memory in mean requests, with 64 slots (default: plenty, 8)")
     parser.add_argument("--only", help="of the traces and laws (default: all)")
     args = parser.parse_args()
     names = [args.only] if args.only else [*LENGTHS, *MIXES, *FILES]
-    for line in lines(names, args.policy, range(1, args.seeds + 1), args.traces):
+    for line in lines(names, args.policy, range(1, args.seeds + 1), args.traces, args.memory):
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
 

@@ -78,11 +78,12 @@ def live(
     times: Sequence[float],
     taught: Sequence[Size] = (),
     step_s: float = STEP_S,
+    engine: CostModel | None = None,
 ) -> Lived:
     """The simulator's engine under a policy that knows the lengths of some other jobs, the `taught`."""
     built = build(policy, options)
     lanes = TieredLanes(built)
-    batch, lived = ContinuousBatch(cost(step_s), lanes), Lived()
+    batch, lived = ContinuousBatch(engine or cost(step_s), lanes), Lived()
     for prompt, made in taught:
         built.order.learn(Job("", "t", prompt, 0.0, output_tokens=made), Outcome.DONE)
     now, coming, left = 0.0, 0, {}

@@ -6,11 +6,12 @@ from statistics import mean
 
 import pytest
 
+from loadtest.simulator.costmodel import CostModel
 from scheduler.catalog import build
 from scheduler.jobs import Job, Outcome
 from scheduler.lanes import Lanes
 from scheduler.shadow import Recent, Shadow
-from tests.scheduler.simulated import LENGTHS, arrivals, live, p99, shuffled, work
+from tests.scheduler.simulated import LENGTHS, STEP_S, TOKENS_PER_STEP, arrivals, live, p99, shuffled, work
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,30 @@ def test_it_tells_what_first_come_first_served_would_have_done(policy: str, leng
     for share in (0.95, 0.99):
         late = sorted(fcfs.end_s.values())[int(share * len(jobs))]
         assert abs(shadow.ends.quantile(share) - late) <= 0.2 * late
+
+
+FEW = CostModel(
+    iteration_s=STEP_S,
+    prefill_s_per_token=STEP_S / TOKENS_PER_STEP,
+    decode_s_per_sequence=STEP_S / TOKENS_PER_STEP,
+    max_seqs=64,
+    kv_capacity_tokens=2048,
+)
+
+
+@pytest.mark.parametrize("lengths", ["uniform", "exponential"])
+def test_where_memory_is_short_of_slots_the_promise_holds_too(lengths: str) -> None:
+    """With all its slots in use, first come, first served would keep nobody waiting, and there were nothing to keep."""
+    jobs = work(lengths, 1000, 1)
+    times = arrivals(jobs, 1.0, 2)
+    fcfs = live("fcfs", {}, jobs, times, engine=FEW)
+    gittins = live("gittins", {}, jobs, times, taught=shuffled(jobs, 3), engine=FEW)
+    assert gittins.shadow is not None
+    late = p99(fcfs.first_s.values())
+    assert 0.3 * late < gittins.shadow.waits.quantile(0.99) < late
+    assert p99(gittins.first_s.values()) <= late / 0.9
+    assert mean(gittins.end_s.values()) <= mean(fcfs.end_s.values()) / 0.98
+    assert p99(gittins.end_s.values()) <= p99(fcfs.end_s.values()) / 0.75
 
 
 class Forgetful(Shadow):
@@ -156,12 +181,12 @@ def test_jobs_that_left_unserved_take_no_time_in_it() -> None:
     first = Job("first", "t", 1, 0.0)
     for job in (first, gone, stays):
         shadow.arrived(job, 0.0)
-    shadow.stepped(0.0, 1)
+    shadow.stepped(0.0, 1, running=1, waiting=0)
     shadow.left(gone, 0.0)
     first.output_tokens = 5
     shadow.left(first, 0.05)
     for step in range(1, 20):
-        shadow.stepped(step * 0.01, 1)
+        shadow.stepped(step * 0.01, 1, running=1, waiting=0)
     assert shadow.waits.quantile(1.0) == pytest.approx(0.06, abs=0.02)
 
 
