@@ -48,6 +48,7 @@ from scheduler.kept_blocks import Kept
 from scheduler.policy import Policy
 from scheduler.slack import Headroom, Slack, StepLoad
 from scheduler.tiers import BY_NAME, DEFAULT_RESERVE, TieredLanes
+from scheduler.vllm import first_token
 from scheduler.vllm.contract import require_supported_vllm
 from scheduler.vllm.metrics import REPORT_INTERVAL_S, engine_metrics, watch_meters
 from scheduler.weights import packed_bits_of, weights_of
@@ -362,7 +363,8 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         self._prepare_for_flex()
         self._reason = "reset"
         self._singled_out: Request | None = None
-        self._answers: list[tuple[Request, dict[str, str]]] = []
+        self._answers: list[tuple[Request, EngineCoreOutput]] = []
+        self._prepare_for_first_tokens()
         self._metrics = engine_metrics(self.registry)
         self._lanes_shown: set[str] = set()
         self._report_at = 0.0
@@ -378,6 +380,14 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         self._displaced_flex: dict[str, int] = {}  # tokens that they had computed, by request
         self._under_way: dict[int, tuple[StepLoad | None, float]] = {}
         self._updated_at = 0.0
+
+    def _prepare_for_first_tokens(self) -> None:
+        model = self.vllm_config.model_config
+        # A model with a state in place of a KV cache has its prompt's last token computed here, whoever read the rest.
+        self._takes_first_tokens = not (getattr(self, "has_mamba_layers", False) or model.logits_processors)
+        if self.connector is not None and self._takes_first_tokens:
+            matched = self.connector.get_num_new_matched_tokens
+            self.connector.get_num_new_matched_tokens = first_token.without_first_token(matched)
 
     def _describe(self, policy: Policy) -> None:
         """What does not change while the engine runs, and the policy of its start: in metrics and in the log."""
@@ -782,7 +792,11 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         self._queue.leave(request)
-        return super()._free_request(request, *args, **kwargs)
+        told = super()._free_request(request, *args, **kwargs)
+        transfer = told[0] if isinstance(told, tuple) else told
+        if transfer and self._takes_first_tokens:
+            first_token.tell(transfer, request)
+        return told
 
     def _handle_stopped_request(self, request: Request) -> bool:
         if request.resumable:
@@ -792,9 +806,15 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
     def add_request(self, request: Request) -> None:
         xargs = xargs_of(request)
         if "evenhand_policy" in xargs:
-            self._answers.append((request, self._switch(xargs)))
-        else:
-            super().add_request(request)
+            self._answer(request, self._switch(xargs))
+            return
+        token = None
+        if self.connector is not None and self._takes_first_tokens:
+            vocabulary = self.vllm_config.model_config.get_vocab_size()
+            token = first_token.take(request, vocabulary=vocabulary, longest=self.max_model_len)
+        super().add_request(request)
+        if token is not None:
+            self._answers.append((request, first_token.output_of(request, token, log_stats=self.log_stats)))
 
     def _switch(self, xargs: Mapping[str, Any]) -> dict[str, str]:
         """Obeys an order to change the policy, or keeps the old one. Returns what to answer."""
@@ -815,18 +835,21 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
     def has_requests(self) -> bool:
         return bool(self._answers) or bool(super().has_requests())
 
+    def _answer(self, request: Request, answer: dict[str, str]) -> None:
+        """Ends a request that was an order."""
+        ended = EngineCoreOutput(
+            request_id=request.request_id,
+            new_token_ids=[],
+            finish_reason=FinishReason.STOP,
+            kv_transfer_params={"evenhand": answer},
+        )
+        self._answers.append((request, ended))
+
     def _hand_out_answers(self, outputs: dict[int, EngineCoreOutputs]) -> None:
-        for request, answer in self._answers:
-            client = outputs.setdefault(request.client_index, EngineCoreOutputs())
-            client.outputs.append(
-                EngineCoreOutput(
-                    request_id=request.request_id,
-                    new_token_ids=[],
-                    finish_reason=FinishReason.STOP,
-                    kv_transfer_params={"evenhand": answer},
-                )
-            )
-            if self.finished_req_ids_dict is not None:
+        """What is said outside of steps; first, for a request's second token may be among what a step has made."""
+        for request, answer in reversed(self._answers):
+            outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.insert(0, answer)
+            if answer.finish_reason is not None and self.finished_req_ids_dict is not None:
                 self.finished_req_ids_dict[request.client_index].add(request.request_id)
         self._answers.clear()
 

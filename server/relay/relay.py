@@ -441,7 +441,7 @@ class Stream(Pipe):
             self.begin(None)
         gap_s, ticket.last_at = now - ticket.last_at, now
         if made > 0 and ticket.tokens and ticket.second_s is None:
-            ticket.second_s = gap_s
+            ticket.second_token(gap_s)
         if made:
             if not ticket.uncharged:
                 self.charge.append(ticket)

@@ -208,12 +208,18 @@ class Ticket:
         if self.times[phase] is None:
             self.times[phase] = self.clock()
         if phase is Phase.DECODING:
-            if self.split is not None:
+            if self.split is not None and not self.call.stream:
                 self.split.arrived()
             if self.visit is not None:
                 self.visit.begins(self.clock())
             if self.first is not None:
                 self.first.here()
+
+    def second_token(self, gap_s: float) -> None:
+        """A stream's second token came. The first may have travelled with the request, before its KV was there."""
+        self.second_s = gap_s
+        if self.split is not None:
+            self.split.arrived()
 
     def failed_at(self, worker: str, outcome: str) -> None:
         """A worker, or all of a model, could not answer."""

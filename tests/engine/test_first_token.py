@@ -1,0 +1,129 @@
+"""The first token travels with the KV, in vLLM's real scheduler, with a rule in place of the model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from vllm.v1.request import Request
+
+from loadtest.bench.plugin.driven import VOCABULARY, DrivenEngine, build_scheduler, expected, request, token
+from tests.engine.test_vllm_plugin import ArrivingBlocks
+
+pytestmark = pytest.mark.engine
+
+
+class KeptBlocks(ArrivingBlocks):
+    """A stand-in for a prefill worker's connector."""
+
+    def request_finished(self, gone: Request, block_ids: object) -> tuple[bool, Any]:
+        return False, {"do_remote_prefill": True}
+
+    request_finished_all_groups = request_finished
+
+
+def handed(name: str, prompt: int, max_tokens: int, first: object, **changes: Any) -> Request:
+    """A request whose prompt was read by a prefill engine, which made `first`."""
+    wanted = request(name, prompt, max_tokens)
+    assert wanted.sampling_params is not None
+    for field, value in changes.items():
+        setattr(wanted.sampling_params, field, value)
+    wanted.kv_transfer_params = {"do_remote_prefill": True, "evenhand_first_token": first}
+    return wanted
+
+
+def decoding(folder: Path, remote: dict[str, int], *, is_async: bool = False, **options: Any) -> DrivenEngine:
+    """An engine that fetches so many tokens of the prompts of `remote`."""
+    scheduler = build_scheduler(folder, "fcfs", is_async=is_async, **options)
+    scheduler.connector = ArrivingBlocks(remote)
+    scheduler._prepare_for_first_tokens()
+    return DrivenEngine(scheduler, is_async=is_async)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("prompt", [31, 32, 33])  # around the end of a block
+def test_the_first_token_of_a_prefill_engine_is_given_out_before_its_kv_is_there(
+    hollow_model: Path, is_async: bool, prompt: int
+) -> None:
+    engine = decoding(hollow_model, {"far": prompt + 1}, is_async=is_async)
+    answer = expected("far", prompt, 5)
+    far = handed("far", prompt, 5, answer[0])
+    engine.add(far)
+    for _ in range(3):
+        engine.step()
+    assert engine.answers == {"far": answer[:1]}
+    assert far.num_computed_tokens == prompt
+    engine.scheduler.finished_recving_kv_req_ids.add("far")
+    output = engine.step()
+    assert output is not None and output.num_scheduled_tokens == {"far": 1}  # nothing is made a second time
+    engine.run()
+    assert engine.answers == {"far": answer}
+    assert engine.scheduler._lanes.service("") == 2 * 4  # the first token was charged where it was made
+
+
+def test_a_first_token_comes_before_the_second_where_all_of_the_prompt_was_here(hollow_model: Path) -> None:
+    engine = decoding(hollow_model, {})
+    answer = expected("far", 33, 3)
+    engine.add(handed("far", 33, 3, answer[0]))
+    engine.run()
+    assert engine.answers == {"far": answer}
+
+
+@pytest.mark.parametrize(
+    ("first", "changes"),
+    [
+        (VOCABULARY, {}),
+        (-1, {}),
+        ("7", {}),
+        (True, {}),
+        (7, {"stop_token_ids": [7]}),
+        (7, {"_eos_token_id": 7}),
+        (7, {"seed": 1}),
+        (7, {"logprobs": 0}),
+        (7, {"presence_penalty": 0.5}),
+        (7, {"frequency_penalty": -0.5}),
+        (7, {"bad_words": ["no"]}),
+        (7, {"thinking_token_budget": 3}),
+    ],
+)
+def test_a_first_token_that_cannot_count_as_one_of_the_prompt_is_made_again(
+    hollow_model: Path, first: object, changes: dict[str, Any]
+) -> None:
+    engine = decoding(hollow_model, {"far": 33})
+    engine.add(handed("far", 33, 4, first, **changes))
+    engine.step()
+    assert engine.answers == {}
+    engine.scheduler.finished_recving_kv_req_ids.add("far")
+    engine.run()
+    assert engine.answers == {"far": expected("far", 33, 4)}
+
+
+def test_an_answer_of_one_token_is_made_by_the_engine_that_answers(hollow_model: Path) -> None:
+    engine = decoding(hollow_model, {"far": 33})
+    engine.add(handed("far", 33, 1, 7))
+    engine.step()
+    engine.scheduler.finished_recving_kv_req_ids.add("far")
+    engine.run()
+    assert engine.answers == {"far": expected("far", 33, 1)}
+
+
+def test_a_client_that_leaves_after_the_first_token_leaves_nothing(hollow_model: Path) -> None:
+    engine = decoding(hollow_model, {"far": 34})
+    engine.add(handed("far", 33, 50, expected("far", 33, 1)[0]))
+    engine.step()
+    engine.abort("far")
+    engine.scheduler.finished_recving_kv_req_ids.add("far")
+    engine.step()
+    assert engine.scheduler.waiting.entries == {}
+    assert engine.answers == {"far": expected("far", 33, 1)}
+
+
+def test_a_prefill_engine_tells_the_token_that_it_made(hollow_model: Path) -> None:
+    scheduler = build_scheduler(hollow_model, "fcfs")
+    scheduler.connector = KeptBlocks({})
+    engine = DrivenEngine(scheduler)
+    engine.add(request("read", 33, 1))
+    engine.run()
+    assert engine.notes == {"read": {"do_remote_prefill": True, "evenhand_first_token": token("read", 33)}}
