@@ -4,12 +4,12 @@ The owner reports events in its own seconds: a prompt was sent, its first token 
 the time to the first token of one more prompt, the time per token of what runs, and what the engine's steps cost.
 """
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from math import exp, inf
 from typing import Final, NamedTuple
 
-from scheduler.step_cost import LinearFit, StepCost
+from scheduler.step_cost import StepCost, pairs_of
 
 MEMORY_S: Final = 30.0  # how far back an engine's habit, to read prompts or not, is looked at
 _MOST_SHARE: Final = 0.9  # of its time, that an engine is ever taken to spend on prompts
@@ -21,20 +21,34 @@ _LOOKED_AT: Final = 16  # answers of an engine; of more, each k-th
 _LEAST_ROOM: Final = 0.05  # of a limit: what an answer is taken to have left where steps alone take longer
 
 
+class Reading(NamedTuple):
+    """Of prompts: tokens to compute, and pairs of these and of tokens before them."""
+
+    tokens: float = 0.0
+    pairs: float = 0.0
+
+    def plus(self, other: "Reading", times: float = 1.0) -> "Reading":
+        return Reading(self.tokens + times * other.tokens, self.pairs + times * other.pairs)
+
+    @classmethod
+    def of(cls, tokens: float, cached_tokens: float = 0.0) -> "Reading":
+        return cls(tokens, pairs_of(tokens, cached_tokens))
+
+
 @dataclass(slots=True, eq=False)
 class Stay:
     """What a forecast notes of one request's answers, from `expects` to `ended`.
 
     context_tokens: of its prompt and half of its answer, once for each of `answers`. tpot_limit_s: objective for each.
     began_at: None before its first token.
-    prompts, sequences, contexts, fetched: the engine's sums when it began.
+    read, sequences, contexts, fetched: the engine's sums when it began.
     """
 
     context_tokens: float
     answers: int = 1
     tpot_limit_s: float = inf
     began_at: float | None = None
-    prompts: float = 0.0
+    read: Reading = Reading()
     sequences: float = 0.0
     contexts: float = 0.0
     fetched: float = 0.0
@@ -68,37 +82,41 @@ class EngineForecast:
         self.chunk_tokens = chunk_tokens
         self.kv_tokens = kv_tokens
         self.cost = assumed
-        self._fit = LinearFit(astuple(assumed))
+        self._fit = StepCost.fit(assumed)
         self.others = 0
         self.running = 0
         self.coming = 0
         self._limited: dict[Stay, None] = {}  # of those that run, the ones with a limit
         self._running_context = 0.0
         self._coming_context = 0.0
-        self._unread: dict[object, int] = {}
+        self._unread: dict[object, Reading] = {}
         self._silent: set[object] = set()  # of these, prompts whose first token nobody will see
-        self._unread_tokens = 0
+        self._all_unread = Reading()
         self._reading_since = 0.0
-        self._read_at_once = 0
+        self._read_at_once = Reading()
         self._stall_s = self._stall_at = 0.0
         self._share = self._share_at = 0.0
-        self._read_tokens = self._fetched_tokens = 0.0  # of all prompts that were ever read or fetched here
+        self._read = Reading()  # of all prompts that were ever read here
+        self._fetched_tokens = 0.0
         self._sequence_s = self._context_s = self._summed_at = 0.0  # integrals over time of what runs
 
     # What happens
 
-    def sends_prompt(self, key: object, tokens: int, now: float, life_s: float, *, silent: bool = False) -> None:
+    def sends_prompt(
+        self, key: object, tokens: int, now: float, life_s: float, *, cached_tokens: int = 0, silent: bool = False
+    ) -> None:
         """A prompt is sent here of which so many tokens are to be computed. life_s: of a typical answer.
 
+        cached_tokens: those before them.
         silent: nobody will say when it has been read: it is taken to be once the one behind it is, or the time is up.
         """
         if not self._unread:
             self._reading_since = now
-        self._unread[key] = tokens
+        prompt = self._unread[key] = Reading.of(tokens, cached_tokens)
         if silent:
             self._silent.add(key)
-        self._unread_tokens += tokens
-        seconds = self.cost.prompt_token_s * tokens
+        self._all_unread = self._all_unread.plus(prompt)
+        seconds = self.cost.prompt_s(*prompt)
         self._stall_s = self._recent_stall_s(now, life_s) + seconds
         self._stall_at = now
         self._share = self.read_share(now) + seconds / MEMORY_S
@@ -108,30 +126,31 @@ class EngineForecast:
         """Its first token came; or, without `learn`, it will not be read any more. Nothing if it was read before."""
         if key not in self._unread:
             return
-        tokens = self._drop(key)
+        prompt = self._drop(key)
         if not learn:
             return
         while self._silent and (first := next(iter(self._unread), None)) in self._silent:
-            tokens += self._drop(first)
-        self._read_tokens += tokens
-        self._read_at_once += tokens
+            prompt = prompt.plus(self._drop(first))
+        self._read = self._read.plus(prompt)
+        at_once = self._read_at_once = self._read_at_once.plus(prompt)
         elapsed_s = now - self._reading_since
         if elapsed_s < _SHORTEST_S:
             return
         if self._running_context + self._coming_context > _FULL * self.kv_tokens:  # it may have waited for memory
-            self._reading_since, self._read_at_once = now, 0
+            self._reading_since, self._read_at_once = now, Reading()
             return
-        steps = self._read_at_once / max(1.0, self.chunk_tokens - self.running)
-        steps = max(1.0, steps) if self.running else max(1.0, -(-self._read_at_once // self.chunk_tokens))
-        self._learn(elapsed_s, (steps, self._read_at_once, steps * self.running, steps * self._running_context, 0.0))
+        steps = at_once.tokens / max(1.0, self.chunk_tokens - self.running)
+        steps = max(1.0, steps) if self.running else max(1.0, -(-at_once.tokens // self.chunk_tokens))
+        row = (steps, at_once.tokens, steps * self.running, steps * self._running_context, 0.0, at_once.pairs)
+        self._learn(elapsed_s, row)
         self._reading_since = now
-        self._read_at_once = 0
+        self._read_at_once = Reading()
 
-    def _drop(self, key: object) -> int:
-        tokens = self._unread.pop(key)
-        self._unread_tokens -= tokens
+    def _drop(self, key: object) -> Reading:
+        prompt = self._unread.pop(key)
+        self._all_unread = self._all_unread.plus(prompt, -1.0) if self._unread else Reading()
         self._silent.discard(key)
-        return tokens
+        return prompt
 
     def expects(self, context_tokens: float, answers: int = 1, tpot_limit_s: float = inf) -> Stay:
         """A request's answers will be written here. context_tokens: of all of them."""
@@ -151,7 +170,7 @@ class EngineForecast:
         self._running_context += stay.context_tokens
         if stay.tpot_limit_s < inf:
             self._limited[stay] = None
-        stay.began_at, stay.prompts, stay.fetched = now, self._computed(now), self._fetched_tokens
+        stay.began_at, stay.read, stay.fetched = now, self._computed(now), self._fetched_tokens
         stay.sequences, stay.contexts = self._sequence_s, self._context_s
 
     def ended(self, stay: Stay, now: float, last_at: float = 0.0, tokens: int = 0) -> None:
@@ -168,19 +187,21 @@ class EngineForecast:
         if tokens > 4 and seconds > 0.0:
             steps = tokens - 1
             per_s = steps / stayed_s
+            read = self._computed(now).plus(stay.read, -1.0)
             self._learn(
                 seconds,
                 (
                     steps,
-                    self._computed(now) - stay.prompts,
+                    read.tokens,
                     (self._sequence_s - stay.sequences) * per_s,
                     (self._context_s - stay.contexts) * per_s,
                     self._fetched_tokens - stay.fetched,
+                    read.pairs,
                 ),
                 min(1.0, steps / _LONG_STEPS),
             )
 
-    def _learn(self, seconds: float, row: tuple[float, float, float, float, float], weight: float = 1.0) -> None:
+    def _learn(self, seconds: float, row: tuple[float, ...], weight: float = 1.0) -> None:
         if self._fit.learn(seconds, row, weight):
             fixed_s, *rest = self._fit.coefficients
             self.cost = StepCost(max(_LEAST_STEP_S, fixed_s), *rest)
@@ -198,41 +219,41 @@ class EngineForecast:
         """That run here or will."""
         return self.running + self.coming
 
-    def unread_tokens(self, now: float) -> float:
-        """Of the prompts here, tokens still to compute; what has been done of the first is estimated from the time."""
-        return self._unread_tokens - self._begun_tokens(now)
+    def unread(self, now: float) -> Reading:
+        """Of the prompts here, what is still to be computed; what has been done of the first is estimated from the
+        time."""
+        return self._all_unread.plus(self._begun(now), -1.0)
 
-    def _begun_tokens(self, now: float) -> float:
+    def _begun(self, now: float) -> Reading:
         """Of the prompt that is being read, what is computed by now."""
         if not self._unread:
-            return 0.0
-        most = 0
-        for key, tokens in self._unread.items():
-            most += tokens
+            return Reading()
+        most = Reading()
+        for key, prompt in self._unread.items():
+            most = most.plus(prompt)
             if key not in self._silent:
                 break
-        return min(float(most), (now - self._reading_since) / self._read_s(1.0))
+        share = min(1.0, (now - self._reading_since) / self._read_s(most)) if most.tokens else 0.0
+        return Reading().plus(most, share)
 
-    def _computed(self, now: float) -> float:
-        """Prompt tokens that were ever computed here."""
-        return self._read_tokens + self._begun_tokens(now)
+    def _computed(self, now: float) -> Reading:
+        """Of prompts, what was ever computed here."""
+        return self._read.plus(self._begun(now))
 
-    def _read_s(self, tokens: float) -> float:
-        """To compute so many tokens of prompts beside the answers that run."""
+    def _read_s(self, prompts: Reading) -> float:
+        """To compute so much of prompts beside the answers that run."""
         cost = self.cost
         room = max(1.0, self.chunk_tokens - self.running)
-        return tokens * cost.prompt_token_s + tokens / room * cost.decode_s(
-            self.running + self.others, self._running_context
-        )
+        steps = prompts.tokens / room
+        return cost.prompt_s(*prompts) + steps * cost.decode_s(self.running + self.others, self._running_context)
 
-    def first_token_s(self, tokens: float, now: float) -> float:
-        """Until a prompt that is sent now, and of which so many tokens are to be computed, has been read."""
+    def first_token_s(self, prompt: Reading, now: float) -> float:
+        """Until a prompt that is sent now, and of which so much is to be computed, has been read."""
         cost = self.cost
-        ahead = self.unread_tokens(now)
         step_s = cost.decode_s(self.running + self.others, self._running_context)
         # Of the step that runs, half is left; the last chunk is not full, but its step costs as much beside it.
         rest_s = 0.5 * step_s if self.running else 0.0
-        return rest_s + self._read_s(ahead) + max(self._read_s(tokens), step_s + tokens * cost.prompt_token_s)
+        return rest_s + self._read_s(self.unread(now)) + max(self._read_s(prompt), step_s + cost.prompt_s(*prompt))
 
     def memory_wait_s(self, tokens: float, life_s: float) -> float:
         """Until so many tokens of KV are free: as much comes free in an answer's life as all of them hold."""
@@ -269,11 +290,13 @@ class EngineForecast:
 
     def _chunk_s(self) -> float:
         """What the largest chunk of a prompt adds to a step."""
-        return max(1, self.chunk_tokens - self.running) * self.cost.prompt_token_s
+        tokens = max(1, self.chunk_tokens - self.running)
+        before = self._read.pairs / self._read.tokens if self._read.tokens else tokens / 2
+        return self.cost.prompt_s(tokens, tokens * before)
 
-    def misses(self, tokens: float, context_tokens: float, left: float, now: float) -> Misses:
-        """What one more prompt with so many tokens to compute, and one more answer with so much context, do to the
-        answers that run here.
+    def misses(self, prompt: Reading, context_tokens: float, left: float, now: float) -> Misses:
+        """What one more prompt with so much to compute, and one more answer with so much context, do to the answers
+        that run here.
 
         Each is judged by how it stands: by the tokens that it has, as far as time tells, and by what has held it up.
         One that will be late anyway has nothing to lose, and one that has got far can wait. How long they will be
@@ -285,13 +308,13 @@ class EngineForecast:
         held = self._running_context + self._coming_context
         step_s = cost.decode_s(self.answers + self.others, held)
         slower_s = (cost.sequence_s + cost.context_token_s * context_tokens) * left
-        queue_s, read_s = self.unread_tokens(now) * cost.prompt_token_s, tokens * cost.prompt_token_s
+        queue_s, read_s = cost.prompt_s(*self.unread(now)), cost.prompt_s(*prompt)
         chunk_s, computed = self._chunk_s(), self._computed(now)
         each = -(-len(self._limited) // _LOOKED_AT)
         reading = writing = both = 0.0
         for stay in islice(self._limited, 0, None, each):
             assert stay.began_at is not None
-            stalled_s = max(0.0, computed - stay.prompts) * cost.prompt_token_s  # an aborted prompt counts no more
+            stalled_s = max(0.0, cost.prompt_s(*computed.plus(stay.read, -1.0)))  # an aborted prompt counts no more
             room_s = max(_LEAST_ROOM * stay.tpot_limit_s, stay.tpot_limit_s - step_s)
             behind_s = stalled_s - room_s * max(0.0, now - stay.began_at - stalled_s) / step_s
             if behind_s + queue_s + read_s + slower_s <= 0.0:

@@ -127,7 +127,8 @@ class Planner:
         visit = Visit(reader, writer, self, asked.prompt_tokens, choice.ttft_s, now, stay, asked.silent)
         silent = asked.silent and not visit.split
         tokens = max(1, asked.prompt_tokens - reads.cached_tokens)
-        reads.forecast.sends_prompt(visit, tokens, now, self.life_s, silent=silent)
+        cached = reads.cached_tokens
+        reads.forecast.sends_prompt(visit, tokens, now, self.life_s, cached_tokens=cached, silent=silent)
         return visit
 
     @staticmethod

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import erf, hypot, inf, sqrt
 from typing import Final, NamedTuple
 
-from scheduler.forecast import EngineForecast, Misses, Pace
+from scheduler.forecast import EngineForecast, Misses, Pace, Reading
 from scheduler.objectives import Objectives
 
 TTFT_ERROR: Final = 0.15  # of a predicted time to first token, one standard deviation
@@ -119,18 +119,19 @@ class _Seen(NamedTuple):
     def of(cls, asked: Asked, prospect: Prospect, now: float) -> "_Seen":
         forecast = prospect.forecast
         tokens = max(1.0, asked.prompt_tokens - prospect.cached_tokens)
-        prompt_s = forecast.cost.prompt_token_s * asked.typical_prompt_tokens
+        prompt = Reading.of(tokens, prospect.cached_tokens)
+        typical_s = forecast.cost.prompt_s(*Reading.of(asked.typical_prompt_tokens))
         output, context = max(2.0, asked.output_tokens), asked.context_tokens
-        pace = forecast.pace(output, prompt_s, now, more=1, context_tokens=context)
+        pace = forecast.pace(output, typical_s, now, more=1, context_tokens=context)
         return cls(
             forecast.answers,
             tokens,
-            forecast.first_token_s(0.0, now),
-            forecast.first_token_s(tokens, now),
+            forecast.first_token_s(Reading(), now),
+            forecast.first_token_s(prompt, now),
             forecast.memory_wait_s(context, pace.tpot_s * output),
             pace,
             _late(pace, asked.objectives.tpot_s),
-            forecast.misses(tokens, context, output, now),
+            forecast.misses(prompt, context, output, now),
         )
 
 

@@ -1,22 +1,24 @@
 """How long an engine's step takes: linear in what it computes (Splitwise, Vidur), learned from what streams show."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from operator import mul
 from typing import Final
 
 _FORGET: Final = 0.998  # of what was seen, kept at each observation: the last 500 or so count
-_PRIOR: Final = 1e-4  # what the assumption counts, in observations
+_PRIOR: Final = 1e-6  # what the assumption counts, in observations
 _SURPRISE: Final = 1.5  # times what the model says: above it an observation counts less
 _LEAST_SCALE: Final = 0.2
 _LEAST_WEIGHT: Final = 0.02
+_PAIR_SCALE: Final = 1e-7  # seconds
 _SOLVE_EVERY: Final = 8  # observations, once there are some
 
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
     """Seconds of one step, and for each prompt token that it reads, each sequence that decodes in it, each token of
-    context that these attend to, and each prompt token whose KV it takes over from another engine.
+    context that these attend to, each prompt token whose KV it takes over from another engine, and each pair of a prompt
+    token that it reads and one before it, which that attends to.
 
     The defaults are a 7B model's on one GPU: what is assumed of an engine of which nothing was seen.
     """
@@ -26,23 +28,39 @@ class StepCost:
     sequence_s: float = 40e-6
     context_token_s: float = 25e-9
     fetched_token_s: float = 1e-6
+    attended_s: float = 2e-9
+
+    @classmethod
+    def fit(cls, assumed: "StepCost") -> "LinearFit":
+        """Of the costs, in their order. A pair of tokens may cost many times what it does on a GPU."""
+        return LinearFit(astuple(assumed), (*astuple(assumed)[:-1], max(_PAIR_SCALE, assumed.attended_s)))
 
     def decode_s(self, sequences: float, context_tokens: float) -> float:
         """Of a step that reads no prompt."""
         return self.fixed_s + self.sequence_s * sequences + self.context_token_s * context_tokens
 
+    def prompt_s(self, tokens: float, pairs: float) -> float:
+        """Of reading so many tokens, beside what the steps take that do it."""
+        return self.prompt_token_s * tokens + self.attended_s * pairs
+
+
+def pairs_of(tokens: float, cached_tokens: float = 0.0) -> float:
+    """Pairs of each of `tokens` and those before it in the prompt, of which `cached_tokens` need not be read."""
+    return tokens * (cached_tokens + tokens / 2)
+
 
 class LinearFit:
     """Least squares of relative errors with no coefficient below zero; recent observations count most.
 
-    assumed: the coefficients before anything was seen, above zero. Constant work per observation; the equations are
-    solved now and then.
+    assumed: the coefficients before anything was seen, above zero. scales: how far each may be from that, in order of
+    magnitude; as far as it is large if None. Constant work per observation; the equations are solved now and then.
     """
 
-    def __init__(self, assumed: Sequence[float]) -> None:
+    def __init__(self, assumed: Sequence[float], scales: Sequence[float] | None = None) -> None:
         self.coefficients = tuple(assumed)
         self.seen = 0
-        self._assumed = tuple(assumed)
+        self._scales = tuple(assumed if scales is None else scales)
+        self._expected = [value / scale if scale else 1.0 for value, scale in zip(assumed, self._scales, strict=True)]
         self._products = [[0.0] * len(assumed) for _ in assumed]
         self._sums = [0.0] * len(assumed)
 
@@ -72,13 +90,13 @@ class LinearFit:
         return True
 
     def _solved(self) -> tuple[float, ...]:
-        """In multiples of those assumed, so that the equations are well scaled; the most negative one leaves until none
+        """In multiples of their scales, so that the equations are well scaled; the most negative one leaves until none
         is."""
-        scale = self._assumed
+        scale = self._scales
         inside = list(range(len(scale)))
         while True:
             matrix = [[self._products[i][j] * scale[i] * scale[j] + _PRIOR * (i == j) for j in inside] for i in inside]
-            found = _solve(matrix, [self._sums[i] * scale[i] + _PRIOR for i in inside])
+            found = _solve(matrix, [self._sums[i] * scale[i] + _PRIOR * self._expected[i] for i in inside])
             worst = min(range(len(found)), key=found.__getitem__)
             if found[worst] >= 0.0 or len(inside) == 1:
                 break

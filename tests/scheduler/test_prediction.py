@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.forecast import EngineForecast, late
+from scheduler.forecast import EngineForecast, Reading, late
 from scheduler.objectives import Objectives
 from scheduler.prediction import Asked, Prospect, choose
-from scheduler.step_cost import StepCost
+from scheduler.step_cost import StepCost, pairs_of
 
-COST = StepCost(0.01, 60e-6, 40e-6, 25e-9, 0.0)
+COST = StepCost(0.01, 60e-6, 40e-6, 25e-9, 0.0, 0.0)
 TIGHT, LOOSE = Objectives(2.0, 0.0135), Objectives(2.0, 0.1)
 
 
@@ -86,21 +86,29 @@ def test_full_memory_counts_as_waiting() -> None:
     assert choice is not None and choice.writer == 1
 
 
-def test_a_forecast_learns_how_fast_its_engine_reads_and_writes() -> None:
-    true = StepCost(0.05, 4e-3, 9e-3, 0.0, 0.0)  # a small model on a CPU, assumed to be a GPU
+@pytest.mark.parametrize("attended_s", [0.0, 5e-7], ids=["linear", "attention_counts"])
+def test_a_forecast_learns_how_fast_its_engine_reads_and_writes(attended_s: float) -> None:
+    true = StepCost(0.05, 4e-3, 9e-3, 0.0, 0.0, attended_s)  # a small model on a CPU, assumed to be a GPU
     forecast, now = EngineForecast(chunk_tokens=256), 0.0
+
+    def seconds(tokens: int) -> float:
+        return true.prompt_s(tokens, pairs_of(tokens)) + max(1.0, -(-tokens // 256)) * true.fixed_s
+
     for number in range(60):
-        tokens = 200 + 37 * (number % 11)
+        tokens = 200 + 137 * (number % 11)
         forecast.sends_prompt(number, tokens, now, life_s=5.0)
-        steps = max(1.0, -(-tokens // 256))
-        now += tokens * true.prompt_token_s + steps * true.fixed_s
+        now += seconds(tokens)
         forecast.has_read(number, now)
         stay = forecast.expects(tokens + 10)
         forecast.begins(stay, now)
         last = now + 20 * true.decode_s(1, 0.0)
         forecast.ended(stay, last, last, 21)
         now = last + 0.5
-    assert forecast.first_token_s(512, now) == pytest.approx(512 * 4e-3 + 2 * 0.05, rel=0.05)
+    for tokens in (512, 4096):
+        assert forecast.first_token_s(Reading.of(tokens), now) == pytest.approx(seconds(tokens), rel=0.05)
+    rest = Reading(256, pairs_of(256, 3840))  # a prompt of which the beginning is cached
+    expected = true.prompt_s(*rest) + true.fixed_s
+    assert forecast.first_token_s(rest, now) == pytest.approx(expected, rel=0.1)
     now += 1000.0  # the habit of reading prompts is forgotten
     assert forecast.pace(100.0, 0.0, now, more=1).tpot_s == pytest.approx(true.decode_s(1, 0.0), rel=0.1)
 
@@ -121,24 +129,24 @@ def test_an_answer_that_has_got_far_can_wait_and_one_that_is_late_has_nothing_to
     far, fresh, stalled = (answering(engine(), 5, 0.0, at, 0.0135) for at in (0.0, 1.9, 1.9))
     for number in range(20):
         stalled.sends_prompt(number, 5000, 1.9, life_s=2.0)
-    costs = [one.misses(prompt, 0.0, 100.0, now).reading for one in (far, fresh, stalled)]
+    costs = [one.misses(Reading.of(prompt), 0.0, 100.0, now).reading for one in (far, fresh, stalled)]
     assert costs[0] < 0.1 * costs[1] and costs[2] < 0.1 * costs[1] and 1.0 < costs[1] < 5.0
 
 
 def test_steps_within_the_objective_make_no_answer_late() -> None:
     small = answering(engine(chunk_tokens=256), 5, 0.0, limit_s=0.05)
-    assert small.misses(50_000.0, 0.0, 100.0, 0.1).reading == 0.0
-    assert answering(engine(), 5, 0.0, limit_s=0.05).misses(50_000.0, 0.0, 100.0, 0.1).reading > 2.0
+    assert small.misses(Reading.of(50_000.0), 0.0, 100.0, 0.1).reading == 0.0
+    assert answering(engine(), 5, 0.0, limit_s=0.05).misses(Reading.of(50_000.0), 0.0, 100.0, 0.1).reading > 2.0
 
 
 def test_each_answer_is_judged_by_its_own_objective_and_many_by_some_of_them() -> None:
     mixed = answering(answering(engine(), 5, 0.0, limit_s=0.0135), 5, 0.0)
     alike = answering(engine(), 5, 0.0, limit_s=0.0135)
-    assert mixed.misses(4000.0, 0.0, 100.0, 0.1).reading == pytest.approx(
-        alike.misses(4000.0, 0.0, 100.0, 0.1).reading, rel=0.15
+    assert mixed.misses(Reading.of(4000.0), 0.0, 100.0, 0.1).reading == pytest.approx(
+        alike.misses(Reading.of(4000.0), 0.0, 100.0, 0.1).reading, rel=0.15
     )
     many = answering(engine(), 64, 0.0, limit_s=0.03)
-    assert many.misses(20_000.0, 0.0, 100.0, 0.1).reading == pytest.approx(
+    assert many.misses(Reading.of(20_000.0), 0.0, 100.0, 0.1).reading == pytest.approx(
         64 * late(-0.1 * (0.03 / 0.01256 - 1), 1.2, 0.03 - 0.01256, (2048 - 64) * 60e-6, 100.0), rel=0.05
     )
 
@@ -157,4 +165,4 @@ def test_a_prompt_that_will_not_be_read_leaves_no_trace_in_the_queue() -> None:
     forecast.has_read("a", 0.1, learn=False)
     stay = forecast.expects(100.0)
     forecast.ended(stay, 0.2)
-    assert forecast.unread_tokens(0.2) == 0.0 and forecast.answers == 0
+    assert forecast.unread(0.2) == Reading() and forecast.answers == 0

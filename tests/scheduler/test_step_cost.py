@@ -7,7 +7,7 @@ import pytest
 
 from scheduler.step_cost import LinearFit, StepCost
 
-TRUE = (0.02, 140e-6, 80e-6, 12e-9, 4e-6)
+TRUE = (0.02, 140e-6, 80e-6, 12e-9, 4e-6, 80e-9)
 
 
 def spans(rng: Random, noise: float) -> list[tuple[float, tuple[float, ...]]]:
@@ -15,12 +15,14 @@ def spans(rng: Random, noise: float) -> list[tuple[float, tuple[float, ...]]]:
     seen = []
     for _ in range(400):
         steps, running = rng.randint(4, 300), rng.randint(1, 60)
+        read = rng.choice((0, rng.randint(100, 20_000)))
         row = (
             steps,
-            rng.choice((0, rng.randint(100, 20_000))),
+            read,
             steps * running,
             steps * running * rng.randint(100, 8000),
             rng.choice((0, rng.randint(100, 20_000))),
+            read * rng.randint(50, 8000),
         )
         exact = sum(cost * value for cost, value in zip(TRUE, row, strict=True))
         seen.append((exact * rng.uniform(1 - noise, 1 + noise), row))
@@ -29,7 +31,7 @@ def spans(rng: Random, noise: float) -> list[tuple[float, tuple[float, ...]]]:
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_costs_far_from_those_assumed_are_found(noise: float) -> None:
-    fit = LinearFit(astuple(StepCost()))
+    fit = StepCost.fit(StepCost())
     for seconds, row in spans(Random(1), noise):
         fit.learn(seconds, row)
     for seconds, row in spans(Random(2), 0.0):
@@ -55,8 +57,8 @@ def test_what_is_new_counts_more_than_what_is_old() -> None:
 
 
 def test_before_anything_was_seen_the_assumption_holds_and_one_observation_outweighs_it() -> None:
-    fit = LinearFit(astuple(StepCost()))
+    fit = StepCost.fit(StepCost())
     assert fit.coefficients == astuple(StepCost())
-    fit.learn(4.0, (1.0, 1000.0, 0.0, 0.0, 0.0))
+    fit.learn(4.0, (1.0, 1000.0, 0.0, 0.0, 0.0, 0.0))
     told = fit.coefficients[0] + 1000 * fit.coefficients[1]
     assert told == pytest.approx(4.0, rel=0.3)

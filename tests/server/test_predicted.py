@@ -39,7 +39,7 @@ async def engines(*, faults: Faults | None = None, **settings: Any) -> AsyncIter
 def nothing_forecast(both: Pools) -> bool:
     loads = (member.load for member in both.gateway.server.fleet.members.values())
     forecasts = [load.forecast for load in loads if load.forecast is not None]
-    return not any(one.answers or one.unread_tokens(1e9) for one in forecasts)
+    return not any(one.answers or one.unread(1e9).tokens for one in forecasts)
 
 
 async def busy(both: Pools, requests: int) -> list[asyncio.Task[Any]]:
