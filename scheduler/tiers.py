@@ -2,9 +2,10 @@
 
 Between tiers the order is strict, for slots and, inside an engine, for tokens; within a tier the policy decides, and
 each tier has accounts of its own. `flex` runs in what the others leave and may be displaced at any iteration; a
-reserve keeps it from starving.
+reserve keeps it from starving, and counts what flex had in the last minutes: a burst that ends starves nobody.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Final
@@ -15,6 +16,7 @@ from scheduler.policy import Account, Policy
 from scheduler.shadow import Shadow
 
 DEFAULT_RESERVE: Final = 0.05
+CREDIT_S: Final = 600.0  # in which starts that were not owed to flex are forgotten
 BY_NAME: Final = {tier.label: tier for tier in Tier}
 _MARK: Final = ":"  # between a tenant and its tier in the names of accounts; no tenant's name has one
 
@@ -27,7 +29,8 @@ class TieredLanes:
     """`Lanes` for each tier, used as one: the same methods, the same rule to stop at the first head that does not fit.
 
     reserve: of the starts that happen while flex jobs wait and none of them runs in what others leave, the share that
-    is theirs; 0 if others always go first. A job that starts by the reserve cannot be displaced by another tier.
+    is theirs; 0 if others always go first. What flex has started lately beyond that counts: nothing is owed to it
+    before others have started their part. A job that starts by the reserve cannot be displaced by another tier.
     """
 
     def __init__(self, policy: Policy, reserve: float = DEFAULT_RESERVE) -> None:
@@ -37,9 +40,10 @@ class TieredLanes:
         self._tiers = tuple(Lanes(policy) for _ in Tier)
         self._flex = self._tiers[Tier.FLEX]
         self._per_start = reserve / (1.0 - reserve)
-        self._owed = 0.0  # starts
+        self._owed = 0.0  # starts; below 0 what flex had before it was owed
+        self._owed_at = 0.0
         self._reserved: set[Job] = set()
-        self._paid: dict[Job, float] = {}  # what running flex jobs took of what is owed when they started
+        self._paid: set[Job] = set()  # running flex jobs that started when something was owed
 
     @property
     def policy(self) -> Policy:
@@ -81,8 +85,8 @@ class TieredLanes:
         `push`, and if somebody of its tier waits."""
         self._tiers[job.tier].admit(job, now)
         if job.tier is Tier.FLEX or self._flex.waiting:
-            self._count(job)
-        else:
+            self._count(job, now)
+        elif self._owed > 0.0:
             self._owed = 0.0
 
     def peek(self, now: float) -> Job | None:
@@ -99,16 +103,17 @@ class TieredLanes:
         job = lanes.pop(now)
         if due:
             self._reserved.add(job)
-        self._count(job)
+        self._count(job, now)
         return job
 
     def put_back(self, job: Job, now: float) -> None:
         """As `Lanes.put_back`."""
         if job.tier is Tier.FLEX:
             self._reserved.discard(job)
-            self._owed += self._paid.pop(job, 0.0)
+            self._paid.discard(job)
+            self._owed += 1.0
         elif self._counts:
-            self._owed = max(0.0, self._owed - self._per_start)
+            self._owed -= self._per_start
         self._tiers[job.tier].put_back(job, now)
 
     @property
@@ -137,15 +142,19 @@ class TieredLanes:
         """Whether the job is of flex, and goes first for once."""
         return job.tier is Tier.FLEX and self._is_due()
 
-    def _count(self, job: Job) -> None:
+    def _count(self, job: Job, now: float) -> None:
         """The job starts."""
+        if self._owed < 0.0:
+            self._owed *= math.exp((self._owed_at - now) / CREDIT_S)
+        self._owed_at = now
         if job.tier is Tier.FLEX:
-            self._paid[job] = paid = min(1.0, self._owed)
-            self._owed -= paid
+            if self._owed > 0.0:
+                self._paid.add(job)
+            self._owed -= 1.0
         elif self._counts:
             self._owed = min(self._owed + self._per_start, 1.0 + self._per_start)
         elif not self._flex.waiting:
-            self._owed = 0.0  # nobody is kept waiting
+            self._owed = min(self._owed, 0.0)  # nobody is kept waiting
 
     # who yields
     def displacement(self, now: float, can_yield: Callable[[Job], bool] = _anyone) -> tuple[Job, Job] | None:
@@ -184,7 +193,9 @@ class TieredLanes:
     def preempt(self, job: Job, now: float) -> None:
         """As `Lanes.preempt`."""
         self._reserved.discard(job)
-        self._paid.pop(job, None)
+        if job.tier is Tier.FLEX and job not in self._paid:
+            self._owed += 1.0  # it will start again, and counts once
+        self._paid.discard(job)
         self._tiers[job.tier].preempt(job, now)
 
     def finish(
@@ -199,7 +210,7 @@ class TieredLanes:
     ) -> None:
         """As `Lanes.finish`."""
         self._reserved.discard(job)
-        self._paid.pop(job, None)
+        self._paid.discard(job)
         self._tiers[job.tier].finish(
             job, outcome, now, tokens=tokens, prompt_tokens=prompt_tokens, cached_tokens=cached_tokens
         )

@@ -76,9 +76,7 @@ def output_of(request: Request, token: int, *, log_stats: bool) -> EngineCoreOut
     if log_stats:
         request.record_event(EngineCoreEventType.SCHEDULED)
     more = {} if stats is None else {"prefill_stats": stats}
-    return EngineCoreOutput(
-        request_id=request.request_id, new_token_ids=[token], events=request.take_events(), **more
-    )
+    return EngineCoreOutput(request_id=request.request_id, new_token_ids=[token], events=request.take_events(), **more)
 
 
 def without_first_token(matched: Callable[[Request, int], Matched]) -> Callable[[Request, int], Matched]:

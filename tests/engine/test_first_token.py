@@ -31,12 +31,13 @@ def handed(name: str, prompt: int, max_tokens: int, first: object, **changes: An
     for field, value in changes.items():
         setattr(wanted.sampling_params, field, value)
     wanted.kv_transfer_params = {"do_remote_prefill": True, "evenhand_first_token": first}
+    wanted.sampling_params.extra_args = {"kv_transfer_params": wanted.kv_transfer_params}
     return wanted
 
 
 def decoding(folder: Path, remote: dict[str, int], *, is_async: bool = False, **options: Any) -> DrivenEngine:
     """An engine that fetches so many tokens of the prompts of `remote`."""
-    scheduler = build_scheduler(folder, "fcfs", is_async=is_async, **options)
+    scheduler = build_scheduler(folder, "vtc", is_async=is_async, **options)
     scheduler.connector = ArrivingBlocks(remote)
     scheduler._prepare_for_first_tokens()
     return DrivenEngine(scheduler, is_async=is_async)
@@ -126,4 +127,4 @@ def test_a_prefill_engine_tells_the_token_that_it_made(hollow_model: Path) -> No
     engine = DrivenEngine(scheduler)
     engine.add(request("read", 33, 1))
     engine.run()
-    assert engine.notes == {"read": {"do_remote_prefill": True, "evenhand_first_token": token("read", 33)}}
+    assert engine.notes["read"]["evenhand_first_token"] == token("read", 33)
