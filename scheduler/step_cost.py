@@ -17,8 +17,8 @@ _SOLVE_EVERY: Final = 8  # observations, once there are some
 @dataclass(frozen=True, slots=True)
 class StepCost:
     """Seconds of one step, and for each prompt token that it reads, each sequence that decodes in it, each token of
-    context that these attend to, each prompt token whose KV it takes over from another engine, and each pair of a prompt
-    token that it reads and one before it, which that attends to.
+    context that these attend to, each prompt token whose KV it takes over from another engine, and each pair of a
+    prompt token that it reads and one before it, to which it attends.
 
     The defaults are a 7B model's on one GPU: what is assumed of an engine of which nothing was seen.
     """
