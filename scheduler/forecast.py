@@ -9,7 +9,7 @@ from itertools import islice
 from math import exp, inf
 from typing import Final, NamedTuple
 
-from scheduler.step_cost import StepCost, pairs_of
+from scheduler.step_cost import LinearFit, StepCost, pairs_of
 
 MEMORY_S: Final = 30.0  # how far back an engine's habit, to read prompts or not, is looked at
 _MOST_SHARE: Final = 0.9  # of its time, that an engine is ever taken to spend on prompts
@@ -40,13 +40,14 @@ class Stay:
     """What a forecast notes of one request's answers, from `expects` to `ended`.
 
     context_tokens: of its prompt and half of its answer, once for each of `answers`. tpot_limit_s: objective for each.
-    began_at: None before its first token.
+    due_at: when its first token is expected. began_at: None before that came.
     read, sequences, contexts, fetched: the engine's sums when it began.
     """
 
     context_tokens: float
     answers: int = 1
     tpot_limit_s: float = inf
+    due_at: float = 0.0
     began_at: float | None = None
     read: Reading = Reading()
     sequences: float = 0.0
@@ -73,20 +74,30 @@ class Misses(NamedTuple):
 class EngineForecast:
     """One engine.
 
-    chunk_tokens: most tokens of one step (vLLM's max_num_batched_tokens). kv_tokens: that its KV cache holds.
+    chunk_tokens: most tokens of one step (vLLM's max_num_batched_tokens). kv_tokens: that its KV cache holds. fleet:
+    the costs of all engines of the model, for those that this one has not shown: one that only writes answers shows
+    little of what prompts cost.
     running, coming: answers that are being written, and those whose prompts are still to be read or fetched.
     others: answers that run here for others than the owner.
     """
 
-    def __init__(self, *, chunk_tokens: int = 2048, kv_tokens: float = inf, assumed: StepCost = StepCost()) -> None:  # noqa: B008
+    def __init__(
+        self,
+        *,
+        chunk_tokens: int = 2048,
+        kv_tokens: float = inf,
+        assumed: StepCost = StepCost(),  # noqa: B008
+        fleet: LinearFit | None = None,
+    ) -> None:
         self.chunk_tokens = chunk_tokens
         self.kv_tokens = kv_tokens
         self.cost = assumed
-        self._fit = StepCost.fit(assumed)
+        self._fit = StepCost.fit(assumed, fleet)
+        self._fleet = fleet
         self.others = 0
         self.running = 0
         self.coming = 0
-        self._limited: dict[Stay, None] = {}  # of those that run, the ones with a limit
+        self._limited: dict[Stay, None] = {}  # of those that run or will, the ones with a limit
         self._running_context = 0.0
         self._coming_context = 0.0
         self._unread: dict[object, Reading] = {}
@@ -152,11 +163,16 @@ class EngineForecast:
         self._silent.discard(key)
         return prompt
 
-    def expects(self, context_tokens: float, answers: int = 1, tpot_limit_s: float = inf) -> Stay:
-        """A request's answers will be written here. context_tokens: of all of them."""
+    def expects(
+        self, context_tokens: float, answers: int = 1, tpot_limit_s: float = inf, *, due_at: float = 0.0
+    ) -> Stay:
+        """A request's answers will be written here, from `due_at` on. context_tokens: of all of them."""
         self.coming += answers
         self._coming_context += context_tokens
-        return Stay(context_tokens, answers, tpot_limit_s)
+        stay = Stay(context_tokens, answers, tpot_limit_s, due_at)
+        if tpot_limit_s < inf:
+            self._limited[stay] = None
+        return stay
 
     def begins(self, stay: Stay, now: float, *, fetched_tokens: int = 0) -> None:
         """Its first token came. Nothing if it has begun before. fetched_tokens: of its prompt, from another engine."""
@@ -168,13 +184,12 @@ class EngineForecast:
         self._coming_context -= stay.context_tokens
         self.running += stay.answers
         self._running_context += stay.context_tokens
-        if stay.tpot_limit_s < inf:
-            self._limited[stay] = None
         stay.began_at, stay.read, stay.fetched = now, self._computed(now), self._fetched_tokens
         stay.sequences, stay.contexts = self._sequence_s, self._context_s
 
     def ended(self, stay: Stay, now: float, last_at: float = 0.0, tokens: int = 0) -> None:
         """It is over. last_at, tokens: when its last token came and how many there were, where that is known."""
+        self._limited.pop(stay, None)
         if stay.began_at is None:
             self.coming -= stay.answers
             self._coming_context -= stay.context_tokens
@@ -182,7 +197,6 @@ class EngineForecast:
         self._sum(now)
         self.running -= stay.answers
         self._running_context -= stay.context_tokens
-        self._limited.pop(stay, None)
         seconds, stayed_s = last_at - stay.began_at, now - stay.began_at
         if tokens > 4 and seconds > 0.0:
             steps = tokens - 1
@@ -202,6 +216,8 @@ class EngineForecast:
             )
 
     def _learn(self, seconds: float, row: tuple[float, ...], weight: float = 1.0) -> None:
+        if self._fleet is not None:
+            self._fleet.learn(seconds, row, weight)
         if self._fit.learn(seconds, row, weight):
             fixed_s, *rest = self._fit.coefficients
             self.cost = StepCost(max(_LEAST_STEP_S, fixed_s), *rest)
@@ -299,8 +315,9 @@ class EngineForecast:
         that run here.
 
         Each is judged by how it stands: by the tokens that it has, as far as time tells, and by what has held it up.
-        One that will be late anyway has nothing to lose, and one that has got far can wait. How long they will be
-        is not known: the tokens that are left are exponential, `left` in the mean.
+        One that will be late anyway has nothing to lose, and one that has got far can wait. One that is still to begin
+        is held up by what is not read by then. How long they will be is not known: the tokens that are left are
+        exponential, `left` in the mean.
         """
         if not self._limited:
             return Misses(0.0, 0.0, 0.0)
@@ -313,17 +330,21 @@ class EngineForecast:
         each = -(-len(self._limited) // _LOOKED_AT)
         reading = writing = both = 0.0
         for stay in islice(self._limited, 0, None, each):
-            assert stay.began_at is not None
-            stalled_s = max(0.0, cost.prompt_s(*computed.plus(stay.read, -1.0)))  # an aborted prompt counts no more
             room_s = max(_LEAST_ROOM * stay.tpot_limit_s, stay.tpot_limit_s - step_s)
-            behind_s = stalled_s - room_s * max(0.0, now - stay.began_at - stalled_s) / step_s
-            if behind_s + queue_s + read_s + slower_s <= 0.0:
+            behind_s = until_s = 0.0
+            if stay.began_at is None:
+                until_s = max(0.0, stay.due_at - now)
+            else:  # an aborted prompt counts no more
+                stalled_s = max(0.0, cost.prompt_s(*computed.plus(stay.read, -1.0)))
+                behind_s = stalled_s - room_s * max(0.0, now - stay.began_at - stalled_s) / step_s
+            ahead_s, with_it_s = max(0.0, queue_s - until_s), max(0.0, queue_s + read_s - until_s)
+            if behind_s + with_it_s + slower_s <= 0.0:
                 continue
-            before = late(behind_s, queue_s, room_s, chunk_s, left)
+            before = late(behind_s, ahead_s, room_s, chunk_s, left)
             answers = stay.answers * each
-            reading += answers * (late(behind_s, queue_s + read_s, room_s, chunk_s, left) - before)
-            writing += answers * (late(behind_s, queue_s + slower_s, room_s, chunk_s, left) - before)
-            both += answers * (late(behind_s, queue_s + read_s + slower_s, room_s, chunk_s, left) - before)
+            reading += answers * (late(behind_s, with_it_s, room_s, chunk_s, left) - before)
+            writing += answers * (late(behind_s, ahead_s + slower_s, room_s, chunk_s, left) - before)
+            both += answers * (late(behind_s, with_it_s + slower_s, room_s, chunk_s, left) - before)
         return Misses(reading, writing, both)
 
 

@@ -12,7 +12,7 @@ from typing import Final
 from scheduler.forecast import EngineForecast, Stay
 from scheduler.pools import TYPICAL_TOKENS, Pool, WorkerLoad
 from scheduler.prediction import Asked, Prospect, choose
-from scheduler.step_cost import LinearFit
+from scheduler.step_cost import LinearFit, StepCost
 from scheduler.workers import Role
 
 LOOKS: Final = 4  # workers of each pool that are considered, least loaded first
@@ -87,6 +87,7 @@ class Planner:
     note_error: is told predicted ÷ actual time to first token of each request. life_s: of a typical answer.
     prompt_tokens, output_tokens: of a request, in the mean over the last `_MEMORY` or so. Lengths have long tails, and
     what a stall costs per token follows from them: a shorter memory makes the choices restless.
+    costs: of the engines' steps, all together.
     handover: seconds from a prompt read at one engine to the first token at another, and more per prompt token.
     """
 
@@ -95,6 +96,7 @@ class Planner:
     prompt_tokens: float = TYPICAL_TOKENS / 2
     output_tokens: float = TYPICAL_TOKENS / 2
     learned: int = 0
+    costs: LinearFit = field(default_factory=lambda: StepCost.fit(StepCost()))
     handover: LinearFit = field(default_factory=lambda: LinearFit(_ASSUMED_HANDOVER))
 
     def learn(self, prompt_tokens: int, output_tokens: float) -> None:
@@ -121,7 +123,8 @@ class Planner:
         reader, writer = loads[choice.reader], loads[choice.writer]
         self.life_s = max(0.1, choice.tpot_s * asked.output_tokens)
         writes, reads = prospects[choice.writer].forecast, prospects[choice.reader]
-        stay = writes.expects(asked.context_tokens * asked.answers, asked.answers, asked.objectives.tpot_s)
+        context, due_at = asked.context_tokens * asked.answers, now + choice.ttft_s
+        stay = writes.expects(context, asked.answers, asked.objectives.tpot_s, due_at=due_at)
         if asked.silent:
             writes.begins(stay, now)
         visit = Visit(reader, writer, self, asked.prompt_tokens, choice.ttft_s, now, stay, asked.silent)
@@ -142,11 +145,10 @@ class Planner:
                     seen.add(load.worker.id)
                     yield load
 
-    @staticmethod
-    def _prospect(load: WorkerLoad, rank: float, known: Mapping[str, int]) -> Prospect:
+    def _prospect(self, load: WorkerLoad, rank: float, known: Mapping[str, int]) -> Prospect:
         worker, role = load.worker, load.worker.role
         if load.forecast is None:
-            load.forecast = EngineForecast()
+            load.forecast = EngineForecast(fleet=self.costs)
         forecast = load.forecast
         forecast.chunk_tokens = worker.step_tokens
         forecast.kv_tokens = load.kv_tokens

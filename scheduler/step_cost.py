@@ -7,6 +7,7 @@ from typing import Final
 
 _FORGET: Final = 0.998  # of what was seen, kept at each observation: the last 500 or so count
 _PRIOR: Final = 1e-6  # what the assumption counts, in observations
+_ALIKE: Final = 1.0  # likewise what is known of others like it
 _SURPRISE: Final = 1.5  # times what the model says: above it an observation counts less
 _LEAST_SCALE: Final = 0.2
 _LEAST_WEIGHT: Final = 0.02
@@ -31,9 +32,9 @@ class StepCost:
     attended_s: float = 2e-9
 
     @classmethod
-    def fit(cls, assumed: "StepCost") -> "LinearFit":
+    def fit(cls, assumed: "StepCost", like: "LinearFit | None" = None) -> "LinearFit":
         """Of the costs, in their order. A pair of tokens may cost many times what it does on a GPU."""
-        return LinearFit(astuple(assumed), (*astuple(assumed)[:-1], max(_PAIR_SCALE, assumed.attended_s)))
+        return LinearFit(astuple(assumed), (*astuple(assumed)[:-1], max(_PAIR_SCALE, assumed.attended_s)), like)
 
     def decode_s(self, sequences: float, context_tokens: float) -> float:
         """Of a step that reads no prompt."""
@@ -53,13 +54,17 @@ class LinearFit:
     """Least squares of relative errors with no coefficient below zero; recent observations count most.
 
     assumed: the coefficients before anything was seen, above zero. scales: how far each may be from that, in order of
-    magnitude; as far as it is large if None. Constant work per observation; the equations are solved now and then.
+    magnitude; as far as it is large if None. like: a fit of several that are probably alike, this one among them: it
+    stands in for what was not seen here. Constant work per observation; the equations are solved now and then.
     """
 
-    def __init__(self, assumed: Sequence[float], scales: Sequence[float] | None = None) -> None:
+    def __init__(
+        self, assumed: Sequence[float], scales: Sequence[float] | None = None, like: "LinearFit | None" = None
+    ) -> None:
         self.coefficients = tuple(assumed)
         self.seen = 0
         self._scales = tuple(assumed if scales is None else scales)
+        self._like = like
         self._expected = [value / scale if scale else 1.0 for value, scale in zip(assumed, self._scales, strict=True)]
         self._products = [[0.0] * len(assumed) for _ in assumed]
         self._sums = [0.0] * len(assumed)
@@ -92,11 +97,15 @@ class LinearFit:
     def _solved(self) -> tuple[float, ...]:
         """In multiples of their scales, so that the equations are well scaled; the most negative one leaves until none
         is."""
-        scale = self._scales
+        scale, expected, prior = self._scales, self._expected, _PRIOR
+        if self._like is not None and self._like.seen >= _SOLVE_EVERY:
+            known = self._like.coefficients
+            scale = tuple(value or own for value, own in zip(known, scale, strict=True))
+            expected, prior = [float(value > 0.0) for value in known], _ALIKE
         inside = list(range(len(scale)))
         while True:
-            matrix = [[self._products[i][j] * scale[i] * scale[j] + _PRIOR * (i == j) for j in inside] for i in inside]
-            found = _solve(matrix, [self._sums[i] * scale[i] + _PRIOR * self._expected[i] for i in inside])
+            matrix = [[self._products[i][j] * scale[i] * scale[j] + prior * (i == j) for j in inside] for i in inside]
+            found = _solve(matrix, [self._sums[i] * scale[i] + prior * expected[i] for i in inside])
             worst = min(range(len(found)), key=found.__getitem__)
             if found[worst] >= 0.0 or len(inside) == 1:
                 break

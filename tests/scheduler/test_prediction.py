@@ -113,6 +113,32 @@ def test_a_forecast_learns_how_fast_its_engine_reads_and_writes(attended_s: floa
     assert forecast.pace(100.0, 0.0, now, more=1).tpot_s == pytest.approx(true.decode_s(1, 0.0), rel=0.1)
 
 
+def test_an_engine_that_wrote_answers_only_knows_from_another_what_prompts_cost() -> None:
+    true = StepCost(0.02, 3e-4, 1e-3, 0.0, 0.0, 1e-7)
+    fleet = StepCost.fit(StepCost())
+    reads, writes = (EngineForecast(chunk_tokens=512, fleet=fleet) for _ in range(2))
+    for number in range(100):
+        now, tokens = 10.0 * number, 100 + 50 * (number % 40)
+        reads.sends_prompt(number, tokens, now, life_s=5.0)
+        reads.has_read(number, now + true.prompt_s(tokens, pairs_of(tokens)) + -(-tokens // 512) * true.fixed_s)
+        stay = writes.expects(tokens)
+        writes.begins(stay, now)
+        last = now + 50 * true.decode_s(1, 0.0)
+        writes.ended(stay, last, last, 51)
+    prompt = Reading.of(3000)
+    expected = true.prompt_s(*prompt) + 6 * true.decode_s(0, 0.0)
+    assert writes.first_token_s(prompt, 1e6) == pytest.approx(expected, rel=0.1)
+
+
+def test_answers_that_are_still_to_begin_are_held_up_by_what_is_not_read_by_then() -> None:
+    def held_up(due_at: float) -> float:
+        one = engine()
+        one.expects(0.0, tpot_limit_s=0.02, due_at=due_at)
+        return one.misses(Reading.of(10_000.0), 0.0, 20.0, 0.0).reading  # of 0.6 s
+
+    assert held_up(0.0) > 0.8 > 0.3 > held_up(0.55) and held_up(0.7) == 0.0
+
+
 SECONDS = st.floats(0.0, 10.0)
 
 
