@@ -43,6 +43,7 @@ OPTIONS = (
     CliOption("gateway_processes", "N"),
     CliOption("record.folder", "FOLDER", "--record"),
     CliOption("batch.folder", "FOLDER", "--batch-folder"),
+    CliOption("batch.files_url", "URL", "--batch-files-url"),
     CliOption("sleep.after_s", "SECONDS", "--sleep-after"),
     CliOption("sleep.from_zero", "MODEL", "--from-zero"),
     CliOption("log_format", "text|json"),

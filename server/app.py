@@ -8,7 +8,6 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, nullcontext, suppress
 from functools import partial
-from pathlib import Path
 from time import CLOCK_REALTIME, clock_gettime, monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +26,9 @@ from server.admission.predictor import Predictor
 from server.admission.sleeper import Sleeper
 from server.background import Background
 from server.batch.batches import Batches
-from server.batch.files import FileFolder, NoSpace
+from server.batch.files import FileFolder, Files, FilesUnavailable, NoSpace
 from server.batch.lines import GatewayEngines
+from server.batch.object_files import object_files
 from server.batch.redis_store import RedisBatchStore
 from server.batch.routes import batch_routes, operator_routes
 from server.batch.runner import Runner
@@ -296,13 +296,14 @@ class GatewayServer:
         )
 
     def _batches(self) -> Runner | None:
-        """The Batch API, if a folder is set. ValueError for a folder that cannot be used."""
+        """The Batch API, if there is a place for files. ValueError for one that cannot be used."""
         batch = self.settings.batch
-        if batch.folder is None:
+        files = self._batch_files()
+        if files is None:
             return None
         try:
-            batches = Batches(FileFolder(batch.folder / "files"), self._batch_store(batch.folder), batch, wall_clock)
-            with suppress(NoSpace, StoreUnavailable):  # then the runner checks, once it answers
+            batches = Batches(files, self._batch_store(), batch, wall_clock)
+            with suppress(NoSpace, FilesUnavailable, StoreUnavailable):  # then the runner checks, once they answer
                 batches.check()
         except OSError as error:
             raise ValueError(f"the batch folder {batch.folder} cannot be used: {error.strerror}") from None
@@ -313,9 +314,20 @@ class GatewayServer:
         self.telemetry.registry.register(runner)
         return runner
 
-    def _batch_store(self, folder: Path) -> BatchStore:
-        if not self.settings.batch.shared:
-            return SqliteBatchStore(folder / "batches.sqlite", wall_clock)
+    def _batch_files(self) -> Files | None:
+        batch = self.settings.batch
+        if batch.files_url is not None:
+            return object_files(batch.files_url)
+        return None if batch.folder is None else FileFolder(batch.folder / "files")
+
+    def _batch_store(self) -> BatchStore:
+        batch = self.settings.batch
+        if not batch.shared:
+            if batch.folder is None:
+                raise ValueError(
+                    "batch.files_url needs a place for everything else: batch.folder, or Redis with batch.shared"
+                )
+            return SqliteBatchStore(batch.folder / "batches.sqlite", wall_clock)
         if not self.settings.redis_url:
             raise ValueError("batch.shared needs a Redis that the gateways share: set --redis-url")
         return RedisBatchStore(self.settings.redis_url[0].get_secret_value())

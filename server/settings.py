@@ -221,9 +221,12 @@ class BatchSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     folder: Path | None = Field(None, description="folder for files and batches; default: the Batch API is off")
+    files_url: str | None = Field(
+        None, description="keep batch files in an object store, s3://BUCKET/PREFIX, instead of the folder"
+    )
     shared: bool = Field(
         False,
-        description="let several gateways run the same batches, through Redis and a folder that all of them mount",
+        description="let several gateways run the same batches, through Redis and a folder or bucket of all of them",
     )
     max_requests: int = Field(50_000, ge=1, description="most requests in one batch")
     tenant_bytes: int = Field(10 * 1024**3, ge=1, description="storage per tenant, bytes")

@@ -48,6 +48,8 @@ NOT_RUN = {
     "make ": "installs, builds images, or needs a GPU",
     "evenhand doctor --model": "tests/deploy/test_doctor.py asks it of fake machines",
     "export HF_TOKEN=...": "the reader has a token",
+    "export AWS_ACCESS_KEY_ID=...": "the reader has a bucket",
+    "evenhand gateway --batch-files-url": "needs a bucket: tests/server/batch/test_shared.py has one",
     "evenhand gateway --worker https://": "needs certificates: tests/server/test_credentials.py makes some",
     "EVENHAND_ENGINE_KEY=": REAL,
     "evenhand why": "needs a log: tests/server/test_traced.py writes one",

@@ -21,7 +21,7 @@ HEADER = "# Made by `make lock` from pyproject.toml. Change that and run it agai
 # it names. The two engines never share an environment, so neither binds the other.
 LOCKS: dict[str, list[str]] = {
     "bootstrap": ["deploy/requirements/bootstrap.in"],
-    "gateway": ["pyproject.toml", "deploy/requirements/vllm-bounds.in"],
+    "gateway": ["pyproject.toml", "deploy/requirements/vllm-bounds.in", "--extra=s3"],
     "engine-cpu": ["pyproject.toml", "deploy/requirements/torch-needs.in", "--extra=cpu", "-c=bootstrap", "-c=gateway"],
     "loadtest": ["pyproject.toml", "--extra=loadtest", "-c=gateway", "-c=engine-cpu"],
     "test": ["pyproject.toml", "--extra=test", "-c=gateway", "-c=engine-cpu", "-c=loadtest"],

@@ -11,7 +11,7 @@ from typing import BinaryIO, ParamSpec, TypeVar
 import msgspec
 
 from scheduler.jobs import Tier
-from server.batch.files import FileFolder
+from server.batch.files import Files, FilesUnavailable, reaching_disk
 from server.batch.objects import NEXT, Batch, Status, StoredFile
 from server.batch.store import BatchStore, StoreUnavailable
 from server.batch.validation import first_model
@@ -72,9 +72,7 @@ class Batches:
     changed: set when a batch may have work.
     """
 
-    def __init__(
-        self, files: FileFolder, store: BatchStore, settings: BatchSettings, wall: Callable[[], float]
-    ) -> None:
+    def __init__(self, files: Files, store: BatchStore, settings: BatchSettings, wall: Callable[[], float]) -> None:
         self.settings = settings
         self.wall = wall
         self.files = files
@@ -92,12 +90,12 @@ class Batches:
         return await loop.run_in_executor(self._thread, lambda: function(*args, **kwargs))
 
     async def content(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Runs a blocking function that looks at the folder, in a thread for that."""
+        """Runs a blocking function that reads or writes contents, in a thread for that."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._contents, lambda: function(*args, **kwargs))
 
     def check(self) -> None:
-        """ValueError if gateways share the store, but not this folder."""
+        """ValueError if gateways share the store, but not these files."""
         if not self._checked:
             self.store.check(self.files.identity())
             self._checked = True
@@ -120,7 +118,7 @@ class Batches:
                 return await self.call(self.keep, file_id, tenant, filename[:255], purpose, size)
             except BaseException:
                 # Nothing would know of the content. A record that was written, though nobody said so, goes with it.
-                with suppress(StoreUnavailable):
+                with suppress(FilesUnavailable, StoreUnavailable):
                     await self._remove(file_id)
                 raise
 
@@ -131,7 +129,7 @@ class Batches:
                 file.write(piece)
 
     def keep(self, file_id: str, tenant: str, filename: str, purpose: str, size: int) -> StoredFile:
-        """Records a content that is on disk."""
+        """Records a content that is there."""
         now = int(self.wall())
         kept = StoredFile(
             file_id, tenant, filename, purpose, size, now, now + int(self.settings.keep_days * UNITS_S["d"])
@@ -212,7 +210,7 @@ class Batches:
 
     def _first_model(self, file_id: str) -> str | None:
         """The model of a file's first request; None if it has none: then the lines' own errors say more."""
-        with self.files.open(file_id) as file:
+        with reaching_disk(), self.files.open(file_id) as file:
             return first_model(file)
 
     async def batch(self, tenant: str, batch_id: str) -> Batch:

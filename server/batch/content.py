@@ -1,7 +1,6 @@
 """Lines of batch files: requests that are read, answers that are written."""
 
-import os
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import msgspec
 import orjson
@@ -41,7 +40,7 @@ _request = msgspec.json.Decoder(_Request).decode
 _content = msgspec.json.Decoder(_Content).decode
 
 
-def read(file: int, lines: list[BatchLine]) -> list[Ready]:
+def read(file: BinaryIO, lines: list[BatchLine]) -> list[Ready]:
     """The lines with their requests, equal beginnings side by side, the first one last."""
 
     def order(ready: Ready) -> tuple[str, bytes]:
@@ -50,7 +49,8 @@ def read(file: int, lines: list[BatchLine]) -> list[Ready]:
 
     read = []
     for line in lines:
-        body = bytes(_request(os.pread(file, line.length, line.offset)).body)
+        file.seek(line.offset)
+        body = bytes(_request(file.read(line.length)).body)
         read.append(Ready(line, _content(body).model, body))
     return sorted(read, key=order, reverse=True)
 

@@ -1,10 +1,11 @@
-"""Contents of uploaded files and of batches' outputs, in one folder."""
+"""Contents of uploaded files and of batches' outputs: the seam, and its implementation in a folder."""
 
 import errno
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 from typing import BinaryIO
@@ -17,80 +18,124 @@ _PIECE_BYTES = 256 * 1024
 
 
 class NoSpace(ServiceError):
-    """The disk under the state folder is full."""
+    """What holds the files or the records of batches is full."""
 
     status = 507
     code = "insufficient_storage"
 
 
+class FilesUnavailable(ServiceError):
+    """The contents of files cannot be read or written now. Nothing is lost: trying again later is right."""
+
+    status = 503
+    code = "batch_files_unavailable"
+
+
 @contextmanager
-def room_on_disk() -> Iterator[None]:
-    """Turns "no space left" into `NoSpace`."""
+def reaching_disk(full: str = "The gateway's disk is full: delete files that are no longer needed.") -> Iterator[None]:
+    """Turns what a disk, or a folder that several machines mount, fails with into `NoSpace` and `FilesUnavailable`."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise NoSpace("The gateway's disk is full: delete files that are no longer needed.", retry_after_s=60) from None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(full, retry_after_s=60) from None
+        raise FilesUnavailable(
+            f"The folder of batch files cannot be used: {error.strerror}. See that it is mounted and writable.",
+            retry_after_s=5,
+        ) from error
 
 
-class FileFolder:
-    """One file a content, named by its id. What is incomplete ends in `.part`."""
+def checked(file_id: str) -> str:
+    """The id itself. ValueError for one that we did not make: it must not lead out of the folder or the prefix."""
+    if _ID.fullmatch(file_id) is None:
+        raise ValueError(f"not a file id: {file_id[:100]!r}")
+    return file_id
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
-    def path(self, file_id: str) -> Path:
-        """ValueError for an id that we did not make: it must not lead out of the folder."""
-        if _ID.fullmatch(file_id) is None:
-            raise ValueError(f"not a file id: {file_id[:100]!r}")
-        return self.folder / file_id
+class Files(ABC):
+    """One content for each file id. All methods block; any may raise `NoSpace` or `FilesUnavailable`, and calling it
+    again is then right. The contract is tests/server/batch/test_files.py."""
 
-    @contextmanager
-    def writing(self, file_id: str) -> Iterator[BinaryIO]:
-        """Yields the new content; it is there, whole and on disk, once the block is left without an exception."""
-        part = self.path(file_id).with_suffix(f".{token_hex(4)}{_PART}")  # two gateways may write the same file
-        try:
-            with room_on_disk(), part.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(self.path(file_id))
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
+    @abstractmethod
+    def writing(self, file_id: str) -> AbstractContextManager[BinaryIO]:
+        """Yields the new content; it is there, whole, once the block is left without an exception, and not before. It
+        replaces an older one."""
 
+    @abstractmethod
     def open(self, file_id: str) -> BinaryIO:
-        """FileNotFoundError if there is none."""
-        return self.path(file_id).open("rb")
+        """For reading; seekable. FileNotFoundError if there is none."""
+
+    @abstractmethod
+    def remove(self, file_id: str) -> None:
+        """Removing what is not there is no error."""
+
+    @abstractmethod
+    def remove_parts(self, before: float) -> None:
+        """Removes what gateways that were killed have left incomplete. before: seconds since 1970."""
+
+    @abstractmethod
+    def identity(self) -> str:
+        """The same at every gateway that has these files, and nowhere else. ValueError or OSError if they cannot be
+        used as they are configured."""
 
     def pieces(self, file_id: str) -> Iterator[bytes]:
         with self.open(file_id) as file:
             while piece := file.read(_PIECE_BYTES):
                 yield piece
 
+
+class FileFolder(Files):
+    """One file a content, named by its id. What is incomplete ends in `.part`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._marker = folder.parent / "folder-id"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def path(self, file_id: str) -> Path:
+        return self.folder / checked(file_id)
+
+    @contextmanager
+    def writing(self, file_id: str) -> Iterator[BinaryIO]:
+        part = self.path(file_id).with_suffix(f".{token_hex(4)}{_PART}")  # two gateways may write the same file
+        try:
+            with reaching_disk():
+                with part.open("wb") as file:
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+                part.replace(self.path(file_id))
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+    def open(self, file_id: str) -> BinaryIO:
+        path = self.path(file_id)
+        with reaching_disk():
+            if path.exists() or not self._marker.exists():  # without the marker, this is not the folder at all
+                return path.open("rb")
+        raise FileNotFoundError(file_id)
+
     def remove(self, file_id: str) -> None:
-        self.path(file_id).unlink(missing_ok=True)
+        with reaching_disk():
+            self.path(file_id).unlink(missing_ok=True)
 
     def remove_parts(self, before: float) -> None:
-        """Removes what gateways that were killed have left incomplete. before: seconds since 1970."""
         for part in self.folder.glob(f"*{_PART}"):
-            with suppress(FileNotFoundError):  # another gateway was first
+            with reaching_disk(), suppress(FileNotFoundError):  # another gateway was first
                 if part.stat().st_mtime < before:
                     part.unlink()
 
     def identity(self) -> str:
-        """The same at every gateway that has this folder, wherever it is mounted, and nowhere else."""
-        kept = self.folder.parent / "folder-id"
+        """Kept in a file that only one gateway can create, through a hard link."""
         with suppress(FileExistsError):
-            fresh = self.folder.parent / f"folder-id.{token_hex(8)}"
+            fresh = self._marker.with_suffix(f".{token_hex(8)}")
             fresh.write_text(token_hex(16))
             try:
-                os.link(fresh, kept)
+                os.link(fresh, self._marker)
             finally:
                 fresh.unlink()
-        return kept.read_text()
+        return self._marker.read_text()
 
 
 async def bounded(stream: AsyncIterator[bytes], most: int) -> AsyncGenerator[bytes, None]:

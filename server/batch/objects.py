@@ -33,7 +33,7 @@ RUNNING = tuple(status for status, following in NEXT.items() if following)
 
 
 class StoredFile(msgspec.Struct, frozen=True):
-    """A file's record; its content is on disk. Times are in seconds since 1970."""
+    """A file's record; its content is elsewhere: `files.Files`. Times are in seconds since 1970."""
 
     id: str
     tenant: str

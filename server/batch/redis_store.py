@@ -241,8 +241,8 @@ class RedisBatchStore:
             known = self._asked(lambda: self._redis.get(key))
         if known != folder_id.encode():
             raise ValueError(
-                "the batch folder is not the one of the other gateways that share this Redis: mount the same folder "
-                f"at all of them, or, if it is to be another one from now on, delete the key '{key}'"
+                "the batch folder or bucket is not the one of the other gateways that share this Redis: use the same "
+                f"one at all of them, or, if it is to be another one from now on, delete the key '{key}'"
             )
         self._warn_of_loss()
 

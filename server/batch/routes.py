@@ -1,6 +1,6 @@
 """`/v1/files` and `/v1/batches`, as OpenAI's clients call them."""
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 import msgspec
@@ -12,9 +12,9 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from server.batch.batches import MAX_FILE_BYTES, Batches, BatchRequest
-from server.batch.files import bounded
+from server.batch.files import Files, bounded, reaching_disk
 from server.batch.objects import Batch
-from server.request.errors import BadRequest
+from server.request.errors import BadRequest, NotFound
 from server.request.tenants import Tenant
 
 FORM_BYTES = 64 * 1024  # what a form may have beside the file itself
@@ -41,7 +41,8 @@ async def uploaded(request: Request) -> tuple[UploadFile, str]:
         raise BadRequest("Send the file as multipart/form-data with the fields 'purpose' and 'file'.")
     stream: AsyncGenerator[bytes, None] = bounded(request.stream(), MAX_FILE_BYTES + FORM_BYTES)
     try:
-        form = await MultiPartParser(request.headers, stream, max_files=1, max_fields=8).parse()
+        with reaching_disk("The gateway's temporary folder is full: try again later."):
+            form = await MultiPartParser(request.headers, stream, max_files=1, max_fields=8).parse()
     except MultiPartException as error:
         raise BadRequest(f"The form cannot be read: {error.message}") from None
     file, purpose = form.get("file"), form.get("purpose")
@@ -103,6 +104,22 @@ def _for_operators(batch: Batch) -> dict[str, Any]:
     return {name: told[name] for name in kept} | {"tenant": batch.tenant}
 
 
+async def _begun(files: Files, file_id: str) -> AsyncIterator[bytes]:
+    """A content's pieces. The first one is read before anything is answered: what fails then has a status."""
+    pieces = iterate_in_threadpool(files.pieces(file_id))
+    try:
+        first = await anext(pieces, b"")
+    except FileNotFoundError:
+        raise NotFound(f"The content of '{file_id}' is gone.", code="file_not_found", param="file_id") from None
+
+    async def all_of_them() -> AsyncIterator[bytes]:
+        yield first
+        async for piece in pieces:
+            yield piece
+
+    return all_of_them()
+
+
 def _file_routes(batches: Batches, identify: Callable[[Request], Tenant]) -> APIRouter:
     router = APIRouter()
 
@@ -128,8 +145,8 @@ def _file_routes(batches: Batches, identify: Callable[[Request], Tenant]) -> API
     @router.get("/v1/files/{file_id}/content", summary="One file's content")
     async def content(request: Request, file_id: str) -> Response:
         kept = await batches.file(identify(request).name, file_id)
-        pieces = iterate_in_threadpool(batches.files.pieces(kept.id))
         headers = {"content-length": str(kept.bytes)}
+        pieces = await _begun(batches.files, kept.id)
         return StreamingResponse(pieces, media_type="application/octet-stream", headers=headers)
 
     @router.delete("/v1/files/{file_id}", summary="Delete a file")

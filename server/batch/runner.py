@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 
 from server.batch.batches import Batches
 from server.batch.content import Ready, Reply, answered, not_run, read
-from server.batch.files import NoSpace
+from server.batch.files import FilesUnavailable, NoSpace, reaching_disk
 from server.batch.objects import RUNNING, Batch, BatchLine, LineError, Result, Status
 from server.batch.pace import Pace
 from server.batch.store import LeaseLost, StoreUnavailable
@@ -41,7 +41,7 @@ RESULTS = 200  # that are in memory while a file is written
 RETRY_S = (1.0, 30.0)  # the first pause of a line that found no room, and the longest
 AGAIN = (408, 425, 429, 500, 502, 503, 504)  # worth another try: nothing is wrong with the request
 OUTCOMES = ("answered", "failed", "retried")
-AWAY = (NoSpace, StoreUnavailable)  # it will be better later
+AWAY = (NoSpace, FilesUnavailable, StoreUnavailable)  # it will be better later
 MOST_TRIES = 8  # of a line that engines fail on; refusals for want of room do not count
 
 
@@ -329,14 +329,8 @@ class Runner(Collector):
             work.complete = not await self.batches.call(store.unfinished, work.batch.id)
 
     def _requests(self, file_id: str, lines: list[BatchLine]) -> list[Ready]:
-        """StoreUnavailable while the folder cannot be read: a shared one may be away, and come back."""
-        try:
-            with self.batches.files.open(file_id) as file:
-                return read(file.fileno(), lines)
-        except OSError as error:
-            raise StoreUnavailable(
-                f"The batch folder cannot be read: {error.strerror}. See that it is mounted.", retry_after_s=5
-            ) from None
+        with reaching_disk(), self.batches.files.open(file_id) as file:
+            return read(file, lines)
 
     async def _start(self, work: _Work) -> None:
         """Starts as many lines as there is room for, in bursts, so that each sees what the ones before have taken."""
@@ -451,23 +445,24 @@ class Runner(Collector):
         kind = "output" if ok else "error"
         file_id = f"file-{batch.id.removeprefix('batch_')}-{kind}"
         async with self._writing(file_id) as file:
-            written = 0
+            written = size = 0
             while page:
                 await self._keep_lease(batch.id)
                 await self.batches.content(file.writelines, [result.text + b"\n" for result in page])
                 written += len(page)
+                size += sum(len(result.text) + 1 for result in page)
                 page = await self.batches.call(store.results, batch.id, ok=ok, after=page[-1].number, limit=RESULTS)
             # Another gateway may have ended the batch while this one stood still: its results are gone then.
             now = await self.batches.call(store.batch, batch.id)
             if now is None or now.status not in RUNNING or written != (now.completed if ok else now.failed):
                 raise LeaseLost(batch.id)
-        size = (await self.batches.content(self.batches.files.path(file_id).stat)).st_size
+        await self._keep_lease(batch.id)  # a large file may take a while to upload
         await self.batches.call(self._keep, batch, file_id, f"{batch.id}_{kind}.jsonl", size)
         return file_id
 
     @asynccontextmanager
     async def _writing(self, file_id: str) -> AsyncIterator[BinaryIO]:
-        """As `FileFolder.writing`, off the event loop: a disk, or a shared folder, may take its time."""
+        """As `Files.writing`, off the event loop: a disk, a shared folder or an object store may take its time."""
         writing = self.batches.files.writing(file_id)
         file = await self.batches.content(writing.__enter__)
         try:
@@ -495,7 +490,8 @@ class Runner(Collector):
 
 
 def _page(lines: Iterator[BatchLine]) -> list[BatchLine]:
-    return list(islice(lines, PAGE))
+    with reaching_disk():
+        return list(islice(lines, PAGE))
 
 
 def _finished(work: _Work, task: asyncio.Task[None]) -> None:

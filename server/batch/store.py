@@ -36,7 +36,7 @@ class BatchStore(Protocol):
     """What a store must do; its contract is tests/server/batch/test_store.py."""
 
     def check(self, folder_id: str) -> None:
-        """ValueError if gateways that share the store do not share the folder of files with this id."""
+        """ValueError if gateways that share the store do not share the files with this identity."""
 
     def add_file(self, file: StoredFile) -> None: ...
     def file(self, file_id: str) -> StoredFile | None: ...

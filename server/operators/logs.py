@@ -52,7 +52,7 @@ def write_to_standard_error(form: LogFormat, level: LogLevel) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if form == "json" else logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    for loud in ("uvicorn.error", "httpx2"):
+    for loud in ("uvicorn.error", "httpx2", "aiobotocore", "botocore"):
         logging.getLogger(loud).setLevel(logging.WARNING)
     # Whoever asks for JSON asks for these lines, however little else is to be said.
     log.setLevel(logging.INFO if form == "json" else logging.NOTSET)

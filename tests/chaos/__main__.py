@@ -79,7 +79,9 @@ async def hostile(args: argparse.Namespace) -> Figures:
 
 
 async def batch(args: argparse.Namespace) -> Figures:
-    chaos = BatchChaos(args.seed, args.kills, args.lines, gateways=args.gateways, away_s=args.away)
+    chaos = BatchChaos(
+        args.seed, args.kills, args.lines, gateways=args.gateways, away_s=args.away, bucket=bool(args.bucket)
+    )
     return (await chaos.run()).figures()
 
 
@@ -151,6 +153,7 @@ RUNS: Mapping[str, Run] = {
             ("lines", 10_000, "of the batch"),
             ("gateways", 1, "how many; several share the batch through a Redis"),
             ("away", 0.0, "seconds for which that Redis is away in the middle of it"),
+            ("bucket", 0, "1: files are in an S3 server, not in a folder"),
         ),
         batch,
     ),

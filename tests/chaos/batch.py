@@ -12,13 +12,37 @@ from typing import Any
 from openai import APIConnectionError, APIStatusError, AsyncOpenAI
 
 from tests.chaos.figures import Figure
-from tests.chaos.site import HEALTH, Program, engine, gateway, metrics, redis, running, summed, until
+from tests.chaos.site import (
+    HEALTH,
+    S3_ENVIRONMENT,
+    Program,
+    engine,
+    gateway,
+    metrics,
+    object_store,
+    redis,
+    running,
+    summed,
+    until,
+)
 
 MODEL = "fake"
 SLOTS = 8  # of all gateways together: few, so that the batch outlasts the kills
 ENDS_S = 1800.0
 BETWEEN_S = (0.05, 1.0)  # a gateway lives so long once it serves again
 OVER = ("completed", "failed", "expired", "cancelled")
+
+
+BUCKET = "chaos"
+
+
+def make_bucket(endpoint: str) -> None:
+    from s3fs import S3FileSystem
+
+    key, secret, region, _ = S3_ENVIRONMENT.values()
+    S3FileSystem(key=key, secret=secret, endpoint_url=endpoint, client_kwargs={"region_name": region}).call_s3(
+        "create_bucket", Bucket=BUCKET
+    )
 
 
 @dataclass
@@ -62,14 +86,17 @@ class BatchChaos:
     """One batch, `kills` kills at random moments of every status that it can be in.
 
     gateways: with more than one they share the batch through a Redis with an append-only file. away_s: that Redis is
-    killed in the middle of the batch, and so long away.
+    killed in the middle of the batch, and so long away. bucket: files are in an S3 server.
     """
 
-    def __init__(self, seed: int, kills: int, lines: int, *, gateways: int = 1, away_s: float = 0.0) -> None:
+    def __init__(
+        self, seed: int, kills: int, lines: int, *, gateways: int = 1, away_s: float = 0.0, bucket: bool = False
+    ) -> None:
         self.random = random.Random(seed)
         self.kills = kills
         self.report = Report(lines, gateways, away_s=away_s)
         self.redis: Program | None = None
+        self.bucket = bucket
 
     async def run(self) -> Report:
         with tempfile.TemporaryDirectory() as name:
@@ -84,14 +111,21 @@ class BatchChaos:
                 self.redis = redis(folder, kept=True)
                 settings["redis_url"] = f"redis://127.0.0.1:{self.redis.port}/0"
             workers = [f"{worker.url},slots={SLOTS // self.report.gateways}"]
-            fronts = [gateway(folder, number, workers, settings) for number in range(self.report.gateways)]
+            store = object_store(folder)
+            env = S3_ENVIRONMENT | {"AWS_ENDPOINT_URL": store.url} if self.bucket else {}
+            if self.bucket:
+                settings["batch"]["files_url"] = f"s3://{BUCKET}/batches"
+            fronts = [gateway(folder, number, workers, settings, env) for number in range(self.report.gateways)]
             client = AsyncOpenAI(base_url=f"{fronts[0].url}/v1", api_key="any", max_retries=20)
-            stores = [self.redis] if self.redis is not None else []
-            async with running(worker, *stores), running(*fronts), client:
-                await self._disturbed(client, fronts)
+            stores = [each for each in (self.redis, store if self.bucket else None) if each is not None]
+            async with running(worker, *stores):
+                if self.bucket:
+                    await asyncio.to_thread(make_bucket, store.url)
+                async with running(*fronts), client:
+                    await self._disturbed(client, fronts)
+                    answered = [summed(await metrics(front.port), "evenhand_batch_lines_total") for front in fronts]
                 asked = summed(await metrics(worker.port), "vllm:request_success_total")
                 self.report.extra = max(0.0, asked - self.report.lines)
-                answered = [summed(await metrics(front.port), "evenhand_batch_lines_total") for front in fronts]
                 self.report.by_gateway = answered
         return self.report
 

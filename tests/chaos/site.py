@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -25,6 +26,12 @@ POLL_S = 0.02
 HEALTH = {"probe_timeout_s": 1.0, "stall_s": 5.0, "failures": 100, "attempts": 6, "canary": "answers"}
 # Where no worker is stopped: one that is slow because all is slow is not dead.
 UNHURRIED = HEALTH | {"probe_timeout_s": 10.0}
+S3_ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "AKIATESTTESTTESTTEST",
+    "AWS_SECRET_ACCESS_KEY": "a-secret-that-nobody-may-see",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
@@ -175,8 +182,21 @@ def redis(folder: Path, *, kept: bool = False) -> Program:
     return Program("redis", [str(redis_server()), "--port", str(port), *options], folder / "redis.log", port, "")
 
 
-def gateway(folder: Path, number: int, workers: Sequence[str], settings: Mapping[str, Any]) -> Program:
-    """A gateway over these workers, with a settings file of its own."""
+def object_store(folder: Path) -> Program:
+    """An S3 server that keeps everything in memory."""
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)]
+    return Program("s3", command, folder / "s3.log", port, "/moto-api/")
+
+
+def gateway(
+    folder: Path,
+    number: int,
+    workers: Sequence[str],
+    settings: Mapping[str, Any],
+    env: Mapping[str, str] = MappingProxyType({}),
+) -> Program:
+    """A gateway over these workers, with a settings file of its own. env: more variables."""
     port, name = free_port(), f"gateway-{number}"
     config = folder / f"{name}.yaml"
     told = {"port": port, "admin_port": port, "replica": name, "workers": list(workers), "health": HEALTH} | dict(
@@ -184,7 +204,7 @@ def gateway(folder: Path, number: int, workers: Sequence[str], settings: Mapping
     )
     config.write_text(yaml.safe_dump(told))
     command = [sys.executable, "-m", "server", "--config", str(config)]
-    return Program(name, command, folder / f"{name}.log", port, "/ready", {"EVENHAND_ADMIN_KEY": ADMIN_KEY})
+    return Program(name, command, folder / f"{name}.log", port, "/ready", {"EVENHAND_ADMIN_KEY": ADMIN_KEY, **env})
 
 
 def tenant_file(folder: Path, tenants: Sequence[Mapping[str, Any]]) -> Path:

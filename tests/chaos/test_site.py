@@ -47,6 +47,12 @@ async def test_two_gateways_share_a_batch_and_are_killed() -> None:
     assert not report.missing and not report.doubled and not report.wrong, table(report.figures())
 
 
+async def test_two_gateways_with_a_bucket_share_a_batch_and_are_killed() -> None:
+    report = await BatchChaos(seed=2, kills=4, lines=600, gateways=2, bucket=True).run()
+    assert report.status == "completed" and report.during > 0, table(report.figures())
+    assert not report.missing and not report.doubled and not report.wrong, table(report.figures())
+
+
 async def test_a_batch_pauses_while_redis_is_away_and_no_line_runs_twice() -> None:
     report = await BatchChaos(seed=1, kills=0, lines=400, gateways=2, away_s=LEASE_S + 1.0).run()
     assert all(figure.met for figure in report.figures()), table(report.figures())

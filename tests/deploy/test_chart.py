@@ -74,7 +74,15 @@ OWN_SECRETS = {
     "redis": {"enabled": False, "existingSecret": "redis"},
     "networkPolicy": {"enabled": False},
 }
-VARIANTS = {"least": KEY, "everything": EVERYTHING, "own secrets": OWN_SECRETS}
+BUCKET = KEY | {
+    "gateway": {
+        "settings": {"batch": {"files_url": "s3://bucket/evenhand", "shared": True}},
+        "envFrom": [{"secretRef": {"name": "s3"}}],
+        "serviceAccountName": "batches",
+        "temporaryStorage": "8Gi",
+    }
+}
+VARIANTS = {"least": KEY, "everything": EVERYTHING, "own secrets": OWN_SECRETS, "bucket": BUCKET}
 Doc = dict[str, Any]
 
 
@@ -187,6 +195,16 @@ def test_a_gateway_that_cannot_write_to_its_disk_has_a_place_for_its_sockets() -
     gateway = container(of("everything", "Deployment"))
     assert gateway["securityContext"]["readOnlyRootFilesystem"] is True
     assert "/tmp" in {mount["mountPath"] for mount in gateway["volumeMounts"] if not mount.get("readOnly")}
+
+
+def test_a_gateway_with_a_bucket_has_its_keys_and_a_disk_for_what_passes() -> None:
+    pod = of("bucket", "Deployment")["spec"]["template"]["spec"]
+    assert pod["serviceAccountName"] == "batches"
+    assert container(of("bucket", "Deployment"))["envFrom"] == [{"secretRef": {"name": "s3"}}]
+    (tmp,) = [volume for volume in pod["volumes"] if volume["name"] == "tmp"]
+    assert tmp["emptyDir"] == {"sizeLimit": "8Gi"}
+    settings = yaml.safe_load(of("bucket", "ConfigMap")["data"]["gateway.yaml"])
+    assert Settings(batch=settings["batch"]).batch.files_url == "s3://bucket/evenhand"
 
 
 def environment(doc: Doc) -> dict[str, Any]:
@@ -390,6 +408,8 @@ WRONG = [
     (KEY | {"gateway": {"replicas": 0}}, "replicas"),
     (KEY | {"gateway": {"replica": 2}}, "replica"),
     (KEY | {"gateway": {"settings": {"redis_url": "redis://x"}}}, "redis_url"),
+    (KEY | {"gateway": {"settings": {"batch": {"files_url": "s3://bucket"}}}}, "gateway.settings.batch.shared"),
+    (KEY | {"gateway": {"temporaryStorage": "lots"}}, "temporaryStorage"),
     (KEY | {"redis": {"url": "redis://:secret@host"}}, "url"),
     (KEY | {"redis": {"url": "redis://host"}}, "redis.enabled"),
     (KEY | {"redis": {"enabled": False, "url": ["redis://host", "redis://:secret@host"]}}, "url"),

@@ -58,7 +58,7 @@ def test_the_locks_hold_what_pyproject_asks_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     asked = {
-        "gateway": project["dependencies"],
+        "gateway": [*project["dependencies"], *extras["s3"]],
         "engine-cpu": [*extras["model"], *extras["cpu"]],
         "engine-cuda": [*extras["model"], *extras["cuda"]],
         "loadtest": extras["loadtest"],

@@ -69,6 +69,10 @@ capabilities: {drop: [ALL]}
 {{- if and .Values.tenants.list .Values.tenants.existingSecret }}
 {{- fail "tenants: set tenants.list or tenants.existingSecret, not both" }}
 {{- end }}
+{{- $batch := default dict .Values.gateway.settings.batch }}
+{{- if and $batch.files_url (not $batch.shared) }}
+{{- fail "gateway.settings.batch.shared: set it to true, for pods share no folder; batches are then in Redis" }}
+{{- end }}
 {{- $roles := dict }}
 {{- range $name, $given := .Values.workers }}
 {{- if not (kindIs "invalid" $given) }}

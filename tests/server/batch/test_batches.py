@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import errno
 import json
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from loadtest.fake.engine import FakeEngine
-from server.batch.files import FileFolder, NoSpace
+from tests.server.batch.conftest import Place
 from tests.server.conftest import INSTANT, LIMIT_S, MODEL, SLOW, Running, over_fake, request, serving
 
 OVER = ("completed", "failed", "expired", "cancelled")
@@ -64,8 +63,8 @@ async def lines_of(client: AsyncOpenAI, file_id: str | None) -> list[Any]:
     return [json.loads(line) for line in (await client.files.content(file_id)).text.splitlines()]
 
 
-async def test_a_batch_runs_from_upload_to_download(tmp_path: Path) -> None:
-    async with over_fake(INSTANT, batch={"folder": tmp_path}) as (gateway, _), client_of(gateway) as client:
+async def test_a_batch_runs_from_upload_to_download(place: Place) -> None:
+    async with over_fake(INSTANT, batch=place.settings) as (gateway, _), client_of(gateway) as client:
         batch = await submit(client, jsonl(1001), metadata={"job": "nightly"})
         assert (batch.status, batch.object, batch.metadata) == ("validating", "batch", {"job": "nightly"})
         batch = await ended(client, batch.id)
@@ -87,17 +86,17 @@ async def test_a_batch_runs_from_upload_to_download(tmp_path: Path) -> None:
         assert [found.id for found in listed.data] == [batch.id]
 
 
-async def test_every_generating_route_is_an_endpoint(tmp_path: Path) -> None:
+async def test_every_generating_route_is_an_endpoint(place: Place) -> None:
     chat = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
-    async with over_fake(INSTANT, batch={"folder": tmp_path}) as (gateway, _), client_of(gateway) as client:
+    async with over_fake(INSTANT, batch=place.settings) as (gateway, _), client_of(gateway) as client:
         for endpoint, body in (("/v1/chat/completions", chat), ("/v1/embeddings", {"input": "x"})):
             batch = await ended(client, (await submit(client, jsonl(2, endpoint, **body), endpoint)).id)
             assert batch.request_counts.completed == 2, await lines_of(client, batch.error_file_id)
 
 
-async def test_wrong_lines_fail_the_batch_with_their_numbers(tmp_path: Path) -> None:
+async def test_wrong_lines_fail_the_batch_with_their_numbers(place: Place) -> None:
     content = jsonl(2) + b"{oops\n" + jsonl(1)
-    async with over_fake(INSTANT, batch={"folder": tmp_path}) as (gateway, engine), client_of(gateway) as client:
+    async with over_fake(INSTANT, batch=place.settings) as (gateway, engine), client_of(gateway) as client:
         batch = await ended(client, (await submit(client, content)).id)
         assert batch.status == "failed" and batch.output_file_id is None
         assert [(error.line, error.code) for error in batch.errors.data] == [
@@ -106,9 +105,9 @@ async def test_wrong_lines_fail_the_batch_with_their_numbers(tmp_path: Path) -> 
         ]
 
 
-async def test_requests_that_the_engine_refuses_are_in_the_error_file(tmp_path: Path) -> None:
+async def test_requests_that_the_engine_refuses_are_in_the_error_file(place: Place) -> None:
     content = jsonl(1) + jsonl(1, max_tokens=-5).replace(b"id-0", b"bad")
-    async with over_fake(INSTANT, batch={"folder": tmp_path}) as (gateway, _), client_of(gateway) as client:
+    async with over_fake(INSTANT, batch=place.settings) as (gateway, _), client_of(gateway) as client:
         batch = await ended(client, (await submit(client, content)).id)
         assert (batch.status, batch.request_counts.completed, batch.request_counts.failed) == ("completed", 1, 1)
         (error,) = await lines_of(client, batch.error_file_id)
@@ -116,8 +115,8 @@ async def test_requests_that_the_engine_refuses_are_in_the_error_file(tmp_path: 
         assert error["response"]["body"]["error"]["message"]
 
 
-async def test_a_cancelled_batch_keeps_what_has_run(tmp_path: Path) -> None:
-    async with over_fake(SLOW, slots=4, batch={"folder": tmp_path}) as (gateway, _), client_of(gateway) as client:
+async def test_a_cancelled_batch_keeps_what_has_run(place: Place) -> None:
+    async with over_fake(SLOW, slots=4, batch=place.settings) as (gateway, _), client_of(gateway) as client:
         batch = await submit(client, jsonl(200))
         await part_done(client, batch.id, 2)
         cancelling = await client.batches.cancel(batch.id)
@@ -135,8 +134,8 @@ async def test_a_cancelled_batch_keeps_what_has_run(tmp_path: Path) -> None:
             await client.batches.cancel(batch.id)
 
 
-async def test_a_window_that_ends_leaves_partial_results(tmp_path: Path) -> None:
-    async with over_fake(SLOW, slots=4, batch={"folder": tmp_path}) as (gateway, _), client_of(gateway) as client:
+async def test_a_window_that_ends_leaves_partial_results(place: Place) -> None:
+    async with over_fake(SLOW, slots=4, batch=place.settings) as (gateway, _), client_of(gateway) as client:
         batch = await submit(client, jsonl(200), completion_window="1m")
         await part_done(client, batch.id, 2)
         runner = gateway.server.batches
@@ -150,8 +149,8 @@ async def test_a_window_that_ends_leaves_partial_results(tmp_path: Path) -> None
         assert len(done) + len(missed) == 200
 
 
-async def test_lines_are_flex_and_leave_room_on_a_stock_engine(tmp_path: Path) -> None:
-    given: dict[str, Any] = {"batch": {"folder": tmp_path}, "tiers": {"flex_share": 0.5}}
+async def test_lines_are_flex_and_leave_room_on_a_stock_engine(place: Place) -> None:
+    given: dict[str, Any] = {"batch": place.settings, "tiers": {"flex_share": 0.5}}
     async with over_fake(SLOW, slots=8, **given) as (gateway, engine), client_of(gateway) as client:
         batch = await submit(client, jsonl(60, max_tokens=8))
         most = 0
@@ -163,11 +162,11 @@ async def test_lines_are_flex_and_leave_room_on_a_stock_engine(tmp_path: Path) -
         assert {json.loads(line)["response"]["body"]["service_tier"] for line in answers.splitlines()} == {"flex"}
 
 
-async def test_files_and_batches_are_their_tenants_own(tmp_path: Path) -> None:
+async def test_files_and_batches_are_their_tenants_own(tmp_path: Path, place: Place) -> None:
     tenants = tmp_path / "tenants.yaml"
     records = [{"name": name, "keys": [key]} for name, key in KEYS.items()]
     tenants.write_text(json.dumps({"tenants": records}))
-    settings: dict[str, Any] = {"batch": {"folder": tmp_path / "b"}, "tenants": tenants}
+    settings: dict[str, Any] = {"batch": place.settings, "tenants": tenants}
     async with over_fake(INSTANT, **settings) as (gateway, _):
         async with client_of(gateway, KEYS["acme"]) as acme, client_of(gateway, KEYS["other"]) as other:
             batch = await ended(acme, (await submit(acme, jsonl(3))).id)
@@ -192,12 +191,12 @@ async def test_files_and_batches_are_their_tenants_own(tmp_path: Path) -> None:
             assert len((await acme.files.list()).data) == 1
 
 
-async def test_a_tenant_without_the_grants_is_refused_before_anything_runs(tmp_path: Path) -> None:
+async def test_a_tenant_without_the_grants_is_refused_before_anything_runs(tmp_path: Path, place: Place) -> None:
     tenants = tmp_path / "tenants.yaml"
     grants: dict[str, Any] = {"acme": {"tiers": ["default", "priority"]}, "other": {"models": ["small"]}}
     records = [{"name": name, "keys": [key], **grants[name]} for name, key in KEYS.items()]
     tenants.write_text(json.dumps({"tenants": records}))
-    settings: dict[str, Any] = {"batch": {"folder": tmp_path / "b"}, "tenants": tenants}
+    settings: dict[str, Any] = {"batch": place.settings, "tenants": tenants}
     async with over_fake(INSTANT, **settings) as (gateway, engine):
         async with client_of(gateway, KEYS["acme"]) as acme, client_of(gateway, KEYS["other"]) as other:
             with pytest.raises(openai.PermissionDeniedError, match="service tier 'flex'") as tier:
@@ -225,16 +224,16 @@ async def test_a_tenant_without_the_grants_is_refused_before_anything_runs(tmp_p
         ({"input_file_id": "../../etc/passwd"}, "file_id"),
     ],
 )
-async def test_a_wrong_batch_is_refused_with_the_field(tmp_path: Path, fields: Any, param: str) -> None:
-    async with over_fake(INSTANT, batch={"folder": tmp_path}) as (gateway, _), client_of(gateway) as client:
+async def test_a_wrong_batch_is_refused_with_the_field(place: Place, fields: Any, param: str) -> None:
+    async with over_fake(INSTANT, batch=place.settings) as (gateway, _), client_of(gateway) as client:
         file = await client.files.create(file=("in.jsonl", jsonl(1)), purpose="batch")
         body = {"input_file_id": file.id, "endpoint": "/v1/completions", "completion_window": "24h"} | fields
         reply = await gateway.ask("/v1/batches", body)
         assert reply.status in (400, 404) and reply.error["param"] == param
 
 
-async def test_wrong_uploads_are_refused(tmp_path: Path) -> None:
-    limits = {"folder": tmp_path, "tenant_bytes": 5000}
+async def test_wrong_uploads_are_refused(place: Place) -> None:
+    limits = place.settings | {"tenant_bytes": 5000}
     async with over_fake(INSTANT, batch=limits) as (gateway, _), client_of(gateway) as client:
         assert (await gateway.ask("/v1/files", {"purpose": "batch"})).status == 400
         with pytest.raises(openai.BadRequestError, match="purpose"):
@@ -244,12 +243,12 @@ async def test_wrong_uploads_are_refused(tmp_path: Path) -> None:
         broken = request("/v1/files", b"--x\r\nnonsense", headers={"content-type": "multipart/form-data; boundary=x"})
         wire = await gateway.send(broken.replace(b"content-type: application/json\r\n", b"", 1))
         assert (await wire.answer()).status == 400
-        assert not list((tmp_path / "files").iterdir())
+        assert not place.contents()
 
 
-async def test_a_file_may_be_larger_than_a_body_and_has_a_bound_of_its_own(tmp_path: Path) -> None:
+async def test_a_file_may_be_larger_than_a_body_and_has_a_bound_of_its_own(place: Place) -> None:
     content = jsonl(1) + b"\n" * 100_000
-    settings: dict[str, Any] = {"batch": {"folder": tmp_path}, "edge": {"max_body_bytes": 50_000}}
+    settings: dict[str, Any] = {"batch": place.settings, "edge": {"max_body_bytes": 50_000}}
     async with over_fake(INSTANT, **settings) as (gateway, _), client_of(gateway) as client:
         file = await client.files.create(file=("in.jsonl", content), purpose="batch")
         assert file.bytes == len(content)
@@ -260,9 +259,9 @@ async def test_a_file_may_be_larger_than_a_body_and_has_a_bound_of_its_own(tmp_p
         assert (await wire.answer()).status == 413
 
 
-async def test_a_gateway_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
+async def test_a_gateway_that_was_stopped_goes_on_where_it_was(place: Place) -> None:
     async with FakeEngine(SLOW) as engine:
-        settings: dict[str, Any] = {"batch": {"folder": tmp_path}, "slots": 4}
+        settings: dict[str, Any] = {"batch": place.settings, "slots": 4}
         async with serving(engine.url, **settings) as gateway, client_of(gateway) as client:
             batch = await submit(client, jsonl(60))
             await part_done(client, batch.id, 5)
@@ -278,8 +277,8 @@ async def test_a_gateway_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -
             assert [line["custom_id"] for line in output] == [f"id-{number}" for number in range(60)]
 
 
-async def test_expired_files_are_swept(tmp_path: Path) -> None:
-    async with over_fake(INSTANT, batch={"folder": tmp_path}) as (gateway, _), client_of(gateway) as client:
+async def test_expired_files_are_swept(place: Place) -> None:
+    async with over_fake(INSTANT, batch=place.settings) as (gateway, _), client_of(gateway) as client:
         file = await client.files.create(file=("in.jsonl", jsonl(1)), purpose="batch")
         runner = gateway.server.batches
         assert runner is not None and await runner.batches.sweep() == 0
@@ -288,31 +287,9 @@ async def test_expired_files_are_swept(tmp_path: Path) -> None:
         assert await runner.batches.sweep() == 1
         with pytest.raises(openai.NotFoundError):
             await client.files.retrieve(file.id)
-        assert not list((tmp_path / "files").iterdir())
+        assert not place.contents()
 
 
 async def test_without_a_folder_there_is_no_batch_api() -> None:
     async with over_fake(INSTANT) as (gateway, _):
         assert (await gateway.ask("/v1/batches", {})).status == 404
-
-
-def test_a_full_disk_is_told_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    folder = FileFolder(tmp_path)
-    with pytest.raises(NoSpace), folder.writing("file-00000001") as file:
-        file.write(b"x")
-        raise OSError(errno.ENOSPC, "No space left on device")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_name_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
-    for name in ("../x", "file-../../etc", "file-\x00aaaaaaaa", ""):
-        with pytest.raises(ValueError, match="not a file id"):
-            FileFolder(tmp_path).path(name)
-
-
-def test_the_content_is_there_only_once_it_is_whole(tmp_path: Path) -> None:
-    folder = FileFolder(tmp_path)
-    with folder.writing("file-00000001") as file:
-        file.write(b"half")
-        assert not folder.path("file-00000001").exists()
-    assert b"".join(folder.pieces("file-00000001")) == b"half"

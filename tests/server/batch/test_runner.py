@@ -15,7 +15,7 @@ import pytest
 
 from server.batch.batches import Batches, BatchRequest
 from server.batch.content import Reply
-from server.batch.files import FileFolder, room_on_disk
+from server.batch.files import FileFolder, FilesUnavailable, reaching_disk
 from server.batch.objects import Batch, Result, Status, StoredFile
 from server.batch.runner import Runner
 from server.batch.store import LeaseLost, SqliteBatchStore, StoreUnavailable
@@ -93,7 +93,7 @@ class FullFolder(FileFolder):
             with super().writing(file_id) as file:
                 yield file
             return
-        with room_on_disk(), open("/dev/full", "wb") as file:  # noqa: PTH123 - it is no file of the folder
+        with reaching_disk(), open("/dev/full", "wb") as file:  # noqa: PTH123 - it is no file of the folder
             yield file
             file.flush()
 
@@ -123,6 +123,38 @@ class SlowFolder(FileFolder):
             if file_id.endswith("output"):
                 self._hang("writing")
             yield file
+
+
+class AwayFolder(FileFolder):
+    """A folder that is away from the moment in which a batch does one of the things that it does with it."""
+
+    def __init__(self, folder: Path, leaves: str) -> None:
+        super().__init__(folder)
+        self.leaves = leaves
+        self.away = False
+        self.refused = 0
+        self.opened = 0
+
+    def _at(self, what: str) -> None:
+        self.away = self.away or what == self.leaves
+        if self.away:
+            self.refused += 1
+            raise FilesUnavailable("it is away")
+
+    def back(self) -> None:
+        self.away, self.leaves = False, ""
+
+    def open(self, file_id: str) -> BinaryIO:
+        self.opened += 1
+        self._at("checking" if self.opened == 1 else "reading lines")
+        return super().open(file_id)
+
+    @contextmanager
+    def writing(self, file_id: str) -> Iterator[BinaryIO]:
+        with super().writing(file_id) as file:
+            yield file
+            if file_id.endswith("output"):
+                self._at("writing")  # all was sent, and nobody says that it has arrived
 
 
 async def submitted(batches: Batches, lines: int) -> Batch:
@@ -207,6 +239,24 @@ async def test_a_batch_pauses_while_the_disk_is_full_and_loses_nothing(
     assert (batch.status, batch.completed) == (Status.COMPLETED, 300)
     assert answers(batches, batch) == [f"id-{number}" for number in range(300)]
     assert engines.asked == 300
+    batches.close()
+
+
+@pytest.mark.parametrize("leaves", ["checking", "reading lines", "writing"])
+async def test_a_batch_pauses_while_its_files_are_away_and_loses_nothing(tmp_path: Path, leaves: str) -> None:
+    files, engines = AwayFolder(tmp_path / "files", leaves), Good()
+    store = SqliteBatchStore(tmp_path / "batches.sqlite", time.monotonic)
+    batches = Batches(files, store, BatchSettings(), time.monotonic)
+    batch = await submitted(batches, 30)
+    async with running(Runner(batches, engines, "one", time.monotonic)), asyncio.timeout(LIMIT_S):
+        await eventually(lambda: files.refused >= 3, "it was tried again")
+        now = await batches.batch("acme", batch.id)
+        expected = {"checking": Status.VALIDATING, "reading lines": Status.IN_PROGRESS, "writing": Status.FINALIZING}
+        assert now.status is expected[leaves] and now.completed == (30 if leaves == "writing" else 0)
+        files.back()
+        batch = await ended(batches, batch.id)
+    assert (batch.status, batch.completed, engines.asked) == (Status.COMPLETED, 30, 30)
+    assert answers(batches, batch) == [f"id-{number}" for number in range(30)]
     batches.close()
 
 

@@ -11,6 +11,7 @@ from loadtest.fake.engine import FakeEngine
 from server.app import GatewayServer
 from server.settings import Settings
 from tests.chaos.site import redis
+from tests.server.batch.bucket import Bucket
 from tests.server.batch.test_batches import client_of, ended, jsonl, lines_of, once, part_done, submit
 from tests.server.conftest import INSTANT, SLOW, eventually, serving
 
@@ -22,8 +23,12 @@ def database(redis_url: str) -> str:
     return f"{redis_url.removesuffix('/0')}/{next(DATABASES)}"
 
 
-async def test_two_gateways_run_one_batch_and_each_knows_it(tmp_path: Path, database: str) -> None:
-    settings: dict[str, Any] = {"redis_url": database, "batch": {"folder": tmp_path, "shared": True}, "slots": 8}
+@pytest.mark.parametrize("place", ["folder", pytest.param("bucket", marks=pytest.mark.slow)])
+async def test_two_gateways_run_one_batch_and_each_knows_it(
+    tmp_path: Path, database: str, place: str, request: pytest.FixtureRequest
+) -> None:
+    files = {"folder": tmp_path} if place == "folder" else {"files_url": request.getfixturevalue("bucket").url}
+    settings: dict[str, Any] = {"redis_url": database, "batch": files | {"shared": True}, "slots": 8}
     async with (
         FakeEngine(SLOW) as engine,
         serving(engine.url, **settings) as one,
@@ -123,3 +128,49 @@ async def test_a_folder_that_is_not_the_others_is_refused(tmp_path: Path, databa
         gateway(tmp_path / "two", **first)
     with pytest.raises(ValueError, match="needs a Redis"):
         gateway(tmp_path / "one")
+
+
+async def test_a_bucket_that_is_not_the_others_is_refused_and_one_needs_a_place_for_the_rest(
+    bucket: Bucket, database: str
+) -> None:
+    def gateway(url: str, **how: Any) -> GatewayServer:
+        batch: Any = {"files_url": url} | how
+        return GatewayServer(Settings(workers=["http://127.0.0.1:1"], batch=batch, redis_url=[database]))
+
+    gateway(bucket.url, shared=True)
+    gateway(bucket.url, shared=True)
+    with pytest.raises(ValueError, match="not the one of the other gateways"):
+        gateway(f"s3://{bucket.name}/elsewhere", shared=True)
+    with pytest.raises(ValueError, match=r"batch\.folder, or Redis with batch\.shared"):
+        gateway(bucket.url)
+
+
+@pytest.mark.slow
+async def test_a_bucket_may_go_and_come_back(bucket: Bucket, database: str) -> None:
+    """Before lines run, and when their output is to be written."""
+    settings: dict[str, Any] = {"redis_url": database, "batch": {"files_url": bucket.url, "shared": True}}
+    async with FakeEngine(INSTANT) as engine:
+        bucket.server.stop()
+        try:
+            async with serving(engine.url, **settings) as gateway, client_of(gateway) as client:
+                assert (await gateway.ask("/v1/models", method="GET")).status == 200
+                with pytest.raises(InternalServerError, match="does not answer") as away:
+                    await submit(client, jsonl(1))
+                assert away.value.status_code == 503 and away.value.code == "batch_files_unavailable"
+                bucket.server.start()
+                batch = await submit(client, jsonl(1500))
+                await part_done(client, batch.id, 1)
+                bucket.server.stop()
+                with pytest.raises(InternalServerError, match="does not answer"):
+                    await client.files.content(batch.input_file_id)
+                paused = await client.batches.retrieve(batch.id)
+                assert paused.status in ("in_progress", "finalizing")
+                bucket.server.start()
+                batch = await ended(client, batch.id)
+                assert (batch.status, batch.request_counts.completed) == ("completed", 1500)
+                output = await lines_of(client, batch.output_file_id)
+                assert [line["custom_id"] for line in output] == [f"id-{number}" for number in range(1500)]
+                answered = (await gateway.metrics())["evenhand_batch_lines_total", (("outcome", "answered"),)]
+                assert answered == 1500  # none ran twice
+        finally:
+            bucket.server.start()
