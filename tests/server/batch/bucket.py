@@ -49,7 +49,7 @@ class S3Server:
         environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         body = ERROR.format(fault[1]).encode()
         start_response(fault[0], [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
-        return [body]
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
 
 
 class Bucket:

@@ -167,6 +167,7 @@ def test_a_folder_that_is_not_mounted_is_not_taken_for_deleted_files(tmp_path: P
 
 
 # a bucket
+@pytest.mark.slow
 def test_a_large_content_goes_in_parts_and_appears_whole_or_not_at_all(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,6 +207,7 @@ def test_what_the_store_fails_with_is_told_without_secrets(
     assert not any(secret in caplog.text for secret in list(S3_ENVIRONMENT.values())[:2])
 
 
+@pytest.mark.slow
 def test_a_store_that_is_away_is_unavailable_and_comes_back(bucket: Bucket) -> None:
     files = object_files(bucket.url)
     put(files, b"x")
@@ -265,6 +267,7 @@ def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyP
         object_files("s3://bucket")
 
 
+@pytest.mark.slow
 def test_a_bucket_that_is_not_there_or_refuses_us_stops_the_start(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
