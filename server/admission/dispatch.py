@@ -170,7 +170,8 @@ class Dispatcher:
         self.sizes = Sizes()
         self._waiters: dict[Job, tuple[asyncio.Future[Member], Ticket]] = {}
         self._waiting_of: Counter[str] = Counter()
-        self._looks_again: asyncio.TimerHandle | None = None
+        self._looks_again: asyncio.Handle | None = None
+        self._looks_at = inf  # by the loop's clock; uvloop's handles for less than half a millisecond do not tell
 
     async def take(self, ticket: Ticket) -> Member:
         """Waits for a place, which the ticket holds until `give_back`. Overloaded if the line is full or the wait too
@@ -401,10 +402,10 @@ class Dispatcher:
         loop = asyncio.get_running_loop()
         at = loop.time() + wait_s
         if self._looks_again is not None:
-            if self._looks_again.when() <= at:
+            if self._looks_at <= at:
                 return
             self._looks_again.cancel()
-        self._looks_again = loop.call_at(at, self._look_again)
+        self._looks_at, self._looks_again = at, loop.call_at(at, self._look_again)
 
     def _look_again(self) -> None:
         self._looks_again = None

@@ -15,7 +15,7 @@ from server.engine.client import EngineClient
 from server.fleet.fleet import Member, WorkerState
 from server.request.call import Phase, Ticket
 from tests.server.calls import placed, ticket_of
-from tests.server.conftest import in_virtual_time
+from tests.server.conftest import eventually, in_virtual_time
 from tests.server.test_dispatch import Hall, settle
 
 
@@ -228,3 +228,11 @@ def test_a_first_token_lets_flex_of_the_worker_s_other_models_start() -> None:
             await held.end()
 
     in_virtual_time(run())
+
+
+async def test_the_line_looks_again_however_soon_it_is_told_to() -> None:
+    """On the loop of production: uvloop makes no timer of less than half a millisecond."""
+    hall = Hall(slots=(1,))
+    for wait_s in (30.0, 1e-4, 1e-4, 1e-5):
+        hall.dispatcher._look_within(wait_s)
+    await eventually(lambda: hall.dispatcher._looks_again is None, "it has looked")
