@@ -410,11 +410,16 @@ def read_settings(overrides: dict[str, Any], config: Path | None, kind: type[Rea
 
     try:
         read: Read = FromFile(**overrides)
-        return read
     except SettingsError as error:
         raise ValueError(f"{error}: write lists and mappings in the environment as JSON") from None
     except ValidationError as error:
         raise ValueError("\n".join(_sentence(dict(problem)) for problem in error.errors())) from None
+    if read.disaggregation.balance_roles and read.slo.named:
+        raise ValueError(
+            "with latency objectives every engine takes the side that is short by itself: remove --balance-roles "
+            "(disaggregation.balance_roles), or the objectives (slo)"
+        )
+    return read
 
 
 def whence(settings: Settings, overrides: Mapping[str, Any], config: Path | None) -> str:

@@ -69,7 +69,7 @@ class EnginePlan:
     cores and those on which no engine computes; empty for anywhere. threads: how many compute, where that is not one on
     each core; the system then places them. kv_cache_gib: its KV cache, for a CPU engine.
     share: its GPUs, None on a CPU.
-    flex: how the plug-in treats requests of that tier: `flex_reserve` and `tpot_s`.
+    promises: that the plug-in keeps: `flex_reserve` to that tier, and the objectives `ttft_s` and `tpot_s`.
     model_args: what this model needs; user_args: what the user gave, which wins over everything of ours.
     hands_over: one of role `both` has a KV connector too, so that it may take either half of a request.
     host: the address on which it listens, for gateways and for engines that fetch its KV.
@@ -85,7 +85,7 @@ class EnginePlan:
     role: Role = Role.BOTH
     policy: str = "fcfs"
     policy_options: Mapping[str, str] = field(default_factory=dict)
-    flex: Mapping[str, float] = field(default_factory=dict)
+    promises: Mapping[str, float] = field(default_factory=dict)
     cores: tuple[int, ...] = ()
     allowed: tuple[int, ...] = ()
     threads: int = 0
@@ -165,7 +165,7 @@ def _options(plan: EnginePlan, ports: Ports) -> Options:
         # Every engine carries the plug-in, under FCFS too, so that the policy can be changed while it runs.
         "--scheduler-cls": SCHEDULER,
         "--additional-config": json.dumps(
-            {"evenhand": {"policy": plan.policy, "options": dict(plan.policy_options), **plan.flex}},
+            {"evenhand": {"policy": plan.policy, "options": dict(plan.policy_options), **plan.promises}},
             separators=(",", ":"),
         ),
     }

@@ -82,6 +82,8 @@ OPTIONS = (
     CliOption("model", "NAME|PATH|HF_ID"),
     CliOption("policy", "NAME"),
     CliOption("policy_options", "KEY=VALUE", "--policy-option"),
+    CliOption("slo.ttft_s", "SECONDS", "--slo-ttft"),
+    CliOption("slo.tpot_s", "SECONDS", "--slo-tpot"),
     CliOption("kv_cache_gib", "GIB"),
     CliOption("gpus", "LIST"),
     CliOption("compile"),
@@ -155,7 +157,7 @@ def plan_of(settings: JoinSettings, around: Surroundings, locks: GpuLocks) -> En
         }
     )
     role, machine = Role(settings.role), around.machine()
-    leans = role is Role.BOTH and settings.disaggregation.balance_roles
+    leans = role is Role.BOTH and (settings.disaggregation.balance_roles or (settings.slo.named and machine.nixl))
     check_transfer([Role.PREFILL if leans else role], machine)
     checked = check(alone, machine, cache_folder(), around.ask, around.weigh)
     machine = claimed(alone, machine, [checked], locks)

@@ -27,6 +27,7 @@ from deploy.model.hub import HubWeights, Weighing, fetched_here, weigh
 from deploy.model.model import BUNDLED, BUNDLED_BYTES, MADE_HERE, TINY, ModelSource, resolve, stored_dtype
 from deploy.settings import ServeSettings
 from scheduler.workers import Role
+from server.settings import SloTarget
 
 # vLLM's processes for one CPU engine, without weights and KV cache: 0.7 + 0.9 GB resident were seen, or three of them.
 ENGINE_BYTES = 2 * GIB
@@ -277,10 +278,12 @@ def weights_bytes(model: str, cache: Path, dtype: str) -> int:
     return on_disk * DTYPE_BYTES.get(dtype, 4) // DTYPE_BYTES.get(stored, 4)
 
 
-def flex_of(settings: ServeSettings) -> Mapping[str, float]:
-    """What the scheduler inside an engine is told of service tiers."""
-    objective = {} if settings.slo.tpot_s is None else {"tpot_s": settings.slo.tpot_s}
-    return {"flex_reserve": settings.tiers.flex_reserve, **objective}
+def promises_of(settings: ServeSettings, model: str) -> Mapping[str, float]:
+    """What the scheduler inside an engine is told of service tiers, and of the objectives of its model."""
+    own = settings.slo.models.get(model, SloTarget())
+    named = {"ttft_s": own.ttft_s or settings.slo.ttft_s, "tpot_s": own.tpot_s or settings.slo.tpot_s}
+    objectives = {name: seconds for name, seconds in named.items() if seconds is not None}
+    return {"flex_reserve": settings.tiers.flex_reserve, **objectives}
 
 
 def plan_workers(
@@ -305,7 +308,7 @@ def plan_workers(
             role=role,
             policy=view.policy,
             policy_options=view.policy_options,
-            flex=flex_of(view),
+            promises=promises_of(view, source.served_name),
             cores=own_cores,
             allowed=own_allowed,
             kv_cache_gib=one.kv_cache_gib,

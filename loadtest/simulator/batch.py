@@ -8,12 +8,15 @@ waits, while tokens, slots and KV last; nobody is taken in an iteration in which
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from itertools import islice
 
 from loadtest.simulator.costmodel import CostModel
 from loadtest.simulator.kv_blocks import KvBlocks
 from scheduler.batching import prompt_cap
 from scheduler.jobs import Job, Outcome, Tier
 from scheduler.kept_blocks import Kept
+from scheduler.slack import StepLoad
+from scheduler.step_limit import LOOKED_AT, Batch, Limit, StepLimit
 from scheduler.tiers import TieredLanes
 
 _MOST_BLOCKS = 1 << 20  # of one sequence: keeps the ids of different ones apart
@@ -51,13 +54,15 @@ class Iteration:
     """What one iteration computes. duration_s: how long it takes; producing: who has one more token at its end.
 
     steady: nothing but decoding by all that run, so the next iterations are alike until one arrives, ends or needs
-    memory that is not there.
+    memory that is not there. began_at, load: for who learns what iterations cost, if this is one to learn from.
     """
 
     duration_s: float
     producing: Seq[BatchEntry]
     prefill_tokens: int
     steady: bool = False
+    began_at: float = 0.0
+    load: StepLoad | None = None
 
 
 @dataclass(slots=True)
@@ -107,6 +112,17 @@ class _Step:
         if computed == entry.tokens:
             self.producing.append(entry)
 
+    def load(self) -> StepLoad:
+        """As an engine that times its steps sees it."""
+        load = StepLoad()
+        for entry, chunk in self.chunks.items():
+            if chunk == 1 and entry.job.output_tokens:
+                load.sequences += 1
+                load.context += entry.computed
+            else:
+                load.prompt_tokens += chunk
+        return load
+
     @property
     def flex_tokens(self) -> int:
         """Of the tokens that are computed, those of the flex tier."""
@@ -131,9 +147,11 @@ class _Step:
 class ContinuousBatch:
     """Everything one engine holds: what waits (in `lanes`) and what runs."""
 
-    def __init__(self, cost: CostModel, lanes: TieredLanes) -> None:
+    def __init__(self, cost: CostModel, lanes: TieredLanes, limit: StepLimit | None = None) -> None:
+        """limit: of prompts, by the answers that run beside them."""
         self.cost = cost
         self.lanes = lanes
+        self._limit = limit
         lanes.feed(cost.max_seqs)
         self.counts = Counts()
         self._size = cost.block_tokens
@@ -192,21 +210,58 @@ class ContinuousBatch:
             self._note_progress()
             barred = self._displace(now)
             cap = self._prompt_cap(now)
-        step = _Step(self.cost.max_batched_tokens, cap=cap)
+        limit = self._step_limit(now)
+        if limit is not None:
+            cap = limit.prompt_tokens if cap is None else min(cap, limit.prompt_tokens)
+        most = self.cost.max_batched_tokens if limit is None else limit.step_tokens
+        step = _Step(most, cap=cap)
         self._go_on(step, now)
         if not step.short and len(self.lanes):
             self._take_in(step, barred, now)
-        self._kept.after(self.cost.max_batched_tokens - step.left, self.lanes.__contains__)
+        self._kept.after(most - step.left, self.lanes.__contains__)
         self._memory_bound = not barred and step.left > 0 and self._stopped_at_memory(step, now)
         if not step.chunks and not step.producing:
             # All that it did was to send somebody away: vLLM's next iteration follows at once.
             return self.schedule(now) if step.short or barred else None
         flex_tokens = step.flex_tokens if self.lanes.running(Tier.FLEX) else 0
-        self.lanes.stepped(now, self.cost.max_batched_tokens - step.left - flex_tokens)
+        self.lanes.stepped(now, most - step.left - flex_tokens)
         duration_s = self.cost.duration_s(
             step.prefill_tokens, step.decoding, step.kv_tokens, step.transfer_tokens, step.started
         )
-        return Iteration(duration_s, step.producing, step.prefill_tokens, not barred and self._steady(step))
+        load = self._to_learn_from(step)
+        steady = not barred and self._steady(step)
+        return Iteration(duration_s, step.producing, step.prefill_tokens, steady, now, load)
+
+    def _step_limit(self, now: float) -> Limit | None:
+        """The bound on what prompts take of the next iteration; those that are read then come last in it."""
+        if self._limit is None or not self._running:
+            return None
+        answers, reading, context = [], [], 0
+        for entry in self._running.values():
+            unread = entry.tokens - entry.computed
+            if unread > 1:
+                reading.append((entry.job, unread))
+            else:
+                answers.append((entry.job, entry.job.output_tokens))
+                context += entry.computed
+        if not reading and not len(self.lanes):
+            return None
+        waiting = [
+            (job, 0 if self._entries[job].transferred else job.unread_tokens)
+            for job in islice(self.lanes.waiting_jobs(), LOOKED_AT)
+        ]
+        limit = self._limit.of(Batch(answers, context, reading, waiting), now, self.cost.max_batched_tokens)
+        if limit is not None:
+            for job, _ in reading:
+                self._running[job] = self._running.pop(job)
+        return limit
+
+    def _to_learn_from(self, step: _Step) -> StepLoad | None:
+        if self._limit is None or step.transfer_tokens:
+            return None
+        load = step.load()
+        reads = load.prompt_tokens + load.sequences > len(step.chunks)
+        return load if self._limit.learns_from(reads=reads) else None
 
     def _steady(self, step: _Step) -> bool:
         alone = not (step.prefill_tokens or step.transfer_tokens or step.started or step.short)
@@ -259,6 +314,8 @@ class ContinuousBatch:
     def complete(self, iteration: Iteration, now: float) -> list[Job]:
         """The iteration has ended: charge it, and name the jobs that have one more output token."""
         self.counts.prompt_tokens += iteration.prefill_tokens
+        if iteration.load is not None and self._limit is not None:
+            self._limit.model.learn(iteration.load, now - iteration.began_at)
         jobs = []
         serve, live = self.lanes.serve, self._running
         for entry in iteration.producing:
@@ -267,6 +324,9 @@ class ContinuousBatch:
                 entry.tokens += 1
                 serve(job, 1, now)
                 jobs.append(job)
+        if self._limit is not None:
+            for job in jobs:
+                self._limit.made(job, now)
         self.counts.generation_tokens += len(jobs)
         return jobs
 
@@ -274,6 +334,8 @@ class ContinuousBatch:
         """A job leaves, from wherever it is. KeyError if it is not here."""
         entry = self._entries.pop(job)
         self.lanes.finish(job, outcome, now)
+        if self._limit is not None:
+            self._limit.ended(job)
         if self._running.pop(job, None) is not None:
             self._kv.let_go(entry.blocks)
         self.counts.finished[outcome.value] = self.counts.finished.get(outcome.value, 0) + 1

@@ -28,6 +28,8 @@ from scheduler.policy import window_for
 from scheduler.pools import Pools, WorkerLoad
 from scheduler.prediction import Asked
 from scheduler.routing import Affinity, Choice, TypicalRequest, block_beginnings
+from scheduler.slack import StepModel
+from scheduler.step_limit import StepLimit
 from scheduler.tiers import TieredLanes
 from scheduler.workers import Role, Worker
 
@@ -46,7 +48,8 @@ class Plan:
     gateway: a line before the workers, under the same policy; without one the first worker gets all.
     ahead: calls that the gateway gives a worker beyond its batch; None: as many as the policy wants.
     concurrency: a closed loop of so many calls, whose `at_s` is then not looked at.
-    objectives: every worker may read and answer, by prediction; prefill_workers only prefer to read. None: `rules`.
+    objectives: every worker may read and answer, by prediction, and bounds its steps by the answers in them;
+        prefill_workers only prefer to read. None: `rules`.
     answer_chunk_tokens: of a step of those that prefer to answer then; None: as the cost model says.
     think: how long a conversation's turn waits after the answer before it, as `evenhand replay --think` says.
     """
@@ -212,7 +215,7 @@ class Simulation:
                     ),
                     kv_tokens=float(cost.kv_capacity_tokens),
                 ),
-                ContinuousBatch(cost, TieredLanes(build(plan.policy, plan.policy_options))),
+                ContinuousBatch(cost, TieredLanes(build(plan.policy, plan.policy_options)), _limit(plan.objectives)),
             )
             for at in range(number)
         ]
@@ -530,6 +533,11 @@ class Simulation:
         preemptions = sum(batch.counts.preemptions for batch in batches)
         running = sum(batch.running() for batch in batches)
         self._samples.append(Sample(round(now, 3), waiting, running, round(kv_usage, 4), preemptions))
+
+
+def _limit(objectives: Objectives | None) -> StepLimit | None:
+    """What an engine that knows its objectives has its steps bounded by."""
+    return None if objectives is None or objectives.tpot_s == inf else StepLimit(objectives, StepModel())
 
 
 def _first(calls: Iterator[TraceCall], most: int) -> Iterator[TraceCall]:

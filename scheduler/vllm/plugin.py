@@ -21,6 +21,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from types import MethodType
 from typing import Any, Final, NamedTuple
@@ -45,8 +46,10 @@ from scheduler.energy import meters
 from scheduler.fairness import FairnessTally
 from scheduler.jobs import Job, Outcome, Tier
 from scheduler.kept_blocks import Kept
+from scheduler.objectives import Objectives
 from scheduler.policy import Policy
 from scheduler.slack import Headroom, Slack, StepLoad
+from scheduler.step_limit import LOOKED_AT, Batch, Limit, StepLimit, UnderWay
 from scheduler.tiers import BY_NAME, DEFAULT_RESERVE, TieredLanes
 from scheduler.vllm import first_token
 from scheduler.vllm.contract import require_supported_vllm
@@ -83,11 +86,10 @@ def reserve_from(config: object) -> float:
     return float(ours.get("flex_reserve", DEFAULT_RESERVE))
 
 
-def slack_from(config: object) -> Slack:
-    """The budget of steps with flex work in them, by the objective in vLLM's `additional_config`, if it names one."""
+def objectives_from(config: object) -> Objectives:
+    """The objectives that vLLM's `additional_config` names. ValueError if they are no numbers."""
     ours = config.get("evenhand", {}) if isinstance(config, Mapping) else {}
-    tpot_s = ours.get("tpot_s")
-    return Slack(None if tpot_s is None else float(tpot_s))
+    return Objectives(*(float(ours.get(name, math.inf)) for name in ("ttft_s", "tpot_s")))
 
 
 def xargs_of(request: Request) -> Mapping[str, Any]:
@@ -148,7 +150,7 @@ class PolicyQueue(RequestQueue):  # type: ignore[misc]  # vLLM is not type-check
     refused: the head that vLLM looked at last in this pass, and did not take.
     cached_tokens: how much of a request's prompt the prefix cache holds.
     takes_flex: whether a flex request may start now; while it may not and is first in line, the queue says that it is
-        empty. flex_started: those that were popped in this pass.
+        empty. flex_started: those that were popped in this pass. left: is told of a job that is over.
     """
 
     def __init__(
@@ -166,6 +168,7 @@ class PolicyQueue(RequestQueue):  # type: ignore[misc]  # vLLM is not type-check
         self.refused: Request | None = None
         self.takes_flex: Callable[[Request], bool] = lambda request: True
         self.flex_started: list[Request] = []
+        self.left: Callable[[Job], None] = lambda job: None
         self._clock = clock
         self._cached_tokens = cached_tokens
 
@@ -228,6 +231,7 @@ class PolicyQueue(RequestQueue):  # type: ignore[misc]  # vLLM is not type-check
         unserved = request.num_output_tokens - job.output_tokens
         if unserved > 0:  # the last step's tokens: vLLM frees a request before it hands them out
             self.lanes.serve(job, unserved, now)
+        self.left(job)
         self.tally.left(job, was_waiting=job in self.lanes, now=now)
         outcome = OUTCOMES.get(request.status, Outcome.FAILED) if request.is_finished() else Outcome.ABORTED
         self.lanes.finish(job, outcome, now)
@@ -330,6 +334,14 @@ def blocks_for(spec: Any, tokens: int) -> int:  # noqa: ANN401
     return -(-min(tokens, int(window)) // int(spec.block_size))
 
 
+class Scheduled(NamedTuple):
+    """A step that was sent to be computed, and when. load: to learn from; None where nothing is."""
+
+    load: StepLoad | None
+    at: float
+    prompt_tokens: int
+
+
 class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
     """vLLM's scheduler with our policy for who starts, who yields its slot, and who yields its memory."""
 
@@ -372,13 +384,17 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         self._describe(policy)
 
     def _prepare_for_flex(self) -> None:
-        self._slack = slack_from(self.vllm_config.additional_config)
+        objectives = objectives_from(self.vllm_config.additional_config)
+        self._slack = Slack(objectives.tpot_s if objectives.tpot_s < math.inf else None)
+        self._limit = self._limit_by(objectives)
+        if self._limit is not None:
+            self._queue.left = self._limit.ended
         self._headroom = Headroom()
         self._flex_room = 0  # tokens of flex prompts that the step has room for, those under way left out
         self._queue.takes_flex = self._takes_flex
         self._held: list[Request] = []
         self._displaced_flex: dict[str, int] = {}  # tokens that they had computed, by request
-        self._under_way: dict[int, tuple[StepLoad | None, float]] = {}
+        self._under_way: dict[int, Scheduled] = {}
         self._updated_at = 0.0
 
     def _prepare_for_first_tokens(self) -> None:
@@ -388,6 +404,12 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         if self.connector is not None and self._takes_first_tokens:
             matched = self.connector.get_num_new_matched_tokens
             self.connector.get_num_new_matched_tokens = first_token.without_first_token(matched)
+
+    def _limit_by(self, objectives: Objectives) -> StepLimit | None:
+        """The bound on prompts beside answers: where an objective is named for these, and prompts can be cut."""
+        config = self.scheduler_config
+        cuts = config.enable_chunked_prefill and not getattr(config, "disable_chunked_mm_input", False)
+        return StepLimit(objectives, self._slack.model) if cuts and objectives.tpot_s < math.inf else None
 
     def _describe(self, policy: Policy) -> None:
         """What does not change while the engine runs, and the policy of its start: in metrics and in the log."""
@@ -466,10 +488,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
                 self._displace(now)
         self._reason, self._yielded_memory = "memory", False
         cap = self._prompt_cap(now) if admits else None
-        if self._lanes.has(Tier.FLEX):  # then steps are timed, too
-            output = self._schedule_within_budget(cap, now, *args, **kwargs)
-        else:
-            output = self._schedule_capped(cap, *args, **kwargs)
+        output = self._schedule_in_time(cap, now, *args, **kwargs)
         self._reason = "reset"
         flex_tokens = self._flex_tokens(output)
         if flex_tokens:
@@ -492,7 +511,21 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
             return False
         return self._lacks_blocks(self._queue.entries[head.id].request)
 
-    def _schedule_within_budget(self, cap: int | None, now: float, *args: Any, **kwargs: Any) -> SchedulerOutput:  # noqa: ANN401
+    def _schedule_in_time(self, cap: int | None, now: float, *args: Any, **kwargs: Any) -> SchedulerOutput:  # noqa: ANN401
+        """A step; a timed one where its length matters, to answers with an objective or for flex."""
+        has_flex = self._lanes.has(Tier.FLEX)
+        limit = None if self._limit is None else self._step_limit(self._limit, now)
+        if has_flex:
+            output = self._schedule_within_budget(cap, limit, now, *args, **kwargs)
+        else:
+            output = self._schedule_capped(cap, limit, *args, **kwargs)
+        if has_flex or self._limit is not None:
+            self._note_under_way(output, now, has_flex=has_flex)
+        return output
+
+    def _schedule_within_budget(
+        self, cap: int | None, limit: Limit | None, now: float, *args: Any, **kwargs: Any
+    ) -> SchedulerOutput:
         """A step in which flex does as much as fits beside the others.
 
         What does not fit is held aside: vLLM may leave running requests out of a step, as it does when tokens run out.
@@ -506,17 +539,53 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         if active is not None:
             self.max_num_active_reqs = active - len(self._held)
         try:
-            output = self._schedule_capped(cap, *args, **kwargs)
+            return self._schedule_capped(cap, limit, *args, **kwargs)
         finally:
             self.max_num_scheduled_tokens, self.max_num_running_reqs = step_tokens, slots
             if active is not None:
                 self.max_num_active_reqs = active
             self.running.extend(self._held)
             self._held = []
+
+    def _step_limit(self, by: StepLimit, now: float) -> Limit | None:
+        """The bound on what prompts take of this step, so that the answers beside them keep their objective."""
+        if not self.running or not (self._inflight_prefills or len(self._lanes)):
+            return None
+        entries, batch = self._queue.entries, Batch([], 0, [], [])
+        context = 0
+        for request in self.running:
+            entry = entries.get(request.request_id)
+            if entry is None:
+                continue
+            unread = self._unread(request)
+            if unread > 1:
+                batch.prompts.append((entry.job, unread))
+            else:
+                batch.answers.append((entry.job, entry.job.output_tokens + request.num_output_placeholders))
+                context += request.num_computed_tokens
+        batch.waiting.extend((job, job.unread_tokens) for job in islice(self._lanes.waiting_jobs(), LOOKED_AT))
+        return by.of(
+            batch._replace(context=context),
+            now,
+            self.max_num_scheduled_tokens,
+            under_way=self._last_under_way(),
+            tokens_each=1 + self.num_spec_tokens,
+        )
+
+    def _last_under_way(self) -> UnderWay | None:
+        last = next(reversed(self._under_way.values()), None)
+        return None if last is None else UnderWay(max(last.at, self._updated_at), last.prompt_tokens)
+
+    def _note_under_way(self, output: SchedulerOutput, now: float, *, has_flex: bool) -> None:
+        """A step is sent to be computed: how long that takes is learned from it, or only from some of its kind."""
+        if not output.total_num_scheduled_tokens:
+            return
+        sequences = len(output.num_scheduled_tokens) * (1 + self.num_spec_tokens)
+        prompt_tokens = max(0, output.total_num_scheduled_tokens - sequences)
+        learns = has_flex or (self._limit is not None and self._limit.learns_from(reads=prompt_tokens > 0))
         if len(self._under_way) > MOST_UNDER_WAY:
             self._under_way.clear()
-        self._under_way[id(output)] = self._load_of(output), now
-        return output
+        self._under_way[id(output)] = Scheduled(self._load_of(output) if learns else None, now, prompt_tokens)
 
     def _hold_flex_back(self, step_tokens: int, now: float) -> int:
         """Takes out of the batch what sits the next step out; returns the most tokens that the step may compute."""
@@ -583,15 +652,21 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         for name, tokens in output.num_scheduled_tokens.items():
             request = requests.get(name)
             if request is not None:
-                self._add_load(load, request, 1 if tokens <= several and request.num_output_tokens else tokens + 1)
+                if tokens <= several and request.num_output_tokens:
+                    load.sequences += 1
+                    load.context += request.num_computed_tokens
+                else:
+                    load.prompt_tokens += tokens
         return load
 
     def _time_step(self, output: SchedulerOutput, now: float) -> None:
         """A step has ended: it began when it was put together, or when the one before it ended."""
-        load, scheduled_at = self._under_way.pop(id(output), (None, 0.0))
-        seconds = now - max(scheduled_at, self._updated_at)
-        if load is not None and seconds > 0.0 and (load.prompt_tokens or load.sequences):
-            self._slack.model.learn(load, seconds)
+        scheduled = self._under_way.pop(id(output), None)
+        if scheduled is None or scheduled.load is None:
+            return
+        seconds = now - max(scheduled.at, self._updated_at)
+        if seconds > 0.0:
+            self._slack.model.learn(scheduled.load, seconds)
 
     def _only_holds_kv(self) -> bool:
         """Whether all that is left is KV that another engine has not fetched yet.
@@ -685,16 +760,25 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         decoding = (1 + self.num_spec_tokens) * (len(self.running) - len(reading))
         return prompt_cap(self.max_num_scheduled_tokens, decoding, unread, head.restart_tokens)
 
-    def _schedule_capped(self, cap: int | None, *args: Any, **kwargs: Any) -> SchedulerOutput:  # noqa: ANN401
-        config = self.scheduler_config
+    def _schedule_capped(self, cap: int | None, limit: Limit | None, *args: Any, **kwargs: Any) -> SchedulerOutput:  # noqa: ANN401
+        """cap: most tokens of each prompt. limit: of all of them; those that are being read then come last."""
+        config, step_tokens = self.scheduler_config, self.max_num_scheduled_tokens
         own = config.long_prefill_token_threshold
+        if limit is not None:
+            cap = limit.prompt_tokens if cap is None else min(cap, limit.prompt_tokens)
+            self.max_num_scheduled_tokens = min(step_tokens, limit.step_tokens)
+            self.running.sort(key=self._is_read)
         if cap is None or 0 < own <= cap:
-            return super().schedule(*args, **kwargs)
+            cap = own
         config.long_prefill_token_threshold = cap
         try:
             return super().schedule(*args, **kwargs)
         finally:
             config.long_prefill_token_threshold = own
+            self.max_num_scheduled_tokens = step_tokens
+
+    def _is_read(self, request: Request) -> bool:
+        return self._unread(request) > 1
 
     def _flex_tokens(self, output: SchedulerOutput) -> int:
         """Of the tokens that a step computes, those of the flex tier."""
@@ -780,12 +864,14 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         if self._under_way:
             self._time_step(scheduler_output, now)
         self._updated_at = now
-        entries, serve = self._queue.entries, self._lanes.serve
+        entries, serve, limit = self._queue.entries, self._lanes.serve, self._limit
         for client in outputs.values():
             for output in client.outputs:
                 entry = entries.get(output.request_id)
                 if entry is not None:
                     serve(entry[1], len(output.new_token_ids), now)
+                    if limit is not None and output.new_token_ids:
+                        limit.made(entry[1], now)
         if self._answers:
             self._hand_out_answers(outputs)
         return outputs

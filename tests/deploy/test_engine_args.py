@@ -98,7 +98,7 @@ def test_every_policy_travels_to_the_plug_in_with_its_options(policy: str) -> No
     told = json.loads(value_of(argv, "--additional-config"))
     assert told == {"evenhand": {"policy": policy, "options": {"levels": "4"}}}
     assert value_of(argv, "--block-size") == "32"
-    argv = engine_command(plan(flex={"flex_reserve": 0.1, "tpot_s": 0.05}), PORTS, "python").argv
+    argv = engine_command(plan(promises={"flex_reserve": 0.1, "tpot_s": 0.05}), PORTS, "python").argv
     ours = json.loads(value_of(argv, "--additional-config"))["evenhand"]
     assert (ours["flex_reserve"], ours["tpot_s"]) == (0.1, 0.05)
 

@@ -223,6 +223,11 @@ def test_a_port_that_cannot_be_had_is_refused_before_anything_starts(refused: Ca
         (["--redis-url", "redis://127.0.0.1:1/0", "--role", "decode"], {"TEST_NIXL": "no"}, "NIXL, which is not"),
         (["--redis-url", "redis://127.0.0.1:1/0", "--model", "/no/such"], {}, "there is no model folder at /no/such"),
         (["--redis-url", "redis://127.0.0.1:1/0", "--model", "a", "--model", "b"], {}, "one engine of one model"),
+        (
+            ["--balance-roles", "--slo-tpot", "0.03"],
+            {},
+            "remove --balance-roles (disaggregation",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(

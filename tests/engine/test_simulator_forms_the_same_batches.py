@@ -2,6 +2,8 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import asdict
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -9,10 +11,13 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from loadtest.bench.plugin.driven import BLOCK_TOKENS, DrivenEngine, StepClock, build_scheduler, request
-from loadtest.simulator.batch import ContinuousBatch
+from loadtest.simulator.batch import ContinuousBatch, Iteration
 from loadtest.simulator.costmodel import CostModel
 from scheduler.catalog import build
 from scheduler.jobs import Job, Outcome
+from scheduler.objectives import Objectives
+from scheduler.slack import StepModel
+from scheduler.step_limit import StepLimit
 from scheduler.tiers import TieredLanes
 
 pytestmark = pytest.mark.engine
@@ -36,7 +41,7 @@ def work(seed: int) -> Iterator[list[tuple[str, int, int]]]:
 class Simulated:
     """The simulator's batch, stepped by hand."""
 
-    def __init__(self, policy: str, blocks: int) -> None:
+    def __init__(self, policy: str, blocks: int, limit: StepLimit | None = None) -> None:
         # One of vLLM's blocks is a placeholder.
         capacity_tokens = (blocks - 1) * BLOCK_TOKENS
         cost = CostModel(
@@ -44,8 +49,9 @@ class Simulated:
             max_batched_tokens=STEP_TOKENS,
             kv_capacity_tokens=capacity_tokens,
             prefix_block_tokens=BLOCK_TOKENS,
+            attention_s_per_kv_token=1e-6,
         )
-        self.batch = ContinuousBatch(cost, TieredLanes(build(policy, OPTIONS.get(policy, {}))))
+        self.batch = ContinuousBatch(cost, TieredLanes(build(policy, OPTIONS.get(policy, {}))), limit)
         self._lengths: dict[Job, int] = {}
 
     def add(self, name: str, prompt_tokens: int, output_tokens: int, now: float) -> None:
@@ -56,8 +62,9 @@ class Simulated:
     def step(self, now: float) -> set[str]:
         """Who made a token."""
         iteration = self.batch.schedule(now)
-        if iteration is None:
-            return set()
+        return set() if iteration is None else self.complete(iteration, now)
+
+    def complete(self, iteration: Iteration, now: float) -> set[str]:
         made = self.batch.complete(iteration, now)
         for job in made:
             if job.output_tokens == self._lengths[job]:
@@ -100,3 +107,32 @@ def test_the_same_jobs_make_a_token_at_every_step(hollow_model: Path, policy: st
     assert simulated.batch.counts.preemptions == preempted
     assert (preempted > 0) == (blocks == SCARCE or policy in ("mlfq", "gittins"))
     assert simulated.batch.kv_used_tokens == 0
+
+
+@pytest.mark.parametrize("objectives", [Objectives(tpot_s=0.006), Objectives(0.05, 0.006)], ids=["tpot", "both"])
+@pytest.mark.parametrize("policy", ["fcfs", "mlfq"])
+def test_so_they_do_where_answers_limit_the_prompts(hollow_model: Path, policy: str, objectives: Objectives) -> None:
+    clock = StepClock()
+    named = {name: limit_s for name, limit_s in asdict(objectives).items() if limit_s < inf}
+    scheduler = build_scheduler(
+        hollow_model, policy, slots=SLOTS, step_tokens=STEP_TOKENS, blocks=PLENTY, clock=clock, objectives=named
+    )
+    limit = StepLimit(objectives, StepModel())
+    engine, simulated = DrivenEngine(scheduler, clock=clock, step_s=0.0), Simulated(policy, PLENTY, limit)
+    coming, limited = work(seed=3), 0
+    while len(engine.finished) < 80:
+        for name, prompt_tokens, output_tokens in next(coming, ()):
+            engine.add(request(name, prompt_tokens, output_tokens, tenant=f"t{int(name[1:]) % 3}"))
+            simulated.add(name, prompt_tokens, output_tokens, clock.now)
+        iteration = simulated.batch.schedule(clock.now)
+        if iteration is None:
+            continue
+        before = said(engine)
+        output = engine.step(iteration.duration_s)
+        while output is not None and not output.total_num_scheduled_tokens:
+            output = engine.step()  # it only sent somebody away
+        made = {name for name, tokens in said(engine).items() if tokens > before.get(name, 0)}
+        assert simulated.complete(iteration, clock.now) == made
+        assert scheduler.max_num_scheduled_tokens == STEP_TOKENS
+        limited += iteration.prefill_tokens in range(64, STEP_TOKENS - SLOTS)
+    assert limited > 10

@@ -7,7 +7,7 @@ puts in the wrong place shows up in the output.
 import json
 import zlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def settings(folder: Path, *, slots: int, step_tokens: int, blocks: int, is_asyn
     return config
 
 
-def build_scheduler(
+def build_scheduler(  # noqa: PLR0913 - what tests vary
     folder: Path,
     policy: str | None,
     options: dict[str, str] | None = None,
@@ -99,9 +99,10 @@ def build_scheduler(
     blocks: int = 1000,
     is_async: bool = False,
     clock: StepClock | None = None,
+    objectives: Mapping[str, float] | None = None,
 ) -> Any:
     """Stock vLLM's scheduler if `policy` is None, else ours with a registry of its own (`.registry`)."""
-    ours = None if policy is None else {"policy": policy, "options": options or {}}
+    ours = None if policy is None else {"policy": policy, "options": options or {}, **(objectives or {})}
     config = settings(folder, slots=slots, step_tokens=step_tokens, blocks=blocks, is_async=is_async, ours=ours)
     spec = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=64, dtype=torch.float32)
     kv = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
@@ -217,14 +218,19 @@ class DrivenEngine:
     def abort(self, *names: str) -> None:
         self.scheduler.finish_requests(names, RequestStatus.FINISHED_ABORTED)
 
-    def step(self) -> SchedulerOutput | None:
-        """Schedules if there is anything to do, and takes the oldest output once enough steps are in flight."""
+    def step(self, computes_s: float = 0.0) -> SchedulerOutput | None:
+        """Schedules if there is anything to do, and takes the oldest output once enough steps are in flight.
+
+        computes_s: by which the clock moves between the two.
+        """
         if self._clock is not None:
             self._clock.now += self._step_s
         output = None
         if self.scheduler.has_requests():
             output = self.scheduler.schedule()
             self._flight.append((output, self._rule.apply(output)))
+        if self._clock is not None:
+            self._clock.now += computes_s
         if len(self._flight) >= self._depth or output is None or not output.total_num_scheduled_tokens:
             self._take(*self._flight.popleft())
         return output

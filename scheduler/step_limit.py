@@ -1,0 +1,142 @@
+"""How many tokens of prompts a step reads beside answers, so that their next tokens come in time.
+
+Sarathi-Serve (Agrawal et al., OSDI 2024) bounds every step by a fixed chunk. Here the bound follows from the answers
+that run: one that is ahead of its objective may be held up by a large step, one that is not may not.
+"""
+
+from collections.abc import Iterable
+from math import inf
+from typing import Final, NamedTuple
+
+from scheduler.jobs import Job, Tier
+from scheduler.objectives import Objectives
+from scheduler.slack import StepLoad, StepModel
+
+LOOKED_AT: Final = 32  # prompts that wait; those behind them start later
+_LEAST_TOKENS: Final = 64  # of prompts in a step: they always go on
+_WORTH_WHILE: Final = 0.4  # of the time per token: an objective that leaves prompts less would stop them
+_TTFT_SHARE: Final = 0.7  # of the objective in which a prompt is to be read: for the rest it waits elsewhere
+_EACH: Final = 8  # steps without a prompt of which one is learned from
+
+
+class Batch(NamedTuple):
+    """What runs as the next step is put together.
+
+    answers: jobs that make a token in it, and how many each has made by then. context: KV tokens that they attend to.
+    prompts: those that are being read, in their order, and how many tokens of each are still to compute. waiting: the
+    same of those that may start, at most `LOOKED_AT`; none to compute where their KV comes from another engine.
+    """
+
+    answers: list[tuple[Job, int]]
+    context: int
+    prompts: list[tuple[Job, int]]
+    waiting: list[tuple[Job, int]]
+
+
+class UnderWay(NamedTuple):
+    """The step that runs while the next one is put together: when it began, and the prompt tokens that it computes."""
+
+    began_at: float
+    prompt_tokens: int
+
+
+class Limit(NamedTuple):
+    """Most tokens of prompts that a step computes, and most of all that it computes."""
+
+    prompt_tokens: int
+    step_tokens: int
+
+
+class StepLimit:
+    """One engine's bound on prompts. The owner tells it which job makes a token and which one ends, and has `model`
+    learn how long steps take, in its own seconds. objectives: of the engine's requests.
+    """
+
+    def __init__(self, objectives: Objectives, model: StepModel) -> None:
+        self.objectives = objectives
+        self.model = model
+        self._first_at: dict[Job, float] = {}
+        self._unlearned = 0
+
+    def made(self, job: Job, now: float) -> None:
+        """A job made a token, its first one perhaps."""
+        if job not in self._first_at:
+            self._first_at[job] = now
+
+    def ended(self, job: Job) -> None:
+        """It makes no more of them. Nothing if it made none."""
+        self._first_at.pop(job, None)
+
+    def learns_from(self, *, reads: bool) -> bool:
+        """Whether a step that reads prompts, or does not, is worth the time to learn from it: every one that does,
+        and now and then one that does not."""
+        self._unlearned = 0 if reads or self._unlearned >= _EACH - 1 else self._unlearned + 1
+        return not self._unlearned
+
+    def of(
+        self,
+        batch: Batch,
+        now: float,
+        step_tokens: int,
+        *,
+        under_way: UnderWay | None = None,
+        tokens_each: int = 1,
+    ) -> Limit | None:
+        """The bound of the next step, None for no other than `step_tokens`.
+
+        under_way: what the engine does first. tokens_each: that an answer takes of a step.
+        """
+        base_s = self._base_s(batch)
+        if base_s is None:
+            return None
+        unread = (*batch.prompts, *batch.waiting)
+        prompts = [(job.arrived_at, tokens) for job, tokens in unread if tokens and job.tier is not Tier.FLEX]
+        if not prompts:
+            return None
+        begins_at = now
+        if under_way is not None:
+            tokens_s = self.model.per_prompt_token_s * under_way.prompt_tokens
+            begins_at = max(now, under_way.began_at + base_s + tokens_s)
+        wanted = max(
+            _LEAST_TOKENS,
+            self._for_answers(batch, begins_at + base_s),
+            self._for_prompts(prompts, base_s, begins_at),
+        )
+        # Whoever comes with its KV takes one token of its first step.
+        others = tokens_each * len(batch.answers) + len(batch.waiting)
+        return Limit(int(wanted), int(wanted) + others) if wanted + others < step_tokens else None
+
+    def _base_s(self, batch: Batch) -> float | None:
+        """Seconds of a step without prompts, None where there is no reason to limit them."""
+        model, tpot_s = self.model, self.objectives.tpot_s
+        if not batch.answers or not model.is_known or model.per_prompt_token_s <= 0.0:
+            return None
+        base_s = model.predicted_s(StepLoad(0, len(batch.answers), batch.context))
+        return base_s if base_s <= (1.0 - _WORTH_WHILE) * tpot_s else None
+
+    def _for_answers(self, batch: Batch, in_time: float) -> float:
+        """Tokens of prompts with which every answer that can have its next token in time does. in_time: when a step
+        without prompts ends.
+
+        Token n + 1 is due `n` times the objective after the first one. An answer that is late does not count: it would
+        hold up all prompts, and may never catch up.
+        """
+        tpot_s, first_at = self.objectives.tpot_s, self._first_at
+        nearest = inf
+        for job, made in batch.answers:
+            first = first_at.get(job)
+            if first is not None and in_time <= (due := first + tpot_s * made) < nearest and job.tier is not Tier.FLEX:
+                nearest = due
+        return (nearest - in_time) / self.model.per_prompt_token_s
+
+    def _for_prompts(self, prompts: Iterable[tuple[float, int]], base_s: float, begins_at: float) -> float:
+        """Tokens of prompts a step with which those have been read in time that can be, each after those before it."""
+        price_s, limit_s = self.model.per_prompt_token_s, _TTFT_SHARE * self.objectives.ttft_s
+        ahead, wanted = 0, 0.0
+        for arrived_at, tokens in prompts:
+            ahead += tokens
+            left_s = arrived_at + limit_s - begins_at
+            spare_s = left_s - price_s * ahead
+            if spare_s > 0.0:  # room for so many steps' fixed time
+                wanted = max(wanted, base_s * ahead / spare_s)
+        return wanted

@@ -1,0 +1,160 @@
+"""Prompts take as much of a step as the answers beside them can wait for, and as they need to be read in time."""
+
+from functools import cache
+from math import inf
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scheduler.jobs import Job, Tier
+from scheduler.objectives import Objectives
+from scheduler.slack import StepLoad, StepModel
+from scheduler.step_limit import Batch, Limit, StepLimit, UnderWay
+
+STEP_TOKENS, TPOT_S = 2048, 0.05
+FIXED_S, PROMPT_S, SEQUENCE_S, CONTEXT_S = 0.009, 60e-6, 40e-6, 25e-9  # of a step
+CONTEXT = 1000
+
+
+def job(name: str, arrived_at: float = 0.0, prompt_tokens: int = 1000, tier: Tier = Tier.DEFAULT) -> Job:
+    return Job(name, "tenant", prompt_tokens, arrived_at, tier=tier)
+
+
+@cache
+def model_of_steps() -> StepModel:
+    model = StepModel()
+    for at in range(400):
+        load = StepLoad(700 * (at % 3), at % 50, (at % 50) * 40 * (at % 7))
+        seconds = FIXED_S + PROMPT_S * load.prompt_tokens + SEQUENCE_S * load.sequences + CONTEXT_S * load.context
+        model.learn(load, seconds)
+    return model
+
+
+def taught(objectives: Objectives) -> StepLimit:
+    return StepLimit(objectives, model_of_steps())
+
+
+def step_s(limit: Limit, answers: int = 1) -> float:
+    return FIXED_S + PROMPT_S * limit.prompt_tokens + SEQUENCE_S * answers + CONTEXT_S * CONTEXT
+
+
+def asked(
+    limit: StepLimit,
+    answers: dict[Job, tuple[float, int]],
+    prompts: list[tuple[Job, int]],
+    now: float,
+    under_way: UnderWay | None = None,
+) -> Limit | None:
+    """answers: when each had its first token, and how many it will have made by the end of what is under way."""
+    for one, (first_at, _) in answers.items():
+        limit.ended(one)
+        limit.made(one, first_at)
+    batch = Batch([(one, made) for one, (_, made) in answers.items()], CONTEXT, prompts, [])
+    return limit.of(batch, now, STEP_TOKENS, under_way=under_way)
+
+
+def test_a_step_ends_when_the_next_token_is_due() -> None:
+    limit = asked(taught(Objectives(inf, TPOT_S)), {job("a"): (10.0, 1)}, [(job("p"), 9000)], 10.0)
+    assert limit is not None
+    assert step_s(limit) == pytest.approx(TPOT_S, rel=0.02)
+    assert limit.step_tokens == limit.prompt_tokens + 1
+
+
+def test_an_answer_that_is_ahead_may_be_held_up_and_the_tightest_one_decides() -> None:
+    by, ahead, fresh = taught(Objectives(inf, TPOT_S)), job("a"), job("b")
+    # Five tokens where three were due: the next one may take two times as long more.
+    alone = asked(by, {ahead: (10.0, 5)}, [(job("p"), 9000)], 10.0 + 3 * TPOT_S)
+    assert alone is not None
+    assert step_s(alone) == pytest.approx(2 * TPOT_S, rel=0.02)
+    both = asked(by, {ahead: (10.0, 5), fresh: (10.0 + 3 * TPOT_S, 1)}, [(job("p"), 9000)], 10.0 + 3 * TPOT_S)
+    assert both is not None
+    assert step_s(both, 2) == pytest.approx(TPOT_S, rel=0.02)
+    assert asked(by, {ahead: (10.0, 9)}, [(job("p"), 9000)], 10.0) is None  # so far ahead that a full step is in time
+
+
+def test_a_late_answer_has_no_say() -> None:
+    assert asked(taught(Objectives(inf, TPOT_S)), {job("a"): (10.0, 3)}, [(job("p"), 9000)], 11.0) is None
+
+
+def test_where_no_answer_runs_or_no_prompt_is_read_there_is_no_limit() -> None:
+    by = taught(Objectives(inf, TPOT_S))
+    assert asked(by, {}, [(job("p"), 9000)], 10.0) is None
+    assert asked(by, {job("a"): (10.0, 1)}, [], 10.0) is None
+
+
+def test_nothing_is_limited_before_steps_are_known_or_where_the_objective_leaves_prompts_little() -> None:
+    prompts, answers = [(job("p"), 9000)], {job("a"): (10.0, 1)}
+    assert asked(StepLimit(Objectives(inf, TPOT_S), StepModel()), answers, prompts, 10.0) is None
+    assert asked(taught(Objectives(inf, 1.5 * FIXED_S)), answers, prompts, 10.0) is None
+
+
+def test_prompts_are_read_as_fast_as_their_own_objective_needs() -> None:
+    answers = {job("a"): (10.0, 1)}
+    slow = asked(taught(Objectives(inf, TPOT_S)), answers, [(job("p", 10.0), 9000)], 10.0)
+    # 0.7 of 0.85 s for 9,000 tokens, of which 0.54 s are computing: the rest is room for six steps.
+    fast = asked(taught(Objectives(0.85, TPOT_S)), answers, [(job("p", 10.0), 9000)], 10.0)
+    loose = asked(taught(Objectives(9.0, TPOT_S)), answers, [(job("p", 10.0), 9000)], 10.0)
+    lost = asked(taught(Objectives(0.5, TPOT_S)), answers, [(job("p", 10.0), 9000)], 10.0)
+    assert slow is not None
+    assert fast is not None
+    chunks = 9000 / fast.prompt_tokens
+    assert chunks * step_s(fast) == pytest.approx(0.7 * 0.85, rel=0.02)
+    assert loose == slow
+    assert lost == slow  # it would be late all the same
+
+
+def test_a_prompt_waits_for_those_before_it() -> None:
+    by, answers = taught(Objectives(1.0, TPOT_S)), {job("a"): (10.0, 1)}
+    one = asked(by, answers, [(job("p", 10.0), 6000)], 10.0)
+    two = asked(by, answers, [(job("p", 10.0), 3000), (job("q", 10.0), 3000)], 10.0)
+    assert one == two
+    assert one is not None
+
+
+def test_the_step_under_way_comes_first() -> None:
+    by, answers, prompts = taught(Objectives(inf, TPOT_S)), {job("a"): (10.0, 3)}, [(job("p"), 9000)]
+    # Its prompts take a third of the time until the answer's third token but one is due.
+    later = asked(by, answers, prompts, 10.05, UnderWay(10.05, 500))
+    now = asked(by, answers, prompts, 10.05)
+    assert later is not None
+    assert now is not None
+    # What the step under way computes, and its own time, is missing from the next one.
+    missing_s = FIXED_S + 500 * PROMPT_S + SEQUENCE_S + CONTEXT_S * CONTEXT
+    assert now.prompt_tokens - later.prompt_tokens == pytest.approx(missing_s / PROMPT_S, rel=0.03)
+
+
+def test_flex_neither_limits_nor_is_limited_here() -> None:
+    by = taught(Objectives(inf, TPOT_S))
+    assert asked(by, {job("f", tier=Tier.FLEX): (10.0, 1)}, [(job("p"), 9000)], 10.0) is None
+    assert asked(by, {job("a"): (10.0, 1)}, [(job("f", tier=Tier.FLEX), 9000)], 10.0) is None
+
+
+def test_a_prompt_whose_kv_comes_from_elsewhere_starts_beside_one_that_is_read() -> None:
+    by, answer = taught(Objectives(inf, TPOT_S)), job("a")
+    by.made(answer, 10.0)
+    limit = by.of(Batch([(answer, 1)], CONTEXT, [(job("p"), 9000)], [(job("q"), 0)]), 10.0, STEP_TOKENS)
+    assert limit is not None
+    assert limit.step_tokens == limit.prompt_tokens + 2
+
+
+def test_of_steps_without_a_prompt_some_are_learned_from() -> None:
+    by = taught(Objectives(inf, TPOT_S))
+    assert [by.learns_from(reads=False) for _ in range(16)].count(True) == 2
+    assert all(by.learns_from(reads=True) for _ in range(5))
+
+
+@given(
+    made=st.lists(st.tuples(st.floats(0.0, 10.0), st.integers(1, 200)), min_size=1, max_size=20),
+    unread=st.lists(st.integers(1, 20_000), min_size=1, max_size=5),
+    ttft_s=st.sampled_from([0.5, 2.0, inf]),
+)
+def test_prompts_always_go_on_and_nothing_exceeds_the_step(
+    made: list[tuple[float, int]], unread: list[int], ttft_s: float
+) -> None:
+    answers = {job(f"a{at}"): one for at, one in enumerate(made)}
+    prompts = [(job(f"p{at}", 9.0), tokens) for at, tokens in enumerate(unread)]
+    limit = asked(taught(Objectives(ttft_s, TPOT_S)), answers, prompts, 10.0)
+    if limit is not None:
+        assert limit.prompt_tokens >= 64
+        assert limit.prompt_tokens + len(answers) <= limit.step_tokens < STEP_TOKENS
