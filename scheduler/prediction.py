@@ -19,6 +19,7 @@ TPOT_ERROR: Final = 0.05  # likewise
 # answers are, so that whole engines stay free of one or the other.
 _SLOWNESS: Final = 1e-2
 _CROWD: Final = 1e-3
+_PACKED: Final = 20.0  # times that weight, more of it the more of the engines' time goes to prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,7 @@ def choose(asked: Asked, prospects: Sequence[Prospect], handover: Sequence[float
     """
     handover_s = handover[0] + handover[1] * asked.prompt_tokens
     seen = [_Seen.of(asked, prospect, now) for prospect in prospects]
+    packed = 1.0 + _PACKED * sum(prospect.forecast.read_share(now) for prospect in prospects) / max(1, len(prospects))
     best: Choice | None = None
     best_score = inf
     for r, reader in enumerate(seen):
@@ -86,7 +88,7 @@ def choose(asked: Asked, prospects: Sequence[Prospect], handover: Sequence[float
                 continue
             choice = _together(asked, reader, r) if r == w else _apart(asked, reader, writer, (r, w), handover_s)
             slowness = choice.ttft_s / asked.objectives.ttft_s + choice.tpot_s / asked.objectives.tpot_s
-            crowd = prospects[w].rank + reader.answers * min(1.0, reader.tokens / asked.typical_prompt_tokens)
+            crowd = packed * prospects[w].rank + reader.answers * min(1.0, reader.tokens / asked.typical_prompt_tokens)
             if asked.objectives.tpot_s == inf:  # nobody's tokens can be late, so no engine need be kept free for them
                 crowd = float(r != w)
             score = choice.risk + _SLOWNESS * slowness + _CROWD * crowd

@@ -58,11 +58,13 @@ TOGETHER = ("--workers", f"{WORKERS}")
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """What suits the machine's engines. steps: tokens of a step, from tuned to untuned."""
+    """What suits the machine's engines. steps: tokens of a step, from tuned to untuned. longest: prompt and answer of a
+    request together, in tokens: what is longer is cut, for alone it would take longer than the objective."""
 
     model: Mapping[str, int]
     steps: tuple[int, ...]
     options: tuple[str, ...]
+    longest: int = CONTEXT_TOKENS
 
     @classmethod
     def here(cls) -> "Hardware":
@@ -77,6 +79,7 @@ CPU = Hardware(
     },
     (128, 512),
     ("--kv-cache-gib", "1", "--engine-arg=--max-num-seqs=16"),
+    longest=3072,
 )  # fmt: skip
 GPU = Hardware(
     {
@@ -159,7 +162,9 @@ def measured(args: argparse.Namespace, drawn: Mapping[str, list[Shape]], progres
         urls[PREDICTED] = stack.enter_context(
             served.with_steps(steps[-1], *TOGETHER, *asked, "--tenants", str(tenants))
         )
-        bench.warm_up()
+        fit = Fit(context_tokens=hardware.longest)
+        drawn = {name: [fit(shape) for shape in lengths] for name, lengths in drawn.items()}
+        bench.warm_up(drawn)
         for part in args.parts.split(","):
             if part in PARTS:
                 yield PARTS[part](bench, drawn)
@@ -254,12 +259,14 @@ class DisaggregationBench:
         )
         self.rate = 1 / self.idle.ttft_s
 
-    def warm_up(self) -> None:
-        """Of every side, the way between its engines too."""
+    def warm_up(self, drawn: Mapping[str, list[Shape]]) -> None:
+        """Of every side, the way between its engines too; and what placement by prediction learns of its engines."""
         for side, url in self.urls.items():
             wait_ready(url)
             for tokens in (LONG, SHORT):
                 self.one(side, Shape(tokens, 8))
+        for lengths in drawn.values():
+            self._offered(PREDICTED, lengths, self.args.load, -1)
 
     def maker(self) -> Maker:
         """Prompts that nobody has seen."""
