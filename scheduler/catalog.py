@@ -82,6 +82,13 @@ _TAIL = PolicyOption("tail", _number(0.0), "inf", "ratio", "bound on the P99 TTF
 _STALL = PolicyOption(
     "stall_s", _number(0.0), "inf", "s", "time after which an answer that was interrupted goes on; inf: patience_s"
 )
+_ADMISSION = PolicyOption(
+    "admission",
+    _one_of("now", "peak"),
+    "now",
+    "",
+    "peak: start a request only if the batch is expected to fit into KV memory to its end",
+)
 _CAP = PolicyOption("preemptions_per_s", _whole(0), "100", "1/s", "most requests preempted per second")
 
 POLICIES: Mapping[str, CatalogEntry] = {
@@ -154,6 +161,7 @@ POLICIES: Mapping[str, CatalogEntry] = {
                 "max_tokens", _one_of("use", "ignore"), "use", "", "ignore: max_tokens says nothing about the length"
             ),
             replace(_TAIL, default="0.8"),
+            _ADMISSION,
         ),
         Gittins,
     ),
@@ -170,6 +178,7 @@ POLICIES: Mapping[str, CatalogEntry] = {
             _STALL,
             _CAP,
             _TAIL,
+            _ADMISSION,
         ),
         Srpt,
     ),

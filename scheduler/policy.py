@@ -8,7 +8,7 @@ its own and chooses the line whose account is lowest.
 import sys
 from collections import deque
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from scheduler.jobs import Job, Outcome
 
@@ -53,14 +53,21 @@ class Order(Protocol):
         """How many times the waits of first come, first served a job may wait; infinity if nothing is promised."""
 
     @property
+    def admission(self) -> Literal["now", "peak"]:
+        """Whether an engine starts a job as soon as its memory fits, or only if what it expects to hold will, too."""
+
+    @property
     def tokens_per_step(self) -> float:
         """Tokens whose computing takes an engine as long as a step does as such."""
 
     def fit(self, slots: int) -> None:
         """The jobs run in an engine with so many slots; 0 if that is not known."""
 
-    def rest_tokens(self, job: Job) -> float:
-        """How many more output tokens the job is expected to make; 0 if nothing is known."""
+    def rest_tokens(self, job: Job, share: float | None = None) -> float:
+        """How many more output tokens the job is expected to make; 0 if nothing is known.
+
+        share: of jobs like it, how many make no more than that; None for the mean.
+        """
 
     @property
     def epoch(self) -> int:

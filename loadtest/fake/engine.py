@@ -358,7 +358,7 @@ class FakeEngine:
             policy = build(str(extra["evenhand_policy"]), options_from(extra.get("evenhand_policy_options", ())))
         except ValueError as refusal:
             return {"error": str(refusal)}
-        self.batch.lanes.switch(policy, self._loop.time())
+        self.batch.switch(policy, self._loop.time())
         return {"policy": policy.name}
 
     def _check_model(self, body: Mapping[str, Any]) -> None:

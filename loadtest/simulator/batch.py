@@ -15,6 +15,8 @@ from loadtest.simulator.kv_blocks import KvBlocks
 from scheduler.batching import prompt_cap
 from scheduler.jobs import Job, Outcome, Tier
 from scheduler.kept_blocks import Kept
+from scheduler.memory_peak import FuturePeak, Running
+from scheduler.policy import Policy
 from scheduler.slack import StepLoad
 from scheduler.step_limit import LOOKED_AT, Batch, Limit, StepLimit
 from scheduler.tiers import TieredLanes
@@ -163,6 +165,16 @@ class ContinuousBatch:
         self._running: dict[Job, BatchEntry] = {}
         self._arrived = 0
         self._memory_bound = False
+        self._peak = self._future_peak()
+
+    def _future_peak(self) -> FuturePeak | None:
+        order = self.lanes.policy.order
+        return FuturePeak(order.rest_tokens, 1 / self._size) if order.admission == "peak" else None
+
+    def switch(self, policy: Policy, now: float) -> None:
+        """As `Lanes.switch`."""
+        self.lanes.switch(policy, now)
+        self._peak = self._future_peak()
 
     def running(self) -> int:
         return len(self._running)
@@ -336,6 +348,7 @@ class ContinuousBatch:
         self.lanes.finish(job, outcome, now)
         if self._limit is not None:
             self._limit.ended(job)
+        self._note_left()
         if self._running.pop(job, None) is not None:
             self._kv.let_go(entry.blocks)
         self.counts.finished[outcome.value] = self.counts.finished.get(outcome.value, 0) + 1
@@ -386,7 +399,7 @@ class ContinuousBatch:
                 return
             entry = self._entries[job]
             shared = self._shared(entry)
-            if self._room(entry, shared) > self._kv.free and self._running:
+            if self._running and not (self._stays_within(entry, shared) and self._room(entry, shared) <= self._kv.free):
                 return
             self.lanes.pop(now)
             self._running[job] = entry
@@ -398,13 +411,25 @@ class ContinuousBatch:
         """Blocks that it takes from the free ones when it starts."""
         return self._blocks_for(entry.tokens) - len(shared) + self._kv.idle(shared)
 
+    def _stays_within(self, entry: BatchEntry, shared: Seq[int]) -> bool:
+        """Whether the batch is expected to fit into memory to its end with this one, if the policy asks for that."""
+        if self._peak is None:
+            return True
+        running = [
+            Running(one.job, len(one.blocks), max(len(one.blocks), self._blocks_for(one.tokens)))
+            for one in self._running.values()
+        ]
+        free, wanted = self._kv.free, self._room(entry, shared)
+        return self._peak.fits(entry.job, running, free=free, used=self._all - free, wanted=lambda: (wanted,))
+
     def _stopped_at_memory(self, step: _Step, now: float) -> bool:
         """Whether the head of the line did not start because there was too little KV for it."""
         job = self.lanes.peek(now)
         if job is None or (not step.short and len(self._running) >= self.cost.max_seqs):
             return False
         entry = self._entries[job]
-        return self._room(entry, self._shared(entry)) > self._kv.free
+        lacks = self._room(entry, self._shared(entry)) > self._kv.free
+        return lacks or (self._peak is not None and self._peak.holds_back(job))
 
     def _begin(self, entry: BatchEntry, step: _Step, now: float) -> None:
         if entry.transferred:
@@ -497,8 +522,13 @@ class ContinuousBatch:
         self._kv.let_go(entry.blocks)
         entry.blocks = []
         entry.computed = 0
+        self._note_left()
         self.lanes.preempt(job, now)
         self.counts.preemptions += 1
+
+    def _note_left(self) -> None:
+        if self._peak is not None:
+            self._peak.left()
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._size)

@@ -17,13 +17,14 @@ class Fcfs:
     stall_s: Final = math.inf
     preemptions_per_s: Final = 0
     tail: Final = math.inf
+    admission: Final = "now"
     tokens_per_step: Final = 256.0
     epoch: Final = 0
 
     def fit(self, slots: int) -> None:
         """Nothing depends on it."""
 
-    def rest_tokens(self, job: Job) -> float:
+    def rest_tokens(self, job: Job, share: float | None = None) -> float:
         """Nothing is known."""
         return 0.0
 

@@ -52,6 +52,8 @@ class Gittins:
     max_tokens: "use", or "ignore" where clients set it without a thought of the length.
     tail: jobs wait no longer for their first token than 99 of 100 would have under first come, first served, times
         this; see `Lanes.stepped`. Infinity promises nothing.
+    admission: "now", or "peak" to start a job only if the batch is expected never to outgrow its memory with it; see
+        `FuturePeak`.
     """
 
     prefill_tokens_per_step: int = 256
@@ -63,6 +65,7 @@ class Gittins:
     window: int = 2000
     max_tokens: Literal["use", "ignore"] = "use"
     tail: float = 0.8
+    admission: Literal["now", "peak"] = "now"
     name: ClassVar[str] = "gittins"
 
     def __post_init__(self) -> None:
@@ -82,10 +85,15 @@ class Gittins:
         """A prompt holds up every slot, so to one of them it counts as many times as there are."""
         self._prompt_tokens = self.tokens_per_step / slots + 1.0 if slots else self.tokens_per_step
 
-    def rest_tokens(self, job: Job) -> float:
-        """The mean of those of its class that were as long."""
+    def rest_tokens(self, job: Job, share: float | None = None) -> float:
+        """As those of its class that were as long, and no more than `max_tokens` leaves where that counts."""
         lengths = self._lengths.get(self._class_of(job), self._all)
-        return lengths.rest(job.output_tokens) if lengths.ready else 0.0
+        if not lengths.ready:
+            return 0.0
+        rest = lengths.rest(job.output_tokens, share)
+        if job.max_tokens and self.max_tokens == "use":
+            rest = min(rest, max(1.0, job.max_tokens - job.output_tokens))
+        return rest
 
     def spot(self, job: Job, *, running: bool, boosted_at: int | None) -> Spot:
         """The lane by class, outstanding prefill and age."""

@@ -1,7 +1,7 @@
 """The lengths seen lately, and the Gittins index they give (Kaplan-Meier where jobs were cut before their end)."""
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import deque
 
 _POINTS = 60  # quantile points at which the index looks for the best quantum
@@ -58,10 +58,17 @@ class Lengths:
                 best, surest = rate, sure
         return best
 
-    def rest(self, age: int) -> float:
-        """How many more tokens a job that has made `age` is expected to make, in the mean; needs `ready`."""
+    def rest(self, age: int, share: float | None = None) -> float:
+        """How many more tokens a job that has made `age` is expected to make; needs `ready`.
+
+        share: of such jobs, how many make no more than that; None for the mean.
+        """
         age = min(age, self._supported)
         at = bisect_right(self._lengths, age)
+        if share is not None:
+            below = self._shares[at] + share * (self._shares[-1] - self._shares[at])
+            point = min(max(at + 1, bisect_left(self._shares, below)), len(self._lengths))
+            return max(1.0, float(self._lengths[point - 1] - age))
         alive = 1.0 - self._shares[at]
         before = self._lengths[at - 1] if at else 0
         mean = self._means[at] + alive * (age - before)

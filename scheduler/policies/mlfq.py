@@ -6,6 +6,7 @@ gateway, the policy orders the line and no more.
 
 import math
 from bisect import bisect_left
+from typing import Final
 
 from scheduler.jobs import Job, Outcome
 from scheduler.policy import NEVER, Lane, Spot
@@ -30,6 +31,7 @@ class Mlfq:
 
     name = "mlfq"
     stall_s = math.inf
+    admission: Final = "now"
     epoch = 0
 
     def __init__(
@@ -51,7 +53,7 @@ class Mlfq:
     def fit(self, slots: int) -> None:
         """Nothing depends on it."""
 
-    def rest_tokens(self, job: Job) -> float:
+    def rest_tokens(self, job: Job, share: float | None = None) -> float:
         """Nothing is known."""
         return 0.0
 

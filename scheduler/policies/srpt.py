@@ -6,6 +6,7 @@ it an order by that limit, and no more.
 """
 
 import math
+from typing import Literal
 
 from scheduler.jobs import Job, Outcome
 from scheduler.policy import NEVER, Lane, Spot
@@ -24,7 +25,7 @@ class Srpt:
     patience_s: a job unserved for so long goes first, for 64 decode steps, and displaces one that came after it.
     stall_s: the same for a displaced job whose answer has begun.
     preemptions_per_s: cap on displacements.
-    tail: as for Gittins.
+    tail, admission: as for Gittins.
     """
 
     name = "srpt"
@@ -38,10 +39,12 @@ class Srpt:
         stall_s: float = math.inf,
         preemptions_per_s: int = 100,
         tail: float = math.inf,
+        admission: Literal["now", "peak"] = "now",
     ) -> None:
         self.patience_s = patience_s
         self.stall_s = stall_s
         self.tail = tail
+        self.admission: Literal["now", "peak"] = admission
         self.tokens_per_step = float(prefill_tokens_per_step)
         self.preemptions_per_s = preemptions_per_s
         self._prompt_tokens = self.tokens_per_step
@@ -51,8 +54,8 @@ class Srpt:
         """A prompt holds up every slot, so to one of them it counts as many times as there are."""
         self._prompt_tokens = self.tokens_per_step / slots + 1.0 if slots else self.tokens_per_step
 
-    def rest_tokens(self, job: Job) -> float:
-        """What `max_tokens` leaves."""
+    def rest_tokens(self, job: Job, share: float | None = None) -> float:
+        """What `max_tokens` leaves, in all cases."""
         return float(max(1, job.max_tokens - job.output_tokens)) if job.max_tokens else 0.0
 
     def spot(self, job: Job, *, running: bool, boosted_at: int | None) -> Spot:

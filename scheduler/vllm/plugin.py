@@ -46,6 +46,7 @@ from scheduler.energy import meters
 from scheduler.fairness import FairnessTally
 from scheduler.jobs import Job, Outcome, Tier
 from scheduler.kept_blocks import Kept
+from scheduler.memory_peak import FuturePeak, Running
 from scheduler.objectives import Objectives
 from scheduler.policy import Policy
 from scheduler.slack import Headroom, Slack, StepLoad
@@ -151,6 +152,7 @@ class PolicyQueue(RequestQueue):  # type: ignore[misc]  # vLLM is not type-check
     cached_tokens: how much of a request's prompt the prefix cache holds.
     takes_flex: whether a flex request may start now; while it may not and is first in line, the queue says that it is
         empty. flex_started: those that were popped in this pass. left: is told of a job that is over.
+    admits: the same for any request, where the policy looks at memory to come; None where it does not.
     """
 
     def __init__(
@@ -169,6 +171,7 @@ class PolicyQueue(RequestQueue):  # type: ignore[misc]  # vLLM is not type-check
         self.takes_flex: Callable[[Request], bool] = lambda request: True
         self.flex_started: list[Request] = []
         self.left: Callable[[Job], None] = lambda job: None
+        self.admits: Callable[[Request], bool] | None = None
         self._clock = clock
         self._cached_tokens = cached_tokens
 
@@ -240,12 +243,15 @@ class PolicyQueue(RequestQueue):  # type: ignore[misc]  # vLLM is not type-check
         lanes = self.lanes
         if not len(lanes):
             return False
-        if not self.barred and not lanes.waiting(Tier.FLEX):
+        if not self.barred and self.admits is None and not lanes.waiting(Tier.FLEX):
             return True
         head = lanes.peek(self.now)
         if head is None or head in self.barred:
             return False
-        return head.tier is not Tier.FLEX or lanes.is_due(head) or self.takes_flex(self.entries[head.id].request)
+        request = self.entries[head.id].request
+        if head.tier is Tier.FLEX and not lanes.is_due(head) and not self.takes_flex(request):
+            return False
+        return self.admits is None or self.admits(request)
 
     def __len__(self) -> int:
         return len(self.lanes)
@@ -342,6 +348,11 @@ class Scheduled(NamedTuple):
     prompt_tokens: int
 
 
+def grows(spec: Any) -> bool:  # noqa: ANN401
+    """Whether a request holds ever more KV blocks of this kind of layer the longer it gets."""
+    return isinstance(spec, AttentionSpec) and not getattr(spec, "sliding_window", None)
+
+
 class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
     """vLLM's scheduler with our policy for who starts, who yields its slot, and who yields its memory."""
 
@@ -373,6 +384,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         # Where vLLM counts a look-up as a hit in its metrics, we do not look.
         self._looks_up = hasattr(self.kv_cache_manager, "record_prefix_cache_stats")
         self._prepare_for_flex()
+        self._plan_memory(policy)
         self._reason = "reset"
         self._singled_out: Request | None = None
         self._answers: list[tuple[Request, EngineCoreOutput]] = []
@@ -410,6 +422,16 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         config = self.scheduler_config
         cuts = config.enable_chunked_prefill and not getattr(config, "disable_chunked_mm_input", False)
         return StepLimit(objectives, self._slack.model) if cuts and objectives.tpot_s < math.inf else None
+
+    def _plan_memory(self, policy: Policy) -> None:
+        """Looks ahead at what the batch will hold, if the policy admits by that."""
+        self._peak: FuturePeak | None = None
+        self._queue.admits = None
+        if policy.order.admission == "peak":
+            specs = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]
+            growth = sum(1 / spec.block_size for spec in specs if grows(spec))
+            self._peak = FuturePeak(policy.order.rest_tokens, growth)
+            self._queue.admits = self._stays_within
 
     def _describe(self, policy: Policy) -> None:
         """What does not change while the engine runs, and the policy of its start: in metrics and in the log."""
@@ -798,6 +820,8 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         if entry is not None and entry.job.tier is Tier.FLEX:
             self._metrics.flex_displaced.inc(request.num_computed_tokens)
             self._displaced_flex[request.request_id] = request.num_computed_tokens
+        if self._peak is not None:
+            self._peak.left()
         super()._preempt_request(request, timestamp, *args, **kwargs)
 
     def _note_starts(self, output: SchedulerOutput, now: float) -> None:
@@ -827,13 +851,15 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         head = self._queue.refused
         if head is None and self._yielded_memory and self._queue:  # then vLLM looked at nobody who waits
             head = self._queue.peek_request()
-        return head is not None and self._lacks_blocks(head)
+        if head is not None:
+            return self._lacks_blocks(head)
+        return self._peak is not None and self._peak.holds_back(self._lanes.peek(self._queue.now))
 
     def _lacks_blocks(self, request: Request, *, beside: float | None = None) -> bool:
         """Whether the KV blocks that are free are too few for a request to start. beside: blocks that flex leaves free
         within the bounds of `HEADROOM`; the request is then looked at as a whole, and not for what one step computes.
         """
-        manager, groups = self.kv_cache_manager, self.kv_cache_config.kv_cache_groups
+        manager = self.kv_cache_manager
         pool = manager.block_pool
         free = pool.get_num_free_blocks() - getattr(manager, "watermark_blocks", 0)
         if beside is not None:
@@ -843,12 +869,45 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
                 return True
         whole = beside is not None or getattr(self, "scheduler_reserve_full_isl", False)
         tokens = request.num_tokens if whole else min(request.num_tokens, self.max_num_scheduled_tokens)
-        wanted = sum(blocks_for(group.kv_cache_spec, tokens) for group in groups)
-        if wanted <= free:
-            return False
-        cached = manager.get_computed_blocks(request)[0].blocks if self._looks_up else ()
-        held = sum(1 for blocks in cached for block in blocks if block.ref_cnt and not block.is_null)
-        return bool(wanted - held > free)
+        return all(wanted > free for wanted in self._wanted_blocks(request, tokens))
+
+    def _blocks(self, tokens: int) -> int:
+        """KV blocks of all kinds of layers for a request of so many tokens."""
+        return sum(blocks_for(group.kv_cache_spec, tokens) for group in self.kv_cache_config.kv_cache_groups)
+
+    def _wanted_blocks(self, request: Request, tokens: int) -> Iterator[int]:
+        """KV blocks for so many of a request's tokens; then those without what others hold, which is dearer to find."""
+        wanted = self._blocks(tokens)
+        yield wanted
+        if self._looks_up:
+            cached = self.kv_cache_manager.get_computed_blocks(request)[0].blocks
+            yield wanted - sum(1 for blocks in cached for block in blocks if block.ref_cnt and not block.is_null)
+
+    def _stays_within(self, request: Request) -> bool:
+        """Whether the batch is expected to fit into KV memory to its end with this request in it."""
+        if self._peak is None or self._slots_taken() or self._is_blocked_waiting_status(request.status):
+            return True
+        entries, pool = self._queue.entries, self.kv_cache_manager.block_pool
+        free = pool.get_num_free_blocks()
+        room = free - getattr(self.kv_cache_manager, "watermark_blocks", 0)
+        return self._peak.fits(
+            entries[request.request_id].job,
+            [
+                self._running_job(running, entry.job)
+                for running in self.running
+                if (entry := entries.get(running.request_id)) is not None
+            ],
+            free=room,
+            used=pool.num_gpu_blocks - 1 - free,
+            wanted=lambda: self._wanted_blocks(request, request.num_tokens),
+        )
+
+    def _running_job(self, request: Request, job: Job) -> Running:
+        wants = self._blocks(request.num_tokens)
+        if request.num_computed_tokens + 1 >= request.num_tokens:
+            return Running(job, wants, wants)
+        has = sum(map(len, self.kv_cache_manager.get_blocks(request.request_id).blocks))
+        return Running(job, has, max(has, wants))
 
     def _cached_tokens(self, request: Request) -> int:
         """Prompt tokens that the prefix cache holds as the request arrives, for policies that look at prompts."""
@@ -878,6 +937,8 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         self._queue.leave(request)
+        if self._peak is not None:
+            self._peak.left()
         told = super()._free_request(request, *args, **kwargs)
         transfer = told[0] if isinstance(told, tuple) else told
         if transfer and self._takes_first_tokens:
@@ -912,6 +973,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
             return {"error": str(refusal)}
         self._metrics.policy.labels(self._lanes.policy.name).set(0)
         self._lanes.switch(policy, self.clock())
+        self._plan_memory(policy)
         self._metrics.policy.labels(policy.name).set(1)
         self._metrics.switches.labels("done").inc()
         logger.info("evenhand: policy %s from here on", policy.name)

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.engine
 SLOTS, STEP_TOKENS, STEP_S = 6, 128, 0.01
 PLENTY, SCARCE = 1000, 24  # KV blocks
 # With its promise Gittins displaces nobody in this traffic, and there would be little to compare.
-OPTIONS = {"gittins": {"tail": "inf"}}
+OPTIONS = {"gittins": {"tail": "inf"}, "gittins by peak": {"tail": "inf", "admission": "peak", "min_samples": "20"}}
 
 
 def work(seed: int) -> Iterator[list[tuple[str, int, int]]]:
@@ -51,7 +51,7 @@ class Simulated:
             prefix_block_tokens=BLOCK_TOKENS,
             attention_s_per_kv_token=1e-6,
         )
-        self.batch = ContinuousBatch(cost, TieredLanes(build(policy, OPTIONS.get(policy, {}))), limit)
+        self.batch = ContinuousBatch(cost, TieredLanes(build(policy.split()[0], OPTIONS.get(policy, {}))), limit)
         self._lengths: dict[Job, int] = {}
 
     def add(self, name: str, prompt_tokens: int, output_tokens: int, now: float) -> None:
@@ -77,11 +77,12 @@ def said(engine: DrivenEngine) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("blocks", [PLENTY, SCARCE])
-@pytest.mark.parametrize("policy", ["fcfs", "mlfq", "vtc", "gittins"])
+@pytest.mark.parametrize("policy", ["fcfs", "mlfq", "vtc", "gittins", "gittins by peak"])
 def test_the_same_jobs_make_a_token_at_every_step(hollow_model: Path, policy: str, blocks: int) -> None:
     clock = StepClock()
+    plugin = policy.split()[0]
     scheduler = build_scheduler(
-        hollow_model, policy, OPTIONS.get(policy), slots=SLOTS, step_tokens=STEP_TOKENS, blocks=blocks, clock=clock
+        hollow_model, plugin, OPTIONS.get(policy), slots=SLOTS, step_tokens=STEP_TOKENS, blocks=blocks, clock=clock
     )
     engine, simulated = DrivenEngine(scheduler, clock=clock, step_s=STEP_S), Simulated(policy, blocks)
     coming = work(seed=3)
@@ -100,12 +101,12 @@ def test_the_same_jobs_make_a_token_at_every_step(hollow_model: Path, policy: st
         made = {name for name, tokens in said(engine).items() if tokens > before.get(name, 0)}
         assert simulated.step(clock.now) == made, f"step {steps}"
     preempted = sum(
-        scheduler.registry.get_sample_value("evenhand_engine_preemptions_total", {"policy": policy, "reason": reason})
+        scheduler.registry.get_sample_value("evenhand_engine_preemptions_total", {"policy": plugin, "reason": reason})
         or 0
         for reason in ("policy", "memory")
     )
     assert simulated.batch.counts.preemptions == preempted
-    assert (preempted > 0) == (blocks == SCARCE or policy in ("mlfq", "gittins"))
+    assert (preempted > 0) == (blocks == SCARCE or plugin in ("mlfq", "gittins"))
     assert simulated.batch.kv_used_tokens == 0
 
 

@@ -123,6 +123,42 @@ def test_mlfq_gives_a_long_ones_slot_to_a_short_one_and_stock_does_not(hollow_mo
     assert first_done(None) == "long1"
 
 
+def alike(folder: Path, admission: str, answer_tokens: int = 60) -> DrivenEngine:
+    """60 requests alike in length, which is known, and memory for six of them at their ends; there are 12 slots."""
+    clock = StepClock()
+    options = {"tail": "inf", "admission": admission}
+    scheduler = build_scheduler(folder, "gittins", options, slots=12, step_tokens=512, blocks=40, clock=clock)
+    for _ in range(100):
+        scheduler._lanes.policy.order.learn(Job("", "", 30, 0.0, output_tokens=60), Outcome.DONE)
+    engine = DrivenEngine(scheduler, clock=clock)
+    engine.add(*(request(f"r{number}", 30, answer_tokens) for number in range(60)))
+    engine.run()
+    assert engine.answers == {f"r{number}": expected(f"r{number}", 30, answer_tokens) for number in range(60)}
+    return engine
+
+
+def test_admission_by_the_peak_interrupts_nobody_for_memory_where_lengths_are_known(hollow_model: Path) -> None:
+    interrupted = [
+        metric(alike(hollow_model, admission).scheduler, "preemptions_total", policy="gittins", reason="memory")
+        for admission in ("now", "peak")
+    ]
+    assert interrupted[0] > 20
+    assert interrupted[1] == 0
+
+
+def test_admission_by_the_peak_goes_on_where_all_answers_are_longer_than_was_thought(hollow_model: Path) -> None:
+    scheduler = alike(hollow_model, "peak", answer_tokens=200).scheduler
+    assert metric(scheduler, "preemptions_total", policy="gittins", reason="memory") > 0
+
+
+def test_a_live_switch_starts_and_ends_admission_by_the_peak(hollow_model: Path) -> None:
+    scheduler = build_scheduler(hollow_model, "gittins")
+    assert scheduler.waiting.admits is None
+    for options, looks_ahead in ((["admission=peak"], True), ([], False)):
+        scheduler.add_request(request("order", 1, 1, policy="gittins", policy_options=options))
+        assert (scheduler.waiting.admits is not None) is looks_ahead
+
+
 def test_mlfq_makes_room_in_memory_too_when_slots_are_free(hollow_model: Path) -> None:
     clock = StepClock()
     scheduler = build_scheduler(hollow_model, "mlfq", slots=8, blocks=30, clock=clock)

@@ -2,6 +2,7 @@
 
 import random
 from math import inf
+from typing import Literal
 
 import pytest
 
@@ -31,6 +32,7 @@ class Oracle:
     stall_s = float("inf")
     preemptions_per_s = 1000
     tail = float("inf")
+    admission: Literal["now", "peak"] = "now"
     tokens_per_step = 256.0
     epoch = 0
 
@@ -41,7 +43,7 @@ class Oracle:
     def fit(self, slots: int) -> None:
         pass
 
-    def rest_tokens(self, job: Job) -> float:
+    def rest_tokens(self, job: Job, share: float | None = None) -> float:
         return float(self._lengths[job.id] - job.output_tokens)
 
     def spot(self, job: Job, *, running: bool, boosted_at: int | None) -> Spot:

@@ -1,6 +1,7 @@
 """The index that lengths give: against the definition, worked out by hand or by brute force."""
 
 import random
+from bisect import bisect_left, bisect_right
 
 import pytest
 
@@ -104,3 +105,21 @@ def test_samples_of_one_kind_hardly_ever_differ() -> None:
 def test_other_lengths_or_another_spread_differ(other: list[int]) -> None:
     assert lengths_of(other).differs(lengths_of([50, 60, 70] * 300))
     assert lengths_of([50, 60, 70] * 300).differs(lengths_of(other))
+
+
+@pytest.mark.parametrize("age", [0, 10, 40, 150])
+def test_rest_is_that_of_those_that_were_as_long(age: int) -> None:
+    rng = random.Random(3)
+    samples = [int(rng.lognormvariate(4, 1)) + 1 for _ in range(2000)]
+    lengths = lengths_of(samples)
+    rests = sorted(tokens - age for tokens in samples if tokens > age)
+    assert lengths.rest(age) == pytest.approx(sum(rests) / len(rests), rel=0.05)
+    for share in (0.0, 0.1, 0.5, 0.9, 1.0):
+        rest = lengths.rest(age, share)
+        assert bisect_left(rests, rest) / len(rests) - 0.02 <= share <= bisect_right(rests, rest) / len(rests) + 0.02
+
+
+def test_rest_of_one_that_is_longer_than_all_before_is_a_token_at_least() -> None:
+    lengths = lengths_of(two_kinds())
+    assert lengths.rest(10**6) >= 1.0
+    assert lengths.rest(10**6, 0.5) >= 1.0
