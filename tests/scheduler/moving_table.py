@@ -1,133 +1,223 @@
-"""What moving interrupted requests could gain: `python -m tests.scheduler.moving_table --traces FOLDER`.
+"""What moving interrupted answers to another engine brings: `python -m tests.scheduler.moving_table --traces FOLDER`.
 
-Two engines under Gittins, each request placed where fewer are. Nobody is moved. For each interruption the table looks
-for the first moment, before the request goes on where it is, at which the other engine has a free slot and nobody in
-line, and takes the time from then on, less what computing all its tokens again takes, for the gain. It leaves out that
-a moved request would slow the other engine down, so it is what moving could gain at most.
+Two simulated engines under Gittins, and requests placed on them as the gateway does. An answer that was interrupted is
+moved once it has waited for as long as computing its tokens again takes, if the other engine has a free slot, nobody in
+line and KV memory for it. A moved answer is a new request there, its prompt all that it has so far, as when a worker
+fails. Each run is done with and without moving, with engines that are alike and with one that has a quarter of the
+other's slots, or KV memory for a quarter of its requests.
 """
 
 import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 
 from loadtest.simulator.batch import ContinuousBatch, Iteration
+from loadtest.simulator.costmodel import CostModel
 from scheduler.catalog import build, choose
 from scheduler.jobs import Job, Outcome
+from scheduler.pools import Pools, WorkerLoad
+from scheduler.routing import Choice, TypicalRequest
 from scheduler.tiers import TieredLanes
+from scheduler.workers import Worker
 from tests.scheduler.no_regret import STEP_S, sizes
-from tests.scheduler.simulated import SLOTS, TOKENS_PER_STEP, Size, arrivals, cost
+from tests.scheduler.simulated import SLOTS, TOKENS_PER_STEP, Size, arrivals, cost, p99
 
-LOADS = (0.7, 0.9, 1.2)
-POLICIES = ("gittins", "gittins:tail=inf")
+LOADS = (0.9, 1.2)
+WORKLOADS = ("S", "C", "R")
+WHOLE = cost(STEP_S)
 
 
-@dataclass
+@dataclass(slots=True, eq=False)
+class Answer:
+    """One request. job: as the engine sees it that has it. last_s: when its latest token came, at first its arrival."""
+
+    job: Job
+    length: int
+    arrived_s: float
+    last_s: float
+    made: int = 0
+    gap_s: float = 0.0
+    interrupted: bool = False
+    waits_since: float | None = None
+    engine: "Engine | None" = None
+
+    @property
+    def again_s(self) -> float:
+        """What computing all its tokens again takes."""
+        return STEP_S * self.job.context_tokens / TOKENS_PER_STEP
+
+
+@dataclass(eq=False)
 class Engine:
-    """One engine, and its iteration under way, which ends `now`. interrupted: who waits to go on."""
+    """One engine, and its iteration under way, which ends `now`. waiting: the interrupted."""
 
+    load: WorkerLoad
     batch: ContinuousBatch
     now: float = 0.0
     under_way: Iteration | None = None
-    interrupted: set[Job] = field(default_factory=set)
+    waiting: dict[Answer, None] = field(default_factory=dict)
 
-    def load(self) -> int:
-        return self.batch.running() + self.batch.waiting()
+    def has_room_for(self, answer: Answer) -> bool:
+        """Whether it would start at once, and has memory for what it will be at least."""
+        batch = self.batch
+        free = batch.cost.kv_capacity_tokens - batch.kv_used_tokens
+        return not batch.waiting() and batch.running() < batch.cost.max_seqs and free > answer.job.context_tokens + 64
 
 
-@dataclass
 class Pair:
-    """Two engines and all that happens on them. gains_s: of the interruptions that a move would have shortened."""
+    """Two engines and all that happens on them."""
 
-    engines: tuple[Engine, Engine]
-    lengths: Mapping[str, int]
-    ends_s: list[float] = field(default_factory=list)
-    interruptions: int = 0
-    gains_s: list[float] = field(default_factory=list)
-    room_from: dict[Job, float] = field(default_factory=dict)
+    def __init__(self, policy: str, costs: Sequence[CostModel], taught: Sequence[Size], *, moves: bool) -> None:
+        self.moving = moves
+        self.moves = 0
+        self.answers: dict[Job, Answer] = {}
+        self.done: list[tuple[Answer, float]] = []
+        self._typical = TypicalRequest()
+        self._pools = Pools(lambda worker: 1 << 30)
+        self.engines = [self._engine(f"{at}", policy, one, taught) for at, one in enumerate(costs)]
+        self._by_id = {engine.load.worker.id: engine for engine in self.engines}
 
-    def arrive(self, job: Job) -> None:
-        engine = min(self.engines, key=Engine.load)
-        engine.batch.add(job, job.arrived_at)
+    def _engine(self, name: str, policy: str, engine_cost: CostModel, taught: Sequence[Size]) -> Engine:
+        built = build(*choose(policy))
+        for prompt, made in taught:
+            built.order.learn(Job("", "t", prompt, 0.0, output_tokens=made), Outcome.DONE)
+        load = WorkerLoad(Worker(name, "", slots=engine_cost.max_seqs))
+        self._pools.add(load, ("",))
+        return Engine(load, ContinuousBatch(engine_cost, TieredLanes(built)))
+
+    def run(self, jobs: Sequence[Size], times: Sequence[float]) -> None:
+        """Serves all of them."""
+        coming = 0
+        while coming < len(jobs) or any(engine.under_way for engine in self.engines):
+            busy = [engine for engine in self.engines if engine.under_way is not None]
+            first = min(busy, key=lambda engine: engine.now) if busy else None
+            if first is None or (coming < len(jobs) and times[coming] <= first.now):
+                prompt, length = jobs[coming]
+                at = times[coming]
+                answer = Answer(Job(f"{coming}", "t", prompt, at), length, at, at)
+                load = Choice(self._pools.of(""), self._typical.tokens).cheapest()
+                assert load is not None
+                self._give(answer, self._by_id[load.worker.id], at)
+                coming += 1
+            else:
+                self._step(first)
+
+    def _give(self, answer: Answer, engine: Engine, now: float) -> None:
+        answer.engine = engine
+        self.answers[answer.job] = answer
+        engine.load.reserve(1, answer.job.prompt_tokens + answer.length - answer.made)
+        engine.batch.add(answer.job, now)
         if engine.under_way is None:
-            engine.now = max(engine.now, job.arrived_at)
+            engine.now = max(engine.now, now)
             self._begin(engine)
 
-    def step(self, engine: Engine) -> None:
+    def _leave(self, answer: Answer, outcome: Outcome, now: float) -> None:
+        engine, job = answer.engine, answer.job
+        assert engine is not None
+        engine.waiting.pop(answer, None)
+        engine.load.release(1, job.prompt_tokens + answer.length - answer.made + job.output_tokens)
+        engine.batch.finish(job, outcome, now)
+        del self.answers[job]
+
+    def _step(self, engine: Engine) -> None:
         """Ends the iteration that is under way, and begins the next."""
         assert engine.under_way is not None
-        for job in engine.batch.complete(engine.under_way, engine.now):
-            if job.output_tokens == self.lengths[job.id]:
-                engine.batch.finish(job, Outcome.DONE, engine.now)
-                self.ends_s.append(engine.now - job.arrived_at)
+        now = engine.now
+        for job in engine.batch.complete(engine.under_way, now):
+            answer = self.answers[job]
+            if answer.made:
+                answer.gap_s = max(answer.gap_s, now - answer.last_s)
+            answer.last_s = now
+            answer.made += 1
+            if answer.made == answer.length:
+                self._leave(answer, Outcome.DONE, now)
+                self._typical.learn(job.prompt_tokens, answer.length)
+                self.done.append((answer, now - answer.arrived_s))
+        if self.moving:
+            self._move(now)
         self._begin(engine)
 
     def _begin(self, engine: Engine) -> None:
-        lanes, started_at = engine.batch.lanes, engine.now
-        before = set(lanes.running_jobs())
-        engine.under_way = engine.batch.schedule(started_at)
-        other = self.engines[engine is self.engines[0]]
+        now, lanes = engine.now, engine.batch.lanes
+        before = list(lanes.running_jobs())
+        engine.under_way = engine.batch.schedule(now)
         for job in before:
-            if job in lanes:
-                self.interruptions += 1
-                engine.interrupted.add(job)
-                if other.load() < SLOTS:
-                    self.room_from[job] = started_at
-        for job in [job for job in engine.interrupted if job not in lanes]:
-            engine.interrupted.remove(job)
-            self._settle(job, started_at)
-        if engine.load() < SLOTS:
-            for job in other.interrupted:
-                self.room_from.setdefault(job, started_at)
+            answer = self.answers[job]
+            if job in lanes and answer.made:
+                answer.interrupted = True
+                answer.waits_since = now
+                engine.waiting[answer] = None
+        for answer in [answer for answer in engine.waiting if answer.job not in lanes]:
+            del engine.waiting[answer]
+        engine.load.observe(kv_usage=engine.batch.kv_usage())
         if engine.under_way is not None:
-            engine.now += engine.under_way.duration_s
+            engine.now = now + engine.under_way.duration_s
 
-    def _settle(self, job: Job, resumed_at: float) -> None:
-        room_at = self.room_from.pop(job, None)
-        if room_at is not None:
-            gain_s = resumed_at - room_at - STEP_S * job.context_tokens / TOKENS_PER_STEP
-            if gain_s > 0.0:
-                self.gains_s.append(gain_s)
-
-
-def run(policy: str, jobs: Sequence[Size], times: Sequence[float], others: Sequence[Size]) -> Pair:
-    """Serves all of them."""
-    pair = Pair(
-        (_engine(policy, others), _engine(policy, others)), {f"{at}": made for at, (_, made) in enumerate(jobs)}
-    )
-    coming = 0
-    while coming < len(jobs) or any(engine.under_way for engine in pair.engines):
-        busy = [engine for engine in pair.engines if engine.under_way is not None]
-        first = min(busy, key=lambda engine: engine.now) if busy else None
-        if first is None or (coming < len(jobs) and times[coming] <= first.now):
-            pair.arrive(Job(f"{coming}", "t", jobs[coming][0], times[coming]))
-            coming += 1
-        else:
-            pair.step(first)
-    return pair
+    def _move(self, now: float) -> None:
+        for source, target in (self.engines, self.engines[::-1]):
+            for answer in list(source.waiting):
+                assert answer.waits_since is not None
+                if now - answer.waits_since >= answer.again_s and target.has_room_for(answer):
+                    self.moves += 1
+                    old = answer.job
+                    self._leave(answer, Outcome.ABORTED, now)
+                    answer.job = Job(f"{old.id}+", "t", old.context_tokens, now)
+                    self._give(answer, target, now)
 
 
-def _engine(policy: str, others: Sequence[Size]) -> Engine:
-    built = build(*choose(policy))
-    for prompt, made in others:
-        built.order.learn(Job("", "t", prompt, 0.0, output_tokens=made), Outcome.DONE)
-    return Engine(ContinuousBatch(cost(STEP_S), TieredLanes(built)))
+def pairs_of(jobs: Sequence[Size]) -> Mapping[str, tuple[CostModel, CostModel]]:
+    """Two engines with memory enough; with few slots in one; with memory in one for two requests of mean size, or for
+    the largest; and the same where its slots are as few."""
+    tokens = [prompt + made for prompt, made in jobs]
+    short = max(round(SLOTS / 4 * mean(tokens)), round(1.1 * max(tokens)))
+    return {
+        "alike": (WHOLE, WHOLE),
+        "one has few slots": (WHOLE, replace(WHOLE, max_seqs=SLOTS // 4)),
+        "one is short of memory": (WHOLE, replace(WHOLE, kv_capacity_tokens=short)),
+        "the same, slots to match": (WHOLE, replace(WHOLE, kv_capacity_tokens=short, max_seqs=SLOTS // 4)),
+    }
 
 
-def lines(names: Sequence[str], seed: int, traces: Path) -> Iterator[str]:
+def saturation(costs: Sequence[CostModel], jobs: Sequence[Size]) -> float:
+    """Requests per second that the two can do."""
+    pair = Pair("fcfs", costs, (), moves=False)
+    pair.run(jobs, [0.0] * len(jobs))
+    return len(jobs) / max(engine.now for engine in pair.engines)
+
+
+def lines(seed: int, traces: Path) -> Iterator[str]:
     """The table as Markdown."""
-    yield "| policy | lengths | load | interruptions | of these a move would shorten | mean JCT, at most better by |"
-    yield "| --- | --- | --- | ---: | ---: | ---: |"
-    for policy in POLICIES:
-        for name in names:
-            jobs, others = sizes(name, traces, seed)
+    yield (
+        "| lengths | engines | load | interrupted | P99 of their longest gap, s: stay, move "
+        "| moves a minute | mean JCT, s: stay, move | P99 JCT, s: stay, move |"
+    )
+    yield "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |"
+    for name in WORKLOADS:
+        jobs, others = sizes(name, traces, seed)
+        unit = arrivals(jobs, 1.0, seed + 77, STEP_S)
+        for engines, costs in pairs_of(jobs).items():
+            per_s = saturation(costs, jobs)
             for load in LOADS:
-                pair = run(policy, jobs, arrivals(jobs, 2 * load, seed + 77, STEP_S), others)
-                share = len(pair.gains_s) / max(1, pair.interruptions)
-                gain = sum(pair.gains_s) / len(jobs) / mean(pair.ends_s)
-                yield f"| `{policy}` | {name} | {load:g} | {pair.interruptions} | {share:.1%} | {gain:.2%} |"
+                scale = len(jobs) / unit[-1] / (load * per_s)
+                cells = _cells(costs, jobs, [at * scale for at in unit], others)
+                yield f"| {name} | {engines} | {load:g} | {cells}"
+
+
+def _cells(costs: Sequence[CostModel], jobs: Sequence[Size], times: Sequence[float], others: Sequence[Size]) -> str:
+    pairs = [Pair("gittins", costs, others, moves=moves) for moves in (False, True)]
+    for pair in pairs:
+        pair.run(jobs, times)
+    gaps = [p99([answer.gap_s for answer, _ in pair.done if answer.interrupted] or [0.0]) for pair in pairs]
+    stay, move = ([jct_s for _, jct_s in pair.done] for pair in pairs)
+    interrupted = sum(answer.interrupted for answer, _ in pairs[0].done)
+    minutes = max(engine.now for engine in pairs[1].engines) / 60
+    return (
+        f"{interrupted} | {gaps[0]:.1f}, {gaps[1]:.1f} | {pairs[1].moves / minutes:.0f} | "
+        f"{mean(stay):.2f}, {mean(move):.2f} | {p99(stay):.1f}, {p99(move):.1f} |"
+    )
 
 
 def main() -> None:
@@ -136,7 +226,7 @@ def main() -> None:
     parser.add_argument("--traces", type=Path, required=True, help="folder of the trace files")
     parser.add_argument("--seed", type=int, default=1, help="of the draws (default: %(default)s)")
     args = parser.parse_args()
-    for line in lines(("C", "R", "Azure chat"), args.seed, args.traces):
+    for line in lines(args.seed, args.traces):
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
 

@@ -80,7 +80,7 @@ def live(
     step_s: float = STEP_S,
     engine: CostModel | None = None,
 ) -> Lived:
-    """The simulator's engine under a policy that knows the lengths of some other jobs, the `taught`."""
+    """The simulator's engine under a policy that knows the lengths of some other jobs, the `taught`; SRPT knows all."""
     built = build(policy, options)
     lanes = TieredLanes(built)
     batch, lived = ContinuousBatch(engine or cost(step_s), lanes), Lived()
@@ -91,8 +91,9 @@ def live(
         if not left:
             now = max(now, times[coming])
         while coming < len(jobs) and times[coming] <= now:
-            job = Job(str(coming), "t", jobs[coming][0], now)
-            left[job] = jobs[coming][1]
+            prompt, made = jobs[coming]
+            job = Job(str(coming), "t", prompt, now, max_tokens=made if policy == "srpt" else 0)
+            left[job] = made
             batch.add(job, now)
             coming += 1
         iteration = batch.schedule(now)
