@@ -80,8 +80,9 @@ class Batches:
         self.changed = asyncio.Event()
         self._checked = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch store")
-        # Files have threads of their own, of which uploads take one: a slow folder must hold up no lease.
-        self._contents = ThreadPoolExecutor(4, thread_name_prefix="batch files")
+        # Files have threads of their own: a slow folder or bucket must hold up no lease, and an upload only others.
+        self._contents = ThreadPoolExecutor(3, thread_name_prefix="batch files")
+        self._uploads = ThreadPoolExecutor(1, thread_name_prefix="batch uploads")
         self._one_upload = asyncio.Lock()
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -93,6 +94,10 @@ class Batches:
         """Runs a blocking function that reads or writes contents, in a thread for that."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._contents, lambda: function(*args, **kwargs))
+
+    async def _upload(self, function: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Runs a blocking function in the thread of uploads, after what it does already."""
+        await asyncio.get_running_loop().run_in_executor(self._uploads, lambda: function(*args, **kwargs))
 
     def check(self) -> None:
         """ValueError if gateways share the store, but not these files."""
@@ -114,12 +119,13 @@ class Batches:
         async with self._one_upload:  # or two at once might exceed the quota
             await self.call(self._within_quota, tenant, size)
             try:
-                await self.content(self._copy, file_id, source)
+                await self._upload(self._copy, file_id, source)
                 return await self.call(self.keep, file_id, tenant, filename[:255], purpose, size)
             except BaseException:
                 # Nothing would know of the content. A record that was written, though nobody said so, goes with it.
                 with suppress(FilesUnavailable, StoreUnavailable):
-                    await self._remove(file_id)
+                    await self._upload(self.files.remove, file_id)  # a copy goes on though its request was cancelled
+                    await self.call(self.store.remove_file, file_id)
                 raise
 
     def _copy(self, file_id: str, source: BinaryIO) -> None:
@@ -249,6 +255,7 @@ class Batches:
 
     def close(self) -> None:
         """Waits for what the threads are doing."""
+        self._uploads.shutdown(wait=True)
         self._contents.shutdown(wait=True)
         self._thread.shutdown(wait=True)
         self.store.close()

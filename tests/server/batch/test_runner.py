@@ -120,8 +120,7 @@ class SlowFolder(FileFolder):
     @contextmanager
     def writing(self, file_id: str) -> Iterator[BinaryIO]:
         with super().writing(file_id) as file:
-            if file_id.endswith("output"):
-                self._hang("writing")
+            self._hang("writing" if file_id.endswith("output") else "uploading")
             yield file
 
 
@@ -181,6 +180,20 @@ async def test_an_upload_that_failed_leaves_neither_a_record_nor_a_content(tmp_p
         await batches.add_file("acme", "in.jsonl", "batch", io.BytesIO(b"{}\n"))
     assert await batches.list_files("acme", None, 10) == [] and store.stored_bytes("acme") == 0
     assert not [path for path in (tmp_path / "files").iterdir() if path.name.startswith("file-")]
+    batches.close()
+
+
+async def test_an_upload_that_is_cancelled_while_it_is_written_leaves_nothing(tmp_path: Path) -> None:
+    files = SlowFolder(tmp_path / "files", "uploading")
+    batches = Batches(files, SqliteBatchStore(tmp_path / "b.sqlite", time.monotonic), BatchSettings(), time.monotonic)
+    task = asyncio.create_task(batches.add_file("acme", "in.jsonl", "batch", io.BytesIO(b"{}\n")))
+    assert await asyncio.to_thread(files.reached.wait, LIMIT_S)
+    task.cancel()
+    await asyncio.sleep(0)  # it is told
+    files.goes_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not list((tmp_path / "files").iterdir()) and await batches.list_files("acme", None, 10) == []
     batches.close()
 
 
