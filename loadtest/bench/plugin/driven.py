@@ -7,7 +7,7 @@ puts in the wrong place shows up in the output.
 import json
 import zlib
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -218,10 +218,10 @@ class DrivenEngine:
     def abort(self, *names: str) -> None:
         self.scheduler.finish_requests(names, RequestStatus.FINISHED_ABORTED)
 
-    def step(self, computes_s: float = 0.0) -> SchedulerOutput | None:
+    def step(self, computes_s: Callable[[SchedulerOutput], float] | None = None) -> SchedulerOutput | None:
         """Schedules if there is anything to do, and takes the oldest output once enough steps are in flight.
 
-        computes_s: by which the clock moves between the two.
+        computes_s: seconds by which the clock moves between the two, by what was scheduled.
         """
         if self._clock is not None:
             self._clock.now += self._step_s
@@ -229,8 +229,8 @@ class DrivenEngine:
         if self.scheduler.has_requests():
             output = self.scheduler.schedule()
             self._flight.append((output, self._rule.apply(output)))
-        if self._clock is not None:
-            self._clock.now += computes_s
+            if self._clock is not None and computes_s is not None:
+                self._clock.now += computes_s(output)
         if len(self._flight) >= self._depth or output is None or not output.total_num_scheduled_tokens:
             self._take(*self._flight.popleft())
         return output
