@@ -32,16 +32,30 @@ class FilesUnavailable(ServiceError):
 
 
 @contextmanager
-def reaching_disk(full: str = "The gateway's disk is full: delete files that are no longer needed.") -> Iterator[None]:
+def reaching_disk() -> Iterator[None]:
     """Turns what a disk, or a folder that several machines mount, fails with into `NoSpace` and `FilesUnavailable`."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            full = "The gateway's disk is full: delete files that are no longer needed."
             raise NoSpace(full, retry_after_s=60) from None
         raise FilesUnavailable(
             f"The folder of batch files cannot be used: {error.strerror}. See that it is mounted and writable.",
             retry_after_s=5,
+        ) from error
+
+
+@contextmanager
+def using_temporary_folder() -> Iterator[None]:
+    """As `reaching_disk`, for what passes through the temporary folder only."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace("The gateway's temporary folder is full: try again later.", retry_after_s=60) from None
+        raise FilesUnavailable(
+            f"The gateway's temporary folder cannot be used: {error.strerror}.", retry_after_s=60
         ) from error
 
 

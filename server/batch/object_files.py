@@ -15,7 +15,7 @@ from secrets import token_hex
 from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
 
-from server.batch.files import Files, FilesUnavailable, NoSpace, checked, reaching_disk
+from server.batch.files import Files, FilesUnavailable, NoSpace, checked, using_temporary_folder
 from server.request.errors import ServiceError
 
 log = logging.getLogger("evenhand.batch")
@@ -27,7 +27,6 @@ TRIES = 2  # of s3fs, each of as many tries of botocore: it gives up within seco
 CONNECT_S = 3
 READ_S = 15
 FULL = ("QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded")
-_NO_ROOM = "The gateway's temporary folder is full: try again later."
 
 T = TypeVar("T")
 
@@ -77,7 +76,7 @@ class ObjectFiles(Files):
     @contextmanager
     def writing(self, file_id: str) -> Iterator[BinaryIO]:
         path = self.path(file_id)
-        with reaching_disk(_NO_ROOM), tempfile.TemporaryFile() as file:  # without a name: a kill leaves nothing behind
+        with using_temporary_folder(), tempfile.TemporaryFile() as file:  # without a name: a kill leaves nothing behind
             yield file
             file.seek(0)  # flushes, too
             put = partial(self.system.put_file, f"/dev/fd/{file.fileno()}", path)

@@ -12,7 +12,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from server.batch.batches import MAX_FILE_BYTES, Batches, BatchRequest
-from server.batch.files import Files, bounded, reaching_disk
+from server.batch.files import Files, bounded, using_temporary_folder
 from server.batch.objects import Batch
 from server.request.errors import BadRequest, NotFound
 from server.request.tenants import Tenant
@@ -41,7 +41,7 @@ async def uploaded(request: Request) -> tuple[UploadFile, str]:
         raise BadRequest("Send the file as multipart/form-data with the fields 'purpose' and 'file'.")
     stream: AsyncGenerator[bytes, None] = bounded(request.stream(), MAX_FILE_BYTES + FORM_BYTES)
     try:
-        with reaching_disk("The gateway's temporary folder is full: try again later."):
+        with using_temporary_folder():
             form = await MultiPartParser(request.headers, stream, max_files=1, max_fields=8).parse()
     except MultiPartException as error:
         raise BadRequest(f"The form cannot be read: {error.message}") from None

@@ -290,6 +290,26 @@ async def test_expired_files_are_swept(place: Place) -> None:
         assert not place.contents()
 
 
+async def test_a_content_that_is_gone_is_not_found(tmp_path: Path) -> None:
+    async with over_fake(INSTANT, batch={"folder": tmp_path}) as (gateway, _), client_of(gateway) as client:
+        file = await client.files.create(file=("in.jsonl", jsonl(1)), purpose="batch")
+        (tmp_path / "files" / file.id).unlink()
+        with pytest.raises(openai.NotFoundError, match="is gone") as gone:
+            await client.files.content(file.id)
+        assert gone.value.code == "file_not_found"
+
+
+async def test_an_upload_that_finds_no_temporary_folder_is_told_to_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with over_fake(INSTANT, batch={"folder": tmp_path}) as (gateway, _), client_of(gateway) as client:
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nothing"))
+        with pytest.raises(openai.InternalServerError, match="temporary folder") as away:
+            await client.files.create(file=("in.jsonl", b"\n" * 2_000_000), purpose="batch")
+        assert away.value.status_code == 503 and away.value.code == "batch_files_unavailable"
+        assert not (await client.files.list()).data
+
+
 async def test_without_a_folder_there_is_no_batch_api() -> None:
     async with over_fake(INSTANT) as (gateway, _):
         assert (await gateway.ask("/v1/batches", {})).status == 404
