@@ -5,7 +5,7 @@ the time to the first token of one more prompt, the time per token of what runs,
 """
 
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from math import exp, inf
 from typing import Final, NamedTuple
 
@@ -30,6 +30,10 @@ class Reading(NamedTuple):
     def plus(self, other: "Reading", times: float = 1.0) -> "Reading":
         return Reading(self.tokens + times * other.tokens, self.pairs + times * other.pairs)
 
+    def since(self, earlier: "Reading") -> "Reading":
+        """What has come on top; not below nothing, for what was begun may have been given up."""
+        return Reading(max(0.0, self.tokens - earlier.tokens), max(0.0, self.pairs - earlier.pairs))
+
     @classmethod
     def of(cls, tokens: float, cached_tokens: float = 0.0) -> "Reading":
         return cls(tokens, pairs_of(tokens, cached_tokens))
@@ -40,7 +44,8 @@ class Stay:
     """What a forecast notes of one request's answers, from `expects` to `ended`.
 
     context_tokens: of its prompt and half of its answer, once for each of `answers`. tpot_limit_s: objective for each.
-    due_at: when its first token is expected. began_at: None before that came.
+    due_at: when its first token is expected. began_at: None before that came. queued: all prompts that were sent to the
+    engine up to its own; None if its own is read elsewhere.
     read, sequences, contexts, fetched: the engine's sums when it began.
     """
 
@@ -49,6 +54,7 @@ class Stay:
     tpot_limit_s: float = inf
     due_at: float = 0.0
     began_at: float | None = None
+    queued: Reading | None = None
     read: Reading = Reading()
     sequences: float = 0.0
     contexts: float = 0.0
@@ -107,7 +113,8 @@ class EngineForecast:
         self._read_at_once = Reading()
         self._stall_s = self._stall_at = 0.0
         self._share = self._share_at = 0.0
-        self._read = Reading()  # of all prompts that were ever read here
+        self.sent = self._read = Reading()  # of all prompts that were ever sent or read here
+        self._begun_memo: tuple[float, Reading] | None = None
         self._fetched_tokens = 0.0
         self._sequence_s = self._context_s = self._summed_at = 0.0  # integrals over time of what runs
 
@@ -127,21 +134,29 @@ class EngineForecast:
         if silent:
             self._silent.add(key)
         self._all_unread = self._all_unread.plus(prompt)
+        self.sent = self.sent.plus(prompt)
+        self._begun_memo = None
         seconds = self.cost.prompt_s(*prompt)
         self._stall_s = self._recent_stall_s(now, life_s) + seconds
         self._stall_at = now
         self._share = self.read_share(now) + seconds / MEMORY_S
         self._share_at = now
 
-    def has_read(self, key: object, now: float, *, learn: bool = True) -> None:
-        """Its first token came; or, without `learn`, it will not be read any more. Nothing if it was read before."""
+    def has_read(self, key: object, now: float, *, learn: bool = True, was_read: bool = False) -> None:
+        """Its first token came; or, without `learn`, nobody will see it. Nothing if it was read before.
+
+        was_read: where nobody saw it, the request was answered all the same.
+        """
         if key not in self._unread:
             return
+        unseen = list(takewhile(lambda before: before is not key, self._unread)) if learn and self._silent else []
         prompt = self._drop(key)
         if not learn:
+            self._read = self._read.plus(prompt) if was_read else self._read
             return
-        while self._silent and (first := next(iter(self._unread), None)) in self._silent:
-            prompt = prompt.plus(self._drop(first))
+        for before in unseen:
+            if before in self._silent:
+                prompt = prompt.plus(self._drop(before))
         self._read = self._read.plus(prompt)
         at_once = self._read_at_once = self._read_at_once.plus(prompt)
         elapsed_s = now - self._reading_since
@@ -161,6 +176,7 @@ class EngineForecast:
         prompt = self._unread.pop(key)
         self._all_unread = self._all_unread.plus(prompt, -1.0) if self._unread else Reading()
         self._silent.discard(key)
+        self._begun_memo = None
         return prompt
 
     def expects(
@@ -179,6 +195,7 @@ class EngineForecast:
         if stay.began_at is not None:
             return
         self._sum(now)
+        self._begun_memo = None
         self._fetched_tokens += fetched_tokens
         self.coming -= stay.answers
         self._coming_context -= stay.context_tokens
@@ -195,13 +212,14 @@ class EngineForecast:
             self._coming_context -= stay.context_tokens
             return
         self._sum(now)
+        self._begun_memo = None
         self.running -= stay.answers
         self._running_context -= stay.context_tokens
         seconds, stayed_s = last_at - stay.began_at, now - stay.began_at
         if tokens > 4 and seconds > 0.0:
             steps = tokens - 1
             per_s = steps / stayed_s
-            read = self._computed(now).plus(stay.read, -1.0)
+            read = self._computed(now).since(stay.read)
             self._learn(
                 seconds,
                 (
@@ -219,8 +237,17 @@ class EngineForecast:
         if self._fleet is not None:
             self._fleet.learn(seconds, row, weight)
         if self._fit.learn(seconds, row, weight):
-            fixed_s, *rest = self._fit.coefficients
-            self.cost = StepCost(max(_LEAST_STEP_S, fixed_s), *rest)
+            self._take(self._fit)
+
+    def _take(self, fit: LinearFit) -> None:
+        fixed_s, *rest = fit.coefficients
+        self.cost = StepCost(max(_LEAST_STEP_S, fixed_s), *rest)
+        self._begun_memo = None
+
+    def look_around(self) -> None:
+        """As long as nothing was seen here, the engine is taken to be as the others of its fleet."""
+        if not self._fit.seen and self._fleet is not None and self._fleet.seen:
+            self._take(self._fleet)
 
     def _sum(self, now: float) -> None:
         elapsed_s = now - self._summed_at
@@ -244,13 +271,19 @@ class EngineForecast:
         """Of the prompt that is being read, what is computed by now."""
         if not self._unread:
             return Reading()
-        most = Reading()
+        if self._begun_memo is not None and self._begun_memo[0] == now:
+            return self._begun_memo[1]
+        tokens = pairs = 0.0
         for key, prompt in self._unread.items():
-            most = most.plus(prompt)
+            tokens += prompt.tokens
+            pairs += prompt.pairs
             if key not in self._silent:
                 break
-        share = min(1.0, (now - self._reading_since) / self._read_s(most)) if most.tokens else 0.0
-        return Reading().plus(most, share)
+        whole_s = self._read_s(Reading(tokens, pairs))
+        share = min(1.0, (now - self._reading_since) / whole_s) if whole_s > 0.0 else 0.0
+        begun = Reading(share * tokens, share * pairs)
+        self._begun_memo = now, begun
+        return begun
 
     def _computed(self, now: float) -> Reading:
         """Of prompts, what was ever computed here."""
@@ -301,13 +334,13 @@ class EngineForecast:
         life_s = step_s * output_tokens
         share = min(_MOST_SHARE, self.read_share(now))
         usual_s = life_s * share / (1.0 - share)
-        stall_s = min(max(self._recent_stall_s(now, life_s), usual_s), self._chunk_s() * output_tokens)
+        stall_s = min(max(self._recent_stall_s(now, life_s), usual_s), self._chunk_s(self._all_unread) * output_tokens)
         return Pace(step_s + stall_s / output_tokens, (usual_s * prompt_s) ** 0.5 / output_tokens)
 
-    def _chunk_s(self) -> float:
-        """What the largest chunk of a prompt adds to a step."""
+    def _chunk_s(self, prompts: Reading) -> float:
+        """What the largest chunk of such prompts adds to a step."""
         tokens = max(1, self.chunk_tokens - self.running)
-        before = self._read.pairs / self._read.tokens if self._read.tokens else tokens / 2
+        before = max((each.pairs / each.tokens for each in (self._read, prompts) if each.tokens), default=tokens / 2)
         return self.cost.prompt_s(tokens, tokens * before)
 
     def misses(self, prompt: Reading, context_tokens: float, left: float, now: float) -> Misses:
@@ -316,7 +349,7 @@ class EngineForecast:
 
         Each is judged by how it stands: by the tokens that it has, as far as time tells, and by what has held it up.
         One that will be late anyway has nothing to lose, and one that has got far can wait. One that is still to begin
-        is held up by what is not read by then. How long they will be is not known: the tokens that are left are
+        is held up by the prompts behind its own, or by what is not read when it comes from elsewhere. How long they will be is not known: the tokens that are left are
         exponential, `left` in the mean.
         """
         if not self._limited:
@@ -325,19 +358,23 @@ class EngineForecast:
         held = self._running_context + self._coming_context
         step_s = cost.decode_s(self.answers + self.others, held)
         slower_s = (cost.sequence_s + cost.context_token_s * context_tokens) * left
-        queue_s, read_s = cost.prompt_s(*self.unread(now)), cost.prompt_s(*prompt)
-        chunk_s, computed = self._chunk_s(), self._computed(now)
+        unread, computed = self.unread(now), self._computed(now)
+        queue_s, read_s = cost.prompt_s(*unread), cost.prompt_s(*prompt)
+        chunk_s = self._chunk_s(unread.plus(prompt))
         each = -(-len(self._limited) // _LOOKED_AT)
         reading = writing = both = 0.0
         for stay in islice(self._limited, 0, None, each):
             room_s = max(_LEAST_ROOM * stay.tpot_limit_s, stay.tpot_limit_s - step_s)
-            behind_s = until_s = 0.0
-            if stay.began_at is None:
-                until_s = max(0.0, stay.due_at - now)
-            else:  # an aborted prompt counts no more
-                stalled_s = max(0.0, cost.prompt_s(*computed.plus(stay.read, -1.0)))
+            behind_s, ahead_s, with_it_s = 0.0, queue_s, queue_s + read_s
+            if stay.began_at is not None:
+                stalled_s = cost.prompt_s(*computed.since(stay.read))
                 behind_s = stalled_s - room_s * max(0.0, now - stay.began_at - stalled_s) / step_s
-            ahead_s, with_it_s = max(0.0, queue_s - until_s), max(0.0, queue_s + read_s - until_s)
+            elif stay.queued is not None:
+                ahead_s = min(queue_s, cost.prompt_s(*self.sent.since(stay.queued)))
+                with_it_s = ahead_s + read_s
+            else:
+                until_s = max(0.0, stay.due_at - now)
+                ahead_s, with_it_s = max(0.0, queue_s - until_s), max(0.0, queue_s + read_s - until_s)
             if behind_s + with_it_s + slower_s <= 0.0:
                 continue
             before = late(behind_s, ahead_s, room_s, chunk_s, left)

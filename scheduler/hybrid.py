@@ -53,7 +53,9 @@ class Visit:
         """The reader will not read the prompt: the writer does."""
         if self.split and self.read_at is None:
             self._at(self.reader).has_read(self, now, learn=False)
-            self._at(self.writer).sends_prompt(self, self.prompt_tokens, now, self.planner.life_s, silent=self.silent)
+            writes = self._at(self.writer)
+            writes.sends_prompt(self, self.prompt_tokens, now, self.planner.life_s, silent=self.silent)
+            self.stay.queued = writes.sent
             self.reader = self.writer
 
     def begins(self, now: float) -> None:
@@ -69,7 +71,7 @@ class Visit:
     def over(self, now: float, last_at: float = 0.0, tokens: int = 0) -> None:
         """The request is over. last_at, tokens: of a stream, when its last token came and how many there were."""
         if self.read_at is None:
-            self._at(self.reader).has_read(self, now, learn=False)
+            self._at(self.reader).has_read(self, now, learn=False, was_read=tokens > 0)
         self._at(self.writer).ended(self.stay, now, last_at, 0 if self.silent else tokens)
         if tokens:
             self.planner.learn(self.prompt_tokens, tokens / self.stay.answers)
@@ -132,6 +134,8 @@ class Planner:
         tokens = max(1, asked.prompt_tokens - reads.cached_tokens)
         cached = reads.cached_tokens
         reads.forecast.sends_prompt(visit, tokens, now, self.life_s, cached_tokens=cached, silent=silent)
+        if not visit.split:
+            stay.queued = reads.forecast.sent
         return visit
 
     @staticmethod
@@ -150,6 +154,7 @@ class Planner:
         if load.forecast is None:
             load.forecast = EngineForecast(fleet=self.costs)
         forecast = load.forecast
+        forecast.look_around()
         forecast.chunk_tokens = worker.step_tokens
         forecast.kv_tokens = load.kv_tokens
         forecast.others = load.others

@@ -79,7 +79,7 @@ def choose(asked: Asked, prospects: Sequence[Prospect], handover: Sequence[float
     """
     handover_s = handover[0] + handover[1] * asked.prompt_tokens
     seen = [_Seen.of(asked, prospect, now) for prospect in prospects]
-    packed = 1.0 + _PACKED * sum(prospect.forecast.read_share(now) for prospect in prospects) / max(1, len(prospects))
+    packed = 1.0 + _PACKED * sum(min(1.0, one.forecast.read_share(now)) for one in prospects) / max(1, len(prospects))
     best: Choice | None = None
     best_score = inf
     for r, reader in enumerate(seen):

@@ -139,6 +139,43 @@ def test_answers_that_are_still_to_begin_are_held_up_by_what_is_not_read_by_then
     assert held_up(0.0) > 0.8 > 0.3 > held_up(0.55) and held_up(0.7) == 0.0
 
 
+def test_answers_whose_prompts_are_read_here_are_held_up_by_those_behind_and_not_by_those_before() -> None:
+    def more(before: int, behind: int) -> float:
+        """What one more prompt does to an answer between two others."""
+        one = engine()
+        one.sends_prompt("before", before, 0.0, life_s=2.0)
+        stay = one.expects(0.0, tpot_limit_s=0.02, due_at=-1.0)  # it should have begun
+        one.sends_prompt("own", 10, 0.0, life_s=2.0)
+        stay.queued = one.sent
+        one.sends_prompt("behind", behind, 0.0, life_s=2.0)
+        return one.misses(Reading.of(10_000.0), 0.0, 20.0, 0.0).reading
+
+    assert more(40_000, 0) > 0.8 and more(0, 40_000) < 0.1
+
+
+def test_a_first_token_says_nothing_of_prompts_that_were_sent_after_its_own() -> None:
+    forecast = engine()
+    for name, silent in (("unseen before", True), ("seen", False), ("unseen behind", True)):
+        forecast.sends_prompt(name, 1000, 0.0, life_s=2.0, silent=silent)
+    forecast.has_read("seen", 0.2)
+    assert forecast.unread(0.2).tokens == 1000
+
+
+def test_an_engine_of_which_nothing_was_seen_is_taken_to_be_as_the_others() -> None:
+    fleet = StepCost.fit(StepCost())
+    for _ in range(20):
+        fleet.learn(5.0, (1.0, 1000.0, 0.0, 0.0, 0.0, 5e5))
+    fresh = EngineForecast(fleet=fleet)
+    fresh.look_around()
+    assert fresh.first_token_s(Reading.of(1000), 0.0) == pytest.approx(5.0, rel=0.1)
+
+
+def test_long_prompts_have_dear_chunks() -> None:
+    forecast = answering(EngineForecast(chunk_tokens=512), 5, 0.0, limit_s=0.05)
+    risk = forecast.misses(Reading.of(200_000.0), 0.0, 100.0, 0.1).reading
+    assert risk > 1.0  # the chunks of the first 50,000 tokens alone would be within the objective
+
+
 SECONDS = st.floats(0.0, 10.0)
 
 
