@@ -349,8 +349,8 @@ class EngineForecast:
 
         Each is judged by how it stands: by the tokens that it has, as far as time tells, and by what has held it up.
         One that will be late anyway has nothing to lose, and one that has got far can wait. One that is still to begin
-        is held up by the prompts behind its own, or by what is not read when it comes from elsewhere. How long they will be is not known: the tokens that are left are
-        exponential, `left` in the mean.
+        is held up by the prompts behind its own, or by what is not read when it comes from elsewhere. How long they
+        will be is not known: the tokens that are left are exponential, `left` in the mean.
         """
         if not self._limited:
             return Misses(0.0, 0.0, 0.0)

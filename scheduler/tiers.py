@@ -1,8 +1,8 @@
 """Service tiers: a queue in which `priority` goes before `default`, and `default` before `flex`.
 
 Between tiers the order is strict, for slots and, inside an engine, for tokens; within a tier the policy decides, and
-each tier has accounts of its own. `flex` runs in what the others leave and may be displaced at any iteration; a
-reserve keeps it from starving, and counts what flex had in the last minutes: a burst that ends starves nobody.
+each tier has accounts of its own. `flex` runs in what the others leave and may be displaced at any iteration; once it
+has had nothing for minutes, a reserve keeps it from starving.
 """
 
 import math
@@ -16,7 +16,7 @@ from scheduler.policy import Account, Policy
 from scheduler.shadow import Shadow
 
 DEFAULT_RESERVE: Final = 0.05
-CREDIT_S: Final = 600.0  # in which starts that were not owed to flex are forgotten
+PATIENCE_S: Final = 120.0  # after flex ran in what others left, before anything is owed to it
 BY_NAME: Final = {tier.label: tier for tier in Tier}
 _MARK: Final = ":"  # between a tenant and its tier in the names of accounts; no tenant's name has one
 
@@ -29,8 +29,9 @@ class TieredLanes:
     """`Lanes` for each tier, used as one: the same methods, the same rule to stop at the first head that does not fit.
 
     reserve: of the starts that happen while flex jobs wait and none of them runs in what others leave, the share that
-    is theirs; 0 if others always go first. What flex has started lately beyond that counts: nothing is owed to it
-    before others have started their part. A job that starts by the reserve cannot be displaced by another tier.
+    is theirs; 0 if others always go first. Only starts count from `PATIENCE_S` after flex last ran in what others
+    left: a burst is not slowed down for those who had the calm before it. A job that starts by the reserve cannot be
+    displaced by another tier.
     """
 
     def __init__(self, policy: Policy, reserve: float = DEFAULT_RESERVE) -> None:
@@ -40,10 +41,10 @@ class TieredLanes:
         self._tiers = tuple(Lanes(policy) for _ in Tier)
         self._flex = self._tiers[Tier.FLEX]
         self._per_start = reserve / (1.0 - reserve)
-        self._owed = 0.0  # starts; below 0 what flex had before it was owed
-        self._owed_at = 0.0
+        self._owed = 0.0  # starts
+        self._ran_at = -math.inf  # when flex last ran in what others left
         self._reserved: set[Job] = set()
-        self._paid: set[Job] = set()  # running flex jobs that started when something was owed
+        self._paid: dict[Job, float] = {}  # what running flex jobs took of what is owed when they started
 
     @property
     def policy(self) -> Policy:
@@ -86,7 +87,7 @@ class TieredLanes:
         self._tiers[job.tier].admit(job, now)
         if job.tier is Tier.FLEX or self._flex.waiting:
             self._count(job, now)
-        elif self._owed > 0.0:
+        else:
             self._owed = 0.0
 
     def peek(self, now: float) -> Job | None:
@@ -110,15 +111,17 @@ class TieredLanes:
         """As `Lanes.put_back`."""
         if job.tier is Tier.FLEX:
             self._reserved.discard(job)
-            self._paid.discard(job)
-            self._owed += 1.0
-        elif self._counts:
-            self._owed -= self._per_start
+            self._owed += self._paid.pop(job, 0.0)
+        elif self._counts(now):
+            self._owed = max(0.0, self._owed - self._per_start)
         self._tiers[job.tier].put_back(job, now)
 
+    def _counts(self, now: float) -> bool:
+        """Whether starts of others count for flex: it waits, and has had nothing of what they leave for a while."""
+        return self._is_kept_waiting and now - self._ran_at >= PATIENCE_S
+
     @property
-    def _counts(self) -> bool:
-        """Whether starts of others count for flex: it waits, and none of it runs in what they leave."""
+    def _is_kept_waiting(self) -> bool:
         return self._flex.waiting > 0 and self._flex.running() == len(self._reserved)
 
     def _next(self) -> Lanes | None:
@@ -132,7 +135,7 @@ class TieredLanes:
     def _is_due(self) -> bool:
         """Whether a flex job goes before all others: so many of them have started while none of flex ran in what
         others leave."""
-        return self._owed >= 1.0 and self._counts
+        return self._owed >= 1.0 and self._is_kept_waiting
 
     def is_reserved(self, job: Job) -> bool:
         """Whether the job runs by the reserve."""
@@ -144,17 +147,13 @@ class TieredLanes:
 
     def _count(self, job: Job, now: float) -> None:
         """The job starts."""
-        if self._owed < 0.0:
-            self._owed *= math.exp((self._owed_at - now) / CREDIT_S)
-        self._owed_at = now
         if job.tier is Tier.FLEX:
-            if self._owed > 0.0:
-                self._paid.add(job)
-            self._owed -= 1.0
-        elif self._counts:
+            self._paid[job] = paid = min(1.0, self._owed)
+            self._owed -= paid
+        elif self._counts(now):
             self._owed = min(self._owed + self._per_start, 1.0 + self._per_start)
         elif not self._flex.waiting:
-            self._owed = min(self._owed, 0.0)  # nobody is kept waiting
+            self._owed = 0.0  # nobody is kept waiting
 
     # who yields
     def displacement(self, now: float, can_yield: Callable[[Job], bool] = _anyone) -> tuple[Job, Job] | None:
@@ -192,11 +191,14 @@ class TieredLanes:
 
     def preempt(self, job: Job, now: float) -> None:
         """As `Lanes.preempt`."""
-        self._reserved.discard(job)
-        if job.tier is Tier.FLEX and job not in self._paid:
-            self._owed += 1.0  # it will start again, and counts once
-        self._paid.discard(job)
+        self._leaves(job, now)
         self._tiers[job.tier].preempt(job, now)
+
+    def _leaves(self, job: Job, now: float) -> None:
+        """The job runs no longer, if it ran."""
+        if self._paid.pop(job, None) is not None and job not in self._reserved:
+            self._ran_at = now
+        self._reserved.discard(job)
 
     def finish(
         self,
@@ -209,8 +211,7 @@ class TieredLanes:
         cached_tokens: int = 0,
     ) -> None:
         """As `Lanes.finish`."""
-        self._reserved.discard(job)
-        self._paid.discard(job)
+        self._leaves(job, now)
         self._tiers[job.tier].finish(
             job, outcome, now, tokens=tokens, prompt_tokens=prompt_tokens, cached_tokens=cached_tokens
         )

@@ -10,14 +10,35 @@ on who made the first token: log probabilities, a grammar, a seed, penalties on 
 
 import copy
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from typing import Any, Final
 
+from vllm import SamplingParams
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput
 from vllm.v1.request import Request
 
 FIRST_TOKEN: Final = "evenhand_first_token"
 
+# Of `Request`, with what `contract` checks; an engine whose vLLM lacks one makes each first token itself.
+NEEDS: Final = (
+    "kv_transfer_params", "prompt_token_ids", "prompt_embeds", "output_token_ids", "_all_token_ids",
+    "update_block_hashes", "record_event", "take_events",
+)  # fmt: skip
+
 Matched = tuple[int | None, bool]
+
+
+def is_possible(scheduler: Any) -> bool:  # noqa: ANN401
+    """Whether a scheduler's engine can take over first tokens.
+
+    Not where the last token of a prompt is computed again whoever read the rest, for a model has a state in place of a
+    KV cache; nor with logits processors of one's own, which may look at what was said.
+    """
+    known = set(vars(Request)) | set(Request.__init__.__code__.co_names)
+    if not (known.issuperset(NEEDS) and hasattr(SamplingParams, "eos_token_id")):
+        return False
+    processors = scheduler.vllm_config.model_config.logits_processors or entry_points(group="vllm.logits_processors")
+    return not (getattr(scheduler, "has_mamba_layers", False) or processors)
 
 
 def tell(transfer: dict[str, Any], request: Request) -> None:
@@ -58,7 +79,7 @@ def _is_like_any_other(request: Request, token: int) -> bool:
         return False
     if request.structured_output_request is not None or request.prompt_embeds is not None:
         return False
-    ends = {getattr(params, "eos_token_id", None), *(params.stop_token_ids or ())}  # an end is for this engine to see
+    ends = {params.eos_token_id, *(params.stop_token_ids or ())}  # an end is for this engine to see
     depends = (
         params.seed, params.logprobs, params.prompt_logprobs, params.presence_penalty or None,
         params.frequency_penalty or None, params.bad_words or None, getattr(params, "thinking_token_budget", None),
@@ -87,6 +108,8 @@ def without_first_token(matched: Callable[[Request, int], Matched]) -> Callable[
         tokens, is_async = matched(request, computed)
         transfer = request.kv_transfer_params
         if not tokens or not isinstance(transfer, dict) or FIRST_TOKEN not in transfer:
+            return tokens, is_async
+        if computed + tokens < request.num_prompt_tokens:  # another connector's, which has no more
             return tokens, is_async
         return tokens - 1, is_async and tokens > 1
 

@@ -410,9 +410,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         self._updated_at = 0.0
 
     def _prepare_for_first_tokens(self) -> None:
-        model = self.vllm_config.model_config
-        # A model with a state in place of a KV cache has its prompt's last token computed here, whoever read the rest.
-        self._takes_first_tokens = not (getattr(self, "has_mamba_layers", False) or model.logits_processors)
+        self._takes_first_tokens = first_token.is_possible(self)
         if self.connector is not None and self._takes_first_tokens:
             matched = self.connector.get_num_new_matched_tokens
             self.connector.get_num_new_matched_tokens = first_token.without_first_token(matched)

@@ -10,6 +10,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from vllm.v1.request import Request
 
 from loadtest.bench.plugin.driven import VOCABULARY, DrivenEngine, build_scheduler, expected, request, token
+from scheduler.vllm.first_token import is_possible
 from tests.engine.test_vllm_plugin import ArrivingBlocks
 
 pytestmark = pytest.mark.engine
@@ -119,6 +120,25 @@ def test_a_client_that_leaves_after_the_first_token_leaves_nothing(hollow_model:
     engine.step()
     assert engine.scheduler.waiting.entries == {}
     assert engine.answers == {"far": expected("far", 33, 1)}
+
+
+def test_what_another_connector_has_of_a_prompt_is_left_as_it_is(hollow_model: Path) -> None:
+    engine = decoding(hollow_model, {"far": 16})  # a block, and no more
+    answer = expected("far", 33, 3)
+    far = handed("far", 33, 3, answer[0])
+    engine.add(far)
+    engine.step()
+    assert far.num_computed_tokens == 16
+    engine.scheduler.finished_recving_kv_req_ids.add("far")
+    engine.run()
+    assert engine.answers == {"far": answer}
+
+
+def test_an_engine_with_logits_processors_makes_every_token_itself(hollow_model: Path) -> None:
+    engine = decoding(hollow_model, {})
+    assert is_possible(engine.scheduler)
+    engine.scheduler.vllm_config.model_config.logits_processors = ["a.custom:Processor"]
+    assert not is_possible(engine.scheduler)
 
 
 def test_a_prefill_engine_tells_the_token_that_it_made(hollow_model: Path) -> None:
