@@ -215,8 +215,12 @@ class Batches:
         return batch
 
     def _first_model(self, file_id: str) -> str | None:
-        """The model of a file's first request; None if it has none: then the lines' own errors say more."""
-        with reaching_disk(), self.files.open(file_id) as file:
+        """The model of a file's first request; None if it has none: then what is wrong is said when it is checked."""
+        try:
+            file = self.files.open(file_id)
+        except FileNotFoundError:
+            return None
+        with reaching_disk(), file:
             return first_model(file)
 
     async def batch(self, tenant: str, batch_id: str) -> Batch:

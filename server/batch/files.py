@@ -128,7 +128,7 @@ class FileFolder(Files):
         with reaching_disk():
             if path.exists() or not self._marker.exists():  # without the marker, this is not the folder at all
                 return path.open("rb")
-        raise FileNotFoundError(file_id)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), file_id)
 
     def remove(self, file_id: str) -> None:
         with reaching_disk():

@@ -7,6 +7,7 @@ single PUT and for a multipart upload, so nothing is renamed.
 import errno
 import io
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -88,7 +89,7 @@ class ObjectFiles(Files):
         if size is None:
             if self._size(self._marker) is None:
                 raise FilesUnavailable("The bucket of batch files is not there, or was emptied.", retry_after_s=60)
-            raise FileNotFoundError(file_id)
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), file_id)
 
         def read(start: int, end: int) -> bytes:
             return cast(bytes, self._asked(lambda: self.system.cat_file(path, start=start, end=end)))

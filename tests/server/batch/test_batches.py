@@ -297,6 +297,8 @@ async def test_a_content_that_is_gone_is_not_found(tmp_path: Path) -> None:
         with pytest.raises(openai.NotFoundError, match="is gone") as gone:
             await client.files.content(file.id)
         assert gone.value.code == "file_not_found"
+        batch = await client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+        assert [error.code for error in (await ended(client, batch.id)).errors.data] == ["file_not_found"]
 
 
 async def test_an_upload_that_finds_no_temporary_folder_is_told_to_come_back(
