@@ -86,7 +86,8 @@ def live(
     batch, lived = ContinuousBatch(engine or cost(step_s), lanes), Lived()
     for prompt, made in taught:
         built.order.learn(Job("", "t", prompt, 0.0, output_tokens=made), Outcome.DONE)
-    now, coming, left = 0.0, 0, {}
+    now, coming = 0.0, 0
+    left: dict[Job, int] = {}
     while coming < len(jobs) or left:
         if not left:
             now = max(now, times[coming])
