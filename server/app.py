@@ -304,7 +304,7 @@ class GatewayServer:
         try:
             batches = Batches(files, self._batch_store(), batch, wall_clock)
             with suppress(NoSpace, FilesUnavailable, StoreUnavailable):  # then the runner checks, once they answer
-                batches.check()
+                batches.check_at_start()
         except OSError as error:
             raise ValueError(f"the batch folder {batch.folder} cannot be used: {error.strerror}") from None
         tenants = self.shared.tenants
@@ -376,6 +376,7 @@ class GatewayServer:
         wanted = (
             ("balance roles", self.balancer.run if self.settings.disaggregation.balance_roles else None),
             ("run batches", self.batches.run if self.batches is not None else None),
+            ("remove old batch files", self.batches.sweep if self.batches is not None else None),
             ("put idle models to sleep", self.sleeper.run if self.sleeper is not None else None),
             ("load pinned adapters", self.adapters.run),
             ("watch certificate", self.certificate.watch if self.certificate is not None else None),

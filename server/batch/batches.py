@@ -25,6 +25,7 @@ MAX_FILE_BYTES = 200 * 1024 * 1024
 PURPOSES = ("batch",)
 UNITS_S = {"m": 60, "h": 3600, "d": 86400}
 LONGEST_WINDOW_S = 14 * 86400
+START_S = 5.0  # that files may take to say whose they are before the gateway starts without knowing
 MAX_METADATA = (16, 64, 512)  # pairs, characters of a key, characters of a value
 
 P = ParamSpec("P")
@@ -69,7 +70,7 @@ def _checked(metadata: dict[str, str] | None) -> dict[str, str] | None:
 class Batches:
     """Files and batches by tenant. files: of the gateways that share the store. wall: seconds since 1970.
 
-    changed: set when a batch may have work.
+    changed: set when a batch may have work. usable: set once the files are known to be those of all these gateways.
     """
 
     def __init__(self, files: Files, store: BatchStore, settings: BatchSettings, wall: Callable[[], float]) -> None:
@@ -78,7 +79,8 @@ class Batches:
         self.files = files
         self.store = store
         self.changed = asyncio.Event()
-        self._checked = False
+        self.usable = asyncio.Event()
+        self._identity = ""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch store")
         # Files have threads of their own: a slow folder or bucket must hold up no lease, and an upload only others.
         self._contents = ThreadPoolExecutor(3, thread_name_prefix="batch files")
@@ -99,11 +101,25 @@ class Batches:
         """Runs a blocking function in the thread of uploads, after what it does already."""
         await asyncio.get_running_loop().run_in_executor(self._uploads, lambda: function(*args, **kwargs))
 
-    def check(self) -> None:
+    def check_at_start(self) -> None:
+        """`check` before there is an event loop. It must not hold up the start: FilesUnavailable after `START_S`."""
+        try:
+            identity = self._contents.submit(self.files.identity).result(START_S)
+        except TimeoutError:
+            raise FilesUnavailable("The files of batches do not answer.", retry_after_s=5) from None
+        self._identify(identity)
+        self.usable.set()
+
+    async def check(self) -> None:
         """ValueError if gateways share the store, but not these files."""
-        if not self._checked:
-            self.store.check(self.files.identity())
-            self._checked = True
+        if not self.usable.is_set():
+            identity = await self.content(self.files.identity)
+            await self.call(self._identify, identity)
+            self.usable.set()
+
+    def _identify(self, identity: str) -> None:
+        self.store.check(identity)
+        self._identity = identity
 
     def new_id(self, prefix: str) -> str:
         """An id that nobody can guess. Ids of one prefix sort by the time at which they were made."""
@@ -172,7 +188,8 @@ class Batches:
         await self.call(self.store.remove_file, file_id)
 
     async def sweep(self) -> int:
-        """Removes files past their expiry; returns how many."""
+        """Removes files past their expiry; returns how many. Needs files that are `usable`."""
+        await self.content(self.files.renew, self._identity)
         expired = await self.call(self.store.expired_files, self.wall())
         for file in expired:
             await self._remove(file.id)

@@ -87,6 +87,9 @@ class Files(ABC):
     def remove_parts(self, before: float) -> None:
         """Removes what gateways that were killed have left incomplete. before: seconds since 1970."""
 
+    def renew(self, identity: str) -> None:  # noqa: B027 - most places keep what they are told
+        """Makes what tells the identity look new, where something may delete what is old."""
+
     @abstractmethod
     def identity(self) -> str:
         """The same at every gateway that has these files, and nowhere else. ValueError or OSError if they cannot be

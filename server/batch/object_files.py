@@ -119,10 +119,36 @@ class ObjectFiles(Files):
     def remove_parts(self, before: float) -> None:
         """Ends multipart uploads that nobody goes on with: they are seen by the bill only."""
         bucket, _, ours = self.path("file-00000000").removesuffix("00000000").partition("/")
-        listed = self._asked(lambda: self.system.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=ours))
-        for upload in listed.get("Uploads", []):
+        for upload in self._uploads(bucket, ours):
             if upload["Initiated"].timestamp() < before:
-                self._asked(partial(self.system.abort_mpu, bucket, upload["Key"], upload["UploadId"]))
+                self._asked(partial(self._abort, bucket, upload["Key"], upload["UploadId"]))
+
+    def _uploads(self, bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
+        """Multipart uploads that are not complete, page by page."""
+        after: dict[str, str] = {}
+        while True:
+            ask = partial(self.system.call_s3, "list_multipart_uploads", Bucket=bucket, Prefix=prefix, **after)
+            page = self._asked(ask)
+            yield from page.get("Uploads", [])
+            if not page.get("IsTruncated"):
+                return
+            after = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+    def _abort(self, bucket: str, key: str, upload: str) -> None:
+        with suppress(FileNotFoundError):  # another gateway was first
+            self.system.abort_mpu(bucket, key, upload)
+
+    def renew(self, identity: str) -> None:
+        """Writes the identity once more: a lifecycle rule goes by an object's age."""
+        if self._asked(self._kept) == identity:
+            self._asked(partial(self.system.pipe_file, self._marker, identity.encode()))
+            return
+        log.error(
+            "%s is gone or was replaced, and gateways that start will be refused. If the bucket still has the batch "
+            "files, write it again; its content was %s",
+            self._marker,
+            identity,
+        )
 
     def identity(self) -> str:
         """Kept in an object that only one gateway can create, by a conditional PUT (`If-None-Match: *`)."""

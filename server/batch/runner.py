@@ -26,6 +26,7 @@ from server.batch.objects import RUNNING, Batch, BatchLine, LineError, Result, S
 from server.batch.pace import Pace
 from server.batch.store import LeaseLost, StoreUnavailable
 from server.batch.validation import Checker
+from server.request.errors import ServiceError
 
 log = logging.getLogger("evenhand.batch")
 
@@ -33,6 +34,7 @@ TICK_S = 0.25  # between two looks at room, status and deadline
 LEASE_S = 5.0
 LOOK_S = 1.0  # between two looks for batches that another gateway has made or left
 PAUSE_S = 5.0  # of a batch whose files or store fail
+LONGEST_PAUSE_S = 60.0
 SWEEP_S = 3600.0
 READ_AHEAD = 512  # lines in memory, ordered by their prompts so that equal beginnings are computed once
 BURST = 32  # lines that start before the queue is looked at again
@@ -101,24 +103,25 @@ class Runner(Collector):
         self.clock = clock
         self.read_ahead = READ_AHEAD
         self.pause_s = PAUSE_S
+        self.longest_pause_s = LONGEST_PAUSE_S
         self.tick_s = TICK_S
         self.lines: Counter[str] = Counter()
         self.in_flight = 0
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._works: dict[str, _Work] = {}
         self._unserved: dict[str, str] = {}  # batches whose lines are left to others, and the model that they need
-        self._swept_at = float("-inf")
+        self._paused: dict[str, str | None] = {}  # what waits for a store, and the code of its error
 
     async def run(self) -> None:
         """Runs until it is cancelled; lines in flight are then given up, and stay open in the store."""
         try:
             while True:
                 try:
-                    await self.batches.call(self.batches.check)
+                    await self.batches.check()
                     await self._look()
+                    self._resumed("batches")
                 except AWAY as error:
-                    log.error("batches pause: %s", error)
-                    await asyncio.sleep(self.pause_s)
+                    await self._pause("batches", error)
                 try:
                     async with asyncio.timeout(LOOK_S):
                         await self.batches.changed.wait()
@@ -135,10 +138,29 @@ class Runner(Collector):
             if batch.id not in self._tasks and not self._is_unserved(batch):
                 task = self._tasks[batch.id] = asyncio.create_task(self._drive(batch.id), name=f"run {batch.id}")
                 task.add_done_callback(partial(self._ended, batch.id))
-        if self.clock() - self._swept_at > SWEEP_S:
-            self._swept_at = self.clock()
-            if removed := await self.batches.sweep():
-                log.info("removed %d files past their expiry", removed)
+
+    async def sweep(self) -> None:
+        """Removes old files every hour, until it is cancelled: a slow store of files must hold up no batch."""
+        await self.batches.usable.wait()
+        while True:
+            try:
+                if removed := await self.batches.sweep():
+                    log.info("removed %d files past their expiry", removed)
+                self._resumed("the removal of old files")
+                await asyncio.sleep(SWEEP_S)
+            except AWAY as error:
+                await self._pause("the removal of old files", error)
+
+    async def _pause(self, what: str, error: ServiceError) -> None:
+        """Waits until a store may answer again. Says why once, not at each try."""
+        if self._paused.get(what) != error.code:
+            log.error("%s paused: %s", what, error)
+            self._paused[what] = error.code
+        await asyncio.sleep(min(self.longest_pause_s, max(self.pause_s, error.retry_after_s or 0.0)))
+
+    def _resumed(self, what: str) -> None:
+        if self._paused.pop(what, None) is not None:
+            log.info("%s resumed", what)
 
     def _is_unserved(self, batch: Batch) -> bool:
         """Whether all that is to be done is to run lines for which no worker is known here."""
@@ -152,6 +174,7 @@ class Runner(Collector):
 
     def _ended(self, batch_id: str, task: asyncio.Task[None]) -> None:
         del self._tasks[batch_id]
+        self._paused.pop(f"batch {batch_id}", None)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("batch %s stopped and will be taken up again: %r", batch_id, error, exc_info=error)
 
@@ -163,9 +186,9 @@ class Runner(Collector):
                 try:
                     if not await self._step(batch):
                         return
+                    self._resumed(f"batch {batch_id}")
                 except AWAY as error:
-                    log.error("batch %s pauses: %s", batch_id, error)
-                    await asyncio.sleep(self.pause_s)
+                    await self._pause(f"batch {batch_id}", error)
                 except LeaseLost:
                     log.warning("other gateways have taken over what this one had of batch %s", batch_id)
                     return  # it is looked at again soon
@@ -322,14 +345,20 @@ class Runner(Collector):
         known = work.numbers()
         claimed = await self.batches.call(store.claim, work.batch.id, self.owner, len(known) + self.read_ahead)
         if lines := [line for line in claimed if line.number not in known]:
-            work.ready = await self.batches.content(self._requests, work.batch.input_file_id, lines)
+            try:
+                work.ready = await self.batches.content(self._requests, work.batch.input_file_id, lines)
+            except FileNotFoundError:
+                gone = f"The input file {work.batch.input_file_id} is gone."
+                work.results += [Result(line.number, False, not_run(line, "file_not_found", gone)) for line in lines]
+                self.lines["failed"] += len(lines)
             return
         work.claimed_at = now
         if not work.held:
             work.complete = not await self.batches.call(store.unfinished, work.batch.id)
 
     def _requests(self, file_id: str, lines: list[BatchLine]) -> list[Ready]:
-        with reaching_disk(), self.batches.files.open(file_id) as file:
+        file = self.batches.files.open(file_id)
+        with reaching_disk(), file:
             return read(file, lines)
 
     async def _start(self, work: _Work) -> None:

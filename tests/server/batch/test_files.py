@@ -3,15 +3,20 @@
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from s3fs import S3FileSystem
 
 from server.batch import object_files as objects
+from server.batch.batches import Batches
 from server.batch.files import FileFolder, Files, FilesUnavailable, NoSpace
 from server.batch.object_files import object_files
+from server.batch.store import SqliteBatchStore
+from server.settings import BatchSettings
 from tests.chaos.site import S3_ENVIRONMENT
 from tests.server.batch.bucket import Bucket
 
@@ -147,6 +152,61 @@ def test_parts_of_gateways_that_were_killed_are_removed(files: Files, request: p
     assert not left() and content(files) == b"kept"
     if not isinstance(files, FileFolder):
         assert bucket.uploads() == ["batches-of-others/file-00000002"]
+
+
+@pytest.mark.slow
+def test_parts_that_another_gateway_has_removed_and_those_of_later_pages_are_no_problem(
+    bucket: Bucket, caplog: pytest.LogCaptureFixture
+) -> None:
+    files, aborted = object_files(bucket.url), []
+    for number in range(3):
+        key = f"batches/file-0000000{number}"
+        bucket.system.call_s3("create_multipart_upload", Bucket=bucket.name, Key=key)
+    page = bucket.system.call_s3("list_multipart_uploads", Bucket=bucket.name)["Uploads"]
+
+    def listed(method: str, *, KeyMarker: str = "", **_: str) -> dict[str, Any]:  # noqa: N803 - S3's own names
+        """Pages of two, which moto does not have."""
+        assert method == "list_multipart_uploads"
+        rest = [upload for upload in page if upload["Key"] > KeyMarker]
+        last = rest[:2][-1]
+        after = {"NextKeyMarker": last["Key"], "NextUploadIdMarker": last["UploadId"]}
+        return {"Uploads": rest[:2], "IsTruncated": len(rest) > 2} | after
+
+    class Paged:
+        call_s3 = staticmethod(listed)
+
+        @staticmethod
+        def abort_mpu(name: str, key: str, upload: str) -> None:
+            aborted.append(key)
+            bucket.system.abort_mpu(name, key, upload)
+
+    bucket.system.abort_mpu(bucket.name, page[0]["Key"], page[0]["UploadId"])  # another gateway is first
+    files.system = Paged
+    files.remove_parts(2.0**33)
+    assert len(aborted) == 3 and not bucket.uploads() and "object store fails" not in caplog.text
+
+
+async def test_the_hourly_sweep_writes_the_identity_again_unless_it_is_gone(
+    bucket: Bucket, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = SqliteBatchStore(tmp_path / "batches.sqlite", time.monotonic)
+    batches = Batches(object_files(bucket.url), store, BatchSettings(), time.monotonic)
+    batches.check_at_start()
+    marker, written = f"{bucket.url}/folder-id", []
+    before = bucket.system.cat_file(marker)
+
+    def noted(method: str, path: str, query: str) -> None:
+        if method == "PUT":
+            written.append(path)
+
+    bucket.server.fault = noted
+    await batches.sweep()
+    assert [path.rpartition("/")[2] for path in written] == ["folder-id"]
+    assert bucket.system.cat_file(marker) == before and "is gone" not in caplog.text
+    bucket.system.rm_file(marker)
+    await batches.sweep()
+    assert not bucket.system.exists(marker) and before.decode() in caplog.text
+    batches.close()
 
 
 def test_a_full_disk_is_told_and_leaves_nothing_behind(files: Files) -> None:

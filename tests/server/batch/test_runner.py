@@ -51,7 +51,7 @@ def over_sqlite(folder: Path) -> Batches:
 
 @asynccontextmanager
 async def running(runner: Runner) -> AsyncIterator[None]:
-    runner.pause_s, runner.tick_s = 0.02, 0.02
+    runner.pause_s = runner.longest_pause_s = runner.tick_s = 0.02
     task = asyncio.create_task(runner.run())
     yield
     task.cancel()
@@ -270,6 +270,96 @@ async def test_a_batch_pauses_while_its_files_are_away_and_loses_nothing(tmp_pat
         batch = await ended(batches, batch.id)
     assert (batch.status, batch.completed, engines.asked) == (Status.COMPLETED, 30, 30)
     assert answers(batches, batch) == [f"id-{number}" for number in range(30)]
+    batches.close()
+
+
+async def test_requests_of_an_input_that_is_gone_fail_and_say_so(tmp_path: Path) -> None:
+    batches, engines = over_sqlite(tmp_path), Good()
+    runner, batch = Runner(batches, engines, "one", time.monotonic), await submitted(batches, 20)
+    assert batches.store.lease(batch.id, "one", 60.0)
+    await runner._validate(batch)
+    batches.files.identity()
+    batches.files.remove(batch.input_file_id)
+    async with running(runner):
+        batch = await ended(batches, batch.id)
+    assert (batch.status, batch.completed, batch.failed, engines.asked) == (Status.COMPLETED, 0, 20, 0)
+    assert batch.error_file_id is not None
+    errors = [json.loads(line)["error"] for line in b"".join(batches.files.pieces(batch.error_file_id)).splitlines()]
+    assert {error["code"] for error in errors} == {"file_not_found"} and len(errors) == 20
+    batches.close()
+
+
+class Nameless(FileFolder):
+    """A folder that does not say whose it is until it is told to go on."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.asked, self.goes_on = threading.Event(), threading.Event()
+
+    def identity(self) -> str:
+        self.asked.set()
+        assert self.goes_on.wait(LIMIT_S)
+        return super().identity()
+
+
+async def test_files_that_do_not_answer_hold_up_neither_the_start_nor_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.batch.batches.START_S", 0.01)
+    files, store = Nameless(tmp_path / "files"), SqliteBatchStore(tmp_path / "b.sqlite", time.monotonic)
+    batches = Batches(files, store, BatchSettings(), time.monotonic)
+    with pytest.raises(FilesUnavailable, match="do not answer"):
+        batches.check_at_start()
+    assert files.asked.is_set() and not files.goes_on.is_set()
+    files.asked.clear()
+    async with running(Runner(batches, Good(), "one", time.monotonic)), asyncio.timeout(LIMIT_S):
+        assert await asyncio.to_thread(files.asked.wait, LIMIT_S)
+        batch = await submitted(batches, 3)
+        assert not files.goes_on.is_set() and await batches.list_batches("acme", None, 10) == [batch]
+        files.goes_on.set()
+        assert (await ended(batches, batch.id)).completed == 3
+    batches.close()
+
+
+class StuckSweep(FileFolder):
+    """A folder whose old parts cannot be listed until it is told to go on."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.reached, self.goes_on = threading.Event(), threading.Event()
+
+    def remove_parts(self, before: float) -> None:
+        self.reached.set()
+        assert self.goes_on.wait(LIMIT_S)
+
+
+async def test_batches_begin_while_old_files_are_removed(tmp_path: Path) -> None:
+    files, store = StuckSweep(tmp_path / "files"), SqliteBatchStore(tmp_path / "b.sqlite", time.monotonic)
+    batches = Batches(files, store, BatchSettings(), time.monotonic)
+    runner = Runner(batches, Good(), "one", time.monotonic)
+    async with running(runner), asyncio.timeout(LIMIT_S):
+        sweep = asyncio.create_task(runner.sweep())
+        assert await asyncio.to_thread(files.reached.wait, LIMIT_S)
+        batch = await submitted(batches, 3)
+        assert (await ended(batches, batch.id)).completed == 3 and not files.goes_on.is_set()
+        files.goes_on.set()
+        sweep.cancel()
+    batches.close()
+
+
+async def test_why_a_batch_waits_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = AwayFolder(tmp_path / "files", "writing")
+    store = SqliteBatchStore(tmp_path / "batches.sqlite", time.monotonic)
+    batches = Batches(files, store, BatchSettings(), time.monotonic)
+    caplog.set_level("INFO", logger="evenhand.batch")
+    batch = await submitted(batches, 3)
+    async with running(Runner(batches, Good(), "one", time.monotonic)), asyncio.timeout(LIMIT_S):
+        await eventually(lambda: files.refused >= 3, "it was tried again")
+        files.back()
+        await ended(batches, batch.id)
+    said = [each.getMessage() for each in caplog.records]
+    assert [line for line in said if "paused" in line] == [f"batch {batch.id} paused: it is away"]
+    assert f"batch {batch.id} resumed" in said
     batches.close()
 
 
