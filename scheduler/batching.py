@@ -20,3 +20,14 @@ def prompt_cap(step_tokens: int, decoding: int, unread_tokens: Sequence[int], he
     left = max(0, step_tokens - decoding)
     share = max(1, (left - min(head_tokens, left // 2)) // len(unread_tokens))
     return share if share < max(unread_tokens) else None
+
+
+def equal_share(tokens: int, wanted: Sequence[int]) -> int:
+    """The most tokens that each may take of `tokens` so that all together take no more: those that want less leave the
+    rest to the others. All of them where there is enough."""
+    left = tokens
+    for others, want in zip(range(len(wanted), 0, -1), sorted(wanted), strict=True):
+        if want * others > left:
+            return max(1, left // others)
+        left -= want
+    return tokens

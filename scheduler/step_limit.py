@@ -5,9 +5,11 @@ that run: one that is ahead of its objective may be held up by a large step, one
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from math import inf
 from typing import Final, NamedTuple
 
+from scheduler.batching import equal_share
 from scheduler.jobs import Job, Tier
 from scheduler.objectives import Objectives
 from scheduler.slack import StepLoad, StepModel
@@ -19,18 +21,29 @@ _TTFT_SHARE: Final = 0.7  # of the objective in which a prompt is to be read: fo
 _EACH: Final = 8  # steps without a prompt of which one is learned from
 
 
-class Batch(NamedTuple):
+@dataclass(slots=True)
+class Batch:
     """What runs as the next step is put together.
 
-    answers: jobs that make a token in it, and how many each has made by then. context: KV tokens that they attend to.
-    prompts: those that are being read, in their order, and how many tokens of each are still to compute. waiting: the
-    same of those that may start, at most `LOOKED_AT`; none to compute where their KV comes from another engine.
+    answers: jobs that make a token in it, and how many each has made by then. context: KV tokens that all sequences
+    attend to that make one. prompts: those that are being read, in their order: when each arrived, and how many of its
+    tokens are still to compute; without those of flex that take what others leave. waiting: the same of those that may
+    start, at most `LOOKED_AT`; none to compute where their KV comes from another engine.
+    untracked: sequences that make a token and belong to no job. arrived: of all that make one, those that start with
+    this step, after the prompts that are being read: their KV has come.
     """
 
-    answers: list[tuple[Job, int]]
-    context: int
-    prompts: list[tuple[Job, int]]
-    waiting: list[tuple[Job, int]]
+    answers: list[tuple[Job, int]] = field(default_factory=list)
+    context: int = 0
+    prompts: list[tuple[float, int]] = field(default_factory=list)
+    waiting: list[tuple[float, int]] = field(default_factory=list)
+    untracked: int = 0
+    arrived: int = 0
+
+    @property
+    def with_kv(self) -> int:
+        """Of those that wait, how many come with their KV."""
+        return sum(1 for _, tokens in self.waiting if not tokens)
 
 
 class UnderWay(NamedTuple):
@@ -41,20 +54,24 @@ class UnderWay(NamedTuple):
 
 
 class Limit(NamedTuple):
-    """Most tokens of prompts that a step computes, and most of all that it computes."""
+    """Most tokens of prompts that a step computes, most of all that it computes, and most of a single prompt."""
 
     prompt_tokens: int
     step_tokens: int
+    each_tokens: int
 
 
 class StepLimit:
     """One engine's bound on prompts. The owner tells it which job makes a token and which one ends, and has `model`
-    learn how long steps take, in its own seconds. objectives: of the engine's requests.
+    learn how long steps take, in its own seconds. objectives: of the engine's requests. chunk_tokens: the fewest
+    tokens of a prompt that the engine computes in a step.
     """
 
-    def __init__(self, objectives: Objectives, model: StepModel) -> None:
+    def __init__(self, objectives: Objectives, model: StepModel, chunk_tokens: int = 1) -> None:
         self.objectives = objectives
         self.model = model
+        self._chunk_tokens = chunk_tokens
+        self._least_tokens = max(_LEAST_TOKENS, chunk_tokens)
         self._first_at: dict[Job, float] = {}
         self._unlearned = 0
 
@@ -62,6 +79,10 @@ class StepLimit:
         """A job made a token, its first one perhaps."""
         if job not in self._first_at:
             self._first_at[job] = now
+
+    def made_elsewhere(self, job: Job, now: float) -> None:
+        """A job's first token is given out that another engine made: what this one makes starts with the second."""
+        self._first_at[job] = now + self.objectives.tpot_s
 
     def ended(self, job: Job) -> None:
         """It makes no more of them. Nothing if it made none."""
@@ -89,8 +110,7 @@ class StepLimit:
         base_s = self._base_s(batch)
         if base_s is None:
             return None
-        unread = (*batch.prompts, *batch.waiting)
-        prompts = [(job.arrived_at, tokens) for job, tokens in unread if tokens and job.tier is not Tier.FLEX]
+        prompts = [one for one in (*batch.prompts, *batch.waiting) if one[1]]
         if not prompts:
             return None
         begins_at = now
@@ -98,20 +118,28 @@ class StepLimit:
             tokens_s = self.model.per_prompt_token_s * under_way.prompt_tokens
             begins_at = max(now, under_way.began_at + base_s + tokens_s)
         wanted = max(
-            _LEAST_TOKENS,
+            self._least_tokens,
             self._for_answers(batch, begins_at + base_s),
             self._for_prompts(prompts, base_s, begins_at),
         )
-        # Whoever comes with its KV takes one token of its first step.
-        others = tokens_each * len(batch.answers) + len(batch.waiting)
-        return Limit(int(wanted), int(wanted) + others) if wanted + others < step_tokens else None
+        others = tokens_each * (len(batch.answers) + batch.untracked + batch.with_kv)
+        starts = batch.with_kv or batch.arrived
+        if starts:  # an engine goes on with prompts before it starts anybody: they leave these their tokens
+            wanted = min(wanted, max(self._least_tokens, step_tokens - others))
+        elif wanted + others >= step_tokens:
+            return None
+        tokens = int(wanted)
+        if not starts:
+            return Limit(tokens, tokens + others, tokens)
+        each = max(self._chunk_tokens, equal_share(tokens, [unread for _, unread in batch.prompts]))
+        return Limit(tokens, min(tokens + others, step_tokens), each)
 
     def _base_s(self, batch: Batch) -> float | None:
         """Seconds of a step without prompts, None where there is no reason to limit them."""
         model, tpot_s = self.model, self.objectives.tpot_s
-        if not batch.answers or not model.is_known or model.per_prompt_token_s <= 0.0:
+        if not (batch.answers or batch.with_kv) or not model.is_known or model.per_prompt_token_s <= 0.0:
             return None
-        base_s = model.predicted_s(StepLoad(0, len(batch.answers), batch.context))
+        base_s = model.predicted_s(StepLoad(0, len(batch.answers) + batch.untracked + batch.with_kv, batch.context))
         return base_s if base_s <= (1.0 - _WORTH_WHILE) * tpot_s else None
 
     def _for_answers(self, batch: Batch, in_time: float) -> float:

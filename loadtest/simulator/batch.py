@@ -217,14 +217,13 @@ class ContinuousBatch:
     def schedule(self, now: float) -> Iteration | None:
         """Choose the next iteration, or None when nothing can run."""
         barred: set[Job] = set()
-        cap = None
         if len(self.lanes):
             self._note_progress()
             barred = self._displace(now)
-            cap = self._prompt_cap(now)
         limit = self._step_limit(now)
+        cap = self._prompt_cap(limit, now) if len(self.lanes) else None
         if limit is not None:
-            cap = limit.prompt_tokens if cap is None else min(cap, limit.prompt_tokens)
+            cap = limit.each_tokens if cap is None else min(cap, limit.each_tokens)
         most = self.cost.max_batched_tokens if limit is None else limit.step_tokens
         step = _Step(most, cap=cap)
         self._go_on(step, now)
@@ -248,23 +247,26 @@ class ContinuousBatch:
         """The bound on what prompts take of the next iteration; those that are read then come last in it."""
         if self._limit is None or not self._running:
             return None
-        answers, reading, context = [], [], 0
-        for entry in self._running.values():
+        batch, reading, lanes = Batch(), [], self.lanes
+        for job, entry in self._running.items():
             unread = entry.tokens - entry.computed
             if unread > 1:
-                reading.append((entry.job, unread))
+                reading.append(job)
+                if job.tier is not Tier.FLEX or lanes.is_reserved(job):
+                    batch.prompts.append((job.arrived_at, unread))
             else:
-                answers.append((entry.job, entry.job.output_tokens))
-                context += entry.computed
-        if not reading and not len(self.lanes):
+                batch.answers.append((job, job.output_tokens))
+                batch.context += entry.computed
+        if not reading and not len(lanes):
             return None
-        waiting = [
-            (job, 0 if self._entries[job].transferred else job.unread_tokens)
-            for job in islice(self.lanes.waiting_jobs(), LOOKED_AT)
+        batch.waiting = [
+            (job.arrived_at, 0 if self._entries[job].transferred else job.restart_tokens)
+            for job in islice(lanes.waiting_jobs(), LOOKED_AT)
+            if job.tier is not Tier.FLEX or lanes.is_due(job)
         ]
-        limit = self._limit.of(Batch(answers, context, reading, waiting), now, self.cost.max_batched_tokens)
+        limit = self._limit.of(batch, now, self.cost.max_batched_tokens)
         if limit is not None:
-            for job, _ in reading:
+            for job in reading:
                 self._running[job] = self._running.pop(job)
         return limit
 
@@ -506,7 +508,7 @@ class ContinuousBatch:
             self.lanes.put_back(head, now)
         return barred
 
-    def _prompt_cap(self, now: float) -> int | None:
+    def _prompt_cap(self, limit: Limit | None, now: float) -> int | None:
         """Tokens that a prompt may take, so that a better-ranked head starts in this iteration; None: no cap."""
         if self._memory_bound or len(self._running) >= self.cost.max_seqs:
             return None
@@ -515,6 +517,8 @@ class ContinuousBatch:
         if head is None:
             return None
         unread = [entry.tokens - entry.computed for entry in reading]
+        if limit is not None:
+            return prompt_cap(limit.prompt_tokens, 0, unread, head.restart_tokens)
         return prompt_cap(self.cost.max_batched_tokens, len(self._running) - len(reading), unread, head.restart_tokens)
 
     def _preempt(self, job: Job, now: float) -> None:

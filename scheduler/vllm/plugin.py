@@ -21,7 +21,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from types import MethodType
 from typing import Any, Final, NamedTuple
@@ -397,6 +397,9 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
 
     def _prepare_for_flex(self) -> None:
         objectives = objectives_from(self.vllm_config.additional_config)
+        # A model whose state is kept at the ends of blocks may compute nothing of a prompt that has less than a block.
+        aligned = getattr(self, "need_mamba_block_aligned_split", False)
+        self._chunk_tokens: int = self.vllm_config.cache_config.block_size if aligned else 1
         self._slack = Slack(objectives.tpot_s if objectives.tpot_s < math.inf else None)
         self._limit = self._limit_by(objectives)
         if self._limit is not None:
@@ -419,7 +422,9 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         """The bound on prompts beside answers: where an objective is named for these, and prompts can be cut."""
         config = self.scheduler_config
         cuts = config.enable_chunked_prefill and not getattr(config, "disable_chunked_mm_input", False)
-        return StepLimit(objectives, self._slack.model) if cuts and objectives.tpot_s < math.inf else None
+        if not cuts or objectives.tpot_s == math.inf:
+            return None
+        return StepLimit(objectives, self._slack.model, self._chunk_tokens)
 
     def _plan_memory(self, policy: Policy) -> None:
         """Looks ahead at what the batch will hold, if the policy admits by that."""
@@ -507,8 +512,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
             if self._memory_bound or self._slots_taken() or self._flex_holds_memory(now):
                 self._displace(now)
         self._reason, self._yielded_memory = "memory", False
-        cap = self._prompt_cap(now) if admits else None
-        output = self._schedule_in_time(cap, now, *args, **kwargs)
+        output = self._schedule_in_time(now, *args, admits=admits, **kwargs)
         self._reason = "reset"
         flex_tokens = self._flex_tokens(output)
         if flex_tokens:
@@ -531,10 +535,12 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
             return False
         return self._lacks_blocks(self._queue.entries[head.id].request)
 
-    def _schedule_in_time(self, cap: int | None, now: float, *args: Any, **kwargs: Any) -> SchedulerOutput:  # noqa: ANN401
-        """A step; a timed one where its length matters, to answers with an objective or for flex."""
+    def _schedule_in_time(self, now: float, *args: Any, admits: bool, **kwargs: Any) -> SchedulerOutput:  # noqa: ANN401
+        """A step; a timed one where its length matters, to answers with an objective or for flex. admits: whether
+        somebody waits who may start."""
         has_flex = self._lanes.has(Tier.FLEX)
         limit = None if self._limit is None else self._step_limit(self._limit, now)
+        cap = self._prompt_cap(limit, now) if admits else None
         if has_flex:
             output = self._schedule_within_budget(cap, limit, now, *args, **kwargs)
         else:
@@ -569,28 +575,54 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
 
     def _step_limit(self, by: StepLimit, now: float) -> Limit | None:
         """The bound on what prompts take of this step, so that the answers beside them keep their objective."""
-        if not self.running or not (self._inflight_prefills or len(self._lanes)):
+        arrived = self._arrived()
+        if not (self.running or arrived) or not (self._inflight_prefills or arrived or len(self._lanes)):
             return None
-        entries, batch = self._queue.entries, Batch([], 0, [], [])
-        context = 0
-        for request in self.running:
-            entry = entries.get(request.request_id)
-            if entry is None:
-                continue
-            unread = self._unread(request)
-            if unread > 1:
-                batch.prompts.append((entry.job, unread))
-            else:
-                batch.answers.append((entry.job, entry.job.output_tokens + request.num_output_placeholders))
-                context += request.num_computed_tokens
-        batch.waiting.extend((job, job.unread_tokens) for job in islice(self._lanes.waiting_jobs(), LOOKED_AT))
+        batch = Batch(arrived=len(arrived))
+        for request in chain(self.running, arrived):
+            self._put_into(batch, request, now)
+        batch.waiting = [
+            (job.arrived_at, job.restart_tokens)
+            for job in islice(self._lanes.waiting_jobs(), LOOKED_AT)
+            if job.tier is not Tier.FLEX or self._lanes.is_due(job)
+        ]
         return by.of(
-            batch._replace(context=context),
+            batch,
             now,
             self.max_num_scheduled_tokens,
             under_way=self._last_under_way(),
             tokens_each=1 + self.num_spec_tokens,
         )
+
+    def _arrived(self) -> list[Request]:
+        """Requests that start before all that wait, since they hold KV: it has come from another engine, or is that of
+        a session's last turn. Older vLLMs keep these in our queue."""
+        holding = getattr(self, "kv_holding_waiting", None)
+        if not holding:
+            return []
+        has_come = self.finished_recving_kv_req_ids
+        return [
+            request
+            for request in holding
+            if request.request_id in has_come or not self._is_blocked_waiting_status(request.status)
+        ]
+
+    def _put_into(self, batch: Batch, request: Request, now: float) -> None:
+        """A session's later turn has no job: its prompt counts as one that has just arrived."""
+        entry = self._queue.entries.get(request.request_id)
+        unread = self._unread(request)
+        if unread > 1:
+            if entry is None:
+                batch.prompts.append((now, unread))
+            elif entry.job.tier is not Tier.FLEX or self._lanes.is_reserved(entry.job):
+                batch.prompts.append((entry.job.arrived_at, unread))
+            return
+        batch.context += request.num_computed_tokens
+        if entry is None:
+            batch.untracked += 1
+            return
+        steps = -(-request.num_output_placeholders // (1 + self.num_spec_tokens))  # under way: a token each at least
+        batch.answers.append((entry.job, entry.job.output_tokens + steps))
 
     def _last_under_way(self) -> UnderWay | None:
         last = next(reversed(self._under_way.values()), None)
@@ -764,7 +796,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         self._preempt_request(victim, now, **self._preempt_options)
         self._queue.barred.add(job)
 
-    def _prompt_cap(self, now: float) -> int | None:
+    def _prompt_cap(self, limit: Limit | None, now: float) -> int | None:
         """Tokens that a prompt may take in this step, so that a better-ranked head starts in it; None: no cap."""
         if not self._inflight_prefills or self._memory_bound or self._slots_taken():
             return None
@@ -777,15 +809,19 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         if head is None or self._is_blocked_waiting_status(self._queue.entries[head.id].request.status):
             return None
         unread = [max(0, request.num_tokens - request.num_computed_tokens) for _, request in reading]
-        decoding = (1 + self.num_spec_tokens) * (len(self.running) - len(reading))
-        return prompt_cap(self.max_num_scheduled_tokens, decoding, unread, head.restart_tokens)
+        if limit is not None:
+            cap = prompt_cap(limit.prompt_tokens, 0, unread, head.restart_tokens)
+        else:
+            decoding = (1 + self.num_spec_tokens) * (len(self.running) - len(reading))
+            cap = prompt_cap(self.max_num_scheduled_tokens, decoding, unread, head.restart_tokens)
+        return None if cap is None else max(cap, self._chunk_tokens)
 
     def _schedule_capped(self, cap: int | None, limit: Limit | None, *args: Any, **kwargs: Any) -> SchedulerOutput:  # noqa: ANN401
         """cap: most tokens of each prompt. limit: of all of them; those that are being read then come last."""
         config, step_tokens = self.scheduler_config, self.max_num_scheduled_tokens
         own = config.long_prefill_token_threshold
         if limit is not None:
-            cap = limit.prompt_tokens if cap is None else min(cap, limit.prompt_tokens)
+            cap = limit.each_tokens if cap is None else min(cap, limit.each_tokens)
             self.max_num_scheduled_tokens = min(step_tokens, limit.step_tokens)
             self.running.sort(key=self._is_read)
         if cap is None or 0 < own <= cap:
@@ -993,7 +1029,10 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
 
     def _hand_out_answers(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         """What is said outside of steps; first, for a request's second token may be among what a step has made."""
+        entries, limit = self._queue.entries, self._limit
         for request, answer in reversed(self._answers):
+            if limit is not None and answer.new_token_ids and (entry := entries.get(request.request_id)) is not None:
+                limit.made_elsewhere(entry.job, self.clock())
             outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.insert(0, answer)
             if answer.finish_reason is not None and self.finished_req_ids_dict is not None:
                 self.finished_req_ids_dict[request.client_index].add(request.request_id)

@@ -16,7 +16,7 @@ from loadtest.simulator.costmodel import CostModel
 from scheduler.catalog import build
 from scheduler.jobs import Job, Outcome
 from scheduler.objectives import Objectives
-from scheduler.slack import StepModel
+from scheduler.slack import StepLoad, StepModel
 from scheduler.step_limit import StepLimit
 from scheduler.tiers import TieredLanes
 
@@ -111,7 +111,7 @@ def test_the_same_jobs_make_a_token_at_every_step(hollow_model: Path, policy: st
 
 
 @pytest.mark.parametrize("objectives", [Objectives(tpot_s=0.006), Objectives(0.05, 0.006)], ids=["tpot", "both"])
-@pytest.mark.parametrize("policy", ["fcfs", "mlfq"])
+@pytest.mark.parametrize("policy", ["fcfs", "mlfq", "srpt"])
 def test_so_they_do_where_answers_limit_the_prompts(hollow_model: Path, policy: str, objectives: Objectives) -> None:
     clock = StepClock()
     named = {name: limit_s for name, limit_s in asdict(objectives).items() if limit_s < inf}
@@ -137,3 +137,17 @@ def test_so_they_do_where_answers_limit_the_prompts(hollow_model: Path, policy: 
         assert scheduler.max_num_scheduled_tokens == STEP_TOKENS
         limited += iteration.prefill_tokens in range(64, STEP_TOKENS - SLOTS)
     assert limited > 10
+
+
+def test_a_short_prompt_that_goes_first_starts_beside_a_long_one_where_answers_limit_both() -> None:
+    limit = StepLimit(Objectives(tpot_s=0.0152), StepModel())
+    for at in range(400):
+        load = StepLoad(60 * (at % 3), at % 5, 40 * (at % 7))
+        limit.model.learn(load, 0.009 + 60e-6 * load.prompt_tokens + 40e-6 * load.sequences)
+    simulated = Simulated("srpt", PLENTY, limit)
+    simulated.add("r0", 20, 100, 0.0)
+    assert simulated.step(0.0) == {"r0"}
+    simulated.add("r1", 2000, 5, 0.0)
+    assert simulated.step(0.01) == {"r0"}
+    simulated.add("r2", 20, 5, 0.01)
+    assert simulated.step(0.02) == {"r0", "r2"}

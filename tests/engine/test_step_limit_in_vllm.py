@@ -8,7 +8,12 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
+from vllm.v1.request import Request
+
 from loadtest.bench.plugin.driven import DrivenEngine, StepClock, build_scheduler, expected, request
+from scheduler.step_limit import Batch, Limit, StepLimit
+from tests.engine.test_first_token import handed
+from tests.engine.test_vllm_plugin import ArrivingBlocks
 
 pytestmark = pytest.mark.engine
 
@@ -20,13 +25,29 @@ class Timed:
     """An engine whose steps take their time by what they compute. lags_s: by how much each answer's tokens, from its
     second on, came after they were due; largest: the most tokens of a step beside a prompt."""
 
-    def __init__(self, folder: Path, objectives: dict[str, float], *, is_async: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        objectives: dict[str, float],
+        *,
+        is_async: bool = False,
+        policy: str = "fcfs",
+        slots: int = 4,
+    ) -> None:
         self.clock = StepClock()
         self.scheduler = build_scheduler(
-            folder, "fcfs", step_tokens=STEP_TOKENS, is_async=is_async, clock=self.clock, objectives=objectives
+            folder,
+            policy,
+            slots=slots,
+            step_tokens=STEP_TOKENS,
+            blocks=2000,
+            is_async=is_async,
+            clock=self.clock,
+            objectives=objectives,
         )
         self.engine = DrivenEngine(self.scheduler, is_async=is_async, clock=self.clock, step_s=0.0)
         self.lags_s: dict[str, list[float]] = {}
+        self._tpot_s = objectives.get("tpot_s", TPOT_S)
         self._first_at: dict[str, float] = {}
         self._computing: deque[float] = deque([0.0] if is_async else [])
 
@@ -47,7 +68,7 @@ class Timed:
 
     def _made(self, name: str, tokens: int) -> None:
         first_at = self._first_at.setdefault(name, self.clock.now)
-        self.lags_s.setdefault(name, []).append(self.clock.now - first_at - TPOT_S * (tokens - 1))
+        self.lags_s.setdefault(name, []).append(self.clock.now - first_at - self._tpot_s * (tokens - 1))
 
     def warm_up(self) -> None:
         """Until the engine knows what its steps take."""
@@ -57,6 +78,15 @@ class Timed:
                 self.step()
         while self.scheduler.has_unfinished_requests():
             self.step()
+
+    def answer(self, name: str, tokens: int = 300) -> None:
+        """One that has just had its first token."""
+        self.engine.add(request(name, 20, tokens))
+        self.until_first_token(name)
+
+    def scheduled(self) -> dict[str, int]:
+        """Tokens of the next step."""
+        return dict(self.step().num_scheduled_tokens)
 
     def until_first_token(self, name: str) -> None:
         while not self.engine.answers.get(name):
@@ -102,3 +132,130 @@ def test_what_has_ended_is_forgotten(hollow_model: Path) -> None:
     timed.engine.abort("left")
     timed.step()
     assert not timed.scheduler._limit._first_at
+
+
+def test_a_short_prompt_that_goes_first_starts_beside_a_long_one(hollow_model: Path) -> None:
+    timed = Timed(hollow_model, {"tpot_s": TPOT_S}, policy="srpt")
+    timed.warm_up()
+    timed.answer("answer")
+    timed.engine.add(request("long", LONG, 5))
+    assert 64 <= timed.scheduled()["long"] < STEP_TOKENS / 2
+    timed.engine.add(request("short", 50, 5))
+    step = timed.scheduled()
+    assert step["short"] > 0
+    assert step["long"] > 0
+
+
+def test_one_whose_kv_has_come_starts_beside_prompts_that_are_read(hollow_model: Path) -> None:
+    timed = Timed(hollow_model, {"tpot_s": TPOT_S}, policy="srpt", slots=8)
+    timed.warm_up()
+    timed.answer("answer")
+    timed.scheduler.connector = ArrivingBlocks({"far": 32})
+    timed.engine.add(request("far", 33, 5))
+    timed.step()
+    timed.engine.add(request("long", LONG, 5))
+    timed.step()
+    timed.engine.add(request("shorter", LONG // 2, 5))  # both are read at once
+    assert timed.scheduled().keys() == {"answer", "long", "shorter"}
+    assert timed.scheduled().keys() == {"answer", "long"}
+    timed.scheduler.finished_recving_kv_req_ids.add("far")
+    assert timed.scheduled().keys() == {"answer", "long", "shorter", "far"}
+    assert timed.engine.answers["far"] == expected("far", 33, 1)
+
+
+def test_the_clock_of_an_answer_starts_with_a_first_token_from_elsewhere(hollow_model: Path) -> None:
+    timed = Timed(hollow_model, {"tpot_s": 2 * TPOT_S})
+    timed.warm_up()
+    timed.scheduler.connector = ArrivingBlocks({"far": 33})
+    timed.scheduler._prepare_for_first_tokens()
+    timed.engine.add(request("long", LONG, 5))
+    timed.step()
+    timed.engine.add(handed("far", 32, 20, expected("far", 32, 1)[0]))
+    timed.until_first_token("far")
+    timed.scheduler.finished_recving_kv_req_ids.add("far")
+    while len(timed.engine.answers["far"]) < 2:
+        timed.step()
+    assert timed.lags_s["far"][1] < 0.1 * TPOT_S
+    assert not timed.engine.answers.get("long")
+
+
+class Recorded(StepLimit):
+    """Keeps what it was asked."""
+
+    batch: Batch
+
+    def of(self, batch: Batch, *args: Any, **kwargs: Any) -> Limit | None:
+        self.batch = batch
+        return super().of(batch, *args, **kwargs)
+
+
+def test_a_step_under_way_counts_as_one_token_however_many_are_drafted(hollow_model: Path) -> None:
+    timed = Timed(hollow_model, {"tpot_s": TPOT_S}, is_async=True)
+    scheduler = timed.scheduler
+    scheduler.num_spec_tokens = 3
+    scheduler._limit = recorded = Recorded(scheduler._limit.objectives, scheduler._limit.model)
+    timed.engine.add(request("answer", 20, 300), request("long", 4 * STEP_TOKENS, 5))
+    for _ in range(3):
+        timed.step()
+    answer = scheduler.requests["answer"]
+    assert answer.num_output_placeholders == 4
+    timed.step()
+    [(job, made)] = recorded.batch.answers
+    assert job.id == "answer"
+    assert made == len(timed.engine.answers["answer"])  # one of which came after it was asked
+
+
+def test_prompts_of_flex_that_run_by_the_reserve_are_limited(hollow_model: Path) -> None:
+    timed = Timed(hollow_model, {"tpot_s": TPOT_S / 2, "flex_reserve": 0.5}, slots=2)
+    timed.warm_up()
+    timed.answer("one", tokens=3)
+    timed.answer("answer")
+    timed.engine.add(request("flex", LONG, 5, tier="flex"), request("next", 20, 3))
+    while "flex" not in timed.scheduled():
+        assert timed.scheduler.has_unfinished_requests()
+    assert timed.scheduler._lanes.is_reserved(timed.scheduler.waiting.entries["flex"].job)
+    timed.until_first_token("flex")
+    assert max(timed.lags_s["answer"]) < 0.1 * TPOT_S
+
+
+def turn(name: str, prompt: int, max_tokens: int) -> Request:
+    """Of a streaming session, not its last."""
+    one = request(name, prompt, max_tokens)
+    one.resumable = True
+    return one
+
+
+def test_prompts_go_on_beside_the_later_turns_of_many_sessions(hollow_model: Path) -> None:
+    timed = Timed(hollow_model, {"tpot_s": TPOT_S}, slots=100)
+    timed.warm_up()
+    sessions = [f"s{at}" for at in range(70)]
+    for max_tokens, said in ((2, 2), (300, 4)):
+        timed.engine.add(*(turn(name, 10, max_tokens) for name in sessions))
+        while any(len(timed.engine.answers.get(name, ())) < said for name in sessions):
+            timed.step()
+    assert len(timed.scheduler.running) == len(sessions)
+    assert not timed.scheduler.waiting.entries  # vLLM goes on with these: they are no jobs
+    timed.answer("answer")
+    timed.engine.add(request("long", LONG, 5))
+    for _ in range(5):
+        step = timed.scheduled()
+        assert len(step) == len(sessions) + 2
+        assert 64 <= step["long"] < STEP_TOKENS / 2
+
+
+def test_a_prompt_that_is_read_in_whole_blocks_goes_on(hollow_model: Path) -> None:
+    block = 512
+
+    def whole_blocks(one: Request, tokens: int, *_: int) -> int:
+        ends = one.num_computed_tokens + tokens >= one.num_prompt_tokens
+        return tokens if ends else tokens // block * block
+
+    timed = Timed(hollow_model, {"tpot_s": 0.5 * TPOT_S})
+    timed.scheduler.vllm_config.cache_config.block_size = block
+    timed.scheduler.need_mamba_block_aligned_split = True
+    timed.scheduler._mamba_block_aligned_split = whole_blocks
+    timed.scheduler._prepare_for_flex()
+    timed.warm_up()
+    timed.answer("answer")
+    timed.engine.add(request("long", LONG, 5))
+    assert timed.scheduled()["long"] == block

@@ -50,7 +50,8 @@ def asked(
     for one, (first_at, _) in answers.items():
         limit.ended(one)
         limit.made(one, first_at)
-    batch = Batch([(one, made) for one, (_, made) in answers.items()], CONTEXT, prompts, [])
+    unread = [(one.arrived_at, tokens) for one, tokens in prompts]
+    batch = Batch([(one, made) for one, (_, made) in answers.items()], CONTEXT, unread)
     return limit.of(batch, now, STEP_TOKENS, under_way=under_way)
 
 
@@ -124,18 +125,62 @@ def test_the_step_under_way_comes_first() -> None:
     assert now.prompt_tokens - later.prompt_tokens == pytest.approx(missing_s / PROMPT_S, rel=0.03)
 
 
-def test_flex_neither_limits_nor_is_limited_here() -> None:
+def test_answers_of_flex_limit_nothing() -> None:
     by = taught(Objectives(inf, TPOT_S))
     assert asked(by, {job("f", tier=Tier.FLEX): (10.0, 1)}, [(job("p"), 9000)], 10.0) is None
-    assert asked(by, {job("a"): (10.0, 1)}, [(job("f", tier=Tier.FLEX), 9000)], 10.0) is None
 
 
-def test_a_prompt_whose_kv_comes_from_elsewhere_starts_beside_one_that_is_read() -> None:
+@pytest.mark.parametrize("waits", [True, False])
+def test_one_whose_kv_comes_from_elsewhere_starts_beside_prompts_that_are_read(*, waits: bool) -> None:
+    by, answer, far = taught(Objectives(inf, TPOT_S)), job("a"), job("far")
+    by.made(answer, 10.0)
+    batch = Batch([(answer, 1)], CONTEXT, [(10.0, 9000), (10.0, 100), (10.0, 8000)])
+    if waits:
+        batch.waiting = [(10.0, 0), (10.0, 500)]
+    else:
+        batch.answers.append((far, 0))
+        batch.arrived = 1
+    limit = by.of(batch, 10.0, STEP_TOKENS, tokens_each=3)
+    assert limit is not None
+    assert limit.step_tokens == limit.prompt_tokens + 3 * 2
+    assert 100 + 2 * limit.each_tokens <= limit.prompt_tokens  # all prompts together leave it its tokens
+    assert 100 + 2 * (limit.each_tokens + 1) > limit.prompt_tokens
+
+
+def test_the_first_of_several_prompts_may_take_all_where_nobody_comes_with_its_kv() -> None:
+    limit = asked(taught(Objectives(inf, TPOT_S)), {job("a"): (10.0, 1)}, [(job("p"), 9000), (job("q"), 9000)], 10.0)
+    assert limit is not None
+    assert limit.each_tokens == limit.prompt_tokens
+
+
+def test_the_second_token_is_due_after_a_first_one_that_was_made_elsewhere() -> None:
+    by, here, handed = taught(Objectives(inf, TPOT_S)), job("here"), job("handed")
+    by.made(here, 10.0)
+    by.made_elsewhere(handed, 10.0)
+    limits = []
+    for answer in ((here, 3), (handed, 2)):  # both clients have three tokens
+        limits.append(by.of(Batch([answer], CONTEXT, [(10.0, 9000)]), 10.0 + 2 * TPOT_S, STEP_TOKENS))
+    assert limits[0] == limits[1] is not None
+    by.made(handed, 10.1)  # its second token does not move the first one
+    assert by.of(Batch([(handed, 2)], CONTEXT, [(10.0, 9000)]), 10.0 + 2 * TPOT_S, STEP_TOKENS) == limits[0]
+
+
+def test_sequences_without_a_job_have_their_tokens_too() -> None:
     by, answer = taught(Objectives(inf, TPOT_S)), job("a")
     by.made(answer, 10.0)
-    limit = by.of(Batch([(answer, 1)], CONTEXT, [(job("p"), 9000)], [(job("q"), 0)]), 10.0, STEP_TOKENS)
+    limit = by.of(Batch([(answer, 1)], CONTEXT, [(10.0, 9000)], untracked=40), 10.0, STEP_TOKENS)
     assert limit is not None
-    assert limit.step_tokens == limit.prompt_tokens + 2
+    assert limit.step_tokens == limit.prompt_tokens + 41
+    assert step_s(limit, 41) == pytest.approx(TPOT_S, rel=0.02)
+
+
+def test_an_engine_that_reads_whole_blocks_is_given_a_block() -> None:
+    by, answer = StepLimit(Objectives(inf, TPOT_S), model_of_steps(), 528), job("a")
+    by.made(answer, 10.0)
+    batch = Batch([(answer, 1)], CONTEXT, [(0.0, 9000), (0.0, 9000)], [(0.0, 0)])
+    limit = by.of(batch, 10.0 + TPOT_S - 0.02, STEP_TOKENS)
+    assert limit is not None
+    assert (limit.prompt_tokens, limit.each_tokens) == (528, 528)
 
 
 def test_of_steps_without_a_prompt_some_are_learned_from() -> None:
