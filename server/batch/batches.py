@@ -15,6 +15,7 @@ from server.batch.files import Files, FilesUnavailable, reaching_disk
 from server.batch.objects import NEXT, Batch, Status, StoredFile
 from server.batch.store import BatchStore, StoreUnavailable
 from server.batch.validation import first_model
+from server.connection.intake import BodyBudget
 from server.request.errors import BadRequest, NotAllowed, NotFound, RateLimited, UnknownModel
 from server.request.schemas import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES
 from server.request.tenants import Tenant
@@ -25,6 +26,7 @@ MAX_FILE_BYTES = 200 * 1024 * 1024
 PURPOSES = ("batch",)
 UNITS_S = {"m": 60, "h": 3600, "d": 86400}
 LONGEST_WINDOW_S = 14 * 86400
+ARRIVING_BYTES = 1024 * 1024 * 1024  # of uploads in the temporary folder
 START_S = 5.0  # that files may take to say whose they are before the gateway starts without knowing
 MAX_METADATA = (16, 64, 512)  # pairs, characters of a key, characters of a value
 
@@ -71,6 +73,7 @@ class Batches:
     """Files and batches by tenant. files: of the gateways that share the store. wall: seconds since 1970.
 
     changed: set when a batch may have work. usable: set once the files are known to be those of all these gateways.
+    arriving: bytes of uploads in this process's temporary folder.
     """
 
     def __init__(self, files: Files, store: BatchStore, settings: BatchSettings, wall: Callable[[], float]) -> None:
@@ -86,6 +89,7 @@ class Batches:
         self._contents = ThreadPoolExecutor(3, thread_name_prefix="batch files")
         self._uploads = ThreadPoolExecutor(1, thread_name_prefix="batch uploads")
         self._one_upload = asyncio.Lock()
+        self.arriving = BodyBudget(ARRIVING_BYTES)
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Runs a blocking function in the store's thread."""
@@ -133,7 +137,7 @@ class Batches:
         file_id = self.new_id("file-")
         size = await self.content(source.seek, 0, SEEK_END)
         async with self._one_upload:  # or two at once might exceed the quota
-            await self.call(self._within_quota, tenant, size)
+            await self.within_quota(tenant, size)
             try:
                 await self._upload(self._copy, file_id, source)
                 return await self.call(self.keep, file_id, tenant, filename[:255], purpose, size)
@@ -159,9 +163,10 @@ class Batches:
         self.store.add_file(kept)
         return kept
 
-    def _within_quota(self, tenant: str, more: int) -> None:
+    async def within_quota(self, tenant: str, more: int) -> None:
+        """RateLimited if the tenant may not keep so many bytes more."""
         quota = self.settings.tenant_bytes
-        if self.store.stored_bytes(tenant) + more > quota:
+        if await self.call(self.store.stored_bytes, tenant) + more > quota:
             raise RateLimited(
                 f"Your files would exceed {quota} bytes: delete some first.", code="storage_quota_exceeded"
             )

@@ -77,6 +77,7 @@ class ObjectFiles(Files):
     @contextmanager
     def writing(self, file_id: str) -> Iterator[BinaryIO]:
         path = self.path(file_id)
+        self._size(self._marker)  # fails at once while the store is away: an output is costly to collect
         with using_temporary_folder(), tempfile.TemporaryFile() as file:  # without a name: a kill leaves nothing behind
             yield file
             file.seek(0)  # flushes, too
@@ -200,7 +201,10 @@ class ObjectFiles(Files):
             return NoSpace("The object store is full: delete files that are no longer needed.", retry_after_s=60)
         if isinstance(error, self.refusals):
             return FilesUnavailable(f"The object store of batch files refuses access: {code}.", retry_after_s=60)
-        return FilesUnavailable(f"The object store of batch files does not answer: {code}.", retry_after_s=5)
+        retry_after_s = 60 if code == "NoSuchBucket" else 5
+        return FilesUnavailable(
+            f"The object store of batch files does not answer: {code}.", retry_after_s=retry_after_s
+        )
 
 
 def _code(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """`/v1/files` and `/v1/batches`, as OpenAI's clients call them."""
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
@@ -12,7 +13,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from server.batch.batches import MAX_FILE_BYTES, Batches, BatchRequest
-from server.batch.files import Files, bounded, using_temporary_folder
+from server.batch.files import Files, FilesUnavailable, bounded, using_temporary_folder
 from server.batch.objects import Batch
 from server.request.errors import BadRequest, NotFound
 from server.request.tenants import Tenant
@@ -35,11 +36,40 @@ def _list(entries: list[dict[str, Any]], limit: int) -> Response:
     return _json({"object": "list", "data": page, "first_id": first, "last_id": last, "has_more": more})
 
 
-async def uploaded(request: Request) -> tuple[UploadFile, str]:
+@asynccontextmanager
+async def arriving(request: Request, batches: Batches, tenant: str) -> AsyncIterator[tuple[UploadFile, str]]:
+    """The file of a form and its purpose. What is in the temporary folder counts until the block is left.
+
+    RateLimited before anything is read, if the tenant's quota has no room. FilesUnavailable while too many bytes of
+    other uploads are there.
+    """
+    length = request.headers.get("content-length", "0")
+    await batches.within_quota(tenant, max(0, int(length) - FORM_BYTES))
+    held = 0
+
+    async def counted() -> AsyncGenerator[bytes, None]:
+        nonlocal held
+        async for piece in bounded(request.stream(), MAX_FILE_BYTES + FORM_BYTES):
+            if piece and not batches.arriving.take(tenant, len(piece)):
+                raise FilesUnavailable("Too many uploads arrive at once: try again later.", retry_after_s=5)
+            held += len(piece)
+            yield piece
+
+    try:
+        file, purpose = await uploaded(request, counted())
+        try:
+            yield file, purpose
+        finally:
+            await file.close()
+    finally:
+        if held:
+            batches.arriving.give_back(tenant, held)
+
+
+async def uploaded(request: Request, stream: AsyncGenerator[bytes, None]) -> tuple[UploadFile, str]:
     """The file of a form and its purpose. The content goes to disk as it arrives."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise BadRequest("Send the file as multipart/form-data with the fields 'purpose' and 'file'.")
-    stream: AsyncGenerator[bytes, None] = bounded(request.stream(), MAX_FILE_BYTES + FORM_BYTES)
     try:
         with using_temporary_folder():
             form = await MultiPartParser(request.headers, stream, max_files=1, max_fields=8).parse()
@@ -126,11 +156,8 @@ def _file_routes(batches: Batches, identify: Callable[[Request], Tenant]) -> API
     @router.post("/v1/files", summary="Upload a batch's input, multipart/form-data, 200 MB at most")
     async def upload(request: Request) -> Response:
         tenant = identify(request)
-        file, purpose = await uploaded(request)
-        try:
+        async with arriving(request, batches, tenant.name) as (file, purpose):
             kept = await batches.add_file(tenant.name, file.filename or "input.jsonl", purpose, file.file)
-        finally:
-            await file.close()
         return _json(kept.public())
 
     @router.get("/v1/files", summary="A tenant's files, the newest first")

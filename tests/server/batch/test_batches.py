@@ -13,7 +13,7 @@ from openai import AsyncOpenAI
 
 from loadtest.fake.engine import FakeEngine
 from tests.server.batch.conftest import Place
-from tests.server.conftest import INSTANT, LIMIT_S, MODEL, SLOW, Running, over_fake, request, serving
+from tests.server.conftest import INSTANT, LIMIT_S, MODEL, SLOW, Running, eventually, over_fake, request, serving
 
 OVER = ("completed", "failed", "expired", "cancelled")
 KEYS = {"acme": "sk-acme-0123456789abcdef", "other": "sk-other-0123456789abcdef"}
@@ -282,6 +282,7 @@ async def test_expired_files_are_swept(place: Place) -> None:
         file = await client.files.create(file=("in.jsonl", jsonl(1)), purpose="batch")
         runner = gateway.server.batches
         assert runner is not None and await runner.batches.sweep() == 0
+        assert "remove old batch files" in {task.get_name() for task in asyncio.all_tasks()}
         wall = runner.batches.wall
         runner.batches.wall = lambda: wall() + 31 * 86400.0
         assert await runner.batches.sweep() == 1
@@ -299,6 +300,33 @@ async def test_a_content_that_is_gone_is_not_found(tmp_path: Path) -> None:
         assert gone.value.code == "file_not_found"
         batch = await client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
         assert [error.code for error in (await ended(client, batch.id)).errors.data] == ["file_not_found"]
+
+
+async def test_uploads_that_wait_fill_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.batch.batches.ARRIVING_BYTES", 100_000)
+    content = b"\n" * 60_000
+    async with over_fake(INSTANT, batch={"folder": tmp_path}) as (gateway, _), client_of(gateway) as client:
+        assert gateway.server.batches is not None
+        batches = gateway.server.batches.batches
+        async with asyncio.timeout(LIMIT_S), batches._one_upload:
+            waiting = asyncio.create_task(client.files.create(file=("in.jsonl", content), purpose="batch"))
+            await eventually(lambda: batches.arriving.held > 60_000, "it has arrived")
+            with pytest.raises(openai.InternalServerError, match="Too many uploads") as many:
+                await client.files.create(file=("in.jsonl", content), purpose="batch")
+            assert many.value.status_code == 503 and many.value.response.headers["retry-after"] == "5"
+        await waiting
+        assert batches.arriving.held == 0
+        await client.files.create(file=("in.jsonl", content), purpose="batch")
+        assert len((await client.files.list()).data) == 2 and batches.arriving.held == 0
+
+
+async def test_an_upload_beyond_the_quota_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    settings = {"folder": tmp_path, "tenant_bytes": 5000}
+    async with over_fake(INSTANT, batch=settings) as (gateway, _):
+        head = b"POST /v1/files HTTP/1.1\r\nhost: g\r\ncontent-type: multipart/form-data; boundary=x\r\n"
+        wire = await gateway.send(head + b"content-length: 100000\r\n\r\n")
+        answer = await wire.answer()
+        assert answer.status == 429 and b"storage_quota_exceeded" in answer.body
 
 
 async def test_an_upload_that_finds_no_temporary_folder_is_told_to_come_back(

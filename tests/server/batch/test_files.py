@@ -281,6 +281,13 @@ def test_a_store_that_is_away_is_unavailable_and_comes_back(bucket: Bucket) -> N
     assert content(files) == b"x"
 
 
+def test_nothing_is_collected_for_a_store_that_is_away(bucket: Bucket) -> None:
+    files = object_files(bucket.url)
+    bucket.server.fault = lambda method, path, query: ("403 Forbidden", "AccessDenied") if method == "HEAD" else None
+    with pytest.raises(FilesUnavailable, match="refuses access"), files.writing(ID):
+        pytest.fail("it was asked for the content")
+
+
 def test_a_bucket_that_was_emptied_is_not_taken_for_deleted_files(bucket: Bucket) -> None:
     files = object_files(bucket.url)
     files.identity()
