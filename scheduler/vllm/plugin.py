@@ -579,8 +579,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         if not (self.running or arrived) or not (self._inflight_prefills or arrived or len(self._lanes)):
             return None
         batch = Batch(arrived=len(arrived))
-        for request in chain(self.running, arrived):
-            self._put_into(batch, request, now)
+        self._put_into(batch, chain(self.running, arrived), now)
         batch.waiting = [
             (job.arrived_at, job.restart_tokens)
             for job in islice(self._lanes.waiting_jobs(), LOOKED_AT)
@@ -607,22 +606,28 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
             if request.request_id in has_come or not self._is_blocked_waiting_status(request.status)
         ]
 
-    def _put_into(self, batch: Batch, request: Request, now: float) -> None:
+    def _put_into(self, batch: Batch, requests: Iterable[Request], now: float) -> None:
         """A session's later turn has no job: its prompt counts as one that has just arrived."""
-        entry = self._queue.entries.get(request.request_id)
-        unread = self._unread(request)
-        if unread > 1:
+        entries, several = self._queue.entries, 1 + self.num_spec_tokens
+        for request in requests:
+            entry = entries.get(request.request_id)
+            computed, placeholders = request.num_computed_tokens, request.num_output_placeholders
+            unread = request.num_tokens + placeholders - computed
+            if unread > 1:
+                self._put_prompt_into(batch, entry, unread, now)
+                continue
+            batch.context += computed
             if entry is None:
-                batch.prompts.append((now, unread))
-            elif entry.job.tier is not Tier.FLEX or self._lanes.is_reserved(entry.job):
-                batch.prompts.append((entry.job.arrived_at, unread))
-            return
-        batch.context += request.num_computed_tokens
+                batch.untracked += 1
+            else:  # a step under way makes one token at least, however many are drafted in it
+                job = entry.job
+                batch.answers.append((job, job.output_tokens + -(-placeholders // several)))
+
+    def _put_prompt_into(self, batch: Batch, entry: QueueEntry | None, unread: int, now: float) -> None:
         if entry is None:
-            batch.untracked += 1
-            return
-        steps = -(-request.num_output_placeholders // (1 + self.num_spec_tokens))  # under way: a token each at least
-        batch.answers.append((entry.job, entry.job.output_tokens + steps))
+            batch.prompts.append((now, unread))
+        elif entry.job.tier is not Tier.FLEX or self._lanes.is_reserved(entry.job):
+            batch.prompts.append((entry.job.arrived_at, unread))
 
     def _last_under_way(self) -> UnderWay | None:
         last = next(reversed(self._under_way.values()), None)

@@ -206,16 +206,32 @@ def test_a_step_under_way_counts_as_one_token_however_many_are_drafted(hollow_mo
 
 
 def test_prompts_of_flex_that_run_by_the_reserve_are_limited(hollow_model: Path) -> None:
-    timed = Timed(hollow_model, {"tpot_s": TPOT_S / 2, "flex_reserve": 0.5}, slots=2)
+    timed = Timed(hollow_model, {"tpot_s": TPOT_S / 2, "flex_reserve": 0.5}, slots=3)
     timed.warm_up()
-    timed.answer("one", tokens=3)
     timed.answer("answer")
-    timed.engine.add(request("flex", LONG, 5, tier="flex"), request("next", 20, 3))
+    timed.answer("second", tokens=5)
+    timed.answer("first", tokens=3)
+    timed.engine.add(request("flex", LONG, 5, tier="flex"), request("fresh", 20, 300))
+    timed.until_first_token("fresh")
     while "flex" not in timed.scheduled():
-        assert timed.scheduler.has_unfinished_requests()
+        assert "second" in timed.engine.answers
     assert timed.scheduler._lanes.is_reserved(timed.scheduler.waiting.entries["flex"].job)
     timed.until_first_token("flex")
     assert max(timed.lags_s["answer"]) < 0.1 * TPOT_S
+    assert max(timed.lags_s["fresh"]) < 0.1 * TPOT_S
+
+
+def test_what_a_displaced_answer_reads_again_counts_as_a_prompt(hollow_model: Path) -> None:
+    timed = Timed(hollow_model, {"tpot_s": TPOT_S})
+    scheduler = timed.scheduler
+    scheduler._limit = recorded = Recorded(scheduler._limit.objectives, scheduler._limit.model)
+    timed.answer("answer")
+    timed.engine.add(request("displaced", 1000, 300))
+    timed.until_first_token("displaced")
+    job = scheduler.waiting.entries["displaced"].job
+    scheduler._send_back(job, timed.clock.now)
+    timed.step()
+    assert recorded.batch.waiting == [(job.arrived_at, 1001)]
 
 
 def turn(name: str, prompt: int, max_tokens: int) -> Request:
@@ -229,7 +245,7 @@ def test_prompts_go_on_beside_the_later_turns_of_many_sessions(hollow_model: Pat
     timed = Timed(hollow_model, {"tpot_s": TPOT_S}, slots=100)
     timed.warm_up()
     sessions = [f"s{at}" for at in range(70)]
-    for max_tokens, said in ((2, 2), (300, 4)):
+    for max_tokens, said in ((2, 2), (300, 100)):
         timed.engine.add(*(turn(name, 10, max_tokens) for name in sessions))
         while any(len(timed.engine.answers.get(name, ())) < said for name in sessions):
             timed.step()
@@ -240,7 +256,21 @@ def test_prompts_go_on_beside_the_later_turns_of_many_sessions(hollow_model: Pat
     for _ in range(5):
         step = timed.scheduled()
         assert len(step) == len(sessions) + 2
-        assert 64 <= step["long"] < STEP_TOKENS / 2
+        assert step["long"] >= 64
+    assert max(timed.lags_s["answer"]) < 0.1 * TPOT_S
+
+
+def test_the_prompt_of_a_later_turn_is_limited_too(hollow_model: Path) -> None:
+    timed = Timed(hollow_model, {"tpot_s": TPOT_S})
+    timed.warm_up()
+    timed.engine.add(turn("session", 10, 2))
+    while len(timed.engine.answers.get("session", ())) < 2:
+        timed.step()
+    timed.answer("answer")
+    timed.engine.add(turn("session", LONG, 5))
+    while len(timed.engine.answers["session"]) < 3:
+        timed.step()
+    assert max(timed.lags_s["answer"]) < 0.1 * TPOT_S
 
 
 def test_a_prompt_that_is_read_in_whole_blocks_goes_on(hollow_model: Path) -> None:
