@@ -100,6 +100,7 @@ class EngineForecast:
         self.cost = assumed
         self._fit = StepCost.fit(assumed, fleet)
         self._fleet = fleet
+        self._taken: tuple[float, ...] = ()
         self.others = 0
         self.running = 0
         self.coming = 0
@@ -240,13 +241,14 @@ class EngineForecast:
             self._take(self._fit)
 
     def _take(self, fit: LinearFit) -> None:
+        self._taken = fit.coefficients
         fixed_s, *rest = fit.coefficients
         self.cost = StepCost(max(_LEAST_STEP_S, fixed_s), *rest)
         self._begun_memo = None
 
     def look_around(self) -> None:
         """As long as nothing was seen here, the engine is taken to be as the others of its fleet."""
-        if not self._fit.seen and self._fleet is not None and self._fleet.seen:
+        if not self._fit.seen and self._fleet is not None and self._taken is not self._fleet.coefficients:
             self._take(self._fleet)
 
     def _sum(self, now: float) -> None:

@@ -47,8 +47,8 @@ class RestTokens(Protocol):
 class FuturePeak:
     """Admits a job to the batch if, with it, the batch is expected never to need more memory than there is.
 
-    Who was held back is not looked at again until somebody `left`: what the others are expected to need only grows
-    while they run.
+    Who was held back is not looked at again until memory came free: to save the look, what is learned of lengths
+    meanwhile is passed over.
 
     rest_tokens: as `Order.rest_tokens`. blocks_per_token: by which a job's memory grows.
     """
@@ -60,7 +60,7 @@ class FuturePeak:
         self._held_back: Job | None = None
 
     def left(self) -> None:
-        """A job has left the batch."""
+        """A job has left the batch, or its memory has come free."""
         self._held_back = None
 
     def holds_back(self, job: Job | None) -> bool:

@@ -14,7 +14,7 @@ from scheduler.jobs import Job, Tier
 from scheduler.objectives import Objectives
 from scheduler.slack import StepLoad, StepModel
 
-LOOKED_AT: Final = 32  # prompts that wait; those behind them start later
+LOOKED_AT: Final = 32  # prompts that wait, in order of arrival: other orders may start one first that is not looked at
 _LEAST_TOKENS: Final = 64  # of prompts in a step: they always go on
 _WORTH_WHILE: Final = 0.4  # of the time per token: an objective that leaves prompts less would stop them
 _TTFT_SHARE: Final = 0.7  # of the objective in which a prompt is to be read: for the rest it waits elsewhere
@@ -107,11 +107,12 @@ class StepLimit:
 
         under_way: what the engine does first. tokens_each: that an answer takes of a step.
         """
-        base_s = self._base_s(batch)
-        if base_s is None:
-            return None
         prompts = [one for one in (*batch.prompts, *batch.waiting) if one[1]]
         if not prompts:
+            return None
+        with_kv = batch.with_kv
+        base_s = self._base_s(batch, with_kv)
+        if base_s is None:
             return None
         begins_at = now
         if under_way is not None:
@@ -122,8 +123,8 @@ class StepLimit:
             self._for_answers(batch, begins_at + base_s),
             self._for_prompts(prompts, base_s, begins_at),
         )
-        others = tokens_each * (len(batch.answers) + batch.untracked + batch.with_kv)
-        starts = batch.with_kv or batch.arrived
+        others = tokens_each * (len(batch.answers) + batch.untracked + with_kv)
+        starts = with_kv or batch.arrived
         if starts:  # an engine goes on with prompts before it starts anybody: they leave these their tokens
             wanted = min(wanted, max(self._least_tokens, step_tokens - others))
         elif wanted + others >= step_tokens:
@@ -134,12 +135,12 @@ class StepLimit:
         each = max(self._chunk_tokens, equal_share(tokens, [unread for _, unread in batch.prompts]))
         return Limit(tokens, min(tokens + others, step_tokens), each)
 
-    def _base_s(self, batch: Batch) -> float | None:
+    def _base_s(self, batch: Batch, with_kv: int) -> float | None:
         """Seconds of a step without prompts, None where there is no reason to limit them."""
         model, tpot_s = self.model, self.objectives.tpot_s
-        if not (batch.answers or batch.with_kv) or not model.is_known or model.per_prompt_token_s <= 0.0:
+        if not (batch.answers or with_kv) or not model.is_known or model.per_prompt_token_s <= 0.0:
             return None
-        base_s = model.predicted_s(StepLoad(0, len(batch.answers) + batch.untracked + batch.with_kv, batch.context))
+        base_s = model.predicted_s(StepLoad(0, len(batch.answers) + batch.untracked + with_kv, batch.context))
         return base_s if base_s <= (1.0 - _WORTH_WHILE) * tpot_s else None
 
     def _for_answers(self, batch: Batch, in_time: float) -> float:

@@ -259,7 +259,7 @@ class ContinuousBatch:
                 batch.context += entry.computed
         if not reading and not len(lanes):
             return None
-        batch.waiting = [
+        batch.waiting = [  # in order of arrival, as in the plug-in
             (job.arrived_at, 0 if self._entries[job].transferred else job.restart_tokens)
             for job in islice(lanes.waiting_jobs(), LOOKED_AT)
             if job.tier is not Tier.FLEX or lanes.is_due(job)

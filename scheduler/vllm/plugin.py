@@ -580,11 +580,12 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
             return None
         batch = Batch(arrived=len(arrived))
         self._put_into(batch, chain(self.running, arrived), now)
-        batch.waiting = [
-            (job.arrived_at, job.restart_tokens)
-            for job in islice(self._lanes.waiting_jobs(), LOOKED_AT)
-            if job.tier is not Tier.FLEX or self._lanes.is_due(job)
-        ]
+        if len(self._lanes):  # else all that run would be looked through for nobody
+            batch.waiting = [
+                (job.arrived_at, job.restart_tokens)
+                for job in islice(self._lanes.waiting_jobs(), LOOKED_AT)
+                if job.tier is not Tier.FLEX or self._lanes.is_due(job)
+            ]
         return by.of(
             batch,
             now,
@@ -611,17 +612,15 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         entries, several = self._queue.entries, 1 + self.num_spec_tokens
         for request in requests:
             entry = entries.get(request.request_id)
-            computed, placeholders = request.num_computed_tokens, request.num_output_placeholders
-            unread = request.num_tokens + placeholders - computed
-            if unread > 1:
-                self._put_prompt_into(batch, entry, unread, now)
+            if self._is_read(request):
+                self._put_prompt_into(batch, entry, self._unread(request), now)
                 continue
-            batch.context += computed
+            batch.context += request.num_computed_tokens
             if entry is None:
                 batch.untracked += 1
             else:  # a step under way makes one token at least, however many are drafted in it
                 job = entry.job
-                batch.answers.append((job, job.output_tokens + -(-placeholders // several)))
+                batch.answers.append((job, job.output_tokens + -(-request.num_output_placeholders // several)))
 
     def _put_prompt_into(self, batch: Batch, entry: QueueEntry | None, unread: int, now: float) -> None:
         if entry is None:
@@ -671,8 +670,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         reads = not wanted and prompt_tokens > 0
         (going if reads else self._held).extend(reading)
         self._flex_room = prompt_tokens - sum(map(self._unread, reading)) if reads else 0
-        specs = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]
-        self._headroom.note(sum(blocks_for(spec, one.num_tokens) for one in others for spec in specs), now)
+        self._headroom.note(sum(self._blocks(one.num_tokens) for one in others), now)
         self._queue.flex_started.clear()
         self.running = others + kept + going
         made = (1 + int(self.num_spec_tokens)) * (load.sequences + sequences)
@@ -983,6 +981,12 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         if transfer and self._takes_first_tokens:
             first_token.tell(transfer, request)
         return told
+
+    def _free_blocks(self, request: Request) -> None:
+        """Later than `_free_request` where another engine is still to fetch them."""
+        super()._free_blocks(request)
+        if self._peak is not None:
+            self._peak.left()
 
     def _handle_stopped_request(self, request: Request) -> bool:
         if request.resumable:

@@ -440,8 +440,8 @@ class Stream(Pipe):
         elif events or made:
             self.begin(None)
         gap_s, ticket.last_at = now - ticket.last_at, now
-        if made > 0 and ticket.tokens and ticket.second_s is None:
-            ticket.second_token(gap_s)
+        if made > 0 and ticket.second_s is None and ticket.tokens + made > 1:
+            ticket.second_token(gap_s if ticket.tokens else None)
         if made:
             if not ticket.uncharged:
                 self.charge.append(ticket)

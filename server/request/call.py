@@ -215,8 +215,9 @@ class Ticket:
             if self.first is not None:
                 self.first.here()
 
-    def second_token(self, gap_s: float) -> None:
-        """A stream's second token came. The first may have travelled with the request, before its KV was there."""
+    def second_token(self, gap_s: float | None) -> None:
+        """A stream's second token came; gap_s: None together with its first one. The first may have travelled with the
+        request, before its KV was there."""
         self.second_s = gap_s
         if self.split is not None:
             self.split.arrived()

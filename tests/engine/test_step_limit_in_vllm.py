@@ -213,8 +213,7 @@ def test_prompts_of_flex_that_run_by_the_reserve_are_limited(hollow_model: Path)
     timed.answer("first", tokens=3)
     timed.engine.add(request("flex", LONG, 5, tier="flex"), request("fresh", 20, 300))
     timed.until_first_token("fresh")
-    while "flex" not in timed.scheduled():
-        assert "second" in timed.engine.answers
+    assert any("flex" in timed.scheduled() for _ in range(200)), "flex never started by the reserve"
     assert timed.scheduler._lanes.is_reserved(timed.scheduler.waiting.entries["flex"].job)
     timed.until_first_token("flex")
     assert max(timed.lags_s["answer"]) < 0.1 * TPOT_S

@@ -151,6 +151,27 @@ def test_admission_by_the_peak_goes_on_where_all_answers_are_longer_than_was_tho
     assert metric(scheduler, "preemptions_total", policy="gittins", reason="memory") > 0
 
 
+def test_admission_by_the_peak_looks_again_once_kv_that_another_engine_fetched_is_free(hollow_model: Path) -> None:
+    clock = StepClock()
+    options = {"tail": "inf", "admission": "peak"}
+    scheduler = build_scheduler(hollow_model, "gittins", options, slots=8, blocks=20, clock=clock)
+    for _ in range(100):
+        scheduler._lanes.policy.order.learn(Job("", "", 30, 0.0, output_tokens=60), Outcome.DONE)
+    scheduler.connector = UntilFetched({})
+    engine = DrivenEngine(scheduler, clock=clock)
+    engine.add(request("runs", 30, 60), request("read", 160, 1))
+    while "read" not in engine.finished:
+        engine.step()
+    engine.add(request("head", 30, 60))
+    for _ in range(5):
+        engine.step()
+    assert not engine.answers.get("head") and "runs" not in engine.finished
+    scheduler._free_blocks(scheduler.requests["read"])  # as vLLM does when it has been fetched
+    for _ in range(3):
+        engine.step()
+    assert engine.answers["head"] and "runs" not in engine.finished
+
+
 def test_a_live_switch_starts_and_ends_admission_by_the_peak(hollow_model: Path) -> None:
     scheduler = build_scheduler(hollow_model, "gittins")
     assert scheduler.waiting.admits is None
@@ -619,6 +640,15 @@ class ArrivingBlocks:
 
     def __getattr__(self, name: str) -> Any:
         return lambda *args, **kwargs: None
+
+
+class UntilFetched(ArrivingBlocks):
+    """As a prefill worker has one: what was read with a single token is kept until somebody has fetched it."""
+
+    def request_finished(self, gone: Request, block_ids: object) -> tuple[bool, Any]:
+        return gone.max_tokens == 1, None
+
+    request_finished_all_groups = request_finished
 
 
 @pytest.mark.parametrize("policy", POLICIES)

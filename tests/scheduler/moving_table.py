@@ -4,7 +4,7 @@ Two simulated engines under Gittins, and requests placed on them as the gateway 
 moved once it has waited for as long as computing its tokens again takes, if the other engine has a free slot, nobody in
 line and KV memory for it. A moved answer is a new request there, its prompt all that it has so far, as when a worker
 fails. Each run is done with and without moving, with engines that are alike and with one that has a quarter of the
-other's slots, or KV memory for a quarter of its requests.
+other's slots, or little KV memory: for two requests of mean size, or for the largest one where that needs more.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from scheduler.pools import Pools, WorkerLoad
 from scheduler.routing import Choice, TypicalRequest
 from scheduler.tiers import TieredLanes
 from scheduler.workers import Worker
-from tests.scheduler.no_regret import STEP_S, sizes
+from tests.scheduler.no_regret import STEP_S, short_of_memory, sizes
 from tests.scheduler.simulated import SLOTS, TOKENS_PER_STEP, Size, arrivals, cost, p99
 
 LOADS = (0.9, 1.2)
@@ -41,7 +41,6 @@ class Answer:
     made: int = 0
     gap_s: float = 0.0
     interrupted: bool = False
-    waits_since: float | None = None
     engine: "Engine | None" = None
 
     @property
@@ -52,13 +51,13 @@ class Answer:
 
 @dataclass(eq=False)
 class Engine:
-    """One engine, and its iteration under way, which ends `now`. waiting: the interrupted."""
+    """One engine, and its iteration under way, which ends `now`. waiting: the interrupted, and since when."""
 
     load: WorkerLoad
     batch: ContinuousBatch
     now: float = 0.0
     under_way: Iteration | None = None
-    waiting: dict[Answer, None] = field(default_factory=dict)
+    waiting: dict[Answer, float] = field(default_factory=dict)
 
     def has_room_for(self, answer: Answer) -> bool:
         """Whether it would start at once, and has memory for what it will be at least."""
@@ -148,8 +147,7 @@ class Pair:
             answer = self.answers[job]
             if job in lanes and answer.made:
                 answer.interrupted = True
-                answer.waits_since = now
-                engine.waiting[answer] = None
+                engine.waiting[answer] = now
         for answer in [answer for answer in engine.waiting if answer.job not in lanes]:
             del engine.waiting[answer]
         engine.load.observe(kv_usage=engine.batch.kv_usage())
@@ -158,9 +156,8 @@ class Pair:
 
     def _move(self, now: float) -> None:
         for source, target in (self.engines, self.engines[::-1]):
-            for answer in list(source.waiting):
-                assert answer.waits_since is not None
-                if now - answer.waits_since >= answer.again_s and target.has_room_for(answer):
+            for answer, since in list(source.waiting.items()):
+                if now - since >= answer.again_s and target.has_room_for(answer):
                     self.moves += 1
                     old = answer.job
                     self._leave(answer, Outcome.ABORTED, now)
@@ -169,15 +166,13 @@ class Pair:
 
 
 def pairs_of(jobs: Sequence[Size]) -> Mapping[str, tuple[CostModel, CostModel]]:
-    """Two engines with memory enough; with few slots in one; with memory in one for two requests of mean size, or for
-    the largest; and the same where its slots are as few."""
-    tokens = [prompt + made for prompt, made in jobs]
-    short = max(round(SLOTS / 4 * mean(tokens)), round(1.1 * max(tokens)))
+    """Two engines with memory enough; with few slots in one; with little memory in one; and with few of both."""
+    few = SLOTS // 4
     return {
         "alike": (WHOLE, WHOLE),
-        "one has few slots": (WHOLE, replace(WHOLE, max_seqs=SLOTS // 4)),
-        "one is short of memory": (WHOLE, replace(WHOLE, kv_capacity_tokens=short)),
-        "the same, slots to match": (WHOLE, replace(WHOLE, kv_capacity_tokens=short, max_seqs=SLOTS // 4)),
+        "one has few slots": (WHOLE, replace(WHOLE, max_seqs=few)),
+        "one has little memory": (WHOLE, short_of_memory(jobs, few, SLOTS)),
+        "few slots, little memory": (WHOLE, short_of_memory(jobs, few, few)),
     }
 
 

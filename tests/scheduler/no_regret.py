@@ -65,11 +65,11 @@ def measures(lived: Lived) -> tuple[float, float, float]:
     return mean(lived.end_s.values()), p99(lived.first_s.values()), p99(lived.end_s.values())
 
 
-def short_of_memory(jobs: Sequence[Size], requests: int) -> CostModel:
-    """Many slots, and memory for so many requests of mean size, or for the largest one."""
+def short_of_memory(jobs: Sequence[Size], requests: int, slots: int = SHORT_SLOTS) -> CostModel:
+    """Memory for so many requests of mean size, or for the largest one if that needs more."""
     tokens = [prompt + made for prompt, made in jobs]
     kv_tokens = max(round(requests * mean(tokens)), round(1.1 * max(tokens)))
-    return replace(cost(STEP_S), max_seqs=SHORT_SLOTS, kv_capacity_tokens=kv_tokens)
+    return replace(cost(STEP_S), max_seqs=slots, kv_capacity_tokens=kv_tokens)
 
 
 def ratios(name: str, load: float, seed: int, policy: str, traces: Path, memory: int | None = None) -> list[float]:
