@@ -11,7 +11,7 @@ from typing import BinaryIO, ParamSpec, TypeVar
 import msgspec
 
 from scheduler.jobs import Tier
-from server.batch.files import Files, FilesUnavailable, reaching_disk
+from server.batch.files import Files, FilesUnavailable
 from server.batch.objects import NEXT, Batch, Status, StoredFile
 from server.batch.store import BatchStore, StoreUnavailable
 from server.batch.validation import first_model
@@ -194,11 +194,11 @@ class Batches:
 
     async def sweep(self) -> int:
         """Removes files past their expiry; returns how many. Needs files that are `usable`."""
-        await self.content(self.files.renew, self._identity)
         expired = await self.call(self.store.expired_files, self.wall())
         for file in expired:
             await self._remove(file.id)
         await self.content(self.files.remove_parts, self.wall() - UNITS_S["d"])
+        await self.content(self.files.renew, self._identity)  # last: it writes, which a full bucket refuses
         return len(expired)
 
     # batches
@@ -242,7 +242,7 @@ class Batches:
             file = self.files.open(file_id)
         except FileNotFoundError:
             return None
-        with reaching_disk(), file:
+        with file:
             return first_model(file)
 
     async def batch(self, tenant: str, batch_id: str) -> Batch:

@@ -1,6 +1,7 @@
 """Contents of uploaded files and of batches' outputs: the seam, and its implementation in a folder."""
 
 import errno
+import io
 import os
 import re
 from abc import ABC, abstractmethod
@@ -8,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from server.request.errors import ServiceError, TooLarge
 
@@ -77,7 +78,7 @@ class Files(ABC):
 
     @abstractmethod
     def open(self, file_id: str) -> BinaryIO:
-        """For reading; seekable. FileNotFoundError if there is none."""
+        """For reading, which may raise as all methods do; seekable. FileNotFoundError if there is none."""
 
     @abstractmethod
     def remove(self, file_id: str) -> None:
@@ -130,18 +131,24 @@ class FileFolder(Files):
         path = self.path(file_id)
         with reaching_disk():
             if path.exists() or not self._marker.exists():  # without the marker, this is not the folder at all
-                return path.open("rb")
+                return io.BufferedReader(_OnDisk(path), _PIECE_BYTES)
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), file_id)
 
     def remove(self, file_id: str) -> None:
+        path = self.path(file_id)
         with reaching_disk():
-            self.path(file_id).unlink(missing_ok=True)
+            try:
+                path.unlink()
+            except FileNotFoundError:
+                if not self._marker.exists():  # as in `open`
+                    raise
 
     def remove_parts(self, before: float) -> None:
-        for part in self.folder.glob(f"*{_PART}"):
-            with reaching_disk(), suppress(FileNotFoundError):  # another gateway was first
-                if part.stat().st_mtime < before:
-                    part.unlink()
+        with reaching_disk():
+            for part in self.folder.glob(f"*{_PART}"):
+                with suppress(FileNotFoundError):  # another gateway was first
+                    if part.stat().st_mtime < before:
+                        part.unlink()
 
     def identity(self) -> str:
         """Kept in a file that only one gateway can create, through a hard link."""
@@ -153,6 +160,18 @@ class FileFolder(Files):
             finally:
                 fresh.unlink()
         return self._marker.read_text()
+
+
+class _OnDisk(io.FileIO):
+    """A file for reading, whose failures are those of `reaching_disk`: a shared folder may go while it is open."""
+
+    def readinto(self, buffer: Any) -> int | None:
+        with reaching_disk():
+            return super().readinto(buffer)
+
+    def readall(self) -> bytes:
+        with reaching_disk():
+            return super().readall()
 
 
 async def bounded(stream: AsyncIterator[bytes], most: int) -> AsyncGenerator[bytes, None]:

@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 
 from server.batch.batches import Batches
 from server.batch.content import Ready, Reply, answered, not_run, read
-from server.batch.files import FilesUnavailable, NoSpace, reaching_disk
+from server.batch.files import FilesUnavailable, NoSpace
 from server.batch.objects import RUNNING, Batch, BatchLine, LineError, Result, Status
 from server.batch.pace import Pace
 from server.batch.store import LeaseLost, StoreUnavailable
@@ -33,8 +33,7 @@ log = logging.getLogger("evenhand.batch")
 TICK_S = 0.25  # between two looks at room, status and deadline
 LEASE_S = 5.0
 LOOK_S = 1.0  # between two looks for batches that another gateway has made or left
-PAUSE_S = 5.0  # of a batch whose files or store fail
-LONGEST_PAUSE_S = 60.0
+PAUSE_S = 5.0  # of a batch whose files or store fail: it may be cancelled meanwhile, or its window may end
 SWEEP_S = 3600.0
 READ_AHEAD = 512  # lines in memory, ordered by their prompts so that equal beginnings are computed once
 BURST = 32  # lines that start before the queue is looked at again
@@ -103,7 +102,6 @@ class Runner(Collector):
         self.clock = clock
         self.read_ahead = READ_AHEAD
         self.pause_s = PAUSE_S
-        self.longest_pause_s = LONGEST_PAUSE_S
         self.tick_s = TICK_S
         self.lines: Counter[str] = Counter()
         self.in_flight = 0
@@ -121,7 +119,7 @@ class Runner(Collector):
                     await self._look()
                     self._resumed("batches")
                 except AWAY as error:
-                    await self._pause("batches", error)
+                    await self._pause("batches", error, self.pause_s)
                 try:
                     async with asyncio.timeout(LOOK_S):
                         await self.batches.changed.wait()
@@ -149,14 +147,14 @@ class Runner(Collector):
                 self._resumed("the removal of old files")
                 await asyncio.sleep(SWEEP_S)
             except AWAY as error:
-                await self._pause("the removal of old files", error)
+                await self._pause("the removal of old files", error, max(self.pause_s, error.retry_after_s or 0.0))
 
-    async def _pause(self, what: str, error: ServiceError) -> None:
+    async def _pause(self, what: str, error: ServiceError, seconds: float) -> None:
         """Waits until a store may answer again. Says why once, not at each try."""
         if self._paused.get(what) != error.code:
             log.error("%s paused: %s", what, error)
             self._paused[what] = error.code
-        await asyncio.sleep(min(self.longest_pause_s, max(self.pause_s, error.retry_after_s or 0.0)))
+        await asyncio.sleep(seconds)
 
     def _resumed(self, what: str) -> None:
         if self._paused.pop(what, None) is not None:
@@ -188,7 +186,7 @@ class Runner(Collector):
                         return
                     self._resumed(f"batch {batch_id}")
                 except AWAY as error:
-                    await self._pause(f"batch {batch_id}", error)
+                    await self._pause(f"batch {batch_id}", error, self.pause_s)
                 except LeaseLost:
                     log.warning("other gateways have taken over what this one had of batch %s", batch_id)
                     return  # it is looked at again soon
@@ -358,7 +356,7 @@ class Runner(Collector):
 
     def _requests(self, file_id: str, lines: list[BatchLine]) -> list[Ready]:
         file = self.batches.files.open(file_id)
-        with reaching_disk(), file:
+        with file:
             return read(file, lines)
 
     async def _start(self, work: _Work) -> None:
@@ -519,8 +517,7 @@ class Runner(Collector):
 
 
 def _page(lines: Iterator[BatchLine]) -> list[BatchLine]:
-    with reaching_disk():
-        return list(islice(lines, PAGE))
+    return list(islice(lines, PAGE))
 
 
 def _finished(work: _Work, task: asyncio.Task[None]) -> None:

@@ -1,6 +1,7 @@
 """What every place for batch files must do, and what a bucket does beside that."""
 
 import errno
+import io
 import os
 import threading
 import time
@@ -221,12 +222,41 @@ def test_a_folder_that_is_not_mounted_is_not_taken_for_deleted_files(tmp_path: P
     files = FileFolder(tmp_path / "batch" / "files")
     files.identity()
     (tmp_path / "batch").rename(tmp_path / "away")
-    for use in (files.open, lambda name: put(files, b"x", name)):
+    for use in (files.open, files.remove, lambda name: put(files, b"x", name)):
         with pytest.raises(FilesUnavailable, match="See that it is mounted"):
             use(ID)
 
 
+def test_a_folder_that_fails_while_it_is_read_or_listed_is_unavailable(tmp_path: Path) -> None:
+    files = FileFolder(tmp_path / "files")
+    files.identity()
+    files.path(ID).symlink_to("/proc/self/mem")  # it opens, and nothing can be read at its beginning: EIO
+    with files.open(ID) as file, files.open(ID) as other:
+        for read in (lambda: file.read(10), other.read, file.readline, lambda: content(files)):
+            with pytest.raises(FilesUnavailable, match="cannot be used: Input/output error"):
+                read()
+    files.folder = tmp_path / ("x" * 300)
+    with pytest.raises(FilesUnavailable, match="cannot be used: File name too long"):
+        files.remove_parts(0.0)
+
+
 # a bucket
+async def test_a_full_bucket_is_relieved_of_files_past_their_expiry(bucket: Bucket, tmp_path: Path) -> None:
+    now = [1000.0]
+    store = SqliteBatchStore(tmp_path / "batches.sqlite", lambda: now[0])
+    batches = Batches(object_files(bucket.url), store, BatchSettings(), lambda: now[0])
+    batches.check_at_start()
+    await batches.add_file("acme", "in.jsonl", "batch", io.BytesIO(b"{}\n"))
+    bucket.server.fault = lambda method, path, query: FAULTS["full"][:2] if method == "PUT" else None
+    now[0] += 31 * 86400.0
+    assert list(bucket.objects())
+    with pytest.raises(NoSpace):
+        await batches.sweep()
+    assert not list(bucket.objects()) and store.stored_bytes("acme") == 0
+    assert await batches.list_files("acme", None, 10) == []
+    batches.close()
+
+
 @pytest.mark.slow
 def test_a_large_content_goes_in_parts_and_appears_whole_or_not_at_all(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch

@@ -51,7 +51,7 @@ def over_sqlite(folder: Path) -> Batches:
 
 @asynccontextmanager
 async def running(runner: Runner) -> AsyncIterator[None]:
-    runner.pause_s = runner.longest_pause_s = runner.tick_s = 0.02
+    runner.pause_s = runner.tick_s = 0.02
     task = asyncio.create_task(runner.run())
     yield
     task.cancel()
@@ -138,7 +138,7 @@ class AwayFolder(FileFolder):
         self.away = self.away or what == self.leaves
         if self.away:
             self.refused += 1
-            raise FilesUnavailable("it is away")
+            raise FilesUnavailable("it is away", retry_after_s=1e6)  # what clients are told: a batch looks again sooner
 
     def back(self) -> None:
         self.away, self.leaves = False, ""
