@@ -559,7 +559,7 @@ class Dispatcher:
             ticket.visit = None
         load, flex = member.load, ticket.job.tier is Tier.FLEX
         load.release(ticket.call.sequences, ticket.pending_tokens, flex=flex)
-        if flex and load.pacing is not None:
+        if flex and load.pacing is not None and ticket.split is None:  # a split prompt was paced at its prefill worker
             load.pacing.freed(alone=load.in_flight == load.flex)
         ticket.pending_tokens = 0
         if self.adapters is not None and ticket.call.model != self.model:

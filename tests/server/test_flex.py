@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from scheduler.catalog import build
 from scheduler.jobs import Tier
 from scheduler.tiers import TieredLanes
-from scheduler.workers import Worker
+from scheduler.workers import Role, Worker
 from server.admission.dispatch import Dispatcher, FlexRules, Lines
 from server.engine.client import EngineClient
 from server.fleet.fleet import Member, WorkerState
@@ -226,6 +226,32 @@ def test_a_first_token_lets_flex_of_the_worker_s_other_models_start() -> None:
         assert flex.started_at is not None
         for held in (begun, person, flex):
             await held.end()
+
+    in_virtual_time(run())
+
+
+def test_split_flex_requests_leave_no_places_that_others_take_at_once() -> None:
+    """Their prompts were paced at the prefill worker: at the decode worker none of them was ever started."""
+
+    async def run() -> None:
+        hall = Hall(slots=())
+        for role in (Role.PREFILL, Role.DECODE):
+            worker = Worker(role.value, "http://127.0.0.1:9", role, slots=16)
+            hall.fleet.enroll(Member(worker, EngineClient(worker.url), WorkerState.READY, ("fake",)))
+        hall.dispatcher.flex = FlexRules(share=0.5)
+        for _ in range(4):
+            split = Held(hall, ticket(hall, Tier.FLEX, prompt_tokens=500))
+            await asyncio.sleep(60.0)
+            assert split.started_at is not None and split.ticket.split is not None
+            await split.end()
+        whole = [Held(hall, ticket(hall, Tier.FLEX)) for _ in range(3)]
+        await asyncio.sleep(60.0)
+        assert [held.ticket.split for held in whole] == [None] * 3
+        begun = [held.started_at for held in whole]
+        assert len(set(begun)) == 3 and None not in begun, "they start one after the other"
+        for held in whole:
+            await held.end()
+        assert hall.is_empty()
 
     in_virtual_time(run())
 
