@@ -139,6 +139,11 @@ class SloSettings(BaseModel):
         default_factory=dict, description="objectives per model, e.g. {large: {tpot_s: 0.05}}"
     )
 
+    def of(self, model: str) -> SloTarget:
+        """What is set for a model: its own objectives, else the general ones."""
+        own = self.models.get(model, SloTarget())
+        return SloTarget(ttft_s=own.ttft_s or self.ttft_s, tpot_s=own.tpot_s or self.tpot_s)
+
     @property
     def named(self) -> bool:
         """Whether an objective is set for anything."""
@@ -371,6 +376,15 @@ class Settings(BaseSettings):
     health: HealthSettings = HealthSettings()
     cost: CostSettings = CostSettings()
 
+    @model_validator(mode="after")
+    def _one_balance_of_roles(self) -> Self:
+        if self.disaggregation.balance_roles and self.slo.named:
+            raise ValueError(
+                "with latency objectives every engine takes the side that is short by itself: remove --balance-roles "
+                "(disaggregation.balance_roles), or the objectives (slo)"
+            )
+        return self
+
 
 def scheme_of(settings: Settings) -> str:
     """What clients write before the gateway's address."""
@@ -410,17 +424,11 @@ def read_settings(overrides: dict[str, Any], config: Path | None, kind: type[Rea
             return init_settings, env_settings, file
 
     try:
-        read: Read = FromFile(**overrides)
+        return FromFile(**overrides)
     except SettingsError as error:
         raise ValueError(f"{error}: write lists and mappings in the environment as JSON") from None
     except ValidationError as error:
         raise ValueError("\n".join(_sentence(dict(problem)) for problem in error.errors())) from None
-    if read.disaggregation.balance_roles and read.slo.named:
-        raise ValueError(
-            "with latency objectives every engine takes the side that is short by itself: remove --balance-roles "
-            "(disaggregation.balance_roles), or the objectives (slo)"
-        )
-    return read
 
 
 def whence(settings: Settings, overrides: Mapping[str, Any], config: Path | None) -> str:
@@ -452,6 +460,8 @@ def _check_file(config: Path) -> None:
 
 
 def _sentence(problem: dict[str, Any]) -> str:
+    if not problem["loc"]:  # settings that do not go together; the input is all of them, with their secrets
+        return str(problem["msg"]).removeprefix("Value error, ")
     name = ".".join(str(part) for part in problem["loc"])
     if name.partition(".")[0] in ("admin_key", "redis_url", "engine_key"):
         return f"setting {name!r}: {problem['msg']}"

@@ -27,7 +27,6 @@ from deploy.model.hub import HubWeights, Weighing, fetched_here, weigh
 from deploy.model.model import BUNDLED, BUNDLED_BYTES, MADE_HERE, TINY, ModelSource, resolve, stored_dtype
 from deploy.settings import ServeSettings
 from scheduler.workers import Role
-from server.settings import SloTarget
 
 # vLLM's processes for one CPU engine, without weights and KV cache: 0.7 + 0.9 GB resident were seen, or three of them.
 ENGINE_BYTES = 2 * GIB
@@ -280,10 +279,7 @@ def weights_bytes(model: str, cache: Path, dtype: str) -> int:
 
 def promises_of(settings: ServeSettings, model: str) -> Mapping[str, float]:
     """What the scheduler inside an engine is told of service tiers, and of the objectives of its model."""
-    own = settings.slo.models.get(model, SloTarget())
-    named = {"ttft_s": own.ttft_s or settings.slo.ttft_s, "tpot_s": own.tpot_s or settings.slo.tpot_s}
-    objectives = {name: seconds for name, seconds in named.items() if seconds is not None}
-    return {"flex_reserve": settings.tiers.flex_reserve, **objectives}
+    return {"flex_reserve": settings.tiers.flex_reserve, **settings.slo.of(model).model_dump(exclude_none=True)}
 
 
 def plan_workers(

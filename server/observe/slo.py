@@ -24,9 +24,7 @@ class SloTargets:
     def __init__(self, settings: SloSettings, unset: Objectives = DEFAULT) -> None:
         """unset: what holds where nothing is set."""
         self._general = _over(unset, settings)
-        self._models: Mapping[str, Objectives] = {
-            name: _over(self._general, target) for name, target in settings.models.items()
-        }
+        self._models: Mapping[str, Objectives] = {name: _over(unset, settings.of(name)) for name in settings.models}
 
     def of(self, model: str, tenant: Tenant) -> Objectives:
         """What a tenant's streams are promised: its own objectives, else the model's, else the general ones."""

@@ -263,6 +263,16 @@ def test_a_wrong_secret_setting_is_named_and_not_shown(name: str) -> None:
     assert "swordfish" not in str(refused.value)
 
 
+def test_settings_that_do_not_go_together_are_told_without_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    clash = {"disaggregation": {"balance_roles": True}, "slo": {"models": {"large": {"tpot_s": 0.05}}}}
+    with pytest.raises(ValueError, match="remove --balance-roles"):
+        Settings.model_validate(clash)
+    monkeypatch.setenv("EVENHAND_REDIS_URL", "redis://:swordfish@host")
+    with pytest.raises(ValueError, match="^with latency objectives .* the objectives \\(slo\\)$") as refused:
+        read_settings(clash | {"admin_key": "swordfish" * 2}, None, Settings)
+    assert "swordfish" not in str(refused.value)
+
+
 def test_an_address_that_is_no_redis_is_refused_without_its_password() -> None:
     with pytest.raises(ValueError, match="redis://") as refused:
         GatewayServer(Settings(redis_url="http://user:swordfish@host"))

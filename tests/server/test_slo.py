@@ -11,6 +11,8 @@ CHAT = "/v1/chat/completions"
 
 def test_a_tenants_own_objective_goes_before_the_models_and_that_before_the_general_one() -> None:
     targets = SloTargets(SloSettings(ttft_s=3.0, models={"large": SloTarget(tpot_s=0.05)}))
+    bare = SloTargets(SloSettings(ttft_s=3.0, models={"large": SloTarget(tpot_s=0.05)}), unset=Objectives())
+    assert (bare.of("small", OPEN), bare.of("large", OPEN)) == (Objectives(3.0), Objectives(3.0, 0.05))
     hasty = read_record({"name": "hasty", "slo": {"ttft_s": 0.5}}).tenant()
     assert targets.of("small", OPEN) == Objectives(3.0, 0.1)
     assert targets.of("large", OPEN) == Objectives(3.0, 0.05)
