@@ -33,7 +33,12 @@ COUNTING = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,"  # no other token is nea
 def site(new_site: NewSite) -> Iterator[Site]:
     site = new_site("compose")
     site.up(*SERVICES)
+    until(lambda: ready_workers(site) == 1, "the gateway has found the worker")
     yield site
+
+
+def ready_workers(site: Site) -> int:
+    return sum(worker["state"] == "ready" for worker in site.admin("/admin/workers").json()["workers"])
 
 
 def test_it_answers(site: Site) -> None:
@@ -113,10 +118,6 @@ def test_redis_restarts_under_traffic_and_nobody_notices(site: Site) -> None:
             one.result(timeout=LIMIT_S)
     assert codes == [200] * len(codes)
     until(lambda: ready_workers(site) == 1, "the worker is known again")
-
-
-def ready_workers(site: Site) -> int:
-    return sum(worker["state"] == "ready" for worker in site.admin("/admin/workers").json()["workers"])
 
 
 def test_a_second_worker_joins_and_a_killed_one_costs_no_answer(site: Site) -> None:
