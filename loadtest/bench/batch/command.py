@@ -13,6 +13,7 @@ The scenario is llm-d-batch-gateway's (issue 491): interactive requests, 15 a se
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +21,7 @@ from rich.console import Console
 from loadtest.bench.batch import gateway, lines
 from loadtest.bench.batch.goals import WAY_HEAD, Figure, Scene, table, way_rows
 from loadtest.bench.batch.loads import JOBS, PEOPLE, Size
-from loadtest.bench.batch.runs import WITHOUT_END, Run, outcomes, scaled_to_engine
+from loadtest.bench.batch.runs import WITHOUT_END, CpuScale, Run, outcomes
 from loadtest.bench.batch.work import ALONE, BATCH_ONLY, PRIORITY, TIERS, Outcome, Way, behind_gateway, capped
 from loadtest.bench.gateway.relay_load import BenchmarkError
 from loadtest.bench.table import machine, markdown
@@ -96,37 +97,36 @@ def _caps(args: argparse.Namespace) -> list[int]:
 def _scheduler(args: argparse.Namespace, progress: Console) -> list[Figure]:
     ways = [ALONE, BATCH_ONLY, TIERS, PRIORITY, *map(behind_gateway, _shares(args)), *map(capped, _caps(args))]
     pairs = [(people, jobs) for people in args.people.split(",") for jobs in args.jobs.split(",")]
-    return _on_work_clock("scheduler", pairs, ways, args, _size(args), args.cost)
+    of_a_model = Run("", "", ALONE, 0, _size(args), args.cost)
+    return _on_own_clock("scheduler", pairs, ways, args, of_a_model)
 
 
 def _cpu_engines(args: argparse.Namespace, progress: Console) -> list[Figure]:
-    size = scaled_to_engine(_size(args))
+    scale = CpuScale.measured(_size(args))
+    size = scale.size
     progress.print(f"real engines: arrivals times {size.rate:.2f}, lengths times {size.length:g}")
     ways = [ALONE, BATCH_ONLY, TIERS, PRIORITY, capped(CPU_CAP)]
-    return _on_work_clock("real CPU engine", [("bursts", "short")], ways, args, size, "")
+    of_a_cpu = Run("", "", ALONE, 0, size, "", scale.reference_s)
+    return _on_own_clock("real CPU engine", [("bursts", "short")], ways, args, of_a_cpu)
 
 
-def _on_work_clock(
-    where: str,
-    pairs: Sequence[tuple[str, str]],
-    ways: Sequence[Way],
-    args: argparse.Namespace,
-    size: Size,
-    cost: str,
+def _on_own_clock(
+    where: str, pairs: Sequence[tuple[str, str]], ways: Sequence[Way], args: argparse.Namespace, like: Run
 ) -> list[Figure]:
+    """All ways in one kind of engine. like: its size and its costs."""
     seeds = range(args.seeds)
     runs = {
-        (people, jobs, way, seed): Run(people, jobs, way, seed, size, cost)
+        (people, jobs, way, seed): replace(like, people=people, jobs=jobs, way=way, seed=seed)
         for people, jobs in pairs
         for way in ways
         for seed in seeds
     }
     endless = {
-        (people, seed): Run("", WITHOUT_END[people], BATCH_ONLY, seed, size, cost)
+        (people, seed): replace(like, people="", jobs=WITHOUT_END[people], way=BATCH_ONLY, seed=seed)
         for people, _ in pairs
         for seed in seeds
     }
-    made = outcomes([*runs.values(), *endless.values()], args.processes, fresh=not cost)
+    made = outcomes([*runs.values(), *endless.values()], args.processes, fresh=not like.cost)
     figures: list[Figure] = []
     for people, jobs in pairs:
         of = {way.name: [made[runs[people, jobs, way, seed].key] for seed in seeds] for way in ways}

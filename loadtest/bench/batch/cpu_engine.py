@@ -32,8 +32,9 @@ class CpuEngine:
 
     @classmethod
     @contextmanager
-    def started(cls, model: Path, way: Way) -> Iterator[Self]:
-        clock = Steadied()
+    def started(cls, model: Path, way: Way, reference_s: float) -> Iterator[Self]:
+        """reference_s: of the piece of work by which the machine's speed is judged."""
+        clock = Steadied(reference_s)
         PolicyScheduler.clock = staticmethod(clock)
         settings: dict[str, Any] = {
             "max_model_len": CONTEXT_TOKENS,

@@ -10,6 +10,7 @@ from itertools import chain, repeat
 from multiprocessing import get_context
 from pathlib import Path
 from random import Random
+from statistics import median
 
 from loadtest.bench.batch.loads import BURST_PER_S, JOBS, OUTPUT_TOKENS, PEOPLE, Load, Size, azure
 from loadtest.bench.batch.work import BATCH_ONLY, Outcome, Scenario, Way
@@ -20,6 +21,7 @@ from loadtest.simulator.costmodel import PRESETS
 # Of a real engine: as large a part of what it can do as the bursts are of the engine that the cost model describes.
 BURST_LOAD = 0.785
 CPU_LENGTH = 0.25  # of prompts and answers on a CPU, whose steps are that much smaller
+_CALIBRATIONS, _CALIBRATION_S = 3, 20.0  # runs that show what an engine can do, and seconds of each
 
 
 def _azure_without_end(rng: Random, size: Size) -> Iterator[TraceCall]:
@@ -33,7 +35,8 @@ WITHOUT_END: Mapping[str, str] = {"bursts": "short", "azure": "azure"}
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One way, with interactive requests and jobs by name. cost: preset of the cost model; "" for a real engine."""
+    """One way, with interactive requests and jobs by name. cost: preset of the cost model; "" for a real engine, whose
+    seconds are those of a machine that takes `reference_s` for a certain piece of work."""
 
     people: str
     jobs: str
@@ -41,6 +44,7 @@ class Run:
     seed: int
     size: Size
     cost: str = "gpu-7b"
+    reference_s: float = 0.0
 
     @property
     def key(self) -> "Run":
@@ -59,7 +63,7 @@ def outcome(run: Run) -> Outcome:
             from loadtest.bench.batch.cpu_engine import CpuEngine
             from loadtest.bench.iterations.in_process_engine import chaotic_model
 
-            with CpuEngine.started(chaotic_model(Path(folder)), run.way) as engine:
+            with CpuEngine.started(chaotic_model(Path(folder)), run.way, run.reference_s) as engine:
                 return Scenario(engine, run.way, people, jobs, run.size.whole_s).run()
         from loadtest.bench.batch.scheduler_only import ModelFreeEngine
         from loadtest.bench.plugin.driven import model_folder, seed_block_hashes
@@ -89,13 +93,34 @@ def outcomes(runs: Iterable[Run], processes: int, *, fresh: bool = False) -> Map
 
 
 def _in_processes(runs: Sequence[Run], processes: int) -> list[Outcome]:
-    with ProcessPoolExecutor(processes, get_context("fork"), _prepare) as pool:
+    with _forking(processes) as pool:
         return list(pool.map(outcome, runs))
 
 
-def scaled_to_engine(size: Size) -> Size:
-    """Lengths and rates for a real engine: from what it does with jobs alone."""
-    small = replace(size, length=CPU_LENGTH)
-    (alone,) = outcomes([Run("", "short", BATCH_ONLY, 0, small, "")], 1, fresh=True).values()
-    per_s = alone.batch_per_s / (OUTPUT_TOKENS * CPU_LENGTH)
-    return replace(small, rate=BURST_LOAD * per_s / BURST_PER_S)
+def _forking(processes: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(processes, get_context("fork"), _prepare)
+
+
+def _reference_s() -> float:
+    from loadtest.bench.iterations.iterated import reference_s
+
+    return reference_s()
+
+
+@dataclass(frozen=True, slots=True)
+class CpuScale:
+    """What fits a real engine on this machine: arrivals and lengths, and the seconds on its clock."""
+
+    size: Size
+    reference_s: float
+
+    @classmethod
+    def measured(cls, size: Size) -> "CpuScale":
+        """From what an engine does with jobs alone, in the median of a few runs."""
+        with _forking(1) as pool:
+            reference_s = pool.submit(_reference_s).result()
+        small = replace(size, length=CPU_LENGTH)
+        brief = replace(small, seconds=min(size.seconds, _CALIBRATION_S / 2), rounds=1)
+        runs = [Run("", "short", BATCH_ONLY, seed, brief, "", reference_s) for seed in range(_CALIBRATIONS)]
+        per_s = median(alone.batch_per_s for alone in outcomes(runs, 1, fresh=True).values())
+        return cls(replace(small, rate=BURST_LOAD * per_s / (OUTPUT_TOKENS * CPU_LENGTH) / BURST_PER_S), reference_s)

@@ -48,16 +48,19 @@ class EngineClock:
 
 
 class Steadied(EngineClock):
-    """CPU seconds of a machine that is always as fast as when this clock was made.
+    """CPU seconds of a machine that is always equally fast.
 
     A core that it shares with others is half as fast for seconds at a time, by CPU time too. So a piece of work that is
     always the same is done between steps, and seconds count by how long that takes now.
+
+    usual_s: what that piece takes on the machine whose seconds these are. Clocks of several processes agree if they
+    are given the same.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, usual_s: float) -> None:
         self._now_s = 0.0
-        self._usual_s = median(_reference_s() for _ in range(_REFERENCES))
-        self._slowness = 1.0
+        self._usual_s = usual_s
+        self._slowness = reference_s() / usual_s
         self._read_s = thread_time()
 
     def __call__(self) -> float:
@@ -82,6 +85,11 @@ class Steadied(EngineClock):
 _REFERENCES = 500
 _FRESH = 0.15  # of what is known about the machine's speed after one more reference
 _LEFT, _RIGHT = torch.ones(8, 128), torch.ones(128, 4096)
+
+
+def reference_s() -> float:
+    """What the piece of work takes now, in the median of many."""
+    return median(_reference_s() for _ in range(_REFERENCES))
 
 
 def _reference_s() -> float:

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from loadtest.bench.iterations import simulator
 from loadtest.bench.iterations.environment import ENVIRONMENT
 from loadtest.bench.iterations.in_process_engine import chaotic_model
-from loadtest.bench.iterations.iterated import CorePace, IteratedEngine, Steadied
+from loadtest.bench.iterations.iterated import CorePace, IteratedEngine, Steadied, reference_s
 from loadtest.bench.policies.policies_bench import Draws, Setting, label, parse_load
 from loadtest.bench.table import machine
 from loadtest.call import TraceCall
@@ -245,7 +245,7 @@ def run(args: argparse.Namespace) -> int:
         os.sched_setaffinity(0, {args.core})
     slots = int(args.slots)
     pace = WORK if args.clock == "work" else None
-    clock = Steadied() if args.clock == "steady" else None
+    clock = Steadied(reference_s()) if args.clock == "steady" else None
     with tempfile.TemporaryDirectory() as folder:
         model = chaotic_model(Path(folder))
         sizes = {"slots": slots, "context": args.context, "kv_tokens": args.kv_tokens}
