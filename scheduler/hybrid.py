@@ -11,13 +11,13 @@ from typing import Final
 
 from scheduler.forecast import EngineForecast, Stay
 from scheduler.pools import TYPICAL_TOKENS, Pool, WorkerLoad
-from scheduler.prediction import Asked, Prospect, choose
+from scheduler.prediction import Asked, HandOver, Prospect, choose
 from scheduler.step_cost import LinearFit, StepCost
 from scheduler.workers import Role
 
 LOOKS: Final = 4  # workers of each pool that are considered, least loaded first
 _MEMORY: Final = 500  # requests
-_ASSUMED_HANDOVER: Final = (0.01, 1e-6)  # seconds, and per prompt token
+_ASSUMED_HANDOVER: Final = HandOver((0.01, 1e-6), (0.005, 0.0))
 _RANKS: Final = {Role.DECODE: 0.0, Role.BOTH: 1.0, Role.PREFILL: 2.0}
 
 
@@ -25,8 +25,9 @@ _RANKS: Final = {Role.DECODE: 0.0, Role.BOTH: 1.0, Role.PREFILL: 2.0}
 class Visit:
     """One request at the engines that read its prompt and write its answer; the same one where it is not split.
 
-    Tell it what happens, in this order or less: `read`, `begins`, `over`. Anything told twice counts once.
+    Tell it what happens, in this order or less: `read`, `begins`, `goes_on`, `over`. Anything told twice counts once.
     silent: its first token will not be seen, for it is answered in one piece or goes on with a stream.
+    passes_on: its first token comes from the reader, before the writer has the KV. first_at: when it came.
     """
 
     reader: WorkerLoad
@@ -37,7 +38,9 @@ class Visit:
     sent_at: float
     stay: Stay
     silent: bool = False
+    passes_on: bool = False
     read_at: float | None = None
+    first_at: float | None = None
 
     @property
     def split(self) -> bool:
@@ -56,23 +59,38 @@ class Visit:
             writes = self._at(self.writer)
             writes.sends_prompt(self, self.prompt_tokens, now, self.planner.life_s, silent=self.silent)
             self.stay.queued = writes.sent
-            self.reader = self.writer
+            self.reader, self.passes_on = self.writer, False
 
     def begins(self, now: float) -> None:
         """The answer's first token came."""
-        if self.silent or self.stay.began_at is not None:
+        if self.silent or self.first_at is not None:
             return
-        if self.split and self.read_at is not None:
-            self.planner.handover.learn(now - self.read_at, (1.0, float(self.prompt_tokens)))
+        self.first_at = now
+        self._learn_way(self.planner.passed_on if self.passes_on else self.planner.fetched, now)
         self.read(now)
-        self._at(self.writer).begins(self.stay, now, fetched_tokens=self.prompt_tokens if self.split else 0)
+        if not self.passes_on:
+            self._runs(now)
         self.planner.note_error(self.ttft_s / max(1e-6, now - self.sent_at))
+
+    def goes_on(self, now: float) -> None:
+        """Its second token came: if the first was passed on, this is the first that the writer made."""
+        if self.passes_on and self.first_at is not None and self.stay.began_at is None:
+            self._learn_way(self.planner.fetched, now)
+            self._runs(now)
+
+    def _learn_way(self, fit: LinearFit, now: float) -> None:
+        if self.split and self.read_at is not None:
+            fit.learn(now - self.read_at, (1.0, float(self.prompt_tokens)))
+
+    def _runs(self, now: float) -> None:
+        self._at(self.writer).begins(self.stay, now, fetched_tokens=self.prompt_tokens if self.split else 0)
 
     def over(self, now: float, last_at: float = 0.0, tokens: int = 0) -> None:
         """The request is over. last_at, tokens: of a stream, when its last token came and how many there were."""
         if self.read_at is None:
             self._at(self.reader).has_read(self, now, learn=False, was_read=tokens > 0)
-        self._at(self.writer).ended(self.stay, now, last_at, 0 if self.silent else tokens)
+        written = 0 if self.silent else tokens - self.passes_on
+        self._at(self.writer).ended(self.stay, now, last_at, written)
         if tokens:
             self.planner.learn(self.prompt_tokens, tokens / self.stay.answers)
 
@@ -90,7 +108,7 @@ class Planner:
     prompt_tokens, output_tokens: of a request, in the mean over the last `_MEMORY` or so. Lengths have long tails, and
     what a stall costs per token follows from them: a shorter memory makes the choices restless.
     costs: of the engines' steps, all together.
-    handover: seconds from a prompt read at one engine to the first token at another, and more per prompt token.
+    fetched, passed_on: what `HandOver` says, as it was.
     """
 
     note_error: Callable[[float], None]
@@ -99,7 +117,8 @@ class Planner:
     output_tokens: float = TYPICAL_TOKENS / 2
     learned: int = 0
     costs: LinearFit = field(default_factory=lambda: StepCost.fit(StepCost()))
-    handover: LinearFit = field(default_factory=lambda: LinearFit(_ASSUMED_HANDOVER))
+    fetched: LinearFit = field(default_factory=lambda: LinearFit(_ASSUMED_HANDOVER.fetched))
+    passed_on: LinearFit = field(default_factory=lambda: LinearFit(_ASSUMED_HANDOVER.passed_on))
 
     def learn(self, prompt_tokens: int, output_tokens: float) -> None:
         """A request is over."""
@@ -119,7 +138,8 @@ class Planner:
         asked = replace(asked, output_tokens=output_tokens, typical_prompt_tokens=self.prompt_tokens)
         loads = sorted(self._considered(pools, known, avoid), key=_rank)
         prospects = [self._prospect(load, rank / len(loads), known) for rank, load in enumerate(loads)]
-        choice = choose(asked, prospects, self.handover.coefficients, now)
+        handover = HandOver(self.fetched.coefficients, self.passed_on.coefficients)
+        choice = choose(asked, prospects, handover, now)
         if choice is None:
             return None
         reader, writer = loads[choice.reader], loads[choice.writer]
@@ -129,7 +149,9 @@ class Planner:
         stay = writes.expects(context, asked.answers, asked.objectives.tpot_s, due_at=due_at)
         if asked.silent:
             writes.begins(stay, now)
-        visit = Visit(reader, writer, self, asked.prompt_tokens, choice.ttft_s, now, stay, asked.silent)
+        visit = Visit(
+            reader, writer, self, asked.prompt_tokens, choice.ttft_s, now, stay, asked.silent, choice.passes_on
+        )
         silent = asked.silent and not visit.split
         tokens = max(1, asked.prompt_tokens - reads.cached_tokens)
         cached = reads.cached_tokens
@@ -166,6 +188,7 @@ class Planner:
             reads=either or role is Role.PREFILL,
             fetches=either or role is Role.DECODE,
             whole=either or role is not Role.PREFILL,
+            passes_on=worker.plugin,
         )
 
 

@@ -5,9 +5,9 @@ Every engine may do both. Together on one engine is always among the choices, so
 is. TaiChi (arXiv 2508.01989) mixes both ways by preference; here each request is weighed by itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import erf, hypot, inf, sqrt
+from math import erf, exp, hypot, inf, sqrt
 from typing import Final, NamedTuple
 
 from scheduler.forecast import EngineForecast, Misses, Pace, Reading
@@ -19,6 +19,7 @@ TPOT_ERROR: Final = 0.05  # likewise
 # answers are, so that whole engines stay free of one or the other.
 _SLOWNESS: Final = 1e-2
 _CROWD: Final = 1e-3
+_LEAST_ROOM: Final = 0.05  # of a limit per token: what an answer is taken to have left where steps alone take longer
 _PACKED: Final = 20.0  # times that weight, more of it the more of the engines' time goes to prompts
 
 
@@ -49,6 +50,7 @@ class Prospect(NamedTuple):
 
     rank: answers are packed where it is lowest; 0 to 1. cached_tokens: of this prompt.
     reads: it may read a prompt for another engine. fetches: it may answer what another has read. whole: it may do both.
+    passes_on: it gives out the first token, which the engine that read the prompt has made, before it has the KV.
     """
 
     forecast: EngineForecast
@@ -57,12 +59,30 @@ class Prospect(NamedTuple):
     reads: bool = True
     fetches: bool = True
     whole: bool = True
+    passes_on: bool = False
+
+
+class HandOver(NamedTuple):
+    """What it takes from a prompt read at one engine to the answer at another: seconds, and more per prompt token.
+
+    fetched: to the first token that is made with the prompt's KV. passed_on: to one that comes with the request.
+    """
+
+    fetched: Sequence[float]
+    passed_on: Sequence[float]
+
+    def fetched_s(self, tokens: int) -> float:
+        return self.fetched[0] + self.fetched[1] * tokens
+
+    def passed_on_s(self, tokens: int) -> float:
+        return self.passed_on[0] + self.passed_on[1] * tokens
 
 
 class Choice(NamedTuple):
     """reader, writer: indices of the prospects, equal where one does both. ttft_s, tpot_s: what the request will see.
 
     risk: streams that are expected to miss their objectives because of it, itself included.
+    passes_on: the first token is given out before the KV is there; otherwise it comes with what follows it.
     """
 
     reader: int
@@ -70,14 +90,11 @@ class Choice(NamedTuple):
     ttft_s: float
     tpot_s: float
     risk: float
+    passes_on: bool = False
 
 
-def choose(asked: Asked, prospects: Sequence[Prospect], handover: Sequence[float], now: float) -> Choice | None:
-    """The choice with the least risk; None if no prospect can do anything. O(n²) in the prospects: give it a few.
-
-    handover: seconds from a prompt read at one engine to the first token at another, and more per prompt token.
-    """
-    handover_s = handover[0] + handover[1] * asked.prompt_tokens
+def choose(asked: Asked, prospects: Sequence[Prospect], handover: HandOver, now: float) -> Choice | None:
+    """The choice with the least risk; None if no prospect can do anything. O(n²) in the prospects: give it a few."""
     seen = [_Seen.of(asked, prospect, now) for prospect in prospects]
     packed = 1.0 + _PACKED * sum(min(1.0, one.forecast.read_share(now)) for one in prospects) / max(1, len(prospects))
     best: Choice | None = None
@@ -86,14 +103,14 @@ def choose(asked: Asked, prospects: Sequence[Prospect], handover: Sequence[float
         for w, writer in enumerate(seen):
             if not _possible(asked, prospects[r], prospects[w], same=r == w):
                 continue
-            choice = _together(asked, reader, r) if r == w else _apart(asked, reader, writer, (r, w), handover_s)
-            slowness = choice.ttft_s / asked.objectives.ttft_s + choice.tpot_s / asked.objectives.tpot_s
             crowd = packed * prospects[w].rank + reader.answers * min(1.0, reader.tokens / asked.typical_prompt_tokens)
             if asked.objectives.tpot_s == inf:  # nobody's tokens can be late, so no engine need be kept free for them
                 crowd = float(r != w)
-            score = choice.risk + _SLOWNESS * slowness + _CROWD * crowd
-            if score < best_score:
-                best, best_score = choice, score
+            for choice in _ways(asked, reader, writer, (r, w), handover):
+                slowness = choice.ttft_s / asked.objectives.ttft_s + choice.tpot_s / asked.objectives.tpot_s
+                score = choice.risk + _SLOWNESS * slowness + _CROWD * crowd
+                if score < best_score:
+                    best, best_score = choice, score
     return best
 
 
@@ -105,7 +122,8 @@ class _Seen(NamedTuple):
     """What one engine offers.
 
     tokens: of the prompt, to be computed there. ahead_s: until what is queued there has been read. read_s: to the
-    prompt's end. wait_s: for memory. write_risk: that the answer misses its TPOT there. misses: of the answers there.
+    prompt's end. wait_s: for memory. pace: of the answer there. misses: of the answers there. passes_on: as a
+    prospect's.
     """
 
     answers: int
@@ -114,8 +132,8 @@ class _Seen(NamedTuple):
     read_s: float
     wait_s: float
     pace: Pace
-    write_risk: float
     misses: Misses
+    passes_on: bool
 
     @classmethod
     def of(cls, asked: Asked, prospect: Prospect, now: float) -> "_Seen":
@@ -132,27 +150,41 @@ class _Seen(NamedTuple):
             forecast.first_token_s(prompt, now),
             forecast.memory_wait_s(context, pace.tpot_s * output),
             pace,
-            _late(pace, asked.objectives.tpot_s),
             forecast.misses(prompt, context, output, now),
+            prospect.passes_on,
         )
+
+
+def _ways(asked: Asked, reader: _Seen, writer: _Seen, at: tuple[int, int], handover: HandOver) -> Iterator[Choice]:
+    if reader is writer:
+        yield _together(asked, reader, at[0])
+        return
+    tokens, pace, others = asked.prompt_tokens, writer.pace, reader.misses.reading + writer.misses.writing
+    # What comes from elsewhere waits for memory, and for the prompts that are being read where it is to be answered.
+    goes_on_s = max(max(reader.read_s, writer.wait_s) + handover.fetched_s(tokens), writer.ahead_s)
+    if not (asked.silent and writer.passes_on):
+        yield Choice(*at, goes_on_s, pace.tpot_s, _own(asked, goes_on_s, pace) + others)
+    if writer.passes_on:
+        ttft_s = reader.read_s + handover.passed_on_s(tokens)
+        stall_s = max(0.0, goes_on_s - ttft_s)
+        tpot_s = pace.tpot_s + stall_s / max(2.0, asked.output_tokens)
+        yield Choice(*at, ttft_s, tpot_s, _own(asked, ttft_s, pace, stall_s) + others, passes_on=True)
 
 
 def _together(asked: Asked, seen: _Seen, at: int) -> Choice:
     ttft_s = max(seen.read_s, seen.wait_s + seen.read_s - seen.ahead_s)
-    return Choice(at, at, ttft_s, seen.pace.tpot_s, _own(asked, ttft_s, seen.write_risk) + seen.misses.both)
+    return Choice(at, at, ttft_s, seen.pace.tpot_s, _own(asked, ttft_s, seen.pace) + seen.misses.both)
 
 
-def _apart(asked: Asked, reader: _Seen, writer: _Seen, at: tuple[int, int], handover_s: float) -> Choice:
-    # What comes from elsewhere waits for the prompts that are being read where it is to be answered.
-    ttft_s = max(max(reader.read_s, writer.wait_s) + handover_s, writer.ahead_s)
-    risk = _own(asked, ttft_s, writer.write_risk) + reader.misses.reading + writer.misses.writing
-    return Choice(*at, ttft_s, writer.pace.tpot_s, risk)
-
-
-def _own(asked: Asked, ttft_s: float, write_risk: float) -> float:
-    """That the request itself misses an objective."""
-    late = _above(((asked.waited_s + ttft_s) / asked.objectives.ttft_s - 1.0) / TTFT_ERROR)
-    return 1.0 - (1.0 - late) * (1.0 - write_risk)
+def _own(asked: Asked, ttft_s: float, pace: Pace, stall_s: float = 0.0) -> float:
+    """That the request itself misses an objective. stall_s: from its first token to the second, more than usual."""
+    limit_s = asked.objectives.tpot_s
+    in_time = 1.0 - _above(((asked.waited_s + ttft_s) / asked.objectives.ttft_s - 1.0) / TTFT_ERROR)
+    in_time *= 1.0 - _late(pace, limit_s)
+    if stall_s and limit_s < inf:  # an answer that ends before it has made up for that is late
+        room_s = max(_LEAST_ROOM * limit_s, limit_s - pace.tpot_s)
+        in_time *= exp(-stall_s / room_s / max(2.0, asked.output_tokens))
+    return 1.0 - in_time
 
 
 def _late(pace: Pace, limit_s: float) -> float:

@@ -80,12 +80,16 @@ def offered(plan: Plan, lengths: Sequence[Shape], rate: float, objective: Object
 
 
 def divided(cost: CostModel, engines: int, objective: Objective) -> list[Plan]:
-    """All do both, with each step size; some only read, a quarter or half of them; all by prediction."""
+    """All do both, with each step size; some only read, a quarter or half of them, as vLLM by itself hands over; all by
+    prediction."""
     readers = sorted({engines // 4, engines // 2} - {0})
     asked = Objectives(objective.ttft_s, objective.tpot_s)
     return [
         *(Plan(replace(cost, max_batched_tokens=tokens), workers=engines) for tokens in STEP_TOKENS),
-        *(Plan(cost, workers=engines - number, prefill_workers=number, rules=RULES) for number in readers),
+        *(
+            Plan(cost, workers=engines - number, prefill_workers=number, rules=RULES, passes_on=False)
+            for number in readers
+        ),
         Plan(cost, workers=engines, objectives=asked),
     ]
 

@@ -199,10 +199,13 @@ class ContinuousBatch:
         else:
             self._kv.let_go([KvBlocks.NAMELESS] * blocks)
 
-    def add(self, job: Job, now: float, *, transferred: bool = False, blocks: Seq[int] = ()) -> None:
+    def add(
+        self, job: Job, now: float, *, transferred: bool = False, passed_on: bool = False, blocks: Seq[int] = ()
+    ) -> None:
         """A job arrives. ValueError if it can never fit.
 
-        transferred: a prefill worker has computed its prompt. blocks: ids of its prompt's full blocks, equal where two
+        transferred: a prefill worker has computed its prompt. passed_on: and made the first token, which is out
+        already. blocks: ids of its prompt's full blocks, equal where two
         prompts begin alike; without them it shares nothing with others.
         """
         if job.prompt_tokens < 1:
@@ -212,6 +215,8 @@ class ContinuousBatch:
         self._arrived += 1
         own = _OWN + self._arrived * _MOST_BLOCKS
         self._entries[job] = BatchEntry(job, job.prompt_tokens + job.output_tokens, blocks, own, transferred)
+        if passed_on and self._limit is not None:
+            self._limit.made_elsewhere(job, now)
         self.lanes.push(job, now)
 
     def schedule(self, now: float) -> Iteration | None:

@@ -48,6 +48,7 @@ class Plan:
     gateway: a line before the workers, under the same policy; without one the first worker gets all.
     ahead: calls that the gateway gives a worker beyond its batch; None: as many as the policy wants.
     concurrency: a closed loop of so many calls, whose `at_s` is then not looked at.
+    passes_on: by `rules`, the first token of a prompt that was read apart is given out before its KV has come.
     objectives: every worker may read and answer, by prediction, and bounds its steps by the answers in them;
         prefill_workers only prefer to read. None: `rules`.
     answer_chunk_tokens: of a step of those that prefer to answer then; None: as the cost model says.
@@ -60,6 +61,7 @@ class Plan:
     workers: int = 1
     prefill_workers: int = 0
     rules: Rules = Rules()
+    passes_on: bool = True
     objectives: Objectives | None = None
     answer_chunk_tokens: int | None = None
     gateway: bool = True
@@ -71,7 +73,8 @@ class Plan:
 @dataclass(slots=True, eq=False)
 class _Flight:
     """One call on its way. waits, runs, reads: the same request as the gateway's lanes, the engine's, and those of the
-    worker that only reads its prompt see it; `reads` as long as it does. pending_tokens: counted at `worker`."""
+    worker that only reads its prompt see it; `reads` as long as it does. passed_on: its first token, if that worker
+    made it. pending_tokens: counted at `worker`."""
 
     call: TraceCall
     due_s: float
@@ -83,13 +86,14 @@ class _Flight:
     visit: Visit | None = None
     arrivals_s: list[float] = field(default_factory=list)
     uncharged: int = 0
+    passed_on: int = 0
     pending_tokens: int = 0
     arriving_tokens: int = 0
 
     @property
     def left(self) -> int:
         """Output tokens to come."""
-        return self.call.output_tokens - self.runs.output_tokens
+        return self.call.output_tokens - self.passed_on - self.runs.output_tokens
 
     def record(self, now: float) -> Record:
         call, arrivals = self.call, self.arrivals_s
@@ -210,6 +214,7 @@ class Simulation:
                         "",
                         role,
                         cost.max_seqs,
+                        plugin=True,
                         hands_over=either,
                         step_tokens=cost.max_batched_tokens,
                     ),
@@ -368,6 +373,7 @@ class Simulation:
             worker.batch.add(flight.runs, now, blocks=blocks)
             self._step(worker, now)
             return
+        self._interrupt(reader, now)
         self.handed_over += 1
         flight.reads = _job(call, flight.runs.id, now)
         reader.load.reserve(1, call.prompt_tokens)
@@ -375,7 +381,8 @@ class Simulation:
         self._step(reader, now)
 
     def _hand_over(self, reader: _Worker, flight: _Flight, job: Job, now: float) -> None:
-        """The prompt is read; who answers fetches its KV in an iteration of its own."""
+        """The prompt is read, and the first token made with it, which is given out at once if it is passed on. Who
+        answers fetches the KV in an iteration of its own; an answer of one token it makes itself."""
         reader.batch.finish(job, Outcome.LENGTH, now)
         reader.load.release(1, flight.call.prompt_tokens)
         flight.reads = None
@@ -384,9 +391,14 @@ class Simulation:
             flight.worker.load.expect(flight.arriving_tokens)
         if flight.visit is not None:
             flight.visit.read(now)
+        if flight.call.output_tokens > 1 and (self._plan.passes_on if flight.visit is None else flight.visit.passes_on):
+            flight.passed_on = 1
+            if flight.visit is not None:
+                flight.visit.begins(now)
+            self._made(flight, (now,))
         if flight.worker is not None:
             self._interrupt(flight.worker, now)
-            flight.worker.batch.add(flight.runs, now, transferred=True)
+            flight.worker.batch.add(flight.runs, now, transferred=True, passed_on=flight.passed_on > 0)
             self._step(flight.worker, now)
 
     def _step(self, worker: _Worker, now: float) -> None:
@@ -479,10 +491,10 @@ class Simulation:
             if flight.arriving_tokens:
                 worker.load.expect(-flight.arriving_tokens)
                 flight.arriving_tokens = 0
-            if flight.visit is not None and not flight.arrivals_s:
-                flight.visit.begins(now)
+            if flight.visit is not None and len(flight.arrivals_s) < 2:
+                flight.visit.goes_on(now) if flight.arrivals_s else flight.visit.begins(now)
             self._made(flight, (now,))
-            if job.output_tokens >= flight.call.output_tokens:
+            if flight.left <= 0:
                 self._end(worker, flight, now)
                 ended += 1
         if self._readers:

@@ -221,6 +221,8 @@ class Ticket:
         self.second_s = gap_s
         if self.split is not None:
             self.split.arrived()
+        if self.visit is not None:
+            self.visit.goes_on(self.clock())
 
     def failed_at(self, worker: str, outcome: str) -> None:
         """A worker, or all of a model, could not answer."""

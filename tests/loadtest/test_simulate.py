@@ -179,12 +179,16 @@ def test_blocks_of_another_size_share_as_many_tokens(blocks: tuple[int, ...], tr
 
 
 def test_a_prompt_that_is_read_elsewhere_costs_its_transfer_where_it_is_answered() -> None:
+    """Its first token does not wait for that, unless it is the only one."""
     cost = CostModel(0.01, 1e-3, 1e-3, transfer_s_per_token=1e-5, max_seqs=4, prefix_block_tokens=0)
     plan = Plan(cost, workers=1, prefill_workers=1)
-    (record,) = simulated(plan, [call("a", prompt=500)]).records
+    (record,) = simulated(plan, [call("a", prompt=500, output=5)]).records
     read_s = 0.01 + 500 * 1e-3
     fetch_s = 0.01 + 500 * 1e-5
-    assert record.ttft_s == pytest.approx(read_s + fetch_s, abs=1e-5)
+    assert record.ttft_s == pytest.approx(read_s, abs=1e-5)
+    assert record.output_tokens == 5 and record.gaps_us[0] == pytest.approx(1e6 * fetch_s, abs=10)
+    (only,) = simulated(plan, [call("c", prompt=500, output=1)]).records
+    assert only.ttft_s == pytest.approx(read_s + fetch_s, abs=1e-5) and only.output_tokens == 1
     (short,) = simulated(plan, [call("b", prompt=100)]).records  # below the rules' least: read where it is answered
     assert short.ttft_s == pytest.approx(0.01 + 100 * 1e-3, abs=1e-5)
 

@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 
 from scheduler.forecast import EngineForecast, Reading, late
 from scheduler.objectives import Objectives
-from scheduler.prediction import Asked, Prospect, choose
+from scheduler.prediction import Asked, HandOver, Prospect, choose
 from scheduler.step_cost import StepCost, pairs_of
 
 COST = StepCost(0.01, 60e-6, 40e-6, 25e-9, 0.0, 0.0)
+HANDOVER = HandOver((0.01, 1e-6), (0.005, 0.0))
 TIGHT, LOOSE = Objectives(2.0, 0.0135), Objectives(2.0, 0.1)
 
 
@@ -32,7 +33,7 @@ def asked(prompt_tokens: int, objectives: Objectives, *, splittable: bool = True
 
 
 def test_idle_engines_take_a_request_whole() -> None:
-    choice = choose(asked(6000, TIGHT), [Prospect(engine()), Prospect(engine(), rank=1)], (0.01, 1e-6), 0.0)
+    choice = choose(asked(6000, TIGHT), [Prospect(engine()), Prospect(engine(), rank=1)], HANDOVER, 0.0)
     assert choice is not None and choice.reader == choice.writer == 0
     assert choice.ttft_s == pytest.approx(6000 * 60e-6 + 3 * 0.01, rel=0.1) and choice.risk < 0.01
 
@@ -44,7 +45,7 @@ def test_a_long_prompt_is_read_where_it_holds_up_nobody_and_written_there_if_the
     busy = answering(engine(), 20)
     busy.sends_prompt("before", 12_000, 0.0, life_s=2.0)
     busy.has_read("before", 0.7)
-    choice = choose(asked(12_000, objectives), [Prospect(busy), Prospect(engine(), rank=1)], (0.01, 1e-6), 0.8)
+    choice = choose(asked(12_000, objectives), [Prospect(busy), Prospect(engine(), rank=1)], HANDOVER, 0.8)
     assert choice is not None and (choice.reader, choice.writer) == (1, writer)
     assert choice.risk < 0.2 and choice.ttft_s < 2.0
 
@@ -53,36 +54,36 @@ def test_a_prompt_goes_past_a_reader_whose_queue_would_make_it_late() -> None:
     reader = engine()
     for number in range(6):
         reader.sends_prompt(number, 8000, 0.0, life_s=2.0)
-    choice = choose(asked(8000, LOOSE), [Prospect(answering(engine(), 5)), Prospect(reader, rank=1)], (0.01, 1e-6), 0.0)
+    choice = choose(asked(8000, LOOSE), [Prospect(answering(engine(), 5)), Prospect(reader, rank=1)], HANDOVER, 0.0)
     assert choice is not None and choice.reader == 0
 
 
 def test_what_is_cached_is_not_read_elsewhere() -> None:
     prospects = [Prospect(answering(engine(), 5), cached_tokens=11_900), Prospect(engine(), rank=1)]
-    choice = choose(asked(12_000, TIGHT), prospects, (0.01, 1e-6), 0.0)
+    choice = choose(asked(12_000, TIGHT), prospects, HANDOVER, 0.0)
     assert choice is not None and (choice.reader, choice.writer) == (0, 0)
 
 
 def test_fixed_roles_and_unfit_requests_are_kept_to() -> None:
     reads = Prospect(engine(), whole=False, fetches=False)
     writes = Prospect(engine(), rank=1, reads=False)
-    choice = choose(asked(6000, TIGHT), [reads, writes], (0.01, 1e-6), 0.0)
+    choice = choose(asked(6000, TIGHT), [reads, writes], HANDOVER, 0.0)
     assert choice is not None and choice.writer == 1
-    choice = choose(asked(6000, TIGHT, splittable=False), [reads, writes], (0.01, 1e-6), 0.0)
+    choice = choose(asked(6000, TIGHT, splittable=False), [reads, writes], HANDOVER, 0.0)
     assert choice is not None and (choice.reader, choice.writer) == (1, 1)
-    assert choose(asked(6000, TIGHT, splittable=False), [reads], (0.01, 1e-6), 0.0) is None
+    assert choose(asked(6000, TIGHT, splittable=False), [reads], HANDOVER, 0.0) is None
 
 
 def test_without_objectives_nothing_is_at_risk_and_short_times_decide() -> None:
     late = engine()
     late.sends_prompt("long", 50_000, 0.0, life_s=2.0)
-    choice = choose(asked(1000, Objectives(30.0, inf)), [Prospect(late), Prospect(engine(), rank=1)], (0.01, 1e-6), 0.0)
+    choice = choose(asked(1000, Objectives(30.0, inf)), [Prospect(late), Prospect(engine(), rank=1)], HANDOVER, 0.0)
     assert choice is not None and (choice.reader, choice.writer) == (1, 1)
 
 
 def test_full_memory_counts_as_waiting() -> None:
     full = answering(engine(kv_tokens=20_000), 4, context_tokens=4900.0)
-    choice = choose(asked(6000, LOOSE), [Prospect(full), Prospect(engine(kv_tokens=20_000), rank=1)], (0.01, 1e-6), 0.0)
+    choice = choose(asked(6000, LOOSE), [Prospect(full), Prospect(engine(kv_tokens=20_000), rank=1)], HANDOVER, 0.0)
     assert choice is not None and choice.writer == 1
 
 
@@ -218,8 +219,27 @@ def test_what_comes_from_another_engine_waits_for_the_prompts_that_are_read_wher
     writes = answering(engine(), 1)
     writes.sends_prompt("long", 30_000, 0.0, life_s=2.0)
     roles = [Prospect(engine(), whole=False, fetches=False), Prospect(writes, reads=False, whole=False)]
-    choice = choose(asked(1000, LOOSE), roles, (0.01, 1e-6), 0.0)
+    choice = choose(asked(1000, LOOSE), roles, HANDOVER, 0.0)
     assert choice is not None and (choice.reader, choice.writer) == (0, 1) and choice.ttft_s > 1.8
+
+
+def test_a_first_token_is_passed_on_unless_its_answer_would_then_be_late() -> None:
+    """What follows waits for the prompts that are read where it is to be answered, and counts as time per token."""
+    writes = answering(engine(), 1)
+    writes.sends_prompt("long", 30_000, 0.0, life_s=2.0)
+    roles = [
+        Prospect(engine(), whole=False, fetches=False),
+        Prospect(writes, reads=False, whole=False, passes_on=True),
+    ]
+    passed_on, held = (
+        choose(asked(1000, objectives), roles, HANDOVER, 0.0) for objectives in (LOOSE, Objectives(10.0, 0.0135))
+    )
+    assert passed_on is not None and held is not None and passed_on.passes_on and not held.passes_on
+    assert passed_on.ttft_s < 0.2 and held.ttft_s > 1.8
+    stall_s = held.ttft_s - passed_on.ttft_s
+    assert passed_on.tpot_s == pytest.approx(held.tpot_s + stall_s / 200.0)
+    in_a_hurry = choose(asked(1000, Objectives(0.5, 0.0135)), roles, HANDOVER, 0.0)
+    assert in_a_hurry is not None and in_a_hurry.passes_on, "held back it would miss both"
 
 
 def test_a_prompt_that_will_not_be_read_leaves_no_trace_in_the_queue() -> None:
