@@ -17,6 +17,7 @@ from scheduler.slack import StepLoad, StepModel
 LOOKED_AT: Final = 32  # prompts that wait, in order of arrival: other orders may start one first that is not looked at
 _LEAST_TOKENS: Final = 64  # of prompts in a step: they always go on
 _WORTH_WHILE: Final = 0.4  # of the time per token: an objective that leaves prompts less would stop them
+_LONGEST_STEP: Final = 2.0  # times the time per token: no longer, however far ahead the answers are
 _TTFT_SHARE: Final = 0.7  # of the objective in which a prompt is to be read: for the rest it waits elsewhere
 _EACH: Final = 8  # steps without a prompt of which one is learned from
 
@@ -120,7 +121,7 @@ class StepLimit:
             begins_at = max(now, under_way.began_at + base_s + tokens_s)
         wanted = max(
             self._least_tokens,
-            self._for_answers(batch, begins_at + base_s),
+            self._for_answers(batch, begins_at, base_s),
             self._for_prompts(prompts, base_s, begins_at),
         )
         others = tokens_each * (len(batch.answers) + batch.untracked + with_kv)
@@ -143,20 +144,22 @@ class StepLimit:
         base_s = model.predicted_s(StepLoad(0, len(batch.answers) + batch.untracked + with_kv, batch.context))
         return base_s if base_s <= (1.0 - _WORTH_WHILE) * tpot_s else None
 
-    def _for_answers(self, batch: Batch, in_time: float) -> float:
-        """Tokens of prompts with which every answer that can have its next token in time does. in_time: when a step
-        without prompts ends.
+    def _for_answers(self, batch: Batch, begins_at: float, base_s: float) -> float:
+        """Tokens of prompts with which every answer that can have its next token in time does, and waits for it no
+        longer than `_LONGEST_STEP` says. Without such answers there is no bound.
 
         Token n + 1 is due `n` times the objective after the first one. An answer that is late does not count: it would
         hold up all prompts, and may never catch up.
         """
-        tpot_s, first_at = self.objectives.tpot_s, self._first_at
+        tpot_s, first_at, in_time = self.objectives.tpot_s, self._first_at, begins_at + base_s
         nearest = inf
         for job, made in batch.answers:
             first = first_at.get(job)
             if first is not None and in_time <= (due := first + tpot_s * made) < nearest and job.tier is not Tier.FLEX:
                 nearest = due
-        return (nearest - in_time) / self.model.per_prompt_token_s
+        if nearest == inf:
+            return inf
+        return min(nearest - in_time, _LONGEST_STEP * tpot_s - base_s) / self.model.per_prompt_token_s
 
     def _for_prompts(self, prompts: Iterable[tuple[float, int]], base_s: float, begins_at: float) -> float:
         """Tokens of prompts a step with which those have been read in time that can be, each after those before it."""

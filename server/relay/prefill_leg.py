@@ -25,6 +25,8 @@ from server.request.schemas import splice
 log = logging.getLogger("evenhand.handover")
 
 MAX_ANSWER_BYTES = 1024 * 1024  # one token, and the numbers of the blocks that hold the prompt
+# The engine that answers makes the first token itself then, when it has the KV.
+WITHHELD = b'"evenhand_first_token":null'
 OUTCOMES = ("read", "gone", "slow", "refused", "no_kv")
 
 
@@ -106,10 +108,12 @@ class PrefillLeg(Collector):
             return
         began = self.clock()
         try:
-            split.kv = await self._read(ticket, split)
+            kv = await self._read(ticket, split)
             split.read_at = self.clock()
             if ticket.visit is not None:
                 ticket.visit.read(split.read_at)
+                kv = kv if ticket.visit.passes_on else splice(kv, WITHHELD)
+            split.kv = kv
             self.seconds.observe(split.read_at - began)
             self.outcomes["read"] += 1
         except NotRead as reason:

@@ -64,14 +64,22 @@ def test_a_step_ends_when_the_next_token_is_due() -> None:
 
 def test_an_answer_that_is_ahead_may_be_held_up_and_the_tightest_one_decides() -> None:
     by, ahead, fresh = taught(Objectives(inf, TPOT_S)), job("a"), job("b")
-    # Five tokens where three were due: the next one may take two times as long more.
+    # Five tokens where three were due: the next one may take twice as long.
     alone = asked(by, {ahead: (10.0, 5)}, [(job("p"), 9000)], 10.0 + 3 * TPOT_S)
     assert alone is not None
     assert step_s(alone) == pytest.approx(2 * TPOT_S, rel=0.02)
     both = asked(by, {ahead: (10.0, 5), fresh: (10.0 + 3 * TPOT_S, 1)}, [(job("p"), 9000)], 10.0 + 3 * TPOT_S)
     assert both is not None
     assert step_s(both, 2) == pytest.approx(TPOT_S, rel=0.02)
-    assert asked(by, {ahead: (10.0, 9)}, [(job("p"), 9000)], 10.0) is None  # so far ahead that a full step is in time
+
+
+def test_no_answer_waits_longer_than_two_steps_may_take_unless_a_prompt_would_be_late() -> None:
+    answers, prompts = {job("a"): (10.0, 9)}, [(job("p", 10.0), 9000)]  # so far ahead that a full step is in time
+    smooth = asked(taught(Objectives(9.0, TPOT_S)), answers, prompts, 10.0)
+    assert smooth is not None
+    assert step_s(smooth) == pytest.approx(2 * TPOT_S, rel=0.02)
+    hurried = asked(taught(Objectives(0.8, TPOT_S)), answers, prompts, 10.0)
+    assert hurried is None or hurried.prompt_tokens > smooth.prompt_tokens
 
 
 def test_a_late_answer_has_no_say() -> None:

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import random
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from loadtest.fake.engine import EngineSetup, FakeEngine
 from loadtest.fake.faults import Faults
 from loadtest.simulator.costmodel import PRESETS
 from loadtest.traces import hash_model
+from scheduler.forecast import EngineForecast
 from server.relay.engine_body import _ONE_TOKEN
 from tests.server.conftest import (
     Reply,
@@ -30,6 +32,7 @@ from tests.server.conftest import (
     request,
     says,
     serving,
+    streamed,
 )
 
 KEY = "sk-test-0123456789abcdef"
@@ -239,6 +242,27 @@ async def test_how_much_the_prefill_worker_had_cached_travels_with_the_kv() -> N
                 "remote_prefill_cached_tokens": 64,
             }
             assert decode.not_fetched == 1, "there was nobody at that port: the prompt is computed where it is answered"
+
+
+@pytest.mark.parametrize(("metrics", "token"), [(b"evenhand_engine_policy_info 1\n", 7), (b"", None)])
+async def test_a_first_token_is_passed_on_only_to_an_engine_that_gives_it_out(
+    metrics: bytes, token: int | None
+) -> None:
+    """With objectives, prediction decides; and it counts on the token only where our scheduler is inside."""
+    kv = b'{"do_remote_prefill":true,"evenhand_first_token":7}'
+    read = says(plain(b'{"usage":{"prompt_tokens":300},"kv_transfer_params":%b}' % kv))
+    text = b'data: {"choices":[{"index":0,"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n'
+    decode = ScriptedEngine([says(streamed(text, b"data: [DONE]\n\n"))], gets={"/metrics": plain(metrics)})
+    asked = {"disaggregation": {"min_prompt_tokens": 32}, "slo": {"ttft_s": 2.0}, "health": {"canary": "off"}}
+    async with ScriptedEngine([read]).run() as prefill, decode.run():
+        async with serving(*roles(prefill.url, decode.url), **asked) as gateway:
+            await eventually(lambda: len(gateway.server.fleet.ready()) == 2)
+            forecast = gateway.server.fleet.members["d0"].load.forecast = EngineForecast()
+            # An answer that a prompt would make late: so that is read elsewhere.
+            forecast.begins(forecast.expects(1000.0, tpot_limit_s=0.0105), time.monotonic())
+            assert (await gateway.ask(CHAT, body(stream=True))).status == 200
+            sent = json.loads(decode.asked[-1].body)["kv_transfer_params"]
+            assert sent["do_remote_prefill"] and sent["evenhand_first_token"] == token
 
 
 async def test_a_stale_connection_to_a_prefill_worker_is_no_failure() -> None:

@@ -1,0 +1,70 @@
+"""What a visit tells the planner and the forecasts of its engines."""
+
+from math import inf
+
+import pytest
+
+from scheduler.forecast import EngineForecast
+from scheduler.hybrid import Planner, Visit
+from scheduler.objectives import Objectives
+from scheduler.pools import Pools, WorkerLoad
+from scheduler.prediction import Asked
+from scheduler.workers import Role, Worker
+
+SOON = Objectives(2.0, inf)
+
+
+def split_visit(planner: Planner) -> Visit:
+    """Of a prompt that is read elsewhere, for who answers has a long one to read."""
+    pools, busy = Pools(lambda worker: worker.slots), EngineForecast()
+    busy.sends_prompt("another", 100_000, 0.0, 5.0)
+    pools.add(WorkerLoad(Worker("reads", "", Role.PREFILL, plugin=True)), ("m",))
+    pools.add(WorkerLoad(Worker("writes", "", Role.DECODE, plugin=True), forecast=busy), ("m",))
+    visit = planner.place(Asked(1000, 100.0, SOON), pools.of("m"), {}, 0.0)
+    assert visit is not None and visit.split
+    return visit
+
+
+def running(visit: Visit) -> int:
+    assert visit.writer.forecast is not None
+    return visit.writer.forecast.running
+
+
+def test_an_answer_whose_first_token_was_passed_on_runs_from_its_second_one() -> None:
+    ratios: list[float] = []
+    planner = Planner(ratios.append)
+    visit = split_visit(planner)
+    assert visit.passes_on
+    visit.read(0.5)
+    visit.begins(0.504)
+    assert running(visit) == 0 and len(ratios) == 1
+    visit.goes_on(0.7)
+    visit.goes_on(0.72)
+    assert running(visit) == 1
+    visit.over(2.0, 2.0, 100)
+    forecast = visit.writer.forecast
+    assert forecast is not None and forecast.answers == 0 and len(ratios) == 1
+
+
+def test_the_ways_of_tokens_are_learned_apart() -> None:
+    planner = Planner(lambda ratio: None)
+    for _ in range(50):
+        visit = split_visit(planner)
+        visit.read(0.5)
+        visit.begins(0.503)
+        visit.goes_on(0.7)
+        visit.over(2.0, 2.0, 100)
+    for fit, seconds in ((planner.passed_on, 0.003), (planner.fetched, 0.2)):
+        fixed, each = fit.coefficients
+        assert fixed + 1000 * each == pytest.approx(seconds, rel=0.1)
+
+
+def test_a_reader_that_fails_passes_nothing_on() -> None:
+    visit = split_visit(Planner(lambda ratio: None))
+    visit.gave_up(0.3)
+    assert not visit.split and not visit.passes_on
+    visit.begins(0.8)
+    assert running(visit) == 1
+    visit.over(2.0, 2.0, 100)
+    forecast = visit.writer.forecast
+    assert forecast is not None and forecast.answers == 0
