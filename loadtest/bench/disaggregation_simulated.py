@@ -23,7 +23,8 @@ from scheduler.placement import Rules
 
 LONGER = 4
 RULES = Rules(busy_tokens=LONGER * Rules().busy_tokens, max_arriving_tokens=LONGER * Rules().max_arriving_tokens)
-REQUESTS, WARM_UP = 500, 0.2  # of one run with two engines; the share of them that is not judged: the forecast learns
+REQUESTS, LEAST = 250, 2000  # of one run, for each engine; of all runs at one load
+WARM_UP = 0.2  # the share of a run that is not judged: the forecast learns
 STEP_TOKENS = (512, 1024, 2048)
 # Of what one engine reads of prompts of mean length, for two engines.
 SIMULATED_LOADS = tuple(at / 20 for at in range(1, 29)) + (1.5, 1.6, 1.7, 1.8, 2.0)
@@ -62,13 +63,14 @@ class SimulatedSide:
 
 
 def offered(plan: Plan, lengths: Sequence[Shape], rate: float, objective: Objective) -> Run:
-    """Two runs at this many requests a second."""
+    """A few runs at this many requests a second."""
+    number = REQUESTS * (plan.workers + plan.prefill_workers)
     judged: list[bool] = []
     errors: list[float] = []
     handed_over: list[float] = []
-    for seed in range(2):
+    for seed in range(max(1, LEAST // number)):
         rng = Random(f"simulated:{seed}")
-        drawn = [rng.choice(lengths) for _ in range(REQUESTS * (plan.workers + plan.prefill_workers) // WORKERS)]
+        drawn = [rng.choice(lengths) for _ in range(number)]
         times = list(islice(poisson(rate, rng), len(drawn)))
         maker, simulation = Maker(lambda *_: [], Fit(context_tokens=1 << 17)), Simulation(plan)
         records = simulation.run(maker.calls(drawn, times, rng)).records
