@@ -244,6 +244,32 @@ async def test_how_much_the_prefill_worker_had_cached_travels_with_the_kv() -> N
             assert decode.not_fetched == 1, "there was nobody at that port: the prompt is computed where it is answered"
 
 
+@pytest.mark.parametrize(("tokens", "arrives"), [(1, True), (2, False)])
+async def test_a_stream_counts_as_arrived_with_its_second_token_also_if_that_comes_with_its_first(
+    tokens: int, arrives: bool
+) -> None:
+    text = b'data: {"choices":[{"index":0,"delta":{"content":"a"},"finish_reason":null}]}\n\n'
+    begun, rest = streamed(text * tokens), asyncio.Event()
+
+    async def answers(writer: asyncio.StreamWriter) -> None:
+        writer.write(begun.removesuffix(b"0\r\n\r\n"))
+        await rest.wait()
+        writer.write(b"0\r\n\r\n")
+
+    read = says(plain(b'{"usage":{"prompt_tokens":300},"kv_transfer_params":{"do_remote_prefill":true}}'))
+    async with ScriptedEngine([read]).run() as prefill, ScriptedEngine([answers]).run() as decode:
+        async with serving(
+            *roles(prefill.url, decode.url), disaggregation={"min_prompt_tokens": 32}, health={"canary": "off"}
+        ) as gateway:
+            await eventually(lambda: len(gateway.server.fleet.ready()) == 2)
+            wire = await gateway.send(request(CHAT, body(stream=True)))
+            await wire.head()
+            assert (await wire.chunk()).count(b"content") == tokens
+            assert (gateway.server.fleet.members["d0"].load.arriving_tokens > 0) is arrives
+            rest.set()
+            await wire.close()
+
+
 @pytest.mark.parametrize(("metrics", "token"), [(b"evenhand_engine_policy_info 1\n", 7), (b"", None)])
 async def test_a_first_token_is_passed_on_only_to_an_engine_that_gives_it_out(
     metrics: bytes, token: int | None
