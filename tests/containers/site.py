@@ -150,6 +150,11 @@ class Stream:
         return self
 
 
+def ready_workers(site: Site) -> int:
+    """Workers that the gateway has found and tested, which takes it seconds after they are healthy."""
+    return sum(worker["state"] == "ready" for worker in site.admin("/admin/workers").json()["workers"])
+
+
 def until(condition: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -> None:
     end = time.monotonic() + limit_s
     while not condition():

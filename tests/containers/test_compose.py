@@ -20,7 +20,7 @@ from playwright.async_api import expect
 
 from deploy.machine.cores import cpu_list
 from tests.containers.conftest import MARKS, NewSite
-from tests.containers.site import LIMIT_S, QUESTION, ROOT, START_S, Site, until
+from tests.containers.site import LIMIT_S, QUESTION, ROOT, START_S, Site, ready_workers, until
 from tests.server.test_console_in_browser import PATIENCE_MS, chromium
 
 pytestmark = MARKS
@@ -35,10 +35,6 @@ def site(new_site: NewSite) -> Iterator[Site]:
     site.up(*SERVICES)
     until(lambda: ready_workers(site) == 1, "the gateway has found the worker")
     yield site
-
-
-def ready_workers(site: Site) -> int:
-    return sum(worker["state"] == "ready" for worker in site.admin("/admin/workers").json()["workers"])
 
 
 def test_it_answers(site: Site) -> None:
@@ -147,6 +143,7 @@ def test_a_second_worker_joins_and_a_killed_one_costs_no_answer(site: Site) -> N
     assert "Paris" in site.answer()
     site.compose("rm", "--stop", "--force", "worker")
     site.up("--scale", "worker=1", "worker")
+    until(lambda: ready_workers(site) == 1, "the new one has joined")
 
 
 def test_a_gateway_that_is_stopped_finishes_its_answers(site: Site) -> None:

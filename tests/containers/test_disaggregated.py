@@ -7,7 +7,7 @@ import pytest
 
 from server.settings import DisaggregationSettings
 from tests.containers.conftest import MARKS, NewSite
-from tests.containers.site import START_S, Site, until
+from tests.containers.site import START_S, Site, ready_workers, until
 
 pytestmark = MARKS
 
@@ -43,7 +43,7 @@ def test_prompts_are_read_by_one_engine_and_answered_by_the_other(site: Site) ->
     for service in ("prefill", "decode"):
         (container,) = site.containers(service)
         assert site.inspect(container)["RestartCount"] == 0, f"{service} came up at its first start"
-    until(lambda: len(site.admin("/admin/workers").json()["workers"]) == 2, "the gateway knows both")
+    until(lambda: ready_workers(site) == 2, "the gateway has found both")
     words = "Paris is the capital of France. " * (DisaggregationSettings().min_prompt_tokens // 4)
     before = moved_bytes(site)
     assert "Paris" in site.answer(f"{words} What is the capital of France?", max_tokens=16)
