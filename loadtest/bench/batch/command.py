@@ -22,7 +22,17 @@ from loadtest.bench.batch import gateway, lines
 from loadtest.bench.batch.goals import WAY_HEAD, Figure, Scene, table, way_rows
 from loadtest.bench.batch.loads import JOBS, PEOPLE, Size
 from loadtest.bench.batch.runs import WITHOUT_END, CpuScale, Run, outcomes
-from loadtest.bench.batch.work import ALONE, BATCH_ONLY, PRIORITY, TIERS, Outcome, Way, behind_gateway, capped
+from loadtest.bench.batch.work import (
+    ALONE,
+    BATCH_ONLY,
+    OURS_ALONE,
+    PRIORITY,
+    TIERS,
+    Outcome,
+    Way,
+    behind_gateway,
+    capped,
+)
 from loadtest.bench.gateway.relay_load import BenchmarkError
 from loadtest.bench.table import machine, markdown
 from loadtest.simulator.costmodel import PRESETS
@@ -105,7 +115,8 @@ def _cpu_engines(args: argparse.Namespace, progress: Console) -> list[Figure]:
     scale = CpuScale.measured(_size(args))
     size = scale.size
     progress.print(f"real engines: arrivals times {size.rate:.2f}, lengths times {size.length:g}")
-    ways = [ALONE, BATCH_ONLY, TIERS, PRIORITY, capped(CPU_CAP)]
+    # A tiny model's steps are so short that what our scheduler itself takes shows: hence ours without a batch.
+    ways = [ALONE, OURS_ALONE, BATCH_ONLY, TIERS, PRIORITY, capped(CPU_CAP)]
     of_a_cpu = Run("", "", ALONE, 0, size, "", scale.reference_s)
     return _on_own_clock("real CPU engine", [("bursts", "short")], ways, args, of_a_cpu)
 
@@ -131,7 +142,7 @@ def _on_own_clock(
     for people, jobs in pairs:
         of = {way.name: [made[runs[people, jobs, way, seed].key] for seed in seeds] for way in ways}
         full = [made[endless[people, seed].key] for seed in seeds]
-        ours = [way.name for way in ways if way.policy is not None or way.share is not None]
+        ours = [way.name for way in ways if way.batch and (way.policy is not None or way.share is not None)]
         figures += _scene(f"{where}, {people} and {jobs} jobs", ours, of, full)
     return figures
 

@@ -31,6 +31,7 @@ class Way:
 
 
 ALONE = Way("interactive alone", batch=False)
+OURS_ALONE = Way("interactive alone, our scheduler", policy="fcfs", batch=False)
 BATCH_ONLY = Way("batch alone, stock vLLM", people=False)
 TIERS = Way("service tiers", policy="fcfs")
 PRIORITY = Way("vLLM `priority`", priority=True)
