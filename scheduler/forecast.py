@@ -44,8 +44,9 @@ class Stay:
     """What a forecast notes of one request's answers, from `expects` to `ended`.
 
     context_tokens: of its prompt and half of its answer, once for each of `answers`. tpot_limit_s: objective for each.
-    due_at: when its first token is expected. began_at: None before that came. queued: all prompts that were sent to the
-    engine up to its own; None if its own is read elsewhere.
+    due_at: when its first token is expected. began_at: when the first one came that was made here, None before.
+    queued: all prompts that were sent to the engine up to its own; None if its own is read elsewhere. waited_s: from a
+    first token that was passed on to `began_at`.
     read, sequences, contexts, fetched: the engine's sums when it began.
     """
 
@@ -55,6 +56,7 @@ class Stay:
     due_at: float = 0.0
     began_at: float | None = None
     queued: Reading | None = None
+    waited_s: float = 0.0
     read: Reading = Reading()
     sequences: float = 0.0
     contexts: float = 0.0
@@ -192,7 +194,8 @@ class EngineForecast:
         return stay
 
     def begins(self, stay: Stay, now: float, *, fetched_tokens: int = 0) -> None:
-        """Its first token came. Nothing if it has begun before. fetched_tokens: of its prompt, from another engine."""
+        """The first token that was made here came. Nothing if it has begun before. fetched_tokens: of its prompt, from
+        another engine."""
         if stay.began_at is not None:
             return
         self._sum(now)
@@ -370,7 +373,7 @@ class EngineForecast:
             behind_s, ahead_s, with_it_s = 0.0, queue_s, queue_s + read_s
             if stay.began_at is not None:
                 stalled_s = cost.prompt_s(*computed.since(stay.read))
-                behind_s = stalled_s - room_s * max(0.0, now - stay.began_at - stalled_s) / step_s
+                behind_s = stay.waited_s + stalled_s - room_s * max(0.0, now - stay.began_at - stalled_s) / step_s
             elif stay.queued is not None:
                 ahead_s = min(queue_s, cost.prompt_s(*self.sent.since(stay.queued)))
                 with_it_s = ahead_s + read_s

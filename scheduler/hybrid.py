@@ -17,7 +17,7 @@ from scheduler.workers import Role
 
 LOOKS: Final = 4  # workers of each pool that are considered, least loaded first
 _MEMORY: Final = 500  # requests
-_ASSUMED_HANDOVER: Final = HandOver((0.01, 1e-6), (0.005, 0.0))
+_ASSUMED_HANDOVER: Final = HandOver((0.01, 1e-6), (0.005, 1e-7))
 _RANKS: Final = {Role.DECODE: 0.0, Role.BOTH: 1.0, Role.PREFILL: 2.0}
 
 
@@ -27,7 +27,7 @@ class Visit:
 
     Tell it what happens, in this order or less: `read`, `begins`, `goes_on`, `over`. Anything told twice counts once.
     silent: its first token will not be seen, for it is answered in one piece or goes on with a stream.
-    passes_on: its first token comes from the reader, before the writer has the KV. first_at: when it came.
+    passes_on: the writer gives out the reader's first token, before it has the KV. first_at: when it came.
     """
 
     reader: WorkerLoad
@@ -76,6 +76,7 @@ class Visit:
         """Its second token came: if the first was passed on, this is the first that the writer made."""
         if self.passes_on and self.first_at is not None and self.stay.began_at is None:
             self._learn_way(self.planner.fetched, now)
+            self.stay.waited_s = now - self.first_at
             self._runs(now)
 
     def _learn_way(self, fit: LinearFit, now: float) -> None:

@@ -50,7 +50,7 @@ class Prospect(NamedTuple):
 
     rank: answers are packed where it is lowest; 0 to 1. cached_tokens: of this prompt.
     reads: it may read a prompt for another engine. fetches: it may answer what another has read. whole: it may do both.
-    passes_on: it gives out the first token, which the engine that read the prompt has made, before it has the KV.
+    passes_on: as a reader it tells the first token, as a writer it gives out one that was told before it has the KV.
     """
 
     forecast: EngineForecast
@@ -65,7 +65,8 @@ class Prospect(NamedTuple):
 class HandOver(NamedTuple):
     """What it takes from a prompt read at one engine to the answer at another: seconds, and more per prompt token.
 
-    fetched: to the first token that is made with the prompt's KV. passed_on: to one that comes with the request.
+    fetched: to the first token that is made with the prompt's KV. passed_on: to one that comes with the request. What
+    depends on who made the first token (a seed, a schema) waits for the KV even if it is placed to be passed on.
     """
 
     fetched: Sequence[float]
@@ -82,7 +83,7 @@ class Choice(NamedTuple):
     """reader, writer: indices of the prospects, equal where one does both. ttft_s, tpot_s: what the request will see.
 
     risk: streams that are expected to miss their objectives because of it, itself included.
-    passes_on: the first token is given out before the KV is there; otherwise it comes with what follows it.
+    passes_on: the reader's first token is given out before the KV is there; otherwise the writer makes it with the KV.
     """
 
     reader: int
@@ -107,7 +108,8 @@ def choose(asked: Asked, prospects: Sequence[Prospect], handover: HandOver, now:
             if asked.objectives.tpot_s == inf:  # nobody's tokens can be late, so no engine need be kept free for them
                 crowd = float(r != w)
             for choice in _ways(asked, reader, writer, (r, w), handover):
-                slowness = choice.ttft_s / asked.objectives.ttft_s + choice.tpot_s / asked.objectives.tpot_s
+                # Without the wait behind a first token that is passed on: withheld, what follows comes no earlier.
+                slowness = choice.ttft_s / asked.objectives.ttft_s + writer.pace.tpot_s / asked.objectives.tpot_s
                 score = choice.risk + _SLOWNESS * slowness + _CROWD * crowd
                 if score < best_score:
                     best, best_score = choice, score
@@ -162,13 +164,14 @@ def _ways(asked: Asked, reader: _Seen, writer: _Seen, at: tuple[int, int], hando
     tokens, pace, others = asked.prompt_tokens, writer.pace, reader.misses.reading + writer.misses.writing
     # What comes from elsewhere waits for memory, and for the prompts that are being read where it is to be answered.
     goes_on_s = max(max(reader.read_s, writer.wait_s) + handover.fetched_s(tokens), writer.ahead_s)
-    if not (asked.silent and writer.passes_on):
-        yield Choice(*at, goes_on_s, pace.tpot_s, _own(asked, goes_on_s, pace) + others)
-    if writer.passes_on:
+    passes_on = reader.passes_on and writer.passes_on and asked.output_tokens > 1
+    if passes_on:  # first: of two equals it is the one that is taken
         ttft_s = reader.read_s + handover.passed_on_s(tokens)
         stall_s = max(0.0, goes_on_s - ttft_s)
         tpot_s = pace.tpot_s + stall_s / max(2.0, asked.output_tokens)
         yield Choice(*at, ttft_s, tpot_s, _own(asked, ttft_s, pace, stall_s) + others, passes_on=True)
+    if not (asked.silent and passes_on):
+        yield Choice(*at, goes_on_s, pace.tpot_s, _own(asked, goes_on_s, pace) + others)
 
 
 def _together(asked: Asked, seen: _Seen, at: int) -> Choice:
@@ -177,13 +180,15 @@ def _together(asked: Asked, seen: _Seen, at: int) -> Choice:
 
 
 def _own(asked: Asked, ttft_s: float, pace: Pace, stall_s: float = 0.0) -> float:
-    """That the request itself misses an objective. stall_s: from its first token to the second, more than usual."""
+    """That the request itself misses an objective. stall_s: from a first token that is passed on to the second."""
     limit_s = asked.objectives.tpot_s
     in_time = 1.0 - _above(((asked.waited_s + ttft_s) / asked.objectives.ttft_s - 1.0) / TTFT_ERROR)
     in_time *= 1.0 - _late(pace, limit_s)
-    if stall_s and limit_s < inf:  # an answer that ends before it has made up for that is late
-        room_s = max(_LEAST_ROOM * limit_s, limit_s - pace.tpot_s)
-        in_time *= exp(-stall_s / room_s / max(2.0, asked.output_tokens))
+    if (
+        stall_s and limit_s < inf
+    ):  # an answer that ends before it has made up for that is late; one token follows always
+        made_up = stall_s / max(_LEAST_ROOM * limit_s, limit_s - pace.tpot_s)
+        in_time *= exp(-max(0.0, made_up - 1.0) / max(2.0, asked.output_tokens))
     return 1.0 - in_time
 
 

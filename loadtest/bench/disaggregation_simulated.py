@@ -23,7 +23,7 @@ from scheduler.placement import Rules
 
 LONGER = 4
 RULES = Rules(busy_tokens=LONGER * Rules().busy_tokens, max_arriving_tokens=LONGER * Rules().max_arriving_tokens)
-REQUESTS, LEAST = 250, 2000  # of one run, for each engine; of all runs at one load
+REQUESTS, LEAST = 250, 2000  # of one run, for each engine; of all runs at one load, at least
 WARM_UP = 0.2  # the share of a run that is not judged: the forecast learns
 STEP_TOKENS = (512, 1024, 2048)
 # Of what one engine reads of prompts of mean length, for two engines.
@@ -68,7 +68,7 @@ def offered(plan: Plan, lengths: Sequence[Shape], rate: float, objective: Object
     judged: list[bool] = []
     errors: list[float] = []
     handed_over: list[float] = []
-    for seed in range(max(1, LEAST // number)):
+    for seed in range(-(-LEAST // number)):
         rng = Random(f"simulated:{seed}")
         drawn = [rng.choice(lengths) for _ in range(number)]
         times = list(islice(poisson(rate, rng), len(drawn)))

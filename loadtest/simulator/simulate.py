@@ -428,8 +428,10 @@ class Simulation:
             self._readers and self._planner is None
         ):  # placement on separate pools looks at how full each memory is
             return 0
-        flights = self._flights
-        left = min(flights[entry.job.id].left for entry in iteration.producing)
+        flights = [self._flights[entry.job.id] for entry in iteration.producing]
+        if not all(flight.arrivals_s for flight in flights):  # the last token of a prompt is no answer's
+            return 0
+        left = min(flight.left for flight in flights)
         return min(left - 1, worker.batch.repeats(iteration), self._longest_stretch)
 
     def _settle(self, now: float) -> None:

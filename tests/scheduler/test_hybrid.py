@@ -14,13 +14,13 @@ from scheduler.workers import Role, Worker
 SOON = Objectives(2.0, inf)
 
 
-def split_visit(planner: Planner) -> Visit:
+def split_visit(planner: Planner, prompt_tokens: int = 1000) -> Visit:
     """Of a prompt that is read elsewhere, for who answers has a long one to read."""
     pools, busy = Pools(lambda worker: worker.slots), EngineForecast()
     busy.sends_prompt("another", 100_000, 0.0, 5.0)
     pools.add(WorkerLoad(Worker("reads", "", Role.PREFILL, plugin=True)), ("m",))
     pools.add(WorkerLoad(Worker("writes", "", Role.DECODE, plugin=True), forecast=busy), ("m",))
-    visit = planner.place(Asked(1000, 100.0, SOON), pools.of("m"), {}, 0.0)
+    visit = planner.place(Asked(prompt_tokens, 100.0, SOON), pools.of("m"), {}, 0.0)
     assert visit is not None and visit.split
     return visit
 
@@ -46,17 +46,19 @@ def test_an_answer_whose_first_token_was_passed_on_runs_from_its_second_one() ->
     assert forecast is not None and forecast.answers == 0 and len(ratios) == 1
 
 
-def test_the_ways_of_tokens_are_learned_apart() -> None:
+def test_the_ways_of_tokens_are_learned_apart_and_by_length() -> None:
     planner = Planner(lambda ratio: None)
-    for _ in range(50):
-        visit = split_visit(planner)
+    for number in range(200):
+        tokens = 500 + 400 * (number % 5)
+        visit = split_visit(planner, tokens)
         visit.read(0.5)
-        visit.begins(0.503)
-        visit.goes_on(0.7)
+        visit.begins(0.503 + 2e-6 * tokens)
+        visit.goes_on(0.6 + 1e-4 * tokens)
         visit.over(2.0, 2.0, 100)
-    for fit, seconds in ((planner.passed_on, 0.003), (planner.fetched, 0.2)):
-        fixed, each = fit.coefficients
-        assert fixed + 1000 * each == pytest.approx(seconds, rel=0.1)
+    for tokens in (500, 2000):
+        for fit, seconds in ((planner.passed_on, 0.003 + 2e-6 * tokens), (planner.fetched, 0.1 + 1e-4 * tokens)):
+            fixed, each = fit.coefficients
+            assert fixed + tokens * each == pytest.approx(seconds, rel=0.1)
 
 
 def test_a_reader_that_fails_passes_nothing_on() -> None:

@@ -224,22 +224,51 @@ def test_what_comes_from_another_engine_waits_for_the_prompts_that_are_read_wher
 
 
 def test_a_first_token_is_passed_on_unless_its_answer_would_then_be_late() -> None:
-    """What follows waits for the prompts that are read where it is to be answered, and counts as time per token."""
-    writes = answering(engine(), 1)
-    writes.sends_prompt("long", 30_000, 0.0, life_s=2.0)
+    """What follows waits for the KV, and counts as time per token."""
     roles = [
-        Prospect(engine(), whole=False, fetches=False),
-        Prospect(writes, reads=False, whole=False, passes_on=True),
+        Prospect(engine(), whole=False, fetches=False, passes_on=True),
+        Prospect(engine(), reads=False, whole=False, passes_on=True),
     ]
-    passed_on, held = (
-        choose(asked(1000, objectives), roles, HANDOVER, 0.0) for objectives in (LOOSE, Objectives(10.0, 0.0135))
+    slow = HandOver((1.8, 0.0), (0.005, 0.0))
+    passed_on, held, in_a_hurry, at_ease = (
+        choose(asked(1000, objectives), roles, handover, 0.0)
+        for objectives, handover in (
+            (LOOSE, slow),
+            (Objectives(10.0, 0.0135), slow),
+            (Objectives(0.5, 0.0135), slow),
+            (Objectives(inf, 1.0), HANDOVER),
+        )
     )
-    assert passed_on is not None and held is not None and passed_on.passes_on and not held.passes_on
-    assert passed_on.ttft_s < 0.2 and held.ttft_s > 1.8
-    stall_s = held.ttft_s - passed_on.ttft_s
-    assert passed_on.tpot_s == pytest.approx(held.tpot_s + stall_s / 200.0)
-    in_a_hurry = choose(asked(1000, Objectives(0.5, 0.0135)), roles, HANDOVER, 0.0)
-    assert in_a_hurry is not None and in_a_hurry.passes_on, "held back it would miss both"
+    assert passed_on is not None and passed_on.passes_on and passed_on.ttft_s < 0.2
+    assert held is not None and not held.passes_on and held.ttft_s > 1.8
+    assert passed_on.tpot_s == pytest.approx(held.tpot_s + 1.795 / 200.0)
+    assert in_a_hurry is not None and in_a_hurry.passes_on, "held back it would be late for certain"
+    assert at_ease is not None and at_ease.passes_on, "nothing is late either way, and one token is earlier"
+
+
+def test_the_wait_behind_a_first_token_that_was_passed_on_counts_against_the_answer() -> None:
+    def held_up(waited_s: float) -> float:
+        one = engine()
+        stay = one.expects(0.0, tpot_limit_s=0.02)
+        stay.waited_s = waited_s
+        one.begins(stay, 0.0)
+        return one.misses(Reading.of(1000.0), 0.0, 50.0, 0.5).reading
+
+    assert held_up(0.45) > 2 * held_up(0.0)
+
+
+def test_a_first_token_is_passed_on_only_between_engines_that_both_know_how_and_if_another_follows() -> None:
+    def choice(reader: bool, writer: bool, answer: float = 200.0) -> bool:
+        roles = [
+            Prospect(engine(), whole=False, fetches=False, passes_on=reader),
+            Prospect(engine(), reads=False, whole=False, passes_on=writer),
+        ]
+        chosen = choose(Asked(1000, answer, LOOSE, 6000.0), roles, HANDOVER, 0.0)
+        assert chosen is not None
+        return chosen.passes_on
+
+    assert choice(True, True)
+    assert not choice(True, False) and not choice(False, True) and not choice(True, True, 1.0)
 
 
 def test_a_prompt_that_will_not_be_read_leaves_no_trace_in_the_queue() -> None:

@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import json
 import random
-import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -280,12 +279,13 @@ async def test_a_first_token_is_passed_on_only_to_an_engine_that_gives_it_out(
     text = b'data: {"choices":[{"index":0,"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n'
     decode = ScriptedEngine([says(streamed(text, b"data: [DONE]\n\n"))], gets={"/metrics": plain(metrics)})
     asked = {"disaggregation": {"min_prompt_tokens": 32}, "slo": {"ttft_s": 2.0}, "health": {"canary": "off"}}
-    async with ScriptedEngine([read]).run() as prefill, decode.run():
+    ours = {"/metrics": plain(b"evenhand_engine_policy_info 1\n")}
+    async with ScriptedEngine([read], gets=ours).run() as prefill, decode.run():
         async with serving(*roles(prefill.url, decode.url), **asked) as gateway:
             await eventually(lambda: len(gateway.server.fleet.ready()) == 2)
             forecast = gateway.server.fleet.members["d0"].load.forecast = EngineForecast()
             # An answer that a prompt would make late: so that is read elsewhere.
-            forecast.begins(forecast.expects(1000.0, tpot_limit_s=0.0105), time.monotonic())
+            forecast.expects(1000.0, tpot_limit_s=0.0105)
             assert (await gateway.ask(CHAT, body(stream=True))).status == 200
             sent = json.loads(decode.asked[-1].body)["kv_transfer_params"]
             assert sent["do_remote_prefill"] and sent["evenhand_first_token"] == token

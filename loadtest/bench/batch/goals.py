@@ -128,9 +128,15 @@ class Scene:
             ]
         rows = []
         for what, measure, goal, released in measures:
-            found = {name: goal.told(measure(way)) for name, way in ways.items()}
+            of_batch = measure in (self.slack, again)
+            shown = {name: way for name, way in ways.items() if name == ours or not of_batch or has_batch(way)}
+            found = {name: goal.told(measure(way)) for name, way in shown.items()}
             rows.append(Figure(what, where, found.pop(ours), goal.text, released, goal.met(measure(ways[ours])), found))
         return rows
+
+
+def has_batch(way: Sequence[Outcome]) -> bool:
+    return any(one.batch_tokens for one in way)
 
 
 def again(way: Sequence[Outcome]) -> list[float]:

@@ -21,7 +21,7 @@ from loadtest.simulator.costmodel import PRESETS
 # Of a real engine: as large a part of what it can do as the bursts are of the engine that the cost model describes.
 BURST_LOAD = 0.785
 CPU_LENGTH = 0.25  # of prompts and answers on a CPU, whose steps are that much smaller
-_CALIBRATIONS, _CALIBRATION_S = 3, 20.0  # runs that show what an engine can do, and seconds of each
+_CALIBRATIONS, _CALIBRATION_S = 3, 20.0  # runs that show what an engine can do, and most seconds of each
 
 
 def _azure_without_end(rng: Random, size: Size) -> Iterator[TraceCall]:
