@@ -18,7 +18,7 @@ _LONG_STEPS: Final = 64  # an answer of as many tokens or more says how long a s
 _LEAST_STEP_S: Final = 1e-5
 _SHORTEST_S: Final = 1e-3  # first tokens that come closer together were made by one step
 _LOOKED_AT: Final = 16  # answers of an engine; of more, each k-th
-_LEAST_ROOM: Final = 0.05  # of a limit: what an answer is taken to have left where steps alone take longer
+LEAST_ROOM: Final = 0.05  # of a limit: what an answer is taken to have left where steps alone take longer
 
 
 class Reading(NamedTuple):
@@ -369,7 +369,7 @@ class EngineForecast:
         each = -(-len(self._limited) // _LOOKED_AT)
         reading = writing = both = 0.0
         for stay in islice(self._limited, 0, None, each):
-            room_s = max(_LEAST_ROOM * stay.tpot_limit_s, stay.tpot_limit_s - step_s)
+            room_s = max(LEAST_ROOM * stay.tpot_limit_s, stay.tpot_limit_s - step_s)
             behind_s, ahead_s, with_it_s = 0.0, queue_s, queue_s + read_s
             if stay.began_at is not None:
                 stalled_s = cost.prompt_s(*computed.since(stay.read))

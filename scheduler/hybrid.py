@@ -150,9 +150,8 @@ class Planner:
         stay = writes.expects(context, asked.answers, asked.objectives.tpot_s, due_at=due_at)
         if asked.silent:
             writes.begins(stay, now)
-        visit = Visit(
-            reader, writer, self, asked.prompt_tokens, choice.ttft_s, now, stay, asked.silent, choice.passes_on
-        )
+        visit = Visit(reader, writer, self, asked.prompt_tokens, choice.ttft_s, now, stay, silent=asked.silent)
+        visit.passes_on = choice.passes_on
         silent = asked.silent and not visit.split
         tokens = max(1, asked.prompt_tokens - reads.cached_tokens)
         cached = reads.cached_tokens

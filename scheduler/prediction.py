@@ -7,10 +7,10 @@ is. TaiChi (arXiv 2508.01989) mixes both ways by preference; here each request i
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import erf, exp, hypot, inf, sqrt
+from math import erf, hypot, inf, sqrt
 from typing import Final, NamedTuple
 
-from scheduler.forecast import EngineForecast, Misses, Pace, Reading
+from scheduler.forecast import LEAST_ROOM, EngineForecast, Misses, Pace, Reading, late
 from scheduler.objectives import Objectives
 
 TTFT_ERROR: Final = 0.15  # of a predicted time to first token, one standard deviation
@@ -19,7 +19,6 @@ TPOT_ERROR: Final = 0.05  # likewise
 # answers are, so that whole engines stay free of one or the other.
 _SLOWNESS: Final = 1e-2
 _CROWD: Final = 1e-3
-_LEAST_ROOM: Final = 0.05  # of a limit per token: what an answer is taken to have left where steps alone take longer
 _PACKED: Final = 20.0  # times that weight, more of it the more of the engines' time goes to prompts
 
 
@@ -124,8 +123,8 @@ class _Seen(NamedTuple):
     """What one engine offers.
 
     tokens: of the prompt, to be computed there. ahead_s: until what is queued there has been read. read_s: to the
-    prompt's end. wait_s: for memory. pace: of the answer there. misses: of the answers there. passes_on: as a
-    prospect's.
+    prompt's end. wait_s: for memory. pace: of the answer there. write_risk: that it misses its TPOT. misses: of the
+    answers there. passes_on: as a prospect's.
     """
 
     answers: int
@@ -134,6 +133,7 @@ class _Seen(NamedTuple):
     read_s: float
     wait_s: float
     pace: Pace
+    write_risk: float
     misses: Misses
     passes_on: bool
 
@@ -152,6 +152,7 @@ class _Seen(NamedTuple):
             forecast.first_token_s(prompt, now),
             forecast.memory_wait_s(context, pace.tpot_s * output),
             pace,
+            _late(pace, asked.objectives.tpot_s),
             forecast.misses(prompt, context, output, now),
             prospect.passes_on,
         )
@@ -161,35 +162,39 @@ def _ways(asked: Asked, reader: _Seen, writer: _Seen, at: tuple[int, int], hando
     if reader is writer:
         yield _together(asked, reader, at[0])
         return
-    tokens, pace, others = asked.prompt_tokens, writer.pace, reader.misses.reading + writer.misses.writing
+    tokens, others = asked.prompt_tokens, reader.misses.reading + writer.misses.writing
     # What comes from elsewhere waits for memory, and for the prompts that are being read where it is to be answered.
     goes_on_s = max(max(reader.read_s, writer.wait_s) + handover.fetched_s(tokens), writer.ahead_s)
-    passes_on = reader.passes_on and writer.passes_on and asked.output_tokens > 1
-    if passes_on:  # first: of two equals it is the one that is taken
+    if reader.passes_on and writer.passes_on and asked.output_tokens > 1:
         ttft_s = reader.read_s + handover.passed_on_s(tokens)
         stall_s = max(0.0, goes_on_s - ttft_s)
-        tpot_s = pace.tpot_s + stall_s / max(2.0, asked.output_tokens)
-        yield Choice(*at, ttft_s, tpot_s, _own(asked, ttft_s, pace, stall_s) + others, passes_on=True)
-    if not (asked.silent and passes_on):
-        yield Choice(*at, goes_on_s, pace.tpot_s, _own(asked, goes_on_s, pace) + others)
+        stalled = _stalled(asked, writer.pace, stall_s)
+        risk = _own(asked, ttft_s, 1.0 - (1.0 - writer.write_risk) * (1.0 - stalled)) + others
+        tpot_s = writer.pace.tpot_s + stall_s / max(2.0, asked.output_tokens)
+        yield Choice(*at, ttft_s, tpot_s, risk, passes_on=True)
+        if not stalled or asked.silent:  # withheld it would come later, and nothing sooner
+            return
+    yield Choice(*at, goes_on_s, writer.pace.tpot_s, _own(asked, goes_on_s, writer.write_risk) + others)
 
 
 def _together(asked: Asked, seen: _Seen, at: int) -> Choice:
     ttft_s = max(seen.read_s, seen.wait_s + seen.read_s - seen.ahead_s)
-    return Choice(at, at, ttft_s, seen.pace.tpot_s, _own(asked, ttft_s, seen.pace) + seen.misses.both)
+    return Choice(at, at, ttft_s, seen.pace.tpot_s, _own(asked, ttft_s, seen.write_risk) + seen.misses.both)
 
 
-def _own(asked: Asked, ttft_s: float, pace: Pace, stall_s: float = 0.0) -> float:
-    """That the request itself misses an objective. stall_s: from a first token that is passed on to the second."""
+def _own(asked: Asked, ttft_s: float, write_risk: float) -> float:
+    """That the request itself misses an objective."""
+    late_first = _above(((asked.waited_s + ttft_s) / asked.objectives.ttft_s - 1.0) / TTFT_ERROR)
+    return 1.0 - (1.0 - late_first) * (1.0 - write_risk)
+
+
+def _stalled(asked: Asked, pace: Pace, stall_s: float) -> float:
+    """That an answer ends before it has made up for the wait between a first token that is passed on and the second."""
     limit_s = asked.objectives.tpot_s
-    in_time = 1.0 - _above(((asked.waited_s + ttft_s) / asked.objectives.ttft_s - 1.0) / TTFT_ERROR)
-    in_time *= 1.0 - _late(pace, limit_s)
-    if (
-        stall_s and limit_s < inf
-    ):  # an answer that ends before it has made up for that is late; one token follows always
-        made_up = stall_s / max(_LEAST_ROOM * limit_s, limit_s - pace.tpot_s)
-        in_time *= exp(-max(0.0, made_up - 1.0) / max(2.0, asked.output_tokens))
-    return 1.0 - in_time
+    if limit_s == inf:
+        return 0.0
+    room_s = max(LEAST_ROOM * limit_s, limit_s - pace.tpot_s)
+    return late(stall_s - room_s, 0.0, room_s, 0.0, max(2.0, asked.output_tokens))  # the second token's room is sure
 
 
 def _late(pace: Pace, limit_s: float) -> float:

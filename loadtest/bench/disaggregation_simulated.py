@@ -82,15 +82,16 @@ def offered(plan: Plan, lengths: Sequence[Shape], rate: float, objective: Object
 
 
 def divided(cost: CostModel, engines: int, objective: Objective) -> list[Plan]:
-    """All do both, with each step size; some only read, a quarter or half of them, as vLLM by itself hands over; all by
-    prediction."""
+    """All do both, with each step size; some only read, a quarter or half of them, with first tokens that wait for the
+    KV, as vLLM by itself hands over, and with such that are passed on; all by prediction."""
     readers = sorted({engines // 4, engines // 2} - {0})
     asked = Objectives(objective.ttft_s, objective.tpot_s)
     return [
         *(Plan(replace(cost, max_batched_tokens=tokens), workers=engines) for tokens in STEP_TOKENS),
         *(
-            Plan(cost, workers=engines - number, prefill_workers=number, rules=RULES, passes_on=False)
+            Plan(cost, workers=engines - number, prefill_workers=number, rules=RULES, passes_on=passes_on)
             for number in readers
+            for passes_on in (False, True)
         ),
         Plan(cost, workers=engines, objectives=asked),
     ]

@@ -494,7 +494,8 @@ class Simulation:
                 worker.load.expect(-flight.arriving_tokens)
                 flight.arriving_tokens = 0
             if flight.visit is not None and len(flight.arrivals_s) < 2:
-                flight.visit.goes_on(now) if flight.arrivals_s else flight.visit.begins(now)
+                tell = flight.visit.goes_on if flight.arrivals_s else flight.visit.begins
+                tell(now)
             self._made(flight, (now,))
             if flight.left <= 0:
                 self._end(worker, flight, now)

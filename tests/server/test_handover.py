@@ -243,9 +243,9 @@ async def test_how_much_the_prefill_worker_had_cached_travels_with_the_kv() -> N
             assert decode.not_fetched == 1, "there was nobody at that port: the prompt is computed where it is answered"
 
 
-@pytest.mark.parametrize(("tokens", "arrives"), [(1, True), (2, False)])
+@pytest.mark.parametrize(("tokens", "arriving"), [(1, True), (2, False)])
 async def test_a_stream_counts_as_arrived_with_its_second_token_also_if_that_comes_with_its_first(
-    tokens: int, arrives: bool
+    tokens: int, arriving: bool
 ) -> None:
     text = b'data: {"choices":[{"index":0,"delta":{"content":"a"},"finish_reason":null}]}\n\n'
     begun, rest = streamed(text * tokens), asyncio.Event()
@@ -264,7 +264,7 @@ async def test_a_stream_counts_as_arrived_with_its_second_token_also_if_that_com
             wire = await gateway.send(request(CHAT, body(stream=True)))
             await wire.head()
             assert (await wire.chunk()).count(b"content") == tokens
-            assert (gateway.server.fleet.members["d0"].load.arriving_tokens > 0) is arrives
+            assert (gateway.server.fleet.members["d0"].load.arriving_tokens > 0) is arriving
             rest.set()
             await wire.close()
 

@@ -115,28 +115,23 @@ class Scene:
         ]
 
     def figures(self, where: str, ours: str, ways: Mapping[str, Sequence[Outcome]]) -> list[Figure]:
-        """The rows of `ours`, the others beside it."""
-        measures = [
+        """The rows of `ours`, the others beside it; what concerns the batch beside those that have one."""
+        people = [
             ("interactive P99 TTFT with batch ÷ alone", self.ttft, Goal(most=1.2), RELEASED_TTFT),
             ("interactive P99 ITL with batch ÷ alone", self.gap, Goal(most=1.3), RELEASED_GAP),
             ("all tokens/s ÷ interactive alone", self.total, Goal(), RELEASED_TOTAL),
         ]
-        if self.batch_only:
-            measures += [
-                ("batch tokens/s ÷ what is left", self.slack, Goal(least=0.84), RELEASED_SLACK),
-                ("batch tokens computed again", again, Goal(most=5.0, unit=" %"), ""),
-            ]
+        batch = [
+            ("batch tokens/s ÷ what is left", self.slack, Goal(least=0.84), RELEASED_SLACK),
+            ("batch tokens computed again", again, Goal(most=5.0, unit=" %"), ""),
+        ]
+        with_batch = {name: way for name, way in ways.items() if name == ours or any(one.batch_tokens for one in way)}
+        asked = [(ways, one) for one in people] + [(with_batch, one) for one in batch if self.batch_only]
         rows = []
-        for what, measure, goal, released in measures:
-            of_batch = measure in (self.slack, again)
-            shown = {name: way for name, way in ways.items() if name == ours or not of_batch or has_batch(way)}
+        for shown, (what, measure, goal, released) in asked:
             found = {name: goal.told(measure(way)) for name, way in shown.items()}
             rows.append(Figure(what, where, found.pop(ours), goal.text, released, goal.met(measure(ways[ours])), found))
         return rows
-
-
-def has_batch(way: Sequence[Outcome]) -> bool:
-    return any(one.batch_tokens for one in way)
 
 
 def again(way: Sequence[Outcome]) -> list[float]:
