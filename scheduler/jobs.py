@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 
+from scheduler.objectives import NO_OBJECTIVES, Objectives
+
 
 class Tier(IntEnum):
     """What a request is promised beside others; the smaller goes first. `scheduler/tiers.py` says how."""
@@ -40,6 +42,7 @@ class Job:
     weight: the tenant's share; service counts divided by it.
     kind: what is alike in length, e.g. "tools" or "json" ("" if unknown); Gittins learns per kind.
     tier: its service tier.
+    objectives: what its answer's times are to be.
     remote_tokens: prompt tokens whose KV another engine computed, and charged; computed here only if it is lost.
     output_tokens: tokens made so far.
     cached_tokens: prompt tokens that needed no computing (prefix cache).
@@ -54,6 +57,7 @@ class Job:
     weight: float = 1.0
     kind: str = ""
     tier: Tier = Tier.DEFAULT
+    objectives: Objectives = NO_OBJECTIVES
     remote_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int = 0

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from math import inf
+from typing import Final
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,3 +14,6 @@ class Objectives:
 
     ttft_s: float = inf
     tpot_s: float = inf
+
+
+NO_OBJECTIVES: Final = Objectives()

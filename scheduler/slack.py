@@ -7,6 +7,7 @@ the time per output token.
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from math import inf
 from typing import Final
 
 from scheduler.step_cost import LinearFit, StepCost
@@ -71,35 +72,28 @@ class StepModel:
 
 
 class Slack:
-    """What a step has room for beside the work of others.
+    """What a step has room for beside the work of others."""
 
-    tpot_s: objective for the time per output token, which a step with flex work in it is to keep; None: four times what
-    a step takes as such.
-    """
+    __slots__ = ("model",)
 
-    __slots__ = ("_tpot_s", "model")
-
-    def __init__(self, tpot_s: float | None = None) -> None:
-        self._tpot_s = tpot_s
+    def __init__(self) -> None:
         self.model = StepModel()
 
-    @property
-    def budget_s(self) -> float:
-        """The longest predicted step in which flex takes part."""
-        return _STRETCH * self.model.empty_s if self._tpot_s is None else self._tpot_s
-
-    def room(self, others: StepLoad, contexts: Sequence[int], step_tokens: int) -> tuple[int, int]:
+    def room(self, others: StepLoad, contexts: Sequence[int], step_tokens: int, tpot_s: float = inf) -> tuple[int, int]:
         """How many of the flex sequences that decode, with so many KV tokens each, make a token in a step in which
         others compute `others`, and how many tokens of flex prompts are read, of `step_tokens` that the step may have.
 
-        All and all as long as little is known. Where there are no others, something is always done.
+        tpot_s: the time per token that the others are to keep, and so the longest step in which flex takes part;
+        without one, four times what a step takes as such. All and all as long as little is known. Where there are no
+        others, something is always done.
         """
         model = self.model
         used = others.prompt_tokens + others.sequences
         free = max(0, step_tokens - used)
         if not model.is_known:
             return min(len(contexts), free), max(0, free - len(contexts))
-        left_s = self.budget_s - model.predicted_s(others)
+        budget_s = tpot_s if tpot_s < inf else _STRETCH * model.empty_s
+        left_s = budget_s - model.predicted_s(others)
         alone = not used
         decoding = len(contexts) if alone else 0
         while decoding < len(contexts):

@@ -4,7 +4,7 @@ Sarathi-Serve (Agrawal et al., OSDI 2024) bounds every step by a fixed chunk. He
 that run: one that is ahead of its objective may be held up by a large step, one that is not may not.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import inf
 from typing import Final, NamedTuple
@@ -13,6 +13,8 @@ from scheduler.batching import equal_share
 from scheduler.jobs import Job, Tier
 from scheduler.objectives import Objectives
 from scheduler.slack import StepLoad, StepModel
+
+Prompt = tuple[float, int, Objectives]  # when it arrived, how many of its tokens are to compute, what it is to keep
 
 LOOKED_AT: Final = 32  # prompts that wait, in order of arrival: other orders may start one first that is not looked at
 _LEAST_TOKENS: Final = 64  # of prompts in a step: they always go on
@@ -27,24 +29,32 @@ class Batch:
     """What runs as the next step is put together.
 
     answers: jobs that make a token in it, and how many each has made by then. context: KV tokens that all sequences
-    attend to that make one. prompts: those that are being read, in their order: when each arrived, and how many of its
-    tokens are still to compute; without those of flex that take what others leave. waiting: the same of those that may
-    start, at most `LOOKED_AT`; none to compute where their KV comes from another engine.
+    attend to that make one. prompts: those that are being read, in their order, without those of flex that take what
+    others leave. waiting: those that may start, at most `LOOKED_AT`; none of their tokens are to compute where their KV
+    comes from another engine.
     untracked: sequences that make a token and belong to no job. arrived: of all that make one, those that start with
     this step, after the prompts that are being read: their KV has come.
     """
 
     answers: list[tuple[Job, int]] = field(default_factory=list)
     context: int = 0
-    prompts: list[tuple[float, int]] = field(default_factory=list)
-    waiting: list[tuple[float, int]] = field(default_factory=list)
+    prompts: list[Prompt] = field(default_factory=list)
+    waiting: list[Prompt] = field(default_factory=list)
     untracked: int = 0
     arrived: int = 0
 
     @property
     def with_kv(self) -> int:
         """Of those that wait, how many come with their KV."""
-        return sum(1 for _, tokens in self.waiting if not tokens)
+        return sum(1 for _, tokens, _ in self.waiting if not tokens)
+
+    def paces(self) -> Iterator[float]:
+        """The time per token that each one is to keep that makes a token in it, or would if it started."""
+        for job, _ in self.answers:
+            yield job.objectives.tpot_s
+        for _, tokens, objectives in self.waiting:
+            if not tokens:
+                yield objectives.tpot_s
 
 
 class UnderWay(NamedTuple):
@@ -64,12 +74,11 @@ class Limit(NamedTuple):
 
 class StepLimit:
     """One engine's bound on prompts. The owner tells it which job makes a token and which one ends, and has `model`
-    learn how long steps take, in its own seconds. objectives: of the engine's requests. chunk_tokens: the fewest
-    tokens of a prompt that the engine computes in a step.
+    learn how long steps take, in its own seconds. chunk_tokens: the fewest tokens of a prompt that the engine computes
+    in a step.
     """
 
-    def __init__(self, objectives: Objectives, model: StepModel, chunk_tokens: int = 1) -> None:
-        self.objectives = objectives
+    def __init__(self, model: StepModel, chunk_tokens: int = 1) -> None:
         self.model = model
         self._chunk_tokens = chunk_tokens
         self._least_tokens = max(_LEAST_TOKENS, chunk_tokens)
@@ -83,7 +92,7 @@ class StepLimit:
 
     def made_elsewhere(self, job: Job, now: float) -> None:
         """A job's first token is given out that another engine made: what this one makes starts with the second."""
-        self._first_at[job] = now + self.objectives.tpot_s
+        self._first_at[job] = now + job.objectives.tpot_s
 
     def ended(self, job: Job) -> None:
         """It makes no more of them. Nothing if it made none."""
@@ -121,7 +130,7 @@ class StepLimit:
             begins_at = max(now, under_way.began_at + base_s + tokens_s)
         wanted = max(
             self._least_tokens,
-            self._for_answers(batch, begins_at, base_s),
+            self._for_answers(batch.answers, begins_at, base_s),
             self._for_prompts(prompts, base_s, begins_at),
         )
         others = tokens_each * (len(batch.answers) + batch.untracked + with_kv)
@@ -133,42 +142,51 @@ class StepLimit:
         tokens = int(wanted)
         if not starts:
             return Limit(tokens, tokens + others, tokens)
-        each = max(self._chunk_tokens, equal_share(tokens, [unread for _, unread in batch.prompts]))
+        each = max(self._chunk_tokens, equal_share(tokens, [unread for _, unread, _ in batch.prompts]))
         return Limit(tokens, min(tokens + others, step_tokens), each)
 
     def _base_s(self, batch: Batch, with_kv: int) -> float | None:
         """Seconds of a step without prompts, None where there is no reason to limit them."""
-        model, tpot_s = self.model, self.objectives.tpot_s
+        model = self.model
         if not (batch.answers or with_kv) or not model.is_known or model.per_prompt_token_s <= 0.0:
             return None
         base_s = model.predicted_s(StepLoad(0, len(batch.answers) + batch.untracked + with_kv, batch.context))
-        return base_s if base_s <= (1.0 - _WORTH_WHILE) * tpot_s else None
+        least_s = _least_pace_s(base_s)
+        return base_s if any(least_s <= tpot_s < inf for tpot_s in batch.paces()) else None
 
-    def _for_answers(self, batch: Batch, begins_at: float, base_s: float) -> float:
+    def _for_answers(self, answers: Iterable[tuple[Job, int]], begins_at: float, base_s: float) -> float:
         """Tokens of prompts with which every answer that can have its next token in time does, and waits for it no
         longer than `_LONGEST_STEP` says. Without such answers there is no bound.
 
-        Token n + 1 is due `n` times the objective after the first one. An answer that is late does not count: it would
-        hold up all prompts, and may never catch up.
+        Token n + 1 is due `n` times the objective after the first one. An answer that is late does not count, nor one
+        whose objective leaves prompts little: it would hold up all of them, and may never catch up.
         """
-        tpot_s, first_at, in_time = self.objectives.tpot_s, self._first_at, begins_at + base_s
-        nearest = inf
-        for job, made in batch.answers:
-            first = first_at.get(job)
-            if first is not None and in_time <= (due := first + tpot_s * made) < nearest and job.tier is not Tier.FLEX:
-                nearest = due
-        if nearest == inf:
-            return inf
-        return min(nearest - in_time, _LONGEST_STEP * tpot_s - base_s) / self.model.per_prompt_token_s
+        first_at, in_time, least_s = self._first_at, begins_at + base_s, _least_pace_s(base_s)
+        room_s = inf
+        for job, made in answers:
+            first, tpot_s = first_at.get(job), job.objectives.tpot_s
+            if first is None or tpot_s < least_s or job.tier is Tier.FLEX:
+                continue
+            until_s = first + tpot_s * made - in_time
+            if 0.0 <= until_s < room_s:
+                room_s = until_s
+            if until_s >= 0.0 and (longest_s := _LONGEST_STEP * tpot_s - base_s) < room_s:
+                room_s = longest_s
+        return room_s / self.model.per_prompt_token_s
 
-    def _for_prompts(self, prompts: Iterable[tuple[float, int]], base_s: float, begins_at: float) -> float:
+    def _for_prompts(self, prompts: Iterable[Prompt], base_s: float, begins_at: float) -> float:
         """Tokens of prompts a step with which those have been read in time that can be, each after those before it."""
-        price_s, limit_s = self.model.per_prompt_token_s, _TTFT_SHARE * self.objectives.ttft_s
+        price_s = self.model.per_prompt_token_s
         ahead, wanted = 0, 0.0
-        for arrived_at, tokens in prompts:
+        for arrived_at, tokens, objectives in prompts:
             ahead += tokens
-            left_s = arrived_at + limit_s - begins_at
+            left_s = arrived_at + _TTFT_SHARE * objectives.ttft_s - begins_at
             spare_s = left_s - price_s * ahead
             if spare_s > 0.0:  # room for so many steps' fixed time
                 wanted = max(wanted, base_s * ahead / spare_s)
         return wanted
+
+
+def _least_pace_s(base_s: float) -> float:
+    """The tightest time per token that leaves prompts what is worth while, where a step without them takes `base_s`."""
+    return base_s / (1.0 - _WORTH_WHILE)

@@ -258,14 +258,14 @@ class ContinuousBatch:
             if unread > 1:
                 reading.append(job)
                 if job.tier is not Tier.FLEX or lanes.is_reserved(job):
-                    batch.prompts.append((job.arrived_at, unread))
+                    batch.prompts.append((job.arrived_at, unread, job.objectives))
             else:
                 batch.answers.append((job, job.output_tokens))
                 batch.context += entry.computed
         if not reading and not len(lanes):
             return None
         batch.waiting = [  # in order of arrival, as in the plug-in
-            (job.arrived_at, 0 if self._entries[job].transferred else job.restart_tokens)
+            (job.arrived_at, 0 if self._entries[job].transferred else job.restart_tokens, job.objectives)
             for job in islice(lanes.waiting_jobs(), LOOKED_AT)
             if job.tier is not Tier.FLEX or lanes.is_due(job)
         ]

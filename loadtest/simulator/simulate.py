@@ -22,7 +22,7 @@ from loadtest.traces.prompts import Prompts
 from scheduler.catalog import build
 from scheduler.hybrid import Planner, Visit
 from scheduler.jobs import Job, Outcome
-from scheduler.objectives import Objectives
+from scheduler.objectives import NO_OBJECTIVES, Objectives
 from scheduler.placement import Aggregated, Disaggregated, Rules, place
 from scheduler.policy import window_for
 from scheduler.pools import Pools, WorkerLoad
@@ -174,6 +174,7 @@ class Simulation:
         self._longest_stretch = longest_stretch
         self._plan = plan
         self._choice = choice
+        self._objectives = plan.objectives or NO_OBJECTIVES
         policy = build(plan.policy, plan.policy_options)
         self._line = TieredLanes(policy) if plan.gateway else None
         self._accounts = policy.shares is not None
@@ -220,7 +221,7 @@ class Simulation:
                     ),
                     kv_tokens=float(cost.kv_capacity_tokens),
                 ),
-                ContinuousBatch(cost, TieredLanes(build(plan.policy, plan.policy_options)), _limit(plan.objectives)),
+                ContinuousBatch(cost, TieredLanes(build(plan.policy, plan.policy_options)), _limit(self._objectives)),
             )
             for at in range(number)
         ]
@@ -269,13 +270,18 @@ class Simulation:
             self._sessions[call.session] = deque()
         self._turn(call, now)
 
+    def _job(self, call: TraceCall, name: str, now: float) -> Job:
+        """As an engine sees it, which is not told what the report calls its kind."""
+        tokens, most = call.prompt_tokens, call.output_tokens
+        return Job(name, call.tenant, tokens, now, max_tokens=most, objectives=self._objectives)
+
     def _turn(self, call: TraceCall, now: float) -> None:
         """A call is sent."""
         self._seq += 1
         name = f"{self._seq}"
         due_s = now if self._plan.concurrency else call.at_s
         flight = _Flight(
-            call, due_s, now, _job(call, name, now), _job(call, name, now) if self._line is not None else None
+            call, due_s, now, self._job(call, name, now), self._job(call, name, now) if self._line is not None else None
         )
         self._flights[name] = flight
         if self._line is None or flight.waits is None:
@@ -375,7 +381,7 @@ class Simulation:
             return
         self._interrupt(reader, now)
         self.handed_over += 1
-        flight.reads = _job(call, flight.runs.id, now)
+        flight.reads = self._job(call, flight.runs.id, now)
         reader.load.reserve(1, call.prompt_tokens)
         reader.batch.add(flight.reads, now, blocks=blocks)
         self._step(reader, now)
@@ -550,9 +556,9 @@ class Simulation:
         self._samples.append(Sample(round(now, 3), waiting, running, round(kv_usage, 4), preemptions))
 
 
-def _limit(objectives: Objectives | None) -> StepLimit | None:
-    """What an engine that knows its objectives has its steps bounded by."""
-    return None if objectives is None or objectives.tpot_s == inf else StepLimit(objectives, StepModel())
+def _limit(objectives: Objectives) -> StepLimit | None:
+    """What an engine has its steps bounded by where there is an objective for tokens."""
+    return None if objectives.tpot_s == inf else StepLimit(StepModel())
 
 
 def _first(calls: Iterator[TraceCall], most: int) -> Iterator[TraceCall]:
@@ -561,11 +567,6 @@ def _first(calls: Iterator[TraceCall], most: int) -> Iterator[TraceCall]:
         if call is None:
             return
         yield call
-
-
-def _job(call: TraceCall, name: str, now: float) -> Job:
-    """As an engine sees it, which is not told what the report calls its kind."""
-    return Job(name, call.tenant, call.prompt_tokens, now, max_tokens=call.output_tokens)
 
 
 def block_prompts(block_tokens: int) -> Prompts:

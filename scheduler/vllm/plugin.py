@@ -5,7 +5,8 @@ vLLM loads it with `--scheduler-cls scheduler.vllm.plugin.PolicyScheduler`; the 
 
 A request tells whose it is through `vllm_xargs`: `evenhand_tenant`, `evenhand_weight` (the tenant's share),
 `evenhand_service` (the tenant's service as the gateways saw it, in weighted tokens), `evenhand_kind` (what is alike in
-length) and `evenhand_tier` (`priority`, `default` or `flex`).
+length), `evenhand_tier` (`priority`, `default` or `flex`), and, where they are not those of the engine, the objectives
+`evenhand_ttft_s` and `evenhand_tpot_s`.
 
 A request that carries `evenhand_policy`, and perhaps `evenhand_policy_options` (["name=value", …]), is not
 work but an order: the policy changes at once, nothing that waits or runs is lost, and the answer's `kv_transfer_params`
@@ -47,7 +48,7 @@ from scheduler.fairness import FairnessTally
 from scheduler.jobs import Job, Outcome, Tier
 from scheduler.kept_blocks import Kept
 from scheduler.memory_peak import FuturePeak, Running
-from scheduler.objectives import Objectives
+from scheduler.objectives import NO_OBJECTIVES, Objectives
 from scheduler.policy import Policy
 from scheduler.slack import Headroom, Slack, StepLoad
 from scheduler.step_limit import LOOKED_AT, Batch, Limit, StepLimit, UnderWay
@@ -100,8 +101,9 @@ def xargs_of(request: Request) -> Mapping[str, Any]:
     return extra if isinstance(extra, Mapping) else {}
 
 
-def job_from(request: Request, now: float, cached_tokens: int = 0) -> Job:
-    """The request as policies see it. Its id is vLLM's, for the n > 1 answers to one call are as many jobs.
+def job_from(request: Request, now: float, cached_tokens: int = 0, objectives: Objectives = NO_OBJECTIVES) -> Job:
+    """The request as policies see it. Its id is vLLM's, for the n > 1 answers to one call are as many jobs. objectives:
+    of whoever names none.
 
     A prompt whose KV comes from a prefill worker was computed, and charged, there; but if it is displaced here, it is
     this engine that computes it again.
@@ -118,9 +120,18 @@ def job_from(request: Request, now: float, cached_tokens: int = 0) -> Job:
         weight=_positive(xargs.get("evenhand_weight"), default=1.0),
         kind=str(xargs.get("evenhand_kind", "json" if request.structured_output_request is not None else "")),
         tier=BY_NAME.get(str(xargs.get("evenhand_tier")), Tier.DEFAULT),
+        objectives=_objectives(xargs, objectives),
         remote_tokens=request.num_prompt_tokens if is_remote else 0,
         cached_tokens=cached_tokens,
     )
+
+
+def _objectives(xargs: Mapping[str, Any], of_engine: Objectives) -> Objectives:
+    """A request's own objectives, and the engine's for what it does not name; one object where nothing is its own."""
+    ttft_s = _positive(xargs.get("evenhand_ttft_s"), of_engine.ttft_s)
+    tpot_s = _positive(xargs.get("evenhand_tpot_s"), of_engine.tpot_s)
+    own = Objectives(ttft_s, tpot_s)
+    return of_engine if own == of_engine else own
 
 
 def _positive(value: object, default: float) -> float:
@@ -153,6 +164,7 @@ class PolicyQueue(RequestQueue):  # type: ignore[misc]  # vLLM is not type-check
     takes_flex: whether a flex request may start now; while it may not and is first in line, the queue says that it is
         empty. flex_started: those that were popped in this pass. left: is told of a job that is over.
     admits: the same for any request, where the policy looks at memory to come; None where it does not.
+    objectives: of requests that name none.
     """
 
     def __init__(
@@ -172,13 +184,14 @@ class PolicyQueue(RequestQueue):  # type: ignore[misc]  # vLLM is not type-check
         self.flex_started: list[Request] = []
         self.left: Callable[[Job], None] = lambda job: None
         self.admits: Callable[[Request], bool] | None = None
+        self.objectives = NO_OBJECTIVES
         self._clock = clock
         self._cached_tokens = cached_tokens
 
     def add_request(self, request: Request) -> None:
         now = self._clock()
         self.leave(request)  # a streaming session that is back for its next turn
-        job = job_from(request, now, self._cached_tokens(request))
+        job = job_from(request, now, self._cached_tokens(request), self.objectives)
         service = _positive(xargs_of(request).get("evenhand_service"), default=0.0)
         if service:
             self.lanes.told(job, service, now)
@@ -396,14 +409,12 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         self._describe(policy)
 
     def _prepare_for_flex(self) -> None:
-        objectives = objectives_from(self.vllm_config.additional_config)
+        self._queue.objectives = objectives_from(self.vllm_config.additional_config)
         # A model whose state is kept at the ends of blocks may compute nothing of a prompt that has less than a block.
         aligned = getattr(self, "need_mamba_block_aligned_split", False)
         self._chunk_tokens: int = self.vllm_config.cache_config.block_size if aligned else 1
-        self._slack = Slack(objectives.tpot_s if objectives.tpot_s < math.inf else None)
-        self._limit = self._limit_by(objectives)
-        if self._limit is not None:
-            self._queue.left = self._limit.ended
+        self._slack = Slack()
+        self._limit: StepLimit | None = None  # until there is a request that has an objective for its tokens
         self._headroom = Headroom()
         self._flex_room = 0  # tokens of flex prompts that the step has room for, those under way left out
         self._queue.takes_flex = self._takes_flex
@@ -418,13 +429,12 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
             matched = self.connector.get_num_new_matched_tokens
             self.connector.get_num_new_matched_tokens = first_token.without_first_token(matched)
 
-    def _limit_by(self, objectives: Objectives) -> StepLimit | None:
-        """The bound on prompts beside answers: where an objective is named for these, and prompts can be cut."""
+    def _bound_steps(self) -> None:
+        """From here on prompts are bounded beside answers, if they can be cut."""
         config = self.scheduler_config
-        cuts = config.enable_chunked_prefill and not getattr(config, "disable_chunked_mm_input", False)
-        if not cuts or objectives.tpot_s == math.inf:
-            return None
-        return StepLimit(objectives, self._slack.model, self._chunk_tokens)
+        if config.enable_chunked_prefill and not getattr(config, "disable_chunked_mm_input", False):
+            self._limit = StepLimit(self._slack.model, self._chunk_tokens)
+            self._queue.left = self._limit.ended
 
     def _plan_memory(self, policy: Policy) -> None:
         """Looks ahead at what the batch will hold, if the policy admits by that."""
@@ -582,7 +592,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         self._put_into(batch, chain(self.running, arrived), now)
         if len(self._lanes):  # else all that run would be looked through for nobody
             batch.waiting = [
-                (job.arrived_at, job.restart_tokens)
+                (job.arrived_at, job.restart_tokens, job.objectives)
                 for job in islice(self._lanes.waiting_jobs(), LOOKED_AT)
                 if job.tier is not Tier.FLEX or self._lanes.is_due(job)
             ]
@@ -624,9 +634,9 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
 
     def _put_prompt_into(self, batch: Batch, entry: QueueEntry | None, unread: int, now: float) -> None:
         if entry is None:
-            batch.prompts.append((now, unread))
+            batch.prompts.append((now, unread, self._queue.objectives))
         elif entry.job.tier is not Tier.FLEX or self._lanes.is_reserved(entry.job):
-            batch.prompts.append((entry.job.arrived_at, unread))
+            batch.prompts.append((entry.job.arrived_at, unread, entry.job.objectives))
 
     def _last_under_way(self) -> UnderWay | None:
         last = next(reversed(self._under_way.values()), None)
@@ -664,7 +674,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         wanted = lanes.wanted_tokens(step_tokens)
         load.prompt_tokens = min(step_tokens, load.prompt_tokens + wanted)
         contexts = [request.num_computed_tokens for request in decoding]
-        sequences, prompt_tokens = self._slack.room(load, contexts, step_tokens)
+        sequences, prompt_tokens = self._slack.room(load, contexts, step_tokens, self._pace_of(others))
         going = decoding[:sequences]
         self._held = decoding[sequences:]
         reads = not wanted and prompt_tokens > 0
@@ -675,6 +685,12 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         self.running = others + kept + going
         made = (1 + int(self.num_spec_tokens)) * (load.sequences + sequences)
         return load.prompt_tokens + made + prompt_tokens
+
+    def _pace_of(self, others: Sequence[Request]) -> float:
+        """The tightest time per token that they are to keep; the engine's where nobody runs."""
+        of_engine, entries = self._queue.objectives.tpot_s, self._queue.entries
+        known = [entries.get(one.request_id) for one in others]
+        return min((of_engine if one is None else one.job.objectives.tpot_s for one in known), default=of_engine)
 
     def _takes_flex(self, request: Request) -> bool:
         """Whether a flex request may start in this step.
@@ -1003,8 +1019,15 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
             vocabulary = self.vllm_config.model_config.get_vocab_size()
             token = first_token.take(request, vocabulary=vocabulary, longest=self.max_model_len)
         super().add_request(request)
+        if self._limit is None and self._has_pace(request):
+            self._bound_steps()
         if token is not None:
             self._answers.append((request, first_token.output_of(request, token, log_stats=self.log_stats)))
+
+    def _has_pace(self, request: Request) -> bool:
+        """Whether it has an objective for its tokens."""
+        entry = self._queue.entries.get(request.request_id)
+        return entry is not None and entry.job.objectives.tpot_s < math.inf
 
     def _switch(self, xargs: Mapping[str, Any]) -> dict[str, str]:
         """Obeys an order to change the policy, or keeps the old one. Returns what to answer."""

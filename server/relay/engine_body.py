@@ -66,12 +66,16 @@ class EngineBody:
             words["evenhand_tier"] = call.tier.label
         if call.kind:
             words["evenhand_kind"] = call.kind
+        if tenant.slo is not None:  # what it leaves to its model, the engine knows
+            own = {"evenhand_ttft_s": tenant.slo.ttft_s, "evenhand_tpot_s": tenant.slo.tpot_s}
+            words |= {name: seconds for name, seconds in own.items() if seconds is not None}
         if "vllm_xargs" in tenant.grants and b"vllm_xargs" in call.body:
             words = {**_granted(call.body), **words}
         return orjson.dumps(words)
 
 
 def _granted(body: bytes) -> dict[str, Any]:
-    """What a tenant that may use `vllm_xargs` has put there itself."""
+    """What a tenant that may use `vllm_xargs` has put there itself, without what only the gateway says."""
     own = raw_members(body).get("vllm_xargs")
-    return (orjson.loads(bytes(own)) if own is not None else None) or {}
+    given = (orjson.loads(bytes(own)) if own is not None else None) or {}
+    return {name: value for name, value in given.items() if not name.startswith("evenhand_")}

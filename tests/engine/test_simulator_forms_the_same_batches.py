@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import inf
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from loadtest.simulator.batch import ContinuousBatch, Iteration
 from loadtest.simulator.costmodel import CostModel
 from scheduler.catalog import build
 from scheduler.jobs import Job, Outcome
-from scheduler.objectives import Objectives
+from scheduler.objectives import NO_OBJECTIVES, Objectives
 from scheduler.slack import StepLoad, StepModel
 from scheduler.step_limit import StepLimit
 from scheduler.tiers import TieredLanes
@@ -54,8 +54,11 @@ class Simulated:
         self.batch = ContinuousBatch(cost, TieredLanes(build(policy.split()[0], OPTIONS.get(policy, {}))), limit)
         self._lengths: dict[Job, int] = {}
 
-    def add(self, name: str, prompt_tokens: int, output_tokens: int, now: float) -> None:
-        job = Job(name, f"t{int(name[1:]) % 3}", prompt_tokens, now, max_tokens=output_tokens)
+    def add(
+        self, name: str, prompt_tokens: int, output_tokens: int, now: float, objectives: Objectives = NO_OBJECTIVES
+    ) -> None:
+        tenant = f"t{int(name[1:]) % 3}"
+        job = Job(name, tenant, prompt_tokens, now, max_tokens=output_tokens, objectives=objectives)
         self._lengths[job] = output_tokens
         self.batch.add(job, now)
 
@@ -111,20 +114,25 @@ def test_the_same_jobs_make_a_token_at_every_step(hollow_model: Path, policy: st
 
 
 @pytest.mark.parametrize("objectives", [Objectives(tpot_s=0.006), Objectives(0.05, 0.006)], ids=["tpot", "both"])
+@pytest.mark.parametrize("tenants", [{}, {"tpot_s": 0.012, "ttft_s": 0.4}], ids=["alike", "one tenant's own"])
 @pytest.mark.parametrize("policy", ["fcfs", "mlfq", "srpt"])
-def test_so_they_do_where_answers_limit_the_prompts(hollow_model: Path, policy: str, objectives: Objectives) -> None:
+def test_so_they_do_where_answers_limit_the_prompts(
+    hollow_model: Path, policy: str, tenants: dict[str, float], objectives: Objectives
+) -> None:
     clock = StepClock()
     named = {name: limit_s for name, limit_s in asdict(objectives).items() if limit_s < inf}
     scheduler = build_scheduler(
         hollow_model, policy, slots=SLOTS, step_tokens=STEP_TOKENS, blocks=PLENTY, clock=clock, objectives=named
     )
-    limit = StepLimit(objectives, StepModel())
+    limit = StepLimit(StepModel())
     engine, simulated = DrivenEngine(scheduler, clock=clock, step_s=0.0), Simulated(policy, PLENTY, limit)
     coming, limited = work(seed=3), 0
     while len(engine.finished) < 80:
         for name, prompt_tokens, output_tokens in next(coming, ()):
-            engine.add(request(name, prompt_tokens, output_tokens, tenant=f"t{int(name[1:]) % 3}"))
-            simulated.add(name, prompt_tokens, output_tokens, clock.now)
+            number = int(name[1:]) % 3
+            own = {} if number else tenants  # one tenant of three
+            engine.add(request(name, prompt_tokens, output_tokens, tenant=f"t{number}", **own))
+            simulated.add(name, prompt_tokens, output_tokens, clock.now, replace(objectives, **own))
         iteration = simulated.batch.schedule(clock.now)
         if iteration is None:
             continue
@@ -140,12 +148,12 @@ def test_so_they_do_where_answers_limit_the_prompts(hollow_model: Path, policy: 
 
 
 def test_a_short_prompt_that_goes_first_starts_beside_a_long_one_where_answers_limit_both() -> None:
-    limit = StepLimit(Objectives(tpot_s=0.0152), StepModel())
+    limit = StepLimit(StepModel())
     for at in range(400):
         load = StepLoad(60 * (at % 3), at % 5, 40 * (at % 7))
         limit.model.learn(load, 0.009 + 60e-6 * load.prompt_tokens + 40e-6 * load.sequences)
     simulated = Simulated("srpt", PLENTY, limit)
-    simulated.add("r0", 20, 100, 0.0)
+    simulated.add("r0", 20, 100, 0.0, Objectives(tpot_s=0.0152))
     assert simulated.step(0.0) == {"r0"}
     simulated.add("r1", 2000, 5, 0.0)
     assert simulated.step(0.01) == {"r0"}

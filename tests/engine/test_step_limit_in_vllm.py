@@ -11,6 +11,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from vllm.v1.request import Request
 
 from loadtest.bench.plugin.driven import DrivenEngine, StepClock, build_scheduler, expected, request
+from scheduler.objectives import Objectives
+from scheduler.slack import StepModel
 from scheduler.step_limit import Batch, Limit, StepLimit
 from tests.engine.test_first_token import handed
 from tests.engine.test_vllm_plugin import ArrivingBlocks
@@ -23,7 +25,7 @@ FIXED_S, PROMPT_S, SEQUENCE_S = 0.004, 20e-6, 0.1e-3
 
 class Timed:
     """An engine whose steps take their time by what they compute. lags_s: by how much each answer's tokens, from its
-    second on, came after they were due; largest: the most tokens of a step beside a prompt."""
+    second on, came after they were due by `tpot_s`, or the engine's objective."""
 
     def __init__(
         self,
@@ -33,6 +35,7 @@ class Timed:
         is_async: bool = False,
         policy: str = "fcfs",
         slots: int = 4,
+        tpot_s: float | None = None,
     ) -> None:
         self.clock = StepClock()
         self.scheduler = build_scheduler(
@@ -47,7 +50,7 @@ class Timed:
         )
         self.engine = DrivenEngine(self.scheduler, is_async=is_async, clock=self.clock, step_s=0.0)
         self.lags_s: dict[str, list[float]] = {}
-        self._tpot_s = objectives.get("tpot_s", TPOT_S)
+        self._tpot_s = tpot_s or objectives.get("tpot_s", TPOT_S)
         self._first_at: dict[str, float] = {}
         self._computing: deque[float] = deque([0.0] if is_async else [])
 
@@ -114,6 +117,39 @@ def test_a_long_prompt_makes_no_answer_late(hollow_model: Path, *, is_async: boo
     with_objective, without = late
     assert with_objective < 0.1 * TPOT_S
     assert without > TPOT_S
+
+
+@pytest.mark.parametrize("of_engine", [{}, {"tpot_s": 10 * TPOT_S}], ids=["none", "a loose one"])
+def test_a_request_s_own_objective_goes_before_the_engine_s(hollow_model: Path, of_engine: dict[str, float]) -> None:
+    timed = Timed(hollow_model, of_engine, tpot_s=TPOT_S)
+    timed.engine.add(request("first", 20, 2, tpot_s=TPOT_S))
+    timed.warm_up()
+    timed.engine.add(request("own", 20, 300, tpot_s=TPOT_S))
+    timed.until_first_token("own")
+    timed.engine.add(request("long", LONG, 5))
+    timed.until_first_token("long")
+    assert max(timed.lags_s["own"]) < 0.1 * TPOT_S
+
+
+def test_a_prompt_s_own_objective_hurries_it(hollow_model: Path) -> None:
+    read: list[float] = []
+    for own in ({}, {"ttft_s": 0.3}):
+        timed = Timed(hollow_model, {"tpot_s": 0.4 * TPOT_S})
+        timed.warm_up()
+        timed.answer("answer")
+        began = timed.clock.now
+        timed.engine.add(request("long", LONG, 5, **own))
+        timed.until_first_token("long")
+        read.append(timed.clock.now - began)
+    slow, hurried = read
+    assert hurried < 0.75 * 0.3 < 0.9 * slow
+
+
+def test_nonsense_for_an_objective_is_as_none(hollow_model: Path) -> None:
+    timed = Timed(hollow_model, {"tpot_s": TPOT_S})
+    for at, nonsense in enumerate(("soon", -1.0, 0, float("nan"), float("inf"), [1.0])):
+        timed.engine.add(request(f"r{at}", 20, 3, tpot_s=nonsense, ttft_s=nonsense))
+        assert timed.scheduler.waiting.entries[f"r{at}"].job.objectives == Objectives(tpot_s=TPOT_S)
 
 
 def test_alone_a_prompt_has_all_of_every_step(hollow_model: Path) -> None:
@@ -193,7 +229,7 @@ def test_a_step_under_way_counts_as_one_token_however_many_are_drafted(hollow_mo
     timed = Timed(hollow_model, {"tpot_s": TPOT_S}, is_async=True)
     scheduler = timed.scheduler
     scheduler.num_spec_tokens = 3
-    scheduler._limit = recorded = Recorded(scheduler._limit.objectives, scheduler._limit.model)
+    scheduler._limit = recorded = Recorded(StepModel())
     timed.engine.add(request("answer", 20, 300), request("long", 4 * STEP_TOKENS, 5))
     for _ in range(3):
         timed.step()
@@ -223,14 +259,14 @@ def test_prompts_of_flex_that_run_by_the_reserve_are_limited(hollow_model: Path)
 def test_what_a_displaced_answer_reads_again_counts_as_a_prompt(hollow_model: Path) -> None:
     timed = Timed(hollow_model, {"tpot_s": TPOT_S})
     scheduler = timed.scheduler
-    scheduler._limit = recorded = Recorded(scheduler._limit.objectives, scheduler._limit.model)
+    scheduler._limit = recorded = Recorded(StepModel())
     timed.answer("answer")
     timed.engine.add(request("displaced", 1000, 300))
     timed.until_first_token("displaced")
     job = scheduler.waiting.entries["displaced"].job
     scheduler._send_back(job, timed.clock.now)
     timed.step()
-    assert recorded.batch.waiting == [(job.arrived_at, 1001)]
+    assert recorded.batch.waiting == [(job.arrived_at, 1001, Objectives(tpot_s=TPOT_S))]
 
 
 def turn(name: str, prompt: int, max_tokens: int) -> Request:

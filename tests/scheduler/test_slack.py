@@ -19,8 +19,8 @@ def drawn(rng: random.Random) -> StepLoad:
     return StepLoad(rng.choice((0, 0, rng.randint(1, 2048))), sequences, sequences * rng.randint(100, 900))
 
 
-def taught(steps: int = 400, noise: float = 0.0, tpot_s: float | None = None) -> Slack:
-    rng, slack = random.Random(1), Slack(tpot_s)
+def taught(steps: int = 400, noise: float = 0.0) -> Slack:
+    rng, slack = random.Random(1), Slack()
     for _ in range(steps):
         load = drawn(rng)
         slack.model.learn(load, seconds(load) * rng.uniform(1 - noise, 1 + noise))
@@ -49,23 +49,23 @@ def test_steps_that_are_all_alike_teach_without_harm() -> None:
 
 @pytest.mark.parametrize("sequences", [0, 20, 100])
 def test_a_step_with_flex_in_it_keeps_the_budget(sequences: int) -> None:
-    slack = taught(tpot_s=0.05)
+    slack = taught()
     others = StepLoad(0, 50, 25_000)
     contexts = [500] * sequences
-    decoding, tokens = slack.room(others, contexts, 2048)
+    decoding, tokens = slack.room(others, contexts, 2048, 0.05)
     assert decoding == sequences and tokens > 100
     step = StepLoad(tokens, 50 + decoding, 25_000 + 500 * decoding)
     assert 0.9 * 0.05 < seconds(step) <= 1.03 * 0.05
 
 
 def test_where_others_fill_the_budget_flex_waits() -> None:
-    slack = taught(tpot_s=0.05)
-    assert slack.room(StepLoad(1500, 50, 25_000), [500] * 100, 2048) == (0, 0)
+    slack = taught()
+    assert slack.room(StepLoad(1500, 50, 25_000), [500] * 100, 2048, 0.05) == (0, 0)
 
 
 def test_alone_something_is_always_done() -> None:
-    slack = taught(tpot_s=0.001)
-    decoding, tokens = slack.room(StepLoad(), [500] * 100, 2048)
+    slack = taught()
+    decoding, tokens = slack.room(StepLoad(), [500] * 100, 2048, 0.001)
     assert decoding == 100 and tokens > 0
 
 

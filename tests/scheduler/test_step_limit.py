@@ -8,17 +8,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.jobs import Job, Tier
-from scheduler.objectives import Objectives
+from scheduler.objectives import NO_OBJECTIVES, Objectives
 from scheduler.slack import StepLoad, StepModel
-from scheduler.step_limit import Batch, Limit, StepLimit, UnderWay
+from scheduler.step_limit import Batch, Limit, Prompt, StepLimit, UnderWay
 
 STEP_TOKENS, TPOT_S = 2048, 0.05
 FIXED_S, PROMPT_S, SEQUENCE_S, CONTEXT_S = 0.009, 60e-6, 40e-6, 25e-9  # of a step
 CONTEXT = 1000
 
 
-def job(name: str, arrived_at: float = 0.0, prompt_tokens: int = 1000, tier: Tier = Tier.DEFAULT) -> Job:
-    return Job(name, "tenant", prompt_tokens, arrived_at, tier=tier)
+PACE = Objectives(inf, TPOT_S)
+
+
+def job(name: str, arrived_at: float = 0.0, objectives: Objectives = PACE, tier: Tier = Tier.DEFAULT) -> Job:
+    return Job(name, "tenant", 1000, arrived_at, tier=tier, objectives=objectives)
+
+
+def prompt(tokens: int, arrived_at: float = 10.0, objectives: Objectives = PACE) -> Prompt:
+    return arrived_at, tokens, objectives
 
 
 @cache
@@ -31,8 +38,8 @@ def model_of_steps() -> StepModel:
     return model
 
 
-def taught(objectives: Objectives) -> StepLimit:
-    return StepLimit(objectives, model_of_steps())
+def taught() -> StepLimit:
+    return StepLimit(model_of_steps())
 
 
 def step_s(limit: Limit, answers: int = 1) -> float:
@@ -50,20 +57,20 @@ def asked(
     for one, (first_at, _) in answers.items():
         limit.ended(one)
         limit.made(one, first_at)
-    unread = [(one.arrived_at, tokens) for one, tokens in prompts]
+    unread = [prompt(tokens, one.arrived_at, one.objectives) for one, tokens in prompts]
     batch = Batch([(one, made) for one, (_, made) in answers.items()], CONTEXT, unread)
     return limit.of(batch, now, STEP_TOKENS, under_way=under_way)
 
 
 def test_a_step_ends_when_the_next_token_is_due() -> None:
-    limit = asked(taught(Objectives(inf, TPOT_S)), {job("a"): (10.0, 1)}, [(job("p"), 9000)], 10.0)
+    limit = asked(taught(), {job("a"): (10.0, 1)}, [(job("p"), 9000)], 10.0)
     assert limit is not None
     assert step_s(limit) == pytest.approx(TPOT_S, rel=0.02)
     assert limit.step_tokens == limit.prompt_tokens + 1
 
 
 def test_an_answer_that_is_ahead_may_be_held_up_and_the_tightest_one_decides() -> None:
-    by, ahead, fresh = taught(Objectives(inf, TPOT_S)), job("a"), job("b")
+    by, ahead, fresh = taught(), job("a"), job("b")
     # Five tokens where three were due: the next one may take twice as long.
     alone = asked(by, {ahead: (10.0, 5)}, [(job("p"), 9000)], 10.0 + 3 * TPOT_S)
     assert alone is not None
@@ -74,36 +81,65 @@ def test_an_answer_that_is_ahead_may_be_held_up_and_the_tightest_one_decides() -
 
 
 def test_no_answer_waits_longer_than_two_steps_may_take_unless_a_prompt_would_be_late() -> None:
-    answers, prompts = {job("a"): (10.0, 9)}, [(job("p", 10.0), 9000)]  # so far ahead that a full step is in time
-    smooth = asked(taught(Objectives(9.0, TPOT_S)), answers, prompts, 10.0)
+    answers = {job("a"): (10.0, 9)}  # so far ahead that a full step is in time
+    smooth = asked(taught(), answers, [(job("p", 10.0, Objectives(9.0, TPOT_S)), 9000)], 10.0)
     assert smooth is not None
     assert step_s(smooth) == pytest.approx(2 * TPOT_S, rel=0.02)
-    assert asked(taught(Objectives(0.8, TPOT_S)), answers, prompts, 10.0) is None
+    assert asked(taught(), answers, [(job("p", 10.0, Objectives(0.8, TPOT_S)), 9000)], 10.0) is None
+
+
+def test_every_answer_is_held_to_its_own_objective() -> None:
+    tight, loose = job("tight"), job("loose", objectives=Objectives(inf, 4 * TPOT_S))
+    prompts = [(job("p"), 9000)]
+    alone = asked(taught(), {loose: (10.0, 1)}, prompts, 10.0 - TPOT_S)
+    beside = asked(taught(), {loose: (10.0, 1), tight: (10.0, 1)}, prompts, 10.0)
+    assert alone is None
+    assert beside is not None
+    assert step_s(beside, 2) == pytest.approx(TPOT_S, rel=0.02)
+    careless = asked(taught(), {job("a", objectives=NO_OBJECTIVES): (10.0, 1), tight: (10.0, 1)}, prompts, 10.0)
+    assert careless == beside
+
+
+def test_one_that_no_prompt_could_keep_does_not_loosen_the_others_objective() -> None:
+    impossible = job("b", objectives=Objectives(inf, 1.5 * FIXED_S))
+    limit = asked(taught(), {impossible: (10.0, 1), job("a"): (10.0, 1)}, [(job("p"), 9000)], 10.0)
+    assert limit is not None
+    assert step_s(limit, 2) == pytest.approx(TPOT_S, rel=0.02)
+
+
+def test_where_nobody_has_an_objective_there_is_no_limit() -> None:
+    answers = {job("a", objectives=NO_OBJECTIVES): (10.0, 1)}
+    assert asked(taught(), answers, [(job("p", objectives=NO_OBJECTIVES), 9000)], 10.0) is None
 
 
 def test_a_late_answer_has_no_say() -> None:
-    assert asked(taught(Objectives(inf, TPOT_S)), {job("a"): (10.0, 3)}, [(job("p"), 9000)], 11.0) is None
+    assert asked(taught(), {job("a"): (10.0, 3)}, [(job("p"), 9000)], 11.0) is None
 
 
 def test_where_no_answer_runs_or_no_prompt_is_read_there_is_no_limit() -> None:
-    by = taught(Objectives(inf, TPOT_S))
+    by = taught()
     assert asked(by, {}, [(job("p"), 9000)], 10.0) is None
     assert asked(by, {job("a"): (10.0, 1)}, [], 10.0) is None
 
 
 def test_nothing_is_limited_before_steps_are_known_or_where_the_objective_leaves_prompts_little() -> None:
-    prompts, answers = [(job("p"), 9000)], {job("a"): (10.0, 1)}
-    assert asked(StepLimit(Objectives(inf, TPOT_S), StepModel()), answers, prompts, 10.0) is None
-    assert asked(taught(Objectives(inf, 1.5 * FIXED_S)), answers, prompts, 10.0) is None
+    prompts = [(job("p"), 9000)]
+    assert asked(StepLimit(StepModel()), {job("a"): (10.0, 1)}, prompts, 10.0) is None
+    tight = job("a", objectives=Objectives(inf, 1.5 * FIXED_S))
+    assert asked(taught(), {tight: (10.0, 1)}, prompts, 10.0) is None
 
 
 def test_prompts_are_read_as_fast_as_their_own_objective_needs() -> None:
     answers = {job("a"): (10.0, 1)}
-    slow = asked(taught(Objectives(inf, TPOT_S)), answers, [(job("p", 10.0), 9000)], 10.0)
+
+    def limited(ttft_s: float) -> Limit | None:
+        return asked(taught(), answers, [(job("p", 10.0, Objectives(ttft_s, TPOT_S)), 9000)], 10.0)
+
+    slow = limited(inf)
     # 0.7 of 0.85 s for 9,000 tokens, of which 0.54 s are computing: the rest is room for six steps.
-    fast = asked(taught(Objectives(0.85, TPOT_S)), answers, [(job("p", 10.0), 9000)], 10.0)
-    loose = asked(taught(Objectives(9.0, TPOT_S)), answers, [(job("p", 10.0), 9000)], 10.0)
-    lost = asked(taught(Objectives(0.5, TPOT_S)), answers, [(job("p", 10.0), 9000)], 10.0)
+    fast = limited(0.85)
+    loose = limited(9.0)
+    lost = limited(0.5)
     assert slow is not None
     assert fast is not None
     chunks = 9000 / fast.prompt_tokens
@@ -113,15 +149,15 @@ def test_prompts_are_read_as_fast_as_their_own_objective_needs() -> None:
 
 
 def test_a_prompt_waits_for_those_before_it() -> None:
-    by, answers = taught(Objectives(1.0, TPOT_S)), {job("a"): (10.0, 1)}
-    one = asked(by, answers, [(job("p", 10.0), 6000)], 10.0)
-    two = asked(by, answers, [(job("p", 10.0), 3000), (job("q", 10.0), 3000)], 10.0)
+    by, answers, second = taught(), {job("a"): (10.0, 1)}, Objectives(1.0, TPOT_S)
+    one = asked(by, answers, [(job("p", 10.0, second), 6000)], 10.0)
+    two = asked(by, answers, [(job("p", 10.0, second), 3000), (job("q", 10.0, second), 3000)], 10.0)
     assert one == two
     assert one is not None
 
 
 def test_the_step_under_way_comes_first() -> None:
-    by, answers, prompts = taught(Objectives(inf, TPOT_S)), {job("a"): (10.0, 3)}, [(job("p"), 9000)]
+    by, answers, prompts = taught(), {job("a"): (10.0, 3)}, [(job("p"), 9000)]
     # Its prompts take a third of the time until the answer's third token but one is due.
     later = asked(by, answers, prompts, 10.05, UnderWay(10.05, 500))
     now = asked(by, answers, prompts, 10.05)
@@ -133,17 +169,17 @@ def test_the_step_under_way_comes_first() -> None:
 
 
 def test_answers_of_flex_limit_nothing() -> None:
-    by = taught(Objectives(inf, TPOT_S))
+    by = taught()
     assert asked(by, {job("f", tier=Tier.FLEX): (10.0, 1)}, [(job("p"), 9000)], 10.0) is None
 
 
 @pytest.mark.parametrize("waits", [True, False])
 def test_one_whose_kv_comes_from_elsewhere_starts_beside_prompts_that_are_read(*, waits: bool) -> None:
-    by, answer, far = taught(Objectives(inf, TPOT_S)), job("a"), job("far")
+    by, answer, far = taught(), job("a"), job("far")
     by.made(answer, 10.0)
-    batch = Batch([(answer, 1)], CONTEXT, [(10.0, 9000), (10.0, 100), (10.0, 8000)])
+    batch = Batch([(answer, 1)], CONTEXT, [prompt(9000), prompt(100), prompt(8000)])
     if waits:
-        batch.waiting = [(10.0, 0), (10.0, 500)]
+        batch.waiting = [prompt(0), prompt(500)]
     else:
         batch.answers.append((far, 0))
         batch.arrived = 1
@@ -155,43 +191,43 @@ def test_one_whose_kv_comes_from_elsewhere_starts_beside_prompts_that_are_read(*
 
 
 def test_the_first_of_several_prompts_may_take_all_where_nobody_comes_with_its_kv() -> None:
-    limit = asked(taught(Objectives(inf, TPOT_S)), {job("a"): (10.0, 1)}, [(job("p"), 9000), (job("q"), 9000)], 10.0)
+    limit = asked(taught(), {job("a"): (10.0, 1)}, [(job("p"), 9000), (job("q"), 9000)], 10.0)
     assert limit is not None
     assert limit.each_tokens == limit.prompt_tokens
 
 
 def test_the_second_token_is_due_after_a_first_one_that_was_made_elsewhere() -> None:
-    by, here, handed = taught(Objectives(inf, TPOT_S)), job("here"), job("handed")
+    by, here, handed = taught(), job("here"), job("handed")
     by.made(here, 10.0)
     by.made_elsewhere(handed, 10.0)
     limits = []
     for answer in ((here, 3), (handed, 2)):  # both clients have three tokens
-        limits.append(by.of(Batch([answer], CONTEXT, [(10.0, 9000)]), 10.0 + 2 * TPOT_S, STEP_TOKENS))
+        limits.append(by.of(Batch([answer], CONTEXT, [prompt(9000)]), 10.0 + 2 * TPOT_S, STEP_TOKENS))
     assert limits[0] == limits[1] is not None
     by.made(handed, 10.1)  # its second token does not move the first one
-    assert by.of(Batch([(handed, 2)], CONTEXT, [(10.0, 9000)]), 10.0 + 2 * TPOT_S, STEP_TOKENS) == limits[0]
+    assert by.of(Batch([(handed, 2)], CONTEXT, [prompt(9000)]), 10.0 + 2 * TPOT_S, STEP_TOKENS) == limits[0]
 
 
 def test_sequences_without_a_job_have_their_tokens_too() -> None:
-    by, answer = taught(Objectives(inf, TPOT_S)), job("a")
+    by, answer = taught(), job("a")
     by.made(answer, 10.0)
-    limit = by.of(Batch([(answer, 1)], CONTEXT, [(10.0, 9000)], untracked=40), 10.0, STEP_TOKENS)
+    limit = by.of(Batch([(answer, 1)], CONTEXT, [prompt(9000)], untracked=40), 10.0, STEP_TOKENS)
     assert limit is not None
     assert limit.step_tokens == limit.prompt_tokens + 41
     assert step_s(limit, 41) == pytest.approx(TPOT_S, rel=0.02)
 
 
 def test_an_engine_that_reads_whole_blocks_is_given_a_block() -> None:
-    by, answer = StepLimit(Objectives(inf, TPOT_S), model_of_steps(), 528), job("a")
+    by, answer = StepLimit(model_of_steps(), 528), job("a")
     by.made(answer, 10.0)
-    batch = Batch([(answer, 1)], CONTEXT, [(0.0, 9000), (0.0, 9000)], [(0.0, 0)])
+    batch = Batch([(answer, 1)], CONTEXT, [prompt(9000, 0.0), prompt(9000, 0.0)], [prompt(0, 0.0)])
     limit = by.of(batch, 10.0 + TPOT_S - 0.02, STEP_TOKENS)
     assert limit is not None
     assert (limit.prompt_tokens, limit.each_tokens) == (528, 528)
 
 
 def test_of_steps_without_a_prompt_some_are_learned_from() -> None:
-    by = taught(Objectives(inf, TPOT_S))
+    by = taught()
     assert [by.learns_from(reads=False) for _ in range(16)].count(True) == 2
     assert all(by.learns_from(reads=True) for _ in range(5))
 
@@ -205,8 +241,8 @@ def test_prompts_always_go_on_and_nothing_exceeds_the_step(
     made: list[tuple[float, int]], unread: list[int], ttft_s: float
 ) -> None:
     answers = {job(f"a{at}"): one for at, one in enumerate(made)}
-    prompts = [(job(f"p{at}", 9.0), tokens) for at, tokens in enumerate(unread)]
-    limit = asked(taught(Objectives(ttft_s, TPOT_S)), answers, prompts, 10.0)
+    prompts = [(job(f"p{at}", 9.0, Objectives(ttft_s, TPOT_S)), tokens) for at, tokens in enumerate(unread)]
+    limit = asked(taught(), answers, prompts, 10.0)
     if limit is not None:
         assert limit.prompt_tokens >= 64
         assert limit.prompt_tokens + len(answers) <= limit.step_tokens < STEP_TOKENS

@@ -26,7 +26,7 @@ from server.request.schemas import (
     splice,
     with_usage,
 )
-from server.request.tenants import Tenant
+from server.request.tenants import Slo, Tenant
 from tests.server.calls import call_of, ticket_of
 
 
@@ -217,11 +217,28 @@ def test_the_scheduler_s_words_cannot_be_overwritten_by_a_client() -> None:
         sent = json.loads(steering.body_for(in_line(OneLine(), call_of(body)), worker))
         assert sent["vllm_xargs"]["evenhand_tenant"] == "anybody"
     granted = Tenant(name="t", grants=frozenset({"vllm_xargs"}))
-    body = b'{"model":"m","seed":123456789012345678901234567890,"vllm_xargs":{"mine":1,"evenhand_tenant":"other"}}'
+    body = b'{"model":"m","seed":123456789012345678901234567890,"vllm_xargs":{"mine":1,%s}}' % (
+        b'"evenhand_tenant":"other","evenhand_tier":"priority","evenhand_policy":"fcfs","evenhand_tpot_s":0.001'
+    )
     sent_bytes = steering.body_for(in_line(OneLine(), call_of(body, CHAT, granted)), worker)
     assert b"123456789012345678901234567890" in sent_bytes
     sent = json.loads(sent_bytes)
     assert sent["vllm_xargs"]["mine"] == 1 and sent["vllm_xargs"]["evenhand_tenant"] == "t"
+    assert not {"evenhand_tier", "evenhand_policy", "evenhand_tpot_s"} & sent["vllm_xargs"].keys()
+
+
+def test_an_engine_is_told_the_objectives_that_are_a_tenants_own() -> None:
+    class OneLine:
+        lanes = TieredLanes(build("fcfs", {}))
+
+    worker = Worker("w", "http://127.0.0.1:1", plugin=True)
+    asked = {None: {}, Slo(): {}, Slo(tpot_s=0.05): {"tpot_s": 0.05}, Slo(2.0, 0.05): {"ttft_s": 2.0, "tpot_s": 0.05}}
+    for slo, told in asked.items():
+        ticket = in_line(OneLine(), call_of(b'{"model":"m"}', CHAT, Tenant(name="t", slo=slo)))
+        words = json.loads(EngineBody().body_for(ticket, worker))["vllm_xargs"]
+        assert {name: value for name, value in words.items() if name.endswith("t_s")} == {
+            f"evenhand_{name}": seconds for name, seconds in told.items()
+        }
 
 
 def test_an_engine_is_told_what_kind_of_answer_is_asked_for() -> None:
