@@ -6,6 +6,7 @@ that run: one that is ahead of its objective may be held up by a large step, one
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 from math import inf
 from typing import Final, NamedTuple
 
@@ -30,8 +31,8 @@ class Batch:
 
     answers: jobs that make a token in it, and how many each has made by then. context: KV tokens that all sequences
     attend to that make one. prompts: those that are being read, in their order, without those of flex that take what
-    others leave. waiting: those that may start, at most `LOOKED_AT`; none of their tokens are to compute where their KV
-    comes from another engine.
+    others leave. waiting: those that may start. expected: jobs that start when their KV has come from elsewhere. At
+    most `LOOKED_AT` of both.
     untracked: sequences that make a token and belong to no job. arrived: of all that make one, those that start with
     this step, after the prompts that are being read: their KV has come.
     """
@@ -40,21 +41,14 @@ class Batch:
     context: int = 0
     prompts: list[Prompt] = field(default_factory=list)
     waiting: list[Prompt] = field(default_factory=list)
+    expected: list[Job] = field(default_factory=list)
     untracked: int = 0
     arrived: int = 0
 
-    @property
-    def with_kv(self) -> int:
-        """Of those that wait, how many come with their KV."""
-        return sum(1 for _, tokens, _ in self.waiting if not tokens)
-
     def paces(self) -> Iterator[float]:
-        """The time per token that each one is to keep that makes a token in it, or would if it started."""
-        for job, _ in self.answers:
+        """The time per token that each answer is to keep, those that are expected among them."""
+        for job in chain((job for job, _ in self.answers), self.expected):
             yield job.objectives.tpot_s
-        for _, tokens, objectives in self.waiting:
-            if not tokens:
-                yield objectives.tpot_s
 
 
 class UnderWay(NamedTuple):
@@ -117,11 +111,9 @@ class StepLimit:
 
         under_way: what the engine does first. tokens_each: that an answer takes of a step.
         """
-        prompts = [one for one in (*batch.prompts, *batch.waiting) if one[1]]
-        if not prompts:
+        if not (batch.prompts or batch.waiting):
             return None
-        with_kv = batch.with_kv
-        base_s = self._base_s(batch, with_kv)
+        base_s = self._base_s(batch)
         if base_s is None:
             return None
         begins_at = now
@@ -130,11 +122,11 @@ class StepLimit:
             begins_at = max(now, under_way.began_at + base_s + tokens_s)
         wanted = max(
             self._least_tokens,
-            self._for_answers(batch.answers, begins_at, base_s),
-            self._for_prompts(prompts, base_s, begins_at),
+            self._for_answers(batch, begins_at, base_s),
+            self._for_prompts(chain(batch.prompts, batch.waiting), base_s, begins_at),
         )
-        others = tokens_each * (len(batch.answers) + batch.untracked + with_kv)
-        starts = with_kv or batch.arrived
+        others = tokens_each * (len(batch.answers) + batch.untracked + len(batch.expected))
+        starts = batch.expected or batch.arrived
         if starts:  # an engine goes on with prompts before it starts anybody: they leave these their tokens
             wanted = min(wanted, max(self._least_tokens, step_tokens - others))
         elif wanted + others >= step_tokens:
@@ -145,34 +137,43 @@ class StepLimit:
         each = max(self._chunk_tokens, equal_share(tokens, [unread for _, unread, _ in batch.prompts]))
         return Limit(tokens, min(tokens + others, step_tokens), each)
 
-    def _base_s(self, batch: Batch, with_kv: int) -> float | None:
+    def _base_s(self, batch: Batch) -> float | None:
         """Seconds of a step without prompts, None where there is no reason to limit them."""
         model = self.model
-        if not (batch.answers or with_kv) or not model.is_known or model.per_prompt_token_s <= 0.0:
+        if not (batch.answers or batch.expected) or not model.is_known or model.per_prompt_token_s <= 0.0:
             return None
-        base_s = model.predicted_s(StepLoad(0, len(batch.answers) + batch.untracked + with_kv, batch.context))
+        sequences = len(batch.answers) + batch.untracked + len(batch.expected)
+        base_s = model.predicted_s(StepLoad(0, sequences, batch.context))
         least_s = _least_pace_s(base_s)
         return base_s if any(least_s <= tpot_s < inf for tpot_s in batch.paces()) else None
 
-    def _for_answers(self, answers: Iterable[tuple[Job, int]], begins_at: float, base_s: float) -> float:
+    def _for_answers(self, batch: Batch, begins_at: float, base_s: float) -> float:
         """Tokens of prompts with which every answer that can have its next token in time does, and waits for it no
         longer than `_LONGEST_STEP` says. Without such answers there is no bound.
+        """
+        price_s = self.model.per_prompt_token_s
+        this_one, next_one = begins_at + base_s, begins_at + 2.0 * base_s + price_s * self._least_tokens
+        room_s = min(
+            self._room_s(batch.answers, this_one, base_s),
+            self._room_s(zip(batch.expected, repeat(0)), next_one, base_s),
+        )
+        return room_s / price_s
+
+    def _room_s(self, answers: Iterable[tuple[Job, int]], in_time: float, base_s: float) -> float:
+        """Seconds by which a step may be longer than `base_s`, if without that their tokens come at `in_time`.
 
         Token n + 1 is due `n` times the objective after the first one. An answer that is late does not count, nor one
         whose objective leaves prompts little: it would hold up all of them, and may never catch up.
         """
-        first_at, in_time, least_s = self._first_at, begins_at + base_s, _least_pace_s(base_s)
-        room_s = inf
+        first_at, least_s, room_s = self._first_at, _least_pace_s(base_s), inf
         for job, made in answers:
             first, tpot_s = first_at.get(job), job.objectives.tpot_s
             if first is None or tpot_s < least_s or job.tier is Tier.FLEX:
                 continue
             until_s = first + tpot_s * made - in_time
-            if 0.0 <= until_s < room_s:
-                room_s = until_s
-            if until_s >= 0.0 and (longest_s := _LONGEST_STEP * tpot_s - base_s) < room_s:
-                room_s = longest_s
-        return room_s / self.model.per_prompt_token_s
+            if until_s >= 0.0:
+                room_s = min(room_s, until_s, _LONGEST_STEP * tpot_s - base_s)
+        return room_s
 
     def _for_prompts(self, prompts: Iterable[Prompt], base_s: float, begins_at: float) -> float:
         """Tokens of prompts a step with which those have been read in time that can be, each after those before it."""

@@ -264,16 +264,21 @@ class ContinuousBatch:
                 batch.context += entry.computed
         if not reading and not len(lanes):
             return None
-        batch.waiting = [  # in order of arrival, as in the plug-in
-            (job.arrived_at, 0 if self._entries[job].transferred else job.restart_tokens, job.objectives)
-            for job in islice(lanes.waiting_jobs(), LOOKED_AT)
-            if job.tier is not Tier.FLEX or lanes.is_due(job)
-        ]
+        self._put_waiting_into(batch)
         limit = self._limit.of(batch, now, self.cost.max_batched_tokens)
         if limit is not None:
             for job in reading:
                 self._running[job] = self._running.pop(job)
         return limit
+
+    def _put_waiting_into(self, batch: Batch) -> None:
+        for job in islice(self.lanes.waiting_jobs(), LOOKED_AT):  # in order of arrival, as in the plug-in
+            if job.tier is Tier.FLEX and not self.lanes.is_due(job):
+                continue
+            if self._entries[job].transferred or not job.restart_tokens:
+                batch.expected.append(job)
+            else:
+                batch.waiting.append((job.arrived_at, job.restart_tokens, job.objectives))
 
     def _to_learn_from(self, step: _Step) -> StepLoad | None:
         if self._limit is None or step.transfer_tokens:

@@ -424,6 +424,9 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         self._updated_at = 0.0
 
     def _prepare_for_first_tokens(self) -> None:
+        # Where steps overlap, what is said leaves with the one under way, and an empty one would be a gap behind it.
+        several = self.vllm_config.parallel_config.pipeline_parallel_size > 1
+        self._overlaps_steps: bool = self.scheduler_config.async_scheduling or several
         self._takes_first_tokens = first_token.is_possible(self)
         if self.connector is not None and self._takes_first_tokens:
             matched = self.connector.get_num_new_matched_tokens
@@ -510,6 +513,8 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
             self._singled_out.priority = YIELDS_FIRST
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:  # noqa: ANN401
+        if self._answers and not self._overlaps_steps:
+            return self._without_work(*args, **kwargs)
         if self._shares_cores and self._only_holds_kv():
             time.sleep(HELD_LOOK_S)
         queue = self._queue
@@ -535,6 +540,14 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         if now >= self._report_at:
             self._report(now)
         return output
+
+    def _without_work(self, *args: Any, **kwargs: Any) -> SchedulerOutput:  # noqa: ANN401
+        """An empty step, at whose end is said what need not wait until something has been computed, or KV asked for."""
+        step_tokens, self.max_num_scheduled_tokens = self.max_num_scheduled_tokens, 0
+        try:
+            return super().schedule(*args, **kwargs)
+        finally:
+            self.max_num_scheduled_tokens = step_tokens
 
     def _flex_holds_memory(self, now: float) -> bool:
         """Whether the head lacks KV blocks, and a flex job of a lower tier could give it some."""
@@ -591,11 +604,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         batch = Batch(arrived=len(arrived))
         self._put_into(batch, chain(self.running, arrived), now)
         if len(self._lanes):  # else all that run would be looked through for nobody
-            batch.waiting = [
-                (job.arrived_at, job.restart_tokens, job.objectives)
-                for job in islice(self._lanes.waiting_jobs(), LOOKED_AT)
-                if job.tier is not Tier.FLEX or self._lanes.is_due(job)
-            ]
+            self._put_waiting_into(batch)
         return by.of(
             batch,
             now,
@@ -603,6 +612,15 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
             under_way=self._last_under_way(),
             tokens_each=1 + self.num_spec_tokens,
         )
+
+    def _put_waiting_into(self, batch: Batch) -> None:
+        for job in islice(self._lanes.waiting_jobs(), LOOKED_AT):
+            if job.tier is Tier.FLEX and not self._lanes.is_due(job):
+                continue
+            if unread := job.restart_tokens:
+                batch.waiting.append((job.arrived_at, unread, job.objectives))
+            else:
+                batch.expected.append(job)
 
     def _arrived(self) -> list[Request]:
         """Requests that start before all that wait, since they hold KV: it has come from another engine, or is that of

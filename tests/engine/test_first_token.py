@@ -122,11 +122,30 @@ def test_a_client_that_leaves_after_the_first_token_leaves_nothing(hollow_model:
     assert engine.answers == {"far": expected("far", 33, 1)}
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_first_token_waits_for_no_step_but_the_one_under_way(hollow_model: Path, *, is_async: bool) -> None:
+    engine = decoding(hollow_model, {"far": 33}, is_async=is_async)
+    engine.add(request("long", 7000, 3))
+    engine.step()
+    engine.add(handed("far", 33, 3, expected("far", 33, 1)[0]))
+    read: list[int] = []
+    while "far" not in engine.answers:
+        step = engine.step()
+        assert step is not None
+        read.append(step.total_num_scheduled_tokens)
+    assert len(read) == 1  # where steps overlap, what follows was scheduled meanwhile
+    assert (read[0] > 0) == is_async
+    step = engine.step()
+    assert step is not None
+    assert step.total_num_scheduled_tokens > 0
+
+
 def test_what_another_connector_has_of_a_prompt_is_left_as_it_is(hollow_model: Path) -> None:
     engine = decoding(hollow_model, {"far": 16})  # a block, and no more
     answer = expected("far", 33, 3)
     far = handed("far", 33, 3, answer[0])
     engine.add(far)
+    engine.step()  # gives the first token out
     engine.step()
     assert far.num_computed_tokens == 16
     engine.scheduler.finished_recving_kv_req_ids.add("far")

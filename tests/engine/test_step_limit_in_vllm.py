@@ -208,6 +208,7 @@ def test_the_clock_of_an_answer_starts_with_a_first_token_from_elsewhere(hollow_
     timed.step()
     timed.engine.add(handed("far", 32, 20, expected("far", 32, 1)[0]))
     timed.until_first_token("far")
+    timed.scheduled()  # and its KV is asked for
     timed.scheduler.finished_recving_kv_req_ids.add("far")
     while len(timed.engine.answers["far"]) < 2:
         timed.step()

@@ -179,7 +179,7 @@ def test_one_whose_kv_comes_from_elsewhere_starts_beside_prompts_that_are_read(*
     by.made(answer, 10.0)
     batch = Batch([(answer, 1)], CONTEXT, [prompt(9000), prompt(100), prompt(8000)])
     if waits:
-        batch.waiting = [prompt(0), prompt(500)]
+        batch.expected, batch.waiting = [far], [prompt(500)]
     else:
         batch.answers.append((far, 0))
         batch.arrived = 1
@@ -208,6 +208,20 @@ def test_the_second_token_is_due_after_a_first_one_that_was_made_elsewhere() -> 
     assert by.of(Batch([(handed, 2)], CONTEXT, [prompt(9000)]), 10.0 + 2 * TPOT_S, STEP_TOKENS) == limits[0]
 
 
+def test_a_second_token_is_waited_for_while_its_kv_is_on_the_way() -> None:
+    by, handed = taught(), job("handed")
+    by.made_elsewhere(handed, 10.0)
+    batch = Batch([], 0, [prompt(9000)], expected=[handed])
+    limit = by.of(batch, 10.0, STEP_TOKENS)
+    assert limit is not None
+    # The next step makes it at the earliest, beside a few tokens of the prompt.
+    both_s = 2 * (FIXED_S + SEQUENCE_S) + PROMPT_S * (limit.prompt_tokens + 64)
+    assert both_s == pytest.approx(TPOT_S, rel=0.02)
+    late = by.of(batch, 10.0 + TPOT_S, STEP_TOKENS)
+    assert late is not None
+    assert late.prompt_tokens == STEP_TOKENS - 1
+
+
 def test_sequences_without_a_job_have_their_tokens_too() -> None:
     by, answer = taught(), job("a")
     by.made(answer, 10.0)
@@ -220,7 +234,7 @@ def test_sequences_without_a_job_have_their_tokens_too() -> None:
 def test_an_engine_that_reads_whole_blocks_is_given_a_block() -> None:
     by, answer = StepLimit(model_of_steps(), 528), job("a")
     by.made(answer, 10.0)
-    batch = Batch([(answer, 1)], CONTEXT, [prompt(9000, 0.0), prompt(9000, 0.0)], [prompt(0, 0.0)])
+    batch = Batch([(answer, 1)], CONTEXT, [prompt(9000, 0.0), prompt(9000, 0.0)], expected=[job("far")])
     limit = by.of(batch, 10.0 + TPOT_S - 0.02, STEP_TOKENS)
     assert limit is not None
     assert (limit.prompt_tokens, limit.each_tokens) == (528, 528)
