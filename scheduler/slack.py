@@ -6,11 +6,11 @@ the time per output token.
 """
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
-from math import inf
+from dataclasses import dataclass
+from math import inf, sqrt
 from typing import Final
 
-from scheduler.step_cost import LinearFit, StepCost
+from scheduler.step_cost import StepCost, pairs_of
 
 _KNOWN: Final = 8  # steps after which a prediction counts
 _STRETCH: Final = 4.0  # the budget in empty steps, where there is no objective
@@ -20,21 +20,28 @@ _LATELY_S: Final = 30.0  # in which the memory that others do not need any more 
 
 @dataclass(slots=True)
 class StepLoad:
-    """What a step computes. prompt_tokens: of prompts; sequences: that make a token each, over `context` KV tokens."""
+    """What a step computes. prompt_tokens: of prompts; sequences: that make a token each, over `context` KV tokens.
+    pairs: of a prompt token and one before it, to which it attends."""
 
     prompt_tokens: int = 0
     sequences: int = 0
     context: int = 0
+    pairs: float = 0.0
+
+    def add_prompt(self, tokens: int, before: int) -> None:
+        """So many tokens of a prompt are computed, behind `before` others."""
+        self.prompt_tokens += tokens
+        self.pairs += pairs_of(tokens, before)
 
 
 class StepModel:
-    """Seconds of a step: a constant, and so much for each token of a prompt, each sequence and each KV token it reads.
-    A step costs some 10 µs to learn from."""
+    """Seconds of a step: a constant, and so much for each token of a prompt, each pair of these, each sequence, and each
+    KV token it reads. A step costs some 10 µs to learn from."""
 
     __slots__ = ("_fit",)
 
     def __init__(self) -> None:
-        self._fit = LinearFit(astuple(StepCost())[:4])
+        self._fit = StepCost.fit(StepCost())  # nothing is fetched within a step: that cost stays as assumed
 
     @property
     def is_known(self) -> bool:
@@ -57,6 +64,16 @@ class StepModel:
     def per_context_token_s(self) -> float:
         return self._fit.coefficients[3]
 
+    def prompt_s(self, tokens: float, before: float) -> float:
+        """Of reading so many tokens of a prompt behind `before` others, beside the rest of the step."""
+        return self.per_prompt_token_s * tokens + self._fit.coefficients[5] * pairs_of(tokens, before)
+
+    def tokens_within(self, seconds: float, before: float) -> float:
+        """The inverse: how many tokens that is time for."""
+        pair_s = self._fit.coefficients[5]
+        first_s = self.per_prompt_token_s + pair_s * before
+        return 2.0 * seconds / (first_s + sqrt(first_s * first_s + 2.0 * pair_s * seconds))
+
     def predicted_s(self, load: StepLoad) -> float:
         """Seconds of a step."""
         return (
@@ -64,11 +81,12 @@ class StepModel:
             + self.per_prompt_token_s * load.prompt_tokens
             + self.per_sequence_s * load.sequences
             + self.per_context_token_s * load.context
+            + self._fit.coefficients[5] * load.pairs
         )
 
     def learn(self, load: StepLoad, seconds: float) -> None:
         """A step took so long. One of many times what was expected (a pause of the process) counts for little."""
-        self._fit.learn(seconds, (1.0, load.prompt_tokens, load.sequences, load.context))
+        self._fit.learn(seconds, (1.0, load.prompt_tokens, load.sequences, load.context, 0.0, load.pairs))
 
 
 class Slack:

@@ -15,14 +15,21 @@ from scheduler.jobs import Job, Tier
 from scheduler.objectives import Objectives
 from scheduler.slack import StepLoad, StepModel
 
-Prompt = tuple[float, int, Objectives]  # when it arrived, how many of its tokens are to compute, what it is to keep
-
 LOOKED_AT: Final = 32  # prompts that wait, in order of arrival: other orders may start one first that is not looked at
 _LEAST_TOKENS: Final = 64  # of prompts in a step: they always go on
 _WORTH_WHILE: Final = 0.4  # of the time per token: an objective that leaves prompts less would stop them
 _LONGEST_STEP: Final = 1.2  # times the time per token, however far ahead answers are, unless a prompt needs more
 _TTFT_SHARE: Final = 0.7  # of the objective in which a prompt is to be read: for the rest it waits elsewhere
 _EACH: Final = 8  # steps without a prompt of which one is learned from
+
+
+class Prompt(NamedTuple):
+    """A prompt that is not read yet. unread: tokens that are to be computed, behind `before` others."""
+
+    arrived_at: float
+    unread: int
+    objectives: Objectives
+    before: int = 0
 
 
 @dataclass(slots=True)
@@ -52,10 +59,10 @@ class Batch:
 
 
 class UnderWay(NamedTuple):
-    """The step that runs while the next one is put together: when it began, and the prompt tokens that it computes."""
+    """The step that runs while the next one is put together: when it began, and what it computes of prompts."""
 
     began_at: float
-    prompt_tokens: int
+    load: StepLoad
 
 
 class Limit(NamedTuple):
@@ -118,8 +125,8 @@ class StepLimit:
             return None
         begins_at = now
         if under_way is not None:
-            tokens_s = self.model.per_prompt_token_s * under_way.prompt_tokens
-            begins_at = max(now, under_way.began_at + base_s + tokens_s)
+            prompts_s = self.model.predicted_s(under_way.load) - self.model.empty_s
+            begins_at = max(now, under_way.began_at + base_s + prompts_s)
         wanted = max(
             self._least_tokens,
             self._for_answers(batch, begins_at, base_s),
@@ -134,7 +141,7 @@ class StepLimit:
         tokens = int(wanted)
         if not starts:
             return Limit(tokens, tokens + others, tokens)
-        each = max(self._chunk_tokens, equal_share(tokens, [unread for _, unread, _ in batch.prompts]))
+        each = max(self._chunk_tokens, equal_share(tokens, [one.unread for one in batch.prompts]))
         return Limit(tokens, min(tokens + others, step_tokens), each)
 
     def _base_s(self, batch: Batch) -> float | None:
@@ -151,13 +158,26 @@ class StepLimit:
         """Tokens of prompts with which every answer that can have its next token in time does, and waits for it no
         longer than `_LONGEST_STEP` says. Without such answers there is no bound.
         """
-        price_s = self.model.per_prompt_token_s
-        this_one, next_one = begins_at + base_s, begins_at + 2.0 * base_s + price_s * self._least_tokens
+        least_s = self.model.prompt_s(self._least_tokens, 0)
+        this_one, next_one = begins_at + base_s, begins_at + 2.0 * base_s + least_s
         room_s = min(
             self._room_s(batch.answers, this_one, base_s),
             self._room_s(zip(batch.expected, repeat(0)), next_one, base_s),
         )
-        return room_s / price_s
+        return self._tokens_within(room_s, chain(batch.prompts, batch.waiting))
+
+    def _tokens_within(self, room_s: float, prompts: Iterable[Prompt]) -> float:
+        """How many tokens are read in that time, of one prompt after the other."""
+        if room_s == inf:
+            return inf
+        tokens = 0.0
+        for prompt in prompts:
+            whole_s = self.model.prompt_s(prompt.unread, prompt.before)
+            if whole_s > room_s:
+                return tokens + self.model.tokens_within(room_s, prompt.before)
+            tokens += prompt.unread
+            room_s -= whole_s
+        return tokens + self.model.tokens_within(room_s, 0)
 
     def _room_s(self, answers: Iterable[tuple[Job, int]], in_time: float, base_s: float) -> float:
         """Seconds by which a step may be longer than `base_s`, if without that their tokens come at `in_time`.
@@ -177,12 +197,11 @@ class StepLimit:
 
     def _for_prompts(self, prompts: Iterable[Prompt], base_s: float, begins_at: float) -> float:
         """Tokens of prompts a step with which those have been read in time that can be, each after those before it."""
-        price_s = self.model.per_prompt_token_s
-        ahead, wanted = 0, 0.0
-        for arrived_at, tokens, objectives in prompts:
-            ahead += tokens
-            left_s = arrived_at + _TTFT_SHARE * objectives.ttft_s - begins_at
-            spare_s = left_s - price_s * ahead
+        ahead, ahead_s, wanted = 0, 0.0, 0.0
+        for prompt in prompts:
+            ahead += prompt.unread
+            ahead_s += self.model.prompt_s(prompt.unread, prompt.before)
+            spare_s = prompt.arrived_at + _TTFT_SHARE * prompt.objectives.ttft_s - begins_at - ahead_s
             if spare_s > 0.0:  # room for so many steps' fixed time
                 wanted = max(wanted, base_s * ahead / spare_s)
         return wanted

@@ -18,7 +18,7 @@ from scheduler.kept_blocks import Kept
 from scheduler.memory_peak import FuturePeak, Running
 from scheduler.policy import Policy
 from scheduler.slack import StepLoad
-from scheduler.step_limit import LOOKED_AT, Batch, Limit, StepLimit
+from scheduler.step_limit import LOOKED_AT, Batch, Limit, Prompt, StepLimit
 from scheduler.tiers import TieredLanes
 
 _MOST_BLOCKS = 1 << 20  # of one sequence: keeps the ids of different ones apart
@@ -122,7 +122,7 @@ class _Step:
                 load.sequences += 1
                 load.context += entry.computed
             else:
-                load.prompt_tokens += chunk
+                load.add_prompt(chunk, entry.computed - chunk)
         return load
 
     @property
@@ -258,7 +258,7 @@ class ContinuousBatch:
             if unread > 1:
                 reading.append(job)
                 if job.tier is not Tier.FLEX or lanes.is_reserved(job):
-                    batch.prompts.append((job.arrived_at, unread, job.objectives))
+                    batch.prompts.append(Prompt(job.arrived_at, unread, job.objectives, entry.computed))
             else:
                 batch.answers.append((job, job.output_tokens))
                 batch.context += entry.computed
@@ -278,7 +278,7 @@ class ContinuousBatch:
             if self._entries[job].transferred or not job.restart_tokens:
                 batch.expected.append(job)
             else:
-                batch.waiting.append((job.arrived_at, job.restart_tokens, job.objectives))
+                batch.waiting.append(Prompt(job.arrived_at, job.restart_tokens, job.objectives, job.cached_tokens))
 
     def _to_learn_from(self, step: _Step) -> StepLoad | None:
         if self._limit is None or step.transfer_tokens:

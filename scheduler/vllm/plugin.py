@@ -51,7 +51,7 @@ from scheduler.memory_peak import FuturePeak, Running
 from scheduler.objectives import NO_OBJECTIVES, Objectives
 from scheduler.policy import Policy
 from scheduler.slack import Headroom, Slack, StepLoad
-from scheduler.step_limit import LOOKED_AT, Batch, Limit, StepLimit, UnderWay
+from scheduler.step_limit import LOOKED_AT, Batch, Limit, Prompt, StepLimit, UnderWay
 from scheduler.tiers import BY_NAME, DEFAULT_RESERVE, TieredLanes
 from scheduler.vllm import first_token
 from scheduler.vllm.contract import require_supported_vllm
@@ -354,11 +354,11 @@ def blocks_for(spec: Any, tokens: int) -> int:  # noqa: ANN401
 
 
 class Scheduled(NamedTuple):
-    """A step that was sent to be computed, and when. load: to learn from; None where nothing is."""
+    """A step that was sent to be computed, and when. load: to learn from, as always where it reads a prompt; None where
+    nothing is."""
 
     load: StepLoad | None
     at: float
-    prompt_tokens: int
 
 
 def grows(spec: Any) -> bool:  # noqa: ANN401
@@ -618,7 +618,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
             if job.tier is Tier.FLEX and not self._lanes.is_due(job):
                 continue
             if unread := job.restart_tokens:
-                batch.waiting.append((job.arrived_at, unread, job.objectives))
+                batch.waiting.append(Prompt(job.arrived_at, unread, job.objectives, job.cached_tokens))
             else:
                 batch.expected.append(job)
 
@@ -641,7 +641,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         for request in requests:
             entry = entries.get(request.request_id)
             if self._is_read(request):
-                self._put_prompt_into(batch, entry, self._unread(request), now)
+                self._put_prompt_into(batch, entry, request, now)
                 continue
             batch.context += request.num_computed_tokens
             if entry is None:
@@ -650,15 +650,19 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
                 job = entry.job
                 batch.answers.append((job, job.output_tokens + -(-request.num_output_placeholders // several)))
 
-    def _put_prompt_into(self, batch: Batch, entry: QueueEntry | None, unread: int, now: float) -> None:
+    def _put_prompt_into(self, batch: Batch, entry: QueueEntry | None, request: Request, now: float) -> None:
+        unread, before = self._unread(request), request.num_computed_tokens
         if entry is None:
-            batch.prompts.append((now, unread, self._queue.objectives))
+            batch.prompts.append(Prompt(now, unread, self._queue.objectives, before))
         elif entry.job.tier is not Tier.FLEX or self._lanes.is_reserved(entry.job):
-            batch.prompts.append((entry.job.arrived_at, unread, entry.job.objectives))
+            batch.prompts.append(Prompt(entry.job.arrived_at, unread, entry.job.objectives, before))
 
     def _last_under_way(self) -> UnderWay | None:
         last = next(reversed(self._under_way.values()), None)
-        return None if last is None else UnderWay(max(last.at, self._updated_at), last.prompt_tokens)
+        if last is None:
+            return None
+        load = last.load or StepLoad()
+        return UnderWay(max(last.at, self._updated_at), StepLoad(load.prompt_tokens, pairs=load.pairs))
 
     def _note_under_way(self, output: SchedulerOutput, now: float, *, has_flex: bool) -> None:
         """A step is sent to be computed: how long that takes is learned from it, or only from some of its kind."""
@@ -669,7 +673,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         learns = has_flex or (self._limit is not None and self._limit.learns_from(reads=prompt_tokens > 0))
         if len(self._under_way) > MOST_UNDER_WAY:
             self._under_way.clear()
-        self._under_way[id(output)] = Scheduled(self._load_of(output) if learns else None, now, prompt_tokens)
+        self._under_way[id(output)] = Scheduled(self._load_of(output) if learns else None, now)
 
     def _hold_flex_back(self, step_tokens: int, now: float) -> int:
         """Takes out of the batch what sits the next step out; returns the most tokens that the step may compute."""
@@ -688,7 +692,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
                 (decoding if self._unread(request) <= 1 else reading).append(request)
         load = StepLoad()
         for request in (*others, *kept):
-            self._add_load(load, request, self._unread(request))
+            self._add_load(load, request, min(step_tokens, self._unread(request)))
         wanted = lanes.wanted_tokens(step_tokens)
         load.prompt_tokens = min(step_tokens, load.prompt_tokens + wanted)
         contexts = [request.num_computed_tokens for request in decoding]
@@ -733,7 +737,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
             load.sequences += 1
             load.context += request.num_computed_tokens
         else:
-            load.prompt_tokens += tokens
+            load.add_prompt(tokens, request.num_computed_tokens)
 
     def _load_of(self, output: SchedulerOutput) -> StepLoad:
         """What a step computes that has just been put together."""
@@ -745,7 +749,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
                     load.sequences += 1
                     load.context += request.num_computed_tokens
                 else:
-                    load.prompt_tokens += tokens
+                    load.add_prompt(tokens, request.num_computed_tokens - tokens)
         return load
 
     def _time_step(self, output: SchedulerOutput, now: float) -> None:

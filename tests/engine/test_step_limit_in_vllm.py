@@ -13,7 +13,7 @@ from vllm.v1.request import Request
 from loadtest.bench.plugin.driven import DrivenEngine, StepClock, build_scheduler, expected, request
 from scheduler.objectives import Objectives
 from scheduler.slack import StepModel
-from scheduler.step_limit import Batch, Limit, StepLimit
+from scheduler.step_limit import Batch, Limit, Prompt, StepLimit
 from tests.engine.test_first_token import handed
 from tests.engine.test_vllm_plugin import ArrivingBlocks
 
@@ -267,7 +267,7 @@ def test_what_a_displaced_answer_reads_again_counts_as_a_prompt(hollow_model: Pa
     job = scheduler.waiting.entries["displaced"].job
     scheduler._send_back(job, timed.clock.now)
     timed.step()
-    assert recorded.batch.waiting == [(job.arrived_at, 1001, Objectives(tpot_s=TPOT_S))]
+    assert recorded.batch.waiting == [Prompt(job.arrived_at, 1001, Objectives(tpot_s=TPOT_S))]
 
 
 def turn(name: str, prompt: int, max_tokens: int) -> Request:

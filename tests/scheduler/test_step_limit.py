@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scheduler.jobs import Job, Tier
 from scheduler.objectives import NO_OBJECTIVES, Objectives
 from scheduler.slack import StepLoad, StepModel
+from scheduler.step_cost import pairs_of
 from scheduler.step_limit import Batch, Limit, Prompt, StepLimit, UnderWay
 
 STEP_TOKENS, TPOT_S = 2048, 0.05
@@ -25,16 +26,17 @@ def job(name: str, arrived_at: float = 0.0, objectives: Objectives = PACE, tier:
 
 
 def prompt(tokens: int, arrived_at: float = 10.0, objectives: Objectives = PACE) -> Prompt:
-    return arrived_at, tokens, objectives
+    return Prompt(arrived_at, tokens, objectives)
 
 
 @cache
-def model_of_steps() -> StepModel:
+def model_of_steps(pair_s: float = 0.0) -> StepModel:
     model = StepModel()
     for at in range(400):
-        load = StepLoad(700 * (at % 3), at % 50, (at % 50) * 40 * (at % 7))
+        load = StepLoad(0, at % 50, (at % 50) * 40 * (at % 7))
+        load.add_prompt(700 * (at % 3), 1000 * (at % 5))
         seconds = FIXED_S + PROMPT_S * load.prompt_tokens + SEQUENCE_S * load.sequences + CONTEXT_S * load.context
-        model.learn(load, seconds)
+        model.learn(load, seconds + pair_s * load.pairs)
     return model
 
 
@@ -67,6 +69,22 @@ def test_a_step_ends_when_the_next_token_is_due() -> None:
     assert limit is not None
     assert step_s(limit) == pytest.approx(TPOT_S, rel=0.02)
     assert limit.step_tokens == limit.prompt_tokens + 1
+
+
+def test_the_end_of_a_long_prompt_is_read_in_smaller_steps_than_its_beginning() -> None:
+    pair_s, by, answer = 2 * PROMPT_S / 9000, StepLimit(model_of_steps(2 * PROMPT_S / 9000)), job("a")
+    by.made(answer, 10.0)
+    read: list[int] = []
+    for before in (0, 9000):
+        limit = by.of(Batch([(answer, 1)], CONTEXT, [Prompt(10.0, 9000, PACE, before)]), 10.0, STEP_TOKENS)
+        assert limit is not None
+        assert step_s(limit) + pair_s * pairs_of(limit.prompt_tokens, before) == pytest.approx(TPOT_S, rel=0.02)
+        read.append(limit.prompt_tokens)
+    begins, ends = read
+    assert ends < 0.5 * begins
+    beside = by.of(Batch([(answer, 1)], CONTEXT, [Prompt(10.0, 20, PACE, 9000), prompt(9000)]), 10.0, STEP_TOKENS)
+    assert beside is not None
+    assert ends < beside.prompt_tokens < begins
 
 
 def test_an_answer_that_is_ahead_may_be_held_up_and_the_tightest_one_decides() -> None:
@@ -158,7 +176,7 @@ def test_a_prompt_waits_for_those_before_it() -> None:
 
 def test_the_step_under_way_comes_first() -> None:
     by, answers, prompts = taught(), {job("a"): (10.0, 3)}, [(job("p"), 9000)]
-    later = asked(by, answers, prompts, 10.1, UnderWay(10.1, 200))
+    later = asked(by, answers, prompts, 10.1, UnderWay(10.1, StepLoad(200)))
     now = asked(by, answers, prompts, 10.1)
     assert later is not None
     assert now is not None
