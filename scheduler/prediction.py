@@ -19,6 +19,7 @@ TPOT_ERROR: Final = 0.05  # likewise
 # answers are, so that whole engines stay free of one or the other.
 _SLOWNESS: Final = 1e-2
 _CROWD: Final = 1e-3
+_BESIDE: Final = 3.0  # times that weight, for each answer beside which a prompt is read
 _PACKED: Final = 20.0  # times that weight, more of it the more of the engines' time goes to prompts
 
 
@@ -103,7 +104,8 @@ def choose(asked: Asked, prospects: Sequence[Prospect], handover: HandOver, now:
         for w, writer in enumerate(seen):
             if not _possible(asked, prospects[r], prospects[w], same=r == w):
                 continue
-            crowd = packed * prospects[w].rank + reader.answers * min(1.0, reader.tokens / asked.typical_prompt_tokens)
+            beside = reader.answers * min(1.0, reader.tokens / asked.typical_prompt_tokens)
+            crowd = packed * prospects[w].rank + _BESIDE * beside
             if asked.objectives.tpot_s == inf:  # nobody's tokens can be late, so no engine need be kept free for them
                 crowd = float(r != w)
             for choice in _ways(asked, reader, writer, (r, w), handover):

@@ -35,7 +35,7 @@ class StepLoad:
 
 
 class StepModel:
-    """Seconds of a step: a constant, and so much for each token of a prompt, each pair of these, each sequence, and each
+    """Seconds of a step: a constant, and so much for each token of a prompt, each pair of these, each sequence and each
     KV token it reads. A step costs some 10 µs to learn from."""
 
     __slots__ = ("_fit",)

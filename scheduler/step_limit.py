@@ -19,7 +19,7 @@ LOOKED_AT: Final = 32  # prompts that wait, in order of arrival: other orders ma
 _LEAST_TOKENS: Final = 64  # of prompts in a step: they always go on
 _WORTH_WHILE: Final = 0.4  # of the time per token: an objective that leaves prompts less would stop them
 _LONGEST_STEP: Final = 1.2  # times the time per token, however far ahead answers are, unless a prompt needs more
-_TTFT_SHARE: Final = 0.7  # of the objective in which a prompt is to be read: for the rest it waits elsewhere
+_TTFT_SHARE: Final = 0.85  # of the objective in which a prompt is to be read: for the rest it waits elsewhere
 _EACH: Final = 8  # steps without a prompt of which one is learned from
 
 
