@@ -19,8 +19,8 @@ TPOT_ERROR: Final = 0.05  # likewise
 # answers are, so that whole engines stay free of one or the other.
 _SLOWNESS: Final = 1e-2
 _CROWD: Final = 1e-3
-_BESIDE: Final = 3.0  # times that weight, for each answer beside which a prompt is read
-_PACKED: Final = 20.0  # times that weight, more of it the more of the engines' time goes to prompts
+_BESIDE: Final = 3.0  # times `_CROWD`, for each answer beside which a prompt is read
+_PACKED: Final = 20.0  # times `_CROWD`, more of it the more of the engines' time goes to prompts
 
 
 @dataclass(frozen=True, slots=True)

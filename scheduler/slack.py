@@ -5,7 +5,7 @@ online from the engine's own steps, and offline work is added only up to a budge
 the time per output token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import inf, sqrt
 from typing import Final
@@ -72,7 +72,8 @@ class StepModel:
         """The inverse: how many tokens that is time for."""
         pair_s = self._fit.coefficients[5]
         first_s = self.per_prompt_token_s + pair_s * before
-        return 2.0 * seconds / (first_s + sqrt(first_s * first_s + 2.0 * pair_s * seconds))
+        divisor = first_s + sqrt(first_s * first_s + 2.0 * pair_s * seconds)
+        return 2.0 * seconds / divisor if divisor > 0.0 else inf
 
     def predicted_s(self, load: StepLoad) -> float:
         """Seconds of a step."""
@@ -97,21 +98,27 @@ class Slack:
     def __init__(self) -> None:
         self.model = StepModel()
 
-    def room(self, others: StepLoad, contexts: Sequence[int], step_tokens: int, tpot_s: float = inf) -> tuple[int, int]:
+    def room(
+        self,
+        others: StepLoad,
+        contexts: Sequence[int],
+        step_tokens: int,
+        tpots_s: Iterable[float] = (),
+        before: int = 0,
+    ) -> tuple[int, int]:
         """How many of the flex sequences that decode, with so many KV tokens each, make a token in a step in which
         others compute `others`, and how many tokens of flex prompts are read, of `step_tokens` that the step may have.
 
-        tpot_s: the time per token that the others are to keep, and so the longest step in which flex takes part;
-        without one, four times what a step takes as such. All and all as long as little is known. Where there are no
-        others, something is always done.
+        tpots_s: the times per token that the others are to keep, `inf` for those that have no objective. before: tokens
+        of the flex prompt that are read already. All and all as long as little is known. Where there are no others,
+        something is always done.
         """
         model = self.model
         used = others.prompt_tokens + others.sequences
         free = max(0, step_tokens - used)
         if not model.is_known:
             return min(len(contexts), free), max(0, free - len(contexts))
-        budget_s = tpot_s if tpot_s < inf else _STRETCH * model.empty_s
-        left_s = budget_s - model.predicted_s(others)
+        left_s = self._budget_s(others, tpots_s) - model.predicted_s(others)
         alone = not used
         decoding = len(contexts) if alone else 0
         while decoding < len(contexts):
@@ -121,10 +128,17 @@ class Slack:
             decoding += 1
         if alone:
             left_s -= model.per_sequence_s * decoding + model.per_context_token_s * sum(contexts)
-        price = model.per_prompt_token_s
-        tokens = free if price <= 0.0 else int(max(0.0, left_s) / price)
+        tokens = min(float(free), model.tokens_within(max(0.0, left_s), before))
         least = _LEAST_TOKENS if alone else 0
-        return min(decoding, free), max(0, min(free - decoding, max(tokens, least)))
+        return min(decoding, free), max(0, min(free - decoding, max(int(tokens), least)))
+
+    def _budget_s(self, others: StepLoad, tpots_s: Iterable[float]) -> float:
+        """The longest step in which flex takes part: the tightest objective of the others, which counts as four times
+        what a step takes as such where there is none. One that no step can keep does not count."""
+        long_s = _STRETCH * self.model.empty_s
+        least_s = self.model.predicted_s(StepLoad(0, others.sequences, others.context))
+        budgets_s = (tpot_s if tpot_s < inf else long_s for tpot_s in tpots_s)
+        return min((budget_s for budget_s in budgets_s if budget_s >= least_s), default=long_s)
 
 
 class Headroom:

@@ -19,6 +19,7 @@ LOOKED_AT: Final = 32  # prompts that wait, in order of arrival: other orders ma
 _LEAST_TOKENS: Final = 64  # of prompts in a step: they always go on
 _WORTH_WHILE: Final = 0.4  # of the time per token: an objective that leaves prompts less would stop them
 _LONGEST_STEP: Final = 1.2  # times the time per token, however far ahead answers are, unless a prompt needs more
+_LONGEST_LATE: Final = 2.4  # times the same, for an answer that will be late
 _TTFT_SHARE: Final = 0.85  # of the objective in which a prompt is to be read: for the rest it waits elsewhere
 _EACH: Final = 8  # steps without a prompt of which one is learned from
 
@@ -38,10 +39,11 @@ class Batch:
 
     answers: jobs that make a token in it, and how many each has made by then. context: KV tokens that all sequences
     attend to that make one. prompts: those that are being read, in their order, without those of flex that take what
-    others leave. waiting: those that may start. expected: jobs that start when their KV has come from elsewhere. At
-    most `LOOKED_AT` of both.
+    others leave. waiting: those that may start, at most `LOOKED_AT`. expected: jobs that start after this step, when
+    their KV has come from elsewhere.
     untracked: sequences that make a token and belong to no job. arrived: of all that make one, those that start with
-    this step, after the prompts that are being read: their KV has come.
+    this step, after the prompts that are being read: their KV has come. asks: of those expected, whose KV is asked for
+    in this step, if it has a token left.
     """
 
     answers: list[tuple[Job, int]] = field(default_factory=list)
@@ -51,6 +53,7 @@ class Batch:
     expected: list[Job] = field(default_factory=list)
     untracked: int = 0
     arrived: int = 0
+    asks: int = 0
 
     def paces(self) -> Iterator[float]:
         """The time per token that each answer is to keep, those that are expected among them."""
@@ -132,8 +135,8 @@ class StepLimit:
             self._for_answers(batch, begins_at, base_s),
             self._for_prompts(chain(batch.prompts, batch.waiting), base_s, begins_at),
         )
-        others = tokens_each * (len(batch.answers) + batch.untracked + len(batch.expected))
-        starts = batch.expected or batch.arrived
+        others = tokens_each * (len(batch.answers) + batch.untracked + batch.asks)
+        starts = batch.arrived or batch.asks
         if starts:  # an engine goes on with prompts before it starts anybody: they leave these their tokens
             wanted = min(wanted, max(self._least_tokens, step_tokens - others))
         elif wanted + others >= step_tokens:
@@ -147,17 +150,17 @@ class StepLimit:
     def _base_s(self, batch: Batch) -> float | None:
         """Seconds of a step without prompts, None where there is no reason to limit them."""
         model = self.model
-        if not (batch.answers or batch.expected) or not model.is_known or model.per_prompt_token_s <= 0.0:
+        if not (batch.answers or batch.expected) or not model.is_known:
             return None
-        sequences = len(batch.answers) + batch.untracked + len(batch.expected)
-        base_s = model.predicted_s(StepLoad(0, sequences, batch.context))
+        base_s = model.predicted_s(StepLoad(0, len(batch.answers) + batch.untracked, batch.context))
         least_s = _least_pace_s(base_s)
         return base_s if any(least_s <= tpot_s < inf for tpot_s in batch.paces()) else None
 
     def _for_answers(self, batch: Batch, begins_at: float, base_s: float) -> float:
-        """Tokens of prompts with which every answer that can have its next token in time does, and waits for it no
-        longer than `_LONGEST_STEP` says. Without such answers there is no bound.
+        """Tokens of prompts with which every answer that can have its next token in time does, and none waits for it
+        longer than `_LONGEST_STEP` and `_LONGEST_LATE` say. Without answers there is no bound.
         """
+        # An answer that is expected makes its token in the step behind this one, beside a few tokens of prompts.
         least_s = self.model.prompt_s(self._least_tokens, 0)
         this_one, next_one = begins_at + base_s, begins_at + 2.0 * base_s + least_s
         room_s = min(
@@ -182,8 +185,9 @@ class StepLimit:
     def _room_s(self, answers: Iterable[tuple[Job, int]], in_time: float, base_s: float) -> float:
         """Seconds by which a step may be longer than `base_s`, if without that their tokens come at `in_time`.
 
-        Token n + 1 is due `n` times the objective after the first one. An answer that is late does not count, nor one
-        whose objective leaves prompts little: it would hold up all of them, and may never catch up.
+        Token n + 1 is due `n` times the objective after the first one. An answer that is late may be held up for
+        longer, and one whose objective leaves prompts little for as long as they like: it would stop them, and never
+        catch up.
         """
         first_at, least_s, room_s = self._first_at, _least_pace_s(base_s), inf
         for job, made in answers:
@@ -193,6 +197,8 @@ class StepLimit:
             until_s = first + tpot_s * made - in_time
             if until_s >= 0.0:
                 room_s = min(room_s, until_s, _LONGEST_STEP * tpot_s - base_s)
+            elif tpot_s < inf:
+                room_s = min(room_s, _LONGEST_LATE * tpot_s - base_s)
         return room_s
 
     def _for_prompts(self, prompts: Iterable[Prompt], base_s: float, begins_at: float) -> float:

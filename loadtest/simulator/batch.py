@@ -276,7 +276,8 @@ class ContinuousBatch:
             if job.tier is Tier.FLEX and not self.lanes.is_due(job):
                 continue
             if self._entries[job].transferred or not job.restart_tokens:
-                batch.expected.append(job)
+                batch.answers.append((job, job.output_tokens))
+                batch.arrived += 1
             else:
                 batch.waiting.append(Prompt(job.arrived_at, job.restart_tokens, job.objectives, job.cached_tokens))
 

@@ -354,8 +354,8 @@ def blocks_for(spec: Any, tokens: int) -> int:  # noqa: ANN401
 
 
 class Scheduled(NamedTuple):
-    """A step that was sent to be computed, and when. load: to learn from, as always where it reads a prompt; None where
-    nothing is."""
+    """A step that was sent to be computed, and when. load: what it computes, kept of every step that reads a prompt and
+    of some others; None of the rest."""
 
     load: StepLoad | None
     at: float
@@ -425,15 +425,18 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
 
     def _prepare_for_first_tokens(self) -> None:
         # Where steps overlap, what is said leaves with the one under way, and an empty one would be a gap behind it.
-        several = self.vllm_config.parallel_config.pipeline_parallel_size > 1
+        # Several data-parallel ranks make their steps together: an empty one of one rank costs them all.
+        parallel = self.vllm_config.parallel_config
+        several = parallel.pipeline_parallel_size > 1 or parallel.data_parallel_size > 1
         self._overlaps_steps: bool = self.scheduler_config.async_scheduling or several
+        self._was_empty = False
         self._takes_first_tokens = first_token.is_possible(self)
         if self.connector is not None and self._takes_first_tokens:
             matched = self.connector.get_num_new_matched_tokens
             self.connector.get_num_new_matched_tokens = first_token.without_first_token(matched)
 
-    def _bound_steps(self) -> None:
-        """From here on prompts are bounded beside answers, if they can be cut."""
+    def _start_limiting(self) -> None:
+        """From here on prompts are limited beside answers, if they can be cut."""
         config = self.scheduler_config
         if config.enable_chunked_prefill and not getattr(config, "disable_chunked_mm_input", False):
             self._limit = StepLimit(self._slack.model, self._chunk_tokens)
@@ -513,8 +516,9 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
             self._singled_out.priority = YIELDS_FIRST
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:  # noqa: ANN401
-        if self._answers and not self._overlaps_steps:
-            return self._without_work(*args, **kwargs)
+        if self._answers and not (self._overlaps_steps or self._was_empty):
+            return self._empty_step(*args, **kwargs)
+        self._was_empty = False
         if self._shares_cores and self._only_holds_kv():
             time.sleep(HELD_LOOK_S)
         queue = self._queue
@@ -541,8 +545,10 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
             self._report(now)
         return output
 
-    def _without_work(self, *args: Any, **kwargs: Any) -> SchedulerOutput:  # noqa: ANN401
-        """An empty step, at whose end is said what need not wait until something has been computed, or KV asked for."""
+    def _empty_step(self, *args: Any, **kwargs: Any) -> SchedulerOutput:  # noqa: ANN401
+        """A step at whose end is said what need not wait until something has been computed, or KV asked for. Never two
+        in a row, for those that run stand still in it."""
+        self._was_empty = True
         step_tokens, self.max_num_scheduled_tokens = self.max_num_scheduled_tokens, 0
         try:
             return super().schedule(*args, **kwargs)
@@ -598,11 +604,13 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
 
     def _step_limit(self, by: StepLimit, now: float) -> Limit | None:
         """The bound on what prompts take of this step, so that the answers beside them keep their objective."""
-        arrived = self._arrived()
+        arrived, on_the_way = self._holding_kv()
         if not (self.running or arrived) or not (self._inflight_prefills or arrived or len(self._lanes)):
             return None
         batch = Batch(arrived=len(arrived))
         self._put_into(batch, chain(self.running, arrived), now)
+        entries = self._queue.entries
+        batch.expected += [entries[one.request_id].job for one in on_the_way if one.request_id in entries]
         if len(self._lanes):  # else all that run would be looked through for nobody
             self._put_waiting_into(batch)
         return by.of(
@@ -619,21 +627,22 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
                 continue
             if unread := job.restart_tokens:
                 batch.waiting.append(Prompt(job.arrived_at, unread, job.objectives, job.cached_tokens))
-            else:
+            elif hasattr(self, "kv_holding_waiting"):
                 batch.expected.append(job)
+                batch.asks += 1
+            else:  # older vLLMs keep it in our queue while its KV is on the way: it may start in this step
+                batch.answers.append((job, 0))
+                batch.arrived += 1
 
-    def _arrived(self) -> list[Request]:
-        """Requests that start before all that wait, since they hold KV: it has come from another engine, or is that of
-        a session's last turn. Older vLLMs keep these in our queue."""
+    def _holding_kv(self) -> tuple[list[Request], list[Request]]:
+        """Requests that hold KV and wait before all others: those that start in this step, since it has come from
+        another engine or is that of a session's last turn, and those whose KV is on the way."""
         holding = getattr(self, "kv_holding_waiting", None)
         if not holding:
-            return []
-        has_come = self.finished_recving_kv_req_ids
-        return [
-            request
-            for request in holding
-            if request.request_id in has_come or not self._is_blocked_waiting_status(request.status)
-        ]
+            return [], []
+        has_come, is_blocked = self.finished_recving_kv_req_ids, self._is_blocked_waiting_status
+        arrived = [one for one in holding if one.request_id in has_come or not is_blocked(one.status)]
+        return arrived, [one for one in holding if one.request_id not in has_come and is_blocked(one.status)]
 
     def _put_into(self, batch: Batch, requests: Iterable[Request], now: float) -> None:
         """A session's later turn has no job: its prompt counts as one that has just arrived."""
@@ -696,7 +705,8 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         wanted = lanes.wanted_tokens(step_tokens)
         load.prompt_tokens = min(step_tokens, load.prompt_tokens + wanted)
         contexts = [request.num_computed_tokens for request in decoding]
-        sequences, prompt_tokens = self._slack.room(load, contexts, step_tokens, self._pace_of(others))
+        before = reading[0].num_computed_tokens if reading else 0
+        sequences, prompt_tokens = self._slack.room(load, contexts, step_tokens, self._tpots_of(others), before)
         going = decoding[:sequences]
         self._held = decoding[sequences:]
         reads = not wanted and prompt_tokens > 0
@@ -708,11 +718,11 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         made = (1 + int(self.num_spec_tokens)) * (load.sequences + sequences)
         return load.prompt_tokens + made + prompt_tokens
 
-    def _pace_of(self, others: Sequence[Request]) -> float:
-        """The tightest time per token that they are to keep; the engine's where nobody runs."""
+    def _tpots_of(self, others: Iterable[Request]) -> list[float]:
+        """The objectives for the next tokens of those that make one; the engine's where nobody does."""
         of_engine, entries = self._queue.objectives.tpot_s, self._queue.entries
-        known = [entries.get(one.request_id) for one in others]
-        return min((of_engine if one is None else one.job.objectives.tpot_s for one in known), default=of_engine)
+        known = [entries.get(one.request_id) for one in others if self._unread(one) <= 1]
+        return [of_engine if one is None else one.job.objectives.tpot_s for one in known] or [of_engine]
 
     def _takes_flex(self, request: Request) -> bool:
         """Whether a flex request may start in this step.
@@ -1041,15 +1051,13 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
             vocabulary = self.vllm_config.model_config.get_vocab_size()
             token = first_token.take(request, vocabulary=vocabulary, longest=self.max_model_len)
         super().add_request(request)
-        if self._limit is None and self._has_pace(request):
-            self._bound_steps()
-        if token is not None:
-            self._answers.append((request, first_token.output_of(request, token, log_stats=self.log_stats)))
-
-    def _has_pace(self, request: Request) -> bool:
-        """Whether it has an objective for its tokens."""
         entry = self._queue.entries.get(request.request_id)
-        return entry is not None and entry.job.objectives.tpot_s < math.inf
+        if self._limit is None and entry is not None and entry.job.objectives.tpot_s < math.inf:
+            self._start_limiting()
+        if token is not None:
+            if self._limit is not None and entry is not None:
+                self._limit.made_elsewhere(entry.job, self.clock())
+            self._answers.append((request, first_token.output_of(request, token, log_stats=self.log_stats)))
 
     def _switch(self, xargs: Mapping[str, Any]) -> dict[str, str]:
         """Obeys an order to change the policy, or keeps the old one. Returns what to answer."""
@@ -1083,10 +1091,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
 
     def _hand_out_answers(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         """What is said outside of steps; first, for a request's second token may be among what a step has made."""
-        entries, limit = self._queue.entries, self._limit
         for request, answer in reversed(self._answers):
-            if limit is not None and answer.new_token_ids and (entry := entries.get(request.request_id)) is not None:
-                limit.made_elsewhere(entry.job, self.clock())
             outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.insert(0, answer)
             if answer.finish_reason is not None and self.finished_req_ids_dict is not None:
                 self.finished_req_ids_dict[request.client_index].add(request.request_id)

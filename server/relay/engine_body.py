@@ -9,6 +9,8 @@ from scheduler.workers import Worker
 from server.request.call import Ticket
 from server.request.schemas import CHAT, COMPLETIONS, raw_members
 
+_KIND = "evenhand_kind"  # a tenant may name it: it makes a class among its own requests
+
 # One token, in one piece: nothing that is changed here may change the prompt, whose KV another engine will take over.
 _ONE_TOKEN = (
     b'"stream":false,"stream_options":null,"max_tokens":1,"min_tokens":0,"stop":null,"return_token_ids":false,'
@@ -65,7 +67,7 @@ class EngineBody:
         if call.tier is not Tier.DEFAULT:
             words["evenhand_tier"] = call.tier.label
         if call.kind:
-            words["evenhand_kind"] = call.kind
+            words[_KIND] = call.kind
         if tenant.slo is not None:  # what it leaves to its model, the engine knows
             own = {"evenhand_ttft_s": tenant.slo.ttft_s, "evenhand_tpot_s": tenant.slo.tpot_s}
             words |= {name: seconds for name, seconds in own.items() if seconds is not None}
@@ -75,7 +77,8 @@ class EngineBody:
 
 
 def _granted(body: bytes) -> dict[str, Any]:
-    """What a tenant that may use `vllm_xargs` has put there itself, without what only the gateway says."""
+    """What a tenant that may use `vllm_xargs` has put there itself, without what only the gateway says. That it is an
+    object was seen when the request was read."""
     own = raw_members(body).get("vllm_xargs")
     given = (orjson.loads(bytes(own)) if own is not None else None) or {}
-    return {name: value for name, value in given.items() if not name.startswith("evenhand_")}
+    return {name: value for name, value in given.items() if name == _KIND or not name.startswith("evenhand_")}

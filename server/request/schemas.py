@@ -198,7 +198,10 @@ def _with_unlisted(route: Route, body: bytes, tenant: Tenant) -> tuple[Fields, M
         fields = _read_listed[route.path](_encode({name: raw for name, raw in members.items() if name in listed}))
     except _UNREADABLE as error:
         raise _misfit(error) from None
-    return fields, {name: raw for name, raw in members.items() if name not in listed}
+    unlisted = {name: raw for name, raw in members.items() if name not in listed}
+    if bytes(unlisted.get("vllm_xargs", _ABSENT))[:1] not in (b"{", b"n"):  # an object, or null
+        raise BadRequest("The field 'vllm_xargs' must be an object.", param="vllm_xargs")
+    return fields, unlisted
 
 
 def _misfit(error: BaseException) -> BadRequest:

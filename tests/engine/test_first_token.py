@@ -140,6 +140,21 @@ def test_a_first_token_waits_for_no_step_but_the_one_under_way(hollow_model: Pat
     assert step.total_num_scheduled_tokens > 0
 
 
+def test_those_that_run_stand_still_for_one_step_however_many_are_handed_over(hollow_model: Path) -> None:
+    names = [f"far{at}" for at in range(6)]
+    engine = decoding(hollow_model, dict.fromkeys(names, 33))
+    engine.add(request("runs", 33, 100))
+    engine.step()
+    computed: list[int] = []
+    for name in names:  # one arrives in each step
+        engine.add(handed(name, 33, 3, expected(name, 33, 1)[0]))
+        step = engine.step()
+        assert step is not None
+        computed.append(step.total_num_scheduled_tokens)
+    assert computed == [0, 1, 0, 1, 0, 1]
+    assert set(engine.answers) >= set(names)
+
+
 def test_what_another_connector_has_of_a_prompt_is_left_as_it_is(hollow_model: Path) -> None:
     engine = decoding(hollow_model, {"far": 16})  # a block, and no more
     answer = expected("far", 33, 3)

@@ -1,6 +1,7 @@
 """The time of a step is learned from steps, and flex takes what is left of the budget."""
 
 import random
+from math import inf
 
 import pytest
 
@@ -52,20 +53,48 @@ def test_a_step_with_flex_in_it_keeps_the_budget(sequences: int) -> None:
     slack = taught()
     others = StepLoad(0, 50, 25_000)
     contexts = [500] * sequences
-    decoding, tokens = slack.room(others, contexts, 2048, 0.05)
+    decoding, tokens = slack.room(others, contexts, 2048, [0.5, 0.05])
     assert decoding == sequences and tokens > 100
     step = StepLoad(tokens, 50 + decoding, 25_000 + 500 * decoding)
     assert 0.9 * 0.05 < seconds(step) <= 1.03 * 0.05
 
 
+def test_who_has_no_objective_counts_as_four_empty_steps() -> None:
+    slack, others = taught(), StepLoad(0, 50, 25_000)
+    careless = slack.room(others, [], 2048, [inf])
+    assert careless == slack.room(others, [], 2048) == slack.room(others, [], 2048, [inf, 0.5])
+    assert careless < slack.room(others, [], 2048, [0.5])
+
+
+def test_an_objective_that_no_step_keeps_does_not_stop_flex() -> None:
+    slack, others = taught(), StepLoad(0, 50, 25_000)
+    assert slack.room(others, [], 2048, [0.001, 0.05]) == slack.room(others, [], 2048, [0.05])
+    assert slack.room(others, [], 2048, [0.001]) == slack.room(others, [], 2048)
+
+
+def test_the_end_of_a_long_flex_prompt_takes_more_of_the_budget() -> None:
+    slack, pair_s = Slack(), 20e-9
+    for at in range(400):
+        load = StepLoad(0, at % 50, 500 * (at % 50))
+        load.add_prompt(700 * (at % 3), 3000 * (at % 5))
+        slack.model.learn(load, seconds(load) + pair_s * load.pairs)
+    others = StepLoad(0, 50, 25_000)
+    _, begins = slack.room(others, [], 2048, [0.05])
+    _, ends = slack.room(others, [], 2048, [0.05], before=10_000)
+    step = StepLoad(0, 50, 25_000)
+    step.add_prompt(ends, 10_000)
+    assert 0 < ends < 0.5 * begins
+    assert 0.9 * 0.05 < seconds(step) + pair_s * step.pairs <= 1.03 * 0.05
+
+
 def test_where_others_fill_the_budget_flex_waits() -> None:
     slack = taught()
-    assert slack.room(StepLoad(1500, 50, 25_000), [500] * 100, 2048, 0.05) == (0, 0)
+    assert slack.room(StepLoad(1500, 50, 25_000), [500] * 100, 2048, [0.05]) == (0, 0)
 
 
 def test_alone_something_is_always_done() -> None:
     slack = taught()
-    decoding, tokens = slack.room(StepLoad(), [500] * 100, 2048, 0.001)
+    decoding, tokens = slack.room(StepLoad(), [500] * 100, 2048, [0.001])
     assert decoding == 100 and tokens > 0
 
 

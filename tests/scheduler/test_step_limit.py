@@ -130,8 +130,14 @@ def test_where_nobody_has_an_objective_there_is_no_limit() -> None:
     assert asked(taught(), answers, [(job("p", objectives=NO_OBJECTIVES), 9000)], 10.0) is None
 
 
-def test_a_late_answer_has_no_say() -> None:
-    assert asked(taught(), {job("a"): (10.0, 3)}, [(job("p"), 9000)], 11.0) is None
+def test_a_late_answer_is_held_up_for_longer_but_not_for_as_long_as_they_like() -> None:
+    late = {job("a"): (10.0, 3)}
+    limit = asked(taught(), late, [(job("p"), 9000)], 11.0)
+    assert limit is not None
+    assert step_s(limit) == pytest.approx(2.4 * TPOT_S, rel=0.02)
+    beside = asked(taught(), late | {job("b"): (11.0, 1)}, [(job("p"), 9000)], 11.0)
+    assert beside is not None
+    assert step_s(beside, 2) == pytest.approx(TPOT_S, rel=0.02)
 
 
 def test_where_no_answer_runs_or_no_prompt_is_read_there_is_no_limit() -> None:
@@ -190,16 +196,17 @@ def test_answers_of_flex_limit_nothing() -> None:
     assert asked(by, {job("f", tier=Tier.FLEX): (10.0, 1)}, [(job("p"), 9000)], 10.0) is None
 
 
-@pytest.mark.parametrize("waits", [True, False])
-def test_one_whose_kv_comes_from_elsewhere_starts_beside_prompts_that_are_read(*, waits: bool) -> None:
+@pytest.mark.parametrize("has_come", [True, False])
+def test_kv_that_has_come_or_is_to_be_asked_for_has_its_token_beside_prompts_that_are_read(*, has_come: bool) -> None:
     by, answer, far = taught(), job("a"), job("far")
     by.made(answer, 10.0)
     batch = Batch([(answer, 1)], CONTEXT, [prompt(9000), prompt(100), prompt(8000)])
-    if waits:
-        batch.expected, batch.waiting = [far], [prompt(500)]
-    else:
+    if has_come:
         batch.answers.append((far, 0))
         batch.arrived = 1
+    else:
+        batch.expected.append(far)
+        batch.asks = 1
     limit = by.of(batch, 10.0, STEP_TOKENS, tokens_each=3)
     assert limit is not None
     assert limit.step_tokens == limit.prompt_tokens + 3 * 2
@@ -232,11 +239,8 @@ def test_a_second_token_is_waited_for_while_its_kv_is_on_the_way() -> None:
     limit = by.of(batch, 10.0, STEP_TOKENS)
     assert limit is not None
     # The next step makes it at the earliest, beside a few tokens of the prompt.
-    both_s = 2 * (FIXED_S + SEQUENCE_S) + PROMPT_S * (limit.prompt_tokens + 64)
+    both_s = 2 * FIXED_S + PROMPT_S * (limit.prompt_tokens + 64)
     assert both_s == pytest.approx(TPOT_S, rel=0.02)
-    late = by.of(batch, 10.0 + TPOT_S, STEP_TOKENS)
-    assert late is not None
-    assert late.prompt_tokens == STEP_TOKENS - 1
 
 
 def test_sequences_without_a_job_have_their_tokens_too() -> None:
@@ -251,7 +255,7 @@ def test_sequences_without_a_job_have_their_tokens_too() -> None:
 def test_an_engine_that_reads_whole_blocks_is_given_a_block() -> None:
     by, answer = StepLimit(model_of_steps(), 528), job("a")
     by.made(answer, 10.0)
-    batch = Batch([(answer, 1)], CONTEXT, [prompt(9000, 0.0), prompt(9000, 0.0)], expected=[job("far")])
+    batch = Batch([(answer, 1)], CONTEXT, [prompt(9000, 0.0), prompt(9000, 0.0)], arrived=1)
     limit = by.of(batch, 10.0 + TPOT_S - 0.02, STEP_TOKENS)
     assert limit is not None
     assert (limit.prompt_tokens, limit.each_tokens) == (528, 528)

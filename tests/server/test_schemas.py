@@ -218,13 +218,17 @@ def test_the_scheduler_s_words_cannot_be_overwritten_by_a_client() -> None:
         assert sent["vllm_xargs"]["evenhand_tenant"] == "anybody"
     granted = Tenant(name="t", grants=frozenset({"vllm_xargs"}))
     body = b'{"model":"m","seed":123456789012345678901234567890,"vllm_xargs":{"mine":1,%s}}' % (
-        b'"evenhand_tenant":"other","evenhand_tier":"priority","evenhand_policy":"fcfs","evenhand_tpot_s":0.001'
+        b'"evenhand_tenant":"other","evenhand_tier":"priority","evenhand_policy":"fcfs","evenhand_tpot_s":0.001,"evenhand_kind":"invoices"'
     )
     sent_bytes = steering.body_for(in_line(OneLine(), call_of(body, CHAT, granted)), worker)
     assert b"123456789012345678901234567890" in sent_bytes
     sent = json.loads(sent_bytes)
     assert sent["vllm_xargs"]["mine"] == 1 and sent["vllm_xargs"]["evenhand_tenant"] == "t"
     assert not {"evenhand_tier", "evenhand_policy", "evenhand_tpot_s"} & sent["vllm_xargs"].keys()
+    assert sent["vllm_xargs"]["evenhand_kind"] == "invoices"  # docs/policies.md: a class of its own
+    for nonsense in (b"[1]", b'"a"', b"7", b"true"):
+        with pytest.raises(BadRequest, match="'vllm_xargs' must be an object"):
+            call_of(b'{"model":"m","vllm_xargs":%b}' % nonsense, CHAT, granted)
 
 
 def test_an_engine_is_told_the_objectives_that_are_a_tenants_own() -> None:
