@@ -150,10 +150,10 @@ class Planner:
         stay = writes.expects(context, asked.answers, asked.objectives.tpot_s, due_at=due_at)
         if asked.silent:
             writes.begins(stay, now)
-        visit = Visit(reader, writer, self, asked.prompt_tokens, choice.ttft_s, now, stay, silent=asked.silent)
-        visit.passes_on = choice.passes_on
-        silent = asked.silent and not visit.split
-        tokens = max(1, asked.prompt_tokens - reads.cached_tokens)
+        prompt_tokens, silent, passes_on = asked.prompt_tokens, asked.silent, choice.passes_on
+        visit = Visit(reader, writer, self, prompt_tokens, choice.ttft_s, now, stay, silent=silent, passes_on=passes_on)
+        silent = silent and not visit.split
+        tokens = max(1, prompt_tokens - reads.cached_tokens)
         cached = reads.cached_tokens
         reads.forecast.sends_prompt(visit, tokens, now, self.life_s, cached_tokens=cached, silent=silent)
         if not visit.split:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI
 
 from scheduler.jobs import Tier
-from scheduler.objectives import Objectives
+from scheduler.objectives import NO_OBJECTIVES
 from scheduler.placement import Rules
 from scheduler.pools import Pools
 from scheduler.tiers import TieredLanes
@@ -364,7 +364,7 @@ class GatewayServer:
         dispatcher.max_sequences = admission.max_sequences
         dispatcher.flex = self._flex_rules()
         if self.settings.slo.named:
-            targets = SloTargets(self.settings.slo, unset=Objectives())
+            targets = SloTargets(self.settings.slo, unset=NO_OBJECTIVES)
             dispatcher.predictor = Predictor(
                 targets, apart.min_prompt_tokens, monotonic, self.telemetry.predicted.observe
             )

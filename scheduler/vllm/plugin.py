@@ -622,12 +622,14 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         )
 
     def _put_waiting_into(self, batch: Batch) -> None:
+        """Those that may start, in order of arrival, and those whose KV is elsewhere."""
+        apart = hasattr(self, "kv_holding_waiting")
         for job in islice(self._lanes.waiting_jobs(), LOOKED_AT):
             if job.tier is Tier.FLEX and not self._lanes.is_due(job):
                 continue
             if unread := job.restart_tokens:
                 batch.waiting.append(Prompt(job.arrived_at, unread, job.objectives, job.cached_tokens))
-            elif hasattr(self, "kv_holding_waiting"):
+            elif apart:
                 batch.expected.append(job)
                 batch.asks += 1
             else:  # older vLLMs keep it in our queue while its KV is on the way: it may start in this step

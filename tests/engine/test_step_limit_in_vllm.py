@@ -131,6 +131,22 @@ def test_a_request_s_own_objective_goes_before_the_engine_s(hollow_model: Path, 
     assert max(timed.lags_s["own"]) < 0.1 * TPOT_S
 
 
+@pytest.mark.parametrize(("tpot_s", "longest_s"), [(0.01, 0.0105), (None, 0.0185)], ids=["own", "four empty steps"])
+def test_flex_leaves_an_answer_its_own_objective(hollow_model: Path, tpot_s: float | None, longest_s: float) -> None:
+    timed = Timed(hollow_model, {})
+    timed.engine.add(request("first", 20, 2, tpot_s=0.01))
+    timed.warm_up()
+    timed.engine.add(request("answer", 20, 300, **({} if tpot_s is None else {"tpot_s": tpot_s})))
+    timed.until_first_token("answer")
+    timed.engine.add(request("flex", LONG, 5, tier="flex"))
+    steps_s: list[float] = []
+    while not timed.engine.answers.get("flex"):
+        began = timed.clock.now
+        timed.step()
+        steps_s.append(timed.clock.now - began)
+    assert 0.8 * longest_s < max(steps_s) < longest_s
+
+
 def test_a_prompt_s_own_objective_hurries_it(hollow_model: Path) -> None:
     read: list[float] = []
     for own in ({}, {"ttft_s": 0.3}):
