@@ -17,6 +17,10 @@ _FULL: Final = 0.9  # of the KV cache
 _LONG_STEPS: Final = 64  # an answer of as many tokens or more says how long a step takes; a shorter one says it roughly
 _LEAST_STEP_S: Final = 1e-5
 _SHORTEST_S: Final = 1e-3  # first tokens that come closer together were made by one step
+_HABIT_COUNTS: Final = 0.15  # the weight of answers that usually run on an engine: they may not be there now
+_READ_WITHIN: Final = 0.85  # of the time to the first token: the rest of it is spent elsewhere
+_FEWEST_USUAL: Final = 1e-3
+_EASY: Final = 0.3  # of a limit: an engine whose steps take less can read prompts in small pieces, and harm nobody
 _LOOKED_AT: Final = 16  # answers of an engine; of more, each k-th
 LEAST_ROOM: Final = 0.05  # of a limit: what an answer is taken to have left where steps alone take longer
 
@@ -78,6 +82,10 @@ class Misses(NamedTuple):
     writing: float
     both: float
 
+    def at_least(self, reading: float) -> "Misses":
+        """With so many for one more prompt, if it is not more already."""
+        return Misses(max(self.reading, reading), self.writing, max(self.both, reading + self.writing))
+
 
 class EngineForecast:
     """One engine.
@@ -120,6 +128,8 @@ class EngineForecast:
         self._begun_memo: tuple[float, Reading] | None = None
         self._fetched_tokens = 0.0
         self._sequence_s = self._context_s = self._summed_at = 0.0  # integrals over time of what runs
+        self._running_limited = (0.0, 0.0)  # of those that run, the ones with a limit, and the sum of their limits
+        self._usual = (0.0, 0.0)  # the same in the last half minute or so
 
     # What happens
 
@@ -205,6 +215,7 @@ class EngineForecast:
         self._coming_context -= stay.context_tokens
         self.running += stay.answers
         self._running_context += stay.context_tokens
+        self._count_limited(stay, stay.answers)
         stay.began_at, stay.read, stay.fetched = now, self._computed(now), self._fetched_tokens
         stay.sequences, stay.contexts = self._sequence_s, self._context_s
 
@@ -219,6 +230,7 @@ class EngineForecast:
         self._begun_memo = None
         self.running -= stay.answers
         self._running_context -= stay.context_tokens
+        self._count_limited(stay, -stay.answers)
         seconds, stayed_s = last_at - stay.began_at, now - stay.began_at
         if tokens > 4 and seconds > 0.0:
             steps = tokens - 1
@@ -236,6 +248,12 @@ class EngineForecast:
                 ),
                 min(1.0, steps / _LONG_STEPS),
             )
+
+    def _count_limited(self, stay: Stay, more: int) -> None:
+        if stay.tpot_limit_s < inf:
+            answers, limits_s = self._running_limited
+            left = answers + more
+            self._running_limited = (left, limits_s + more * stay.tpot_limit_s) if left else (0.0, 0.0)
 
     def _learn(self, seconds: float, row: tuple[float, ...], weight: float = 1.0) -> None:
         if self._fleet is not None:
@@ -259,6 +277,11 @@ class EngineForecast:
         self._sequence_s += self.running * elapsed_s
         self._context_s += self._running_context * elapsed_s
         self._summed_at = now
+        if elapsed_s > 0.0:
+            fades = exp(-elapsed_s / MEMORY_S)
+            (limited, limits_s), (usual, usual_limits_s) = self._running_limited, self._usual
+            comes = 1.0 - fades
+            self._usual = fades * usual + comes * limited, fades * usual_limits_s + comes * limits_s
 
     # What would be
 
@@ -362,32 +385,61 @@ class EngineForecast:
         cost = self.cost
         held = self._running_context + self._coming_context
         step_s = cost.decode_s(self.answers + self.others, held)
-        slower_s = (cost.sequence_s + cost.context_token_s * context_tokens) * left
+        slower_s = cost.sequence_s + cost.context_token_s * context_tokens  # each step, with one more answer
         unread, computed = self.unread(now), self._computed(now)
         queue_s, read_s = cost.prompt_s(*unread), cost.prompt_s(*prompt)
         chunk_s = self._chunk_s(unread.plus(prompt))
         each = -(-len(self._limited) // _LOOKED_AT)
         reading = writing = both = 0.0
         for stay in islice(self._limited, 0, None, each):
-            room_s = max(LEAST_ROOM * stay.tpot_limit_s, stay.tpot_limit_s - step_s)
+            least_s = LEAST_ROOM * stay.tpot_limit_s
+            room_s = max(least_s, stay.tpot_limit_s - step_s)
+            less_room_s = max(least_s, room_s - slower_s)
+            slow_s = (slower_s - (room_s - less_room_s)) * left  # what there is no room for, of all tokens
             behind_s, ahead_s, with_it_s = 0.0, queue_s, queue_s + read_s
-            if stay.began_at is not None:
+            if stay.began_at is None:
+                ahead_s, with_it_s = self._held_up(stay, queue_s, read_s, now)
+            else:
                 stalled_s = cost.prompt_s(*computed.since(stay.read))
                 behind_s = stay.waited_s + stalled_s - room_s * max(0.0, now - stay.began_at - stalled_s) / step_s
-            elif stay.queued is not None:
-                ahead_s = min(queue_s, cost.prompt_s(*self.sent.since(stay.queued)))
-                with_it_s = ahead_s + read_s
-            else:
-                until_s = max(0.0, stay.due_at - now)
-                ahead_s, with_it_s = max(0.0, queue_s - until_s), max(0.0, queue_s + read_s - until_s)
-            if behind_s + with_it_s + slower_s <= 0.0:
+            if behind_s + with_it_s + slow_s <= 0.0:
                 continue
             before = late(behind_s, ahead_s, room_s, chunk_s, left)
             answers = stay.answers * each
             reading += answers * (late(behind_s, with_it_s, room_s, chunk_s, left) - before)
-            writing += answers * (late(behind_s, ahead_s + slower_s, room_s, chunk_s, left) - before)
-            both += answers * (late(behind_s, with_it_s + slower_s, room_s, chunk_s, left) - before)
+            writing += answers * (late(behind_s, ahead_s + slow_s, less_room_s, chunk_s, left) - before)
+            both += answers * (late(behind_s, with_it_s + slow_s, less_room_s, chunk_s, left) - before)
         return Misses(reading, writing, both)
+
+    def _held_up(self, stay: Stay, queue_s: float, read_s: float, now: float) -> tuple[float, float]:
+        """Seconds for which an answer that is still to begin will be held up by what is to be read here, and with a
+        prompt of `read_s` more."""
+        if stay.queued is not None:
+            ahead_s = min(queue_s, self.cost.prompt_s(*self.sent.since(stay.queued)))
+            return ahead_s, ahead_s + read_s
+        until_s = max(0.0, stay.due_at - now)
+        return max(0.0, queue_s - until_s), max(0.0, queue_s + read_s - until_s)
+
+    def usual_misses(self, prompt: Reading, left: float, ttft_s: float, now: float, *, limits_steps: bool) -> float:
+        """Answers that one more prompt would make late, were there as many here as usual.
+
+        Without it engines that all do both never take sides: each prompt finds one that has no answers at the moment,
+        and the next answer finds prompts everywhere. None where an engine that limits its steps can read the prompt in
+        small pieces beside answers and still be in time. left: tokens of an answer. ttft_s: the prompt's objective.
+        """
+        self._sum(now)
+        limited, limits_s = self._usual
+        if limited < _FEWEST_USUAL:
+            return 0.0
+        cost, limit_s = self.cost, limits_s / limited
+        step_s = cost.decode_s(self.answers + self.others, self._running_context + self._coming_context)
+        room_s = max(LEAST_ROOM * limit_s, limit_s - step_s)
+        read_s = cost.prompt_s(*prompt)
+        if limits_steps and step_s <= _EASY * limit_s:
+            beside_answers_s = (cost.prompt_s(*self.unread(now)) + read_s) * limit_s / room_s
+            if beside_answers_s <= _READ_WITHIN * ttft_s:
+                return 0.0
+        return _HABIT_COUNTS * limited * late(0.0, read_s, room_s, self._chunk_s(prompt), left)
 
 
 def late(behind_s: float, stall_s: float, room_s: float, chunk_s: float, left: float) -> float:

@@ -11,7 +11,7 @@ from typing import Final
 
 from scheduler.forecast import EngineForecast, Stay
 from scheduler.pools import TYPICAL_TOKENS, Pool, WorkerLoad
-from scheduler.prediction import Asked, HandOver, Prospect, choose
+from scheduler.prediction import Asked, HandOver, Prospect, choose, is_passed_on
 from scheduler.step_cost import LinearFit, StepCost
 from scheduler.workers import Role
 
@@ -26,21 +26,32 @@ class Visit:
     """One request at the engines that read its prompt and write its answer; the same one where it is not split.
 
     Tell it what happens, in this order or less: `read`, `begins`, `goes_on`, `over`. Anything told twice counts once.
-    silent: its first token will not be seen, for it is answered in one piece or goes on with a stream.
-    passes_on: the writer gives out the reader's first token, before it has the KV. first_at: when it came.
+    asked: as it was placed. silent: its first token will not be seen, for it is answered in one piece or goes on with a
+    stream. ttft_s: as predicted.
+    can_pass_on: the writer can give out the first token that the reader made, before it has the KV. passes_on: it will;
+    settled by `read`. goes_as_planned: that was not changed. first_at: when it came.
     """
 
     reader: WorkerLoad
     writer: WorkerLoad
     planner: "Planner"
-    prompt_tokens: int
+    asked: Asked
     ttft_s: float
     sent_at: float
     stay: Stay
-    silent: bool = False
+    can_pass_on: bool = False
     passes_on: bool = False
+    goes_as_planned: bool = True
     read_at: float | None = None
     first_at: float | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.asked.prompt_tokens
+
+    @property
+    def silent(self) -> bool:
+        return self.asked.silent
 
     @property
     def split(self) -> bool:
@@ -51,6 +62,10 @@ class Visit:
         if self.read_at is None:
             self.read_at = now
             self._at(self.reader).has_read(self, now)
+            if self.can_pass_on and self.first_at is None and not self.silent:
+                planned, forecast, elapsed_s = self.passes_on, self._at(self.writer), now - self.sent_at
+                self.passes_on = is_passed_on(self.asked, elapsed_s, forecast, self.planner.handover, now)
+                self.goes_as_planned = self.passes_on == planned
 
     def gave_up(self, now: float) -> None:
         """The reader will not read the prompt: the writer does."""
@@ -59,7 +74,7 @@ class Visit:
             writes = self._at(self.writer)
             writes.sends_prompt(self, self.prompt_tokens, now, self.planner.life_s, silent=self.silent)
             self.stay.queued = writes.sent
-            self.reader, self.passes_on = self.writer, False
+            self.reader, self.can_pass_on, self.passes_on = self.writer, False, False
 
     def begins(self, now: float) -> None:
         """The answer's first token came."""
@@ -70,7 +85,8 @@ class Visit:
         self.read(now)
         if not self.passes_on:
             self._runs(now)
-        self.planner.note_error(self.ttft_s / max(1e-6, now - self.sent_at))
+        if self.goes_as_planned:
+            self.planner.note_error(self.ttft_s / max(1e-6, now - self.sent_at))
 
     def goes_on(self, now: float) -> None:
         """Its second token came: if the first was passed on, this is the first that the writer made."""
@@ -121,6 +137,11 @@ class Planner:
     fetched: LinearFit = field(default_factory=lambda: LinearFit(_ASSUMED_HANDOVER.fetched))
     passed_on: LinearFit = field(default_factory=lambda: LinearFit(_ASSUMED_HANDOVER.passed_on))
 
+    @property
+    def handover(self) -> HandOver:
+        """As learned so far."""
+        return HandOver(self.fetched.coefficients, self.passed_on.coefficients)
+
     def learn(self, prompt_tokens: int, output_tokens: float) -> None:
         """A request is over."""
         self.learned += 1
@@ -139,8 +160,7 @@ class Planner:
         asked = replace(asked, output_tokens=output_tokens, typical_prompt_tokens=self.prompt_tokens)
         loads = sorted(self._considered(pools, known, avoid), key=_rank)
         prospects = [self._prospect(load, rank / len(loads), known) for rank, load in enumerate(loads)]
-        handover = HandOver(self.fetched.coefficients, self.passed_on.coefficients)
-        choice = choose(asked, prospects, handover, now)
+        choice = choose(asked, prospects, self.handover, now)
         if choice is None:
             return None
         reader, writer = loads[choice.reader], loads[choice.writer]
@@ -150,10 +170,11 @@ class Planner:
         stay = writes.expects(context, asked.answers, asked.objectives.tpot_s, due_at=due_at)
         if asked.silent:
             writes.begins(stay, now)
-        prompt_tokens, silent, passes_on = asked.prompt_tokens, asked.silent, choice.passes_on
-        visit = Visit(reader, writer, self, prompt_tokens, choice.ttft_s, now, stay, silent=silent, passes_on=passes_on)
-        silent = silent and not visit.split
-        tokens = max(1, prompt_tokens - reads.cached_tokens)
+        can_pass_on = reader is not writer and reads.passes_on and prospects[choice.writer].passes_on
+        can_pass_on = can_pass_on and asked.output_tokens > 1
+        visit = Visit(reader, writer, self, asked, choice.ttft_s, now, stay, can_pass_on, choice.passes_on)
+        silent = asked.silent and not visit.split
+        tokens = max(1, asked.prompt_tokens - reads.cached_tokens)
         cached = reads.cached_tokens
         reads.forecast.sends_prompt(visit, tokens, now, self.life_s, cached_tokens=cached, silent=silent)
         if not visit.split:

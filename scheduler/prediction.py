@@ -15,9 +15,11 @@ from scheduler.objectives import Objectives
 
 TTFT_ERROR: Final = 0.15  # of a predicted time to first token, one standard deviation
 TPOT_ERROR: Final = 0.05  # likewise
-# What decides among choices that endanger nobody: short times first, then answers close together and prompts where few
-# answers are, so that whole engines stay free of one or the other.
-_SLOWNESS: Final = 1e-2
+# What a request's own times cost those that come after it, in misses for as long as its objectives: while it is there,
+# it is in their way.
+_SLOWNESS: Final = 0.4
+# What decides among choices that are alike in this: answers close together and prompts where few answers are, so that
+# whole engines stay free of one or the other.
 _CROWD: Final = 1e-3
 _BESIDE: Final = 3.0  # times `_CROWD`, for each answer beside which a prompt is read
 _PACKED: Final = 20.0  # times `_CROWD`, more of it the more of the engines' time goes to prompts
@@ -147,6 +149,7 @@ class _Seen(NamedTuple):
         typical_s = forecast.cost.prompt_s(*Reading.of(asked.typical_prompt_tokens))
         output, context = max(2.0, asked.output_tokens), asked.context_tokens
         pace = forecast.pace(output, typical_s, now, more=1, context_tokens=context)
+        usual = forecast.usual_misses(prompt, output, asked.objectives.ttft_s, now, limits_steps=prospect.passes_on)
         return cls(
             forecast.answers,
             tokens,
@@ -155,7 +158,7 @@ class _Seen(NamedTuple):
             forecast.memory_wait_s(context, pace.tpot_s * output),
             pace,
             _late(pace, asked.objectives.tpot_s),
-            forecast.misses(prompt, context, output, now),
+            forecast.misses(prompt, context, output, now).at_least(usual),
             prospect.passes_on,
         )
 
@@ -177,6 +180,21 @@ def _ways(asked: Asked, reader: _Seen, writer: _Seen, at: tuple[int, int], hando
         if not stalled or asked.silent:  # withheld it would come later, and nothing sooner
             return
     yield Choice(*at, goes_on_s, writer.pace.tpot_s, _own(asked, goes_on_s, writer.write_risk) + others)
+
+
+def is_passed_on(asked: Asked, elapsed_s: float, writer: EngineForecast, handover: HandOver, now: float) -> bool:
+    """Whether a first token is better given out before the writer has the KV: asked anew when the prompt has been read,
+    for by now the writer may be reading prompts itself. elapsed_s: since the choice."""
+    output = max(2.0, asked.output_tokens)
+    typical_s = writer.cost.prompt_s(*Reading.of(asked.typical_prompt_tokens))
+    pace = writer.pace(output, typical_s, now)
+    limit_s, tokens = asked.objectives.tpot_s, asked.prompt_tokens
+    passed_on_s = elapsed_s + handover.passed_on_s(tokens)
+    memory_s = writer.memory_wait_s(0.0, pace.tpot_s * output)  # its own context is reserved there already
+    goes_on_s = elapsed_s + max(memory_s + handover.fetched_s(tokens), writer.first_token_s(Reading(), now))
+    write_risk, stalled = _late(pace, limit_s), _stalled(asked, pace, max(0.0, goes_on_s - passed_on_s))
+    risk = _own(asked, passed_on_s, 1.0 - (1.0 - write_risk) * (1.0 - stalled))
+    return risk <= _own(asked, goes_on_s, write_risk) + _CROWD
 
 
 def _together(asked: Asked, seen: _Seen, at: int) -> Choice:

@@ -12,24 +12,20 @@ from typing import Final, NamedTuple
 
 from scheduler.batching import equal_share
 from scheduler.jobs import Job, Tier
-from scheduler.objectives import Objectives
 from scheduler.slack import StepLoad, StepModel
 
 LOOKED_AT: Final = 32  # prompts that wait, in order of arrival: other orders may start one first that is not looked at
-_LEAST_TOKENS: Final = 64  # of prompts in a step: they always go on
+_LEAST_TOKENS: Final = 16  # of prompts in a step: they always go on
 _WORTH_WHILE: Final = 0.4  # of the time per token: an objective that leaves prompts less would stop them
-_LONGEST_STEP: Final = 1.2  # times the time per token, however far ahead answers are, unless a prompt needs more
+_LONGEST_STEP: Final = 1.2  # times the time per token, however far ahead answers are
 _LONGEST_LATE: Final = 2.4  # times the same, for an answer that will be late
-_TTFT_SHARE: Final = 0.85  # of the objective in which a prompt is to be read: for the rest it waits elsewhere
 _EACH: Final = 8  # steps without a prompt of which one is learned from
 
 
 class Prompt(NamedTuple):
     """A prompt that is not read yet. unread: tokens that are to be computed, behind `before` others."""
 
-    arrived_at: float
     unread: int
-    objectives: Objectives
     before: int = 0
 
 
@@ -130,12 +126,8 @@ class StepLimit:
         if under_way is not None:
             prompts_s = self.model.predicted_s(under_way.load) - self.model.empty_s
             begins_at = max(now, under_way.began_at + base_s + prompts_s)
-        wanted = max(
-            self._least_tokens,
-            self._for_answers(batch, begins_at, base_s),
-            self._for_prompts(chain(batch.prompts, batch.waiting), base_s, begins_at),
-        )
         others = tokens_each * (len(batch.answers) + batch.untracked + batch.asks)
+        wanted = max(self._least_tokens, self._for_answers(batch, begins_at, base_s))
         starts = batch.arrived or batch.asks
         if starts:  # an engine goes on with prompts before it starts anybody: they leave these their tokens
             wanted = min(wanted, max(self._least_tokens, step_tokens - others))
@@ -200,17 +192,6 @@ class StepLimit:
             elif tpot_s < inf:
                 room_s = min(room_s, _LONGEST_LATE * tpot_s - base_s)
         return room_s
-
-    def _for_prompts(self, prompts: Iterable[Prompt], base_s: float, begins_at: float) -> float:
-        """Tokens of prompts a step with which those have been read in time that can be, each after those before it."""
-        ahead, ahead_s, wanted = 0, 0.0, 0.0
-        for prompt in prompts:
-            ahead += prompt.unread
-            ahead_s += self.model.prompt_s(prompt.unread, prompt.before)
-            spare_s = prompt.arrived_at + _TTFT_SHARE * prompt.objectives.ttft_s - begins_at - ahead_s
-            if spare_s > 0.0:  # room for so many steps' fixed time
-                wanted = max(wanted, base_s * ahead / spare_s)
-        return wanted
 
 
 def _least_pace_s(base_s: float) -> float:

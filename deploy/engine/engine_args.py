@@ -69,7 +69,7 @@ class EnginePlan:
     cores and those on which no engine computes; empty for anywhere. threads: how many compute, where that is not one on
     each core; the system then places them. kv_cache_gib: its KV cache, for a CPU engine.
     share: its GPUs, None on a CPU.
-    promises: that the plug-in keeps: `flex_reserve` to that tier, and the objectives `ttft_s` and `tpot_s`.
+    promises: that the plug-in keeps: `flex_reserve` to that tier, and the objective `tpot_s`, the time per token.
     model_args: what this model needs; user_args: what the user gave, which wins over everything of ours.
     hands_over: one of role `both` has a KV connector too, so that it may take either half of a request.
     host: the address on which it listens, for gateways and for engines that fetch its KV.

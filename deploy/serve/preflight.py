@@ -278,8 +278,9 @@ def weights_bytes(model: str, cache: Path, dtype: str) -> int:
 
 
 def promises_of(settings: ServeSettings, model: str) -> Mapping[str, float]:
-    """What the scheduler inside an engine is told of service tiers, and of the objectives of its model."""
-    return {"flex_reserve": settings.tiers.flex_reserve, **settings.slo.of(model).model_dump(exclude_none=True)}
+    """What the scheduler inside an engine is told of service tiers, and of the time per token of its model."""
+    tpot_s = settings.slo.of(model).tpot_s
+    return {"flex_reserve": settings.tiers.flex_reserve} | ({} if tpot_s is None else {"tpot_s": tpot_s})
 
 
 def plan_workers(

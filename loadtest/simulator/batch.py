@@ -18,6 +18,7 @@ from scheduler.kept_blocks import Kept
 from scheduler.memory_peak import FuturePeak, Running
 from scheduler.policy import Policy
 from scheduler.slack import StepLoad
+from scheduler.step_cost import pairs_of
 from scheduler.step_limit import LOOKED_AT, Batch, Limit, Prompt, StepLimit
 from scheduler.tiers import TieredLanes
 
@@ -84,7 +85,8 @@ class Counts:
 class _Step:
     """An iteration while it is put together.
 
-    left: tokens that may still be computed. chunks: how many of each. kv_tokens: read by those that decode.
+    left: tokens that may still be computed. chunks: how many of each. kv_tokens: read by those that decode. pairs: of a
+    prompt token that is computed and one before it.
     started: who comes into the batch. short: there was too little KV for those that run.
     cap: most tokens that one sequence may take, None for no cap.
     """
@@ -96,6 +98,7 @@ class _Step:
     decoding: int = 0
     prefill_tokens: int = 0
     kv_tokens: int = 0
+    pairs: float = 0.0
     transfer_tokens: int = 0
     started: int = 0
     short: bool = False
@@ -110,6 +113,7 @@ class _Step:
             self.kv_tokens += computed
         else:
             self.prefill_tokens += chunk
+            self.pairs += pairs_of(chunk, computed)
         entry.computed = computed = computed + chunk
         if computed == entry.tokens:
             self.producing.append(entry)
@@ -144,6 +148,7 @@ class _Step:
             self.kv_tokens -= entry.computed
         else:
             self.prefill_tokens -= chunk
+            self.pairs -= pairs_of(chunk, entry.computed)
 
 
 class ContinuousBatch:
@@ -242,7 +247,7 @@ class ContinuousBatch:
         flex_tokens = step.flex_tokens if self.lanes.running(Tier.FLEX) else 0
         self.lanes.stepped(now, most - step.left - flex_tokens)
         duration_s = self.cost.duration_s(
-            step.prefill_tokens, step.decoding, step.kv_tokens, step.transfer_tokens, step.started
+            step.prefill_tokens, step.decoding, step.kv_tokens, step.transfer_tokens, step.started, step.pairs
         )
         load = self._to_learn_from(step)
         steady = not barred and self._steady(step)
@@ -258,7 +263,7 @@ class ContinuousBatch:
             if unread > 1:
                 reading.append(job)
                 if job.tier is not Tier.FLEX or lanes.is_reserved(job):
-                    batch.prompts.append(Prompt(job.arrived_at, unread, job.objectives, entry.computed))
+                    batch.prompts.append(Prompt(unread, entry.computed))
             else:
                 batch.answers.append((job, job.output_tokens))
                 batch.context += entry.computed
@@ -279,7 +284,7 @@ class ContinuousBatch:
                 batch.answers.append((job, job.output_tokens))
                 batch.arrived += 1
             else:
-                batch.waiting.append(Prompt(job.arrived_at, job.restart_tokens, job.objectives, job.cached_tokens))
+                batch.waiting.append(Prompt(job.restart_tokens, job.cached_tokens))
 
     def _to_learn_from(self, step: _Step) -> StepLoad | None:
         if self._limit is None or step.transfer_tokens:

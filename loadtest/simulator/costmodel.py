@@ -6,6 +6,8 @@ from pathlib import Path
 
 import orjson
 
+from scheduler.step_cost import pairs_of
+
 _PLAIN_BLOCK_TOKENS = 16  # vLLM's default
 
 
@@ -18,6 +20,8 @@ class CostModel:
     decode_s_per_sequence: seconds per sequence that makes one output token.
     attention_s_per_kv_token: seconds per KV token read by the decoding sequences.
     transfer_s_per_token: seconds per prompt token whose KV comes from a prefill worker instead of being computed.
+    attention_s_per_pair: seconds per pair of a prompt token that is computed and one before it, to which it attends; so
+        the end of a long prompt takes longer than its beginning.
     start_s_per_sequence: seconds more per sequence that comes into the batch, for reading its request and preparing it.
     max_seqs: batch slots (vLLM's --max-num-seqs).
     max_batched_tokens: tokens of one iteration, decode and prefill chunks together (--max-num-batched-tokens).
@@ -35,6 +39,7 @@ class CostModel:
     kv_capacity_tokens: int = 1 << 18
     prefix_block_tokens: int = 32
     start_s_per_sequence: float = 0.0
+    attention_s_per_pair: float = 0.0
 
     def __post_init__(self) -> None:
         if min(self.max_seqs, self.max_batched_tokens, self.kv_capacity_tokens) < 1:
@@ -57,9 +62,16 @@ class CostModel:
         return self.prefix_block_tokens or _PLAIN_BLOCK_TOKENS
 
     def duration_s(
-        self, prefill_tokens: int, decode_sequences: int, kv_tokens: int, transfer_tokens: int = 0, started: int = 0
+        self,
+        prefill_tokens: int,
+        decode_sequences: int,
+        kv_tokens: int,
+        transfer_tokens: int = 0,
+        started: int = 0,
+        pairs: float = 0.0,
     ) -> float:
-        """Seconds of an iteration that computes so much: linear in each of the five."""
+        """Seconds of an iteration that computes so much: linear in each of the six. pairs: as `attention_s_per_pair`
+        counts them."""
         return (
             self.iteration_s
             + self.prefill_s_per_token * prefill_tokens
@@ -67,6 +79,7 @@ class CostModel:
             + self.attention_s_per_kv_token * kv_tokens
             + self.transfer_s_per_token * transfer_tokens
             + self.start_s_per_sequence * started
+            + self.attention_s_per_pair * pairs
         )
 
     def saturation_tokens_per_s(self, prompt_tokens: float, output_tokens: float) -> float:
@@ -82,7 +95,8 @@ class CostModel:
         decode_s = (
             self.iteration_s + self.decode_s_per_sequence * seqs + self.attention_s_per_kv_token * seqs * held_tokens
         )
-        prefill_s = self.prefill_s_per_token * prompt_tokens + self.start_s_per_sequence
+        attention_s = self.attention_s_per_pair * pairs_of(prompt_tokens)
+        prefill_s = self.prefill_s_per_token * prompt_tokens + attention_s + self.start_s_per_sequence
         per_request_s = output_tokens * decode_s / seqs + prefill_s
         return output_tokens / per_request_s if per_request_s > 0 else float("inf")
 

@@ -5,8 +5,8 @@ vLLM loads it with `--scheduler-cls scheduler.vllm.plugin.PolicyScheduler`; the 
 
 A request tells whose it is through `vllm_xargs`: `evenhand_tenant`, `evenhand_weight` (the tenant's share),
 `evenhand_service` (the tenant's service as the gateways saw it, in weighted tokens), `evenhand_kind` (what is alike in
-length), `evenhand_tier` (`priority`, `default` or `flex`), and, where they are not those of the engine, the objectives
-`evenhand_ttft_s` and `evenhand_tpot_s`.
+length), `evenhand_tier` (`priority`, `default` or `flex`), and, where it is not that of the engine, the objective
+`evenhand_tpot_s`, the time per token.
 
 A request that carries `evenhand_policy`, and perhaps `evenhand_policy_options` (["name=value", …]), is not
 work but an order: the policy changes at once, nothing that waits or runs is lost, and the answer's `kv_transfer_params`
@@ -89,9 +89,9 @@ def reserve_from(config: object) -> float:
 
 
 def objectives_from(config: object) -> Objectives:
-    """The objectives that vLLM's `additional_config` names. ValueError if they are no numbers."""
+    """The objective for the time per token that vLLM's `additional_config` names. ValueError if it is no number."""
     ours = config.get("evenhand", {}) if isinstance(config, Mapping) else {}
-    return Objectives(*(float(ours.get(name, math.inf)) for name in ("ttft_s", "tpot_s")))
+    return Objectives(tpot_s=float(ours.get("tpot_s", math.inf)))
 
 
 def xargs_of(request: Request) -> Mapping[str, Any]:
@@ -128,10 +128,8 @@ def job_from(request: Request, now: float, cached_tokens: int = 0, objectives: O
 
 def _objectives(xargs: Mapping[str, Any], of_engine: Objectives) -> Objectives:
     """A request's own objectives, and the engine's for what it does not name; one object where nothing is its own."""
-    ttft_s = _positive(xargs.get("evenhand_ttft_s"), of_engine.ttft_s)
     tpot_s = _positive(xargs.get("evenhand_tpot_s"), of_engine.tpot_s)
-    own = Objectives(ttft_s, tpot_s)
-    return of_engine if own == of_engine else own
+    return of_engine if tpot_s == of_engine.tpot_s else Objectives(tpot_s=tpot_s)
 
 
 def _positive(value: object, default: float) -> float:
@@ -608,7 +606,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         if not (self.running or arrived) or not (self._inflight_prefills or arrived or len(self._lanes)):
             return None
         batch = Batch(arrived=len(arrived))
-        self._put_into(batch, chain(self.running, arrived), now)
+        self._put_into(batch, chain(self.running, arrived))
         entries = self._queue.entries
         batch.expected += [entries[one.request_id].job for one in on_the_way if one.request_id in entries]
         if len(self._lanes):  # else all that run would be looked through for nobody
@@ -628,7 +626,7 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
             if job.tier is Tier.FLEX and not self._lanes.is_due(job):
                 continue
             if unread := job.restart_tokens:
-                batch.waiting.append(Prompt(job.arrived_at, unread, job.objectives, job.cached_tokens))
+                batch.waiting.append(Prompt(unread, job.cached_tokens))
             elif apart:
                 batch.expected.append(job)
                 batch.asks += 1
@@ -646,13 +644,14 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
         arrived = [one for one in holding if one.request_id in has_come or not is_blocked(one.status)]
         return arrived, [one for one in holding if one.request_id not in has_come and is_blocked(one.status)]
 
-    def _put_into(self, batch: Batch, requests: Iterable[Request], now: float) -> None:
-        """A session's later turn has no job: its prompt counts as one that has just arrived."""
+    def _put_into(self, batch: Batch, requests: Iterable[Request]) -> None:
+        """A session's later turn has no job. Prompts of flex that take what others leave are left out."""
         entries, several = self._queue.entries, 1 + self.num_spec_tokens
         for request in requests:
             entry = entries.get(request.request_id)
             if self._is_read(request):
-                self._put_prompt_into(batch, entry, request, now)
+                if entry is None or entry.job.tier is not Tier.FLEX or self._lanes.is_reserved(entry.job):
+                    batch.prompts.append(Prompt(self._unread(request), request.num_computed_tokens))
                 continue
             batch.context += request.num_computed_tokens
             if entry is None:
@@ -660,13 +659,6 @@ class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
             else:  # a step under way makes one token at least, however many are drafted in it
                 job = entry.job
                 batch.answers.append((job, job.output_tokens + -(-request.num_output_placeholders // several)))
-
-    def _put_prompt_into(self, batch: Batch, entry: QueueEntry | None, request: Request, now: float) -> None:
-        unread, before = self._unread(request), request.num_computed_tokens
-        if entry is None:
-            batch.prompts.append(Prompt(now, unread, self._queue.objectives, before))
-        elif entry.job.tier is not Tier.FLEX or self._lanes.is_reserved(entry.job):
-            batch.prompts.append(Prompt(entry.job.arrived_at, unread, entry.job.objectives, before))
 
     def _last_under_way(self) -> UnderWay | None:
         last = next(reversed(self._under_way.values()), None)

@@ -68,9 +68,8 @@ class EngineBody:
             words["evenhand_tier"] = call.tier.label
         if call.kind:
             words[_KIND] = call.kind
-        if tenant.slo is not None:  # what it leaves to its model, the engine knows
-            own = {"evenhand_ttft_s": tenant.slo.ttft_s, "evenhand_tpot_s": tenant.slo.tpot_s}
-            words |= {name: seconds for name, seconds in own.items() if seconds is not None}
+        if tenant.slo is not None and tenant.slo.tpot_s is not None:  # else the engine knows its model's
+            words["evenhand_tpot_s"] = tenant.slo.tpot_s
         if "vllm_xargs" in tenant.grants and b"vllm_xargs" in call.body:
             words = {**_granted(call.body), **words}
         return orjson.dumps(words)

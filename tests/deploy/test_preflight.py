@@ -136,10 +136,10 @@ def test_roles_are_balanced_where_there_is_one_of_each(folder: Path) -> None:
     assert plans["worker-0"].connected
 
 
-def test_an_engine_is_told_the_objectives_of_its_model(folder: Path) -> None:
+def test_an_engine_is_told_the_time_per_token_of_its_model(folder: Path) -> None:
     slo = SloSettings(ttft_s=2.0, models={"toy": SloTarget(tpot_s=0.05)})
     settings = ServeSettings(model=str(folder), slo=slo)
-    assert promises_of(settings, "toy") == {"flex_reserve": settings.tiers.flex_reserve, "ttft_s": 2.0, "tpot_s": 0.05}
+    assert promises_of(settings, "toy") == {"flex_reserve": settings.tiers.flex_reserve, "tpot_s": 0.05}
     assert "tpot_s" not in promises_of(settings, "other")
 
 

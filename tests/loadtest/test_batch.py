@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from loadtest.simulator.batch import ContinuousBatch
@@ -44,6 +46,18 @@ def test_a_prefill_ends_with_the_first_token_and_takes_what_the_cost_model_says(
     assert iteration is not None
     assert iteration.duration_s == pytest.approx(1.0 + 0.4)
     assert batch.complete(iteration, 1.4) == [first]
+
+
+def test_the_end_of_a_prompt_takes_longer_than_its_beginning_where_its_tokens_attend_to_each_other() -> None:
+    batch = batch_of(replace(COST, attention_s_per_pair=0.5))
+    batch.add(job("a", 16), 0.0)
+    seconds = []
+    for now in range(2):
+        iteration = batch.schedule(float(now))
+        assert iteration is not None
+        seconds.append(iteration.duration_s)
+        batch.complete(iteration, now + 1.0)
+    assert seconds == [1.0 + 0.8 + 0.5 * 8 * 4, 1.0 + 0.8 + 0.5 * 8 * (8 + 4)]
 
 
 def test_a_prompt_longer_than_the_budget_is_computed_in_chunks() -> None:

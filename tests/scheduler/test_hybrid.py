@@ -61,6 +61,29 @@ def test_the_ways_of_tokens_are_learned_apart_and_by_length() -> None:
             assert fixed + tokens * each == pytest.approx(seconds, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("ttft_s", "is_busy", "passes_on"), [(2.0, True, False), (2.0, False, True), (0.5, True, True)],
+    ids=["the writer reads", "it does not", "it does, but late by then"],
+)  # fmt: skip
+@pytest.mark.parametrize("planned", [True, False])
+def test_whether_a_first_token_is_passed_on_is_settled_when_the_prompt_has_been_read(
+    ttft_s: float, *, is_busy: bool, passes_on: bool, planned: bool
+) -> None:
+    """A short answer would not make up for a prompt that is read between its first token and its second."""
+    reader, writer = (
+        WorkerLoad(Worker(role.value, "", role, plugin=True), forecast=EngineForecast())
+        for role in (Role.PREFILL, Role.DECODE)
+    )
+    assert reader.forecast is not None and writer.forecast is not None
+    asked = Asked(1000, 8.0, Objectives(ttft_s, 0.05), 1000.0)
+    stay = writer.forecast.expects(asked.context_tokens, due_at=0.45)
+    visit = Visit(reader, writer, Planner(lambda ratio: None), asked, 0.45, 0.0, stay, True, planned)  # noqa: FBT003
+    if is_busy:
+        writer.forecast.sends_prompt("long", 2048, 0.4, 5.0)
+    visit.read(0.45)
+    assert visit.passes_on == passes_on
+
+
 def test_a_reader_that_fails_passes_nothing_on() -> None:
     visit = split_visit(Planner(lambda ratio: None))
     visit.gave_up(0.3)

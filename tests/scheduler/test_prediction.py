@@ -38,15 +38,13 @@ def test_idle_engines_take_a_request_whole() -> None:
     assert choice.ttft_s == pytest.approx(6000 * 60e-6 + 3 * 0.01, rel=0.1) and choice.risk < 0.01
 
 
-@pytest.mark.parametrize(("objectives", "writer"), [(TIGHT, 1), (LOOSE, 0)], ids=["tight", "loose"])
-def test_a_long_prompt_is_read_where_it_holds_up_nobody_and_written_there_if_the_time_per_token_is_tight(
-    objectives: Objectives, writer: int
-) -> None:
+@pytest.mark.parametrize("objectives", [TIGHT, LOOSE], ids=["tight", "loose"])
+def test_a_long_prompt_is_read_where_it_holds_up_nobody(objectives: Objectives) -> None:
     busy = answering(engine(), 20)
     busy.sends_prompt("before", 12_000, 0.0, life_s=2.0)
     busy.has_read("before", 0.7)
     choice = choose(asked(12_000, objectives), [Prospect(busy), Prospect(engine(), rank=1)], HANDOVER, 0.8)
-    assert choice is not None and (choice.reader, choice.writer) == (1, writer)
+    assert choice is not None and choice.reader == 1
     assert choice.risk < 0.2 and choice.ttft_s < 2.0
 
 
@@ -61,7 +59,7 @@ def test_a_prompt_goes_past_a_reader_whose_queue_would_make_it_late() -> None:
 def test_what_is_cached_is_not_read_elsewhere() -> None:
     prospects = [Prospect(answering(engine(), 5), cached_tokens=11_900), Prospect(engine(), rank=1)]
     choice = choose(asked(12_000, TIGHT), prospects, HANDOVER, 0.0)
-    assert choice is not None and (choice.reader, choice.writer) == (0, 0)
+    assert choice is not None and choice.reader == 0
 
 
 def test_fixed_roles_and_unfit_requests_are_kept_to() -> None:
@@ -129,6 +127,17 @@ def test_an_engine_that_wrote_answers_only_knows_from_another_what_prompts_cost(
     prompt = Reading.of(3000)
     expected = true.prompt_s(*prompt) + 6 * true.decode_s(0, 0.0)
     assert writes.first_token_s(prompt, 1e6) == pytest.approx(expected, rel=0.1)
+
+
+def test_an_answer_more_makes_others_late_only_where_a_step_with_it_takes_longer_than_they_may() -> None:
+    """However many tokens they have left: a step that is longer by less than their room is in time each time."""
+
+    def writing(context_tokens: float) -> float:
+        one = answering(engine(), 2, limit_s=0.0135)
+        return one.misses(Reading(), context_tokens, 200.0, 0.0).writing
+
+    assert writing(60_000.0) == 0.0
+    assert writing(160_000.0) > 1.0
 
 
 def test_answers_that_are_still_to_begin_are_held_up_by_what_is_not_read_by_then() -> None:
@@ -269,6 +278,39 @@ def test_a_first_token_is_passed_on_only_between_engines_that_both_know_how_and_
 
     assert choice(True, True)
     assert not choice(True, False) and not choice(False, True) and not choice(True, True, 1.0)
+
+
+def test_prompts_go_where_there_are_seldom_answers_even_if_none_is_there_now() -> None:
+    """Else engines that all do both never take sides: each prompt finds one that happens to have no answers."""
+    writes, seldom = answering(engine(), 4, limit_s=TIGHT.tpot_s), engine()
+    stays = list(writes._limited)
+    for stay in stays:
+        writes.ended(stay, 20.0)
+    choice = choose(asked(12_000, TIGHT), [Prospect(writes), Prospect(seldom, rank=1)], HANDOVER, 20.1)
+    assert choice is not None and choice.reader == 1
+
+    def usual(tokens: float, ttft_s: float = 2.0, now: float = 20.1, *, limits_steps: bool = True) -> float:
+        return writes.usual_misses(Reading.of(tokens), 200.0, ttft_s, now, limits_steps=limits_steps)
+
+    soon, later = usual(12_000.0), usual(12_000.0, now=60.0)
+    assert 0.0 < later < 0.5 * soon
+    without_limits = answering(engine(), 4)
+    without_limits.ended(without_limits.expects(0.0), 20.0)
+    assert without_limits.usual_misses(Reading.of(12_000.0), 200.0, 2.0, 20.1, limits_steps=True) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ttft_s", "limits_steps", "harms"),
+    [(3000.0, 2.0, True, False), (3000.0, 0.2, True, True), (3000.0, 2.0, False, True)],
+    ids=["easy", "it would be late", "its steps are as long as they are"],
+)
+def test_where_the_limit_is_easy_prompts_are_read_beside_answers_in_small_pieces(
+    tokens: float, ttft_s: float, *, limits_steps: bool, harms: bool
+) -> None:
+    usual = answering(engine(), 4, limit_s=0.1).usual_misses(
+        Reading.of(tokens), 200.0, ttft_s, 20.0, limits_steps=limits_steps
+    )
+    assert (usual > 0.0) == harms
 
 
 def test_a_prompt_that_will_not_be_read_leaves_no_trace_in_the_queue() -> None:

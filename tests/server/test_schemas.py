@@ -236,7 +236,13 @@ def test_an_engine_is_told_the_objectives_that_are_a_tenants_own() -> None:
         lanes = TieredLanes(build("fcfs", {}))
 
     worker = Worker("w", "http://127.0.0.1:1", plugin=True)
-    asked = {None: {}, Slo(): {}, Slo(tpot_s=0.05): {"tpot_s": 0.05}, Slo(2.0, 0.05): {"ttft_s": 2.0, "tpot_s": 0.05}}
+    asked = {
+        None: {},
+        Slo(): {},
+        Slo(tpot_s=0.05): {"tpot_s": 0.05},
+        Slo(2.0, 0.05): {"tpot_s": 0.05},
+        Slo(ttft_s=2.0): {},
+    }
     for slo, told in asked.items():
         ticket = in_line(OneLine(), call_of(b'{"model":"m"}', CHAT, Tenant(name="t", slo=slo)))
         words = json.loads(EngineBody().body_for(ticket, worker))["vllm_xargs"]
