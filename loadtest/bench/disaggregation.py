@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count, repeat, takewhile
 from pathlib import Path
 from random import Random
-from statistics import mean, median
+from statistics import median
 
 import httpx2
 from rich.console import Console
@@ -38,8 +38,9 @@ from loadtest.bench.disaggregation_load import (
     means_of,
     mixes,
     ratio_of,
+    told_of,
 )
-from loadtest.bench.disaggregation_simulated import simulated
+from loadtest.bench.disaggregation_simulated import ENGINES, MEASURED_NAME, simulated
 from loadtest.bench.engines import running
 from loadtest.bench.random_model import write
 from loadtest.bench.table import machine, markdown, quantile, spread
@@ -122,7 +123,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of a step of engines that do both, the tuned one first (default 128,512; a GPU 512,2048)",
     )
     parser.add_argument("--engines", default="2", help="that are simulated (default %(default)s)")
-    parser.add_argument("--costs", default="gpu-7b", help="cost models that are simulated (default %(default)s)")
+    parser.add_argument(
+        "--costs",
+        default="gpu-7b",
+        help=f"cost models that are simulated; {MEASURED_NAME} is the engines that are measured (default %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default %(default)s)")
 
 
@@ -130,9 +135,10 @@ def run(args: argparse.Namespace) -> int:
     """Measures, simulates, prints the tables."""
     console, progress = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
     wanted = args.parts.split(",")
-    if unknown := set(wanted) - set(ALL_PARTS):
-        progress.print(f"evenhand bench disaggregation: no part {unknown.pop()!r}: choose of {', '.join(ALL_PARTS)}")
-        return 2
+    for what, asked, known in (("part", wanted, ALL_PARTS), ("cost model", args.costs.split(","), ENGINES)):
+        if unknown := set(asked) - set(known):
+            progress.print(f"evenhand bench disaggregation: no {what} {unknown.pop()!r}: choose of {', '.join(known)}")
+            return 2
     drawn = mixes(args.traces, Random(args.seed))
     tables = list(measured(args, drawn, progress)) if set(wanted) & set(PARTS) else []
     console.print(machine())
@@ -382,7 +388,7 @@ class DisaggregationBench:
                 for load in loads:
                     rate, records = self._offered(side, lengths, load, repetition, level)
                     of.setdefault(side, {}).setdefault(level, {}).setdefault(rate, []).extend(records)
-                    shares = ", ".join(f"{mean(map(one.met, records)) if records else 0.0:.2f}" for one in objectives)
+                    shares = ", ".join(told_of(records, objective) for objective in objectives)
                     asked = f"{name} {side} {level} {rate:.2f}/s"
                     self.progress.print(f"goodput {asked}: {len(records)} requests, inside {shares}")
         best = {side: goodputs(list(of[side][LEVELS[1]].items()), objectives) for side in self.urls}

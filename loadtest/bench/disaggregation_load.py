@@ -44,6 +44,16 @@ def goodputs(runs: Runs, objectives: Sequence[Objective]) -> list[float]:
     ]
 
 
+def told_of(records: Sequence[Record], objective: Objective) -> str:
+    """How many are inside, and which of its two bounds the others miss."""
+    judged = [
+        (record.ttft_s is None or record.ttft_s > objective.ttft_s, not objective.met(record)) for record in records
+    ]
+    late, missed = (sum(column) for column in zip(*judged, strict=True)) if judged else (0, 0)
+    share = 1 - missed / len(judged) if judged else 0.0
+    return f"{share:.2f} (late first token {late}, slow {missed - late})"
+
+
 def mixes(traces: Path | None, rng: Random) -> Mapping[str, list[Shape]]:
     """Lengths of requests, scaled so that prompts have the mean that they should, and cut to the context."""
     if traces is None:

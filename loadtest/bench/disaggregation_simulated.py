@@ -1,5 +1,5 @@
-"""The simulated part of `evenhand bench disaggregation`: engines that share no core, lengths and limits four times as
-long as measured. The simulator sends each request where the gateway's own code sends it."""
+"""The simulated part of `evenhand bench disaggregation`: GPUs, with lengths and limits four times as long as measured,
+or the CPU engines that the benchmark measures. Each request goes where the gateway's own code sends it."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
@@ -20,14 +20,73 @@ from loadtest.traces.arrivals import poisson
 from loadtest.traces.workload import Fit, Maker, Shape, mean_lengths
 from scheduler.objectives import Objectives
 from scheduler.placement import Rules
+from scheduler.step_cost import pairs_of
 
-LONGER = 4
-RULES = Rules(busy_tokens=LONGER * Rules().busy_tokens, max_arriving_tokens=LONGER * Rules().max_arriving_tokens)
 REQUESTS, LEAST = 250, 2000  # of one run, for each engine; of all runs at one load, at least
 WARM_UP = 0.2  # the share of a run that is not judged: the forecast learns
-STEP_TOKENS = (512, 1024, 2048)
 # Of what one engine reads of prompts of mean length, for two engines.
 SIMULATED_LOADS = tuple(at / 20 for at in range(1, 29)) + (1.5, 1.6, 1.7, 1.8, 2.0)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What one engine is taken to cost, and what it is asked.
+
+    steps: sizes of steps, in tokens, that are tried where engines do both. longer: lengths and limits, as multiples of
+    those measured. longest: tokens of prompt and answer together; what is longer is cut.
+    """
+
+    cost: CostModel
+    steps: Sequence[int] = (512, 1024, 2048)
+    longer: int = 4
+    longest: int = 1 << 17
+
+    @classmethod
+    def named(cls, name: str) -> "Engine":
+        """KeyError if there is none."""
+        return MEASURED if name == MEASURED_NAME else cls(PRESETS[name])
+
+    @property
+    def rules(self) -> Rules:
+        rules = Rules()
+        return Rules(
+            busy_tokens=self.longer * rules.busy_tokens, max_arriving_tokens=self.longer * rules.max_arriving_tokens
+        )
+
+    def asked(self, lengths: Sequence[Shape]) -> list[Shape]:
+        """Of these lengths, what it is asked."""
+        fit = Fit(length_scale=self.longer, context_tokens=self.longest)
+        return [fit(shape) for shape in lengths]
+
+    def idle(self, lengths: Sequence[Shape]) -> Idle:
+        """What it takes alone."""
+        tokens = self.longer * mean_lengths(lengths)[0]
+        cost = self.cost
+        read_s = cost.prefill_s_per_token * tokens + cost.attention_s_per_pair * pairs_of(tokens)
+        return Idle(read_s, cost.iteration_s)
+
+
+# What the engines of the benchmark learn of their own steps on one core with AVX-512, rounded.
+MEASURED_NAME = "cpu-bench"
+MEASURED = Engine(
+    CostModel(
+        iteration_s=0.0095,
+        prefill_s_per_token=0.16e-3,
+        decode_s_per_sequence=0.3e-3,
+        attention_s_per_kv_token=0.4e-6,
+        transfer_s_per_token=4e-6,
+        attention_s_per_pair=0.125e-6,
+        max_seqs=16,
+        max_batched_tokens=512,
+        kv_capacity_tokens=1 << 18,
+    ),
+    steps=(128, 512),
+    longer=1,
+    longest=3072,
+)
+
+
+ENGINES = (*PRESETS, MEASURED_NAME)
 
 
 @dataclass(frozen=True)
@@ -81,15 +140,16 @@ def offered(plan: Plan, lengths: Sequence[Shape], rate: float, objective: Object
     return Run(mean(judged), errors, mean(handed_over))
 
 
-def divided(cost: CostModel, engines: int, objective: Objective) -> list[Plan]:
+def divided(engine: Engine, engines: int, objective: Objective) -> list[Plan]:
     """All do both, with each step size; some only read, a quarter or half of them, with first tokens that wait for the
     KV, as vLLM by itself hands over, and with such that are passed on; all by prediction."""
+    cost, rules = engine.cost, engine.rules
     readers = sorted({engines // 4, engines // 2} - {0})
     asked = Objectives(objective.ttft_s, objective.tpot_s)
     return [
-        *(Plan(replace(cost, max_batched_tokens=tokens), workers=engines) for tokens in STEP_TOKENS),
+        *(Plan(replace(cost, max_batched_tokens=tokens), workers=engines) for tokens in engine.steps),
         *(
-            Plan(cost, workers=engines - number, prefill_workers=number, rules=RULES, passes_on=passes_on)
+            Plan(cost, workers=engines - number, prefill_workers=number, rules=rules, passes_on=passes_on)
             for number in readers
             for passes_on in (False, True)
         ),
@@ -101,15 +161,14 @@ def simulated(
     drawn: Mapping[str, list[Shape]], cost_name: str, engines: int, progress: Console, processes: Executor
 ) -> str:
     """Goodput by the simulator, in each division of the engines."""
-    cost, rows, ratios = PRESETS[cost_name], [], []
+    engine, rows, ratios = Engine.named(cost_name), [], []
     for name, lengths in drawn.items():
-        of = [Shape(LONGER * shape.prompt_tokens, LONGER * shape.output_tokens) for shape in lengths]
-        idle = Idle(cost.prefill_s_per_token * mean_lengths(of)[0], cost.iteration_s)
+        of, idle = engine.asked(lengths), engine.idle(lengths)
         for objective in idle.objectives():
-            plans = divided(cost, engines, objective)
+            plans = divided(engine, engines, objective)
             *sides, hybrid = processes.map(partial(SimulatedSide.of, of, idle, objective), plans)
-            both = max(sides[: len(STEP_TOKENS)], key=lambda side: side.goodput)
-            apart = max(sides[len(STEP_TOKENS) :], key=lambda side: side.goodput)
+            both = max(sides[: len(engine.steps)], key=lambda side: side.goodput)
+            apart = max(sides[len(engine.steps) :], key=lambda side: side.goodput)
             best = max(both.goodput, apart.goodput)
             ratios.append(ratio_of(hybrid.goodput, best))
             rows.append(

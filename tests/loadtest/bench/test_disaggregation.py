@@ -24,12 +24,10 @@ from loadtest.bench.disaggregation_load import (
     mixes,
     ratio_of,
 )
-from loadtest.bench.disaggregation_simulated import LONGER, SimulatedSide, divided, simulated
+from loadtest.bench.disaggregation_simulated import Engine, SimulatedSide, divided, simulated
 from loadtest.bench.random_model import write
 from loadtest.call import TraceCall
 from loadtest.records import Record
-from loadtest.simulator.costmodel import PRESETS
-from loadtest.traces.workload import Shape, mean_lengths
 
 IDLE = Idle(ttft_s=0.2, tpot_s=0.01)
 TINY = {
@@ -91,20 +89,20 @@ def test_what_is_simulated_says_so_and_compares_with_the_better_of_the_others(mo
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpu-7b", "cpu-bench"])
 @pytest.mark.parametrize("at", [0, 1, 2], ids=["tight", "middle", "loose"])
-def test_placement_by_prediction_is_as_good_as_any_fixed_choice(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_placement_by_prediction_is_as_good_as_any_fixed_choice(
+    at: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The promise of `--slo-ttft` and `--slo-tpot`, in virtual time: within a few percent of the best of engines that
     do both, with each step size, and of fixed roles, at whichever objective."""
     monkeypatch.setattr(disaggregation_simulated, "REQUESTS", 250)
     monkeypatch.setattr(disaggregation_simulated, "SIMULATED_LOADS", tuple(at / 10 for at in range(1, 18)))
-    cost = PRESETS["gpu-7b"]
-    lengths = [
-        Shape(LONGER * one.prompt_tokens, LONGER * one.output_tokens) for one in mixes(None, Random(1))["made up (C)"]
-    ]
-    idle = Idle(cost.prefill_s_per_token * mean_lengths(lengths)[0], cost.iteration_s)
+    engine, drawn = Engine.named(name), mixes(None, Random(1))["made up (C)"]
+    lengths, idle = engine.asked(drawn), engine.idle(drawn)
     objective = idle.objectives()[at]
     *fixed, predicted = [
-        SimulatedSide.of(lengths, idle, objective, plan).goodput for plan in divided(cost, WORKERS, objective)
+        SimulatedSide.of(lengths, idle, objective, plan).goodput for plan in divided(engine, WORKERS, objective)
     ]
     assert predicted >= 0.95 * max(fixed)
 
