@@ -20,7 +20,7 @@ TPOT_ERROR: Final = 0.05  # likewise
 _SLOWNESS: Final = 0.4
 # What decides among choices that are alike in this: answers close together and prompts where few answers are, so that
 # whole engines stay free of one or the other.
-_CROWD: Final = 1e-3
+_CROWD: Final = 1e-2
 _BESIDE: Final = 3.0  # times `_CROWD`, for each answer beside which a prompt is read
 _PACKED: Final = 20.0  # times `_CROWD`, more of it the more of the engines' time goes to prompts
 
