@@ -170,9 +170,11 @@ class Planner:
         stay = writes.expects(context, asked.answers, asked.objectives.tpot_s, due_at=due_at)
         if asked.silent:
             writes.begins(stay, now)
-        can_pass_on = reader is not writer and reads.passes_on and prospects[choice.writer].passes_on
-        can_pass_on = can_pass_on and asked.output_tokens > 1
-        visit = Visit(reader, writer, self, asked, choice.ttft_s, now, stay, can_pass_on, choice.passes_on)
+        able = reads.passes_on and prospects[choice.writer].passes_on
+        can_pass_on = able and reader is not writer and asked.output_tokens > 1
+        visit = Visit(
+            reader, writer, self, asked, choice.ttft_s, now, stay, can_pass_on=can_pass_on, passes_on=choice.passes_on
+        )
         silent = asked.silent and not visit.split
         tokens = max(1, asked.prompt_tokens - reads.cached_tokens)
         cached = reads.cached_tokens

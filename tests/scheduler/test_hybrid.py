@@ -77,7 +77,8 @@ def test_whether_a_first_token_is_passed_on_is_settled_when_the_prompt_has_been_
     assert reader.forecast is not None and writer.forecast is not None
     asked = Asked(1000, 8.0, Objectives(ttft_s, 0.05), 1000.0)
     stay = writer.forecast.expects(asked.context_tokens, due_at=0.45)
-    visit = Visit(reader, writer, Planner(lambda ratio: None), asked, 0.45, 0.0, stay, True, planned)  # noqa: FBT003
+    planner = Planner(lambda ratio: None)
+    visit = Visit(reader, writer, planner, asked, 0.45, 0.0, stay, can_pass_on=True, passes_on=planned)
     if is_busy:
         writer.forecast.sends_prompt("long", 2048, 0.4, 5.0)
     visit.read(0.45)

@@ -39,12 +39,24 @@ def test_idle_engines_take_a_request_whole() -> None:
 
 
 @pytest.mark.parametrize("objectives", [TIGHT, LOOSE], ids=["tight", "loose"])
-def test_a_long_prompt_is_read_where_it_holds_up_nobody(objectives: Objectives) -> None:
+def test_a_long_prompt_is_read_where_it_holds_up_nobody_and_written_there_if_prompts_are_read_elsewhere(
+    objectives: Objectives,
+) -> None:
     busy = answering(engine(), 20)
     busy.sends_prompt("before", 12_000, 0.0, life_s=2.0)
     busy.has_read("before", 0.7)
     choice = choose(asked(12_000, objectives), [Prospect(busy), Prospect(engine(), rank=1)], HANDOVER, 0.8)
-    assert choice is not None and choice.reader == 1
+    assert choice is not None and (choice.reader, choice.writer) == (1, 1)
+    assert choice.risk < 0.2 and choice.ttft_s < 2.0
+
+
+@pytest.mark.parametrize("objectives", [TIGHT, LOOSE], ids=["tight", "loose"])
+def test_a_long_prompt_is_read_where_prompts_are_read_and_written_where_answers_are(objectives: Objectives) -> None:
+    writes, reads = answering(engine(), 3), engine()
+    reads.sends_prompt("before", 12_000, 0.0, life_s=2.0)
+    reads.has_read("before", 0.75)
+    choice = choose(asked(12_000, objectives), [Prospect(writes), Prospect(reads, rank=1)], HANDOVER, 0.8)
+    assert choice is not None and (choice.reader, choice.writer) == (1, 0)
     assert choice.risk < 0.2 and choice.ttft_s < 2.0
 
 
@@ -59,7 +71,7 @@ def test_a_prompt_goes_past_a_reader_whose_queue_would_make_it_late() -> None:
 def test_what_is_cached_is_not_read_elsewhere() -> None:
     prospects = [Prospect(answering(engine(), 5), cached_tokens=11_900), Prospect(engine(), rank=1)]
     choice = choose(asked(12_000, TIGHT), prospects, HANDOVER, 0.0)
-    assert choice is not None and choice.reader == 0
+    assert choice is not None and (choice.reader, choice.writer) == (0, 0)
 
 
 def test_fixed_roles_and_unfit_requests_are_kept_to() -> None:
@@ -282,9 +294,10 @@ def test_a_first_token_is_passed_on_only_between_engines_that_both_know_how_and_
 
 def test_prompts_go_where_there_are_seldom_answers_even_if_none_is_there_now() -> None:
     """Else engines that all do both never take sides: each prompt finds one that happens to have no answers."""
-    writes, seldom = answering(engine(), 4, limit_s=TIGHT.tpot_s), engine()
-    stays = list(writes._limited)
-    for stay in stays:
+    writes, seldom = engine(), engine()
+    for _ in range(4):
+        stay = writes.expects(1000.0, tpot_limit_s=TIGHT.tpot_s)
+        writes.begins(stay, 0.0)
         writes.ended(stay, 20.0)
     choice = choose(asked(12_000, TIGHT), [Prospect(writes), Prospect(seldom, rank=1)], HANDOVER, 20.1)
     assert choice is not None and choice.reader == 1

@@ -91,8 +91,15 @@ def test_what_is_simulated_says_so_and_compares_with_the_better_of_the_others(mo
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "at"),
-    [("gpu-7b", 0), ("gpu-7b", 1), ("gpu-7b", 2), ("cpu-bench", 1), ("cpu-bench", 2)],  # tight: docs/disaggregation.md
-    ids=["gpu, tight", "gpu, middle", "gpu, loose", "cpu, middle", "cpu, loose"],
+    [
+        ("gpu-7b", 0),
+        ("gpu-7b", 1),
+        ("gpu-7b", 2),
+        pytest.param("cpu-bench", 0, marks=pytest.mark.xfail(strict=True, reason="0.86: docs/disaggregation.md")),
+        ("cpu-bench", 1),
+        ("cpu-bench", 2),
+    ],
+    ids=["gpu, tight", "gpu, middle", "gpu, loose", "cpu, tight", "cpu, middle", "cpu, loose"],
 )
 def test_placement_by_prediction_is_as_good_as_any_fixed_choice(
     name: str, at: int, monkeypatch: pytest.MonkeyPatch
