@@ -4,23 +4,23 @@ The owner reports events in its own seconds: a prompt was sent, its first token 
 the time to the first token of one more prompt, the time per token of what runs, and what the engine's steps cost.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice, takewhile
-from math import exp, inf
+from math import erf, exp, hypot, inf, sqrt
 from typing import Final, NamedTuple
 
 from scheduler.step_cost import LinearFit, StepCost, pairs_of
+from scheduler.step_limit import LONGEST_LATE, LONGEST_STEP, least_pace_s
 
 MEMORY_S: Final = 30.0  # how far back an engine's habit, to read prompts or not, is looked at
+TPOT_ERROR: Final = 0.05  # of a predicted time per token, one standard deviation
 _MOST_SHARE: Final = 0.9  # of its time, that an engine is ever taken to spend on prompts
 _FULL: Final = 0.9  # of the KV cache
 _LONG_STEPS: Final = 64  # an answer of as many tokens or more says how long a step takes; a shorter one says it roughly
 _LEAST_STEP_S: Final = 1e-5
 _SHORTEST_S: Final = 1e-3  # first tokens that come closer together were made by one step
-_HABIT_COUNTS: Final = 0.15  # the weight of answers that usually run on an engine: they may not be there now
-_READ_WITHIN: Final = 0.85  # of the time to the first token: the rest of it is spent elsewhere
-_FEWEST_USUAL: Final = 1e-3
-_EASY: Final = 0.3  # of a limit: an engine whose steps take less can read prompts in small pieces, and harm nobody
+_CERTAINLY_LIMITED: Final = 1.05  # times as many steps as the engine's chunks make necessary
+_LEARN: Final = 0.05  # of what an observation says about the longest steps
 _LOOKED_AT: Final = 16  # answers of an engine; of more, each k-th
 LEAST_ROOM: Final = 0.05  # of a limit: what an answer is taken to have left where steps alone take longer
 
@@ -73,6 +73,17 @@ class Pace(NamedTuple):
     tpot_s: float
     deviation_s: float
 
+    def late(self, limit_s: float) -> float:
+        """The probability that the answer takes more per token."""
+        if limit_s == inf:
+            return 0.0
+        return normal_below((self.tpot_s - limit_s) / hypot(self.deviation_s, TPOT_ERROR * limit_s))
+
+
+def normal_below(deviations: float) -> float:
+    """The probability that a normal variable is below so many standard deviations."""
+    return 0.5 * (1.0 + erf(deviations / sqrt(2.0)))
+
 
 class Misses(NamedTuple):
     """Answers of an engine that are expected to miss their limits if it also reads a prompt, writes an answer, or does
@@ -82,17 +93,27 @@ class Misses(NamedTuple):
     writing: float
     both: float
 
-    def at_least(self, reading: float) -> "Misses":
-        """With so many for one more prompt, if it is not more already."""
-        return Misses(max(self.reading, reading), self.writing, max(self.both, reading + self.writing))
+
+@dataclass(slots=True, eq=False)
+class Fleet:
+    """What all engines of a model have shown together. longest_step: how long a step with prompts and answers takes at
+    most, in times per token that these answers may take."""
+
+    costs: LinearFit = field(default_factory=lambda: StepCost.fit(StepCost()))
+    longest_step: float = LONGEST_STEP
+
+    def learn_longest(self, step: float) -> None:
+        """One was seen."""
+        self.longest_step += _LEARN * (min(LONGEST_LATE, max(1.0, step)) - self.longest_step)
 
 
 class EngineForecast:
     """One engine.
 
     chunk_tokens: most tokens of one step (vLLM's max_num_batched_tokens). kv_tokens: that its KV cache holds. fleet:
-    the costs of all engines of the model, for those that this one has not shown: one that only writes answers shows
-    little of what prompts cost.
+    of all engines of the model, for what this one has not shown: one that only writes answers shows little of what
+    prompts cost.
+    limits_steps: beside answers with a limit it reads prompts in smaller pieces (`StepLimit`).
     running, coming: answers that are being written, and those whose prompts are still to be read or fetched.
     others: answers that run here for others than the owner.
     """
@@ -103,20 +124,22 @@ class EngineForecast:
         chunk_tokens: int = 2048,
         kv_tokens: float = inf,
         assumed: StepCost = StepCost(),  # noqa: B008
-        fleet: LinearFit | None = None,
+        fleet: Fleet | None = None,
     ) -> None:
         self.chunk_tokens = chunk_tokens
         self.kv_tokens = kv_tokens
         self.cost = assumed
-        self._fit = StepCost.fit(assumed, fleet)
-        self._fleet = fleet
+        self._fleet = fleet or Fleet(StepCost.fit(assumed))
+        self._fit = StepCost.fit(assumed, self._fleet.costs)
         self._taken: tuple[float, ...] = ()
+        self.limits_steps = False
         self.others = 0
         self.running = 0
         self.coming = 0
         self._limited: dict[Stay, None] = {}  # of those that run or will, the ones with a limit
         self._running_context = 0.0
         self._coming_context = 0.0
+        self._coming_here_context = 0.0  # of it, what those need whose prompts are read here
         self._unread: dict[object, Reading] = {}
         self._silent: set[object] = set()  # of these, prompts whose first token nobody will see
         self._all_unread = Reading()
@@ -129,7 +152,6 @@ class EngineForecast:
         self._fetched_tokens = 0.0
         self._sequence_s = self._context_s = self._summed_at = 0.0  # integrals over time of what runs
         self._running_limited = (0.0, 0.0)  # of those that run, the ones with a limit, and the sum of their limits
-        self._usual = (0.0, 0.0)  # the same in the last half minute or so
 
     # What happens
 
@@ -178,12 +200,26 @@ class EngineForecast:
         if self._running_context + self._coming_context > _FULL * self.kv_tokens:  # it may have waited for memory
             self._reading_since, self._read_at_once = now, Reading()
             return
-        steps = at_once.tokens / max(1.0, self.chunk_tokens - self.running)
-        steps = max(1.0, steps) if self.running else max(1.0, -(-at_once.tokens // self.chunk_tokens))
-        row = (steps, at_once.tokens, steps * self.running, steps * self._running_context, 0.0, at_once.pairs)
-        self._learn(elapsed_s, row)
+        if not self._learn_limit(elapsed_s, at_once):
+            steps = self._chunks(at_once) if self.running else -(-at_once.tokens // self.chunk_tokens)
+            context = self._running_context
+            steps = max(1.0, steps)
+            self._learn(elapsed_s, (steps, at_once.tokens, steps * self.running, steps * context, 0.0, at_once.pairs))
         self._reading_since = now
         self._read_at_once = Reading()
+
+    def _learn_limit(self, elapsed_s: float, prompts: Reading) -> bool:
+        """Where answers made the steps smaller, nobody knows how many there were: that tells how long the longest ones
+        are, and nothing of what prompts cost. Whether it was so."""
+        limited, limits_s = self._running_limited
+        if not limited:
+            return False
+        step_s, prompts_s = self._step_s(), self.cost.prompt_s(*prompts)
+        if self._steps(prompts, step_s) <= _CERTAINLY_LIMITED * self._chunks(prompts):
+            return False
+        steps = max(1.0, (elapsed_s - prompts_s) / step_s)
+        self._fleet.learn_longest((prompts_s / steps + step_s) * limited / limits_s)
+        return True
 
     def _drop(self, key: object) -> Reading:
         prompt = self._unread.pop(key)
@@ -203,6 +239,11 @@ class EngineForecast:
             self._limited[stay] = None
         return stay
 
+    def reads_itself(self, stay: Stay) -> None:
+        """The prompt before these answers, which was sent just now, is read here too."""
+        stay.queued = self.sent
+        self._coming_here_context += stay.context_tokens
+
     def begins(self, stay: Stay, now: float, *, fetched_tokens: int = 0) -> None:
         """The first token that was made here came. Nothing if it has begun before. fetched_tokens: of its prompt, from
         another engine."""
@@ -211,8 +252,7 @@ class EngineForecast:
         self._sum(now)
         self._begun_memo = None
         self._fetched_tokens += fetched_tokens
-        self.coming -= stay.answers
-        self._coming_context -= stay.context_tokens
+        self._leaves_line(stay)
         self.running += stay.answers
         self._running_context += stay.context_tokens
         self._count_limited(stay, stay.answers)
@@ -223,8 +263,7 @@ class EngineForecast:
         """It is over. last_at, tokens: when its last token came and how many there were, where that is known."""
         self._limited.pop(stay, None)
         if stay.began_at is None:
-            self.coming -= stay.answers
-            self._coming_context -= stay.context_tokens
+            self._leaves_line(stay)
             return
         self._sum(now)
         self._begun_memo = None
@@ -249,6 +288,12 @@ class EngineForecast:
                 min(1.0, steps / _LONG_STEPS),
             )
 
+    def _leaves_line(self, stay: Stay) -> None:
+        self.coming -= stay.answers
+        self._coming_context -= stay.context_tokens
+        if stay.queued is not None:
+            self._coming_here_context -= stay.context_tokens
+
     def _count_limited(self, stay: Stay, more: int) -> None:
         if stay.tpot_limit_s < inf:
             answers, limits_s = self._running_limited
@@ -256,8 +301,7 @@ class EngineForecast:
             self._running_limited = (left, limits_s + more * stay.tpot_limit_s) if left else (0.0, 0.0)
 
     def _learn(self, seconds: float, row: tuple[float, ...], weight: float = 1.0) -> None:
-        if self._fleet is not None:
-            self._fleet.learn(seconds, row, weight)
+        self._fleet.costs.learn(seconds, row, weight)
         if self._fit.learn(seconds, row, weight):
             self._take(self._fit)
 
@@ -269,19 +313,15 @@ class EngineForecast:
 
     def look_around(self) -> None:
         """As long as nothing was seen here, the engine is taken to be as the others of its fleet."""
-        if not self._fit.seen and self._fleet is not None and self._taken is not self._fleet.coefficients:
-            self._take(self._fleet)
+        costs = self._fleet.costs
+        if not self._fit.seen and self._taken is not costs.coefficients:
+            self._take(costs)
 
     def _sum(self, now: float) -> None:
         elapsed_s = now - self._summed_at
         self._sequence_s += self.running * elapsed_s
         self._context_s += self._running_context * elapsed_s
         self._summed_at = now
-        if elapsed_s > 0.0:
-            fades = exp(-elapsed_s / MEMORY_S)
-            (limited, limits_s), (usual, usual_limits_s) = self._running_limited, self._usual
-            comes = 1.0 - fades
-            self._usual = fades * usual + comes * limited, fades * usual_limits_s + comes * limits_s
 
     # What would be
 
@@ -317,24 +357,45 @@ class EngineForecast:
         """Of prompts, what was ever computed here."""
         return self._read.plus(self._begun(now))
 
+    def _step_s(self) -> float:
+        """Of a step that reads no prompt, beside what runs now."""
+        return self.cost.decode_s(self.running + self.others, self._running_context)
+
     def _read_s(self, prompts: Reading) -> float:
         """To compute so much of prompts beside the answers that run."""
-        cost = self.cost
-        room = max(1.0, self.chunk_tokens - self.running)
-        steps = prompts.tokens / room
-        return cost.prompt_s(*prompts) + steps * cost.decode_s(self.running + self.others, self._running_context)
+        step_s = self._step_s()
+        return self.cost.prompt_s(*prompts) + self._steps(prompts, step_s) * step_s
+
+    def _chunks(self, prompts: Reading) -> float:
+        return prompts.tokens / max(1.0, self.chunk_tokens - self.running)
+
+    def _steps(self, prompts: Reading, step_s: float) -> float:
+        """In which so much is computed: more of them where they may not be long, for the sake of the answers in them.
+
+        They come in pieces of whatever size, so parts of a step count as such.
+        """
+        steps = self._chunks(prompts)
+        limited, limits_s = self._running_limited
+        if not (self.limits_steps and limited):
+            return steps
+        tpot_s = limits_s / limited
+        if tpot_s < least_pace_s(step_s):  # then steps have no limit
+            return steps
+        return max(steps, self.cost.prompt_s(*prompts) / (self._fleet.longest_step * tpot_s - step_s))
 
     def first_token_s(self, prompt: Reading, now: float) -> float:
         """Until a prompt that is sent now, and of which so much is to be computed, has been read."""
-        cost = self.cost
-        step_s = cost.decode_s(self.running + self.others, self._running_context)
+        step_s = self._step_s()
         # Of the step that runs, half is left; the last chunk is not full, but its step costs as much beside it.
         rest_s = 0.5 * step_s if self.running else 0.0
-        return rest_s + self._read_s(self.unread(now)) + max(self._read_s(prompt), step_s + cost.prompt_s(*prompt))
+        return rest_s + self._read_s(self.unread(now)) + max(self._read_s(prompt), step_s + self.cost.prompt_s(*prompt))
 
-    def memory_wait_s(self, tokens: float, life_s: float) -> float:
-        """Until so many tokens of KV are free: as much comes free in an answer's life as all of them hold."""
-        held = self._running_context + self._coming_context
+    def memory_wait_s(self, tokens: float, life_s: float, *, later: bool = False) -> float:
+        """Until so many tokens of KV are free: as much comes free in an answer's life as all of them hold.
+
+        later: they are needed when a prompt has been read elsewhere, and so after those that are on their way here.
+        """
+        held = self._running_context + (self._coming_context if later else self._coming_here_context)
         missing = held + tokens - self.kv_tokens
         if missing <= 0.0 or not held:
             return 0.0
@@ -389,13 +450,14 @@ class EngineForecast:
         unread, computed = self.unread(now), self._computed(now)
         queue_s, read_s = cost.prompt_s(*unread), cost.prompt_s(*prompt)
         chunk_s = self._chunk_s(unread.plus(prompt))
+        crowded = left / (self.answers + 1)  # tokens until one of them has ended
         each = -(-len(self._limited) // _LOOKED_AT)
         reading = writing = both = 0.0
         for stay in islice(self._limited, 0, None, each):
             least_s = LEAST_ROOM * stay.tpot_limit_s
             room_s = max(least_s, stay.tpot_limit_s - step_s)
             less_room_s = max(least_s, room_s - slower_s)
-            slow_s = (slower_s - (room_s - less_room_s)) * left  # what there is no room for, of all tokens
+            slow_s = (slower_s - (room_s - less_room_s)) * crowded  # what there is no room for
             behind_s, ahead_s, with_it_s = 0.0, queue_s, queue_s + read_s
             if stay.began_at is None:
                 ahead_s, with_it_s = self._held_up(stay, queue_s, read_s, now)
@@ -419,27 +481,6 @@ class EngineForecast:
             return ahead_s, ahead_s + read_s
         until_s = max(0.0, stay.due_at - now)
         return max(0.0, queue_s - until_s), max(0.0, queue_s + read_s - until_s)
-
-    def usual_misses(self, prompt: Reading, left: float, ttft_s: float, now: float, *, limits_steps: bool) -> float:
-        """Answers that one more prompt would make late, were there as many here as usual.
-
-        Without it engines that all do both never take sides: each prompt finds one that has no answers at the moment,
-        and the next answer finds prompts everywhere. None where an engine that limits its steps can read the prompt in
-        small pieces beside answers and still be in time. left: tokens of an answer. ttft_s: the prompt's objective.
-        """
-        self._sum(now)
-        limited, limits_s = self._usual
-        if limited < _FEWEST_USUAL:
-            return 0.0
-        cost, limit_s = self.cost, limits_s / limited
-        step_s = cost.decode_s(self.answers + self.others, self._running_context + self._coming_context)
-        room_s = max(LEAST_ROOM * limit_s, limit_s - step_s)
-        read_s = cost.prompt_s(*prompt)
-        if limits_steps and step_s <= _EASY * limit_s:
-            beside_answers_s = (cost.prompt_s(*self.unread(now)) + read_s) * limit_s / room_s
-            if beside_answers_s <= _READ_WITHIN * ttft_s:
-                return 0.0
-        return _HABIT_COUNTS * limited * late(0.0, read_s, room_s, self._chunk_s(prompt), left)
 
 
 def late(behind_s: float, stall_s: float, room_s: float, chunk_s: float, left: float) -> float:

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Final
 
-from scheduler.forecast import EngineForecast, Stay
+from scheduler.forecast import EngineForecast, Fleet, Reading, Stay
 from scheduler.pools import TYPICAL_TOKENS, Pool, WorkerLoad
 from scheduler.prediction import Asked, HandOver, Prospect, choose, is_passed_on
-from scheduler.step_cost import LinearFit, StepCost
+from scheduler.sides import Offering, Sides, best_sides
+from scheduler.step_cost import LinearFit
 from scheduler.workers import Role
 
 LOOKS: Final = 4  # workers of each pool that are considered, least loaded first
@@ -73,7 +74,7 @@ class Visit:
             self._at(self.reader).has_read(self, now, learn=False)
             writes = self._at(self.writer)
             writes.sends_prompt(self, self.prompt_tokens, now, self.planner.life_s, silent=self.silent)
-            self.stay.queued = writes.sent
+            writes.reads_itself(self.stay)
             self.reader, self.can_pass_on, self.passes_on = self.writer, False, False
 
     def begins(self, now: float) -> None:
@@ -124,7 +125,7 @@ class Planner:
     note_error: is told predicted ÷ actual time to first token of each request. life_s: of a typical answer.
     prompt_tokens, output_tokens: of a request, in the mean over the last `_MEMORY` or so. Lengths have long tails, and
     what a stall costs per token follows from them: a shorter memory makes the choices restless.
-    costs: of the engines' steps, all together.
+    fleet: what its engines have shown together. offering: what is asked of them.
     fetched, passed_on: what `HandOver` says, as it was.
     """
 
@@ -133,7 +134,8 @@ class Planner:
     prompt_tokens: float = TYPICAL_TOKENS / 2
     output_tokens: float = TYPICAL_TOKENS / 2
     learned: int = 0
-    costs: LinearFit = field(default_factory=lambda: StepCost.fit(StepCost()))
+    offering: Offering = field(default_factory=Offering)
+    fleet: Fleet = field(default_factory=Fleet)
     fetched: LinearFit = field(default_factory=lambda: LinearFit(_ASSUMED_HANDOVER.fetched))
     passed_on: LinearFit = field(default_factory=lambda: LinearFit(_ASSUMED_HANDOVER.passed_on))
 
@@ -160,7 +162,7 @@ class Planner:
         asked = replace(asked, output_tokens=output_tokens, typical_prompt_tokens=self.prompt_tokens)
         loads = sorted(self._considered(pools, known, avoid), key=_rank)
         prospects = [self._prospect(load, rank / len(loads), known) for rank, load in enumerate(loads)]
-        choice = choose(asked, prospects, self.handover, now)
+        choice = choose(asked, prospects, self.handover, now, self._sides(asked, prospects, pools))
         if choice is None:
             return None
         reader, writer = loads[choice.reader], loads[choice.writer]
@@ -176,12 +178,21 @@ class Planner:
             reader, writer, self, asked, choice.ttft_s, now, stay, can_pass_on=can_pass_on, passes_on=choice.passes_on
         )
         silent = asked.silent and not visit.split
-        tokens = max(1, asked.prompt_tokens - reads.cached_tokens)
         cached = reads.cached_tokens
+        tokens = max(1, asked.prompt_tokens - cached)
+        self.offering.note(reads.forecast.cost.prompt_s(*Reading.of(tokens, cached)), asked.answers, now)
         reads.forecast.sends_prompt(visit, tokens, now, self.life_s, cached_tokens=cached, silent=silent)
         if not visit.split:
-            stay.queued = reads.forecast.sent
+            writes.reads_itself(stay)
         return visit
+
+    def _sides(self, asked: Asked, prospects: Sequence[Prospect], pools: Sequence[Pool]) -> Sides:
+        """Nothing where engines cannot take them, or have by their roles."""
+        offered = self.offering.of(self.output_tokens, self.prompt_tokens + self.output_tokens / 2)
+        if offered is None or sum(one.reads and one.fetches for one in prospects) < 2:
+            return Sides()
+        engines = sum(len(pool.workers) for pool in pools)
+        return best_sides(offered, engines, prospects[0].forecast.cost, asked.objectives)
 
     @staticmethod
     def _considered(pools: Sequence[Pool], known: Mapping[str, int], avoid: str) -> Iterator[WorkerLoad]:
@@ -197,11 +208,12 @@ class Planner:
     def _prospect(self, load: WorkerLoad, rank: float, known: Mapping[str, int]) -> Prospect:
         worker, role = load.worker, load.worker.role
         if load.forecast is None:
-            load.forecast = EngineForecast(fleet=self.costs)
+            load.forecast = EngineForecast(fleet=self.fleet)
         forecast = load.forecast
         forecast.look_around()
         forecast.chunk_tokens = worker.step_tokens
         forecast.kv_tokens = load.kv_tokens
+        forecast.limits_steps = worker.plugin
         forecast.others = load.others
         either = worker.hands_over
         return Prospect(

@@ -7,22 +7,25 @@ is. TaiChi (arXiv 2508.01989) mixes both ways by preference; here each request i
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import erf, hypot, inf, sqrt
+from math import inf
 from typing import Final, NamedTuple
 
-from scheduler.forecast import LEAST_ROOM, EngineForecast, Misses, Pace, Reading, late
+from scheduler.forecast import LEAST_ROOM, EngineForecast, Misses, Pace, Reading, late, normal_below
 from scheduler.objectives import Objectives
+from scheduler.sides import Sides
 
 TTFT_ERROR: Final = 0.15  # of a predicted time to first token, one standard deviation
-TPOT_ERROR: Final = 0.05  # likewise
 # What a request's own times cost those that come after it, in misses for as long as its objectives: while it is there,
 # it is in their way.
-_SLOWNESS: Final = 0.4
+_SLOWNESS: Final = 0.8
 # What decides among choices that are alike in this: answers close together and prompts where few answers are, so that
-# whole engines stay free of one or the other.
-_CROWD: Final = 1e-2
-_BESIDE: Final = 3.0  # times `_CROWD`, for each answer beside which a prompt is read
-_PACKED: Final = 20.0  # times `_CROWD`, more of it the more of the engines' time goes to prompts
+# whole engines stay free of one or the other; and a prompt that is handed over occupies two engines for a while.
+_PACKED: Final = 1e-3
+_BESIDE: Final = 3e-3  # for each answer beside which a prompt of typical length is read
+_HANDED_OVER: Final = 0.02
+# What it costs to write an answer at an engine that had better only read, in misses, where sides would save every
+# request: they are taken once, for all that follow.
+_SIDES: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,24 +99,29 @@ class Choice(NamedTuple):
     passes_on: bool = False
 
 
-def choose(asked: Asked, prospects: Sequence[Prospect], handover: HandOver, now: float) -> Choice | None:
-    """The choice with the least risk; None if no prospect can do anything. O(n²) in the prospects: give it a few."""
+def choose(
+    asked: Asked,
+    prospects: Sequence[Prospect],
+    handover: HandOver,
+    now: float,
+    sides: Sides = Sides(),  # noqa: B008
+) -> Choice | None:
+    """The choice with the least risk; None if no prospect can do anything. O(n²) in the prospects: give it a few.
+
+    sides: that engines had better take.
+    """
     seen = [_Seen.of(asked, prospect, now) for prospect in prospects]
-    packed = 1.0 + _PACKED * sum(min(1.0, one.forecast.read_share(now)) for one in prospects) / max(1, len(prospects))
     best: Choice | None = None
     best_score = inf
     for r, reader in enumerate(seen):
         for w, writer in enumerate(seen):
             if not _possible(asked, prospects[r], prospects[w], same=r == w):
                 continue
-            beside = reader.answers * min(1.0, reader.tokens / asked.typical_prompt_tokens)
-            crowd = packed * prospects[w].rank + _BESIDE * beside
-            if asked.objectives.tpot_s == inf:  # nobody's tokens can be late, so no engine need be kept free for them
-                crowd = float(r != w)
+            preference = _preference(asked, prospects[r], prospects[w], sides)
             for choice in _ways(asked, reader, writer, (r, w), handover):
                 # Without the wait behind a first token that is passed on: withheld, what follows comes no earlier.
                 slowness = choice.ttft_s / asked.objectives.ttft_s + writer.pace.tpot_s / asked.objectives.tpot_s
-                score = choice.risk + _SLOWNESS * slowness + _CROWD * crowd
+                score = choice.risk + _SLOWNESS * slowness + preference
                 if score < best_score:
                     best, best_score = choice, score
     return best
@@ -123,19 +131,29 @@ def _possible(asked: Asked, reader: Prospect, writer: Prospect, *, same: bool) -
     return reader.whole if same else asked.splittable and reader.reads and writer.fetches
 
 
+def _preference(asked: Asked, reader: Prospect, writer: Prospect, sides: Sides) -> float:
+    """What a pair of engines has against it, whatever becomes of this request. Lower is better."""
+    handed_over = _HANDED_OVER * (reader is not writer)
+    if asked.objectives.tpot_s == inf:  # nobody's tokens can be late, so no engine need be kept free for them
+        return handed_over
+    tokens = asked.prompt_tokens - reader.cached_tokens
+    beside = reader.forecast.answers * min(1.0, tokens / asked.typical_prompt_tokens)
+    takes_sides = _SIDES * sides.worth * (writer.rank >= sides.writers)
+    return _PACKED * writer.rank + _BESIDE * beside + handed_over + takes_sides
+
+
 class _Seen(NamedTuple):
     """What one engine offers.
 
-    tokens: of the prompt, to be computed there. ahead_s: until what is queued there has been read. read_s: to the
-    prompt's end. wait_s: for memory. pace: of the answer there. write_risk: that it misses its TPOT. misses: of the
-    answers there. passes_on: as a prospect's.
+    ahead_s: until what is queued there has been read. read_s: to the prompt's end. wait_s: for memory, at once.
+    wait_later_s: for memory when the prompt has been read elsewhere. pace: of the answer there. write_risk: that it
+    misses its TPOT. misses: of the answers there. passes_on: as a prospect's.
     """
 
-    answers: int
-    tokens: float
     ahead_s: float
     read_s: float
     wait_s: float
+    wait_later_s: float
     pace: Pace
     write_risk: float
     misses: Misses
@@ -149,16 +167,14 @@ class _Seen(NamedTuple):
         typical_s = forecast.cost.prompt_s(*Reading.of(asked.typical_prompt_tokens))
         output, context = max(2.0, asked.output_tokens), asked.context_tokens
         pace = forecast.pace(output, typical_s, now, more=1, context_tokens=context)
-        usual = forecast.usual_misses(prompt, output, asked.objectives.ttft_s, now, limits_steps=prospect.passes_on)
         return cls(
-            forecast.answers,
-            tokens,
             forecast.first_token_s(Reading(), now),
             forecast.first_token_s(prompt, now),
             forecast.memory_wait_s(context, pace.tpot_s * output),
+            forecast.memory_wait_s(context, pace.tpot_s * output, later=True),
             pace,
-            _late(pace, asked.objectives.tpot_s),
-            forecast.misses(prompt, context, output, now).at_least(usual),
+            pace.late(asked.objectives.tpot_s),
+            forecast.misses(prompt, context, output, now),
             prospect.passes_on,
         )
 
@@ -169,7 +185,7 @@ def _ways(asked: Asked, reader: _Seen, writer: _Seen, at: tuple[int, int], hando
         return
     tokens, others = asked.prompt_tokens, reader.misses.reading + writer.misses.writing
     # What comes from elsewhere waits for memory, and for the prompts that are being read where it is to be answered.
-    goes_on_s = max(max(reader.read_s, writer.wait_s) + handover.fetched_s(tokens), writer.ahead_s)
+    goes_on_s = max(max(reader.read_s, writer.wait_later_s) + handover.fetched_s(tokens), writer.ahead_s)
     if reader.passes_on and writer.passes_on and asked.output_tokens > 1:
         ttft_s = reader.read_s + handover.passed_on_s(tokens)
         stall_s = max(0.0, goes_on_s - ttft_s)
@@ -190,11 +206,11 @@ def is_passed_on(asked: Asked, elapsed_s: float, writer: EngineForecast, handove
     pace = writer.pace(output, typical_s, now)
     limit_s, tokens = asked.objectives.tpot_s, asked.prompt_tokens
     passed_on_s = elapsed_s + handover.passed_on_s(tokens)
-    memory_s = writer.memory_wait_s(0.0, pace.tpot_s * output)  # its own context is reserved there already
+    memory_s = writer.memory_wait_s(0.0, pace.tpot_s * output, later=True)  # its own context is reserved there already
     goes_on_s = elapsed_s + max(memory_s + handover.fetched_s(tokens), writer.first_token_s(Reading(), now))
-    write_risk, stalled = _late(pace, limit_s), _stalled(asked, pace, max(0.0, goes_on_s - passed_on_s))
+    write_risk, stalled = pace.late(limit_s), _stalled(asked, pace, max(0.0, goes_on_s - passed_on_s))
     risk = _own(asked, passed_on_s, 1.0 - (1.0 - write_risk) * (1.0 - stalled))
-    return risk <= _own(asked, goes_on_s, write_risk) + _CROWD
+    return risk <= _own(asked, goes_on_s, write_risk) + _PACKED
 
 
 def _together(asked: Asked, seen: _Seen, at: int) -> Choice:
@@ -204,7 +220,7 @@ def _together(asked: Asked, seen: _Seen, at: int) -> Choice:
 
 def _own(asked: Asked, ttft_s: float, write_risk: float) -> float:
     """That the request itself misses an objective."""
-    late_first = _above(((asked.waited_s + ttft_s) / asked.objectives.ttft_s - 1.0) / TTFT_ERROR)
+    late_first = normal_below(((asked.waited_s + ttft_s) / asked.objectives.ttft_s - 1.0) / TTFT_ERROR)
     return 1.0 - (1.0 - late_first) * (1.0 - write_risk)
 
 
@@ -215,15 +231,3 @@ def _stalled(asked: Asked, pace: Pace, stall_s: float) -> float:
         return 0.0
     room_s = max(LEAST_ROOM * limit_s, limit_s - pace.tpot_s)
     return late(stall_s - room_s, 0.0, room_s, 0.0, max(2.0, asked.output_tokens))  # the second token's room is sure
-
-
-def _late(pace: Pace, limit_s: float) -> float:
-    """That an answer takes more per token than its limit."""
-    if limit_s == inf:
-        return 0.0
-    return _above((pace.tpot_s - limit_s) / hypot(pace.deviation_s, TPOT_ERROR * limit_s))
-
-
-def _above(deviations: float) -> float:
-    """That a normal variable is below `deviations`."""
-    return 0.5 * (1.0 + erf(deviations / sqrt(2.0)))

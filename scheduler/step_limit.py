@@ -17,8 +17,8 @@ from scheduler.slack import StepLoad, StepModel
 LOOKED_AT: Final = 32  # prompts that wait, in order of arrival: other orders may start one first that is not looked at
 _LEAST_TOKENS: Final = 16  # of prompts in a step: they always go on
 _WORTH_WHILE: Final = 0.4  # of the time per token: an objective that leaves prompts less would stop them
-_LONGEST_STEP: Final = 1.2  # times the time per token, however far ahead answers are
-_LONGEST_LATE: Final = 2.4  # times the same, for an answer that will be late
+LONGEST_STEP: Final = 1.2  # times the time per token, however far ahead answers are
+LONGEST_LATE: Final = 2.4  # times the same, for an answer that will be late
 _EACH: Final = 8  # steps without a prompt of which one is learned from
 
 
@@ -145,12 +145,12 @@ class StepLimit:
         if not (batch.answers or batch.expected) or not model.is_known:
             return None
         base_s = model.predicted_s(StepLoad(0, len(batch.answers) + batch.untracked, batch.context))
-        least_s = _least_pace_s(base_s)
+        least_s = least_pace_s(base_s)
         return base_s if any(least_s <= tpot_s < inf for tpot_s in batch.paces()) else None
 
     def _for_answers(self, batch: Batch, begins_at: float, base_s: float) -> float:
         """Tokens of prompts with which every answer that can have its next token in time does, and none waits for it
-        longer than `_LONGEST_STEP` and `_LONGEST_LATE` say. Without answers there is no bound.
+        longer than `LONGEST_STEP` and `LONGEST_LATE` say. Without answers there is no bound.
         """
         # An answer that is expected makes its token in the step behind this one, beside a few tokens of prompts.
         least_s = self.model.prompt_s(self._least_tokens, 0)
@@ -181,19 +181,19 @@ class StepLimit:
         longer, and one whose objective leaves prompts little for as long as they like: it would stop them, and never
         catch up.
         """
-        first_at, least_s, room_s = self._first_at, _least_pace_s(base_s), inf
+        first_at, least_s, room_s = self._first_at, least_pace_s(base_s), inf
         for job, made in answers:
             first, tpot_s = first_at.get(job), job.objectives.tpot_s
             if first is None or tpot_s < least_s or job.tier is Tier.FLEX:
                 continue
             until_s = first + tpot_s * made - in_time
             if until_s >= 0.0:
-                room_s = min(room_s, until_s, _LONGEST_STEP * tpot_s - base_s)
+                room_s = min(room_s, until_s, LONGEST_STEP * tpot_s - base_s)
             elif tpot_s < inf:
-                room_s = min(room_s, _LONGEST_LATE * tpot_s - base_s)
+                room_s = min(room_s, LONGEST_LATE * tpot_s - base_s)
         return room_s
 
 
-def _least_pace_s(base_s: float) -> float:
+def least_pace_s(base_s: float) -> float:
     """The tightest time per token that leaves prompts what is worth while, where a step without them takes `base_s`."""
     return base_s / (1.0 - _WORTH_WHILE)

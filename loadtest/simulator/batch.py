@@ -296,7 +296,9 @@ class ContinuousBatch:
     def _steady(self, step: _Step) -> bool:
         alone = not (step.prefill_tokens or step.transfer_tokens or step.started or step.short)
         waits = len(self.lanes) > 0 and not self.lanes.keeps_order
-        return alone and 0 < step.left and step.decoding == len(self._running) and not waits
+        # One token of a prompt may be all that the limit gives it: that makes nobody a token, and is not repeated.
+        decoding = step.decoding == len(step.producing) == len(self._running)
+        return alone and 0 < step.left and decoding and not waits
 
     def repeats(self, iteration: Iteration) -> int:
         """How many iterations after a steady one are sure to find memory for all: no more than needs be looked at."""

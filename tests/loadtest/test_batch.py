@@ -6,6 +6,8 @@ from loadtest.simulator.batch import ContinuousBatch
 from loadtest.simulator.costmodel import CostModel
 from scheduler.catalog import build
 from scheduler.jobs import Job, Outcome
+from scheduler.slack import StepModel
+from scheduler.step_limit import Limit, StepLimit
 from scheduler.tiers import TieredLanes
 
 COST = CostModel(iteration_s=1.0, prefill_s_per_token=0.1, decode_s_per_sequence=0.01, max_seqs=2, max_batched_tokens=8)
@@ -70,6 +72,19 @@ def test_a_prompt_longer_than_the_budget_is_computed_in_chunks() -> None:
         chunks.append((iteration.prefill_tokens, len(iteration.producing)))
         batch.complete(iteration, now + 1.0)
     assert chunks == [(8, 0), (8, 0), (4, 1)]
+
+
+class OneTokenOfEach(StepLimit):
+    def of(self, *_args: object, **_options: object) -> Limit:
+        return Limit(1, 100, 1)
+
+
+def test_a_step_that_computes_one_token_of_a_prompt_is_not_repeated_as_an_answers_is() -> None:
+    batch = ContinuousBatch(COST, TieredLanes(build("fcfs", {})), OneTokenOfEach(StepModel()))
+    batch.add(job("a", 20), 0.0)
+    batch.schedule(0.0)
+    second = batch.schedule(1.0)
+    assert second is not None and not second.producing and not second.steady
 
 
 def test_no_more_run_than_there_are_slots() -> None:

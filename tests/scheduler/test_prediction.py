@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.forecast import EngineForecast, Reading, late
+from scheduler.forecast import EngineForecast, Fleet, Reading, late
 from scheduler.objectives import Objectives
 from scheduler.prediction import Asked, HandOver, Prospect, choose
+from scheduler.sides import Sides
 from scheduler.step_cost import StepCost, pairs_of
 
 COST = StepCost(0.01, 60e-6, 40e-6, 25e-9, 0.0, 0.0)
@@ -50,14 +51,37 @@ def test_a_long_prompt_is_read_where_it_holds_up_nobody_and_written_there_if_pro
     assert choice.risk < 0.2 and choice.ttft_s < 2.0
 
 
-@pytest.mark.parametrize("objectives", [TIGHT, LOOSE], ids=["tight", "loose"])
-def test_a_long_prompt_is_read_where_prompts_are_read_and_written_where_answers_are(objectives: Objectives) -> None:
-    writes, reads = answering(engine(), 3), engine()
+@pytest.mark.parametrize(
+    ("objectives", "writer"), [(TIGHT, 0), (LOOSE, 1)], ids=["tight", "loose: a hand-over gains nothing"]
+)
+def test_a_long_prompt_is_read_where_prompts_are_read_and_written_where_answers_are(
+    objectives: Objectives, writer: int
+) -> None:
+    writes, reads = answering(engine(), 3, now=0.7, limit_s=objectives.tpot_s), engine()
     reads.sends_prompt("before", 12_000, 0.0, life_s=2.0)
     reads.has_read("before", 0.75)
     choice = choose(asked(12_000, objectives), [Prospect(writes), Prospect(reads, rank=1)], HANDOVER, 0.8)
-    assert choice is not None and (choice.reader, choice.writer) == (1, 0)
+    assert choice is not None and (choice.reader, choice.writer) == (1, writer)
     assert choice.risk < 0.2 and choice.ttft_s < 2.0
+
+
+def test_nothing_is_handed_over_for_the_sake_of_answers_that_may_take_as_long_as_they_like() -> None:
+    writes, reads = answering(engine(), 3), engine()
+    choice = choose(asked(12_000, LOOSE), [Prospect(writes), Prospect(reads, rank=1)], HANDOVER, 0.8)
+    assert choice is not None and choice.reader == choice.writer
+
+
+def test_sides_that_had_better_be_taken_are_taken_though_one_request_gains_nothing_by_it() -> None:
+    prospects = [Prospect(engine()), Prospect(engine(), rank=0.5)]
+    prospects[0].forecast.sends_prompt("before", 6000, 0.0, life_s=2.0)  # else it would do all of it
+
+    def choice(sides: Sides) -> tuple[int, int]:
+        chosen = choose(asked(6000, TIGHT), prospects, HANDOVER, 0.0, sides)
+        assert chosen is not None
+        return chosen.reader, chosen.writer
+
+    assert choice(Sides(0.0, 0.5)) == (1, 1) and choice(Sides(0.5, 0.5)) == (1, 0)
+    assert choice(Sides(0.5, 1.0)) == (1, 1), "where both of them are to write, neither is kept free"
 
 
 def test_a_prompt_goes_past_a_reader_whose_queue_would_make_it_late() -> None:
@@ -126,7 +150,7 @@ def test_a_forecast_learns_how_fast_its_engine_reads_and_writes(attended_s: floa
 
 def test_an_engine_that_wrote_answers_only_knows_from_another_what_prompts_cost() -> None:
     true = StepCost(0.02, 3e-4, 1e-3, 0.0, 0.0, 1e-7)
-    fleet = StepCost.fit(StepCost())
+    fleet = Fleet()
     reads, writes = (EngineForecast(chunk_tokens=512, fleet=fleet) for _ in range(2))
     for number in range(100):
         now, tokens = 10.0 * number, 100 + 50 * (number % 40)
@@ -142,14 +166,20 @@ def test_an_engine_that_wrote_answers_only_knows_from_another_what_prompts_cost(
 
 
 def test_an_answer_more_makes_others_late_only_where_a_step_with_it_takes_longer_than_they_may() -> None:
-    """However many tokens they have left: a step that is longer by less than their room is in time each time."""
+    """However many tokens they have left: a step that is longer by less than their room is in time each time. A step
+    that is not is too long until one of the answers has ended."""
 
-    def writing(context_tokens: float) -> float:
-        one = answering(engine(), 2, limit_s=0.0135)
+    def writing(context_tokens: float, answers: int = 2) -> float:
+        one = answering(engine(), answers, 0.0, limit_s=0.0135)
         return one.misses(Reading(), context_tokens, 200.0, 0.0).writing
 
     assert writing(60_000.0) == 0.0
-    assert writing(160_000.0) > 1.0
+    for answers in (2, 5):
+        room_s, slower_s = 0.0135 - COST.decode_s(answers, 0.0), COST.decode_s(1, 160_000.0) - COST.fixed_s
+        least_s = 0.05 * 0.0135
+        too_long_s = (slower_s - room_s + least_s) * 200.0 / (answers + 1)
+        chunk_s = COST.prompt_s(2048 - answers, 0.0)
+        assert writing(160_000.0, answers) == pytest.approx(answers * late(0.0, too_long_s, least_s, chunk_s, 200.0))
 
 
 def test_answers_that_are_still_to_begin_are_held_up_by_what_is_not_read_by_then() -> None:
@@ -168,7 +198,7 @@ def test_answers_whose_prompts_are_read_here_are_held_up_by_those_behind_and_not
         one.sends_prompt("before", before, 0.0, life_s=2.0)
         stay = one.expects(0.0, tpot_limit_s=0.02, due_at=-1.0)  # it should have begun
         one.sends_prompt("own", 10, 0.0, life_s=2.0)
-        stay.queued = one.sent
+        one.reads_itself(stay)
         one.sends_prompt("behind", behind, 0.0, life_s=2.0)
         return one.misses(Reading.of(10_000.0), 0.0, 20.0, 0.0).reading
 
@@ -184,9 +214,9 @@ def test_a_first_token_says_nothing_of_prompts_that_were_sent_after_its_own() ->
 
 
 def test_an_engine_of_which_nothing_was_seen_is_taken_to_be_as_the_others() -> None:
-    fleet = StepCost.fit(StepCost())
+    fleet = Fleet()
     for _ in range(20):
-        fleet.learn(5.0, (1.0, 1000.0, 0.0, 0.0, 0.0, 5e5))
+        fleet.costs.learn(5.0, (1.0, 1000.0, 0.0, 0.0, 0.0, 5e5))
     fresh = EngineForecast(fleet=fleet)
     fresh.look_around()
     assert fresh.first_token_s(Reading.of(1000), 0.0) == pytest.approx(5.0, rel=0.1)
@@ -292,38 +322,44 @@ def test_a_first_token_is_passed_on_only_between_engines_that_both_know_how_and_
     assert not choice(True, False) and not choice(False, True) and not choice(True, True, 1.0)
 
 
-def test_prompts_go_where_there_are_seldom_answers_even_if_none_is_there_now() -> None:
-    """Else engines that all do both never take sides: each prompt finds one that happens to have no answers."""
-    writes, seldom = engine(), engine()
-    for _ in range(4):
-        stay = writes.expects(1000.0, tpot_limit_s=TIGHT.tpot_s)
-        writes.begins(stay, 0.0)
-        writes.ended(stay, 20.0)
-    choice = choose(asked(12_000, TIGHT), [Prospect(writes), Prospect(seldom, rank=1)], HANDOVER, 20.1)
-    assert choice is not None and choice.reader == 1
-
-    def usual(tokens: float, ttft_s: float = 2.0, now: float = 20.1, *, limits_steps: bool = True) -> float:
-        return writes.usual_misses(Reading.of(tokens), 200.0, ttft_s, now, limits_steps=limits_steps)
-
-    soon, later = usual(12_000.0), usual(12_000.0, now=60.0)
-    assert 0.0 < later < 0.5 * soon
-    without_limits = answering(engine(), 4)
-    without_limits.ended(without_limits.expects(0.0), 20.0)
-    assert without_limits.usual_misses(Reading.of(12_000.0), 200.0, 2.0, 20.1, limits_steps=True) == 0.0
+def limited(answers: int, limit_s: float, *, limits_steps: bool = True) -> EngineForecast:
+    """An engine that writes such answers, and takes longer over a prompt for their sake."""
+    one = answering(engine(), answers, 0.0, limit_s=limit_s)
+    one.limits_steps = limits_steps
+    return one
 
 
-@pytest.mark.parametrize(
-    ("tokens", "ttft_s", "limits_steps", "harms"),
-    [(3000.0, 2.0, True, False), (3000.0, 0.2, True, True), (3000.0, 2.0, False, True)],
-    ids=["easy", "it would be late", "its steps are as long as they are"],
-)
-def test_where_the_limit_is_easy_prompts_are_read_beside_answers_in_small_pieces(
-    tokens: float, ttft_s: float, *, limits_steps: bool, harms: bool
-) -> None:
-    usual = answering(engine(), 4, limit_s=0.1).usual_misses(
-        Reading.of(tokens), 200.0, ttft_s, 20.0, limits_steps=limits_steps
-    )
-    assert (usual > 0.0) == harms
+def test_beside_answers_with_a_limit_a_prompt_is_read_in_as_many_steps_as_that_takes() -> None:
+    prompt, step_s = Reading.of(4000.0), COST.decode_s(4, 0.0)  # of 0.24 s
+    freely = limited(4, 0.02, limits_steps=False).first_token_s(prompt, 0.0)
+    assert freely == pytest.approx(0.24 + (0.5 + 4000 / 2044) * step_s)
+    within = limited(4, 0.02).first_token_s(prompt, 0.0)
+    assert within == pytest.approx(0.24 + (0.5 + 0.24 / (1.2 * 0.02 - step_s)) * step_s)
+    assert limited(4, 10.0).first_token_s(prompt, 0.0) == pytest.approx(freely), "a limit above what a chunk takes"
+    assert limited(4, 1.5 * step_s).first_token_s(prompt, 0.0) == pytest.approx(freely), "prompts would stand still"
+
+
+def test_how_long_limited_steps_are_is_learned_and_nothing_of_what_prompts_cost() -> None:
+    """How many steps there were is not known. Late answers let them be twice as long as others, or nearly."""
+    one, now = limited(4, 0.02), 0.0
+    step_s, cost = COST.decode_s(4, 0.0), one.cost
+    for number in range(100):
+        one.sends_prompt(number, 4000, now, life_s=2.0)
+        now += 0.24 + 0.24 / (0.04 - step_s) * step_s
+        one.has_read(number, now)
+        now += 1.0
+    told = one.first_token_s(Reading.of(4000.0), now)
+    assert told == pytest.approx(0.24 + (0.5 + 0.24 / (0.04 - step_s)) * step_s, rel=0.01)
+    assert one.cost is cost
+
+
+def test_memory_is_waited_for_behind_those_that_come_from_elsewhere_only_if_one_does_so_oneself() -> None:
+    full = engine(kv_tokens=10_000)
+    full.expects(8000.0)
+    assert full.memory_wait_s(4000.0, 2.0) == 0.0
+    assert full.memory_wait_s(4000.0, 2.0, later=True) == pytest.approx(0.5)
+    full.reads_itself(full.expects(8000.0))
+    assert full.memory_wait_s(4000.0, 2.0) == pytest.approx(0.5)
 
 
 def test_a_prompt_that_will_not_be_read_leaves_no_trace_in_the_queue() -> None:

@@ -95,7 +95,7 @@ def test_what_is_simulated_says_so_and_compares_with_the_better_of_the_others(mo
         ("gpu-7b", 0),
         ("gpu-7b", 1),
         ("gpu-7b", 2),
-        pytest.param("cpu-bench", 0, marks=pytest.mark.xfail(strict=True, reason="0.86: docs/disaggregation.md")),
+        ("cpu-bench", 0),
         ("cpu-bench", 1),
         ("cpu-bench", 2),
     ],

@@ -1,0 +1,112 @@
+"""What it is worth that some engines only read prompts and the others only write answers.
+
+No single request shows it: each one that reads its prompt beside answers which are late anyway harms nobody, and so
+engines that all do both may stay so, and every answer late. Here both ways are compared for all requests at once, by
+how busy engines would be with what is asked of them (a fluid model, as DistServe and Splitwise plan by).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil, exp, inf
+from typing import Final, NamedTuple
+
+from scheduler.forecast import MEMORY_S, Pace
+from scheduler.objectives import Objectives
+from scheduler.step_cost import StepCost
+
+_BUSY: Final = (0.5, 0.75)  # shares of their time for which engines that only read are tried
+_KNOWN: Final = 4  # requests after which a rate is known
+_MOST_HELD_UP: Final = 0.95  # of its time, that an engine that writes answers spends on prompts
+
+
+class Offered(NamedTuple):
+    """What is asked of a model's engines.
+
+    rate: answers a second. read_s: seconds of reading for each. output_tokens: of each. context_tokens: that each
+    attends to, in the mean over its tokens.
+    """
+
+    rate: float
+    read_s: float
+    output_tokens: float
+    context_tokens: float
+
+    @property
+    def readers(self) -> float:
+        """Engines that are busy all the time if they do nothing but read it."""
+        return self.rate * self.read_s
+
+
+@dataclass(slots=True)
+class Offering:
+    """What was asked in the last half minute or so."""
+
+    _noted_at: float | None = None
+    _seconds: float = 0.0
+    _answers: float = 0.0
+    _read_s: float = 0.0
+
+    def note(self, read_s: float, answers: int, now: float) -> None:
+        """A request comes whose prompt takes so long to read. The first one only starts the clock."""
+        if self._noted_at is not None:
+            fades = exp((self._noted_at - now) / MEMORY_S)
+            self._seconds = fades * self._seconds + MEMORY_S * (1.0 - fades)
+            self._answers = fades * self._answers + answers
+            self._read_s = fades * self._read_s + read_s
+        self._noted_at = now
+
+    def of(self, output_tokens: float, context_tokens: float) -> Offered | None:
+        """None before anything is known."""
+        if self._answers < _KNOWN or self._seconds <= 0.0:
+            return None
+        rate, read_s = self._answers / self._seconds, self._read_s / self._answers
+        return Offered(rate, read_s, output_tokens, context_tokens)
+
+
+class Sides(NamedTuple):
+    """Some engines only read prompts, and the others only write answers.
+
+    worth: of all requests, the share that meets its objectives so, and would not if all engines did the same; 0 to 1.
+    writers: share of the engines that write.
+    """
+
+    worth: float = 0.0
+    writers: float = 1.0
+
+
+def best_sides(offered: Offered, engines: int, cost: StepCost, objectives: Objectives) -> Sides:
+    """Those with which the fewest requests miss their objectives."""
+    if engines < 2 or objectives.tpot_s == inf:
+        return Sides()
+    alike = _missed(offered, cost, objectives, engines, engines, held_up=offered.readers / engines)
+    numbers = _numbers_of_readers(offered, engines)
+    missed, readers = min(
+        (_missed(offered, cost, objectives, number, engines - number, held_up=0.0), number) for number in numbers
+    )
+    return Sides(max(0.0, alike - missed), 1.0 - readers / engines)
+
+
+def _numbers_of_readers(offered: Offered, engines: int) -> Iterator[int]:
+    for busy in _BUSY:
+        yield min(engines - 1, max(1, ceil(offered.readers / busy)))
+
+
+def _missed(
+    offered: Offered, cost: StepCost, objectives: Objectives, readers: int, writers: int, *, held_up: float
+) -> float:
+    """Of the requests, the share that misses an objective. held_up: of the writers' time, the share for prompts."""
+    busy = offered.readers / readers
+    if busy >= 1.0 or held_up >= _MOST_HELD_UP:
+        return 1.0
+    # Little's law: as many answers run as come while one is written, and a step takes longer with each.
+    steps_each = offered.rate * offered.output_tokens / writers / (1.0 - held_up)
+    each_s = cost.sequence_s + cost.context_token_s * offered.context_tokens
+    if steps_each * each_s >= 1.0:
+        return 1.0
+    step_s = cost.fixed_s / (1.0 - steps_each * each_s)
+    stall_s = step_s * held_up / (1.0 - held_up)  # for each token
+    pace = Pace(step_s + stall_s, (stall_s * offered.read_s / offered.output_tokens) ** 0.5)
+    # A queue's tail, in heavy traffic (M/D/1).
+    room_s = max(0.0, objectives.ttft_s - offered.read_s)
+    waits = busy * exp(-2.0 * (1.0 - busy) * room_s / offered.read_s) if offered.read_s else 0.0
+    return 1.0 - (1.0 - pace.late(objectives.tpot_s)) * (1.0 - waits)
