@@ -12,12 +12,11 @@ from typing import Final, NamedTuple
 from scheduler.step_cost import LinearFit, StepCost, pairs_of
 from scheduler.step_limit import LONGEST_LATE, LONGEST_STEP, least_pace_s
 
-MEMORY_S: Final = 30.0  # how far back an engine's habit, to read prompts or not, is looked at
+MEMORY_S: Final = 30.0  # how far back what is asked, and an engine's habit to read prompts, is looked at
 TPOT_ERROR: Final = 0.05  # of a predicted time per token, one standard deviation
 _MOST_SHARE: Final = 0.9  # of its time, that an engine is ever taken to spend on prompts
 _FULL: Final = 0.9  # of the KV cache
 _LONG_STEPS: Final = 64  # an answer of as many tokens or more says how long a step takes; a shorter one says it roughly
-_LEAST_STEP_S: Final = 1e-5
 _SHORTEST_S: Final = 1e-3  # first tokens that come closer together were made by one step
 _CERTAINLY_LIMITED: Final = 1.05  # times as many steps as the engine's chunks make necessary
 _LEARN: Final = 0.05  # of what an observation says about the longest steps
@@ -101,6 +100,11 @@ class Fleet:
 
     costs: LinearFit = field(default_factory=lambda: StepCost.fit(StepCost()))
     longest_step: float = LONGEST_STEP
+
+    @property
+    def cost(self) -> StepCost:
+        """Of a step, at an engine like the others."""
+        return StepCost.of(self.costs)
 
     def learn_longest(self, step: float) -> None:
         """One was seen."""
@@ -215,7 +219,7 @@ class EngineForecast:
         if not limited:
             return False
         step_s, prompts_s = self._step_s(), self.cost.prompt_s(*prompts)
-        if self._steps(prompts, step_s) <= _CERTAINLY_LIMITED * self._chunks(prompts):
+        if self._steps(prompts, step_s) <= _CERTAINLY_LIMITED * max(1.0, self._chunks(prompts)):
             return False
         steps = max(1.0, (elapsed_s - prompts_s) / step_s)
         self._fleet.learn_longest((prompts_s / steps + step_s) * limited / limits_s)
@@ -242,7 +246,8 @@ class EngineForecast:
     def reads_itself(self, stay: Stay) -> None:
         """The prompt before these answers, which was sent just now, is read here too."""
         stay.queued = self.sent
-        self._coming_here_context += stay.context_tokens
+        if stay.began_at is None:
+            self._coming_here_context += stay.context_tokens
 
     def begins(self, stay: Stay, now: float, *, fetched_tokens: int = 0) -> None:
         """The first token that was made here came. Nothing if it has begun before. fetched_tokens: of its prompt, from
@@ -307,8 +312,7 @@ class EngineForecast:
 
     def _take(self, fit: LinearFit) -> None:
         self._taken = fit.coefficients
-        fixed_s, *rest = fit.coefficients
-        self.cost = StepCost(max(_LEAST_STEP_S, fixed_s), *rest)
+        self.cost = StepCost.of(fit)
         self._begun_memo = None
 
     def look_around(self) -> None:

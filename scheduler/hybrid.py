@@ -7,6 +7,7 @@ goes, and tells the `Visit` that results what happens to it.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from math import inf
 from typing import Final
 
 from scheduler.forecast import EngineForecast, Fleet, Reading, Stay
@@ -16,9 +17,11 @@ from scheduler.sides import Offering, Sides, best_sides
 from scheduler.step_cost import LinearFit
 from scheduler.workers import Role
 
-LOOKS: Final = 4  # workers of each pool that are considered, least loaded first
+LOOKS: Final = 4  # workers of each pool that are considered, least loaded first; as many on either side
+_MOST_LOOKS: Final = 4 * LOOKS  # for which a pool is asked, in case that most are on one side
 _MEMORY: Final = 500  # requests
 _ASSUMED_HANDOVER: Final = HandOver((0.01, 1e-6), (0.005, 1e-7))
+_NOBODY: Final = (inf, 0)  # behind all engines
 _RANKS: Final = {Role.DECODE: 0.0, Role.BOTH: 1.0, Role.PREFILL: 2.0}
 
 
@@ -26,7 +29,7 @@ _RANKS: Final = {Role.DECODE: 0.0, Role.BOTH: 1.0, Role.PREFILL: 2.0}
 class Visit:
     """One request at the engines that read its prompt and write its answer; the same one where it is not split.
 
-    Tell it what happens, in this order or less: `read`, `begins`, `goes_on`, `over`. Anything told twice counts once.
+    Tell it what happens, in this order or less: `read`, `begins`, `goes_on`, each once or more, and `over` once.
     asked: as it was placed. silent: its first token will not be seen, for it is answered in one piece or goes on with a
     stream. ttft_s: as predicted.
     can_pass_on: the writer can give out the first token that the reader made, before it has the KV. passes_on: it will;
@@ -125,7 +128,8 @@ class Planner:
     note_error: is told predicted ÷ actual time to first token of each request. life_s: of a typical answer.
     prompt_tokens, output_tokens: of a request, in the mean over the last `_MEMORY` or so. Lengths have long tails, and
     what a stall costs per token follows from them: a shorter memory makes the choices restless.
-    fleet: what its engines have shown together. offering: what is asked of them.
+    fleet: what its engines have shown together. sharers: owners that ask them for as much each,
+    this one included. offering: what this one asks of them.
     fetched, passed_on: what `HandOver` says, as it was.
     """
 
@@ -134,10 +138,13 @@ class Planner:
     prompt_tokens: float = TYPICAL_TOKENS / 2
     output_tokens: float = TYPICAL_TOKENS / 2
     learned: int = 0
+    sharers: Callable[[], int] = lambda: 1
     offering: Offering = field(default_factory=Offering)
     fleet: Fleet = field(default_factory=Fleet)
     fetched: LinearFit = field(default_factory=lambda: LinearFit(_ASSUMED_HANDOVER.fetched))
     passed_on: LinearFit = field(default_factory=lambda: LinearFit(_ASSUMED_HANDOVER.passed_on))
+    _order: list[tuple[float, int]] = field(default_factory=list)  # of the engines that can take sides, as `_rank`
+    _order_of: tuple[tuple[Pool, int], ...] = ()
 
     @property
     def handover(self) -> HandOver:
@@ -160,9 +167,13 @@ class Planner:
         """
         output_tokens = min(asked.output_tokens, self.output_tokens)
         asked = replace(asked, output_tokens=output_tokens, typical_prompt_tokens=self.prompt_tokens)
-        loads = sorted(self._considered(pools, known, avoid), key=_rank)
-        prospects = [self._prospect(load, rank / len(loads), known) for rank, load in enumerate(loads)]
-        choice = choose(asked, prospects, self.handover, now, self._sides(asked, prospects, pools))
+        sides, first_reader = self._sides(pools)
+        loads = sorted(self._considered(pools, known, avoid, first_reader), key=_rank)
+        prospects = [
+            self._prospect(load, at / len(loads), known, had_better_read=_rank(load) >= first_reader)
+            for at, load in enumerate(loads)
+        ]
+        choice = choose(asked, prospects, self.handover, now, sides.worth)
         if choice is None:
             return None
         reader, writer = loads[choice.reader], loads[choice.writer]
@@ -180,32 +191,52 @@ class Planner:
         silent = asked.silent and not visit.split
         cached = reads.cached_tokens
         tokens = max(1, asked.prompt_tokens - cached)
-        self.offering.note(reads.forecast.cost.prompt_s(*Reading.of(tokens, cached)), asked.answers, now)
+        self.offering.note(
+            reads.forecast.cost.prompt_s(*Reading.of(tokens, cached)), asked.answers, asked.objectives, now
+        )
         reads.forecast.sends_prompt(visit, tokens, now, self.life_s, cached_tokens=cached, silent=silent)
         if not visit.split:
             writes.reads_itself(stay)
         return visit
 
-    def _sides(self, asked: Asked, prospects: Sequence[Prospect], pools: Sequence[Pool]) -> Sides:
-        """Nothing where engines cannot take them, or have by their roles."""
-        offered = self.offering.of(self.output_tokens, self.prompt_tokens + self.output_tokens / 2)
-        if offered is None or sum(one.reads and one.fetches for one in prospects) < 2:
-            return Sides()
-        engines = sum(len(pool.workers) for pool in pools)
-        return best_sides(offered, engines, prospects[0].forecast.cost, asked.objectives)
+    def _sides(self, pools: Sequence[Pool]) -> tuple[Sides, tuple[float, int]]:
+        """What they are worth to those engines that can take them, and the place in their order of the first that had
+        better only read."""
+        known_of = tuple((pool, pool.changes) for pool in pools)
+        if known_of != self._order_of:
+            loads = (load for pool in pools for load in pool.workers.values())
+            self._order = sorted(_rank(load) for load in loads if load.worker.hands_over)
+            self._order_of = known_of
+        context_tokens = self.prompt_tokens + self.output_tokens / 2
+        offered = self.offering.of(self.output_tokens, context_tokens, owners=self.sharers())
+        if offered is None:
+            return Sides(), _NOBODY
+        sides = best_sides(offered, len(self._order), self.fleet.cost)
+        return sides, self._order[-sides.readers] if sides.worth else _NOBODY
 
     @staticmethod
-    def _considered(pools: Sequence[Pool], known: Mapping[str, int], avoid: str) -> Iterator[WorkerLoad]:
-        """The owners of the prompt's beginnings, and the least loaded of each pool."""
+    def _considered(
+        pools: Sequence[Pool], known: Mapping[str, int], avoid: str, first_reader: tuple[float, int]
+    ) -> Iterator[WorkerLoad]:
+        """The owners of the prompt's beginnings, and the least loaded of each pool, on either side."""
         seen: set[str] = {avoid}
         for pool in pools:
-            owners = [pool.workers[owner] for owner in known if owner in pool.workers]
-            for load in (*owners, *islice(pool.in_order(), LOOKS)):
-                if load.free > 0 and load.worker.id not in seen:
-                    seen.add(load.worker.id)
+            for owner in known:
+                load = pool.workers.get(owner)
+                if load is not None and load.free > 0 and owner not in seen:
+                    seen.add(owner)
                     yield load
+            looks = [LOOKS, LOOKS] if first_reader < _NOBODY else [LOOKS, 0]
+            for load in islice(pool.in_order(), _MOST_LOOKS):
+                side = _rank(load) >= first_reader
+                if looks[side] and load.worker.id not in seen:
+                    seen.add(load.worker.id)
+                    looks[side] -= 1
+                    yield load
+                if not any(looks):
+                    break
 
-    def _prospect(self, load: WorkerLoad, rank: float, known: Mapping[str, int]) -> Prospect:
+    def _prospect(self, load: WorkerLoad, rank: float, known: Mapping[str, int], *, had_better_read: bool) -> Prospect:
         worker, role = load.worker, load.worker.role
         if load.forecast is None:
             load.forecast = EngineForecast(fleet=self.fleet)
@@ -224,6 +255,7 @@ class Planner:
             fetches=either or role is Role.DECODE,
             whole=either or role is not Role.PREFILL,
             passes_on=worker.plugin,
+            had_better_read=had_better_read,
         )
 
 

@@ -96,7 +96,7 @@ class Pool:
     entered anew.
     """
 
-    __slots__ = ("_heap", "_pools", "models", "role", "typical_tokens", "workers")
+    __slots__ = ("_heap", "_pools", "changes", "models", "role", "typical_tokens", "workers")
 
     def __init__(self, pools: "Pools", models: tuple[str, ...], role: Role) -> None:
         self._pools = pools
@@ -105,15 +105,18 @@ class Pool:
         self.role = role
         self.typical_tokens = TYPICAL_TOKENS  # of one request, prompt and answer: as whoever chose here last has it
         self.workers: dict[str, WorkerLoad] = {}
+        self.changes = 0  # of `workers`
 
     def add(self, load: WorkerLoad) -> None:
         """A worker joins."""
+        self.changes += 1
         load.pool, load.posted = self, inf
         self.workers[load.worker.id] = load
         self.learn(load)
 
     def remove(self, load: WorkerLoad) -> None:
         """A worker leaves."""
+        self.changes += 1
         del self.workers[load.worker.id]
         load.pool, load.posted = None, inf
 

@@ -2,7 +2,8 @@
 their objectives.
 
 Every engine may do both. Together on one engine is always among the choices, so a bad prediction costs what its error
-is. TaiChi (arXiv 2508.01989) mixes both ways by preference; here each request is weighed by itself.
+is. TaiChi (arXiv 2508.01989) mixes both ways by preference; here each request is weighed by itself, and
+beside what sides are worth to all.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,6 @@ from typing import Final, NamedTuple
 
 from scheduler.forecast import LEAST_ROOM, EngineForecast, Misses, Pace, Reading, late, normal_below
 from scheduler.objectives import Objectives
-from scheduler.sides import Sides
 
 TTFT_ERROR: Final = 0.15  # of a predicted time to first token, one standard deviation
 # What a request's own times cost those that come after it, in misses for as long as its objectives: while it is there,
@@ -53,7 +53,8 @@ class Asked:
 class Prospect(NamedTuple):
     """An engine that has room, as one request sees it.
 
-    rank: answers are packed where it is lowest; 0 to 1. cached_tokens: of this prompt.
+    rank: answers are packed where it is lowest; 0 to 1. had_better_read: and leave answers to others.
+    cached_tokens: of this prompt.
     reads: it may read a prompt for another engine. fetches: it may answer what another has read. whole: it may do both.
     passes_on: as a reader it tells the first token, as a writer it gives out one that was told before it has the KV.
     """
@@ -65,6 +66,7 @@ class Prospect(NamedTuple):
     fetches: bool = True
     whole: bool = True
     passes_on: bool = False
+    had_better_read: bool = False
 
 
 class HandOver(NamedTuple):
@@ -100,15 +102,11 @@ class Choice(NamedTuple):
 
 
 def choose(
-    asked: Asked,
-    prospects: Sequence[Prospect],
-    handover: HandOver,
-    now: float,
-    sides: Sides = Sides(),  # noqa: B008
+    asked: Asked, prospects: Sequence[Prospect], handover: HandOver, now: float, sides_worth: float = 0.0
 ) -> Choice | None:
     """The choice with the least risk; None if no prospect can do anything. O(n²) in the prospects: give it a few.
 
-    sides: that engines had better take.
+    sides_worth: that some of them only read (`scheduler.sides`).
     """
     seen = [_Seen.of(asked, prospect, now) for prospect in prospects]
     best: Choice | None = None
@@ -117,7 +115,7 @@ def choose(
         for w, writer in enumerate(seen):
             if not _possible(asked, prospects[r], prospects[w], same=r == w):
                 continue
-            preference = _preference(asked, prospects[r], prospects[w], sides)
+            preference = _preference(asked, prospects[r], prospects[w], sides_worth)
             for choice in _ways(asked, reader, writer, (r, w), handover):
                 # Without the wait behind a first token that is passed on: withheld, what follows comes no earlier.
                 slowness = choice.ttft_s / asked.objectives.ttft_s + writer.pace.tpot_s / asked.objectives.tpot_s
@@ -131,15 +129,15 @@ def _possible(asked: Asked, reader: Prospect, writer: Prospect, *, same: bool) -
     return reader.whole if same else asked.splittable and reader.reads and writer.fetches
 
 
-def _preference(asked: Asked, reader: Prospect, writer: Prospect, sides: Sides) -> float:
+def _preference(asked: Asked, reader: Prospect, writer: Prospect, sides_worth: float) -> float:
     """What a pair of engines has against it, whatever becomes of this request. Lower is better."""
     handed_over = _HANDED_OVER * (reader is not writer)
     if asked.objectives.tpot_s == inf:  # nobody's tokens can be late, so no engine need be kept free for them
         return handed_over
-    tokens = asked.prompt_tokens - reader.cached_tokens
+    tokens = max(1, asked.prompt_tokens - reader.cached_tokens)
     beside = reader.forecast.answers * min(1.0, tokens / asked.typical_prompt_tokens)
-    takes_sides = _SIDES * sides.worth * (writer.rank >= sides.writers)
-    return _PACKED * writer.rank + _BESIDE * beside + handed_over + takes_sides
+    against_sides = _SIDES * sides_worth * writer.had_better_read
+    return _PACKED * writer.rank + _BESIDE * beside + handed_over + against_sides
 
 
 class _Seen(NamedTuple):

@@ -12,6 +12,7 @@ _SURPRISE: Final = 1.5  # times what the model says: above it an observation cou
 _LEAST_SCALE: Final = 0.2
 _LEAST_WEIGHT: Final = 0.02
 _PAIR_SCALE: Final = 1e-7  # seconds
+_LEAST_STEP_S: Final = 1e-5
 _SOLVE_EVERY: Final = 8  # observations, once there are some
 
 
@@ -35,6 +36,12 @@ class StepCost:
     def fit(cls, assumed: "StepCost", like: "LinearFit | None" = None) -> "LinearFit":
         """Of the costs, in their order. A pair of tokens may cost many times what it does on a GPU."""
         return LinearFit(astuple(assumed), (*astuple(assumed)[:-1], max(_PAIR_SCALE, assumed.attended_s)), like)
+
+    @classmethod
+    def of(cls, fit: "LinearFit") -> "StepCost":
+        """As fitted. Each step takes some time."""
+        fixed_s, *rest = fit.coefficients
+        return cls(max(_LEAST_STEP_S, fixed_s), *rest)
 
     def decode_s(self, sequences: float, context_tokens: float) -> float:
         """Of a step that reads no prompt."""

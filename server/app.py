@@ -366,7 +366,7 @@ class GatewayServer:
         if self.settings.slo.named:
             targets = SloTargets(self.settings.slo, unset=NO_OBJECTIVES)
             dispatcher.predictor = Predictor(
-                targets, apart.min_prompt_tokens, monotonic, self.telemetry.predicted.observe
+                targets, apart.min_prompt_tokens, monotonic, self.telemetry.predicted.observe, self._replicas
             )
         dispatcher.wake = None if self.sleeper is None else self.sleeper.woken
         return dispatcher

@@ -14,14 +14,19 @@ class Predictor:
     """Places one model's requests by prediction, as their objectives ask."""
 
     def __init__(
-        self, targets: SloTargets, min_prompt_tokens: int, clock: Callable[[], float], note: Callable[[float], None]
+        self,
+        targets: SloTargets,
+        min_prompt_tokens: int,
+        clock: Callable[[], float],
+        note: Callable[[float], None],
+        replicas: Callable[[], int] = lambda: 1,
     ) -> None:
         """min_prompt_tokens: shorter prompts are read where they are answered. note: hears of predicted ÷ actual times
-        to first token."""
+        to first token. replicas: gateways in front of these workers, this one included."""
         self._targets = targets
         self._min_prompt_tokens = min_prompt_tokens
         self._clock = clock
-        self._planner = Planner(note)
+        self._planner = Planner(note, sharers=replicas)
 
     def place(self, ticket: Ticket, pools: Sequence[Pool], known: Mapping[str, int]) -> Visit | None:
         """Where a request goes, noted in the forecasts; None if no worker has room."""

@@ -1,5 +1,7 @@
 """What a visit tells the planner and the forecasts of its engines."""
 
+from collections.abc import Callable, Iterator
+from heapq import heappop, heappush
 from math import inf
 
 import pytest
@@ -94,3 +96,41 @@ def test_a_reader_that_fails_passes_nothing_on() -> None:
     visit.over(2.0, 2.0, 100)
     forecast = visit.writer.forecast
     assert forecast is not None and forecast.answers == 0
+
+
+def test_engines_of_a_fleet_keep_their_sides_whoever_is_busy() -> None:
+    """The last ones read, and the first ones answer: for every request the same, though few of them are looked at."""
+    pools, planner = Pools(lambda worker: worker.slots), Planner(lambda ratio: None)
+    for at in range(12):
+        pools.add(WorkerLoad(Worker(f"w{at}", "", Role.BOTH, plugin=True, hands_over=True)), ("m",))
+    apart: list[Visit] = []
+    due: list[tuple[float, int, Callable[[float], None]]] = []  # what happens to those that were placed, and when
+    for number in range(800):
+        now = 0.05 * number
+        while due and due[0][0] <= now:
+            at_s, _, happens = heappop(due)
+            happens(at_s)
+        visit = planner.place(Asked(5000, 200.0, Objectives(2.0, 0.0135)), pools.of("m"), {}, now)
+        assert visit is not None
+        for at, (after_s, happens) in enumerate(life(visit)):
+            heappush(due, (now + after_s, 4 * number + at, happens))
+        if visit.split and number >= 400:
+            apart.append(visit)
+    writers, readers = ({int(getattr(one, side).worker.id[1:]) for one in apart} for side in ("writer", "reader"))
+    assert len(apart) > 200 and max(writers) < min(readers)
+
+
+def life(visit: Visit) -> Iterator[tuple[float, Callable[[float], None]]]:
+    """What happens to a visit, and after how many seconds."""
+    visit.reader.reserve(1, visit.prompt_tokens)
+    visit.writer.reserve(1, 200)
+
+    def over(now: float) -> None:
+        visit.writer.release(1, 200)
+        visit.over(now, now, 200)
+
+    def read(now: float) -> None:
+        visit.reader.release(1, visit.prompt_tokens)
+        visit.read(now)
+
+    yield from ((0.31, read), (0.32, visit.begins), (0.33, visit.goes_on), (2.3, over))

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from scheduler.forecast import EngineForecast, Fleet, Reading, late
 from scheduler.objectives import Objectives
 from scheduler.prediction import Asked, HandOver, Prospect, choose
-from scheduler.sides import Sides
 from scheduler.step_cost import StepCost, pairs_of
 
 COST = StepCost(0.01, 60e-6, 40e-6, 25e-9, 0.0, 0.0)
@@ -67,21 +66,23 @@ def test_a_long_prompt_is_read_where_prompts_are_read_and_written_where_answers_
 
 def test_nothing_is_handed_over_for_the_sake_of_answers_that_may_take_as_long_as_they_like() -> None:
     writes, reads = answering(engine(), 3), engine()
-    choice = choose(asked(12_000, LOOSE), [Prospect(writes), Prospect(reads, rank=1)], HANDOVER, 0.8)
+    prospects = [Prospect(writes), Prospect(reads, rank=1)]
+    choice = choose(asked(12_000, LOOSE), prospects, HandOver((0.0, 0.0), (0.0, 0.0)), 0.8)
     assert choice is not None and choice.reader == choice.writer
 
 
 def test_sides_that_had_better_be_taken_are_taken_though_one_request_gains_nothing_by_it() -> None:
-    prospects = [Prospect(engine()), Prospect(engine(), rank=0.5)]
-    prospects[0].forecast.sends_prompt("before", 6000, 0.0, life_s=2.0)  # else it would do all of it
+    writes, reads = engine(), engine()
+    writes.sends_prompt("before", 6000, 0.0, life_s=2.0)  # else it would do all of it
 
-    def choice(sides: Sides) -> tuple[int, int]:
-        chosen = choose(asked(6000, TIGHT), prospects, HANDOVER, 0.0, sides)
+    def choice(worth: float, *, had_better_read: bool = True) -> tuple[int, int]:
+        prospects = [Prospect(writes), Prospect(reads, rank=0.5, had_better_read=had_better_read)]
+        chosen = choose(asked(6000, TIGHT), prospects, HANDOVER, 0.0, worth)
         assert chosen is not None
         return chosen.reader, chosen.writer
 
-    assert choice(Sides(0.0, 0.5)) == (1, 1) and choice(Sides(0.5, 0.5)) == (1, 0)
-    assert choice(Sides(0.5, 1.0)) == (1, 1), "where both of them are to write, neither is kept free"
+    assert choice(0.0) == (1, 1) and choice(0.5) == (1, 0)
+    assert choice(0.5, had_better_read=False) == (1, 1), "where both of them are to write, neither is kept free"
 
 
 def test_a_prompt_goes_past_a_reader_whose_queue_would_make_it_late() -> None:
@@ -348,9 +349,13 @@ def test_how_long_limited_steps_are_is_learned_and_nothing_of_what_prompts_cost(
         now += 0.24 + 0.24 / (0.04 - step_s) * step_s
         one.has_read(number, now)
         now += 1.0
+    for number in range(1000, 1100):  # a prompt that takes one step says nothing of how long it might have been
+        one.sends_prompt(number, 10, now, life_s=2.0)
+        now += step_s + 10 * COST.prompt_token_s
+        one.has_read(number, now)
     told = one.first_token_s(Reading.of(4000.0), now)
     assert told == pytest.approx(0.24 + (0.5 + 0.24 / (0.04 - step_s)) * step_s, rel=0.01)
-    assert one.cost is cost
+    assert one.cost.prompt_token_s == pytest.approx(cost.prompt_token_s, rel=0.01)
 
 
 def test_memory_is_waited_for_behind_those_that_come_from_elsewhere_only_if_one_does_so_oneself() -> None:
@@ -358,8 +363,15 @@ def test_memory_is_waited_for_behind_those_that_come_from_elsewhere_only_if_one_
     full.expects(8000.0)
     assert full.memory_wait_s(4000.0, 2.0) == 0.0
     assert full.memory_wait_s(4000.0, 2.0, later=True) == pytest.approx(0.5)
-    full.reads_itself(full.expects(8000.0))
+    stay = full.expects(8000.0)
+    full.reads_itself(stay)
     assert full.memory_wait_s(4000.0, 2.0) == pytest.approx(0.5)
+    full.ended(stay, 0.1)
+    unseen = full.expects(8000.0)
+    full.begins(unseen, 0.2)  # nobody will see its first token, so it is taken to run at once
+    full.reads_itself(unseen)
+    full.ended(unseen, 0.3)
+    assert full.memory_wait_s(4000.0, 2.0) == 0.0
 
 
 def test_a_prompt_that_will_not_be_read_leaves_no_trace_in_the_queue() -> None:
