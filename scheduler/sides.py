@@ -16,6 +16,7 @@ from scheduler.step_cost import StepCost
 
 _BUSY: Final = (0.5, 0.75)  # shares of their time for which engines that only read are tried
 _KNOWN: Final = 4  # answers after which a rate is known
+_PAUSE_S: Final = 5.0  # more of the time between two requests does not count: what is asked when it is over is expected
 _MOST_HELD_UP: Final = 0.95  # of its time, that an engine that writes answers spends on prompts
 
 
@@ -57,7 +58,7 @@ class Offering:
     def note(self, read_s: float, answers: int, objectives: Objectives, now: float) -> None:
         """A request comes whose prompt takes so long to read. The first one only starts the clock."""
         if self._noted_at is not None:
-            self._fade(exp((self._noted_at - now) / MEMORY_S))
+            self._fade(exp(-min(_PAUSE_S, now - self._noted_at) / MEMORY_S))
             self._answers += answers
             self._read_s += read_s
             if objectives.tpot_s < inf:

@@ -85,6 +85,20 @@ def test_what_is_asked_is_known_after_a_few_requests_and_forgets() -> None:
     assert later.objectives.tpot_s == pytest.approx(0.008), "of those that have one"
 
 
+def test_a_pause_is_taken_for_a_pause_and_a_lull_for_a_lull() -> None:
+    def rate_after(gap_s: float, times: int) -> float:
+        offering, now = Offering(), 0.0
+        for number in range(100 + times):
+            offering.note(0.3, 1, OBJECTIVES, now)
+            now += 0.5 if number < 99 else gap_s
+        known = offering.of(200.0, 1600.0)
+        assert known is not None
+        return known.rate
+
+    assert rate_after(150.0, 1) > 0.8 * 2.0, "what came before it will come again"
+    assert rate_after(4.0, 30) == pytest.approx(0.25, rel=0.2), "it is no pause if it goes on"
+
+
 def test_requests_that_come_all_at_once_have_no_rate() -> None:
     offering = Offering()
     for _ in range(10):
