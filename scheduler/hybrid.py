@@ -11,6 +11,7 @@ from math import inf
 from typing import Final
 
 from scheduler.forecast import EngineForecast, Fleet, Reading, Stay
+from scheduler.objectives import Objectives
 from scheduler.pools import TYPICAL_TOKENS, Pool, WorkerLoad
 from scheduler.prediction import Asked, HandOver, Prospect, choose, is_passed_on
 from scheduler.sides import Offering, Sides, best_sides
@@ -167,7 +168,7 @@ class Planner:
         """
         output_tokens = min(asked.output_tokens, self.output_tokens)
         asked = replace(asked, output_tokens=output_tokens, typical_prompt_tokens=self.prompt_tokens)
-        sides, first_reader = self._sides(pools)
+        sides, first_reader = self._sides(pools, asked.objectives)
         loads = sorted(self._considered(pools, known, avoid, first_reader), key=_rank)
         prospects = [
             self._prospect(load, at / len(loads), known, had_better_read=_rank(load) >= first_reader)
@@ -191,17 +192,14 @@ class Planner:
         silent = asked.silent and not visit.split
         cached = reads.cached_tokens
         tokens = max(1, asked.prompt_tokens - cached)
-        self.offering.note(
-            reads.forecast.cost.prompt_s(*Reading.of(tokens, cached)), asked.answers, asked.objectives, now
-        )
+        self.offering.note(reads.forecast.cost.prompt_s(*Reading.of(tokens, cached)), asked.answers, now)
         reads.forecast.sends_prompt(visit, tokens, now, self.life_s, cached_tokens=cached, silent=silent)
         if not visit.split:
             writes.reads_itself(stay)
         return visit
 
-    def _sides(self, pools: Sequence[Pool]) -> tuple[Sides, tuple[float, int]]:
-        """What they are worth to those engines that can take them, and the place in their order of the first that had
-        better only read."""
+    def _sides(self, pools: Sequence[Pool], objectives: Objectives) -> tuple[Sides, tuple[float, int]]:
+        """Of those engines that can take sides, and the place in their order of the first that had better only read."""
         known_of = tuple((pool, pool.changes) for pool in pools)
         if known_of != self._order_of:
             loads = (load for pool in pools for load in pool.workers.values())
@@ -211,7 +209,7 @@ class Planner:
         offered = self.offering.of(self.output_tokens, context_tokens, owners=self.sharers())
         if offered is None:
             return Sides(), _NOBODY
-        sides = best_sides(offered, len(self._order), self.fleet.cost)
+        sides = best_sides(offered, len(self._order), self.fleet.cost, objectives)
         return sides, self._order[-sides.readers] if sides.worth else _NOBODY
 
     @staticmethod

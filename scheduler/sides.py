@@ -24,16 +24,13 @@ class Offered(NamedTuple):
     """What is asked of a model's engines.
 
     rate: answers a second. read_s: seconds of reading for each. output_tokens: of each. context_tokens: that each
-    attends to, in the mean over its tokens. objectives: in the mean over those that have some. limited: the share of
-    answers that have one for the time per token.
+    attends to, in the mean over its tokens.
     """
 
     rate: float
     read_s: float
     output_tokens: float
     context_tokens: float
-    objectives: Objectives
-    limited: float = 1.0
 
     @property
     def readers(self) -> float:
@@ -43,56 +40,28 @@ class Offered(NamedTuple):
 
 @dataclass(slots=True)
 class Offering:
-    """What was asked in the last half minute or so: of seconds, answers, their reading, and their objectives, sums that
-    fade."""
+    """What was asked in the last half minute or so: sums that fade."""
 
     _noted_at: float | None = None
     _seconds: float = 0.0
     _answers: float = 0.0
     _read_s: float = 0.0
-    _limited: float = 0.0
-    _tpot_s: float = 0.0
-    _awaited: float = 0.0  # answers with an objective for the first token
-    _ttft_s: float = 0.0
 
-    def note(self, read_s: float, answers: int, objectives: Objectives, now: float) -> None:
+    def note(self, read_s: float, answers: int, now: float) -> None:
         """A request comes whose prompt takes so long to read. The first one only starts the clock."""
         if self._noted_at is not None:
-            self._fade(exp(-min(_PAUSE_S, now - self._noted_at) / MEMORY_S))
-            self._answers += answers
-            self._read_s += read_s
-            if objectives.tpot_s < inf:
-                self._limited += answers
-                self._tpot_s += answers * objectives.tpot_s
-            if objectives.ttft_s < inf:
-                self._awaited += answers
-                self._ttft_s += answers * objectives.ttft_s
+            fades = exp(-min(_PAUSE_S, now - self._noted_at) / MEMORY_S)
+            self._seconds = fades * self._seconds + MEMORY_S * (1.0 - fades)
+            self._answers = fades * self._answers + answers
+            self._read_s = fades * self._read_s + read_s
         self._noted_at = now
-
-    def _fade(self, left: float) -> None:
-        self._seconds = left * self._seconds + MEMORY_S * (1.0 - left)
-        self._answers *= left
-        self._read_s *= left
-        self._limited *= left
-        self._tpot_s *= left
-        self._awaited *= left
-        self._ttft_s *= left
 
     def of(self, output_tokens: float, context_tokens: float, *, owners: int = 1) -> Offered | None:
         """None before anything is known. owners: as many ask the same engines for as much each."""
-        answers, seconds = self._answers, self._seconds
-        if answers < _KNOWN or seconds <= 0.0:
+        if self._answers < _KNOWN or self._seconds <= 0.0:
             return None
-        ttft_s = self._ttft_s / self._awaited if self._awaited else inf
-        tpot_s = self._tpot_s / self._limited if self._limited else inf
-        return Offered(
-            owners * answers / seconds,
-            self._read_s / answers,
-            output_tokens,
-            context_tokens,
-            Objectives(ttft_s, tpot_s),
-            self._limited / answers,
-        )
+        rate, read_s = owners * self._answers / self._seconds, self._read_s / self._answers
+        return Offered(rate, read_s, output_tokens, context_tokens)
 
 
 class Sides(NamedTuple):
@@ -106,14 +75,20 @@ class Sides(NamedTuple):
     readers: int = 0
 
 
-def best_sides(offered: Offered, engines: int, cost: StepCost) -> Sides:
-    """Those with which the fewest requests miss their objectives."""
-    if engines < 2 or not offered.limited:
+def best_sides(offered: Offered, engines: int, cost: StepCost, objectives: Objectives) -> Sides:
+    """Those with which the fewest requests would miss these objectives.
+
+    A request's own are asked for, whatever those of others: where tight ones had better not be answered beside prompts,
+    loose ones may be.
+    """
+    if engines < 2 or objectives.tpot_s == inf:
         return Sides()
-    alike = _missed(offered, cost, engines, engines, held_up=offered.readers / engines)
+    alike = _missed(offered, cost, objectives, engines, engines, held_up=offered.readers / engines)
     numbers = _numbers_of_readers(offered, engines)
-    missed, readers = min((_missed(offered, cost, number, engines - number, held_up=0.0), number) for number in numbers)
-    return Sides(offered.limited * max(0.0, alike - missed), readers)
+    missed, readers = min(
+        (_missed(offered, cost, objectives, number, engines - number, held_up=0.0), number) for number in numbers
+    )
+    return Sides(max(0.0, alike - missed), readers)
 
 
 def _numbers_of_readers(offered: Offered, engines: int) -> Iterator[int]:
@@ -121,10 +96,12 @@ def _numbers_of_readers(offered: Offered, engines: int) -> Iterator[int]:
         yield min(engines - 1, max(1, ceil(offered.readers / busy)))
 
 
-def _missed(offered: Offered, cost: StepCost, readers: int, writers: int, *, held_up: float) -> float:
+def _missed(
+    offered: Offered, cost: StepCost, objectives: Objectives, readers: int, writers: int, *, held_up: float
+) -> float:
     """Of the requests, the share that misses an objective. held_up: of the writers' time, the share for prompts."""
     busy = offered.readers / readers
-    room_s = offered.objectives.ttft_s - offered.read_s
+    room_s = objectives.ttft_s - offered.read_s
     if busy >= 1.0 or held_up >= _MOST_HELD_UP or room_s <= 0.0:
         return 1.0
     # Little's law: as many answers run as come while one is written, and a step takes longer with each.
@@ -137,4 +114,4 @@ def _missed(offered: Offered, cost: StepCost, readers: int, writers: int, *, hel
     pace = Pace(step_s + stall_s, (stall_s * offered.read_s / offered.output_tokens) ** 0.5)
     # A queue's tail, in heavy traffic (M/D/1).
     waits = busy * exp(-2.0 * (1.0 - busy) * room_s / offered.read_s) if offered.read_s else 0.0
-    return 1.0 - (1.0 - pace.late(offered.objectives.tpot_s)) * (1.0 - waits)
+    return 1.0 - (1.0 - pace.late(objectives.tpot_s)) * (1.0 - waits)
