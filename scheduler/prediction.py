@@ -25,7 +25,7 @@ _BESIDE: Final = 3e-3  # for each answer beside which a prompt of typical length
 _HANDED_OVER: Final = 0.02
 # What it costs to write an answer at an engine that had better only read, in misses, where sides would save every
 # request: they are taken once, for all that follow.
-_SIDES: Final = 2.0
+_SIDES: Final = 4.0
 
 
 @dataclass(frozen=True, slots=True)
