@@ -13,7 +13,7 @@ from scheduler.step_cost import LinearFit, StepCost, pairs_of
 from scheduler.step_limit import LONGEST_LATE, LONGEST_STEP, least_pace_s
 
 MEMORY_S: Final = 30.0  # how far back what is asked, and an engine's habit to read prompts, is looked at
-TPOT_ERROR: Final = 0.05  # of a predicted time per token, one standard deviation
+_TPOT_ERROR: Final = 0.05  # of a predicted time per token, one standard deviation
 _MOST_SHARE: Final = 0.9  # of its time, that an engine is ever taken to spend on prompts
 _FULL: Final = 0.9  # of the KV cache
 _LONG_STEPS: Final = 64  # an answer of as many tokens or more says how long a step takes; a shorter one says it roughly
@@ -76,7 +76,7 @@ class Pace(NamedTuple):
         """The probability that the answer takes more per token."""
         if limit_s == inf:
             return 0.0
-        return normal_below((self.tpot_s - limit_s) / hypot(self.deviation_s, TPOT_ERROR * limit_s))
+        return normal_below((self.tpot_s - limit_s) / hypot(self.deviation_s, _TPOT_ERROR * limit_s))
 
 
 def normal_below(deviations: float) -> float:
@@ -205,10 +205,9 @@ class EngineForecast:
             self._reading_since, self._read_at_once = now, Reading()
             return
         if not self._learn_limit(elapsed_s, at_once):
-            steps = self._chunks(at_once) if self.running else -(-at_once.tokens // self.chunk_tokens)
-            context = self._running_context
-            steps = max(1.0, steps)
-            self._learn(elapsed_s, (steps, at_once.tokens, steps * self.running, steps * context, 0.0, at_once.pairs))
+            steps = max(1.0, self._chunks(at_once) if self.running else -(-at_once.tokens // self.chunk_tokens))
+            sequences, context = steps * self.running, steps * self._running_context
+            self._learn(elapsed_s, (steps, at_once.tokens, sequences, context, 0.0, at_once.pairs))
         self._reading_since = now
         self._read_at_once = Reading()
 

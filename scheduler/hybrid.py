@@ -129,8 +129,8 @@ class Planner:
     note_error: is told predicted ÷ actual time to first token of each request. life_s: of a typical answer.
     prompt_tokens, output_tokens: of a request, in the mean over the last `_MEMORY` or so. Lengths have long tails, and
     what a stall costs per token follows from them: a shorter memory makes the choices restless.
-    fleet: what its engines have shown together. sharers: owners that ask them for as much each,
-    this one included. offering: what this one asks of them.
+    fleet: what its engines have shown together. sharers: owners that ask them for as much each, this one included.
+    offering: what this one asks of them.
     fetched, passed_on: what `HandOver` says, as it was.
     """
 

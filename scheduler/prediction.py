@@ -2,8 +2,8 @@
 their objectives.
 
 Every engine may do both. Together on one engine is always among the choices, so a bad prediction costs what its error
-is. TaiChi (arXiv 2508.01989) mixes both ways by preference; here each request is weighed by itself, and
-beside what sides are worth to all.
+is. TaiChi (arXiv 2508.01989) mixes both ways by preference; here each request is weighed by itself,
+and what it is worth to all that engines take sides (`scheduler.sides`) is put in the scale.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 from scheduler.forecast import LEAST_ROOM, EngineForecast, Misses, Pace, Reading, late, normal_below
 from scheduler.objectives import Objectives
 
-TTFT_ERROR: Final = 0.15  # of a predicted time to first token, one standard deviation
+_TTFT_ERROR: Final = 0.15  # of a predicted time to first token, one standard deviation
 # What a request's own times cost those that come after it, in misses for as long as its objectives: while it is there,
 # it is in their way.
 _SLOWNESS: Final = 0.8
@@ -218,7 +218,7 @@ def _together(asked: Asked, seen: _Seen, at: int) -> Choice:
 
 def _own(asked: Asked, ttft_s: float, write_risk: float) -> float:
     """That the request itself misses an objective."""
-    late_first = normal_below(((asked.waited_s + ttft_s) / asked.objectives.ttft_s - 1.0) / TTFT_ERROR)
+    late_first = normal_below(((asked.waited_s + ttft_s) / asked.objectives.ttft_s - 1.0) / _TTFT_ERROR)
     return 1.0 - (1.0 - late_first) * (1.0 - write_risk)
 
 

@@ -5,7 +5,6 @@ engines that all do both may stay so, and every answer late. Here both ways are 
 how busy engines would be with what is asked of them (a fluid model, as DistServe and Splitwise plan by).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil, exp, inf
 from typing import Final, NamedTuple
@@ -84,16 +83,11 @@ def best_sides(offered: Offered, engines: int, cost: StepCost, objectives: Objec
     if engines < 2 or objectives.tpot_s == inf:
         return Sides()
     alike = _missed(offered, cost, objectives, engines, engines, held_up=offered.readers / engines)
-    numbers = _numbers_of_readers(offered, engines)
+    tried = {min(engines - 1, max(1, ceil(offered.readers / busy))) for busy in _BUSY}
     missed, readers = min(
-        (_missed(offered, cost, objectives, number, engines - number, held_up=0.0), number) for number in numbers
+        (_missed(offered, cost, objectives, number, engines - number, held_up=0.0), number) for number in tried
     )
     return Sides(max(0.0, alike - missed), readers)
-
-
-def _numbers_of_readers(offered: Offered, engines: int) -> Iterator[int]:
-    for busy in _BUSY:
-        yield min(engines - 1, max(1, ceil(offered.readers / busy)))
 
 
 def _missed(

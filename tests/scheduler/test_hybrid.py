@@ -98,26 +98,33 @@ def test_a_reader_that_fails_passes_nothing_on() -> None:
     assert forecast is not None and forecast.answers == 0
 
 
-def test_engines_of_a_fleet_keep_their_sides_whoever_is_busy() -> None:
-    """The last ones read, and the first ones answer: for every request the same, though few of them are looked at."""
-    pools, planner = Pools(lambda worker: worker.slots), Planner(lambda ratio: None)
-    for at in range(12):
+def fleet(number: int) -> Pools:
+    pools = Pools(lambda worker: worker.slots)
+    for at in range(number):
         pools.add(WorkerLoad(Worker(f"w{at}", "", Role.BOTH, plugin=True, hands_over=True)), ("m",))
-    apart: list[Visit] = []
+    return pools
+
+
+def serves(planner: Planner, pools: Pools, requests: int, *, every_s: float, since: float = 0.0) -> list[Visit]:
+    """The later half of so many requests with long prompts and a tight objective, each served to its end."""
     due: list[tuple[float, int, Callable[[float], None]]] = []  # what happens to those that were placed, and when
-    for number in range(800):
-        now = 0.05 * number
-        while due and due[0][0] <= now:
-            at_s, _, happens = heappop(due)
-            happens(at_s)
+    visits: list[Visit] = []
+    for number in range(requests):
+        now = since + every_s * number
+        happen(due, now)
         visit = planner.place(Asked(5000, 200.0, Objectives(2.0, 0.0135)), pools.of("m"), {}, now)
         assert visit is not None
+        visits.append(visit)
         for at, (after_s, happens) in enumerate(life(visit)):
             heappush(due, (now + after_s, 4 * number + at, happens))
-        if visit.split and number >= 400:
-            apart.append(visit)
-    writers, readers = ({int(getattr(one, side).worker.id[1:]) for one in apart} for side in ("writer", "reader"))
-    assert len(apart) > 200 and max(writers) < min(readers)
+    happen(due, inf)
+    return visits[requests // 2 :]
+
+
+def happen(due: list[tuple[float, int, Callable[[float], None]]], until: float) -> None:
+    while due and due[0][0] <= until:
+        at_s, _, happens = heappop(due)
+        happens(at_s)
 
 
 def life(visit: Visit) -> Iterator[tuple[float, Callable[[float], None]]]:
@@ -134,3 +141,44 @@ def life(visit: Visit) -> Iterator[tuple[float, Callable[[float], None]]]:
         visit.read(now)
 
     yield from ((0.31, read), (0.32, visit.begins), (0.33, visit.goes_on), (2.3, over))
+
+
+def sides_of(visits: list[Visit]) -> tuple[set[int], set[int]]:
+    """Which engines read, and which ones answer what others have read."""
+    apart = [visit for visit in visits if visit.split]
+    return {one.reader.number for one in apart}, {one.writer.number for one in apart}
+
+
+def test_engines_of_a_fleet_keep_their_sides_whoever_is_busy_and_whoever_leaves() -> None:
+    """The last ones read, and the first ones answer: for every request the same, though few of them are looked at."""
+    pools, planner = fleet(12), Planner(lambda ratio: None)
+    visits = serves(planner, pools, 800, every_s=0.05)
+    readers, writers = sides_of(visits)
+    assert sum(visit.split for visit in visits) > 200 and max(writers) < min(readers)
+    for load in [load for load in pools.workers.values() if load.number <= 8]:
+        pools.remove(load)
+    readers, writers = sides_of(serves(planner, pools, 800, every_s=0.2, since=100.0))
+    assert 9 <= min(writers) and max(writers) < min(readers)
+
+
+def test_what_sides_are_worth_follows_from_what_all_gateways_ask() -> None:
+    def answered_by_the_second(gateways: int) -> int:
+        visits = serves(Planner(lambda ratio: None, sharers=lambda: gateways), fleet(2), 400, every_s=1.5)
+        return sum(visit.writer.number == 2 for visit in visits)
+
+    assert answered_by_the_second(1) > 50 and answered_by_the_second(3) == 0
+
+
+def test_a_prompt_is_expected_to_take_longer_where_the_engine_limits_its_steps() -> None:
+    def ttft_s(*, plugin: bool) -> float:
+        pools, planner = Pools(lambda worker: worker.slots), Planner(lambda ratio: None)
+        pools.add(WorkerLoad(Worker("w", "", Role.BOTH, plugin=plugin, hands_over=True)), ("m",))
+        asked = Asked(5000, 200.0, Objectives(2.0, 0.03))
+        first = planner.place(asked, pools.of("m"), {}, 0.0)
+        assert first is not None
+        first.begins(0.5)
+        second = planner.place(asked, pools.of("m"), {}, 0.6)
+        assert second is not None
+        return second.ttft_s
+
+    assert ttft_s(plugin=True) > 1.2 * ttft_s(plugin=False)

@@ -41,6 +41,10 @@ def test_sides_are_worth_little_or_nothing_elsewhere(what: Offered, engines: int
     assert best_sides(what, engines, COST, objectives).worth < 0.05
 
 
+def test_sides_save_nobody_whose_prompt_alone_takes_too_long() -> None:
+    assert best_sides(offered(0.1, read_s=1.05, output_tokens=5.0), 2, COST, Objectives(1.0, 0.006)).worth == 0.0
+
+
 def test_as_many_engines_read_as_there_is_to_read() -> None:
     numbers = [best_sides(offered(rate), 8, COST, OBJECTIVES).readers for rate in (1.5, 6.0, 12.0)]
     assert numbers == sorted(numbers) and 1 <= numbers[0] < numbers[-1] < 8

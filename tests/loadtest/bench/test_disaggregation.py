@@ -89,20 +89,10 @@ def test_what_is_simulated_says_so_and_compares_with_the_better_of_the_others(mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "at"),
-    [
-        ("gpu-7b", 0),
-        ("gpu-7b", 1),
-        ("gpu-7b", 2),
-        ("cpu-bench", 0),
-        ("cpu-bench", 1),
-        ("cpu-bench", 2),
-    ],
-    ids=["gpu, tight", "gpu, middle", "gpu, loose", "cpu, tight", "cpu, middle", "cpu, loose"],
-)
+@pytest.mark.parametrize("name", ["gpu-7b", "cpu-bench"])
+@pytest.mark.parametrize("at", [0, 1, 2], ids=["tight", "middle", "loose"])
 def test_placement_by_prediction_is_as_good_as_any_fixed_choice(
-    name: str, at: int, monkeypatch: pytest.MonkeyPatch
+    at: int, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The promise of `--slo-ttft` and `--slo-tpot`, in virtual time: within a few percent of the best of engines that
     do both, with each step size, and of fixed roles, at whichever objective."""
