@@ -52,7 +52,7 @@ class BatchEntry:
         return [self.prompt[at] if at < known else self.own + at for at in range(first, last)]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Iteration:
     """What one iteration computes. duration_s: how long it takes; producing: who has one more token at its end.
 
@@ -316,6 +316,7 @@ class ContinuousBatch:
 
         What `complete` and `schedule` would do in turns, so many times: the next iteration is under way afterwards.
         """
+        self._learn(iteration, ends[0])
         times, size = len(ends), self._size
         for entry in iteration.producing:
             entry.tokens += times
@@ -346,8 +347,7 @@ class ContinuousBatch:
     def complete(self, iteration: Iteration, now: float) -> list[Job]:
         """The iteration has ended: charge it, and name the jobs that have one more output token."""
         self.counts.prompt_tokens += iteration.prefill_tokens
-        if iteration.load is not None and self._limit is not None:
-            self._limit.model.learn(iteration.load, now - iteration.began_at)
+        self._learn(iteration, now)
         jobs = []
         serve, live = self.lanes.serve, self._running
         for entry in iteration.producing:
@@ -361,6 +361,12 @@ class ContinuousBatch:
                 self._limit.made(job, now)
         self.counts.generation_tokens += len(jobs)
         return jobs
+
+    def _learn(self, iteration: Iteration, ended_at: float) -> None:
+        """How long it took, once: those that repeat it end later."""
+        load, iteration.load = iteration.load, None
+        if load is not None and self._limit is not None:
+            self._limit.model.learn(load, ended_at - iteration.began_at)
 
     def finish(self, job: Job, outcome: Outcome, now: float) -> None:
         """A job leaves, from wherever it is. KeyError if it is not here."""

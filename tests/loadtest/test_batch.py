@@ -1,4 +1,5 @@
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 
@@ -6,7 +7,7 @@ from loadtest.simulator.batch import ContinuousBatch
 from loadtest.simulator.costmodel import CostModel
 from scheduler.catalog import build
 from scheduler.jobs import Job, Outcome
-from scheduler.slack import StepModel
+from scheduler.slack import StepLoad, StepModel
 from scheduler.step_limit import Limit, StepLimit
 from scheduler.tiers import TieredLanes
 
@@ -85,6 +86,27 @@ def test_a_step_that_computes_one_token_of_a_prompt_is_not_repeated_as_an_answer
     batch.schedule(0.0)
     second = batch.schedule(1.0)
     assert second is not None and not second.producing and not second.steady
+
+
+def test_an_iteration_and_those_that_repeat_it_are_not_learned_as_one_that_took_as_long_as_all() -> None:
+    limit = StepLimit(StepModel())
+    batch = ContinuousBatch(CostModel(iteration_s=0.01), TieredLanes(build("fcfs", {})), limit)
+    batch.add(job("a", 20), 0.0)
+    now = 0.0
+    for _ in range(200):
+        iteration = batch.schedule(now)
+        assert iteration is not None
+        if iteration.steady:
+            first = now + iteration.duration_s
+            ends = list(accumulate(batch.durations_s(iteration, 10), initial=first))
+            batch.repeat(iteration, ends[:4])
+            batch.repeat(iteration, ends[4:-1])
+            now = ends[-1]
+        else:
+            now += iteration.duration_s
+        batch.complete(iteration, now)
+    assert limit.model.is_known
+    assert limit.model.predicted_s(StepLoad(0, 1, 1000)) == pytest.approx(0.01, rel=0.02)
 
 
 def test_no_more_run_than_there_are_slots() -> None:
