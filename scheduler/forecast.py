@@ -20,6 +20,8 @@ _LONG_STEPS: Final = 64  # an answer of as many tokens or more says how long a s
 _SHORTEST_S: Final = 1e-3  # first tokens that come closer together were made by one step
 _CERTAINLY_LIMITED: Final = 1.05  # times as many steps as the engine's chunks make necessary
 _LEARN: Final = 0.05  # of what an observation says about the longest steps
+_KEPT: Final = 0.98  # of what was seen of waits for memory, at each one
+_WAITS_ASSUMED_S: Final = 1.0  # of waits for memory that were as expected, before any was seen
 _LOOKED_AT: Final = 16  # answers of an engine; of more, each k-th
 LEAST_ROOM: Final = 0.05  # of a limit: what an answer is taken to have left where steps alone take longer
 
@@ -48,8 +50,8 @@ class Stay:
 
     context_tokens: of its prompt and half of its answer, once for each of `answers`. tpot_limit_s: objective for each.
     due_at: when its first token is expected. began_at: when the first one came that was made here, None before.
-    queued: all prompts that were sent to the engine up to its own; None if its own is read elsewhere. waited_s: from a
-    first token that was passed on to `began_at`.
+    queued: all prompts that were sent to the engine up to its own; None if its own is read elsewhere. in_line: the
+    engine had its request before it began. waited_s: from a first token that was passed on to `began_at`.
     read, sequences, contexts, fetched: the engine's sums when it began.
     """
 
@@ -59,6 +61,7 @@ class Stay:
     due_at: float = 0.0
     began_at: float | None = None
     queued: Reading | None = None
+    in_line: bool = False
     waited_s: float = 0.0
     read: Reading = Reading()
     sequences: float = 0.0
@@ -96,10 +99,15 @@ class Misses(NamedTuple):
 @dataclass(slots=True, eq=False)
 class Fleet:
     """What all engines of a model have shown together. longest_step: how long a step with prompts and answers takes at
-    most, in times per token that these answers may take."""
+    most, in times per token that these answers may take. memory_waits: how long requests wait for memory, in times that
+    typical answers would make it: what has much of it is there longer.
+    """
 
     costs: LinearFit = field(default_factory=lambda: StepCost.fit(StepCost()))
     longest_step: float = LONGEST_STEP
+    memory_waits: float = 1.0
+    _waited_s: float = 0.0
+    _expected_s: float = 0.0
 
     @property
     def cost(self) -> StepCost:
@@ -109,6 +117,12 @@ class Fleet:
     def learn_longest(self, step: float) -> None:
         """One was seen."""
         self.longest_step += _LEARN * (min(LONGEST_LATE, max(1.0, step)) - self.longest_step)
+
+    def learn_memory_wait(self, waited_s: float, expected_s: float) -> None:
+        """A request was expected to wait for memory, and has waited."""
+        self._waited_s = _KEPT * self._waited_s + waited_s
+        self._expected_s = _KEPT * self._expected_s + expected_s / self.memory_waits
+        self.memory_waits = (_WAITS_ASSUMED_S + self._waited_s) / (_WAITS_ASSUMED_S + self._expected_s)
 
 
 class EngineForecast:
@@ -143,7 +157,8 @@ class EngineForecast:
         self._limited: dict[Stay, None] = {}  # of those that run or will, the ones with a limit
         self._running_context = 0.0
         self._coming_context = 0.0
-        self._coming_here_context = 0.0  # of it, what those need whose prompts are read here
+        self._in_line_context = 0.0  # of it, what those need that are at the engine already
+        self._on_the_way: dict[Stay, None] = {}  # of those that will run, the ones whose prompt is read elsewhere
         self._unread: dict[object, Reading] = {}
         self._silent: set[object] = set()  # of these, prompts whose first token nobody will see
         self._all_unread = Reading()
@@ -238,6 +253,7 @@ class EngineForecast:
         self.coming += answers
         self._coming_context += context_tokens
         stay = Stay(context_tokens, answers, tpot_limit_s, due_at)
+        self._on_the_way[stay] = None
         if tpot_limit_s < inf:
             self._limited[stay] = None
         return stay
@@ -245,8 +261,14 @@ class EngineForecast:
     def reads_itself(self, stay: Stay) -> None:
         """The prompt before these answers, which was sent just now, is read here too."""
         stay.queued = self.sent
-        if stay.began_at is None:
-            self._coming_here_context += stay.context_tokens
+        self.stands_in_line(stay)
+
+    def stands_in_line(self, stay: Stay) -> None:
+        """The engine has the request: who comes after it waits behind it for memory."""
+        if stay in self._on_the_way:
+            del self._on_the_way[stay]
+            stay.in_line = True
+            self._in_line_context += stay.context_tokens
 
     def begins(self, stay: Stay, now: float, *, fetched_tokens: int = 0) -> None:
         """The first token that was made here came. Nothing if it has begun before. fetched_tokens: of its prompt, from
@@ -295,8 +317,9 @@ class EngineForecast:
     def _leaves_line(self, stay: Stay) -> None:
         self.coming -= stay.answers
         self._coming_context -= stay.context_tokens
-        if stay.queued is not None:
-            self._coming_here_context -= stay.context_tokens
+        self._on_the_way.pop(stay, None)
+        if stay.in_line:
+            self._in_line_context -= stay.context_tokens
 
     def _count_limited(self, stay: Stay, more: int) -> None:
         if stay.tpot_limit_s < inf:
@@ -393,16 +416,18 @@ class EngineForecast:
         rest_s = 0.5 * step_s if self.running else 0.0
         return rest_s + self._read_s(self.unread(now)) + max(self._read_s(prompt), step_s + self.cost.prompt_s(*prompt))
 
-    def memory_wait_s(self, tokens: float, life_s: float, *, later: bool = False) -> float:
-        """Until so many tokens of KV are free: as much comes free in an answer's life as all of them hold.
+    def memory_wait_s(self, tokens: float, life_s: float, *, needed_at: float = -inf) -> float:
+        """Until so many tokens of KV are free: as much comes free in an answer's life as all of them hold. The engine
+        gives memory to those that it has in their order.
 
-        later: they are needed when a prompt has been read elsewhere, and so after those that are on their way here.
+        needed_at: the request comes when its prompt has been read elsewhere, and so behind those that do before it.
         """
-        held = self._running_context + (self._coming_context if later else self._coming_here_context)
+        before = (stay.context_tokens for stay in self._on_the_way if stay.due_at <= needed_at)
+        held = self._running_context + self._in_line_context + sum(before)
         missing = held + tokens - self.kv_tokens
         if missing <= 0.0 or not held:
             return 0.0
-        return missing / held * life_s
+        return missing / min(held, self.kv_tokens) * life_s * self._fleet.memory_waits
 
     def read_share(self, now: float) -> float:
         """Of the last half minute or so, the share in which prompts were read here."""

@@ -34,7 +34,8 @@ class Visit:
     asked: as it was placed. silent: its first token will not be seen, for it is answered in one piece or goes on with a
     stream. ttft_s: as predicted.
     can_pass_on: the writer can give out the first token that the reader made, before it has the KV. passes_on: it will;
-    settled by `read`. goes_as_planned: that was not changed. first_at: when it came.
+    settled by `read`. goes_as_planned: that was not changed. memory_s: for which it was expected, then, to wait for
+    memory. first_at: when it came.
     """
 
     reader: WorkerLoad
@@ -48,6 +49,7 @@ class Visit:
     passes_on: bool = False
     goes_as_planned: bool = True
     read_at: float | None = None
+    memory_s: float = 0.0
     first_at: float | None = None
 
     @property
@@ -67,8 +69,11 @@ class Visit:
         if self.read_at is None:
             self.read_at = now
             self._at(self.reader).has_read(self, now)
+            forecast = self._at(self.writer)
+            forecast.stands_in_line(self.stay)
+            self.memory_s = forecast.memory_wait_s(0.0, self.planner.life_s)
             if self.can_pass_on and self.first_at is None and not self.silent:
-                planned, forecast, elapsed_s = self.passes_on, self._at(self.writer), now - self.sent_at
+                planned, elapsed_s = self.passes_on, now - self.sent_at
                 self.passes_on = is_passed_on(self.asked, elapsed_s, forecast, self.planner.handover, now)
                 self.goes_as_planned = self.passes_on == planned
 
@@ -102,7 +107,12 @@ class Visit:
 
     def _learn_way(self, fit: LinearFit, now: float) -> None:
         if self.split and self.read_at is not None:
-            fit.learn(now - self.read_at, (1.0, float(self.prompt_tokens)))
+            seconds, planner = now - self.read_at, self.planner
+            if fit is planner.fetched and self.memory_s:
+                usual_s = planner.handover.fetched_s(self.prompt_tokens)
+                planner.fleet.learn_memory_wait(max(0.0, seconds - usual_s), self.memory_s)
+            else:
+                fit.learn(seconds, (1.0, float(self.prompt_tokens)))
 
     def _runs(self, now: float) -> None:
         self._at(self.writer).begins(self.stay, now, fetched_tokens=self.prompt_tokens if self.split else 0)

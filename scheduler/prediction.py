@@ -68,6 +68,10 @@ class Prospect(NamedTuple):
     passes_on: bool = False
     had_better_read: bool = False
 
+    def prompt(self, asked: Asked) -> Reading:
+        """What is to be computed of this prompt here."""
+        return Reading.of(max(1.0, asked.prompt_tokens - self.cached_tokens), self.cached_tokens)
+
 
 class HandOver(NamedTuple):
     """What it takes from a prompt read at one engine to the answer at another: seconds, and more per prompt token.
@@ -108,7 +112,11 @@ def choose(
 
     sides_worth: that some of them only read (`scheduler.sides`).
     """
-    seen = [_Seen.of(asked, prospect, now) for prospect in prospects]
+    reads_s = [prospect.forecast.first_token_s(prospect.prompt(asked), now) for prospect in prospects]
+    read_at = now + min(reads_s, default=0.0)
+    seen = [
+        _Seen.of(asked, prospect, now, read_s, read_at) for prospect, read_s in zip(prospects, reads_s, strict=True)
+    ]
     best: Choice | None = None
     best_score = inf
     for r, reader in enumerate(seen):
@@ -134,8 +142,7 @@ def _preference(asked: Asked, reader: Prospect, writer: Prospect, sides_worth: f
     handed_over = _HANDED_OVER * (reader is not writer)
     if asked.objectives.tpot_s == inf:  # nobody's tokens can be late, so no engine need be kept free for them
         return handed_over
-    tokens = max(1, asked.prompt_tokens - reader.cached_tokens)
-    beside = reader.forecast.answers * min(1.0, tokens / asked.typical_prompt_tokens)
+    beside = reader.forecast.answers * min(1.0, reader.prompt(asked).tokens / asked.typical_prompt_tokens)
     against_sides = _SIDES * sides_worth * writer.had_better_read
     return _PACKED * writer.rank + _BESIDE * beside + handed_over + against_sides
 
@@ -158,21 +165,20 @@ class _Seen(NamedTuple):
     passes_on: bool
 
     @classmethod
-    def of(cls, asked: Asked, prospect: Prospect, now: float) -> "_Seen":
+    def of(cls, asked: Asked, prospect: Prospect, now: float, read_s: float, read_at: float) -> "_Seen":
+        """read_s: as it says. read_at: when some engine will have read the prompt."""
         forecast = prospect.forecast
-        tokens = max(1.0, asked.prompt_tokens - prospect.cached_tokens)
-        prompt = Reading.of(tokens, prospect.cached_tokens)
         typical_s = forecast.cost.prompt_s(*Reading.of(asked.typical_prompt_tokens))
         output, context = max(2.0, asked.output_tokens), asked.context_tokens
         pace = forecast.pace(output, typical_s, now, more=1, context_tokens=context)
         return cls(
             forecast.first_token_s(Reading(), now),
-            forecast.first_token_s(prompt, now),
+            read_s,
             forecast.memory_wait_s(context, pace.tpot_s * output),
-            forecast.memory_wait_s(context, pace.tpot_s * output, later=True),
+            forecast.memory_wait_s(context, pace.tpot_s * output, needed_at=read_at),
             pace,
             pace.late(asked.objectives.tpot_s),
-            forecast.misses(prompt, context, output, now),
+            forecast.misses(prospect.prompt(asked), context, output, now),
             prospect.passes_on,
         )
 
@@ -204,7 +210,7 @@ def is_passed_on(asked: Asked, elapsed_s: float, writer: EngineForecast, handove
     pace = writer.pace(output, typical_s, now)
     limit_s, tokens = asked.objectives.tpot_s, asked.prompt_tokens
     passed_on_s = elapsed_s + handover.passed_on_s(tokens)
-    memory_s = writer.memory_wait_s(0.0, pace.tpot_s * output, later=True)  # its own context is reserved there already
+    memory_s = writer.memory_wait_s(0.0, pace.tpot_s * output)  # it stands in line there, with its own context
     goes_on_s = elapsed_s + max(memory_s + handover.fetched_s(tokens), writer.first_token_s(Reading(), now))
     write_risk, stalled = pace.late(limit_s), _stalled(asked, pace, max(0.0, goes_on_s - passed_on_s))
     risk = _own(asked, passed_on_s, 1.0 - (1.0 - write_risk) * (1.0 - stalled))

@@ -11,6 +11,7 @@ from scheduler.hybrid import Planner, Visit
 from scheduler.objectives import Objectives
 from scheduler.pools import Pools, WorkerLoad
 from scheduler.prediction import Asked
+from scheduler.step_cost import LinearFit
 from scheduler.workers import Role, Worker
 
 SOON = Objectives(2.0, inf)
@@ -18,7 +19,7 @@ SOON = Objectives(2.0, inf)
 
 def split_visit(planner: Planner, prompt_tokens: int = 1000) -> Visit:
     """Of a prompt that is read elsewhere, for who answers has a long one to read."""
-    pools, busy = Pools(lambda worker: worker.slots), EngineForecast()
+    pools, busy = Pools(lambda worker: worker.slots), EngineForecast(fleet=planner.fleet)
     busy.sends_prompt("another", 100_000, 0.0, 5.0)
     pools.add(WorkerLoad(Worker("reads", "", Role.PREFILL, plugin=True)), ("m",))
     pools.add(WorkerLoad(Worker("writes", "", Role.DECODE, plugin=True), forecast=busy), ("m",))
@@ -61,6 +62,23 @@ def test_the_ways_of_tokens_are_learned_apart_and_by_length() -> None:
         for fit, seconds in ((planner.passed_on, 0.003 + 2e-6 * tokens), (planner.fetched, 0.1 + 1e-4 * tokens)):
             fixed, each = fit.coefficients
             assert fixed + tokens * each == pytest.approx(seconds, rel=0.1)
+
+
+def test_a_wait_for_memory_is_not_learned_as_what_a_hand_over_takes() -> None:
+    planner = Planner(lambda ratio: None, fetched=LinearFit((1.0, 1e-6)))
+    assumed = planner.handover.fetched_s(1000)
+    for _ in range(100):
+        visit = split_visit(planner)
+        full = visit.writer.forecast
+        assert full is not None
+        full.kv_tokens = 2000.0
+        full.reads_itself(full.expects(2000.0))
+        visit.read(0.5)
+        visit.begins(0.504)
+        visit.goes_on(3.0)
+        visit.over(4.0, 4.0, 100)
+    assert planner.handover.fetched_s(1000) == assumed
+    assert visit.memory_s == pytest.approx(2.5 - assumed, rel=0.1)
 
 
 @pytest.mark.parametrize(
