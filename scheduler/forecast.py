@@ -21,7 +21,8 @@ _SHORTEST_S: Final = 1e-3  # first tokens that come closer together were made by
 _CERTAINLY_LIMITED: Final = 1.05  # times as many steps as the engine's chunks make necessary
 _LEARN: Final = 0.05  # of what an observation says about the longest steps
 _KEPT: Final = 0.98  # of what was seen of waits for memory, at each one
-_WAITS_ASSUMED_S: Final = 1.0  # of waits for memory that were as expected, before any was seen
+_WAITS_ASSUMED_S: Final = 1.0  # of waits for memory that were typical, before any was seen
+_MOST_WAITS: Final = 8.0  # times a typical wait: who waited for longer did not do so for memory alone
 _LOOKED_AT: Final = 16  # answers of an engine; of more, each k-th
 LEAST_ROOM: Final = 0.05  # of a limit: what an answer is taken to have left where steps alone take longer
 
@@ -49,7 +50,7 @@ class Stay:
     """What a forecast notes of one request's answers, from `expects` to `ended`.
 
     context_tokens: of its prompt and half of its answer, once for each of `answers`. tpot_limit_s: objective for each.
-    due_at: when its first token is expected. began_at: when the first one came that was made here, None before.
+    due_at: when its first token is expected. comes_at: when its prompt is expected to have been read. began_at: when the first one came that was made here, None before.
     queued: all prompts that were sent to the engine up to its own; None if its own is read elsewhere. in_line: the
     engine had its request before it began. waited_s: from a first token that was passed on to `began_at`.
     read, sequences, contexts, fetched: the engine's sums when it began.
@@ -59,6 +60,7 @@ class Stay:
     answers: int = 1
     tpot_limit_s: float = inf
     due_at: float = 0.0
+    comes_at: float = 0.0
     began_at: float | None = None
     queued: Reading | None = None
     in_line: bool = False
@@ -99,15 +101,15 @@ class Misses(NamedTuple):
 @dataclass(slots=True, eq=False)
 class Fleet:
     """What all engines of a model have shown together. longest_step: how long a step with prompts and answers takes at
-    most, in times per token that these answers may take. memory_waits: how long requests wait for memory, in times that
-    typical answers would make it: what has much of it is there longer.
+    most, in times per token that these answers may take. memory_waits: how long requests wait for memory, as a multiple
+    of what typical answers would make them wait: long ones hold more of it, and longer.
     """
 
     costs: LinearFit = field(default_factory=lambda: StepCost.fit(StepCost()))
     longest_step: float = LONGEST_STEP
     memory_waits: float = 1.0
     _waited_s: float = 0.0
-    _expected_s: float = 0.0
+    _typical_s: float = 0.0
 
     @property
     def cost(self) -> StepCost:
@@ -118,11 +120,11 @@ class Fleet:
         """One was seen."""
         self.longest_step += _LEARN * (min(LONGEST_LATE, max(1.0, step)) - self.longest_step)
 
-    def learn_memory_wait(self, waited_s: float, expected_s: float) -> None:
-        """A request was expected to wait for memory, and has waited."""
-        self._waited_s = _KEPT * self._waited_s + waited_s
-        self._expected_s = _KEPT * self._expected_s + expected_s / self.memory_waits
-        self.memory_waits = (_WAITS_ASSUMED_S + self._waited_s) / (_WAITS_ASSUMED_S + self._expected_s)
+    def learn_memory_wait(self, waited_s: float, typical_s: float) -> None:
+        """A request waited for memory, where typical answers would have made it wait for `typical_s`."""
+        self._waited_s = _KEPT * self._waited_s + min(waited_s, _MOST_WAITS * typical_s)
+        self._typical_s = _KEPT * self._typical_s + typical_s
+        self.memory_waits = (_WAITS_ASSUMED_S + self._waited_s) / (_WAITS_ASSUMED_S + self._typical_s)
 
 
 class EngineForecast:
@@ -247,12 +249,19 @@ class EngineForecast:
         return prompt
 
     def expects(
-        self, context_tokens: float, answers: int = 1, tpot_limit_s: float = inf, *, due_at: float = 0.0
+        self,
+        context_tokens: float,
+        answers: int = 1,
+        tpot_limit_s: float = inf,
+        *,
+        due_at: float = 0.0,
+        comes_at: float = 0.0,
     ) -> Stay:
-        """A request's answers will be written here, from `due_at` on. context_tokens: of all of them."""
+        """A request's answers will be written here, from `due_at` on. context_tokens: of all of them. comes_at: when its
+        prompt will have been read."""
         self.coming += answers
         self._coming_context += context_tokens
-        stay = Stay(context_tokens, answers, tpot_limit_s, due_at)
+        stay = Stay(context_tokens, answers, tpot_limit_s, due_at, comes_at)
         self._on_the_way[stay] = None
         if tpot_limit_s < inf:
             self._limited[stay] = None
@@ -416,18 +425,28 @@ class EngineForecast:
         rest_s = 0.5 * step_s if self.running else 0.0
         return rest_s + self._read_s(self.unread(now)) + max(self._read_s(prompt), step_s + self.cost.prompt_s(*prompt))
 
-    def memory_wait_s(self, tokens: float, life_s: float, *, needed_at: float = -inf) -> float:
-        """Until so many tokens of KV are free: as much comes free in an answer's life as all of them hold. The engine
-        gives memory to those that it has in their order.
+    def memory_wait_s(self, tokens: float, life_s: float, *, comes_at: float = -inf) -> float:
+        """Until so many tokens of KV are free. life_s: of a typical answer. The engine gives memory in order of arrival.
 
-        needed_at: the request comes when its prompt has been read elsewhere, and so behind those that do before it.
+        comes_at: when the request's prompt has been read elsewhere: it is behind those that come before it.
         """
-        before = (stay.context_tokens for stay in self._on_the_way if stay.due_at <= needed_at)
-        held = self._running_context + self._in_line_context + sum(before)
-        missing = held + tokens - self.kv_tokens
-        if missing <= 0.0 or not held:
+        return self.typical_memory_wait_s(tokens, life_s, comes_at=comes_at) * self._fleet.memory_waits
+
+    def typical_memory_wait_s(self, tokens: float, life_s: float, *, comes_at: float = -inf) -> float:
+        """The same if answers were typical: as much comes free in the life of one as all of them hold."""
+        if self._running_context + self._coming_context + tokens <= self.kv_tokens:
             return 0.0
-        return missing / min(held, self.kv_tokens) * life_s * self._fleet.memory_waits
+        held = self._running_context + self._in_line_context
+        if comes_at > -inf:
+            held += sum(stay.context_tokens for stay in self._on_the_way if stay.comes_at <= comes_at)
+        missing = held + tokens - self.kv_tokens
+        if missing <= 0.0 or held < 1.0:
+            return 0.0
+        return missing / min(held, self.kv_tokens) * life_s
+
+    def learn_memory_wait(self, waited_s: float, typical_s: float) -> None:
+        """As `Fleet.learn_memory_wait`."""
+        self._fleet.learn_memory_wait(waited_s, typical_s)
 
     def read_share(self, now: float) -> float:
         """Of the last half minute or so, the share in which prompts were read here."""

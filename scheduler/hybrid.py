@@ -13,7 +13,7 @@ from typing import Final
 from scheduler.forecast import EngineForecast, Fleet, Reading, Stay
 from scheduler.objectives import Objectives
 from scheduler.pools import TYPICAL_TOKENS, Pool, WorkerLoad
-from scheduler.prediction import Asked, HandOver, Prospect, choose, is_passed_on
+from scheduler.prediction import Asked, HandOver, Prospect, choose, is_passed_on, typical_memory_wait_s
 from scheduler.sides import Offering, Sides, best_sides
 from scheduler.step_cost import LinearFit
 from scheduler.workers import Role
@@ -34,8 +34,8 @@ class Visit:
     asked: as it was placed. silent: its first token will not be seen, for it is answered in one piece or goes on with a
     stream. ttft_s: as predicted.
     can_pass_on: the writer can give out the first token that the reader made, before it has the KV. passes_on: it will;
-    settled by `read`. goes_as_planned: that was not changed. memory_s: for which it was expected, then, to wait for
-    memory. first_at: when it came.
+    settled by `read`. goes_as_planned: that was not changed. memory_s: for how long typical answers would have made it
+    wait for memory when its prompt had been read elsewhere. first_at: when its first token came.
     """
 
     reader: WorkerLoad
@@ -71,7 +71,8 @@ class Visit:
             self._at(self.reader).has_read(self, now)
             forecast = self._at(self.writer)
             forecast.stands_in_line(self.stay)
-            self.memory_s = forecast.memory_wait_s(0.0, self.planner.life_s)
+            if self.split:
+                self.memory_s = typical_memory_wait_s(self.asked, forecast, now)
             if self.can_pass_on and self.first_at is None and not self.silent:
                 planned, elapsed_s = self.passes_on, now - self.sent_at
                 self.passes_on = is_passed_on(self.asked, elapsed_s, forecast, self.planner.handover, now)
@@ -108,9 +109,9 @@ class Visit:
     def _learn_way(self, fit: LinearFit, now: float) -> None:
         if self.split and self.read_at is not None:
             seconds, planner = now - self.read_at, self.planner
-            if fit is planner.fetched and self.memory_s:
-                usual_s = planner.handover.fetched_s(self.prompt_tokens)
-                planner.fleet.learn_memory_wait(max(0.0, seconds - usual_s), self.memory_s)
+            waited_s = seconds - planner.handover.fetched_s(self.prompt_tokens)
+            if fit is planner.fetched and self.memory_s and waited_s > 0.0:
+                self._at(self.writer).learn_memory_wait(waited_s, self.memory_s)
             else:
                 fit.learn(seconds, (1.0, float(self.prompt_tokens)))
 
@@ -177,7 +178,12 @@ class Planner:
         known: of its prompt, the tokens that a worker probably has cached, by the worker's id. avoid: a worker's id.
         """
         output_tokens = min(asked.output_tokens, self.output_tokens)
-        asked = replace(asked, output_tokens=output_tokens, typical_prompt_tokens=self.prompt_tokens)
+        asked = replace(
+            asked,
+            output_tokens=output_tokens,
+            typical_prompt_tokens=self.prompt_tokens,
+            typical_output_tokens=self.output_tokens,
+        )
         sides, first_reader = self._sides(pools, asked.objectives)
         loads = sorted(self._considered(pools, known, avoid, first_reader), key=_rank)
         prospects = [
@@ -190,8 +196,13 @@ class Planner:
         reader, writer = loads[choice.reader], loads[choice.writer]
         self.life_s = max(0.1, choice.tpot_s * asked.output_tokens)
         writes, reads = prospects[choice.writer].forecast, prospects[choice.reader]
-        context, due_at = asked.context_tokens * asked.answers, now + choice.ttft_s
-        stay = writes.expects(context, asked.answers, asked.objectives.tpot_s, due_at=due_at)
+        stay = writes.expects(
+            asked.context_tokens * asked.answers,
+            asked.answers,
+            asked.objectives.tpot_s,
+            due_at=now + choice.ttft_s,
+            comes_at=now + choice.read_s,
+        )
         if asked.silent:
             writes.begins(stay, now)
         able = reads.passes_on and prospects[choice.writer].passes_on

@@ -32,7 +32,7 @@ _SIDES: Final = 4.0
 class Asked:
     """One request. prompt_tokens: of the whole prompt. output_tokens: of its answer, at most or as expected.
 
-    typical_prompt_tokens: of the requests lately. splittable: it may be read by one engine and answered by another.
+    typical_prompt_tokens, typical_output_tokens: of the requests lately. splittable: it may be read by one engine and answered by another.
     waited_s: since its arrival. answers: sequences that it asks for. silent: nobody will see its first token.
     """
 
@@ -40,6 +40,7 @@ class Asked:
     output_tokens: float
     objectives: Objectives
     typical_prompt_tokens: float = 0.0
+    typical_output_tokens: float = 0.0
     splittable: bool = True
     waited_s: float = 0.0
     answers: int = 1
@@ -48,6 +49,10 @@ class Asked:
     @property
     def context_tokens(self) -> float:
         return self.prompt_tokens + self.output_tokens / 2
+
+    def typical_life_s(self, pace: Pace) -> float:
+        """Of a typical answer at this pace."""
+        return pace.tpot_s * max(2.0, self.output_tokens, self.typical_output_tokens)
 
 
 class Prospect(NamedTuple):
@@ -93,7 +98,8 @@ class HandOver(NamedTuple):
 class Choice(NamedTuple):
     """reader, writer: indices of the prospects, equal where one does both. ttft_s, tpot_s: what the request will see.
 
-    risk: streams that are expected to miss their objectives because of it, itself included.
+    risk: streams that are expected to miss their objectives because of it, itself included. read_s: until the prompt
+    has been read.
     passes_on: the reader's first token is given out before the KV is there; otherwise the writer makes it with the KV.
     """
 
@@ -102,6 +108,7 @@ class Choice(NamedTuple):
     ttft_s: float
     tpot_s: float
     risk: float
+    read_s: float
     passes_on: bool = False
 
 
@@ -113,9 +120,10 @@ def choose(
     sides_worth: that some of them only read (`scheduler.sides`).
     """
     reads_s = [prospect.forecast.first_token_s(prospect.prompt(asked), now) for prospect in prospects]
-    read_at = now + min(reads_s, default=0.0)
+    elsewhere_s = (read_s for prospect, read_s in zip(prospects, reads_s, strict=True) if prospect.reads)
+    comes_at = now + min(elsewhere_s, default=0.0)
     seen = [
-        _Seen.of(asked, prospect, now, read_s, read_at) for prospect, read_s in zip(prospects, reads_s, strict=True)
+        _Seen.of(asked, prospect, now, read_s, comes_at) for prospect, read_s in zip(prospects, reads_s, strict=True)
     ]
     best: Choice | None = None
     best_score = inf
@@ -165,17 +173,18 @@ class _Seen(NamedTuple):
     passes_on: bool
 
     @classmethod
-    def of(cls, asked: Asked, prospect: Prospect, now: float, read_s: float, read_at: float) -> "_Seen":
-        """read_s: as it says. read_at: when some engine will have read the prompt."""
+    def of(cls, asked: Asked, prospect: Prospect, now: float, read_s: float, comes_at: float) -> "_Seen":
+        """read_s: as it says. comes_at: when the prompt has been read elsewhere, at the earliest."""
         forecast = prospect.forecast
         typical_s = forecast.cost.prompt_s(*Reading.of(asked.typical_prompt_tokens))
         output, context = max(2.0, asked.output_tokens), asked.context_tokens
         pace = forecast.pace(output, typical_s, now, more=1, context_tokens=context)
+        life_s = asked.typical_life_s(pace)
         return cls(
             forecast.first_token_s(Reading(), now),
             read_s,
-            forecast.memory_wait_s(context, pace.tpot_s * output),
-            forecast.memory_wait_s(context, pace.tpot_s * output, needed_at=read_at),
+            forecast.memory_wait_s(context, life_s),
+            forecast.memory_wait_s(context, life_s, comes_at=comes_at),
             pace,
             pace.late(asked.objectives.tpot_s),
             forecast.misses(prospect.prompt(asked), context, output, now),
@@ -196,30 +205,42 @@ def _ways(asked: Asked, reader: _Seen, writer: _Seen, at: tuple[int, int], hando
         stalled = _stalled(asked, writer.pace, stall_s)
         risk = _own(asked, ttft_s, 1.0 - (1.0 - writer.write_risk) * (1.0 - stalled)) + others
         tpot_s = writer.pace.tpot_s + stall_s / max(2.0, asked.output_tokens)
-        yield Choice(*at, ttft_s, tpot_s, risk, passes_on=True)
+        yield Choice(*at, ttft_s, tpot_s, risk, reader.read_s, passes_on=True)
         if not stalled or asked.silent:  # withheld it would come later, and nothing sooner
             return
-    yield Choice(*at, goes_on_s, writer.pace.tpot_s, _own(asked, goes_on_s, writer.write_risk) + others)
+    risk = _own(asked, goes_on_s, writer.write_risk) + others
+    yield Choice(*at, goes_on_s, writer.pace.tpot_s, risk, reader.read_s)
 
 
 def is_passed_on(asked: Asked, elapsed_s: float, writer: EngineForecast, handover: HandOver, now: float) -> bool:
     """Whether a first token is better given out before the writer has the KV: asked anew when the prompt has been read,
-    for by now the writer may be reading prompts itself. elapsed_s: since the choice."""
-    output = max(2.0, asked.output_tokens)
-    typical_s = writer.cost.prompt_s(*Reading.of(asked.typical_prompt_tokens))
-    pace = writer.pace(output, typical_s, now)
+    for by now the writer may be reading prompts itself. elapsed_s: since the choice. The request stands in line at the
+    writer."""
+    pace = _pace_of(asked, writer, now)
     limit_s, tokens = asked.objectives.tpot_s, asked.prompt_tokens
     passed_on_s = elapsed_s + handover.passed_on_s(tokens)
-    memory_s = writer.memory_wait_s(0.0, pace.tpot_s * output)  # it stands in line there, with its own context
+    memory_s = writer.memory_wait_s(0.0, asked.typical_life_s(pace))  # its own context is among those in line
     goes_on_s = elapsed_s + max(memory_s + handover.fetched_s(tokens), writer.first_token_s(Reading(), now))
     write_risk, stalled = pace.late(limit_s), _stalled(asked, pace, max(0.0, goes_on_s - passed_on_s))
     risk = _own(asked, passed_on_s, 1.0 - (1.0 - write_risk) * (1.0 - stalled))
     return risk <= _own(asked, goes_on_s, write_risk) + _PACKED
 
 
+def typical_memory_wait_s(asked: Asked, writer: EngineForecast, now: float) -> float:
+    """For how long a request in line at the writer would wait for memory if answers were typical."""
+    return writer.typical_memory_wait_s(0.0, asked.typical_life_s(_pace_of(asked, writer, now)))
+
+
+def _pace_of(asked: Asked, writer: EngineForecast, now: float) -> Pace:
+    """Of an answer that is already counted there."""
+    typical_s = writer.cost.prompt_s(*Reading.of(asked.typical_prompt_tokens))
+    return writer.pace(max(2.0, asked.output_tokens), typical_s, now)
+
+
 def _together(asked: Asked, seen: _Seen, at: int) -> Choice:
     ttft_s = max(seen.read_s, seen.wait_s + seen.read_s - seen.ahead_s)
-    return Choice(at, at, ttft_s, seen.pace.tpot_s, _own(asked, ttft_s, seen.write_risk) + seen.misses.both)
+    risk = _own(asked, ttft_s, seen.write_risk) + seen.misses.both
+    return Choice(at, at, ttft_s, seen.pace.tpot_s, risk, ttft_s)
 
 
 def _own(asked: Asked, ttft_s: float, write_risk: float) -> float:

@@ -17,20 +17,24 @@ from scheduler.workers import Role, Worker
 SOON = Objectives(2.0, inf)
 
 
-def split_visit(planner: Planner, prompt_tokens: int = 1000) -> Visit:
+def split_visit(planner: Planner, prompt_tokens: int = 1000, output_tokens: float = 100.0) -> Visit:
     """Of a prompt that is read elsewhere, for who answers has a long one to read."""
     pools, busy = Pools(lambda worker: worker.slots), EngineForecast(fleet=planner.fleet)
     busy.sends_prompt("another", 100_000, 0.0, 5.0)
     pools.add(WorkerLoad(Worker("reads", "", Role.PREFILL, plugin=True)), ("m",))
     pools.add(WorkerLoad(Worker("writes", "", Role.DECODE, plugin=True), forecast=busy), ("m",))
-    visit = planner.place(Asked(prompt_tokens, 100.0, SOON), pools.of("m"), {}, 0.0)
+    visit = planner.place(Asked(prompt_tokens, output_tokens, SOON), pools.of("m"), {}, 0.0)
     assert visit is not None and visit.split
     return visit
 
 
-def running(visit: Visit) -> int:
+def at_writer(visit: Visit) -> EngineForecast:
     assert visit.writer.forecast is not None
-    return visit.writer.forecast.running
+    return visit.writer.forecast
+
+
+def running(visit: Visit) -> int:
+    return at_writer(visit).running
 
 
 def test_an_answer_whose_first_token_was_passed_on_runs_from_its_second_one() -> None:
@@ -64,21 +68,38 @@ def test_the_ways_of_tokens_are_learned_apart_and_by_length() -> None:
             assert fixed + tokens * each == pytest.approx(seconds, rel=0.1)
 
 
-def test_a_wait_for_memory_is_not_learned_as_what_a_hand_over_takes() -> None:
-    planner = Planner(lambda ratio: None, fetched=LinearFit((1.0, 1e-6)))
-    assumed = planner.handover.fetched_s(1000)
+@pytest.mark.parametrize("asked_before", [inf, 2.0], ids=["", "behind one with a short answer"])
+def test_a_wait_for_memory_is_not_learned_as_what_a_hand_over_takes(asked_before: float) -> None:
+    planner = Planner(lambda ratio: None, fetched=LinearFit((1.0, 1e-6)), output_tokens=100.0)
+    usual_s = planner.handover.fetched_s(1000)
+    full = EngineForecast()
     for _ in range(100):
         visit = split_visit(planner)
-        full = visit.writer.forecast
-        assert full is not None
+        full = at_writer(visit)
         full.kv_tokens = 2000.0
         full.reads_itself(full.expects(2000.0))
-        visit.read(0.5)
-        visit.begins(0.504)
-        visit.goes_on(3.0)
-        visit.over(4.0, 4.0, 100)
-    assert planner.handover.fetched_s(1000) == assumed
-    assert visit.memory_s == pytest.approx(2.5 - assumed, rel=0.1)
+        split_visit(planner, output_tokens=asked_before)
+        visit.read(0.071)
+        visit.begins(0.075)
+        visit.goes_on(2.571)
+        visit.over(3.0)
+    assert planner.handover.fetched_s(1000) == usual_s
+    assert planner.fleet.memory_waits * visit.memory_s == pytest.approx(2.5 - usual_s, rel=0.1)
+
+
+def test_a_hand_over_that_takes_less_than_usual_is_learned_though_memory_was_short() -> None:
+    planner = Planner(lambda ratio: None, fetched=LinearFit((1.0, 1e-6)))
+    for _ in range(100):
+        visit = split_visit(planner)
+        at_writer(visit).kv_tokens = 1200.0
+        at_writer(visit).reads_itself(at_writer(visit).expects(1000.0))
+        visit.read(0.071)
+        visit.begins(0.075)
+        visit.goes_on(0.271)
+        visit.over(2.0)
+    assert visit.memory_s > 0.0
+    assert planner.handover.fetched_s(1000) == pytest.approx(0.2, rel=0.1)
+    assert planner.fleet.memory_waits == 1.0
 
 
 @pytest.mark.parametrize(
