@@ -50,7 +50,8 @@ class Stay:
     """What a forecast notes of one request's answers, from `expects` to `ended`.
 
     context_tokens: of its prompt and half of its answer, once for each of `answers`. tpot_limit_s: objective for each.
-    due_at: when its first token is expected. comes_at: when its prompt is expected to have been read. began_at: when the first one came that was made here, None before.
+    due_at: when its first token is expected. comes_at: when its prompt is expected to have been read. began_at: when
+    the first token came that was made here, None before.
     queued: all prompts that were sent to the engine up to its own; None if its own is read elsewhere. in_line: the
     engine had its request before it began. waited_s: from a first token that was passed on to `began_at`.
     read, sequences, contexts, fetched: the engine's sums when it began.
@@ -257,8 +258,8 @@ class EngineForecast:
         due_at: float = 0.0,
         comes_at: float = 0.0,
     ) -> Stay:
-        """A request's answers will be written here, from `due_at` on. context_tokens: of all of them. comes_at: when its
-        prompt will have been read."""
+        """A request's answers will be written here, from `due_at` on. context_tokens: of all of them. comes_at: when
+        its prompt will have been read."""
         self.coming += answers
         self._coming_context += context_tokens
         stay = Stay(context_tokens, answers, tpot_limit_s, due_at, comes_at)
@@ -426,8 +427,9 @@ class EngineForecast:
         return rest_s + self._read_s(self.unread(now)) + max(self._read_s(prompt), step_s + self.cost.prompt_s(*prompt))
 
     def memory_wait_s(self, tokens: float, life_s: float, *, comes_at: float = -inf) -> float:
-        """Until so many tokens of KV are free. life_s: of a typical answer. The engine gives memory in order of arrival.
+        """Until so many tokens of KV are free. The engine gives memory in order of arrival.
 
+        life_s: of a typical answer.
         comes_at: when the request's prompt has been read elsewhere: it is behind those that come before it.
         """
         return self.typical_memory_wait_s(tokens, life_s, comes_at=comes_at) * self._fleet.memory_waits

@@ -19,6 +19,8 @@ _LEAST_TOKENS: Final = 16  # of prompts in a step: they always go on
 _WORTH_WHILE: Final = 0.4  # of the time per token: an objective that leaves prompts less would stop them
 LONGEST_STEP: Final = 1.2  # times the time per token, however far ahead answers are
 LONGEST_LATE: Final = 2.4  # times the same, for an answer that will be late
+_EARLY: Final = 0.15  # of the time per token, by which tokens are to come before they are due: steps take longer at times
+_CATCH_UP: Final = 5  # tokens in which an answer that is late is to be in time again; one that needs more is given up
 _EACH: Final = 8  # steps without a prompt of which one is learned from
 
 
@@ -177,18 +179,18 @@ class StepLimit:
     def _room_s(self, answers: Iterable[tuple[Job, int]], in_time: float, base_s: float) -> float:
         """Seconds by which a step may be longer than `base_s`, if without that their tokens come at `in_time`.
 
-        Token n + 1 is due `n` times the objective after the first one. An answer that is late may be held up for
-        longer, and one whose objective leaves prompts little for as long as they like: it would stop them, and never
-        catch up.
+        Token n + 1 is due `n` times the objective after the first one. An answer that is a little late is not held up
+        until it has caught up. One that is later may be held up for longer, and one whose objective leaves prompts
+        little for as long as they like: it would stop them, and never catch up.
         """
         first_at, least_s, room_s = self._first_at, least_pace_s(base_s), inf
         for job, made in answers:
             first, tpot_s = first_at.get(job), job.objectives.tpot_s
             if first is None or tpot_s < least_s or job.tier is Tier.FLEX:
                 continue
-            until_s = first + tpot_s * made - in_time
-            if until_s >= 0.0:
-                room_s = min(room_s, until_s, LONGEST_STEP * tpot_s - base_s)
+            until_s = first + tpot_s * (made - _EARLY) - in_time
+            if until_s >= _CATCH_UP * (base_s - tpot_s):
+                room_s = min(room_s, max(0.0, until_s), LONGEST_STEP * tpot_s - base_s)
             elif tpot_s < inf:
                 room_s = min(room_s, LONGEST_LATE * tpot_s - base_s)
         return room_s

@@ -149,7 +149,7 @@ def test_a_short_prompt_that_goes_first_starts_beside_a_long_one_where_answers_l
         load = StepLoad(60 * (at % 3), at % 5, 40 * (at % 7))
         limit.model.learn(load, 0.009 + 60e-6 * load.prompt_tokens + 40e-6 * load.sequences)
     simulated = Simulated("srpt", PLENTY, limit)
-    simulated.add("r0", 20, 100, 0.0, Objectives(tpot_s=0.0165))
+    simulated.add("r0", 20, 100, 0.0, Objectives(tpot_s=0.0195))
     assert simulated.step(0.0) == {"r0"}
     simulated.add("r1", 2000, 5, 0.0)
     assert simulated.step(0.01) == {"r0"}
