@@ -19,8 +19,8 @@ _LEAST_TOKENS: Final = 16  # of prompts in a step: they always go on
 _WORTH_WHILE: Final = 0.4  # of the time per token: an objective that leaves prompts less would stop them
 LONGEST_STEP: Final = 1.2  # times the time per token, however far ahead answers are
 LONGEST_LATE: Final = 2.4  # times the same, for an answer that will be late
-_EARLY: Final = 0.15  # of the time per token, by which tokens are to come before they are due: steps take longer at times
-_CATCH_UP: Final = 5  # tokens in which an answer that is late is to be in time again; one that needs more is given up
+_EARLY: Final = 0.15  # of the time per token, by which tokens come before they are due: some steps take longer
+_CATCH_UP: Final = 5  # tokens in which an answer that is late is to be in time again; who needs more is given up
 _EACH: Final = 8  # steps without a prompt of which one is learned from
 
 
