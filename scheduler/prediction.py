@@ -32,7 +32,8 @@ _SIDES: Final = 4.0
 class Asked:
     """One request. prompt_tokens: of the whole prompt. output_tokens: of its answer, at most or as expected.
 
-    typical_prompt_tokens, typical_output_tokens: of the requests lately. splittable: it may be read by one engine and answered by another.
+    typical_prompt_tokens, typical_output_tokens: of the requests lately. splittable: it may be read by one engine and
+    answered by another.
     waited_s: since its arrival. answers: sequences that it asks for. silent: nobody will see its first token.
     """
 
