@@ -140,7 +140,8 @@ class Planner:
     note_error: is told predicted ÷ actual time to first token of each request. life_s: of a typical answer.
     prompt_tokens, output_tokens: of a request, in the mean over the last `_MEMORY` or so. Lengths have long tails, and
     what a stall costs per token follows from them: a shorter memory makes the choices restless.
-    fleet: what its engines have shown together. sharers: owners that ask them for as much each, this one included.
+    kv_tokens: that the KV cache of an engine holds. fleet: what its engines have shown together. sharers: owners that
+    ask them for as much each, this one included.
     offering: what this one asks of them.
     fetched, passed_on: what `HandOver` says, as it was.
     """
@@ -150,6 +151,7 @@ class Planner:
     prompt_tokens: float = TYPICAL_TOKENS / 2
     output_tokens: float = TYPICAL_TOKENS / 2
     learned: int = 0
+    kv_tokens: float = inf
     sharers: Callable[[], int] = lambda: 1
     offering: Offering = field(default_factory=Offering)
     fleet: Fleet = field(default_factory=Fleet)
@@ -230,7 +232,7 @@ class Planner:
         offered = self.offering.of(self.output_tokens, context_tokens, owners=self.sharers())
         if offered is None:
             return Sides(), _NOBODY
-        sides = best_sides(offered, len(self._order), self.fleet.cost, objectives)
+        sides = best_sides(offered, len(self._order), self.fleet.cost, objectives, self.kv_tokens)
         return sides, self._order[-sides.readers] if sides.worth else _NOBODY
 
     @staticmethod
@@ -262,7 +264,7 @@ class Planner:
         forecast = load.forecast
         forecast.look_around()
         forecast.chunk_tokens = worker.step_tokens
-        forecast.kv_tokens = load.kv_tokens
+        forecast.kv_tokens = self.kv_tokens = load.kv_tokens
         forecast.limits_steps = worker.plugin
         forecast.others = load.others
         either = worker.hands_over

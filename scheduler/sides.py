@@ -6,6 +6,7 @@ how busy engines would be with what is asked of them (a fluid model, as DistServ
 """
 
 from dataclasses import dataclass
+from functools import partial
 from math import ceil, exp, inf
 from typing import Final, NamedTuple
 
@@ -16,6 +17,7 @@ from scheduler.step_cost import StepCost
 _BUSY: Final = (0.5, 0.75)  # shares of their time for which engines that only read are tried
 _KNOWN: Final = 4  # answers after which a rate is known
 _PAUSE_S: Final = 5.0  # more of the time between two requests does not count: what is asked when it is over is expected
+_MOST_HELD: Final = 0.8  # of its KV cache, by the answers that run in the mean: they come at random
 _MOST_HELD_UP: Final = 0.95  # of its time, that an engine that writes answers spends on prompts
 
 
@@ -74,26 +76,34 @@ class Sides(NamedTuple):
     readers: int = 0
 
 
-def best_sides(offered: Offered, engines: int, cost: StepCost, objectives: Objectives) -> Sides:
-    """Those with which the fewest requests would miss these objectives.
+def best_sides(offered: Offered, engines: int, cost: StepCost, objectives: Objectives, kv_tokens: float = inf) -> Sides:
+    """Those with which the fewest requests would miss these objectives. kv_tokens: that an engine's KV cache holds.
 
     A request's own are asked for, whatever those of others: where tight ones had better not be answered beside prompts,
     loose ones may be.
     """
     if engines < 2 or objectives.tpot_s == inf:
         return Sides()
-    alike = _missed(offered, cost, objectives, engines, engines, held_up=offered.readers / engines)
+    missed_by = partial(_missed, offered, cost, objectives, kv_tokens)
+    alike = missed_by(engines, engines, held_up=offered.readers / engines)
     tried = {min(engines - 1, max(1, ceil(offered.readers / busy))) for busy in _BUSY}
-    missed, readers = min(
-        (_missed(offered, cost, objectives, number, engines - number, held_up=0.0), number) for number in tried
-    )
+    missed, readers = min((missed_by(number, engines - number, held_up=0.0), number) for number in tried)
     return Sides(max(0.0, alike - missed), readers)
 
 
 def _missed(
-    offered: Offered, cost: StepCost, objectives: Objectives, readers: int, writers: int, *, held_up: float
+    offered: Offered,
+    cost: StepCost,
+    objectives: Objectives,
+    kv_tokens: float,
+    readers: int,
+    writers: int,
+    *,
+    held_up: float,
 ) -> float:
-    """Of the requests, the share that misses an objective. held_up: of the writers' time, the share for prompts."""
+    """Of the requests, the share that misses an objective; all of them where writers lack the time or the memory.
+
+    held_up: of the writers' time, the share for prompts."""
     busy = offered.readers / readers
     room_s = objectives.ttft_s - offered.read_s
     if busy >= 1.0 or held_up >= _MOST_HELD_UP or room_s <= 0.0:
@@ -104,6 +114,8 @@ def _missed(
     if steps_each * each_s >= 1.0:
         return 1.0
     step_s = cost.fixed_s / (1.0 - steps_each * each_s)
+    if steps_each * step_s * offered.context_tokens >= _MOST_HELD * kv_tokens:
+        return 1.0
     stall_s = step_s * held_up / (1.0 - held_up)  # for each token
     pace = Pace(step_s + stall_s, (stall_s * offered.read_s / offered.output_tokens) ** 0.5)
     # A queue's tail, in heavy traffic (M/D/1).

@@ -126,6 +126,15 @@ def test_whether_a_first_token_is_passed_on_is_settled_when_the_prompt_has_been_
     assert visit.passes_on == passes_on
 
 
+def test_how_much_memory_engines_have_is_known_when_sides_are_weighed() -> None:
+    planner, pools = Planner(lambda ratio: None), fleet(2)
+    for pool in pools.of("m"):
+        for load in pool.workers.values():
+            load.kv_tokens = 5000.0
+    assert planner.place(Asked(1000, 100.0, SOON), pools.of("m"), {}, 0.0) is not None
+    assert planner.kv_tokens == 5000.0
+
+
 def test_a_reader_that_fails_passes_nothing_on() -> None:
     visit = split_visit(Planner(lambda ratio: None))
     visit.gave_up(0.3)

@@ -50,6 +50,17 @@ def test_as_many_engines_read_as_there_is_to_read() -> None:
     assert numbers == sorted(numbers) and 1 <= numbers[0] < numbers[-1] < 8
 
 
+def test_those_that_write_must_hold_all_answers_in_memory() -> None:
+    """2.56 answers run at a time, with 1,600 tokens each."""
+    assert best_sides(offered(2.5), 2, COST, OBJECTIVES, 6000.0) == best_sides(offered(2.5), 2, COST, OBJECTIVES)
+    assert best_sides(offered(2.5), 2, COST, OBJECTIVES, 5000.0).worth == 0.0
+
+
+def test_fewer_read_where_answers_need_the_memory_of_more() -> None:
+    assert best_sides(offered(6.0), 8, COST, OBJECTIVES).readers == 4
+    assert best_sides(offered(6.0), 8, COST, OBJECTIVES, 2800.0).readers == 3
+
+
 @given(
     st.floats(0.01, 100.0), st.floats(0.001, 10.0), st.floats(1.0, 1e4), st.integers(1, 50), st.floats(0.01, 10.0),
     st.floats(1e-3, 1.0),
