@@ -14,7 +14,7 @@ from scheduler.forecast import MEMORY_S, Pace
 from scheduler.objectives import Objectives
 from scheduler.step_cost import StepCost
 
-_BUSY: Final = (0.5, 0.75)  # shares of their time for which engines that only read are tried
+_BUSY: Final = (0.5, 0.6, 0.67, 0.75, 0.85)  # shares of their time for which engines that only read are tried
 _KNOWN: Final = 4  # answers after which a rate is known
 _PAUSE_S: Final = 5.0  # more of the time between two requests does not count: what is asked when it is over is expected
 _MOST_HELD: Final = 0.8  # of its KV cache, by the answers that run in the mean: they come at random
@@ -85,9 +85,10 @@ def best_sides(offered: Offered, engines: int, cost: StepCost, objectives: Objec
     if engines < 2 or objectives.tpot_s == inf:
         return Sides()
     missed_by = partial(_missed, offered, cost, objectives, kv_tokens)
-    alike = missed_by(engines, engines, held_up=offered.readers / engines)
+    alike = missed_by(engines, engines, each_s=offered.read_s)
+    fetch_s = cost.fetched_token_s * (offered.context_tokens - offered.output_tokens / 2)
     tried = {min(engines - 1, max(1, ceil(offered.readers / busy))) for busy in _BUSY}
-    missed, readers = min((missed_by(number, engines - number, held_up=0.0), number) for number in tried)
+    missed, readers = min((missed_by(number, engines - number, each_s=fetch_s), number) for number in tried)
     return Sides(max(0.0, alike - missed), readers)
 
 
@@ -99,25 +100,25 @@ def _missed(
     readers: int,
     writers: int,
     *,
-    held_up: float,
+    each_s: float,
 ) -> float:
     """Of the requests, the share that misses an objective; all of them where writers lack the time or the memory.
 
-    held_up: of the writers' time, the share for prompts."""
-    busy = offered.readers / readers
+    each_s: for which each request's prompt holds up the answers of a writer, read there or fetched."""
+    busy, held_up = offered.readers / readers, offered.rate * each_s / writers
     room_s = objectives.ttft_s - offered.read_s
     if busy >= 1.0 or held_up >= _MOST_HELD_UP or room_s <= 0.0:
         return 1.0
     # Little's law: as many answers run as come while one is written, and a step takes longer with each.
     steps_each = offered.rate * offered.output_tokens / writers / (1.0 - held_up)
-    each_s = cost.sequence_s + cost.context_token_s * offered.context_tokens
-    if steps_each * each_s >= 1.0:
+    answer_s = cost.sequence_s + cost.context_token_s * offered.context_tokens
+    if steps_each * answer_s >= 1.0:
         return 1.0
-    step_s = cost.fixed_s / (1.0 - steps_each * each_s)
+    step_s = cost.fixed_s / (1.0 - steps_each * answer_s)
     if steps_each * step_s * offered.context_tokens >= _MOST_HELD * kv_tokens:
         return 1.0
     stall_s = step_s * held_up / (1.0 - held_up)  # for each token
-    pace = Pace(step_s + stall_s, (stall_s * offered.read_s / offered.output_tokens) ** 0.5)
+    pace = Pace(step_s + stall_s, (stall_s * each_s / offered.output_tokens) ** 0.5)
     # A queue's tail, in heavy traffic (M/D/1).
     waits = busy * exp(-2.0 * (1.0 - busy) * room_s / offered.read_s) if offered.read_s else 0.0
     return 1.0 - (1.0 - pace.late(objectives.tpot_s)) * (1.0 - waits)

@@ -1,5 +1,6 @@
 """What it is worth that engines take sides, by a fluid model; and what is asked of them."""
 
+from dataclasses import replace
 from math import inf
 
 import pytest
@@ -59,6 +60,12 @@ def test_those_that_write_must_hold_all_answers_in_memory() -> None:
 def test_fewer_read_where_answers_need_the_memory_of_more() -> None:
     assert best_sides(offered(6.0), 8, COST, OBJECTIVES).readers == 4
     assert best_sides(offered(6.0), 8, COST, OBJECTIVES, 2800.0).readers == 3
+
+
+def test_fewer_read_where_it_takes_those_that_write_long_to_fetch_what_they_have_read() -> None:
+    slow = replace(COST, fetched_token_s=40e-6)
+    assert best_sides(offered(9.0), 8, COST, OBJECTIVES).readers == 6
+    assert best_sides(offered(9.0), 8, slow, OBJECTIVES).readers < 6
 
 
 @given(
