@@ -52,8 +52,8 @@ class Stay:
     context_tokens: of its prompt and half of its answer, once for each of `answers`. tpot_limit_s: objective for each.
     due_at: when its first token is expected. comes_at: when its prompt is expected to have been read. began_at: when
     the first token came that was made here, None before.
-    queued: all prompts that were sent to the engine up to its own; None if its own is read elsewhere. in_line: the
-    engine had its request before it began. waited_s: from a first token that was passed on to `began_at`.
+    queued: all prompts that were sent to the engine up to its own; None if its own is read elsewhere. waited_s: from a
+    first token that was passed on to `began_at`.
     read, sequences, contexts, fetched: the engine's sums when it began.
     """
 
@@ -64,7 +64,6 @@ class Stay:
     comes_at: float = 0.0
     began_at: float | None = None
     queued: Reading | None = None
-    in_line: bool = False
     waited_s: float = 0.0
     read: Reading = Reading()
     sequences: float = 0.0
@@ -277,7 +276,6 @@ class EngineForecast:
         """The engine has the request: who comes after it waits behind it for memory."""
         if stay in self._on_the_way:
             del self._on_the_way[stay]
-            stay.in_line = True
             self._in_line_context += stay.context_tokens
 
     def begins(self, stay: Stay, now: float, *, fetched_tokens: int = 0) -> None:
@@ -327,8 +325,9 @@ class EngineForecast:
     def _leaves_line(self, stay: Stay) -> None:
         self.coming -= stay.answers
         self._coming_context -= stay.context_tokens
-        self._on_the_way.pop(stay, None)
-        if stay.in_line:
+        if stay in self._on_the_way:
+            del self._on_the_way[stay]
+        else:
             self._in_line_context -= stay.context_tokens
 
     def _count_limited(self, stay: Stay, more: int) -> None:

@@ -10,10 +10,10 @@ from itertools import islice
 from math import inf
 from typing import Final
 
-from scheduler.forecast import EngineForecast, Fleet, Reading, Stay
+from scheduler.forecast import EngineForecast, Fleet, Stay
 from scheduler.objectives import Objectives
 from scheduler.pools import TYPICAL_TOKENS, Pool, WorkerLoad
-from scheduler.prediction import Asked, HandOver, Prospect, choose, is_passed_on, typical_memory_wait_s
+from scheduler.prediction import Asked, Choice, HandOver, Prospect, choose, is_passed_on, pace_there
 from scheduler.sides import Offering, Sides, best_sides
 from scheduler.step_cost import LinearFit
 from scheduler.workers import Role
@@ -69,14 +69,19 @@ class Visit:
         if self.read_at is None:
             self.read_at = now
             self._at(self.reader).has_read(self, now)
-            forecast = self._at(self.writer)
-            forecast.stands_in_line(self.stay)
             if self.split:
-                self.memory_s = typical_memory_wait_s(self.asked, forecast, now)
-            if self.can_pass_on and self.first_at is None and not self.silent:
-                planned, elapsed_s = self.passes_on, now - self.sent_at
-                self.passes_on = is_passed_on(self.asked, elapsed_s, forecast, self.planner.handover, now)
-                self.goes_as_planned = self.passes_on == planned
+                self._arrives(now)
+
+    def _arrives(self, now: float) -> None:
+        """The writer is asked, the prompt having been read elsewhere."""
+        asked, writer = self.asked, self._at(self.writer)
+        writer.stands_in_line(self.stay)
+        pace = pace_there(asked, writer, now)
+        self.memory_s = writer.typical_memory_wait_s(0.0, asked.typical_life_s(pace))
+        if self.can_pass_on and self.first_at is None and not self.silent:
+            planned, elapsed_s = self.passes_on, now - self.sent_at
+            self.passes_on = is_passed_on(asked, elapsed_s, writer, pace, self.planner.handover, now)
+            self.goes_as_planned = self.passes_on == planned
 
     def gave_up(self, now: float) -> None:
         """The reader will not read the prompt: the writer does."""
@@ -140,8 +145,7 @@ class Planner:
     note_error: is told predicted ÷ actual time to first token of each request. life_s: of a typical answer.
     prompt_tokens, output_tokens: of a request, in the mean over the last `_MEMORY` or so. Lengths have long tails, and
     what a stall costs per token follows from them: a shorter memory makes the choices restless.
-    kv_tokens: that the KV cache of an engine holds. fleet: what its engines have shown together. sharers: owners that
-    ask them for as much each, this one included.
+    fleet: what its engines have shown together. sharers: owners that ask them for as much each, this one included.
     offering: what this one asks of them.
     fetched, passed_on: what `HandOver` says, as it was.
     """
@@ -151,13 +155,12 @@ class Planner:
     prompt_tokens: float = TYPICAL_TOKENS / 2
     output_tokens: float = TYPICAL_TOKENS / 2
     learned: int = 0
-    kv_tokens: float = inf
     sharers: Callable[[], int] = lambda: 1
     offering: Offering = field(default_factory=Offering)
     fleet: Fleet = field(default_factory=Fleet)
     fetched: LinearFit = field(default_factory=lambda: LinearFit(_ASSUMED_HANDOVER.fetched))
     passed_on: LinearFit = field(default_factory=lambda: LinearFit(_ASSUMED_HANDOVER.passed_on))
-    _order: list[tuple[float, int]] = field(default_factory=list)  # of the engines that can take sides, as `_rank`
+    _order: list[WorkerLoad] = field(default_factory=list)  # engines that can take sides, by `_rank`
     _order_of: tuple[tuple[Pool, int], ...] = ()
 
     @property
@@ -195,10 +198,15 @@ class Planner:
         choice = choose(asked, prospects, self.handover, now, sides.worth)
         if choice is None:
             return None
-        reader, writer = loads[choice.reader], loads[choice.writer]
         self.life_s = max(0.1, choice.tpot_s * asked.output_tokens)
-        writes, reads = prospects[choice.writer].forecast, prospects[choice.reader]
-        stay = writes.expects(
+        return self._reserved(asked, loads, prospects, choice, now)
+
+    def _reserved(
+        self, asked: Asked, loads: Sequence[WorkerLoad], prospects: Sequence[Prospect], choice: Choice, now: float
+    ) -> Visit:
+        reader, writer = loads[choice.reader], loads[choice.writer]
+        reads, writes = prospects[choice.reader], prospects[choice.writer]
+        stay = writes.forecast.expects(
             asked.context_tokens * asked.answers,
             asked.answers,
             asked.objectives.tpot_s,
@@ -206,19 +214,18 @@ class Planner:
             comes_at=now + choice.read_s,
         )
         if asked.silent:
-            writes.begins(stay, now)
-        able = reads.passes_on and prospects[choice.writer].passes_on
-        can_pass_on = able and reader is not writer and asked.output_tokens > 1
+            writes.forecast.begins(stay, now)
+        can_pass_on = reads.passes_on and writes.passes_on and reader is not writer and asked.output_tokens > 1
         visit = Visit(
             reader, writer, self, asked, choice.ttft_s, now, stay, can_pass_on=can_pass_on, passes_on=choice.passes_on
         )
-        silent = asked.silent and not visit.split
-        cached = reads.cached_tokens
-        tokens = max(1, asked.prompt_tokens - cached)
-        self.offering.note(reads.forecast.cost.prompt_s(*Reading.of(tokens, cached)), asked.answers, now)
-        reads.forecast.sends_prompt(visit, tokens, now, self.life_s, cached_tokens=cached, silent=silent)
+        self.offering.note(reads.forecast.cost.prompt_s(*reads.prompt(asked)), asked.answers, now)
+        silent, cached_tokens = asked.silent and not visit.split, reads.cached_tokens
+        reads.forecast.sends_prompt(
+            visit, reads.tokens(asked), now, self.life_s, cached_tokens=cached_tokens, silent=silent
+        )
         if not visit.split:
-            writes.reads_itself(stay)
+            writes.forecast.reads_itself(stay)
         return visit
 
     def _sides(self, pools: Sequence[Pool], objectives: Objectives) -> tuple[Sides, tuple[float, int]]:
@@ -226,14 +233,14 @@ class Planner:
         known_of = tuple((pool, pool.changes) for pool in pools)
         if known_of != self._order_of:
             loads = (load for pool in pools for load in pool.workers.values())
-            self._order = sorted(_rank(load) for load in loads if load.worker.hands_over)
+            self._order = sorted((load for load in loads if load.worker.hands_over), key=_rank)
             self._order_of = known_of
-        context_tokens = self.prompt_tokens + self.output_tokens / 2
-        offered = self.offering.of(self.output_tokens, context_tokens, owners=self.sharers())
-        if offered is None:
+        offered = self.offering.of(self.prompt_tokens, self.output_tokens, owners=self.sharers())
+        if offered is None or not self._order:
             return Sides(), _NOBODY
-        sides = best_sides(offered, len(self._order), self.fleet.cost, objectives, self.kv_tokens)
-        return sides, self._order[-sides.readers] if sides.worth else _NOBODY
+        kv_tokens = self._order[0].kv_tokens  # the first one answers, whatever the sides
+        sides = best_sides(offered, len(self._order), self.fleet.cost, objectives, kv_tokens)
+        return sides, _rank(self._order[-sides.readers]) if sides.worth else _NOBODY
 
     @staticmethod
     def _considered(
@@ -264,7 +271,7 @@ class Planner:
         forecast = load.forecast
         forecast.look_around()
         forecast.chunk_tokens = worker.step_tokens
-        forecast.kv_tokens = self.kv_tokens = load.kv_tokens
+        forecast.kv_tokens = load.kv_tokens
         forecast.limits_steps = worker.plugin
         forecast.others = load.others
         either = worker.hands_over

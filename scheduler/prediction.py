@@ -74,9 +74,13 @@ class Prospect(NamedTuple):
     passes_on: bool = False
     had_better_read: bool = False
 
+    def tokens(self, asked: Asked) -> int:
+        """Of this prompt, those that are to be computed here."""
+        return max(1, asked.prompt_tokens - self.cached_tokens)
+
     def prompt(self, asked: Asked) -> Reading:
-        """What is to be computed of this prompt here."""
-        return Reading.of(max(1.0, asked.prompt_tokens - self.cached_tokens), self.cached_tokens)
+        """The same, with their pairs."""
+        return Reading.of(self.tokens(asked), self.cached_tokens)
 
 
 class HandOver(NamedTuple):
@@ -151,7 +155,7 @@ def _preference(asked: Asked, reader: Prospect, writer: Prospect, sides_worth: f
     handed_over = _HANDED_OVER * (reader is not writer)
     if asked.objectives.tpot_s == inf:  # nobody's tokens can be late, so no engine need be kept free for them
         return handed_over
-    beside = reader.forecast.answers * min(1.0, reader.prompt(asked).tokens / asked.typical_prompt_tokens)
+    beside = reader.forecast.answers * min(1.0, reader.tokens(asked) / asked.typical_prompt_tokens)
     against_sides = _SIDES * sides_worth * writer.had_better_read
     return _PACKED * writer.rank + _BESIDE * beside + handed_over + against_sides
 
@@ -175,7 +179,7 @@ class _Seen(NamedTuple):
 
     @classmethod
     def of(cls, asked: Asked, prospect: Prospect, now: float, read_s: float, comes_at: float) -> "_Seen":
-        """read_s: as it says. comes_at: when the prompt has been read elsewhere, at the earliest."""
+        """read_s: to the prompt's end here. comes_at: when another engine will have read it, at the earliest."""
         forecast = prospect.forecast
         typical_s = forecast.cost.prompt_s(*Reading.of(asked.typical_prompt_tokens))
         output, context = max(2.0, asked.output_tokens), asked.context_tokens
@@ -213,11 +217,18 @@ def _ways(asked: Asked, reader: _Seen, writer: _Seen, at: tuple[int, int], hando
     yield Choice(*at, goes_on_s, writer.pace.tpot_s, risk, reader.read_s)
 
 
-def is_passed_on(asked: Asked, elapsed_s: float, writer: EngineForecast, handover: HandOver, now: float) -> bool:
+def pace_there(asked: Asked, writer: EngineForecast, now: float) -> Pace:
+    """Of the answer to a request that the writer expects."""
+    typical_s = writer.cost.prompt_s(*Reading.of(asked.typical_prompt_tokens))
+    return writer.pace(max(2.0, asked.output_tokens), typical_s, now)
+
+
+def is_passed_on(
+    asked: Asked, elapsed_s: float, writer: EngineForecast, pace: Pace, handover: HandOver, now: float
+) -> bool:
     """Whether a first token is better given out before the writer has the KV: asked anew when the prompt has been read,
-    for by now the writer may be reading prompts itself. elapsed_s: since the choice. The request stands in line at the
-    writer."""
-    pace = _pace_of(asked, writer, now)
+    for by now the writer may be reading prompts itself. elapsed_s: since the choice. pace: as `pace_there`. The request
+    stands in line at the writer."""
     limit_s, tokens = asked.objectives.tpot_s, asked.prompt_tokens
     passed_on_s = elapsed_s + handover.passed_on_s(tokens)
     memory_s = writer.memory_wait_s(0.0, asked.typical_life_s(pace))  # its own context is among those in line
@@ -225,17 +236,6 @@ def is_passed_on(asked: Asked, elapsed_s: float, writer: EngineForecast, handove
     write_risk, stalled = pace.late(limit_s), _stalled(asked, pace, max(0.0, goes_on_s - passed_on_s))
     risk = _own(asked, passed_on_s, 1.0 - (1.0 - write_risk) * (1.0 - stalled))
     return risk <= _own(asked, goes_on_s, write_risk) + _PACKED
-
-
-def typical_memory_wait_s(asked: Asked, writer: EngineForecast, now: float) -> float:
-    """For how long a request in line at the writer would wait for memory if answers were typical."""
-    return writer.typical_memory_wait_s(0.0, asked.typical_life_s(_pace_of(asked, writer, now)))
-
-
-def _pace_of(asked: Asked, writer: EngineForecast, now: float) -> Pace:
-    """Of an answer that is already counted there."""
-    typical_s = writer.cost.prompt_s(*Reading.of(asked.typical_prompt_tokens))
-    return writer.pace(max(2.0, asked.output_tokens), typical_s, now)
 
 
 def _together(asked: Asked, seen: _Seen, at: int) -> Choice:

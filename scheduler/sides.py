@@ -24,14 +24,18 @@ _MOST_HELD_UP: Final = 0.95  # of its time, that an engine that writes answers s
 class Offered(NamedTuple):
     """What is asked of a model's engines.
 
-    rate: answers a second. read_s: seconds of reading for each. output_tokens: of each. context_tokens: that each
-    attends to, in the mean over its tokens.
+    rate: answers a second. read_s: seconds of reading for each. prompt_tokens, output_tokens: of each.
     """
 
     rate: float
     read_s: float
+    prompt_tokens: float
     output_tokens: float
-    context_tokens: float
+
+    @property
+    def context_tokens(self) -> float:
+        """That an answer attends to, in the mean over its tokens."""
+        return self.prompt_tokens + self.output_tokens / 2
 
     @property
     def readers(self) -> float:
@@ -57,12 +61,12 @@ class Offering:
             self._read_s = fades * self._read_s + read_s
         self._noted_at = now
 
-    def of(self, output_tokens: float, context_tokens: float, *, owners: int = 1) -> Offered | None:
+    def of(self, prompt_tokens: float, output_tokens: float, *, owners: int = 1) -> Offered | None:
         """None before anything is known. owners: as many ask the same engines for as much each."""
         if self._answers < _KNOWN or self._seconds <= 0.0:
             return None
         rate, read_s = owners * self._answers / self._seconds, self._read_s / self._answers
-        return Offered(rate, read_s, output_tokens, context_tokens)
+        return Offered(rate, read_s, prompt_tokens, output_tokens)
 
 
 class Sides(NamedTuple):
@@ -86,7 +90,7 @@ def best_sides(offered: Offered, engines: int, cost: StepCost, objectives: Objec
         return Sides()
     missed_by = partial(_missed, offered, cost, objectives, kv_tokens)
     alike = missed_by(engines, engines, each_s=offered.read_s)
-    fetch_s = cost.fetched_token_s * (offered.context_tokens - offered.output_tokens / 2)
+    fetch_s = cost.fetched_token_s * offered.prompt_tokens
     tried = {min(engines - 1, max(1, ceil(offered.readers / busy))) for busy in _BUSY}
     missed, readers = min((missed_by(number, engines - number, each_s=fetch_s), number) for number in tried)
     return Sides(max(0.0, alike - missed), readers)

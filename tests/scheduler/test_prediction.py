@@ -397,6 +397,18 @@ def test_a_prompt_that_is_read_elsewhere_gets_memory_behind_those_that_are_there
     assert before_another.ttft_s == alone.ttft_s < behind_another.ttft_s
 
 
+def test_memory_comes_free_as_typical_answers_end_however_short_ones_own_is() -> None:
+    full = engine(kv_tokens=10_000)
+    full.reads_itself(full.expects(9000.0))
+    waits = [
+        choose(Asked(2000, output, Objectives(10.0, 0.05), 1000.0, 100.0), [Prospect(full)], HANDOVER, 0.0)
+        for output in (2.0, 100.0)
+    ]
+    short, typical = waits
+    assert short is not None and typical is not None
+    assert short.ttft_s == pytest.approx(typical.ttft_s, rel=0.1)
+
+
 def test_no_more_memory_comes_free_in_an_answers_life_than_there_is() -> None:
     full = engine(kv_tokens=10_000)
     for _ in range(3):

@@ -16,7 +16,7 @@ OBJECTIVES = Objectives(1.0, 0.008)
 
 
 def offered(rate: float, read_s: float = 0.3, output_tokens: float = 200.0) -> Offered:
-    return Offered(rate, read_s, output_tokens, 1600.0)
+    return Offered(rate, read_s, 1500.0, output_tokens)
 
 
 def test_sides_are_worth_it_where_prompts_would_make_every_answer_a_little_late() -> None:
@@ -82,16 +82,16 @@ def test_the_worth_is_a_share_and_somebody_always_writes(
 
 def test_what_is_asked_is_known_after_a_few_requests_and_forgets() -> None:
     offering, now = Offering(), 100.0
-    assert offering.of(200.0, 1600.0) is None
+    assert offering.of(1500.0, 200.0) is None
     for _ in range(6):
         offering.note(0.3, 1, now)
         now += 0.5
-    soon = offering.of(200.0, 1600.0)
+    soon = offering.of(1500.0, 200.0)
     assert soon is not None and soon.rate == pytest.approx(2.0, rel=0.02) and soon.read_s == pytest.approx(0.3)
     for _ in range(600):  # five minutes of something else
         offering.note(0.1, 2, now)
         now += 0.5
-    later = offering.of(200.0, 1600.0, owners=3)
+    later = offering.of(1500.0, 200.0, owners=3)
     assert later is not None and later.rate == pytest.approx(3 * 4.0, rel=0.02), "answers, of all owners"
     assert later.read_s == pytest.approx(0.05, rel=0.02) and later.readers == pytest.approx(0.6, rel=0.02)
 
@@ -102,7 +102,7 @@ def test_a_pause_is_taken_for_a_pause_and_a_lull_for_a_lull() -> None:
         for number in range(100 + times):
             offering.note(0.3, 1, now)
             now += 0.5 if number < 99 else gap_s
-        known = offering.of(200.0, 1600.0)
+        known = offering.of(1500.0, 200.0)
         assert known is not None
         return known.rate
 
@@ -114,4 +114,4 @@ def test_requests_that_come_all_at_once_have_no_rate() -> None:
     offering = Offering()
     for _ in range(10):
         offering.note(0.3, 1, 7.0)
-    assert offering.of(200.0, 1600.0) is None
+    assert offering.of(1500.0, 200.0) is None
