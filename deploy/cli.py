@@ -4,8 +4,10 @@ import argparse
 import difflib
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 USAGE_ERROR = 2
@@ -63,13 +65,31 @@ def version() -> str:
     return metadata.version("evenhand")
 
 
+@contextmanager
+def ended_by_ctrl_c() -> Iterator[None]:
+    """Ctrl-C ends the process at once, and raises nothing: pydantic, building its validators while a module is
+    imported, would make a KeyboardInterrupt an error of its own. Nothing is changed for who ignores or handles it.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def call(name: str, rest: Sequence[str], command: Command) -> int:
-    module = importlib.import_module(command.module)
     parser = argparse.ArgumentParser(
         f"evenhand {name}", description=f"{command.purpose[0].upper()}{command.purpose[1:]}."
     )
-    module.add_arguments(parser)
-    code: int = module.run(parser.parse_args(rest))
+    with ended_by_ctrl_c():
+        module = importlib.import_module(command.module)
+        module.add_arguments(parser)
+        arguments = parser.parse_args(rest)
+    code: int = module.run(arguments)
     return code
 
 

@@ -1,12 +1,16 @@
 """The command line: quick, and helpful when it is called wrongly."""
 
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
+from textwrap import indent
 
 import pytest
 
-from deploy.cli import COMMANDS, Command, main
+from deploy.cli import COMMANDS, INTERRUPTED, Command, main
 
 NOWHERE: Mapping[str, Command] = {
     "serve": Command("no.such.module", "serve"),
@@ -84,3 +88,38 @@ def test_output_cut_off_by_its_reader_is_no_error() -> None:
         timeout=240,
     )
     assert "Traceback" not in piped.stderr
+
+
+CTRL_C = "import os, signal, time\ndef ctrl_c():\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
+WRAPPED = "try:\n    ctrl_c()\nexcept KeyboardInterrupt as error:\n    raise ValueError('no validator') from error\n"
+
+
+def called(folder: Path, module: str, before: str = "") -> tuple[int, str]:
+    """Exit code and errors of a command whose module has this text."""
+    (folder / "interrupted.py").write_text(CTRL_C + module)
+    program = (
+        f"import signal, sys\n{before}\nfrom deploy.cli import Command, main\n"
+        "sys.exit(main(['it'], {'it': Command('interrupted', 'it is interrupted')}))"
+    )
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join((str(folder), os.getcwd()))}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environ, timeout=60)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("module", [WRAPPED, "def add_arguments(parser):\n" + indent(WRAPPED, "    ")])
+def test_ctrl_c_while_a_command_is_imported_is_no_error_of_a_library(tmp_path: Path, module: str) -> None:
+    assert called(tmp_path, module) == (-signal.SIGINT, "")
+
+
+def test_ctrl_c_reaches_a_command_that_runs(tmp_path: Path) -> None:
+    module = "def add_arguments(parser): pass\ndef run(args): ctrl_c()\n"
+    assert called(tmp_path, module) == (INTERRUPTED, "")
+
+
+def test_a_command_that_is_to_ignore_ctrl_c_does(tmp_path: Path) -> None:
+    module = (
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "def add_arguments(parser): pass\n"
+        "def run(args): return 7 * (signal.getsignal(signal.SIGINT) is signal.SIG_IGN)\n"
+    )
+    assert called(tmp_path, module, "signal.signal(signal.SIGINT, signal.SIG_IGN)") == (7, "")
