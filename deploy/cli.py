@@ -4,11 +4,11 @@ import argparse
 import difflib
 import importlib
 import os
-import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+from server.interrupts import ended_by_ctrl_c
 
 USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -63,22 +63,6 @@ def version() -> str:
     from importlib import metadata
 
     return metadata.version("evenhand")
-
-
-@contextmanager
-def ended_by_ctrl_c() -> Iterator[None]:
-    """Ctrl-C ends the process at once, and raises nothing: pydantic, building its validators while a module is
-    imported, would make a KeyboardInterrupt an error of its own. Nothing is changed for who ignores or handles it.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler:
-        yield
-        return
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def call(name: str, rest: Sequence[str], command: Command) -> int:

@@ -43,6 +43,7 @@ from server.fleet.named import fleet_tls, named_worker
 from server.front.gateway import Gateway
 from server.front.listener import Listener, certificate_of, dress, edge_of, listener
 from server.front.routes import AdminPortFilter, identified, public_app
+from server.interrupts import ended_by_ctrl_c
 from server.observe.cost import CostMeter
 from server.observe.fairness_metrics import FairnessMetrics
 from server.observe.observer import Observers
@@ -106,10 +107,11 @@ class GatewayServer:
         for collector in (sharing, self.gateway.handover, self.balancer, self.failover, self.adapters):
             self.telemetry.registry.register(collector)
         self.siblings = self._siblings()
-        self.app = public_app(
-            self.fleet, self.lines.names, self.siblings.metrics, self.shared.tenants, self._notes, self._lifespan
-        )
-        self._for_operators(sharing)
+        with ended_by_ctrl_c():
+            self.app = public_app(
+                self.fleet, self.lines.names, self.siblings.metrics, self.shared.tenants, self._notes, self._lifespan
+            )
+            self._for_operators(sharing)
         self.uvicorn = self._listener(on_start)
 
     def _names(self) -> LiveNames:
