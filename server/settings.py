@@ -17,6 +17,8 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from server.interrupts import ended_by_ctrl_c
+
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -405,6 +407,7 @@ def admin_address(settings: Settings, port: int) -> tuple[str, int] | None:
 Read = TypeVar("Read", bound=Settings)
 
 
+@ended_by_ctrl_c()
 def read_settings(overrides: dict[str, Any], config: Path | None, kind: type[Read]) -> Read:
     """The settings, of this kind, with what the command line said. ValueError with a sentence for each wrong one."""
     if config is not None:

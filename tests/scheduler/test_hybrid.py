@@ -68,7 +68,8 @@ def test_the_ways_of_tokens_are_learned_apart_and_by_length() -> None:
             assert fixed + tokens * each == pytest.approx(seconds, rel=0.1)
 
 
-def test_a_wait_for_memory_is_not_learned_as_what_a_hand_over_takes() -> None:
+@pytest.mark.parametrize("asked_after", [inf, 2.0], ids=["before a long answer", "before a short one"])
+def test_a_wait_for_memory_is_not_learned_as_what_a_hand_over_takes(asked_after: float) -> None:
     planner = Planner(lambda ratio: None, fetched=LinearFit((1.0, 1e-6)), output_tokens=100.0)
     usual_s = planner.handover.fetched_s(1000)
     for _ in range(100):
@@ -76,7 +77,7 @@ def test_a_wait_for_memory_is_not_learned_as_what_a_hand_over_takes() -> None:
         full = at_writer(visit)
         full.kv_tokens = 2000.0
         full.reads_itself(full.expects(2000.0))
-        split_visit(planner, output_tokens=2.0)  # what a typical answer takes does not follow from this one
+        split_visit(planner, output_tokens=asked_after)  # what a typical answer takes does not follow from this one
         visit.read(0.071)
         visit.begins(0.075)
         visit.goes_on(2.571)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -81,3 +82,18 @@ def test_each_option_of_the_policy_is_told_with_its_place_also_where_it_is_wrong
     assert "has no option 'within'" in said
     for place in ("within=gittins (gateway.yaml)", "patience_s=5 (EVENHAND_POLICY_OPTIONS)", "levels=4 (command line)"):
         assert place in said
+
+
+@pytest.mark.parametrize("step", ["read_settings({}, None, Settings)", "GatewayServer(settings)"])
+def test_ctrl_c_while_pydantic_builds_validators_is_no_error_of_its_own(step: str) -> None:
+    program = (
+        "import os, signal, sys\n"
+        "from server.app import GatewayServer\n"
+        "from server.settings import Settings, read_settings\n"
+        "def ctrl_c(frame, event, arg):\n"
+        "    if frame.f_code.co_name == 'create_schema_validator':\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        f"settings = read_settings({{}}, None, Settings)\nsys.setprofile(ctrl_c)\n{step}"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
